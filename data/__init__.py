@@ -1,0 +1,1 @@
+"""What comes in: image sets, augmentation, frozen features."""

@@ -1,0 +1,80 @@
+"""From uint8 images to what a backbone takes: per-image flips and crops, resize, normalise, on the batch's device."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass
+class AugmentConfig:
+    """Augmentation: seeded views of the training images, drawn for each image on its own."""
+
+    flip: bool = True
+    """Mirror each image left to right with probability 1/2."""
+    crop: int = 3
+    """Shift each image by up to so many of its own pixels either way, reflecting at the border; 0: off."""
+    seed: int = 0
+    """Seed of the views; the same seed gives the same view v of image n whatever the batch."""
+
+    def __post_init__(self):
+        if self.crop < 0:
+            raise ValueError(f"augment.crop is {self.crop}: it is a number of pixels, 0 or more")
+
+    @property
+    def active(self) -> bool:
+        """Whether views differ from the images at all."""
+        return self.flip or self.crop > 0
+
+
+@dataclass(frozen=True)
+class View:
+    """What one view does to each of N images. flip_N: bool; shift_N2: int64 pixels (rows, columns)."""
+
+    flip_N: Tensor
+    shift_N2: Tensor
+
+    def __getitem__(self, indices_B: Tensor) -> "View":
+        return View(self.flip_N[indices_B], self.shift_N2[indices_B])
+
+
+def draw_view(num_images: int, config: AugmentConfig, index: int) -> View:
+    """View number `index` of a split of `num_images` images; on the CPU, so that every device draws the same."""
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + index)
+    flip_N = torch.rand(num_images, generator=generator) < 0.5
+    shift_N2 = torch.randint(-config.crop, config.crop + 1, (num_images, 2), generator=generator)
+    return View(flip_N & config.flip, shift_N2)
+
+
+def apply_view(images_BCHW: Tensor, view: View) -> Tensor:
+    """Flip and shift each image by its own row of `view`; any dtype and device, the shape stays."""
+    _, channels, height, width = images_BCHW.shape
+    device = images_BCHW.device
+    flip_B, shift_B2 = view.flip_N.to(device), view.shift_N2.to(device)
+    rows_BH = _reflect(torch.arange(height, device=device) + shift_B2[:, :1], height)
+    columns_BW = _reflect(torch.arange(width, device=device) + shift_B2[:, 1:], width)
+    columns_BW = torch.where(flip_B[:, None], columns_BW.flip(1), columns_BW)
+    batch = torch.arange(len(images_BCHW), device=device)[:, None, None, None]
+    channel = torch.arange(channels, device=device)[None, :, None, None]
+    return images_BCHW[batch, channel, rows_BH[:, None, :, None], columns_BW[:, None, None, :]]
+
+
+def _reflect(positions: Tensor, size: int) -> Tensor:
+    """Positions outside [0, size) mirrored at the border pixel, which is not repeated; then kept inside."""
+    positions = positions.abs()
+    return ((size - 1) - ((size - 1) - positions).abs()).clamp_min(0)
+
+
+def prepare(images_BCHW: Tensor, size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """uint8 images as the backbone's float32 input (B, 3, size, size).
+
+    Bicubic and antialiased, clamped to [0, 1] where bicubic overshoots, then normalised: the one path that
+    training, evaluation and prediction share.
+    """
+    x_BCHW = images_BCHW.float() / 255
+    if x_BCHW.shape[-2:] != (size, size):
+        x_BCHW = F.interpolate(x_BCHW, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
+    mean_C11 = torch.tensor(mean, device=x_BCHW.device)[:, None, None]
+    std_C11 = torch.tensor(std, device=x_BCHW.device)[:, None, None]
+    return (x_BCHW - mean_C11) / std_C11

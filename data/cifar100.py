@@ -1,0 +1,74 @@
+"""CIFAR-100 (Krizhevsky 2009), with fine and coarse labels, from the official files that torchvision downloads."""
+
+import hashlib
+import pickle
+from pathlib import Path
+from urllib.parse import urlparse
+
+import numpy as np
+import torch
+
+from data.datasets import ImageSet
+from errors import EnvironmentFault, UserError
+from network import reachable
+
+
+def load_cifar100(root: Path, download: bool = True) -> tuple[ImageSet, ImageSet]:
+    """The 50,000 training and 10,000 test images, from `root`/cifar-100-python.
+
+    The files are unpickled only after their MD5 sums matched the official ones, so an altered file never
+    runs code. Raises errors.UserError for an altered file, errors.EnvironmentFault where the files are
+    missing and cannot be downloaded.
+    """
+    from torchvision.datasets import CIFAR100
+
+    folder = root / CIFAR100.base_folder
+    files = dict([*CIFAR100.train_list, *CIFAR100.test_list, (CIFAR100.meta["filename"], CIFAR100.meta["md5"])])
+    missing = [name for name in files if not (folder / name).is_file()]
+    if missing:
+        _download(root, folder, missing, download)
+    contents = {name: _verified(folder / name, md5) for name, md5 in files.items()}
+    meta = pickle.loads(contents["meta"], encoding="latin1")
+    return _image_set(contents["train"], meta), _image_set(contents["test"], meta)
+
+
+def _download(root: Path, folder: Path, missing: list[str], download: bool) -> None:
+    from torchvision.datasets import CIFAR100
+
+    lacking = f"CIFAR-100 is not complete: {', '.join(missing)} not found in {folder}"
+    remedy = (
+        f"put the official files there (from {CIFAR100.url}), name their parent with --data.root, "
+        "or run without a download: python train.py --config configs/digits.yaml"
+    )
+    if not download:
+        raise UserError(f"{lacking}, and --data.download is false; {remedy}")
+    if not reachable(CIFAR100.url):
+        raise EnvironmentFault(f"{lacking}, and {urlparse(CIFAR100.url).hostname} cannot be reached; {remedy}")
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        CIFAR100(root, download=True)
+    except (OSError, RuntimeError) as error:
+        raise EnvironmentFault(f"{lacking}, and the download failed ({error}); {remedy}") from error
+
+
+def _verified(path: Path, md5: str) -> bytes:
+    content = path.read_bytes()
+    found = hashlib.md5(content).hexdigest()
+    if found != md5:
+        raise UserError(
+            f"{path} is not the official CIFAR-100 file (MD5 {found}, expected {md5}, {len(content)} bytes): "
+            "it is truncated or altered; delete it and run again to download it anew"
+        )
+    return content
+
+
+def _image_set(content: bytes, meta: dict) -> ImageSet:
+    entries = pickle.loads(content, encoding="latin1")
+    pixels_NCHW = np.asarray(entries["data"], dtype=np.uint8).reshape(-1, 3, 32, 32)
+    return ImageSet(
+        images_NCHW=torch.from_numpy(pixels_NCHW.copy()),
+        labels_N=torch.tensor(entries["fine_labels"], dtype=torch.int64),
+        class_names=tuple(meta["fine_label_names"]),
+        coarse_N=torch.tensor(entries["coarse_labels"], dtype=torch.int64),
+        coarse_names=tuple(meta["coarse_label_names"]),
+    )

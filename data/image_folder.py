@@ -1,0 +1,61 @@
+"""A folder of images, ROOT/{train,val,test}/CLASS/*.png, read into memory at one size."""
+
+from pathlib import Path
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from data.datasets import ImageSet
+from errors import UserError
+
+
+def load_image_folder(root: Path, size: int) -> tuple[ImageSet, ImageSet | None, ImageSet | None]:
+    """Train, val (or None) and test (or None) under `root`; the classes are the folders of `root`/train.
+
+    size: side in pixels; the shorter side is resized to it (bicubic, antialiased), then the centre cropped.
+    Raises errors.UserError for a missing train/, fewer than two classes, a class that train/ does not
+    have, or a file that is not a readable image.
+    """
+    train_folder = root / "train"
+    if not train_folder.is_dir():
+        raise UserError(f"{train_folder} is not a folder: --data.root needs train/CLASS/IMAGE (and maybe val/, test/)")
+    names = tuple(sorted(path.name for path in train_folder.iterdir() if path.is_dir()))
+    if len(names) < 2:
+        raise UserError(f"{train_folder} holds {len(names)} class folder(s): a classifier needs at least 2")
+    parts = [_read_split(root / split, names, size) for split in ("train", "val", "test")]
+    return parts[0], parts[1], parts[2]
+
+
+def _read_split(folder: Path, names: tuple[str, ...], size: int) -> ImageSet | None:
+    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+
+    if not folder.is_dir():
+        return None
+    unknown = sorted({path.name for path in folder.iterdir() if path.is_dir()} - set(names))
+    if unknown:
+        raise UserError(
+            f"{folder} has class folder '{unknown[0]}' that train/ does not have: add it there or remove it"
+        )
+    class_to_index = {name: index for index, name in enumerate(names)}
+    files = make_dataset(str(folder), class_to_index, extensions=IMG_EXTENSIONS, allow_empty=True)
+    if not files:
+        raise UserError(f"{folder} has no image: expected CLASS/FILE with one of {', '.join(IMG_EXTENSIONS)}")
+    images_NCHW = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
+    for row, (path, _) in enumerate(files):
+        images_NCHW[row] = read_image(Path(path), size)
+    return ImageSet(images_NCHW, torch.tensor([label for _, label in files]), names)
+
+
+def read_image(path: Path, size: int) -> Tensor:
+    """One image file as uint8 RGB (3, size, size). Raises errors.UserError where Pillow cannot read it."""
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms.v2 import functional as F
+
+    try:
+        with Image.open(path) as image:
+            rgb = image.convert("RGB")
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as an image ({error}): mend or remove it") from error
+    resized = F.resize(F.pil_to_tensor(rgb), [size], InterpolationMode.BICUBIC, antialias=True)
+    return F.center_crop(resized, [size, size])

@@ -1,0 +1,209 @@
+"""Config: the components' own dataclasses put together, read from YAML and the command line."""
+
+import difflib
+import re
+import sys
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
+
+from data.augment import AugmentConfig
+from data.datasets import DataConfig
+from data.features import FeaturesConfig
+from engine.optim import OptimConfig
+from engine.trainer import TrainConfig
+from errors import UserError
+from model.backbone import BackboneConfig
+from model.balance import BalanceConfig
+from model.classifier import NeckConfig
+from model.experts import ExpertsConfig
+from model.routers import RouterConfig
+
+DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "cifar100.yaml"
+
+
+@dataclass
+class Config:
+    """Run: where it writes, what it runs on, where its numbers go."""
+
+    run_dir: Path | None = None
+    """Folder of this run; null: runs/<config>-<time>."""
+    tracking: Literal["auto", "clearml", "offline", "none"] = "auto"
+    """ClearML: auto uses the configured server if it answers, else offline; none writes metrics.jsonl only."""
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda, or cuda:1."""
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    features: FeaturesConfig = field(default_factory=FeaturesConfig)
+    neck: NeckConfig = field(default_factory=NeckConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self):
+        self.run_dir = None if self.run_dir is None else Path(self.run_dir).expanduser()
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise ValueError(f"device is '{self.device}': use auto, cpu, cuda or cuda:N")
+        num_experts = len(self.experts.sizes)
+        if self.router.top_k > num_experts:
+            raise ValueError(
+                f"router.top_k is {self.router.top_k} but experts.sizes names {num_experts}: "
+                "lower the one or lengthen the other"
+            )
+        if self.neck.needs_tokens and not self.backbone.gives_tokens:
+            raise ValueError(
+                f"neck.kind {self.neck.kind} reads tokens, but backbone.features are pooled: use [tokens:-1]"
+            )
+        if self.backbone.gives_tokens and not self.neck.needs_tokens:
+            raise ValueError(
+                "backbone.features gives tokens, but neck.kind pooled reads vectors: use attention or flatten"
+            )
+        if self.balance.load > 0 and self.router.kind != "noisy_topk":
+            raise ValueError(
+                "balance.load needs the learned noise of router.kind noisy_topk: set it to 0, or change the router"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain values, as config.yaml, checkpoints and ClearML hold them."""
+        return _plain(asdict(self))
+
+
+@dataclass
+class Invocation:
+    """What a command line asked for."""
+
+    config: Config
+    name: str
+    """Stem of the configuration file, for the run's name."""
+    resume: Path | None
+
+
+def parse_command_line(argv: list[str] | None = None) -> Invocation:
+    """Read `--config FILE`, `--section.field VALUE` and `--resume RUN`; print and exit for --help, --print_config.
+
+    Raises errors.UserError for an unknown key, a wrong type or an impossible value.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    given = {word.split("=")[0] for word in argv}
+    resume = _value_of("--resume", argv)
+    if resume is not None:
+        for option in ("--config", "--run_dir"):
+            if option in given:
+                raise UserError(f"--resume takes both from the run it names: leave out {option}")
+        argv = ["--config", str(_run_config(Path(resume).expanduser())), *argv]
+    elif "--config" not in given:
+        argv = ["--config", str(DEFAULT_CONFIG), *argv]
+    parser = _parser()
+    values = _parse(parser, lambda: parser.parse_args(argv))
+    config = _build(parser, values)
+    if resume is not None:
+        config.run_dir = Path(resume).expanduser()
+        return Invocation(config, config.run_dir.name, config.run_dir)
+    return Invocation(config, Path(_value_of("--config", argv, last=True)).stem, None)
+
+
+def config_from_dict(values: dict[str, Any]) -> Config:
+    """The Config that `Config.to_dict` described. Raises errors.UserError where it does not fit."""
+    parser = _parser()
+    return _build(parser, _parse(parser, lambda: parser.parse_object(values)))
+
+
+def config_of_run(run_dir: Path) -> Config:
+    """The Config a run was started with. Raises errors.UserError where the folder holds none."""
+    parser = _parser()
+    return _build(parser, _parse(parser, lambda: parser.parse_args(["--config", str(_run_config(run_dir))])))
+
+
+def write_config(config: Config, path: Path) -> None:
+    """Write the resolved configuration as YAML that --config reads back."""
+    path.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
+
+
+def _run_config(run_dir: Path) -> Path:
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{run_dir} is not a run: it has no config.yaml; name a folder that train.py wrote")
+    return path
+
+
+def _parser() -> ArgumentParser:
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(
+        prog="train.py",
+        description="Train a vision mixture of experts on the features of a frozen ViT, then evaluate it.",
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action="config", help="YAML file with any of the options below (default: cifar100)")
+    parser.add_argument(
+        "--resume", type=str, default=None, metavar="RUN", help="Go on with a run that was interrupted."
+    )
+    parser.add_class_arguments(Config)
+    return parser
+
+
+def _build(parser: ArgumentParser, values: Namespace) -> Config:
+    try:
+        built = parser.instantiate(values)
+        return Config(**{item.name: built[item.name] for item in fields(Config)})
+    except ValueError as error:
+        raise UserError(_one_line(error)) from error
+
+
+def _parse(parser: ArgumentParser, parse) -> Namespace:
+    try:
+        return parse()
+    except (ArgumentError, ValueError, TypeError, KeyError) as error:
+        _explain(parser, _one_line(error), error)
+
+
+def _explain(parser: ArgumentParser, message: str, error: Exception) -> NoReturn:
+    """Turn the parser's message into one line: what, where, what to do."""
+    known = [action.dest for action in parser._actions if "." in action.dest or action.dest in vars(Config())]
+    if found := re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message):
+        name = f"{found[1]}.{found[2]}"
+    elif found := re.search(r"[Uu]nrecognized arguments: (?:--)?([\w.]+)", message) or re.search(
+        r"[Oo]ption '([\w.]+)' is not accepted|does not accept option '([\w.]+)'|Key '([\w.]+)'", message
+    ):
+        name = next(group for group in found.groups() if group)
+    else:
+        name = None
+    if name is not None:
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]}?" if close else "--help lists all options"
+        raise UserError(f"unknown option {name}: {hint}") from error
+    if found := re.search(r'Parser key "([\w.]+)": (.*)', message):
+        raise UserError(f"{found[1]}: {_shorten(found[2])}") from error
+    raise UserError(message) from error
+
+
+def _shorten(reason: str) -> str:
+    """jsonargparse's reasons for a wrong type, without the class representations."""
+    if found := re.search(r"Subtypes: (\[.*?\]) Errors:.*Given value: (.*)", reason):
+        return f"'{found[2]}' fits none of {found[1].replace('typing.', '')}"
+    reason = re.sub(r"<class '(\w+)'>", r"\1", reason).replace("typing.", "")
+    return re.sub(r"Expected an? (.*)\. Got value: (.*)", r"expected \1, got '\2'", reason)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _value_of(option: str, argv: list[str], last: bool = False) -> str | None:
+    """The value of `--option VALUE` or `--option=VALUE` in argv."""
+    values = [argv[i + 1] for i, word in enumerate(argv[:-1]) if word == option]
+    values += [word.split("=", 1)[1] for word in argv if word.startswith(f"{option}=")]
+    return (values[-1] if last else values[0]) if values else None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,34 @@
+"""Scores of predictions, by scikit-learn, and the balance of a load."""
+
+import numpy as np
+from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_support
+
+from analysis.routing import coefficient_of_variation, load_entropy
+
+
+def scores(labels_N: np.ndarray, predicted_N: np.ndarray, num_classes: int) -> dict[str, float]:
+    """Accuracy and macro-F1, fractions; a class that is neither present nor predicted scores 0 in the mean."""
+    return {
+        "accuracy": float(accuracy_score(labels_N, predicted_N)),
+        "macro_f1": float(
+            f1_score(labels_N, predicted_N, average="macro", labels=np.arange(num_classes), zero_division=0)
+        ),
+    }
+
+
+def per_class_scores(
+    labels_N: np.ndarray, predicted_N: np.ndarray, class_names: tuple[str, ...]
+) -> dict[str, dict[str, float]]:
+    """Class name -> precision, recall, f1, support."""
+    columns = precision_recall_fscore_support(
+        labels_N, predicted_N, labels=np.arange(len(class_names)), zero_division=0
+    )
+    return {
+        name: {"precision": float(p), "recall": float(r), "f1": float(f), "support": int(s)}
+        for name, p, r, f, s in zip(class_names, *columns, strict=True)
+    }
+
+
+def balance_figures(load_E: np.ndarray) -> dict[str, float]:
+    """Entropy of the load (1 at perfect balance) and its coefficient of variation (0 at perfect balance)."""
+    return {"balance/entropy": load_entropy(load_E), "balance/cv": coefficient_of_variation(load_E)}

@@ -1,0 +1,56 @@
+"""The optimizer and its schedule."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from timm.optim import param_groups_weight_decay
+from torch import nn
+
+
+@dataclass
+class OptimConfig:
+    """Optimizer: step size, decay, schedule."""
+
+    kind: Literal["adamw", "adam"] = "adamw"
+    """adamw (decoupled weight decay, Loshchilov 2019) or adam."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    weight_decay: float = 0.05
+    """Weight decay of matrices; biases and norms have none."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Learning rate after its warm-up: cosine to zero at the last step, or constant."""
+    warmup_steps: int = 100
+    """Steps over which the learning rate rises linearly from zero."""
+    clip_norm: float = 1.0
+    """Largest norm of the gradient; 0: no clipping."""
+
+    def __post_init__(self):
+        if not self.lr > 0:
+            raise ValueError(f"optim.lr is {self.lr}: it must be above 0")
+        for name in ("weight_decay", "warmup_steps", "clip_norm"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"optim.{name} is {getattr(self, name)}: it cannot be negative")
+
+
+def lr_factor(step: int, total_steps: int, config: OptimConfig) -> float:
+    """Learning rate of a step (0-based) as a share of the peak.
+
+    Linear from 1/w to 1 over the w warm-up steps, then constant, or half a cosine down to 0 at `total_steps`
+    (Loshchilov 2017, SGDR, without restarts).
+    """
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return 1.0
+    progress = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW or Adam over the trained parameters, in one fused kernel on a GPU."""
+    groups = param_groups_weight_decay(model, config.weight_decay)
+    kinds = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
+    on_gpu = next(model.parameters()).is_cuda
+    return kinds[config.kind](groups, lr=config.lr, fused=on_gpu)

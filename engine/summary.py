@@ -1,0 +1,86 @@
+"""What a model weighs and what a sample costs."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from model.backbone import Backbone
+from model.classifier import VisionMoE
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Parameters, and floating-point operations of one sample's forward pass (a multiply-add counts as two).
+
+    backbone_parameters are frozen, trainable_parameters are the rest. active_parameters are those trainable ones
+    that one sample passes, and head_flops what it costs, both as means under the load of the experts.
+    """
+
+    backbone_parameters: int
+    trainable_parameters: int
+    active_parameters: int
+    backbone_flops: int
+    head_flops: int
+
+    @property
+    def total_parameters(self) -> int:
+        return self.backbone_parameters + self.trainable_parameters
+
+    def lines(self) -> list[str]:
+        """The summary that is printed when training starts."""
+        return [
+            f"parameters   {self.total_parameters:,} in total, {self.trainable_parameters:,} trainable, "
+            f"{self.active_parameters:,} of those active for a sample",
+            f"FLOPs        {_si(self.backbone_flops)} a sample in the frozen backbone, {_si(self.head_flops)} in the head",
+        ]
+
+
+def cost(
+    model: VisionMoE, backbone: Backbone, feature_shape: tuple[int, ...], load_E: np.ndarray | None = None
+) -> Cost:
+    """Count parameters and FLOPs. load_E: fractions of the assignments; None: an even load."""
+    moe = model.moe
+    num_experts = len(moe.experts)
+    load_E = np.full(num_experts, 1 / num_experts) if load_E is None else load_E
+    per_expert_E = np.array([parameters(expert) for expert in moe.experts])
+    device = next(model.parameters()).device
+    features = torch.zeros(1, *feature_shape, device=device)
+    x_BD = torch.zeros(1, model.neck.out_features, device=device)
+    expert_flops_E = np.array([flops(expert, x_BD) for expert in moe.experts])
+    shared_flops = flops(model.neck, features) + flops(moe.router, x_BD)
+    size = backbone.image_size
+    top_k = moe.router.top_k
+    return Cost(
+        backbone_parameters=parameters(backbone),
+        trainable_parameters=parameters(model),
+        active_parameters=round(parameters(model) - per_expert_E.sum() + top_k * float(load_E @ per_expert_E)),
+        backbone_flops=flops(backbone, torch.zeros(1, 3, size, size, device=next(backbone.parameters()).device)),
+        head_flops=round(shared_flops + top_k * float(load_E @ expert_flops_E)),
+    )
+
+
+def parameters(module: nn.Module) -> int:
+    """Number of parameters, frozen ones included."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@torch.no_grad()
+def flops(module: nn.Module, inputs: torch.Tensor) -> int:
+    """FLOPs of one forward pass in evaluation mode: matrix products and attention, as PyTorch counts them."""
+    was_training = module.training
+    module.eval()
+    with FlopCounterMode(display=False) as counter:
+        module(inputs)
+    module.train(was_training)
+    return counter.get_total_flops()
+
+
+def _si(value: float) -> str:
+    for unit in ("", "k", "M", "G"):
+        if value < 1000:
+            return f"{value:.3g} {unit}FLOP"
+        value /= 1000
+    return f"{value:.3g} TFLOP"

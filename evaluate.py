@@ -1,0 +1,87 @@
+"""Score a trained run on its test set: numbers, a table, and figures under RUN/evaluation/.
+
+python evaluate.py runs/cifar100-20260101-120000
+python evaluate.py RUN --data.root DIR --backbone.weights FILE     where the files have moved
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from data.datasets import load_splits
+from engine.checkpoint import check_backbone, export_model, load_checkpoint, load_exported
+from engine.config import Config, config_from_dict
+from engine.evaluation import evaluate, table
+from engine.pipeline import build_bank, build_model, pick_device
+from engine.run_folder import RunFolder
+from engine.tracking import Tracker, open_tracker
+from errors import UserError, exit_code_of
+from model.backbone import load_backbone
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with its complaint in one line."""
+
+    def error(self, message: str):
+        raise UserError(f"{message}; see python {self.prog} --help")
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line. Raises errors.UserError."""
+    parser = Parser(prog="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder that train.py wrote")
+    parser.add_argument("--data.root", dest="root", type=Path, help="where the data set lies, if not where it was")
+    parser.add_argument("--backbone.weights", dest="weights", type=Path, help="the backbone's file, if it has moved")
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, or cuda:1")
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    options = parse()
+    run = RunFolder(options.run)
+    description = read_description(run)
+    config = configure(description["config"], options)
+    device = pick_device(config.device)
+    splits, backbone = load_splits(config.data), load_backbone(config.backbone, device)
+    check_backbone(description["backbone"], config.backbone.name, backbone.fingerprint(), run.weights)
+    if list(splits.test.class_names) != description["class_names"]:
+        raise UserError(
+            f"{config.data.root} has other classes than {run.path} was trained on: name its own --data.root"
+        )
+    bank = build_bank(config, splits, backbone, device)
+    model = build_model(config, tuple(description["feature_shape"]), splits.test.num_classes)
+    load_exported(run, model)
+    tracker: Tracker = open_tracker("none", run.evaluation, config.to_dict(), name=run.path.name)
+    print(table(evaluate(run, config, model.to(device), bank, tracker)))
+    print(f"written to   {run.evaluation}")
+
+
+def read_description(run: RunFolder) -> dict:
+    """model.json, exported from the best checkpoint first where the run was interrupted before it was written."""
+    if not run.path.is_dir():
+        raise UserError(f"{run.path} is not a folder: name a run that train.py wrote")
+    if not run.model.is_file():
+        best = load_checkpoint(run.best)
+        keys = ("config", "backbone", "class_names", "feature_shape")
+        export_model(run, {key: best[key] for key in keys})
+        print(f"{run.path} was not trained to its end: scoring the best checkpoint so far (epoch {best['epoch']})")
+    try:
+        return json.loads(run.model.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{run.model} is not readable JSON ({error}): delete it to have it written again") from error
+
+
+def configure(values: dict, options: argparse.Namespace) -> Config:
+    """The run's configuration with the moved files and the device of this command line."""
+    config = config_from_dict(values)
+    config.device = options.device
+    if options.root is not None:
+        config.data.root = options.root.expanduser()
+    if options.weights is not None:
+        config.backbone.weights = options.weights.expanduser()
+    return config
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code_of(main))

@@ -1,0 +1,1 @@
+"""What is trained, and the frozen backbone under it."""

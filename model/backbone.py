@@ -1,0 +1,225 @@
+"""A frozen pretrained ViT from timm, and the features taken from it."""
+
+import difflib
+import hashlib
+import pickle
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import timm
+import torch
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
+
+from errors import EnvironmentFault, UserError
+from network import reachable
+
+POOLS = ("cls", "mean", "tokens")
+
+
+@dataclass
+class BackboneConfig:
+    """Backbone: the frozen ViT and what is read from it."""
+
+    name: str = "vit_base_patch16_clip_quickgelu_224.openai"
+    """Any timm ViT, such as vit_small_patch14_dinov2.lvd142m."""
+    weights: Path | None = None
+    """Local weights (.safetensors, or a .pth of tensors) for it; null: timm downloads its pretrained ones."""
+    pretrained: bool = True
+    """false: random weights from a fixed seed (a test of the pipeline, not a feature extractor)."""
+    features: list[str] = field(default_factory=lambda: ["cls:-1", "mean:-1"])
+    """What is read, as POOL:BLOCK, concatenated: cls (class token), mean (of the patch tokens), or tokens
+    (class token and patch tokens, alone in the list); blocks count from 0, negative ones from the end."""
+    image_size: int | None = None
+    """Input side in pixels; null: the size that the weights were trained with."""
+    precision: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Arithmetic of the backbone; auto: bfloat16 on a GPU, float32 on a CPU."""
+
+    def __post_init__(self):
+        self.weights = None if self.weights is None else Path(self.weights).expanduser()
+        if self.image_size is not None and self.image_size < 1:
+            raise ValueError(f"backbone.image_size is {self.image_size}: it is a number of pixels")
+        if not self.features:
+            raise ValueError("backbone.features is empty: name at least one, such as cls:-1")
+        pools = [parse_feature(spec)[0] for spec in self.features]
+        if "tokens" in pools and len(pools) > 1:
+            raise ValueError(f"backbone.features {self.features}: tokens:BLOCK cannot be combined with others")
+
+    @property
+    def gives_tokens(self) -> bool:
+        """Whether the features are token sequences (B, T, D) instead of vectors (B, F)."""
+        return self.features[0].startswith("tokens")
+
+
+def parse_feature(spec: str) -> tuple[str, int]:
+    """`POOL:BLOCK` as (pool, block). Raises ValueError for anything else."""
+    pool, _, block = spec.partition(":")
+    try:
+        if pool in POOLS:
+            return pool, int(block)
+    except ValueError:
+        pass
+    raise ValueError(f"backbone.features has '{spec}': expected POOL:BLOCK with POOL one of {', '.join(POOLS)}")
+
+
+class Backbone(nn.Module):
+    """A timm ViT that stays frozen: no gradients, evaluation mode whatever `train()` is called on.
+
+    forward: normalised images (B, 3, S, S) -> float32 features (B, F), or tokens (B, T, D) for `tokens:BLOCK`.
+    Each block's tokens pass the ViT's final norm, as DINOv2's `get_intermediate_layers(norm=True)` does.
+    """
+
+    def __init__(self, vit: nn.Module, features: list[str], autocast_dtype: torch.dtype | None = None):
+        super().__init__()
+        self.vit = vit.requires_grad_(False).eval()
+        self.autocast_dtype = autocast_dtype
+        depth = len(vit.blocks)
+        self.features = [(pool, self._block(block, depth)) for pool, block in map(parse_feature, features)]
+        self.blocks = sorted({block for _, block in self.features})
+        self.has_class_token = getattr(vit, "cls_token", None) is not None
+        if any(pool == "cls" for pool, _ in self.features) and not self.has_class_token:
+            raise UserError(
+                f"backbone.features {features}: this ViT has no class token; use mean:BLOCK or tokens:BLOCK"
+            )
+        data = resolve_model_data_config(vit)
+        self.mean, self.std = tuple(data["mean"]), tuple(data["std"])
+        size = getattr(vit.patch_embed, "img_size", None) or data["input_size"][-2:]
+        self.image_size = int(size[0] if isinstance(size, tuple | list) else size)
+
+    @staticmethod
+    def _block(block: int, depth: int) -> int:
+        if not -depth <= block < depth:
+            raise UserError(f"backbone.features names block {block}: this ViT has blocks 0 to {depth - 1}")
+        return block % depth
+
+    def train(self, mode: bool = True) -> "Backbone":
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        device = images_BCHW.device.type
+        with torch.autocast(device, self.autocast_dtype, enabled=self.autocast_dtype is not None):
+            outputs = self.vit.forward_intermediates(
+                images_BCHW,
+                indices=self.blocks,
+                return_prefix_tokens=True,
+                norm=True,
+                stop_early=True,
+                output_fmt="NLC",
+                intermediates_only=True,
+            )
+        by_block = dict(zip(self.blocks, outputs, strict=True))
+        return torch.cat([self._pool(pool, by_block[block]) for pool, block in self.features], dim=-1)
+
+    def _pool(self, pool: str, output) -> Tensor:
+        """One feature of one block: `output` is (patches_BPD, prefix_BRD), or patches_BPD without a prefix."""
+        patches_BPD, prefix_BRD = output if isinstance(output, tuple) else (output, None)
+        if pool == "cls":
+            return prefix_BRD[:, 0].float()
+        if pool == "mean":
+            return patches_BPD.float().mean(dim=1)
+        # Registers carry no image region and are left out, as DINOv2's own heads do.
+        parts = [prefix_BRD[:, :1]] if self.has_class_token else []
+        return torch.cat([*parts, patches_BPD], dim=1).float()
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the names, shapes and values of all weights: equal fingerprints, equal features."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.vit.state_dict().items()):
+            digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+
+def load_backbone(config: BackboneConfig, device: torch.device) -> Backbone:
+    """Build the configured backbone on `device`.
+
+    Raises errors.UserError for an unknown name, a model that is no ViT, or weights that do not fit, and
+    errors.EnvironmentFault for weights that would have to be downloaded and cannot.
+    """
+    vit = _load_vit(config)
+    if not (hasattr(vit, "forward_intermediates") and hasattr(vit, "num_prefix_tokens") and hasattr(vit, "blocks")):
+        raise UserError(
+            f"backbone.name {config.name} is not a ViT with tokens: choose one, such as vit_small_patch16_224"
+        )
+    half = config.precision == "bfloat16" or (config.precision == "auto" and device.type == "cuda")
+    return Backbone(vit, config.features, torch.bfloat16 if half else None).to(device)
+
+
+def _load_vit(config: BackboneConfig) -> nn.Module:
+    if not timm.is_model(config.name.removeprefix("hf-hub:").split(".")[0]):
+        close = difflib.get_close_matches(config.name, timm.list_models() + timm.list_models(pretrained=True), n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else "timm.list_models('vit*') lists them"
+        raise UserError(f"backbone.name '{config.name}' is not a timm model: {hint}")
+    options = {} if config.image_size is None else {"img_size": config.image_size}
+    if config.weights is not None:
+        overlay = {"state_dict": _read_weights(config.weights)}
+        return _create(config, pretrained=True, pretrained_cfg_overlay=overlay, **options)
+    if not config.pretrained:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return _create(config, pretrained=False, **options)
+    _require_download(config.name)
+    return _create(config, pretrained=True, **options)
+
+
+def _create(config: BackboneConfig, **options) -> nn.Module:
+    source = config.weights or config.name
+    try:
+        return timm.create_model(config.name, num_classes=0, **options)
+    except (RuntimeError, TypeError, ValueError, AssertionError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"backbone {config.name} cannot be built from {source}: {reason}") from error
+    except OSError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise EnvironmentFault(f"backbone {config.name}: its weights could not be loaded: {reason}") from error
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a local file, read without running code. Raises errors.UserError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise UserError(f"backbone.weights {path} is not a file")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (
+        SafetensorError,
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+        KeyError,
+    ) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"backbone.weights {path} is not a readable file of tensors ({reason})") from error
+    for key in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"backbone.weights {path} holds no state dict: expected names and tensors")
+    return state
+
+
+def _require_download(name: str) -> None:
+    """Fail at once, with what to do, where timm would retry a hub that cannot be reached for most of a minute."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    config = timm.get_pretrained_cfg(name)
+    if config is None or not config.has_weights:
+        raise UserError(f"backbone.name {name} has no pretrained weights in timm: pass --backbone.weights FILE")
+    files = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", config.hf_hub_filename)
+    hub = config.hf_hub_id
+    if hub and any(isinstance(try_to_load_from_cache(hub, file), str) for file in files if file):
+        return
+    url = constants.ENDPOINT if hub else config.url
+    if not reachable(url):
+        raise EnvironmentFault(
+            f"the weights of {name} are not on this machine and {url} cannot be reached: pass a local file with "
+            "--backbone.weights FILE, or run without a download: python train.py --config configs/digits.yaml"
+        )

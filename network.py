@@ -1,0 +1,25 @@
+"""Whether a host answers, asked before a library that would wait for it silently."""
+
+import socket
+import threading
+from urllib.parse import urlparse
+
+
+def reachable(url: str, timeout: float = 3.0) -> bool:
+    """Whether the host of `url` accepts a connection within `timeout` seconds, name resolution included."""
+    parts = urlparse(url)
+    address = (parts.hostname, parts.port or (443 if parts.scheme == "https" else 80))
+    answered = threading.Event()
+
+    def connect():
+        try:
+            socket.create_connection(address, timeout=timeout).close()
+        except OSError:
+            return
+        answered.set()
+
+    # A thread, because a resolver that hangs knows no time-out of ours.
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(timeout + 0.5)
+    return answered.is_set()
