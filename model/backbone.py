@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import pickle
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -154,8 +155,10 @@ def _load_vit(config: BackboneConfig) -> nn.Module:
         raise UserError(f"backbone.name '{config.name}' is not a timm model: {hint}")
     options = {} if config.image_size is None else {"img_size": config.image_size}
     if config.weights is not None:
-        overlay = {"state_dict": _read_weights(config.weights)}
-        return _create(config, pretrained=True, pretrained_cfg_overlay=overlay, **options)
+        state = _read_weights(config.weights)
+        vit = _create(config, pretrained=False, **options)
+        _load_converted(vit, state, config)
+        return vit
     if not config.pretrained:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -165,15 +168,32 @@ def _load_vit(config: BackboneConfig) -> nn.Module:
 
 
 def _create(config: BackboneConfig, **options) -> nn.Module:
-    source = config.weights or config.name
     try:
         return timm.create_model(config.name, num_classes=0, **options)
     except (RuntimeError, TypeError, ValueError, AssertionError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"backbone {config.name} cannot be built from {source}: {reason}") from error
+        raise UserError(f"backbone {config.name} cannot be built: {reason}") from error
     except OSError as error:
         reason = " ".join(str(error).split())[:200]
         raise EnvironmentFault(f"backbone {config.name}: its weights could not be loaded: {reason}") from error
+
+
+def _load_converted(vit: nn.Module, state: dict[str, Tensor], config: BackboneConfig) -> None:
+    """Load a checkpoint as timm does for its own (names converted, position embedding resized), but strictly.
+
+    timm lets weights be missing; a backbone that is random in part must not pass for a pretrained one.
+    """
+    convert = getattr(sys.modules[type(vit).__module__], "checkpoint_filter_fn", None)
+    try:
+        missing, _ = vit.load_state_dict(convert(state, vit) if convert else state, strict=False)
+    except (RuntimeError, KeyError, AttributeError, IndexError, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"backbone.weights {config.weights} does not fit {config.name}: {reason}") from error
+    if missing:
+        raise UserError(
+            f"backbone.weights {config.weights} does not fit {config.name}: {len(missing)} of its weights are missing "
+            f"from the file, {missing[0]} the first"
+        )
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:

@@ -1,0 +1,1 @@
+"""How a trained mixture is understood: arrays in, tables (`routing`) and figures (`plots`) out."""

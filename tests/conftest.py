@@ -1,0 +1,35 @@
+"""Shared fixtures: where real data and weights may be found, and a small run on digits."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+CLIP = "vit_base_patch16_clip_quickgelu_224.openai"
+
+
+def run_program(*arguments, timeout=300, **environment):
+    """Run `python ARGUMENTS` in the project as a user would, off ClearML unless the environment says otherwise."""
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+@pytest.fixture(scope="session")
+def assets() -> Path:
+    """The folder with CIFAR-100 and the ViT-B/16, which VISION_MOE_ASSETS names."""
+    folder = os.environ.get("VISION_MOE_ASSETS")
+    if not folder:
+        pytest.skip("VISION_MOE_ASSETS is not set: no folder with cifar-100-python/ and ViT-B/16 weights to test on")
+    missing = [name for name in ("cifar-100-python", f"{CLIP}.safetensors") if not (Path(folder) / name).exists()]
+    assert not missing, f"VISION_MOE_ASSETS={folder} lacks {', '.join(missing)}"
+    return Path(folder)

@@ -1,0 +1,122 @@
+"""Configuration: YAML, command line, and one clear line with exit code 2 for whatever is impossible."""
+
+import re
+
+import pytest
+import yaml
+from conftest import ROOT, run_program
+
+from engine.config import Config, config_from_dict, config_of_run, parse_command_line, write_config
+from errors import UserError
+
+
+def test_the_default_is_cifar100():
+    invocation = parse_command_line([])
+    assert invocation.name == "cifar100"
+    assert invocation.config.data.name == "cifar100"
+    assert invocation.resume is None
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_configuration_is_valid_and_documented(path):
+    invocation = parse_command_line(["--config", str(path)])
+    assert invocation.name == path.stem
+    assert path.read_text().startswith("#")
+
+
+def test_a_config_file_stands_alone_and_the_command_line_wins():
+    arguments = ["--config", "configs/digits.yaml", "--train.epochs", "3", "--experts.sizes", "[small,[7,5]]"]
+    config = parse_command_line(arguments).config
+    assert config.data.name == "digits"
+    assert config.train.epochs == 3
+    assert config.experts.sizes == ["small", [7, 5]]
+    assert config.optim.weight_decay == Config().optim.weight_decay  # not that of cifar100.yaml
+
+
+def test_the_article_is_the_reference_recipe():
+    config = parse_command_line(["--config", "configs/article.yaml"]).config
+    assert config.neck.kind == "attention" and config.neck.heads == 8
+    assert config.router.kind == "article" and config.router.top_k == 2
+    assert config.router.hidden == [512, 256] and config.router.dropout == 0.2
+    assert (config.router.noise_std, config.router.temperature, config.router.warmup_steps) == (0.5, 1.0, 500)
+    assert config.experts.sizes == ["small", "medium", "large", "very_large"]
+    assert config.balance.usage_variance == 0.01 and config.balance.switch == 0
+    assert config.features.mode == "live" and config.backbone.features == ["tokens:-1"]
+
+
+def test_a_configuration_survives_writing_and_reading(tmp_path):
+    arguments = ["--router.top_k", "3", "--data.root", str(tmp_path), "--run_dir", str(tmp_path / "run")]
+    config = parse_command_line(arguments).config
+    write_config(config, tmp_path / "config.yaml")
+    assert config_of_run(tmp_path) == config
+    assert config_from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--train.epochz", "3"], "unknown option train.epochz: did you mean train.epochs?"),
+        (["--epochs", "3"], "unknown option epochs"),
+        (["--train.epochs", "many"], "train.epochs: expected int, got 'many'"),
+        (["--train.epochs", "0"], "train.epochs is 0"),
+        (["--router.top_k", "9"], "router.top_k is 9 but experts.sizes names 4"),
+        (["--router.kind", "magic"], "router.kind"),
+        (["--experts.sizes", "[small,giant]"], "experts.sizes"),
+        (["--experts.sizes", "[[0]]"], "experts.sizes has [0]"),
+        (["--experts.dropout", "-0.1"], "experts.dropout is -0.1"),
+        (["--balance.switch", "-1"], "balance.switch is -1"),
+        (["--data.validation", "1.5"], "data.validation is 1.5"),
+        (["--neck.kind", "attention"], "neck.kind attention reads tokens"),
+        (["--backbone.features", "[max:-1]"], "backbone.features has 'max:-1'"),
+        (["--device", "tpu"], "device is 'tpu'"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--resume", "nowhere"], "nowhere is not a run"),
+        (["--resume", "nowhere", "--run_dir", "x"], "leave out --run_dir"),
+        (["--train.epochs"], "train.epochs"),
+    ],
+)
+def test_mistakes_end_in_one_line_that_names_them(arguments, words):
+    with pytest.raises(UserError) as caught:
+        parse_command_line(arguments)
+    message = str(caught.value)
+    assert words in message
+    assert "\n" not in message and "class '" not in message
+
+
+def test_an_unknown_key_in_a_file_is_named(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("train: {epochz: 3}\n")
+    with pytest.raises(UserError, match=r"train\.epochz: did you mean train\.epochs\?"):
+        parse_command_line(["--config", str(path)])
+    path.write_text("trian: {epochs: 3}\n")
+    with pytest.raises(UserError, match="unknown option trian"):
+        parse_command_line(["--config", str(path)])
+    path.write_text("train: {epochs: [}\n")
+    with pytest.raises(UserError) as caught:
+        parse_command_line(["--config", str(path)])
+    assert "\n" not in str(caught.value)
+
+
+def test_help_explains_every_field_and_print_config_round_trips(tmp_path):
+    text = run_program("train.py", "--help").stdout
+    options = list(re.finditer(r"^  --([a-z_]+\.[a-z_0-9]+)[ ,](.*(?:\n    .*)*)", text, re.MULTILINE))
+    assert len(options) > 40
+    for match in options:
+        explanation = match[2].split("(type")[0].replace(match[1], "")
+        assert len(explanation.split()) > 3, f"{match[1]} has no explanation"
+    printed = run_program("train.py", "--config", "configs/digits.yaml", "--train.seed", "7", "--print_config")
+    assert printed.returncode == 0
+    values = yaml.safe_load(printed.stdout)
+    assert values["train"]["seed"] == 7
+    path = tmp_path / "printed.yaml"
+    path.write_text(printed.stdout)
+    assert parse_command_line(["--config", str(path)]).config.train.seed == 7
+
+
+def test_exit_code_and_single_line_of_a_wrong_command_line(tmp_path):
+    run_dir = tmp_path / "run"
+    result = run_program("train.py", "--config", "configs/digits.yaml", "--router.top_k", "9", "--run_dir", run_dir)
+    assert result.returncode == 2
+    assert result.stderr.strip().startswith("error: router.top_k is 9")
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not run_dir.exists()

@@ -1,0 +1,144 @@
+"""Routers: shapes, weights, noise, warm-up and the load estimate, against numbers worked out by hand."""
+
+import math
+
+import pytest
+import torch
+
+from model.routers import ROUTERS, NoisyTopKRouter, RouterConfig, build_router, load_probability
+
+KINDS = sorted(ROUTERS)
+
+
+def router_with_logits(kind, num_experts, top_k, **options):
+    """A router whose clean logits equal its input: the gate is the identity."""
+    router = build_router(RouterConfig(kind=kind, top_k=top_k, **options), num_experts, num_experts)
+    with torch.no_grad():
+        router.gate.weight.copy_(torch.eye(num_experts))
+        router.gate.bias.zero_()
+    return router.eval()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_are_the_softmax_of_the_kept_logits(kind):
+    routing = router_with_logits(kind, 4, 2)(torch.tensor([[1.0, 3.0, 2.0, 0.0]]))
+    # The two largest are 3 and 2: e^3 / (e^3 + e^2) = 1 / (1 + e^-1) = 0.731059 and 0.268941.
+    assert routing.expert_A.tolist() == [1, 2]
+    assert routing.sample_A.tolist() == [0, 0]
+    assert routing.weight_A.tolist() == pytest.approx([0.731059, 0.268941], abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_temperature_divides_the_logits(kind):
+    routing = router_with_logits(kind, 4, 2, temperature=2.0)(torch.tensor([[1.0, 3.0, 2.0, 0.0]]))
+    # 1 / (1 + e^-0.5) = 0.622459.
+    assert routing.weight_A[0].item() == pytest.approx(0.622459, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_expert_a_sample_keeps_the_probability_so_that_the_gate_learns(kind):
+    router = router_with_logits(kind, 3, 1).train()
+    routing = router(torch.tensor([[0.0, math.log(2.0), 0.0]]))
+    routing.weight_A.sum().backward()
+    assert 0 < routing.weight_A.item() < 1
+    assert router.gate.weight.grad.abs().sum() > 0
+    # Without noise: 2 / (1 + 2 + 1) = 0.5.
+    assert router.eval()(torch.tensor([[0.0, math.log(2.0), 0.0]])).weight_A.item() == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_experts_and_a_single_expert(kind):
+    routing = router_with_logits(kind, 3, 3)(torch.randn(5, 3))
+    assert routing.weight_A.view(5, 3).sum(dim=1).tolist() == pytest.approx([1.0] * 5)
+    assert sorted(routing.expert_A[:3].tolist()) == [0, 1, 2]
+    single = router_with_logits(kind, 1, 1).train()(torch.randn(4, 1))
+    assert single.expert_A.tolist() == [0] * 4
+    assert single.weight_A.tolist() == [1.0] * 4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_noise_is_added_in_training_only(kind):
+    router = router_with_logits(kind, 6, 2)
+    x = torch.randn(64, 6) * 0.1
+    assert torch.equal(router(x).expert_A, router(x).expert_A)
+    router.train()
+    assert not torch.equal(router(x).expert_A, router(x).expert_A)
+
+
+def test_article_noise_grows_with_the_spread_of_the_samples_own_logits():
+    router = router_with_logits("article", 2, 1, noise_std=0.5, dropout=0.0).train()
+    torch.manual_seed(0)
+    for scale in (1.0, 100.0):
+        # Logits (s, 0): spread s / sqrt 2, noise of each 0.5 s / sqrt 2, so that their difference is
+        # s + 0.5 s N(0, 1), and the smaller one is chosen with probability Phi(-2) = 0.0228 at any scale.
+        logits = torch.tensor([[scale, 0.0]]).expand(200_000, 2)
+        share = router(logits).expert_A.float().mean().item()
+        assert share == pytest.approx(0.0228, abs=0.002)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+def test_warm_up_draws_distinct_experts_evenly_and_weights_them_alike(kind, top_k):
+    router = router_with_logits(kind, 4, top_k).train()
+    torch.manual_seed(0)
+    routing = router(torch.randn(4000, 4) * 50, warmup=True)
+    chosen = routing.expert_A.view(4000, top_k)
+    assert all(len(set(row)) == top_k for row in chosen.tolist())
+    assert torch.all(routing.weight_A == 1 / top_k)
+    assert not routing.learned
+    share_E = routing.counts_E / routing.counts_E.sum()
+    assert share_E.tolist() == pytest.approx([0.25] * 4, abs=0.03)
+
+
+def test_counts_and_importance():
+    routing = router_with_logits("article", 3, 2)(torch.tensor([[2.0, 1.0, 0.0], [2.0, 0.0, 1.0]]))
+    assert routing.counts_E.tolist() == [2, 1, 1]
+    # Both samples weight (2, 1) as 0.731059, 0.268941.
+    assert routing.importance_E.tolist() == pytest.approx([1.462117, 0.268941, 0.268941], abs=1e-6)
+
+
+def test_load_probability_by_hand():
+    clean = torch.tensor([[1.0, 0.0, -1.0]])
+    noisy = torch.tensor([[0.5, 0.7, -1.0]])
+    sigma = torch.tensor([[1.0, 0.5, 2.0]])
+    # k = 1. Noisy order: 0.7 (expert 1, kept), 0.5, -1. Expert 1 must stay above 0.5, the others must pass 0.7:
+    # Phi((1 - 0.7) / 1) = Phi(0.3) = 0.617911; Phi((0 - 0.5) / 0.5) = Phi(-1) = 0.158655;
+    # Phi((-1 - 0.7) / 2) = Phi(-0.85) = 0.197663.
+    found = load_probability(clean, noisy, sigma, top_k=1)[0].tolist()
+    assert found == pytest.approx([0.617911, 0.158655, 0.197663], abs=1e-6)
+
+
+@pytest.mark.parametrize(("num_experts", "top_k"), [(2, 1), (4, 1), (4, 2), (8, 3), (5, 5)])
+def test_load_probability_sums_to_k_in_expectation(num_experts, top_k):
+    generator = torch.Generator().manual_seed(num_experts * 10 + top_k)
+    clean = torch.randn(1, num_experts, generator=generator).expand(100_000, num_experts)
+    sigma = (torch.rand(1, num_experts, generator=generator) + 0.5).expand_as(clean)
+    noisy = clean + torch.randn(clean.shape, generator=generator) * sigma
+    total = load_probability(clean, noisy, sigma, top_k).sum(dim=-1).mean().item()
+    assert total == pytest.approx(top_k, abs=0.01)
+
+
+def test_load_probability_is_the_chance_to_be_chosen():
+    router = NoisyTopKRouter(4, 4, RouterConfig(top_k=2)).train()
+    with torch.no_grad():
+        router.gate.weight.copy_(torch.eye(4))
+        router.noise.weight.normal_(std=0.3, generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(0)
+    x = torch.tensor([[0.5, 0.2, -0.3, 0.0]]).expand(100_000, 4)
+    routing = router(x)
+    chosen_E = routing.counts_E / 100_000
+    assert routing.load_BE.mean(dim=0).tolist() == pytest.approx(chosen_E.tolist(), abs=0.01)
+
+
+def test_gate_stays_float32_under_autocast():
+    router = router_with_logits("noisy_topk", 4, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        routing = router(torch.randn(3, 4).bfloat16())
+    assert routing.logits_BE.dtype == torch.float32
+    assert routing.weight_A.dtype == torch.float32
+
+
+def test_hidden_layers_make_the_gate_an_mlp():
+    router = build_router(RouterConfig(kind="article", hidden=[8, 6], dropout=0.2), 5, 4)
+    shapes = [tuple(p.shape) for name, p in router.named_parameters() if name.endswith("weight")]
+    assert shapes == [(8, 5), (6, 8), (4, 6)]
