@@ -18,7 +18,7 @@ class DataConfig:
     name: Literal["cifar100", "digits", "folder"] = "cifar100"
     """cifar100 (downloaded by torchvision), digits (comes with scikit-learn), or folder (ROOT/train/CLASS/*.png)."""
     root: Path = field(default_factory=lambda: Path("~/.cache/vision_moe/data"))
-    """Where the data set lies or is downloaded to; for folder, the directory that holds train/ and maybe val/, test/."""
+    """Where the data set lies or is downloaded to; for folder, what holds train/ and maybe val/, test/."""
     download: bool = True
     """Download CIFAR-100 where it is missing."""
     validation: float = 0.1

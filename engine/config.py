@@ -136,6 +136,7 @@ def _parser() -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
         prog="train.py",
+        usage="python train.py [--config FILE] [--section.field VALUE ...] [--resume RUN]",
         description="Train a vision mixture of experts on the features of a frozen ViT, then evaluate it.",
         exit_on_error=False,
     )

@@ -14,9 +14,11 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from errors import EnvironmentFault, UserError
+from model.vit_micro import load_vit_micro, vit_micro
 from network import reachable
 
 POOLS = ("cls", "mean", "tokens")
+BUNDLED = "bundled/vit_micro"
 
 
 @dataclass
@@ -24,7 +26,7 @@ class BackboneConfig:
     """Backbone: the frozen ViT and what is read from it."""
 
     name: str = "vit_base_patch16_clip_quickgelu_224.openai"
-    """Any timm ViT, such as vit_small_patch14_dinov2.lvd142m."""
+    """Any timm ViT, such as vit_small_patch14_dinov2.lvd142m; or bundled/vit_micro, which comes with the project."""
     weights: Path | None = None
     """Local weights (.safetensors, or a .pth of tensors) for it; null: timm downloads its pretrained ones."""
     pretrained: bool = True
@@ -149,6 +151,8 @@ def load_backbone(config: BackboneConfig, device: torch.device) -> Backbone:
 
 
 def _load_vit(config: BackboneConfig) -> nn.Module:
+    if config.name == BUNDLED:
+        return _load_bundled(config)
     if not timm.is_model(config.name.removeprefix("hf-hub:").split(".")[0]):
         close = difflib.get_close_matches(config.name, timm.list_models() + timm.list_models(pretrained=True), n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else "timm.list_models('vit*') lists them"
@@ -165,6 +169,18 @@ def _load_vit(config: BackboneConfig) -> nn.Module:
             return _create(config, pretrained=False, **options)
     _require_download(config.name)
     return _create(config, pretrained=True, **options)
+
+
+def _load_bundled(config: BackboneConfig) -> nn.Module:
+    if config.image_size is not None or config.weights is not None:
+        raise UserError(
+            f"backbone.name {BUNDLED} has its own weights and size: leave out backbone.weights and image_size"
+        )
+    if config.pretrained:
+        return load_vit_micro()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return vit_micro()
 
 
 def _create(config: BackboneConfig, **options) -> nn.Module:

@@ -22,7 +22,7 @@ class BalanceConfig:
     z_loss: float = 0.0
     """Router z-loss (ST-MoE, which uses 1e-3): keeps the router's logits small."""
     usage_variance: float = 0.0
-    """The reference recipe's variance of the usage fractions: reported, but without gradient, so it balances nothing."""
+    """The reference recipe's variance of the usage fractions: reported, but it has no gradient and balances nothing."""
 
     def __post_init__(self):
         for name, weight in vars(self).items():

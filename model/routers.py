@@ -16,6 +16,9 @@ class RouterConfig:
     """article (noise in proportion to the logits' spread) or noisy_topk (learned noise, Shazeer 2017)."""
     top_k: int = 2
     """Experts that see each sample."""
+    norm: Literal["batch", "none"] = "batch"
+    """Normalisation of what the gate reads. batch: each feature centred and scaled over the training samples, so that
+    what all samples share cannot send them all to the same experts."""
     hidden: list[int] = field(default_factory=list)
     """Hidden layers of the gate's MLP; empty: a linear gate."""
     dropout: float = 0.0
@@ -83,6 +86,15 @@ class Routing:
         return torch.zeros_like(self.logits_BE[0]).index_add(0, self.expert_A, self.weight_A)
 
 
+class Standardise(nn.BatchNorm1d):
+    """BatchNorm (Ioffe 2015) over (B, D) that also trains on a batch of one sample, by its running statistics."""
+
+    def forward(self, x_BD: Tensor) -> Tensor:
+        if self.training and len(x_BD) == 1:
+            return F.batch_norm(x_BD, self.running_mean, self.running_var, eps=self.eps)
+        return super().forward(x_BD)
+
+
 class Router(nn.Module):
     """Base of the rules: a gate in float32, random routing in warm-up, and assignments from top-k choices."""
 
@@ -91,7 +103,7 @@ class Router(nn.Module):
         if config.top_k > num_experts:
             raise ValueError(f"router.top_k {config.top_k} is larger than the number of experts {num_experts}")
         self.num_experts, self.top_k, self.temperature = num_experts, config.top_k, config.temperature
-        layers: list[nn.Module] = []
+        layers: list[nn.Module] = [Standardise(in_features, affine=False)] if config.norm == "batch" else []
         width = in_features
         for units in config.hidden:
             layers += [nn.Linear(width, units), nn.ReLU(), nn.Dropout(config.dropout)]

@@ -21,6 +21,7 @@ def run_program(*arguments, timeout=300, **environment):
         text=True,
         timeout=timeout,
         stdin=subprocess.DEVNULL,
+        check=False,
     )
 
 

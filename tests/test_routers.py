@@ -12,7 +12,7 @@ KINDS = sorted(ROUTERS)
 
 def router_with_logits(kind, num_experts, top_k, **options):
     """A router whose clean logits equal its input: the gate is the identity."""
-    router = build_router(RouterConfig(kind=kind, top_k=top_k, **options), num_experts, num_experts)
+    router = build_router(RouterConfig(kind=kind, top_k=top_k, norm="none", **options), num_experts, num_experts)
     with torch.no_grad():
         router.gate.weight.copy_(torch.eye(num_experts))
         router.gate.bias.zero_()
@@ -119,7 +119,7 @@ def test_load_probability_sums_to_k_in_expectation(num_experts, top_k):
 
 
 def test_load_probability_is_the_chance_to_be_chosen():
-    router = NoisyTopKRouter(4, 4, RouterConfig(top_k=2)).train()
+    router = NoisyTopKRouter(4, 4, RouterConfig(top_k=2, norm="none")).train()
     with torch.no_grad():
         router.gate.weight.copy_(torch.eye(4))
         router.noise.weight.normal_(std=0.3, generator=torch.Generator().manual_seed(1))
@@ -139,6 +139,24 @@ def test_gate_stays_float32_under_autocast():
 
 
 def test_hidden_layers_make_the_gate_an_mlp():
-    router = build_router(RouterConfig(kind="article", hidden=[8, 6], dropout=0.2), 5, 4)
+    router = build_router(RouterConfig(kind="article", norm="none", hidden=[8, 6], dropout=0.2), 5, 4)
     shapes = [tuple(p.shape) for name, p in router.named_parameters() if name.endswith("weight")]
     assert shapes == [(8, 5), (6, 8), (4, 6)]
+
+
+def test_batch_norm_takes_away_what_all_samples_share():
+    torch.manual_seed(0)
+    x = torch.randn(512, 6) * 0.1 + 50 * torch.randn(6)  # the common part is far larger than the differences
+    shares = {}
+    for norm in ("none", "batch"):
+        router = build_router(RouterConfig(kind="article", top_k=1, norm=norm), 6, 4).train()
+        for _ in range(200):
+            router(x)
+        shares[norm] = (router.eval()(x).counts_E / 512).max().item()
+    assert shares["none"] == 1.0
+    assert shares["batch"] < 0.9
+
+
+def test_a_training_batch_of_one_sample():
+    router = build_router(RouterConfig(norm="batch"), 6, 4).train()
+    assert router(torch.randn(1, 6)).expert_A.shape == (2,)
