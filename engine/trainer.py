@@ -46,7 +46,7 @@ class TrainConfig:
     """Arithmetic of the experts while training (the gate is always float32); auto: bfloat16 on a GPU."""
     seed: int = 0
     """Seed of the weights, the order of the samples, dropout and routing noise."""
-    save_every: int = 1
+    save_every: int = 5
     """Epochs between two writes of checkpoints/last.pt."""
 
     def __post_init__(self):
@@ -128,8 +128,8 @@ class Trainer:
             started = time.perf_counter()
             values = self._train_epoch()
             values |= self._validate()
-            values["speed/epoch_seconds"] = time.perf_counter() - started
             self._keep(values["macro_f1/validation"])
+            values["speed/epoch_seconds"] = time.perf_counter() - started
             print(self._line(values), flush=True)
             self.tracker.scalars(values, step=self.step, epoch=self.epoch)
         return self.best
@@ -240,7 +240,7 @@ class Trainer:
 
     def _keep(self, macro_f1: float) -> None:
         """Write the best checkpoint where this epoch is the best, and the last one when it is due."""
-        if macro_f1 > self.best["macro_f1"]:
+        if macro_f1 >= self.best["macro_f1"]:  # of equals the later, which has learned longer
             self.best = {"epoch": self.epoch, "macro_f1": macro_f1}
             save_checkpoint(self.run.best, {"model": self.evaluated.state_dict(), **self.best, **self.identity})
         if self.epoch % self.config.save_every == 0 or self.epoch == self.config.epochs or self._out_of_patience():
