@@ -19,7 +19,12 @@ FORMAT_VERSION = 1
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write a checkpoint of tensors and plain values under a temporary name, then rename it."""
-    write_atomically(path, lambda temporary: torch.save({"format_version": FORMAT_VERSION, **state}, temporary))
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as file:  # a file of our own, because torch.save hides why it could not open one
+            torch.save({"format_version": FORMAT_VERSION, **state}, file)
+
+    write_atomically(path, write)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

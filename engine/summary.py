@@ -34,7 +34,7 @@ class Cost:
         return [
             f"parameters   {self.total_parameters:,} in total, {self.trainable_parameters:,} trainable, "
             f"{self.active_parameters:,} of those active for a sample",
-            f"FLOPs        {_si(self.backbone_flops)} per sample in the frozen backbone, {_si(self.head_flops)} in the head",
+            f"per sample   {_si(self.backbone_flops)} in the frozen backbone, {_si(self.head_flops)} in the head",
         ]
 
 

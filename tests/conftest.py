@@ -6,8 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+# Small tensors are slower on two threads than on one, by far where another process wants the cores as well.
+torch.set_num_threads(1)
+
 CLIP = "vit_base_patch16_clip_quickgelu_224.openai"
 
 

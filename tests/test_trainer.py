@@ -1,0 +1,208 @@
+"""The training loop in small: what is kept, resumed exactly, stopped early, scheduled."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from data.augment import AugmentConfig
+from data.datasets import DataConfig, load_splits
+from data.features import FeatureBank, FeaturesConfig
+from engine.checkpoint import export_model, load_checkpoint, load_exported, save_checkpoint, seed_everything
+from engine.optim import OptimConfig, lr_factor
+from engine.predict import predict
+from engine.run_folder import RunFolder, write_json
+from engine.tracking import open_tracker
+from engine.trainer import TrainConfig, Trainer
+from errors import EnvironmentFault, UserError
+from model.balance import BalanceConfig
+from model.classifier import NeckConfig, VisionMoE
+from model.experts import ExpertsConfig
+from model.routers import RouterConfig
+
+CPU = torch.device("cpu")
+IDENTITY = {"config": {}, "backbone": {"name": "pixels", "fingerprint": "0"}}
+
+
+@pytest.fixture(scope="module")
+def splits():
+    return load_splits(DataConfig(name="digits", max_per_class=40))
+
+
+def make_trainer(path, splits, *, resume=False, optim=None, **train):
+    """A trainer on raw pixels as features: small enough to run whole epochs in milliseconds."""
+    config = TrainConfig(**{"epochs": 4, "batch_size": 64, "ema_decay": 0.9, "save_every": 1, **train})
+    run = RunFolder(path) if resume else RunFolder.create(path, "test")
+    checkpoint = load_checkpoint(run.last) if resume else None
+    tracker = open_tracker("none", path, {}, name="test", resume_step=checkpoint and checkpoint["step"])
+    seed_everything(config.seed)
+    bank = FeatureBank(
+        splits,
+        lambda images: images.float().flatten(1) / 255,
+        AugmentConfig(flip=False, crop=0),
+        FeaturesConfig(views=2),
+        CPU,
+    )
+    experts = ExpertsConfig(sizes=[[8], [16], [32]], dropout=0.1)
+    model = VisionMoE((192,), 10, NeckConfig(), RouterConfig(warmup_steps=6), experts)
+    optim = optim or OptimConfig(lr=0.01, warmup_steps=4)
+    trainer = Trainer(model, bank, run, tracker, config, optim, BalanceConfig(), 6, IDENTITY)
+    if checkpoint:
+        trainer.load_state_dict(checkpoint)
+    return trainer
+
+
+def equal_states(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_training_learns_and_keeps_what_it_says(tmp_path, splits):
+    trainer = make_trainer(tmp_path, splits, epochs=20)
+    best = trainer.fit()
+    history = trainer.run.history()
+    assert [line["epoch"] for line in history] == list(range(1, 21))
+    assert history[-1]["loss/train"] < 0.7 * history[0]["loss/train"]
+    assert best["macro_f1"] == max(line["macro_f1/validation"] for line in history) > 0.8
+    kept = load_checkpoint(trainer.run.best)
+    assert (kept["epoch"], kept["macro_f1"]) == (best["epoch"], best["macro_f1"])
+    export_model(trainer.run, IDENTITY)
+    described = json.loads(trainer.run.model.read_text())
+    assert described["epoch"] == best["epoch"]
+    load_exported(trainer.run, trainer.model)
+    assert equal_states(trainer.model.state_dict(), kept["model"])
+
+
+def test_every_epoch_logs_loads_that_sum_to_one_and_warm_up_apart(tmp_path, splits):
+    trainer = make_trainer(tmp_path, splits)  # 5 steps an epoch, 6 of them warm-up
+    trainer.fit()
+    first, *others = trainer.run.history()
+    assert "expert_load/expert_0" not in first and "balance/entropy" not in first
+    for line in others:
+        for kind in ("expert_load", "expert_importance", "expert_load_validation"):
+            assert sum(line[f"{kind}/expert_{e}"] for e in range(3)) == pytest.approx(1.0)
+        assert 0 < line["balance/entropy"] <= 1
+        assert line["balance/drop_rate"] == 0
+        assert line["loss_auxiliary/switch"] >= 0.9
+    images = len(splits.train)
+    warm, learned = trainer.model.moe.warmup_usage_E.sum().item(), trainer.model.moe.usage_E.sum().item()
+    assert warm + learned == 2 * 4 * images
+    assert warm == 2 * (images + 64)
+
+
+def test_resumed_training_equals_uninterrupted_training(tmp_path, splits):
+    whole = make_trainer(tmp_path / "whole", splits)
+    whole.fit()
+    part = make_trainer(tmp_path / "part", splits)
+    keep, part._keep = part._keep, None
+
+    def keep_then_die(macro_f1):
+        keep(macro_f1)
+        if part.epoch == 2:
+            raise KeyboardInterrupt
+
+    part._keep = keep_then_die
+    with pytest.raises(KeyboardInterrupt):
+        part.fit()
+    part.tracker.close()
+    resumed = make_trainer(tmp_path / "part", splits, resume=True)
+    assert resumed.epoch == 2
+    resumed.fit()
+    assert equal_states(whole.model.state_dict(), resumed.model.state_dict())
+    assert equal_states(whole.ema.module.state_dict(), resumed.ema.module.state_dict())
+    timeless = [
+        [{k: v for k, v in line.items() if "speed" not in k} for line in run.run.history()] for run in (whole, resumed)
+    ]
+    assert timeless[0][2:] == timeless[1][-2:]
+    assert whole.best == resumed.best
+
+
+def test_a_checkpoint_round_trip_keeps_everything(tmp_path, splits):
+    trainer = make_trainer(tmp_path, splits, epochs=2)
+    trainer.fit()
+    state = load_checkpoint(trainer.run.last)
+    assert state["epoch"] == 2 and state["step"] == trainer.step
+    other = make_trainer(tmp_path, splits, resume=True)
+    assert equal_states(other.model.state_dict(), trainer.model.state_dict())
+    assert other.optimizer.state_dict()["state"][0]["step"] == trainer.optimizer.state_dict()["state"][0]["step"]
+    assert torch.equal(torch.rand(3), (trainer.load_state_dict(state), torch.rand(3))[1])
+
+
+def test_patience_stops_training(tmp_path, splits):
+    optim = OptimConfig(lr=1e-12, warmup_steps=0, schedule="constant")
+    trainer = make_trainer(tmp_path, splits, epochs=50, patience=2, ema_decay=0.0, optim=optim)
+    trainer.best = {"epoch": 0, "macro_f1": 2.0}  # never to be beaten
+    trainer.fit()
+    assert trainer.epoch == 2
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step(tmp_path, splits):
+    trainer = make_trainer(tmp_path, splits)
+    with torch.no_grad():
+        trainer.model.moe.experts[0][0].weight.fill_(math.nan)
+    with pytest.raises(UserError, match=r"the loss is nan at step \d+ of epoch 1: lower --optim.lr"):
+        trainer.fit()
+
+
+def test_a_batch_larger_than_the_split_is_refused(tmp_path, splits):
+    with pytest.raises(UserError, match=r"train\.batch_size 5000 is larger than the"):
+        make_trainer(tmp_path, splits, batch_size=5000)
+
+
+def test_the_same_seed_gives_the_same_model_and_another_seed_another(tmp_path, splits):
+    states = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        trainer = make_trainer(tmp_path / name, splits, epochs=1, seed=seed)
+        trainer.fit()
+        states.append(trainer.model.state_dict())
+    assert equal_states(states[0], states[1])
+    assert not equal_states(states[0], states[2])
+
+
+def test_learning_rate_schedule_by_hand():
+    config = OptimConfig(warmup_steps=4, schedule="cosine")
+    # Linear: 1/4, 2/4, 3/4, 4/4. Then half a cosine over the 8 steps left: 1 at its start, 0.5 in its middle.
+    assert [lr_factor(step, 12, config) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    assert lr_factor(4, 12, config) == pytest.approx(1.0)
+    assert lr_factor(8, 12, config) == pytest.approx(0.5)
+    assert lr_factor(12, 12, config) == pytest.approx(0.0)
+    assert lr_factor(500, 12, OptimConfig(warmup_steps=0, schedule="constant")) == 1.0
+
+
+def test_predictions_leave_the_model_as_it_was(tmp_path, splits):
+    trainer = make_trainer(tmp_path, splits)
+    trainer.model.train()
+    before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+    predictions = predict(trainer.model, trainer.bank, "test")
+    assert trainer.model.training
+    assert equal_states(before, trainer.model.state_dict())
+    assert len(predictions.labels_N) == len(splits.test)
+    assert predictions.sample_A.tolist() == [n for n in range(len(splits.test)) for _ in range(2)]
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", None])
+def test_an_unreadable_checkpoint_is_named(tmp_path, content):
+    path = tmp_path / "last.pt"
+    if content is None:
+        torch.save({"format_version": 99}, path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=r"last\.pt"):
+        load_checkpoint(path)
+
+
+def test_a_failed_write_keeps_what_was_there(tmp_path):
+    path = tmp_path / "value.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+    with pytest.raises(EnvironmentFault, match="could not be written"):
+        save_checkpoint(tmp_path / "value.json" / "last.pt", {})
+
+
+def test_a_run_folder_is_not_written_over(tmp_path):
+    run = RunFolder.create(tmp_path / "run", "test")
+    run.config.write_text("{}")
+    with pytest.raises(UserError, match="already holds a run"):
+        RunFolder.create(tmp_path / "run", "test")
