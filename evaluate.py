@@ -15,7 +15,6 @@ from engine.config import Config, config_from_dict
 from engine.evaluation import evaluate, table
 from engine.pipeline import build_bank, build_model, pick_device
 from engine.run_folder import RunFolder
-from engine.tracking import Tracker, open_tracker
 from errors import UserError, exit_code_of
 from model.backbone import load_backbone
 
@@ -52,8 +51,7 @@ def main() -> None:
     bank = build_bank(config, splits, backbone, device)
     model = build_model(config, tuple(description["feature_shape"]), splits.test.num_classes)
     load_exported(run, model)
-    tracker: Tracker = open_tracker("none", run.evaluation, config.to_dict(), name=run.path.name)
-    print(table(evaluate(run, config, model.to(device), bank, tracker)))
+    print(table(evaluate(run, config, model.to(device), bank)))
     print(f"written to   {run.evaluation}")
 
 

@@ -46,7 +46,7 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
 
 
 def training_curves(history: Sequence[dict], best_by: str | None = None) -> Figure:
-    """Losses on the left, scores on the right, the best epoch marked.
+    """Losses on the left, scores on the right, the best epoch (of equals the last) marked.
 
     history: a dict per epoch, of "epoch" and keys such as "loss/train" or "accuracy/validation" (0 to 1);
     missing and non-finite values leave gaps, other keys are ignored. best_by: the key that decides the best
@@ -60,8 +60,8 @@ def training_curves(history: Sequence[dict], best_by: str | None = None) -> Figu
         if not np.isnan(curve_T).all():
             curves[key] = curve_T
     best_by = best_by or next((key for key in BEST_BY if key in curves), None)
-    pick = np.nanargmin if "loss" in str(best_by) else np.nanargmax
-    best = int(pick(curves[best_by])) if best_by in curves else None
+    pick = np.nanmin if "loss" in str(best_by) else np.nanmax
+    best = int(np.flatnonzero(curves[best_by] == pick(curves[best_by]))[-1]) if best_by in curves else None
     figure = _figure(3.5, "Training")
     for ax, kind in zip(figure.subplots(1, 2), ("loss", "score"), strict=True):
         panel = {key: curve_T for key, curve_T in curves.items() if ("loss" in key) == (kind == "loss")}
@@ -77,14 +77,14 @@ def training_curves(history: Sequence[dict], best_by: str | None = None) -> Figu
 
 
 def load_over_time(epochs: ArrayLike, load_TE: ArrayLike, expert_labels: Names, warmup_epochs: float = 0.0) -> Figure:
-    """Training load of each expert by epoch; of more than 16 experts the last epoch's first 8 are coloured.
+    """Validation load of each expert by epoch; of more than 16 experts the last epoch's first 8 are coloured.
 
     epochs: (T,), ascending. load_TE: fractions of the assignments. The first `warmup_epochs` epochs, routed
     at random, are shaded; the even share 1/E is dashed.
     """
     epoch_T, load_TE = np.asarray(epochs, dtype=float), np.asarray(load_TE, dtype=float)
     num_experts = len(expert_labels)
-    figure = _figure(4.0, "Expert load in training")
+    figure = _figure(4.0, "Expert load on the validation images")
     ax = figure.subplots()
     dots = "." if len(epoch_T) < 20 else None
     for rank, expert in enumerate(np.argsort(-load_TE[-1], kind="stable") if len(epoch_T) else []):
@@ -260,7 +260,9 @@ def _group_names(ax: Axes, group_K: np.ndarray, names: Names, cell: float) -> No
             ax.axvline(start - 0.5, color="white", linewidth=1.5)
         letters = int((stop - start) * cell * 72 / 3.45)
         if letters >= 5:
-            text = textwrap.fill(_label(names[group_K[start]], 60), letters, max_lines=3, placeholder="…")
+            text = textwrap.fill(
+                _label(names[group_K[start]].replace("_", " "), 60), letters, max_lines=3, placeholder="…"
+            )
             where = {"transform": ax.get_xaxis_transform(), "ha": "center", "va": "bottom"}
             ax.text((start + stop - 1) / 2, 1.02, text, fontsize=5.7, **where)
 

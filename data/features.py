@@ -1,6 +1,8 @@
 """FeatureBank: what the frozen backbone sees in each view of each split, computed once and reused."""
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,6 +33,24 @@ class FeaturesConfig:
         for name in ("views", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"features.{name} is {getattr(self, name)}: it must be at least 1")
+
+
+@contextmanager
+def _batch_by_core(device: torch.device) -> Iterator[Callable]:
+    """A `map` whose results come in order; on a CPU each core works on a batch of its own.
+
+    The small matrix products of one batch do not keep several cores busy.
+    """
+    cores = torch.get_num_threads()
+    if device.type != "cpu" or cores == 1:
+        yield map
+        return
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(cores) as pool:
+            yield pool.map
+    finally:
+        torch.set_num_threads(cores)
 
 
 class FeatureBank:
@@ -105,12 +125,14 @@ class FeatureBank:
         label = f"features: {split}" + ("" if view is None else f", view {view + 1} of {self.config.views}")
         stored = None
         with tqdm(total=total, desc=label, unit="image", leave=False, disable=None) as bar:
-            for index_B in torch.arange(total).split(self.config.batch_size):
-                features = self._extract(split, index_B, drawn).to(dtype)
-                if stored is None:
-                    stored = self._allocate((total, *features.shape[1:]), dtype)
-                stored[index_B[0] : index_B[-1] + 1] = features.to(stored.device)
-                bar.update(len(index_B))
+            batches = torch.arange(total).split(self.config.batch_size)
+            with _batch_by_core(self.device) as each:
+                extracted = each(lambda index_B: self._extract(split, index_B, drawn).to(dtype), batches)
+                for index_B, features in zip(batches, extracted, strict=True):
+                    if stored is None:
+                        stored = self._allocate((total, *features.shape[1:]), dtype)
+                    stored[index_B[0] : index_B[-1] + 1] = features.to(stored.device)
+                    bar.update(len(index_B))
         self._stored[key] = stored
         return stored
 

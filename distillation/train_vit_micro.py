@@ -19,7 +19,9 @@ OUT gets `vit_micro.safetensors` (float16), `vit_micro.json` (scores, settings, 
 How many views and steps fit depends on the machine; `--views V --teacher_seconds 1e9 --steps S`, with V and S
 from the JSON, repeats a run on another one.
 
-Result: (to be filled in from vit_micro.json)
+Result: seed 0, 494 s on one NVIDIA H200 (torch 2.11, timm 1.0.29), 33 views, 16,219 steps. Frozen features (class
+token and mean patch token of the last block), CIFAR-100 test: logistic regression 74.94 % accuracy, 75.03 %
+macro-F1; kNN (k = 20) 72.53 %. Untrained: 17.23 % and 10.57 %. The teacher's own targets of its last block: 82.46 %.
 """
 
 import argparse

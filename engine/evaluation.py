@@ -18,8 +18,10 @@ SAMPLES = 10  # images in the figure of samples
 BATCH = 128  # samples in the figure of one batch's load
 
 
-def evaluate(run: RunFolder, config: Config, model: VisionMoE, bank: FeatureBank, tracker: Tracker) -> dict[str, Any]:
-    """Score `model` on the test split, write evaluation/metrics.json and figures/*.png, and report both.
+def evaluate(
+    run: RunFolder, config: Config, model: VisionMoE, bank: FeatureBank, tracker: Tracker | None = None
+) -> dict[str, Any]:
+    """Score `model` on the test split, write evaluation/metrics.json and figures/*.png, and report both to `tracker`.
 
     Returns what metrics.json holds.
     """
@@ -28,7 +30,8 @@ def evaluate(run: RunFolder, config: Config, model: VisionMoE, bank: FeatureBank
     results = _results(predictions, test, config)
     write_json(run.evaluation / "metrics.json", results)
     _draw(run, config, predictions, test, results)
-    _report(run, results, tracker)
+    if tracker is not None:
+        _report(run, results, tracker)
     return results
 
 

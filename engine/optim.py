@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from timm.optim import param_groups_weight_decay
 from torch import nn
 
 
@@ -50,6 +49,8 @@ def lr_factor(step: int, total_steps: int, config: OptimConfig) -> float:
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """AdamW or Adam over the trained parameters, in one fused kernel on a GPU."""
+    from timm.optim import param_groups_weight_decay  # here, because importing timm takes seconds
+
     groups = param_groups_weight_decay(model, config.weight_decay)
     kinds = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
     on_gpu = next(model.parameters()).is_cuda

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from timm.utils import ModelEmaV3
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_
@@ -98,6 +97,8 @@ class Trainer:
         routing_warmup_steps: int,
         identity: dict[str, Any],
     ):
+        from timm.utils import ModelEmaV3  # here, because importing timm takes seconds
+
         self.model, self.bank, self.run, self.tracker = model, bank, run, tracker
         self.config, self.optim, self.balance = config, optim, balance
         self.routing_warmup_steps, self.identity = routing_warmup_steps, identity

@@ -1,4 +1,7 @@
-"""A frozen pretrained ViT from timm, and the features taken from it."""
+"""A frozen pretrained ViT from timm, and the features taken from it.
+
+timm is imported where it is used: it takes seconds, which --help and a wrong option need not wait for.
+"""
 
 import difflib
 import hashlib
@@ -8,13 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import timm
 import torch
-from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from errors import EnvironmentFault, UserError
-from model.vit_micro import load_vit_micro, vit_micro
 from network import reachable
 
 POOLS = ("cls", "mean", "tokens")
@@ -74,6 +74,8 @@ class Backbone(nn.Module):
     """
 
     def __init__(self, vit: nn.Module, features: list[str], autocast_dtype: torch.dtype | None = None):
+        from timm.data import resolve_model_data_config
+
         super().__init__()
         self.vit = vit.requires_grad_(False).eval()
         self.autocast_dtype = autocast_dtype
@@ -151,6 +153,8 @@ def load_backbone(config: BackboneConfig, device: torch.device) -> Backbone:
 
 
 def _load_vit(config: BackboneConfig) -> nn.Module:
+    import timm
+
     if config.name == BUNDLED:
         return _load_bundled(config)
     if not timm.is_model(config.name.removeprefix("hf-hub:").split(".")[0]):
@@ -172,6 +176,8 @@ def _load_vit(config: BackboneConfig) -> nn.Module:
 
 
 def _load_bundled(config: BackboneConfig) -> nn.Module:
+    from model.vit_micro import load_vit_micro, vit_micro
+
     if config.image_size is not None or config.weights is not None:
         raise UserError(
             f"backbone.name {BUNDLED} has its own weights and size: leave out backbone.weights and image_size"
@@ -184,6 +190,8 @@ def _load_bundled(config: BackboneConfig) -> nn.Module:
 
 
 def _create(config: BackboneConfig, **options) -> nn.Module:
+    import timm
+
     try:
         return timm.create_model(config.name, num_classes=0, **options)
     except (RuntimeError, TypeError, ValueError, AssertionError, KeyError) as error:
@@ -244,6 +252,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 
 def _require_download(name: str) -> None:
     """Fail at once, with what to do, where timm would retry a hub that cannot be reached for most of a minute."""
+    import timm
     from huggingface_hub import constants, try_to_load_from_cache
 
     config = timm.get_pretrained_cfg(name)

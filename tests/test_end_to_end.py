@@ -5,11 +5,14 @@ import shutil
 import time
 
 import pytest
+import torch
 import yaml
 from conftest import CLIP, run_program
 from PIL import Image
 
+import evaluate
 from data.datasets import DataConfig, load_splits
+from errors import exit_code_of
 from model.backbone import BackboneConfig, load_backbone
 
 WRITTEN = [
@@ -79,7 +82,8 @@ def test_the_configuration_is_resolved_and_the_backbone_named(digits_run):
     described = json.loads((folder / "model.json").read_text())
     assert described["class_names"] == [str(digit) for digit in range(10)]
     assert (
-        described["backbone"]["fingerprint"] == load_backbone(BackboneConfig("bundled/vit_micro"), "cpu").fingerprint()
+        described["backbone"]["fingerprint"]
+        == load_backbone(BackboneConfig(**config["backbone"]), torch.device("cpu")).fingerprint()
     )
 
 
@@ -113,12 +117,12 @@ def test_resume_goes_on_and_refuses_another_model(digits_run, tmp_path):
     assert epochs == list(range(1, 14))
 
 
-def test_mistakes_of_evaluate_are_one_line(tmp_path):
+def test_mistakes_of_evaluate_are_one_line(tmp_path, monkeypatch, capsys):
     for arguments, words in (([tmp_path / "none"], "is not a folder"), ([tmp_path], "missing"), ([], "required: RUN")):
-        result = run_program("evaluate.py", *arguments)
-        assert result.returncode == 2
-        assert words in result.stderr
-        assert len(result.stderr.strip().splitlines()) == 1
+        monkeypatch.setattr("sys.argv", ["evaluate.py", *map(str, arguments)])
+        assert exit_code_of(evaluate.main) == 2
+        line = capsys.readouterr().err
+        assert words in line and line.count("\n") == 1
 
 
 def test_missing_data_ends_in_one_line_and_leaves_no_run(tmp_path):
@@ -147,7 +151,16 @@ def test_ten_real_classes_on_a_real_vit(assets, tmp_path):
                 seen[label_name] += 1
     weights = assets / f"{CLIP}.safetensors"
     arguments = ["--data.name", "folder", "--data.root", tmp_path / "data", "--data.image_size", "32"]
-    arguments += ["--backbone.weights", weights, "--augment.flip", "false", "--augment.crop", "0"]
+    arguments += [
+        "--backbone.weights",
+        weights,
+        "--backbone.image_size",
+        "112",
+        "--augment.flip",
+        "false",
+        "--augment.crop",
+        "0",
+    ]
     arguments += ["--features.batch_size", "16", "--train.batch_size", "64", "--train.epochs", "15"]
     arguments += ["--experts.sizes", "[[32],[64],[128],[256]]", "--router.warmup_steps", "10"]
     arguments += ["--optim.warmup_steps", "10", "--optim.lr", "0.003", "--train.ema_decay", "0.9"]
