@@ -5,15 +5,14 @@ python evaluate.py RUN --data.root DIR --backbone.weights FILE     where the fil
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 from data.datasets import load_splits
-from engine.checkpoint import check_backbone, export_model, load_checkpoint, load_exported
+from engine.checkpoint import check_inputs, export_model, load_checkpoint, load_exported, read_description
 from engine.config import Config, config_from_dict
 from engine.evaluation import evaluate, table
-from engine.pipeline import build_bank, build_model, pick_device
+from engine.pipeline import build_bank, build_model, identity, pick_device
 from engine.run_folder import RunFolder
 from errors import UserError, exit_code_of
 from model.backbone import load_backbone
@@ -39,35 +38,31 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     options = parse()
     run = RunFolder(options.run)
-    description = read_description(run)
-    config = configure(description["config"], options)
+    described = describe(run)
+    config = configure(described["config"], options)
     device = pick_device(config.device)
     splits, backbone = load_splits(config.data), load_backbone(config.backbone, device)
-    check_backbone(description["backbone"], config.backbone.name, backbone.fingerprint(), run.weights)
-    if list(splits.test.class_names) != description["class_names"]:
-        raise UserError(
-            f"{config.data.root} has other classes than {run.path} was trained on: name its own --data.root"
-        )
+    feature_shape = tuple(described["feature_shape"])
+    check_inputs(described, identity(config, splits, backbone, feature_shape), run.weights)
     bank = build_bank(config, splits, backbone, device)
-    model = build_model(config, tuple(description["feature_shape"]), splits.test.num_classes)
+    model = build_model(config, feature_shape, splits.test.num_classes)
     load_exported(run, model)
     print(table(evaluate(run, config, model.to(device), bank)))
     print(f"written to   {run.evaluation}")
 
 
-def read_description(run: RunFolder) -> dict:
-    """model.json, exported from the best checkpoint first where the run was interrupted before it was written."""
+def describe(run: RunFolder) -> dict:
+    """model.json, written first from the best checkpoint where training has not come to do that."""
     if not run.path.is_dir():
         raise UserError(f"{run.path} is not a folder: name a run that train.py wrote")
-    if not run.model.is_file():
+    if run.best.is_file():
         best = load_checkpoint(run.best)
-        keys = ("config", "backbone", "class_names", "feature_shape")
-        export_model(run, {key: best[key] for key in keys})
-        print(f"{run.path} was not trained to its end: scoring the best checkpoint so far (epoch {best['epoch']})")
-    try:
-        return json.loads(run.model.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{run.model} is not readable JSON ({error}): delete it to have it written again") from error
+        if not run.model.is_file() or read_description(run).get("epoch") != best["epoch"]:
+            print(f"{run.path} was not trained to its end: scoring its best epoch so far, {best['epoch']}")
+            export_model(run)
+    elif not run.model.is_file():
+        raise UserError(f"{run.path} holds neither model.json nor checkpoints/best.pt: name a run that train.py wrote")
+    return read_description(run)
 
 
 def configure(values: dict, options: argparse.Namespace) -> Config:

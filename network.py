@@ -3,11 +3,17 @@
 import socket
 import threading
 from urllib.parse import urlparse
+from urllib.request import getproxies
 
 
 def reachable(url: str, timeout: float = 3.0) -> bool:
-    """Whether the host of `url` accepts a connection within `timeout` seconds, name resolution included."""
+    """Whether the host of `url` accepts a connection within `timeout` seconds, name resolution included.
+
+    Behind a proxy: whether the proxy does.
+    """
     parts = urlparse(url)
+    if proxy := getproxies().get(parts.scheme):
+        parts = urlparse(proxy)
     address = (parts.hostname, parts.port or (443 if parts.scheme == "https" else 80))
     answered = threading.Event()
 

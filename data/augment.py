@@ -22,6 +22,9 @@ class AugmentConfig:
         if self.crop < 0:
             raise ValueError(f"augment.crop is {self.crop}: it is a number of pixels, 0 or more")
 
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"augment.seed is {self.seed}: it must be at least 0 and below 2^32")
+
     @property
     def active(self) -> bool:
         """Whether views differ from the images at all."""

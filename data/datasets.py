@@ -1,5 +1,6 @@
 """Image sets and their splits: CIFAR-100, scikit-learn's digits, a folder of images."""
 
+import hashlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -40,6 +41,8 @@ class DataConfig:
             value = getattr(self, name)
             if not 0 < value < 1:
                 raise ValueError(f"data.{name} is {value}: it is a fraction between 0 and 1")
+        if not 0 <= self.split_seed < 2**32:
+            raise ValueError(f"data.split_seed is {self.split_seed}: it must be at least 0 and below 2^32")
         if self.image_size < 8:
             raise ValueError(f"data.image_size is {self.image_size}: use 8 pixels or more")
         if self.max_classes is not None and self.max_classes < 2:
@@ -78,6 +81,13 @@ class ImageSet:
             coarse_N=coarse_M,
         )
 
+    def fingerprint(self) -> str:
+        """SHA-256 over images and labels: equal fingerprints, equal data in equal order."""
+        digest = hashlib.sha256(str(tuple(self.images_NCHW.shape)).encode())
+        digest.update(self.images_NCHW.contiguous().numpy())
+        digest.update(self.labels_N.numpy())
+        return digest.hexdigest()
+
     def superclass_of_class(self) -> np.ndarray | None:
         """The superclass of each class (C,), or None where the data set has no superclasses."""
         if self.coarse_N is None:
@@ -112,6 +122,9 @@ def load_splits(config: DataConfig) -> Splits:
         train, test = stratified_split(train, config.test, config.split_seed, "data.test")
     if validation is None:
         train, validation = stratified_split(train, config.validation, config.split_seed, "data.validation")
+    for name, part in (("training", train), ("validation", validation), ("test", test)):
+        if not len(part):
+            raise UserError(f"the {name} split has no image of the classes that are left: raise data.max_classes")
     return Splits(train, validation, test)
 
 

@@ -86,7 +86,7 @@ class FeatureBank:
         order_N = torch.arange(total) if order_N is None else order_N.cpu()
         view = self._resolve(view)
         stored = self._view(split, view) if self.config.mode == "cached" else None
-        drawn = None if view is None else draw_view(total, self.augment, view)
+        drawn = None if view is None or stored is not None else draw_view(total, self.augment, view)
         order_on_device = order_N.to(self.device)
         for start in range(0, len(order_N), batch_size):
             index_B = order_N[start : start + batch_size]
@@ -96,7 +96,7 @@ class FeatureBank:
             elif stored.device == self.device:
                 features = stored[index_on_device]
             else:
-                features = stored[index_B].to(self.device, non_blocking=True)
+                features = stored[index_B].to(self.device)
             yield features, self._labels[split][index_on_device]
 
     def example(self) -> Tensor:
@@ -111,7 +111,7 @@ class FeatureBank:
     def _extract(self, split: str, index_B: Tensor, drawn) -> Tensor:
         chunks = []
         for part in index_B.split(self.config.batch_size):
-            images = self.splits[split].images_NCHW[part].to(self.device, non_blocking=True)
+            images = self.splits[split].images_NCHW[part].to(self.device)
             chunks.append(self.extract(images if drawn is None else apply_view(images, drawn[part])))
         return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
 

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from data.datasets import ImageSet
@@ -41,6 +42,8 @@ def _read_split(folder: Path, names: tuple[str, ...], size: int) -> ImageSet | N
     files = make_dataset(str(folder), class_to_index, extensions=IMG_EXTENSIONS, allow_empty=True)
     if not files:
         raise UserError(f"{folder} has no image: expected CLASS/FILE with one of {', '.join(IMG_EXTENSIONS)}")
+    if folder.name == "train" and (empty := set(names) - {Path(path).parent.name for path, _ in files}):
+        raise UserError(f"{folder / min(empty)} holds no image: add some, or remove the folder")
     images_NCHW = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
     for row, (path, _) in enumerate(files):
         images_NCHW[row] = read_image(Path(path), size)
@@ -54,8 +57,16 @@ def read_image(path: Path, size: int) -> Tensor:
 
     try:
         with Image.open(path) as image:
-            rgb = image.convert("RGB")
+            rgb = _as_rgb(ImageOps.exif_transpose(image))
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
         raise UserError(f"{path} cannot be read as an image ({error}): mend or remove it") from error
     resized = F.resize(F.pil_to_tensor(rgb), [size], InterpolationMode.BICUBIC, antialias=True)
     return F.center_crop(resized, [size, size])
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    """Eight bits a channel; sixteen are scaled, where Pillow's own conversion would cut everything above 255."""
+    if image.mode.startswith("I;16") or image.mode == "I":
+        values = np.asarray(image).clip(0, 65535)
+        image = Image.fromarray((values // 256).astype(np.uint8))
+    return image.convert("RGB")

@@ -1,6 +1,6 @@
 """Save and resume: checkpoints hold the trained part only, plus the name and fingerprint of the backbone."""
 
-import pickle
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -30,14 +30,16 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU without running code. Raises errors.UserError where it cannot be used."""
     if not path.is_file():
-        raise UserError(f"{path} is missing: the run has no such checkpoint yet; start it again without --resume")
+        raise UserError(f"{path} is missing: the run has no such checkpoint; start it anew in another --run_dir")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # bytes that are no checkpoint make the reader fail in every way there is
         raise UserError(f"{path} is not a readable checkpoint ({' '.join(str(error).split())[:160]})") from error
     if not isinstance(state, dict) or state.get("format_version") != FORMAT_VERSION:
         found = state.get("format_version") if isinstance(state, dict) else None
         raise UserError(f"{path} has checkpoint format {found}, this version reads {FORMAT_VERSION}: train it anew")
+    if missing := {"config", "backbone", "data", "model", "epoch"} - state.keys():
+        raise UserError(f"{path} is not a whole checkpoint: it lacks {', '.join(sorted(missing))}")
     return state
 
 
@@ -50,22 +52,40 @@ def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], source: Pat
         raise UserError(f"{source} does not fit the model that its configuration describes: {reason}") from error
 
 
-def check_backbone(stored: dict[str, str], name: str, fingerprint: str, source: Path) -> None:
-    """Raise errors.UserError unless the backbone at hand is the one that the weights were trained on."""
-    if stored["fingerprint"] != fingerprint:
+def check_inputs(stored: dict[str, Any], now: dict[str, Any], source: Path) -> None:
+    """Raise errors.UserError unless backbone and data are those that the weights in `source` were trained on.
+
+    stored, now: what engine.pipeline.identity describes.
+    """
+    before, after = stored["backbone"], now["backbone"]
+    if before["fingerprint"] != after["fingerprint"]:
         raise UserError(
-            f"{source} was trained on backbone {stored['name']} with weights {stored['fingerprint'][:12]}, "
-            f"but {name} here has {fingerprint[:12]}: pass the same file with --backbone.weights"
+            f"{source} was trained on backbone {before['name']} with fingerprint {before['fingerprint'][:12]}, but "
+            f"{after['name']} here has {after['fingerprint'][:12]}: pass the same file with --backbone.weights"
         )
+    for split, digest in stored["data"].items():
+        if now["data"][split] != digest:
+            raise UserError(f"{source} was trained on other data: its {split} images differ from those of --data.root")
 
 
-def export_model(run: RunFolder, description: dict[str, Any]) -> None:
-    """Write the best checkpoint as model.safetensors and `description` beside it as model.json."""
+def export_model(run: RunFolder) -> None:
+    """Write the best checkpoint as model.safetensors, and as model.json what the weights mean nothing without."""
     best = load_checkpoint(run.best)
     weights = {name: value.contiguous() for name, value in best["model"].items()}
     write_atomically(run.weights, lambda temporary: save_file(weights, temporary, metadata={"format": "pt"}))
-    chosen = {"epoch": best["epoch"], "validation_macro_f1": best["macro_f1"]}
-    write_json(run.model, {"format_version": FORMAT_VERSION, **chosen, **description})
+    write_json(run.model, {key: value for key, value in best.items() if key != "model"})
+
+
+def read_description(run: RunFolder) -> dict[str, Any]:
+    """What model.json says. Raises errors.UserError where it is unreadable, incomplete or of another version."""
+    try:
+        described = json.loads(run.model.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{run.model} is not readable JSON ({error}): delete it to have it written again") from error
+    keys = {"config", "backbone", "data", "class_names", "feature_shape"}
+    if not isinstance(described, dict) or described.get("format_version") != FORMAT_VERSION or keys - described.keys():
+        raise UserError(f"{run.model} is not of format {FORMAT_VERSION}: delete it to have it written again")
+    return described
 
 
 def load_exported(run: RunFolder, model: nn.Module) -> None:
@@ -77,23 +97,23 @@ def load_exported(run: RunFolder, model: nn.Module) -> None:
     load_weights(model, weights, run.weights)
 
 
-def random_state() -> dict[str, Any]:
-    """The state of every random number generator in use, as tensors and plain values."""
+def random_state(device: torch.device) -> dict[str, Any]:
+    """The state of every random number generator that a run on `device` uses, as tensors and plain values."""
     name, keys, position, has_gauss, cached = np.random.get_state()
     version, internal, gauss = random.getstate()
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": [torch.cuda.get_rng_state(device)] if device.type == "cuda" else [],
         "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
         "python": [version, list(internal), gauss],
     }
 
 
-def restore_random_state(state: dict[str, Any]) -> None:
+def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
     """Put back what `random_state` took."""
     torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if state["cuda"] and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"][0], device)
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     version, internal, gauss = state["python"]

@@ -14,6 +14,7 @@ from data.augment import AugmentConfig
 from data.datasets import DataConfig
 from data.features import FeaturesConfig
 from engine.optim import OptimConfig
+from engine.run_folder import write_atomically
 from engine.trainer import TrainConfig
 from errors import UserError
 from model.backbone import BackboneConfig
@@ -22,6 +23,7 @@ from model.classifier import NeckConfig
 from model.experts import ExpertsConfig
 from model.routers import RouterConfig
 
+DEVICES = r"auto|cpu|cuda(:\d+)?"
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "cifar100.yaml"
 
 
@@ -48,7 +50,7 @@ class Config:
 
     def __post_init__(self):
         self.run_dir = None if self.run_dir is None else Path(self.run_dir).expanduser()
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+        if not re.fullmatch(DEVICES, self.device):
             raise ValueError(f"device is '{self.device}': use auto, cpu, cuda or cuda:N")
         num_experts = len(self.experts.sizes)
         if self.router.top_k > num_experts:
@@ -63,6 +65,11 @@ class Config:
         if self.backbone.gives_tokens and not self.neck.needs_tokens:
             raise ValueError(
                 "backbone.features gives tokens, but neck.kind pooled reads vectors: use attention or flatten"
+            )
+        if self.router.top_k == 1 < num_experts and self.experts.combine == "probabilities":
+            raise ValueError(
+                "experts.combine probabilities with router.top_k 1 gives the gate no gradient, since a single weight "
+                "scales all probabilities alike: use logits, or top_k 2"
             )
         if self.balance.load > 0 and self.router.kind != "noisy_topk":
             raise ValueError(
@@ -114,15 +121,10 @@ def config_from_dict(values: dict[str, Any]) -> Config:
     return _build(parser, _parse(parser, lambda: parser.parse_object(values)))
 
 
-def config_of_run(run_dir: Path) -> Config:
-    """The Config a run was started with. Raises errors.UserError where the folder holds none."""
-    parser = _parser()
-    return _build(parser, _parse(parser, lambda: parser.parse_args(["--config", str(_run_config(run_dir))])))
-
-
 def write_config(config: Config, path: Path) -> None:
     """Write the resolved configuration as YAML that --config reads back."""
-    path.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
+    text = yaml.safe_dump(config.to_dict(), sort_keys=False)
+    write_atomically(path, lambda temporary: temporary.write_text(text))
 
 
 def _run_config(run_dir: Path) -> Path:
@@ -152,14 +154,16 @@ def _build(parser: ArgumentParser, values: Namespace) -> Config:
     try:
         built = parser.instantiate(values)
         return Config(**{item.name: built[item.name] for item in fields(Config)})
-    except ValueError as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise UserError(_one_line(error)) from error
 
 
 def _parse(parser: ArgumentParser, parse) -> Namespace:
     try:
         return parse()
-    except (ArgumentError, ValueError, TypeError, KeyError) as error:
+    except RecursionError as error:
+        raise UserError("the configuration refers to itself: remove the YAML alias") from error
+    except (ArgumentError, ValueError, TypeError, KeyError, AttributeError) as error:
         _explain(parser, _one_line(error), error)
 
 

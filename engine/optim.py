@@ -19,18 +19,18 @@ class OptimConfig:
     weight_decay: float = 0.05
     """Weight decay of matrices; biases and norms have none."""
     schedule: Literal["cosine", "constant"] = "cosine"
-    """Learning rate after its warm-up: cosine to zero at the last step, or constant."""
+    """Learning rate after its warm-up: half a cosine towards zero, or constant."""
     warmup_steps: int = 100
-    """Steps over which the learning rate rises linearly from zero."""
+    """Steps over which the learning rate rises linearly."""
     clip_norm: float = 1.0
     """Largest norm of the gradient; 0: no clipping."""
 
     def __post_init__(self):
-        if not self.lr > 0:
-            raise ValueError(f"optim.lr is {self.lr}: it must be above 0")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"optim.lr is {self.lr}: it must be finite and above 0")
         for name in ("weight_decay", "warmup_steps", "clip_norm"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"optim.{name} is {getattr(self, name)}: it cannot be negative")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"optim.{name} is {getattr(self, name)}: it must be finite and not negative")
 
 
 def lr_factor(step: int, total_steps: int, config: OptimConfig) -> float:

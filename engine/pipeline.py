@@ -1,13 +1,15 @@
 """From a configuration to its parts: device, features, model."""
 
+import re
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from data.augment import prepare
 from data.datasets import Splits
 from data.features import FeatureBank
-from engine.config import Config
+from engine.config import DEVICES, Config
 from errors import UserError
 from model.backbone import Backbone
 from model.classifier import VisionMoE
@@ -15,14 +17,16 @@ from model.classifier import VisionMoE
 
 def pick_device(name: str) -> torch.device:
     """The torch device for `device`. Raises errors.UserError for a GPU that is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(
-            f"device {name} is not there: PyTorch sees {torch.cuda.device_count()} GPU(s); use --device cpu"
-        )
-    return device
+    if not re.fullmatch(DEVICES, name):
+        raise UserError(f"device is '{name}': use auto, cpu, cuda or cuda:N")
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    # With its index, because tensors report cuda:0, which does not equal a plain cuda.
+    index = int(name.partition(":")[2] or 0)
+    seen = torch.cuda.device_count()
+    if index >= seen:
+        raise UserError(f"device {name} is not there: PyTorch sees {seen} GPU(s); use --device cpu")
+    return torch.device("cuda", index)
 
 
 @dataclass(frozen=True)
@@ -47,3 +51,14 @@ def build_model(config: Config, feature_shape: tuple[int, ...], num_classes: int
         return VisionMoE(feature_shape, num_classes, config.neck, config.router, config.experts)
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def identity(config: Config, splits: Splits, backbone: Backbone, feature_shape: tuple[int, ...]) -> dict[str, Any]:
+    """What weights mean nothing without, as plain values: it is stored beside them wherever they are."""
+    return {
+        "config": config.to_dict(),
+        "backbone": {"name": config.backbone.name, "fingerprint": backbone.fingerprint()},
+        "data": {name: splits[name].fingerprint() for name in ("train", "validation", "test")},
+        "class_names": list(splits.train.class_names),
+        "feature_shape": list(feature_shape),
+    }

@@ -16,12 +16,11 @@ BATCH_SIZE = 1024
 class Predictions:
     """A model's answers on N samples, in the order of the split, and its routing as a flat list of A assignments.
 
-    logits_NC, gate_NE: float32. labels_N, sample_A, expert_A: int64. weight_A: float32 gate weights.
+    logits_NC: float32. labels_N, sample_A, expert_A: int64. weight_A: float32 gate weights.
     """
 
     logits_NC: np.ndarray
     labels_N: np.ndarray
-    gate_NE: np.ndarray
     sample_A: np.ndarray
     expert_A: np.ndarray
     weight_A: np.ndarray
@@ -40,7 +39,7 @@ class Predictions:
 def predict(model: VisionMoE, bank: FeatureBank, split: str) -> Predictions:
     """Answers for every image of a split as it is (no augmentation), with the learned gate and no noise.
 
-    In float32 whatever training used, so that a sample's answer does not depend on the batch it is in.
+    In float32 whatever training used, so that a sample's answer does not depend on its batch beyond rounding.
     """
     was_training = model.training
     model.eval()
@@ -48,7 +47,7 @@ def predict(model: VisionMoE, bank: FeatureBank, split: str) -> Predictions:
     seen = 0
     for features, labels_B in bank.batches(split, BATCH_SIZE):
         logits_BC, routing = model(features)
-        batch = (logits_BC, labels_B, routing.logits_BE, routing.sample_A + seen, routing.expert_A, routing.weight_A)
+        batch = (logits_BC, labels_B, routing.sample_A + seen, routing.expert_A, routing.weight_A)
         for column, value in zip(rows.values(), batch, strict=True):
             column.append(value)
         seen += len(labels_B)

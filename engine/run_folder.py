@@ -8,6 +8,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from errors import EnvironmentFault, UserError
 
 
@@ -66,10 +68,13 @@ class RunFolder:
         return cls(path)
 
     def history(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl."""
-        if not self.metrics.exists():
-            return []
-        return [json.loads(line) for line in self.metrics.read_text().splitlines() if line]
+        """The lines of metrics.jsonl, less one that a killed run left torn."""
+        lines = []
+        if self.metrics.exists():
+            for line in self.metrics.read_text().splitlines():
+                with suppress(ValueError):
+                    lines.append(json.loads(line))
+        return lines
 
 
 def write_atomically(path: Path, write) -> None:
@@ -81,12 +86,12 @@ def write_atomically(path: Path, write) -> None:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+    except (OSError, RuntimeError, SafetensorError) as error:  # PyTorch and safetensors raise their own on a full disk
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:160]
+        raise EnvironmentFault(f"{path} could not be written: {reason}; what was there is kept") from error
+    finally:
         with suppress(OSError):
             temporary.unlink()
-        raise EnvironmentFault(
-            f"{path} could not be written: {error.strerror or error}; what was there is kept"
-        ) from error
 
 
 def write_json(path: Path, value: Any) -> None:

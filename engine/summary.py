@@ -72,8 +72,13 @@ def flops(module: nn.Module, inputs: torch.Tensor) -> int:
     """FLOPs of one forward pass in evaluation mode: matrix products and attention, as PyTorch counts them."""
     was_training = module.training
     module.eval()
-    with FlopCounterMode(display=False) as counter:
-        module(inputs)
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # its one fused kernel is unknown to the counter
+    try:
+        with FlopCounterMode(display=False) as counter:
+            module(inputs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
     module.train(was_training)
     return counter.get_total_flops()
 

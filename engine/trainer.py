@@ -1,6 +1,5 @@
 """The training loop: steps, epochs, validation, early stopping, checkpoints."""
 
-import copy
 import math
 import time
 from dataclasses import dataclass, field
@@ -58,8 +57,8 @@ class TrainConfig:
             raise ValueError(f"train.ema_decay is {self.ema_decay}: it must be at least 0 and below 1 (0: off)")
         if self.patience < 0:
             raise ValueError(f"train.patience is {self.patience}: it is a number of epochs, 0 for no early stopping")
-        if self.seed < 0:
-            raise ValueError(f"train.seed is {self.seed}: it cannot be negative")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"train.seed is {self.seed}: it must be at least 0 and below 2^32")
 
 
 @dataclass
@@ -70,6 +69,7 @@ class EpochSums:
     correct: Tensor
     importance_E: Tensor
     samples: int = 0
+    learned_samples: int = 0
     assignments: int = 0
     auxiliary: dict[str, Tensor] = field(default_factory=dict)
 
@@ -110,6 +110,11 @@ class Trainer:
             )
         self.steps_per_epoch = math.ceil(images / config.batch_size)
         self.total_steps = self.steps_per_epoch * config.epochs
+        if routing_warmup_steps >= self.total_steps:
+            raise UserError(
+                f"router.warmup_steps {routing_warmup_steps} routes all {self.total_steps} steps at random and never "
+                "trains the gate: lower it, or raise train.epochs"
+            )
         self.optimizer = build_optimizer(model, optim)
         self.ema = ModelEmaV3(model, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
         half = config.precision == "bfloat16" or (config.precision == "auto" and self.device.type == "cuda")
@@ -129,10 +134,14 @@ class Trainer:
             started = time.perf_counter()
             values = self._train_epoch()
             values |= self._validate()
-            self._keep(values["macro_f1/validation"])
+            better = values["macro_f1/validation"] >= self.best["macro_f1"]  # of equals the later, which learned longer
+            if better:
+                self.best = {"epoch": self.epoch, "macro_f1": values["macro_f1/validation"]}
             values["speed/epoch_seconds"] = time.perf_counter() - started
             print(self._line(values), flush=True)
+            # Before the checkpoint: a resumed run drops lines that come after its checkpoint, but cannot add one.
             self.tracker.scalars(values, step=self.step, epoch=self.epoch)
+            self._save(better)
         return self.best
 
     def _line(self, values: dict[str, float]) -> str:
@@ -161,9 +170,10 @@ class Trainer:
             for features, labels_B in batches:
                 self._train_step(features, labels_B, sums)
                 bar.update()
-                if time.perf_counter() - looked > BAR_SECONDS or self.step % self.steps_per_epoch == 0:
+                if time.perf_counter() - looked > BAR_SECONDS:
                     bar.set_postfix_str(self._running(sums))
                     looked = time.perf_counter()
+            bar.set_postfix_str(self._running(sums))
         return self._epoch_values(sums, (moe.usage_E - usage_before_E).cpu().numpy())
 
     def _bar(self) -> tqdm:
@@ -191,9 +201,10 @@ class Trainer:
             sums.loss += task_loss * len(labels_B)
             sums.correct += (logits_BC.argmax(dim=-1) == labels_B).sum()
             if routing.learned:
+                sums.learned_samples += len(labels_B)
                 sums.importance_E += routing.importance_E
-            for name, loss in auxiliary.items():
-                sums.auxiliary[name] = sums.auxiliary.get(name, 0.0) + loss * len(labels_B)
+                for name, loss in auxiliary.items():
+                    sums.auxiliary[name] = sums.auxiliary.get(name, 0.0) + loss * len(labels_B)
 
     def _set_learning_rate(self) -> None:
         for group in self.optimizer.param_groups:
@@ -208,13 +219,9 @@ class Trainer:
                 f"the loss is {loss} at step {self.step} of epoch {self.epoch}: lower --optim.lr "
                 f"(last good checkpoint: {kept})"
             )
-        text = f"loss {loss:.3f}, accuracy {float(sums.correct) / sums.samples:.3f}"
         load_E = sums.importance_E.cpu().numpy()
-        return (
-            f"{text}, balance {balance_figures(load_E)['balance/entropy']:.2f}"
-            if load_E.sum()
-            else f"{text}, random routing"
-        )
+        balance = f"balance {balance_figures(load_E)['balance/entropy']:.2f}" if load_E.sum() else "random routing"
+        return f"loss {loss:.3f}, accuracy {float(sums.correct) / sums.samples:.3f}, {balance}"
 
     def _epoch_values(self, sums: EpochSums, usage_E) -> dict[str, float]:
         values = {
@@ -223,7 +230,8 @@ class Trainer:
             "learning_rate/train": self.optimizer.param_groups[0]["lr"],
             "balance/drop_rate": 1 - sums.assignments / (sums.samples * self.model.moe.router.top_k),
         }
-        values |= {f"loss_auxiliary/{name}": float(total) / sums.samples for name, total in sums.auxiliary.items()}
+        for name, total in sums.auxiliary.items():
+            values[f"loss_auxiliary/{name}"] = float(total) / sums.learned_samples
         if usage_E.sum():  # learned routing only: random warm-up would hide a collapsed gate
             load_E = usage_E / usage_E.sum()
             importance_E = (sums.importance_E / sums.importance_E.sum()).tolist()
@@ -239,12 +247,12 @@ class Trainer:
         loads = {f"expert_load_validation/expert_{e}": float(share) for e, share in enumerate(load_E)}
         return {"loss/validation": predictions.loss(), **{f"{key}/validation": v for key, v in values.items()}, **loads}
 
-    def _keep(self, macro_f1: float) -> None:
-        """Write the best checkpoint where this epoch is the best, and the last one when it is due."""
-        if macro_f1 >= self.best["macro_f1"]:  # of equals the later, which has learned longer
-            self.best = {"epoch": self.epoch, "macro_f1": macro_f1}
+    def _save(self, better: bool) -> None:
+        """Write best.pt where this epoch is the best so far, and last.pt when it is due."""
+        if better:
             save_checkpoint(self.run.best, {"model": self.evaluated.state_dict(), **self.best, **self.identity})
-        if self.epoch % self.config.save_every == 0 or self.epoch == self.config.epochs or self._out_of_patience():
+        due = self.epoch == 1 or self.epoch % self.config.save_every == 0
+        if due or self.epoch == self.config.epochs or self._out_of_patience():
             save_checkpoint(self.run.last, self.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
@@ -256,7 +264,7 @@ class Trainer:
             "epoch": self.epoch,
             "step": self.step,
             "best": self.best,
-            "random": random_state(),
+            "random": random_state(self.device),
             "task_id": self.tracker.task_id,
             **self.identity,
         }
@@ -266,6 +274,8 @@ class Trainer:
         load_weights(self.model, state["model"], self.run.last)
         if self.ema:
             load_weights(self.ema.module, state["ema"], self.run.last)
-        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:
+            group["fused"] = self.device.type == "cuda"  # the run may have moved to another machine
         self.epoch, self.step, self.best = state["epoch"], state["step"], dict(state["best"])
-        restore_random_state(state["random"])
+        restore_random_state(state["random"], self.device)

@@ -5,7 +5,6 @@ timm is imported where it is used: it takes seconds, which --help and a wrong op
 
 import difflib
 import hashlib
-import pickle
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -129,8 +128,8 @@ class Backbone(nn.Module):
         return torch.cat([*parts, patches_BPD], dim=1).float()
 
     def fingerprint(self) -> str:
-        """SHA-256 over the names, shapes and values of all weights: equal fingerprints, equal features."""
-        digest = hashlib.sha256()
+        """SHA-256 over the weights, the features taken, mean, std and size."""
+        digest = hashlib.sha256(f"{self.features} {self.mean} {self.std} {self.image_size}".encode())
         for name, value in sorted(self.vit.state_dict().items()):
             digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
             digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
@@ -157,7 +156,7 @@ def _load_vit(config: BackboneConfig) -> nn.Module:
 
     if config.name == BUNDLED:
         return _load_bundled(config)
-    if not timm.is_model(config.name.removeprefix("hf-hub:").split(".")[0]):
+    if not timm.is_model(config.name.split(".")[0]):
         close = difflib.get_close_matches(config.name, timm.list_models() + timm.list_models(pretrained=True), n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else "timm.list_models('vit*') lists them"
         raise UserError(f"backbone.name '{config.name}' is not a timm model: {hint}")
@@ -222,7 +221,6 @@ def _load_converted(vit: nn.Module, state: dict[str, Tensor], config: BackboneCo
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
     """The tensors of a local file, read without running code. Raises errors.UserError."""
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     if not path.is_file():
@@ -231,15 +229,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        SafetensorError,
-        pickle.UnpicklingError,
-        RuntimeError,
-        EOFError,
-        OSError,
-        ValueError,
-        KeyError,
-    ) as error:
+    except Exception as error:  # bytes that are no tensors make the readers fail in every way there is
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"backbone.weights {path} is not a readable file of tensors ({reason})") from error
     for key in ("state_dict", "model"):
@@ -255,7 +245,12 @@ def _require_download(name: str) -> None:
     import timm
     from huggingface_hub import constants, try_to_load_from_cache
 
-    config = timm.get_pretrained_cfg(name)
+    architecture = name.split(".")[0]
+    try:
+        config = timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        known = ", ".join(timm.list_pretrained(f"{architecture}.*")) or "none"
+        raise UserError(f"backbone.name {name} names weights that timm does not have; it has {known}") from error
     if config is None or not config.has_weights:
         raise UserError(f"backbone.name {name} has no pretrained weights in timm: pass --backbone.weights FILE")
     files = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", config.hf_hub_filename)

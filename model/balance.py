@@ -78,7 +78,10 @@ def usage_variance(counts_E: Tensor) -> Tensor:
 
 
 def balance_losses(routing: Routing, config: BalanceConfig) -> dict[str, Tensor]:
-    """Every auxiliary loss of non-zero weight by name, unweighted, as float32 scalars."""
+    """Every auxiliary loss of non-zero weight by name, unweighted, as float32 scalars.
+
+    Of random warm-up routing only the z-loss: to balance a draw that the gate did not make would teach it noise.
+    """
     functions = {
         "switch": lambda: switch_balance(routing.probs_BE, routing.counts_E),
         "importance": lambda: importance_loss(routing),
@@ -86,9 +89,10 @@ def balance_losses(routing: Routing, config: BalanceConfig) -> dict[str, Tensor]
         "z_loss": lambda: z_loss(routing.logits_BE),
         "usage_variance": lambda: usage_variance(routing.counts_E),
     }
-    return {name: function() for name, function in functions.items() if getattr(config, name) > 0}
+    names = functions if routing.learned else ["z_loss"]
+    return {name: functions[name]() for name in names if getattr(config, name) > 0}
 
 
 def weighted_sum(losses: dict[str, Tensor], config: BalanceConfig) -> Tensor | float:
-    """What the losses of `balance_losses` add to the training loss."""
+    """What the losses of `balance_losses` add to the training loss; 0 where there is none."""
     return sum(getattr(config, name) * loss for name, loss in losses.items())

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from model.experts import ExpertsConfig
 from model.moe import MixtureOfExperts
+from model.norm import Standardise
 from model.routers import RouterConfig, Routing
 
 
@@ -42,7 +43,7 @@ class PooledNeck(nn.Module):
     def __init__(self, shape: tuple[int, ...], config: NeckConfig):
         super().__init__()
         (self.out_features,) = shape
-        norms = {"layer": nn.LayerNorm, "batch": nn.BatchNorm1d, "none": nn.Identity}
+        norms = {"layer": nn.LayerNorm, "batch": Standardise, "none": nn.Identity}
         self.norm = norms[config.norm](self.out_features)
 
     def forward(self, features_BF: Tensor) -> Tensor:

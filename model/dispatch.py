@@ -36,14 +36,15 @@ def combine_probabilities(outputs_AC: Tensor, order_A: Tensor, routing: Routing)
     that no expert saw.
     """
     sample_A = routing.sample_A[order_A]
-    log_AC = outputs_AC.float().log_softmax(dim=-1) + routing.weight_A[order_A, None].log()
+    # A softmax weight may underflow to 0, whose logarithm has no finite gradient.
+    weight_A1 = routing.weight_A[order_A, None].clamp_min(torch.finfo(torch.float32).tiny)
+    log_AC = outputs_AC.float().log_softmax(dim=-1) + weight_A1.log()
     index_AC = sample_A[:, None].expand_as(log_AC)
-    floor_BC = log_AC.new_full((routing.num_samples, log_AC.shape[1]), -torch.inf)
-    peak_BC = floor_BC.scatter_reduce(0, index_AC, log_AC.detach(), "amax")
-    peak_BC = torch.where(peak_BC.isfinite(), peak_BC, 0.0)
-    sum_BC = torch.zeros_like(peak_BC).index_add(0, sample_A, (log_AC - peak_BC[sample_A]).exp())
-    seen_BC = sum_BC > 0
-    return torch.where(seen_BC, torch.where(seen_BC, sum_BC, 1.0).log() + peak_BC, 0.0)
+    zeros_BC = log_AC.new_zeros(routing.num_samples, log_AC.shape[1])
+    peak_BC = zeros_BC.scatter_reduce(0, index_AC, log_AC.detach(), "amax", include_self=False)
+    sum_BC = zeros_BC.index_add(0, sample_A, (log_AC - peak_BC[sample_A]).exp())
+    unseen_B1 = torch.ones_like(zeros_BC[:, :1]).index_fill(0, sample_A, 0.0)
+    return (sum_BC + unseen_B1).log() + peak_BC
 
 
 COMBINE = {"logits": combine_logits, "probabilities": combine_probabilities}

@@ -1,11 +1,15 @@
 """Routers: who sees whom, with what weight. One class per routing rule; each returns a Routing."""
 
+import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from model.norm import Standardise
 
 
 @dataclass
@@ -37,10 +41,10 @@ class RouterConfig:
             raise ValueError(f"router.hidden is {self.hidden}: hidden layers need 1 unit or more")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"router.dropout is {self.dropout}: it must be at least 0 and below 1")
-        if self.noise_std < 0:
-            raise ValueError(f"router.noise_std is {self.noise_std}: it cannot be negative")
-        if self.temperature <= 0:
-            raise ValueError(f"router.temperature is {self.temperature}: it must be above 0")
+        if not 0 <= self.noise_std < math.inf:
+            raise ValueError(f"router.noise_std is {self.noise_std}: it must be finite and not negative")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"router.temperature is {self.temperature}: it must be finite and above 0")
         if self.warmup_steps < 0:
             raise ValueError(f"router.warmup_steps is {self.warmup_steps}: it cannot be negative")
 
@@ -74,7 +78,7 @@ class Routing:
         """Softmax of the clean logits over all experts."""
         return self.logits_BE.softmax(dim=-1)
 
-    @property
+    @cached_property
     def counts_E(self) -> Tensor:
         """Samples sent to each expert, int64, no gradient; on a GPU without waiting for it."""
         zeros_E = torch.zeros(self.num_experts, dtype=torch.int64, device=self.expert_A.device)
@@ -84,15 +88,6 @@ class Routing:
     def importance_E(self) -> Tensor:
         """Gate weight that each expert receives, summed over the batch (Shazeer 2017, eq. 6); differentiable."""
         return torch.zeros_like(self.logits_BE[0]).index_add(0, self.expert_A, self.weight_A)
-
-
-class Standardise(nn.BatchNorm1d):
-    """BatchNorm (Ioffe 2015) over (B, D) that also trains on a batch of one sample, by its running statistics."""
-
-    def forward(self, x_BD: Tensor) -> Tensor:
-        if self.training and len(x_BD) == 1:
-            return F.batch_norm(x_BD, self.running_mean, self.running_var, eps=self.eps)
-        return super().forward(x_BD)
 
 
 class Router(nn.Module):

@@ -119,6 +119,10 @@ def test_a_weights_file_cannot_run_code(tmp_path):
     [
         ({"name": "vit_base_patch16_223"}, "did you mean vit_base_patch16"),
         ({"name": "resnet18", "image_size": None}, "not a ViT"),
+        (
+            {"name": "vit_base_patch16_224.openai", "pretrained": True, "image_size": None},
+            "it has vit_base_patch16_224",
+        ),
         ({"features": ["cls:99"]}, "blocks 0 to 5"),
         ({"weights": "/nowhere/file.pth"}, "is not a file"),
     ],

@@ -107,3 +107,9 @@ def test_minimising_a_balance_loss_evens_the_load(name):
 def test_weighted_sum():
     config = BalanceConfig(switch=0.5, z_loss=0.1)
     assert weighted_sum({"switch": torch.tensor(2.0), "z_loss": torch.tensor(3.0)}, config).item() == pytest.approx(1.3)
+
+
+def test_random_warm_up_does_not_train_the_gate_to_balance_it():
+    router = build_router(RouterConfig(kind="noisy_topk", top_k=2), 6, 4).train()
+    config = BalanceConfig(switch=1.0, importance=1.0, load=1.0, z_loss=1.0)
+    assert list(balance_losses(router(torch.randn(8, 6), warmup=True), config)) == ["z_loss"]

@@ -6,7 +6,7 @@ import pytest
 import yaml
 from conftest import ROOT, run_program
 
-from engine.config import Config, config_from_dict, config_of_run, parse_command_line, write_config
+from engine.config import Config, config_from_dict, parse_command_line, write_config
 from errors import UserError
 
 
@@ -42,13 +42,16 @@ def test_the_article_is_the_reference_recipe():
     assert config.experts.sizes == ["small", "medium", "large", "very_large"]
     assert config.balance.usage_variance == 0.01 and config.balance.switch == 0
     assert config.features.mode == "live" and config.backbone.features == ["tokens:-1"]
+    assert (config.optim.kind, config.optim.lr, config.optim.schedule) == ("adam", 1e-4, "constant")
+    assert (config.optim.weight_decay, config.optim.clip_norm, config.train.batch_size) == (0, 0, 128)
+    assert (config.train.ema_decay, config.train.label_smoothing) == (0, 0)
 
 
 def test_a_configuration_survives_writing_and_reading(tmp_path):
     arguments = ["--router.top_k", "3", "--data.root", str(tmp_path), "--run_dir", str(tmp_path / "run")]
     config = parse_command_line(arguments).config
     write_config(config, tmp_path / "config.yaml")
-    assert config_of_run(tmp_path) == config
+    assert parse_command_line(["--config", str(tmp_path / "config.yaml")]).config == config
     assert config_from_dict(config.to_dict()) == config
 
 
@@ -73,6 +76,9 @@ def test_a_configuration_survives_writing_and_reading(tmp_path):
         (["--resume", "nowhere"], "nowhere is not a run"),
         (["--resume", "nowhere", "--run_dir", "x"], "leave out --run_dir"),
         (["--train.epochs"], "train.epochs"),
+        (["--train.seed", "100000000000000"], "train.seed is 100000000000000"),
+        (["--router.temperature", ".nan"], "router.temperature is nan"),
+        (["--router.top_k", "1", "--experts.combine", "probabilities"], "gives the gate no gradient"),
     ],
 )
 def test_mistakes_end_in_one_line_that_names_them(arguments, words):
@@ -91,10 +97,11 @@ def test_an_unknown_key_in_a_file_is_named(tmp_path):
     path.write_text("trian: {epochs: 3}\n")
     with pytest.raises(UserError, match="unknown option trian"):
         parse_command_line(["--config", str(path)])
-    path.write_text("train: {epochs: [}\n")
-    with pytest.raises(UserError) as caught:
-        parse_command_line(["--config", str(path)])
-    assert "\n" not in str(caught.value)
+    for text in ("train: {epochs: [}\n", "train:\n", "train: 3\n", "data: {root: null}\n", "a: &a [*a]\n", ""):
+        path.write_text(text)
+        with pytest.raises(UserError) as caught:
+            parse_command_line(["--config", str(path)])
+        assert "\n" not in str(caught.value)
 
 
 def test_help_explains_every_field_and_print_config_round_trips(tmp_path):

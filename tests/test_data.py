@@ -11,6 +11,7 @@ from PIL import Image
 from data.augment import AugmentConfig, View, apply_view, draw_view, prepare
 from data.datasets import DataConfig, ImageSet, load_splits, stratified_split
 from data.features import FeatureBank, FeaturesConfig
+from data.image_folder import read_image
 from errors import EnvironmentFault, UserError
 
 CPU = torch.device("cpu")
@@ -222,3 +223,44 @@ def test_real_cifar_has_fine_and_coarse_labels(assets):
     assert np.bincount(groups).tolist() == [5] * 20
     apple = splits.test.class_names.index("apple")
     assert splits.test.coarse_names[groups[apple]] == "fruit_and_vegetables"
+
+
+def test_extraction_by_several_cores_gives_the_same_features(monkeypatch):
+    alone = torch.cat([batch for batch, _ in bank().batches("train", 64, view=1)])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    together = torch.cat([batch for batch, _ in bank().batches("train", 64, view=1)])
+    assert torch.equal(alone, together)
+
+
+def test_sixteen_bits_are_scaled_and_cameras_that_were_turned_are_turned_back(tmp_path):
+    ramp = np.tile(np.linspace(0, 65535, 64, dtype=np.uint16), (64, 1))
+    Image.fromarray(ramp).save(tmp_path / "deep.png")
+    pixels = read_image(tmp_path / "deep.png", 64)
+    assert pixels[0, 0, 0] == 0 and pixels[0, 0, -1] == 255
+    assert 120 < pixels.float().mean() < 135
+    turned = Image.new("RGB", (20, 20), (0, 0, 0))
+    turned.paste((255, 255, 255), (0, 0, 20, 10))  # white above black
+    exif = turned.getexif()
+    exif[0x0112] = 3  # upside down
+    turned.save(tmp_path / "turned.png", exif=exif)
+    assert read_image(tmp_path / "turned.png", 20)[0, 0, 0] == 0
+
+
+def test_empty_classes_and_empty_splits_are_named(tmp_path):
+    write_images(tmp_path / "train" / "cat", 6, (1, 2, 3))
+    write_images(tmp_path / "train" / "dog", 6, (1, 2, 3))
+    write_images(tmp_path / "train" / "eel", 6, (1, 2, 3))
+    write_images(tmp_path / "val" / "eel", 2, (1, 2, 3))
+    with pytest.raises(UserError, match="the validation split has no image"):
+        load_splits(DataConfig(name="folder", root=tmp_path, max_classes=2))
+    (tmp_path / "train" / "fox").mkdir()
+    with pytest.raises(UserError, match="fox holds no image"):
+        load_splits(DataConfig(name="folder", root=tmp_path))
+
+
+def test_fingerprints_follow_images_and_labels():
+    images = image_set([0, 1, 0, 1])
+    assert images.fingerprint() == image_set([0, 1, 0, 1]).fingerprint()
+    assert images.fingerprint() != image_set([1, 0, 0, 1]).fingerprint()
+    assert images.fingerprint() != images.subset(torch.tensor([2, 1, 0, 3])).fingerprint()

@@ -92,8 +92,9 @@ def test_evaluate_rebuilds_the_model_from_the_run_alone(digits_run, tmp_path):
     moved = tmp_path / "moved"
     shutil.copytree(folder, moved)
     before = json.loads((moved / "evaluation" / "metrics.json").read_text())
-    shutil.rmtree(moved / "evaluation")
-    shutil.rmtree(moved / "checkpoints")
+    for name in ("evaluation", "checkpoints"):
+        shutil.rmtree(moved / name)
+    (moved / "config.yaml").unlink()
     result = run_program("evaluate.py", moved)
     assert result.returncode == 0, result.stderr
     after = json.loads((moved / "evaluation" / "metrics.json").read_text())
@@ -112,13 +113,18 @@ def test_resume_goes_on_and_refuses_another_model(digits_run, tmp_path):
     assert "cannot change router.top_k from 2 to 3" in refused.stderr
     result = run_program("train.py", "--resume", moved, "--train.epochs", "13", "--tracking", "none")
     assert result.returncode == 0, result.stderr
+    assert yaml.safe_load((moved / "config.yaml").read_text())["train"]["epochs"] == 13
     assert "after epoch 12 of 13" in result.stdout
     epochs = [json.loads(line)["epoch"] for line in (moved / "metrics.jsonl").read_text().splitlines()]
     assert epochs == list(range(1, 14))
 
 
 def test_mistakes_of_evaluate_are_one_line(tmp_path, monkeypatch, capsys):
-    for arguments, words in (([tmp_path / "none"], "is not a folder"), ([tmp_path], "missing"), ([], "required: RUN")):
+    for arguments, words in (
+        ([tmp_path / "none"], "is not a folder"),
+        ([tmp_path], "neither model.json nor"),
+        ([], "required: RUN"),
+    ):
         monkeypatch.setattr("sys.argv", ["evaluate.py", *map(str, arguments)])
         assert exit_code_of(evaluate.main) == 2
         line = capsys.readouterr().err
@@ -169,3 +175,18 @@ def test_ten_real_classes_on_a_real_vit(assets, tmp_path):
     metrics = json.loads((tmp_path / "run" / "evaluation" / "metrics.json").read_text())
     assert metrics["images"] == 80
     assert metrics["macro_f1"] >= 0.85
+
+
+def test_an_unfinished_run_is_scored_by_its_best_epoch_so_far(digits_run, tmp_path, monkeypatch, capsys):
+    folder, _ = digits_run
+    moved = tmp_path / "moved"
+    shutil.copytree(folder, moved)
+    (moved / "model.json").unlink()
+    (moved / "model.safetensors").unlink()
+    monkeypatch.setattr("sys.argv", ["evaluate.py", str(moved), "--device", "cpu"])
+    assert exit_code_of(evaluate.main) == 0
+    assert "not trained to its end" in capsys.readouterr().out
+    assert (moved / "model.safetensors").is_file()
+    monkeypatch.setattr("sys.argv", ["evaluate.py", str(moved), "--device", "gpu"])
+    assert exit_code_of(evaluate.main) == 2
+    assert "device is 'gpu'" in capsys.readouterr().err

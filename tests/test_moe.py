@@ -193,3 +193,37 @@ def test_attention_neck_mixes_tokens_and_flatten_does_not():
 def test_parts_that_do_not_fit_are_named(shape, neck, words):
     with pytest.raises(ValueError, match=words):
         VisionMoE(shape, 3, neck, RouterConfig(), ExpertsConfig(sizes=[[4], [6]]))
+
+
+@pytest.mark.parametrize(
+    ("top_k", "combine"), [(1, "logits"), (2, "logits"), (2, "probabilities"), (3, "probabilities")]
+)
+def test_the_task_loss_reaches_the_gate(top_k, combine):
+    moe = mixture(top_k, combine).train()
+    logits, _ = moe(torch.randn(32, 6))
+    torch.nn.functional.cross_entropy(logits, torch.randint(3, (32,))).backward()
+    assert moe.router.gate.weight.grad.abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("combine", sorted(COMBINE))
+def test_a_broken_expert_is_not_hidden(combine):
+    moe = mixture(2, combine)
+    with torch.no_grad():
+        moe.experts[0][0].weight.fill_(torch.nan)
+    logits, routing = moe(torch.randn(64, 6))
+    hit = torch.zeros(64, dtype=torch.bool).index_fill(0, routing.sample_A[routing.expert_A == 0], True)
+    assert hit.any()
+    assert torch.equal(logits.isnan().any(dim=1), hit)
+
+
+def test_a_weight_that_underflows_has_a_finite_gradient():
+    scores = torch.tensor([[200.0, 0.0]], requires_grad=True)
+    weight = scores.softmax(dim=-1).flatten()
+    routing = Routing(torch.tensor([0, 0]), torch.tensor([0, 1]), weight, torch.zeros(1, 2))
+    COMBINE["probabilities"](torch.randn(2, 3), torch.tensor([0, 1]), routing).sum().backward()
+    assert torch.isfinite(scores.grad).all()
+
+
+def test_batch_norm_in_the_neck_takes_a_batch_of_one():
+    model = VisionMoE((6,), 3, NeckConfig(norm="batch"), RouterConfig(), ExpertsConfig(sizes=UNEQUAL)).train()
+    assert model(torch.randn(1, 6))[0].shape == (1, 3)
