@@ -11,6 +11,7 @@ from conftest import CLIP, run_program
 from PIL import Image
 
 import evaluate
+import train
 from data.datasets import DataConfig, load_splits
 from errors import exit_code_of
 from model.backbone import BackboneConfig, load_backbone
@@ -104,13 +105,13 @@ def test_evaluate_rebuilds_the_model_from_the_run_alone(digits_run, tmp_path):
     assert "macro-F1" in result.stdout
 
 
-def test_resume_goes_on_and_refuses_another_model(digits_run, tmp_path):
+def test_resume_goes_on_and_refuses_another_model(digits_run, tmp_path, monkeypatch, capsys):
     folder, _ = digits_run
     moved = tmp_path / "moved"
     shutil.copytree(folder, moved)
-    refused = run_program("train.py", "--resume", moved, "--router.top_k", "3")
-    assert refused.returncode == 2
-    assert "cannot change router.top_k from 2 to 3" in refused.stderr
+    monkeypatch.setattr("sys.argv", ["train.py", "--resume", str(moved), "--router.top_k", "3"])
+    assert exit_code_of(train.main) == 2
+    assert "cannot change router.top_k from 2 to 3" in capsys.readouterr().err
     result = run_program("train.py", "--resume", moved, "--train.epochs", "13", "--tracking", "none")
     assert result.returncode == 0, result.stderr
     assert yaml.safe_load((moved / "config.yaml").read_text())["train"]["epochs"] == 13

@@ -54,7 +54,7 @@ def test_it_takes_neither_other_weights_nor_another_size(tmp_path):
 
 
 def test_it_beats_its_random_initialisation_on_digits_by_a_wide_margin():
-    splits = load_splits(DataConfig(name="digits", max_per_class=60))
+    splits = load_splits(DataConfig(name="digits", max_per_class=40))
     scores = {}
     for pretrained in (True, False):
         extract = Extractor(load_backbone(BackboneConfig("bundled/vit_micro", pretrained=pretrained), CPU))
