@@ -1,7 +1,7 @@
 """Train a vision mixture of experts on a frozen ViT, evaluate it once on the test set, and log both.
 
 python train.py                                        CIFAR-100, the default recipe (configs/cifar100.yaml)
-python train.py --config configs/digits.yaml           no download, two minutes on a CPU
+python train.py --config configs/digits.yaml           no download, half a minute on a CPU
 python train.py --config configs/article.yaml          the reference recipe
 python train.py --router.top_k 1 --train.epochs 20     any field of the configuration
 python train.py --resume runs/cifar100-20260101-120000 go on with an interrupted run
@@ -52,7 +52,7 @@ def main() -> None:
         train(run, config, *inputs, tracker, checkpoint)
     except BaseException as error:
         tracker.close(failed=str(error) or type(error).__name__)
-        if run.last.exists():
+        if isinstance(error, KeyboardInterrupt) and run.last.exists():
             print(f"python train.py --resume {run.path} goes on from the last checkpoint", file=sys.stderr)
         if isinstance(error, torch.OutOfMemoryError):
             raise EnvironmentFault(
