@@ -15,6 +15,7 @@ from engine.run_folder import RunFolder, write_atomically, write_json
 from errors import UserError
 
 FORMAT_VERSION = 1
+REWRITE = "delete model.json, and evaluate.py will write it and the weights again from checkpoints/best.pt"
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -34,7 +35,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # bytes that are no checkpoint make the reader fail in every way there is
-        raise UserError(f"{path} is not a readable checkpoint ({' '.join(str(error).split())[:160]})") from error
+        raise UserError(
+            f"{path} is truncated or no checkpoint ({type(error).__name__}): go without it, in a new run"
+        ) from error
     if not isinstance(state, dict) or state.get("format_version") != FORMAT_VERSION:
         found = state.get("format_version") if isinstance(state, dict) else None
         raise UserError(f"{path} has checkpoint format {found}, this version reads {FORMAT_VERSION}: train it anew")
@@ -81,10 +84,10 @@ def read_description(run: RunFolder) -> dict[str, Any]:
     try:
         described = json.loads(run.model.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{run.model} is not readable JSON ({error}): delete it to have it written again") from error
+        raise UserError(f"{run.model} is not readable JSON: {REWRITE}") from error
     keys = {"config", "backbone", "data", "class_names", "feature_shape"}
     if not isinstance(described, dict) or described.get("format_version") != FORMAT_VERSION or keys - described.keys():
-        raise UserError(f"{run.model} is not of format {FORMAT_VERSION}: delete it to have it written again")
+        raise UserError(f"{run.model} is not of format {FORMAT_VERSION}: {REWRITE}")
     return described
 
 
@@ -93,7 +96,7 @@ def load_exported(run: RunFolder, model: nn.Module) -> None:
     try:
         weights = load_file(run.weights)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{run.weights} is not a readable safetensors file ({error})") from error
+        raise UserError(f"{run.weights} is truncated or no safetensors file ({error}): {REWRITE}") from error
     load_weights(model, weights, run.weights)
 
 

@@ -106,8 +106,9 @@ def parse_command_line(argv: list[str] | None = None) -> Invocation:
         argv = ["--config", str(_run_config(Path(resume).expanduser())), *argv]
     elif "--config" not in given:
         argv = ["--config", str(DEFAULT_CONFIG), *argv]
+    argv = _files_first(argv)
     parser = _parser()
-    values = _parse(parser, lambda: parser.parse_args(argv))
+    values = _parse(parser, lambda: parser.parse_args(argv), _value_of("--config", argv, last=True))
     config = _build(parser, values)
     if resume is not None:
         config.run_dir = Path(resume).expanduser()
@@ -118,7 +119,7 @@ def parse_command_line(argv: list[str] | None = None) -> Invocation:
 def config_from_dict(values: dict[str, Any]) -> Config:
     """The Config that `Config.to_dict` described. Raises errors.UserError where it does not fit."""
     parser = _parser()
-    return _build(parser, _parse(parser, lambda: parser.parse_object(values)))
+    return _build(parser, _parse(parser, lambda: parser.parse_object(values), "the stored configuration"))
 
 
 def write_config(config: Config, path: Path) -> None:
@@ -141,8 +142,14 @@ def _parser() -> ArgumentParser:
         usage="python train.py [--config FILE] [--section.field VALUE ...] [--resume RUN]",
         description="Train a vision mixture of experts on the features of a frozen ViT, then evaluate it.",
         exit_on_error=False,
+        allow_abbrev=False,
     )
-    parser.add_argument("--config", action="config", help="YAML file with any of the options below (default: cifar100)")
+    parser.add_argument(
+        "--config",
+        action="config",
+        help="YAML file with any of the options below; configs/cifar100.yaml if none is named. The defaults below hold "
+        "where neither the file nor the command line sets an option: --print_config shows what does.",
+    )
     parser.add_argument(
         "--resume", type=str, default=None, metavar="RUN", help="Go on with a run that was interrupted."
     )
@@ -158,16 +165,27 @@ def _build(parser: ArgumentParser, values: Namespace) -> Config:
         raise UserError(_one_line(error)) from error
 
 
-def _parse(parser: ArgumentParser, parse) -> Namespace:
+def _files_first(argv: list[str]) -> list[str]:
+    """The words with every --config before all else: a file must not undo an option that stands before it."""
+    files, others, words = [], [], iter(argv)
+    for word in words:
+        if word == "--config":
+            files += [word, *([value] if (value := next(words, None)) is not None else [])]
+        else:
+            (files if word.startswith("--config=") else others).append(word)
+    return files + others
+
+
+def _parse(parser: ArgumentParser, parse, source: str | None) -> Namespace:
     try:
         return parse()
     except RecursionError as error:
-        raise UserError("the configuration refers to itself: remove the YAML alias") from error
+        raise UserError(f"{source} refers to itself: remove the YAML alias") from error
     except (ArgumentError, ValueError, TypeError, KeyError, AttributeError) as error:
-        _explain(parser, _one_line(error), error)
+        _explain(parser, _one_line(error), source, error)
 
 
-def _explain(parser: ArgumentParser, message: str, error: Exception) -> NoReturn:
+def _explain(parser: ArgumentParser, message: str, source: str | None, error: Exception) -> NoReturn:
     """Turn the parser's message into one line: what, where, what to do."""
     known = [action.dest for action in parser._actions if "." in action.dest or action.dest in vars(Config())]
     if found := re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message):
@@ -184,6 +202,9 @@ def _explain(parser: ArgumentParser, message: str, error: Exception) -> NoReturn
         raise UserError(f"unknown option {name}: {hint}") from error
     if found := re.search(r'Parser key "([\w.]+)": (.*)', message):
         raise UserError(f"{found[1]}: {_shorten(found[2])}") from error
+    if re.match(r"Unexpected config|Problems parsing config|'utf-8'|Unable to load", message):
+        reason = message.split(": ", 1)[-1] if ": " in message else "it is empty"
+        raise UserError(f"{source} is not a YAML configuration: {reason}") from error
     raise UserError(message) from error
 
 

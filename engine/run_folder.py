@@ -55,12 +55,13 @@ class RunFolder:
     def create(cls, run_dir: Path | None, name: str) -> "RunFolder":
         """A new run, in `run_dir` or runs/<name>-<time>. Raises errors.UserError where one is there already."""
         path = run_dir or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
-        if (path / "config.yaml").exists():
+        if any((path / "checkpoints").glob("*.pt")) or (path / "model.json").exists():
             raise UserError(
                 f"{path} already holds a run: choose another --run_dir, or go on with it by --resume {path}"
             )
         try:
             (path / "checkpoints").mkdir(parents=True, exist_ok=True)
+            (path / "metrics.jsonl").unlink(missing_ok=True)  # of a run that ended before its first checkpoint
         except OSError as error:
             raise EnvironmentFault(
                 f"run folder {path} cannot be made: {error.strerror}; choose another --run_dir"

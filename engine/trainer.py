@@ -121,6 +121,7 @@ class Trainer:
         self.autocast_dtype = torch.bfloat16 if half else None
         self.epoch, self.step = 0, 0
         self.best: dict[str, float] = {"epoch": 0, "macro_f1": -1.0}
+        self.improved = 0  # the last epoch that was better than all before it, not merely as good
 
     @property
     def evaluated(self) -> torch.nn.Module:
@@ -135,6 +136,8 @@ class Trainer:
             values = self._train_epoch()
             values |= self._validate()
             better = values["macro_f1/validation"] >= self.best["macro_f1"]  # of equals the later, which learned longer
+            if values["macro_f1/validation"] > self.best["macro_f1"]:
+                self.improved = self.epoch
             if better:
                 self.best = {"epoch": self.epoch, "macro_f1": values["macro_f1/validation"]}
             values["speed/epoch_seconds"] = time.perf_counter() - started
@@ -155,7 +158,7 @@ class Trainer:
         )
 
     def _out_of_patience(self) -> bool:
-        return 0 < self.config.patience <= self.epoch - self.best["epoch"]
+        return 0 < self.config.patience <= self.epoch - self.improved
 
     def _train_epoch(self) -> dict[str, float]:
         self.model.train()
@@ -264,6 +267,7 @@ class Trainer:
             "epoch": self.epoch,
             "step": self.step,
             "best": self.best,
+            "improved": self.improved,
             "random": random_state(self.device),
             "task_id": self.tracker.task_id,
             **self.identity,
@@ -278,4 +282,5 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["fused"] = self.device.type == "cuda"  # the run may have moved to another machine
         self.epoch, self.step, self.best = state["epoch"], state["step"], dict(state["best"])
+        self.improved = state["improved"]
         restore_random_state(state["random"], self.device)

@@ -94,7 +94,9 @@ class Backbone(nn.Module):
     @staticmethod
     def _block(block: int, depth: int) -> int:
         if not -depth <= block < depth:
-            raise UserError(f"backbone.features names block {block}: this ViT has blocks 0 to {depth - 1}")
+            raise UserError(
+                f"backbone.features names block {block}: this ViT has blocks 0 to {depth - 1}; -1 is the last of any"
+            )
         return block % depth
 
     def train(self, mode: bool = True) -> "Backbone":
@@ -230,8 +232,10 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # bytes that are no tensors make the readers fail in every way there is
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"backbone.weights {path} is not a readable file of tensors ({reason})") from error
+        raise UserError(
+            f"backbone.weights {path} is not a readable file of tensors ({type(error).__name__}): it is truncated, of "
+            "another format, or holds more than tensors; convert it to .safetensors"
+        ) from error
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]

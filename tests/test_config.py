@@ -33,6 +33,15 @@ def test_a_config_file_stands_alone_and_the_command_line_wins():
     assert config.features.views == Config().features.views  # not that of cifar100.yaml
 
 
+def test_an_option_wins_over_the_file_wherever_it_stands():
+    for arguments in (
+        ["--train.epochs", "3", "--config", "configs/digits.yaml"],
+        ["--train.epochs=3", "--config=configs/digits.yaml"],
+    ):
+        config = parse_command_line(arguments).config
+        assert (config.train.epochs, config.data.name) == (3, "digits")
+
+
 def test_the_article_is_the_reference_recipe():
     config = parse_command_line(["--config", "configs/article.yaml"]).config
     assert config.neck.kind == "attention" and config.neck.heads == 8
@@ -60,6 +69,7 @@ def test_a_configuration_survives_writing_and_reading(tmp_path):
     [
         (["--train.epochz", "3"], "unknown option train.epochz: did you mean train.epochs?"),
         (["--epochs", "3"], "unknown option epochs"),
+        (["--train.epoch", "3"], "did you mean train.epochs?"),
         (["--train.epochs", "many"], "train.epochs: expected int, got 'many'"),
         (["--train.epochs", "0"], "train.epochs is 0"),
         (["--router.top_k", "9"], "router.top_k is 9 but experts.sizes names 4"),
@@ -102,6 +112,7 @@ def test_an_unknown_key_in_a_file_is_named(tmp_path):
         with pytest.raises(UserError) as caught:
             parse_command_line(["--config", str(path)])
         assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
 
 
 def test_help_explains_every_field_and_print_config_round_trips(tmp_path):

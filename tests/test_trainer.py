@@ -142,9 +142,11 @@ def test_a_checkpoint_round_trip_keeps_everything(tmp_path, splits):
 def test_patience_stops_training(tmp_path, splits):
     optim = OptimConfig(lr=1e-12, warmup_steps=0, schedule="constant")
     trainer = make_trainer(tmp_path, splits, epochs=50, patience=2, ema_decay=0.0, optim=optim)
-    trainer.best = {"epoch": 0, "macro_f1": 2.0}  # never to be beaten
+    plateau = {"loss/validation": 1.0, "accuracy/validation": 0.5, "macro_f1/validation": 0.5}
+    trainer._validate = lambda: dict(plateau)
     trainer.fit()
-    assert trainer.epoch == 2
+    assert trainer.epoch == 3  # two epochs that were as good as the first, but not better
+    assert trainer.best["epoch"] == 3
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step(tmp_path, splits):
@@ -215,6 +217,8 @@ def test_a_failed_write_keeps_what_was_there(tmp_path):
 def test_a_run_folder_is_not_written_over(tmp_path):
     run = RunFolder.create(tmp_path / "run", "test")
     run.config.write_text("{}")
+    run = RunFolder.create(tmp_path / "run", "test")  # a run that ended before its first checkpoint is no run
+    write_json(run.model, {})
     with pytest.raises(UserError, match="already holds a run"):
         RunFolder.create(tmp_path / "run", "test")
 
