@@ -43,23 +43,21 @@ def main() -> None:
     config = invocation.config
     inputs = load_inputs(config)
     run, checkpoint = open_run(invocation)
-    tracker = start_tracking(run, config, checkpoint)
-    try:
+    with start_tracking(run, config, checkpoint) as tracker:
         if tracker.config != config.to_dict():  # a ClearML agent may override values
             config = config_from_dict(tracker.config)
             inputs = load_inputs(config)
         write_config(config, run.config)
-        train(run, config, *inputs, tracker, checkpoint)
-    except BaseException as error:
-        tracker.close(failed=str(error) or type(error).__name__)
-        if isinstance(error, KeyboardInterrupt) and run.last.exists():
-            print(f"python train.py --resume {run.path} goes on from the last checkpoint", file=sys.stderr)
-        if isinstance(error, torch.OutOfMemoryError):
+        try:
+            train(run, config, *inputs, tracker, checkpoint)
+        except KeyboardInterrupt:
+            if run.last.exists():
+                print(f"python train.py --resume {run.path} goes on from the last checkpoint", file=sys.stderr)
+            raise
+        except torch.OutOfMemoryError as error:
             raise EnvironmentFault(
                 "the GPU is out of memory: lower --train.batch_size or --features.batch_size, or use --device cpu"
             ) from error
-        raise
-    tracker.close()
 
 
 def load_inputs(config: Config) -> tuple[torch.device, Splits, Backbone]:

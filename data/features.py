@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.augment import AugmentConfig, apply_view, draw_view
+from data.augment import AugmentConfig, View, apply_view, draw_view
 from data.datasets import Splits
 
 STORAGE = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -46,10 +46,11 @@ def _batch_by_core(device: torch.device) -> Iterator[Callable]:
         yield map
         return
     torch.set_num_threads(1)
+    pool = ThreadPoolExecutor(cores)
     try:
-        with ThreadPoolExecutor(cores) as pool:
-            yield pool.map
+        yield pool.map
     finally:
+        pool.shutdown(cancel_futures=True)  # or Ctrl-C would wait for the batches that are queued
         torch.set_num_threads(cores)
 
 
@@ -108,7 +109,7 @@ class FeatureBank:
             return None
         return view % self.config.views if self.config.mode == "cached" else view
 
-    def _extract(self, split: str, index_B: Tensor, drawn) -> Tensor:
+    def _extract(self, split: str, index_B: Tensor, drawn: View | None) -> Tensor:
         chunks = []
         for part in index_B.split(self.config.batch_size):
             images = self.splits[split].images_NCHW[part].to(self.device)

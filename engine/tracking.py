@@ -84,6 +84,12 @@ class Tracker:
         self._closed = True
         self._lines.close()
 
+    def __enter__(self) -> "Tracker":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self.close(failed=None if kind is None else str(error) or kind.__name__)
+
     def _log(self, report: str, *args: Any, **kwargs: Any) -> None:
         self._send(lambda task: getattr(task.get_logger(), report)(*args, **kwargs))
 

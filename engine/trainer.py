@@ -82,7 +82,7 @@ class EpochSums:
 class Trainer:
     """Trains a VisionMoE on a FeatureBank, validates it after every epoch and keeps the best and the last state.
 
-    identity: plain values stored in every checkpoint (the configuration, the backbone's name and fingerprint).
+    identity: what engine.pipeline.identity describes, stored in every checkpoint.
     """
 
     def __init__(
