@@ -107,7 +107,9 @@ class VisionMoE(nn.Module):
         self.dropout = nn.Dropout(neck.dropout)
         self.moe = MixtureOfExperts(self.neck.out_features, num_classes, router, experts)
 
-    def forward(self, features: Tensor, warmup: bool = False) -> tuple[Tensor, Routing]:
-        """Logits (B, C) in float32 and the routing; `warmup` routes at random."""
+    def forward(
+        self, features: Tensor, warmup: bool = False, allowed_E: Tensor | None = None
+    ) -> tuple[Tensor, Routing]:
+        """Logits (B, C) in float32 and the routing; `warmup` routes at random, `allowed_E` bars experts."""
         x_BD = self.dropout(self.neck(features.float()))
-        return self.moe(x_BD, warmup)
+        return self.moe(x_BD, warmup, allowed_E)

@@ -25,9 +25,9 @@ class MixtureOfExperts(nn.Module):
         self.register_buffer("usage_E", torch.zeros(num_experts, dtype=torch.int64))
         self.register_buffer("warmup_usage_E", torch.zeros(num_experts, dtype=torch.int64))
 
-    def forward(self, x_BD: Tensor, warmup: bool = False) -> tuple[Tensor, Routing]:
-        """Logits (B, C) in float32 and the routing; `warmup` routes at random."""
-        routing = self.router(x_BD, warmup)
+    def forward(self, x_BD: Tensor, warmup: bool = False, allowed_E: Tensor | None = None) -> tuple[Tensor, Routing]:
+        """Logits (B, C) in float32 and the routing; `warmup` routes at random, `allowed_E` bars experts."""
+        routing = self.router(x_BD, warmup, allowed_E)
         if self.training:
             self._count(routing)
         outputs_AC, order_A = dispatch(x_BD, routing, self.experts)

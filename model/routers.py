@@ -106,8 +106,11 @@ class Router(nn.Module):
         self.trunk = nn.Sequential(*layers)
         self.gate = nn.Linear(width, num_experts)
 
-    def forward(self, x_BD: Tensor, warmup: bool = False) -> Routing:
+    def forward(self, x_BD: Tensor, warmup: bool = False, allowed_E: Tensor | None = None) -> Routing:
         """Route a batch; `warmup` draws k distinct experts a sample at random and weights them 1/k.
+
+        allowed_E: bool, the experts that may be chosen (None: all), to ask what would happen without the others;
+        at least k of them, or the surplus choices have weight 0.
 
         The gate computes in float32 whatever autocast says (Switch Transformers' selective precision).
         Noise is added in training mode only, so that evaluation is a function of the sample alone.
@@ -115,6 +118,8 @@ class Router(nn.Module):
         with torch.autocast(x_BD.device.type, enabled=False):
             hidden_BH = self.trunk(x_BD.float())
             logits_BE = self.gate(hidden_BH)
+            if allowed_E is not None:
+                logits_BE = logits_BE.masked_fill(~allowed_E, -math.inf)
             if warmup:
                 return self._route_at_random(logits_BE)
             return self._route(logits_BE, hidden_BH)

@@ -134,7 +134,7 @@ def test_counters_count_training_only_and_keep_warm_up_apart():
 def test_counters_add_up_to_known_routing():
     moe = mixture(1, sizes=[[4], [4], [4]]).train()
     fixed = Routing(torch.arange(5), torch.tensor([2, 0, 2, 2, 0]), torch.ones(5), torch.zeros(5, 3))
-    moe.router.forward = lambda x, warmup=False: fixed
+    moe.router.forward = lambda x, warmup=False, allowed_E=None: fixed
     moe(torch.randn(5, 6))
     moe(torch.randn(5, 6))
     assert moe.usage_E.tolist() == [4, 0, 6]
@@ -227,3 +227,18 @@ def test_a_weight_that_underflows_has_a_finite_gradient():
 def test_batch_norm_in_the_neck_takes_a_batch_of_one():
     model = VisionMoE((6,), 3, NeckConfig(norm="batch"), RouterConfig(), ExpertsConfig(sizes=UNEQUAL)).train()
     assert model(torch.randn(1, 6))[0].shape == (1, 3)
+
+
+def test_a_barred_expert_is_replaced_by_the_next_choice():
+    model = MixtureOfExperts(6, 3, RouterConfig(top_k=2), ExpertsConfig(sizes=[[4], [5], [6], [7]])).eval()
+    torch.nn.init.normal_(model.router.gate.weight)
+    x_BD = torch.randn(20, 6)
+    full = model(x_BD)[1]
+    barred = int(full.counts_E.argmax())
+    allowed_E = torch.arange(4) != barred
+    logits_BC, routing = model(x_BD, allowed_E=allowed_E)
+    ranked_BE = full.logits_BE.argsort(dim=-1, descending=True)
+    expected = [[e for e in row if e != barred][:2] for row in ranked_BE.tolist()]
+    assert routing.expert_A.reshape(20, 2).tolist() == expected
+    assert torch.allclose(routing.weight_A.reshape(20, 2).sum(dim=1), torch.ones(20))
+    assert logits_BC.isfinite().all()
