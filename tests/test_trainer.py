@@ -32,7 +32,13 @@ from model.experts import ExpertsConfig
 from model.routers import RouterConfig
 
 CPU = torch.device("cpu")
-IDENTITY = {"config": {}, "backbone": {}, "data": {}, "class_names": [], "feature_shape": [192]}
+IDENTITY = {
+    "config": {},
+    "backbone": {"name": "none", "fingerprint": ""},
+    "data": {"train": "", "validation": "", "test": ""},
+    "class_names": [],
+    "feature_shape": [192],
+}
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +159,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_step(tmp_path, splits):
     trainer = make_trainer(tmp_path, splits)
     with torch.no_grad():
         trainer.model.moe.experts[0][0].weight.fill_(math.nan)
-    with pytest.raises(UserError, match=r"the loss is nan at step \d+ of epoch 1: lower --optim.lr"):
+    with pytest.raises(UserError, match=r"the task loss is not finite at step 1, in epoch 1: lower --optim.lr"):
         trainer.fit()
 
 
@@ -248,8 +254,8 @@ def test_warm_up_that_never_ends_is_refused(tmp_path, splits):
 
 def test_a_torn_line_of_metrics_is_passed_over(tmp_path):
     run = RunFolder.create(tmp_path, "test")
-    run.metrics.write_text('{"epoch": 1}\n{"epo')
-    assert run.history() == [{"epoch": 1}]
+    run.metrics.write_text('{"step": 5, "epoch": 1}\n[1]\n{"step": 1')
+    assert run.history() == [{"step": 5, "epoch": 1}]
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", '{"format_version": 99}', "no JSON"])
