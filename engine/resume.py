@@ -2,10 +2,12 @@
 
 from typing import Any
 
+import torch
+
 from engine.checkpoint import load_checkpoint
 from engine.config import Config, Invocation
 from engine.run_folder import RunFolder
-from errors import UserError
+from errors import UserError, warn
 
 # What a resumed run may change: the rest would make it another experiment, or a torn one.
 CHANGEABLE = {
@@ -32,6 +34,8 @@ def load_resumable(run: RunFolder, invocation: Invocation) -> dict[str, Any]:
                 f"--resume {run.path} cannot change {key} from {before.get(key)} to {value}: "
                 "leave it out, or start a new run"
             )
+    if (threads := checkpoint.get("threads")) != torch.get_num_threads():
+        warn(f"{run.path} used {threads} CPU threads, now {torch.get_num_threads()}: on a CPU rounding will differ")
     return checkpoint
 
 

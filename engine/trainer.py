@@ -279,6 +279,7 @@ class Trainer:
             "improved": self.improved,
             "said": self.routing.said,
             "random": random_state(self.device),
+            "threads": torch.get_num_threads(),
             "task_id": self.tracker.task_id,
             **self.identity,
         }
