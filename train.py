@@ -31,7 +31,7 @@ def main() -> None:
         if invocation.resume is not None:
             run = RunFolder(invocation.resume)
             checkpoint = load_resumable(run, invocation)
-            if finished(run, invocation.config, checkpoint):
+            if checkpoint and finished(run, invocation.config, checkpoint):
                 print(f"{run.path} is finished: raise --train.epochs to train on, or python evaluate.py {run.path}")
                 return
         inputs = load_inputs(invocation.config)

@@ -9,8 +9,9 @@ from torch import Tensor
 from errors import UserError, warn
 from model.balance import BalanceConfig
 
+OUTPUT = "output of the backbone"
 REMEDIES = {
-    "features": "the backbone's output overflows --features.storage or --backbone.precision: use float32",
+    OUTPUT: "it overflows --features.storage or --backbone.precision: use float32",
     "gradient": "lower --optim.lr, or set --optim.clip_norm",
 }
 COLLAPSED = 0.999  # share of the assignments on as many experts as one sample sees

@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 
-from engine.checkpoint import load_checkpoint
+from engine.checkpoint import load_checkpoint, previous
 from engine.config import Config, Invocation
 from engine.run_folder import RunFolder
-from errors import UserError, warn
+from errors import UserError, say, warn
 
 # What a resumed run may change: the rest would make it another experiment, or a torn one.
 CHANGEABLE = {
@@ -24,8 +24,14 @@ CHANGEABLE = {
 }
 
 
-def load_resumable(run: RunFolder, invocation: Invocation) -> dict[str, Any]:
-    """The last checkpoint of a run. Raises errors.UserError where the configuration is no longer the run's own."""
+def load_resumable(run: RunFolder, invocation: Invocation) -> dict[str, Any] | None:
+    """The last checkpoint of a run, or None where it was killed before it had one.
+
+    Raises errors.UserError where the configuration is no longer the run's own, or no checkpoint can be read.
+    """
+    if not run.last.exists() and not previous(run.last).exists():
+        say(f"{run.path} was ended before its first checkpoint: it starts anew")
+        return None
     checkpoint = load_checkpoint(run.last)
     before, now = _flatten(checkpoint["config"]), _flatten(invocation.config.to_dict())
     for key, value in now.items():
@@ -47,10 +53,10 @@ def finished(run: RunFolder, config: Config, checkpoint: dict[str, Any]) -> bool
     return trained and run.results.is_file()
 
 
-def metrics_step(checkpoint: dict[str, Any] | None) -> int | None:
+def metrics_step(checkpoint: dict[str, Any] | None) -> int:
     """The step up to which metrics.jsonl belongs to the checkpoint: the end of its last whole epoch."""
     if checkpoint is None:
-        return None
+        return 0
     return checkpoint["step"] - (checkpoint["progress"]["batches"] if checkpoint["progress"] else 0)
 
 

@@ -177,7 +177,7 @@ def write_atomically(path: Path, write: Callable[[Path], Any], kept: str = "", p
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         if previous is not None and path.exists():
-            os.replace(path, previous)
+            _set_aside(path, previous)
         os.replace(temporary, path)
         _flush_folder(path.parent)
     except (OSError, RuntimeError, SafetensorError) as error:  # PyTorch and safetensors raise their own on a full disk
@@ -189,6 +189,15 @@ def write_atomically(path: Path, write: Callable[[Path], Any], kept: str = "", p
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def _set_aside(path: Path, previous: Path) -> None:
+    """Keep a file under a second name, so that there is no moment without the first."""
+    previous.unlink(missing_ok=True)
+    try:
+        os.link(path, previous)
+    except OSError:  # a disk without hard links
+        os.replace(path, previous)
 
 
 def _flush_folder(folder: Path) -> None:

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from engine.health import NumberWatch
+from engine.health import OUTPUT, NumberWatch
 from engine.progress import EpochSums
 from model.balance import BalanceConfig, balance_losses, weighted_sum
 from model.classifier import VisionMoE
@@ -36,7 +36,7 @@ class TrainingStep:
 
     def reset(self) -> None:
         """Count steps from here."""
-        terms = ["features", "task loss", *(f"auxiliary loss {name}" for name in vars(self.balance)), "gradient"]
+        terms = [OUTPUT, "task loss", *(f"auxiliary loss {name}" for name in vars(self.balance)), "gradient"]
         self.numbers = NumberWatch(terms, self.device)
 
     def __call__(self, features: Tensor, labels_B: Tensor, warmup: bool, sums: EpochSums) -> bool:
@@ -49,7 +49,7 @@ class TrainingStep:
         (task_loss + weighted_sum(auxiliary, self.balance)).backward()
         norm = self._clip()
         # A sum over the features, in float32, is not finite where one of them is not.
-        values = {"features": features.sum(dtype=torch.float32), "task loss": task_loss, "gradient": norm}
+        values = {OUTPUT: features.sum(dtype=torch.float32), "task loss": task_loss, "gradient": norm}
         self.numbers.see(values | {f"auxiliary loss {name}": loss for name, loss in auxiliary.items()})
         if self.looks and self.numbers.look():
             return False

@@ -170,8 +170,7 @@ class Trainer:
         self.run.require()
         macro_f1 = values["macro_f1/validation"]
         better = macro_f1 >= self.best["macro_f1"]  # of equals the later, which learned longer
-        if macro_f1 > self.best["macro_f1"]:
-            self.improved = self.epoch
+        self.improved = self.epoch if macro_f1 > self.best["macro_f1"] else self.improved
         if better:
             self.best = {"epoch": self.epoch, "macro_f1": macro_f1}
         print(epoch_line(values, self.epoch, self.config.epochs, better), flush=True)
@@ -245,7 +244,8 @@ class Trainer:
     def _save(self, better: bool) -> None:
         """Write best.pt where this epoch is the best so far, and last.pt when it is due."""
         if better:
-            save_checkpoint(self.run.best, {"model": self.evaluated.state_dict(), **self.best, **self.identity})
+            state = {"model": self.evaluated.state_dict(), **self.best, **self.identity}
+            save_checkpoint(self.run.best, state, self.kept)
         due = self.epoch == 1 or self.epoch % self.config.save_every == 0
         if due or self.epoch == self.config.epochs or self._out_of_patience():
             self._keep()

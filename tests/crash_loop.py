@@ -142,7 +142,7 @@ def disturb(run: Path, rng: random.Random, kills: int, seen: dict) -> None:
     """Train in `run` to the end, but kill it up to `kills` times before."""
     log = run.with_suffix(".log")
     while True:
-        resume = (run / "checkpoints").is_dir() and any((run / "checkpoints").glob("last*.pt"))
+        resume = (run / "config.yaml").exists()
         pid = start(log, *(["--resume", str(run)] if resume else ["--run_dir", str(run), *OPTIONS]))
         if seen["killed"] == kills:
             code = finish(pid)

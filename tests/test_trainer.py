@@ -46,7 +46,7 @@ def splits():
     return load_splits(DataConfig(name="digits", max_per_class=40))
 
 
-def make_trainer(path, splits, *, resume=False, optim=None, **train):
+def make_trainer(path, splits, *, resume=False, optim=None, balance=None, **train):
     """A trainer on raw pixels as features: small enough to run whole epochs in milliseconds."""
     config = TrainConfig(**{"epochs": 4, "batch_size": 64, "ema_decay": 0.9, "save_every": 1, **train})
     run = RunFolder(path) if resume else RunFolder.create(path, "test")
@@ -63,7 +63,7 @@ def make_trainer(path, splits, *, resume=False, optim=None, **train):
     experts = ExpertsConfig(sizes=[[8], [16], [32]], dropout=0.1)
     model = VisionMoE((192,), 10, NeckConfig(), RouterConfig(warmup_steps=6), experts)
     optim = optim or OptimConfig(lr=0.01, warmup_steps=4)
-    trainer = Trainer(model, bank, run, tracker, config, optim, BalanceConfig(), 6, IDENTITY)
+    trainer = Trainer(model, bank, run, tracker, config, optim, balance or BalanceConfig(), 6, dict(IDENTITY))
     if checkpoint:
         trainer.load_state_dict(checkpoint)
     return trainer
