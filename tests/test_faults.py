@@ -62,9 +62,7 @@ def test_a_disk_that_fills_up_ends_training_with_what_was_kept(tmp_path, splits)
 
     code, line = in_a_fork(fill)
     assert code == 1
-    assert (
-        "could not be written" in line and "last.pt of epoch 2" in line.split("kept")[1]
-    ) or "best.pt as it was" in line
+    assert "could not be written: " in line and f"kept: {tmp_path}/run/checkpoints/last.pt of epoch 2" in line
     assert line.count("error:") == 1 and "Traceback" not in line
     assert (tmp_path / "run" / "checkpoints" / "last.pt").read_bytes() == kept
     assert not list(tmp_path.rglob("*.partial"))
@@ -194,7 +192,7 @@ def test_a_run_that_keeps_nothing_leaves_nothing(tmp_path, mine):
             run.metrics.write_text("")
             raise UserError("no")
 
-    with pytest.raises(UserError, match="^no$"):
+    with pytest.raises(UserError, match="no"):
         fail()
     assert [item.name for item in tmp_path.rglob("*")] == (["run", "notes.txt"] if mine else [])
 
@@ -234,9 +232,8 @@ def test_a_number_that_is_not_finite_ends_training_within_its_step(tmp_path, spl
     with pytest.raises(UserError, match=rf"the {what} is not finite at step 7, in epoch 2: .*last\.pt of epoch 1\)"):
         trainer.fit()
     assert trainer.step == 6
-    assert all(
-        torch.equal(value.nan_to_num(), before[key].nan_to_num()) for key, value in trainer.model.named_parameters()
-    )
+    for key, value in trainer.model.named_parameters():
+        assert torch.equal(value.nan_to_num(), before[key].nan_to_num())
     (line,) = trainer.run.history()
     assert line["epoch"] == 1 and all(value is not None and math.isfinite(value) for value in line.values())
     assert load_checkpoint(trainer.run.last)["epoch"] == 1
@@ -255,8 +252,8 @@ def test_where_no_step_may_wait_the_weights_stay_as_they_were_and_the_step_is_na
         for features, labels_B in batches(split, *arguments, **options):
             if split == "train":
                 seen.append({k: v.clone() for k, v in trainer.model.named_parameters()})
-                features = features * (math.nan if len(seen) == 8 else 1)
-            yield features, labels_B
+            bad = split == "train" and len(seen) == 8
+            yield features * (math.nan if bad else 1), labels_B
 
     trainer.bank.batches = poisoned_batches
     with pytest.raises(UserError, match=r"the output of the backbone is not finite at step 8"):
@@ -320,7 +317,7 @@ def test_memory_that_is_not_there_is_one_line(monkeypatch, capsys):
 
 def test_a_system_error_names_its_file(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("sys.argv", ["train.py"])
-    assert exit_code_of(lambda: (tmp_path / "none").read_text()) == 1
+    assert exit_code_of((tmp_path / "none").read_text) == 1
     assert f"error: {tmp_path}/none: No such file or directory" in capsys.readouterr().err
     monkeypatch.setattr(sys, "stderr", open("/dev/full", "w"))  # noqa: SIM115, a terminal that takes nothing any more
     errors.say("lost")
