@@ -5,7 +5,6 @@ python evaluate.py RUN --data.root DIR --backbone.weights FILE     where the fil
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from data.datasets import load_splits
@@ -14,7 +13,7 @@ from engine.config import Config, config_from_dict
 from engine.evaluation import evaluate, table
 from engine.pipeline import build_bank, build_model, identity, pick_device
 from engine.run_folder import RunFolder
-from errors import UserError, exit_code_of
+from errors import UserError, exit_code_of, leave
 from model.backbone import load_backbone
 
 
@@ -32,6 +31,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data.root", dest="root", type=Path, help="where the data set lies, if not where it was")
     parser.add_argument("--backbone.weights", dest="weights", type=Path, help="the backbone's file, if it has moved")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, or cuda:1")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
 
 
@@ -42,9 +42,9 @@ def main() -> None:
     config = configure(described["config"], options)
     device = pick_device(config.device)
     splits, backbone = load_splits(config.data), load_backbone(config.backbone, device)
-    feature_shape = tuple(described["feature_shape"])
-    check_inputs(described, identity(config, splits, backbone, feature_shape), run.weights)
     bank = build_bank(config, splits, backbone, device)
+    feature_shape = tuple(bank.example().shape[1:])
+    check_inputs(described, identity(config, splits, backbone, feature_shape), run.weights)
     model = build_model(config, feature_shape, splits.test.num_classes)
     load_exported(run, model)
     print(table(evaluate(run, config, model.to(device), bank)))
@@ -77,4 +77,4 @@ def configure(values: dict, options: argparse.Namespace) -> Config:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code_of(main))
+    leave(exit_code_of(main))

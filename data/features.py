@@ -50,7 +50,7 @@ def _batch_by_core(device: torch.device) -> Iterator[Callable]:
     try:
         yield pool.map
     finally:
-        pool.shutdown(cancel_futures=True)  # or Ctrl-C would wait for the batches that are queued
+        pool.shutdown(wait=False, cancel_futures=True)  # or Ctrl-C would wait for the batches under way
         torch.set_num_threads(cores)
 
 

@@ -4,11 +4,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from data.datasets import ImageSet
-from errors import UserError
+from errors import UserError, one_line
+
+# Those that torchvision's folders have; not PostScript, for which Pillow runs an interpreter.
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 
 
 def load_image_folder(root: Path, size: int) -> tuple[ImageSet, ImageSet | None, ImageSet | None]:
@@ -45,8 +48,14 @@ def _read_split(folder: Path, names: tuple[str, ...], size: int) -> ImageSet | N
     if folder.name == "train" and (empty := set(names) - {Path(path).parent.name for path, _ in files}):
         raise UserError(f"{folder / min(empty)} holds no image: add some, or remove the folder")
     images_NCHW = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
+    failures = []
     for row, (path, _) in enumerate(files):
-        images_NCHW[row] = read_image(Path(path), size)
+        try:
+            images_NCHW[row] = read_image(Path(path), size)
+        except UserError as error:
+            failures.append(error)
+    if failures:
+        raise UserError(f"{failures[0]} ({len(failures)} of {len(files)} files in {folder})") from failures[0]
     return ImageSet(images_NCHW, torch.tensor([label for _, label in files]), names)
 
 
@@ -56,12 +65,21 @@ def read_image(path: Path, size: int) -> Tensor:
     from torchvision.transforms.v2 import functional as F
 
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             rgb = _as_rgb(ImageOps.exif_transpose(image))
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as an image ({error}): mend or remove it") from error
-    resized = F.resize(F.pil_to_tensor(rgb), [size], InterpolationMode.BICUBIC, antialias=True)
+    except Exception as error:  # bytes that are no image make Pillow fail in every way there is
+        raise UserError(f"{path} cannot be read as an image ({one_line(error, 120)}): mend or remove it") from error
+    resized = F.resize(F.pil_to_tensor(_not_too_long(rgb)), [size], InterpolationMode.BICUBIC, antialias=True)
     return F.center_crop(resized, [size, size])
+
+
+def _not_too_long(image: Image.Image) -> Image.Image:
+    """The middle of an image that is very long: resized whole it could fill the memory, of which a crop remains."""
+    longest = 16 * min(image.size)
+    if max(image.size) <= longest:
+        return image
+    left, top = (max(0, (side - longest) // 2) for side in image.size)
+    return image.crop((left, top, min(image.width, left + longest), min(image.height, top + longest)))
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:

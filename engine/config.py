@@ -153,6 +153,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument(
         "--resume", type=str, default=None, metavar="RUN", help="Go on with a run that was interrupted."
     )
+    parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
     parser.add_class_arguments(Config)
     return parser
 

@@ -28,7 +28,7 @@ def evaluate(
     predictions = predict(model, bank, "test")
     test = bank.splits.test
     results = _results(predictions, test, config)
-    write_json(run.evaluation / "metrics.json", results)
+    write_json(run.results, results)
     _draw(run, config, predictions, test, results)
     if tracker is not None:
         _report(run, results, tracker)
@@ -127,7 +127,7 @@ def _report(run: RunFolder, results: dict[str, Any], tracker: Tracker) -> None:
     columns = ("precision", "recall", "f1", "support")
     rows = [[name, *(values[column] for column in columns)] for name, values in results["per_class"].items()]
     tracker.table("test", "per class", ["class", *columns], rows)
-    tracker.artifact("evaluation", run.evaluation / "metrics.json")
+    tracker.artifact("evaluation", run.results)
 
 
 def table(results: dict[str, Any], hardest: int = 5) -> str:

@@ -47,6 +47,12 @@ def lr_factor(step: int, total_steps: int, config: OptimConfig) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
+def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, total_steps: int, config: OptimConfig) -> None:
+    """Give every group the learning rate of a step (0-based)."""
+    for group in optimizer.param_groups:
+        group["lr"] = config.lr * lr_factor(step, total_steps, config)
+
+
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """AdamW or Adam over the trained parameters, in one fused kernel on a GPU."""
     from timm.optim import param_groups_weight_decay  # here, because importing timm takes seconds
