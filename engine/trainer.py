@@ -20,7 +20,7 @@ from engine.predict import predict
 from engine.run_folder import RunFolder
 from engine.tracking import Tracker
 from errors import UserError
-from model.balance import BalanceConfig, balance_losses, weighted_sum
+from model.balance import BalanceConfig, balance_losses, floors, weighted_sum
 from model.classifier import VisionMoE
 
 BAR_SECONDS = 0.5  # between two looks at the running loss, each of which waits for the device
@@ -71,6 +71,7 @@ class EpochSums:
     samples: int = 0
     learned_samples: int = 0
     assignments: int = 0
+    dropped: Tensor | int = 0
     auxiliary: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
@@ -195,12 +196,14 @@ class Trainer:
         if self.optim.clip_norm:
             clip_grad_norm_(self.model.parameters(), self.optim.clip_norm)
         self.optimizer.step()
+        self.model.moe.after_step(routing)
         self.step += 1
         if self.ema:
             self.ema.update(self.model, step=self.step)
         with torch.no_grad():
             sums.samples += len(labels_B)
             sums.assignments += len(routing.sample_A)
+            sums.dropped += 0 if routing.dropped is None else routing.dropped
             sums.loss += task_loss * len(labels_B)
             sums.correct += (logits_BC.argmax(dim=-1) == labels_B).sum()
             if routing.learned:
@@ -231,10 +234,12 @@ class Trainer:
             "loss/train": float(sums.loss) / sums.samples,
             "accuracy/train": float(sums.correct) / sums.samples,
             "learning_rate/train": self.optimizer.param_groups[0]["lr"],
-            "balance/drop_rate": 1 - sums.assignments / (sums.samples * self.model.moe.router.top_k),
+            "balance/drop_rate": int(sums.dropped) / (int(sums.dropped) + sums.assignments),
         }
         for name, total in sums.auxiliary.items():
             values[f"loss_auxiliary/{name}"] = float(total) / sums.learned_samples
+        for name, floor in floors(self.balance, self.model.moe.router).items():
+            values[f"loss_auxiliary_floor/{name}"] = floor
         if usage_E.sum():  # learned routing only: random warm-up would hide a collapsed gate
             load_E = usage_E / usage_E.sum()
             importance_E = (sums.importance_E / sums.importance_E.sum()).tolist()

@@ -7,7 +7,10 @@ import torch
 
 from model.routers import ROUTERS, NoisyTopKRouter, RouterConfig, build_router, load_probability
 
-KINDS = sorted(ROUTERS)
+KINDS = ["article", "noisy_topk"]  # softmax over the chosen, noise on the logits
+CHOOSING = sorted(
+    kind for kind, rule in ROUTERS.items() if rule.token_choice and rule.learns and kind != "hierarchical"
+)
 
 
 def router_with_logits(kind, num_experts, top_k, **options):
