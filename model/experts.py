@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 
-from model.routers import FeatureGroups
+from model.routers import group_columns
 
 Size = Literal["small", "medium", "large", "very_large"] | list[int]
 
@@ -96,27 +96,26 @@ def _check_size(name: str, size: str | list[int]) -> None:
 class Expert(nn.Sequential):
     """Blocks of Linear, LayerNorm, ReLU, Dropout, then a Linear to the classes: (B, D) -> logits (B, C).
 
-    Xavier-uniform weights (Glorot 2010), zero biases. select: takes the features that this expert reads.
+    Xavier-uniform weights (Glorot 2010), zero biases. columns: int64, the features that this expert reads (None: all).
     """
 
     def __init__(
-        self,
-        in_features: int,
-        hidden: list[int],
-        num_classes: int,
-        dropout: float,
-        select: FeatureGroups | None = None,
+        self, in_features: int, hidden: list[int], num_classes: int, dropout: float, columns: Tensor | None = None
     ):
-        layers: list[nn.Module] = [] if select is None else [select]
-        width = in_features if select is None else select.out_features
+        layers: list[nn.Module] = []
+        width = in_features if columns is None else len(columns)
         for units in hidden:
             layers += [nn.Linear(width, units), nn.LayerNorm(units), nn.ReLU(), nn.Dropout(dropout)]
             width = units
         super().__init__(*layers, nn.Linear(width, num_classes))
+        self.register_buffer("columns", columns, persistent=False)
         for layer in self:
             if isinstance(layer, nn.Linear):
                 nn.init.xavier_uniform_(layer.weight)
                 nn.init.zeros_(layer.bias)
+
+    def forward(self, x_BD: Tensor) -> Tensor:
+        return super().forward(x_BD if self.columns is None else x_BD.index_select(-1, self.columns))
 
 
 def build_experts(
@@ -128,7 +127,7 @@ def build_experts(
     """
     experts = []
     for index in range(len(config.sizes) + len(config.shared)):
-        select = None if config.inputs is None else FeatureGroups(in_features, num_groups, config.inputs[index])
+        columns = None if config.inputs is None else group_columns(in_features, num_groups, config.inputs[index])
         hidden, dropout = config.hidden(index), config.dropout_of(index)
-        experts.append(Expert(in_features, hidden, num_classes, dropout, select))
+        experts.append(Expert(in_features, hidden, num_classes, dropout, columns))
     return nn.ModuleList(experts[: len(config.sizes)]), nn.ModuleList(experts[len(config.sizes) :])

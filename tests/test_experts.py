@@ -55,7 +55,7 @@ def test_each_expert_reads_its_own_features():
     experts = ExpertsConfig(sizes=[[4], [5]], shared=[[3]], inputs=[[0], [2, 1], [0, 1, 2]], dropout=0.0)
     model = VisionMoE((12,), 3, NeckConfig(norm="none"), RouterConfig(top_k=2, inputs=[1]), experts, num_groups=3)
     model.eval()
-    assert [expert[1].in_features for expert in (*model.moe.experts, *model.moe.shared)] == [4, 8, 12]
+    assert [expert[0].in_features for expert in (*model.moe.experts, *model.moe.shared)] == [4, 8, 12]
     assert model.moe.router.gate.in_features == 4
     x = torch.randn(2, 12, requires_grad=True)
 
@@ -69,7 +69,7 @@ def test_each_expert_reads_its_own_features():
     torch.nn.init.normal_(model.moe.router.gate.weight)
     assert read(model.moe.router(x).logits_BE.select(1, 0)) == [False] * 4 + [True] * 4 + [False] * 4
     # Group 2 comes first for the second expert, as its list says.
-    reordered = nn.Sequential(*list(model.moe.experts[1])[1:])(torch.cat([x[:, 8:], x[:, 4:8]], dim=1))
+    reordered = nn.Sequential(*model.moe.experts[1])(torch.cat([x[:, 8:], x[:, 4:8]], dim=1))
     torch.testing.assert_close(second, reordered)
     assert model(x)[0].shape == (2, 3)
 

@@ -1,6 +1,6 @@
 """Routers: who sees whom, with what weight. One class per routing rule; each returns a Routing."""
 
-from model.routers.base import FeatureGroups, Router, Routing
+from model.routers.base import Router, Routing, group_columns
 from model.routers.config import RouterConfig
 from model.routers.expert_choice import ExpertChoiceRouter
 from model.routers.hash import HashRouter
@@ -17,7 +17,7 @@ from model.routers.token_choice import (
     load_probability,
 )
 
-__all__ = ["ROUTERS", "FeatureGroups", "Router", "RouterConfig", "Routing", "build_router", "load_probability"]
+__all__ = ["ROUTERS", "Router", "RouterConfig", "Routing", "build_router", "group_columns", "load_probability"]
 
 ROUTERS: dict[str, type[Router]] = {
     "article": ArticleRouter,

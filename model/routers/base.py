@@ -106,7 +106,7 @@ class Router(nn.Module):
         layers: list[nn.Module] = []
         if config.inputs is not None:
             layers.append(FeatureGroups(in_features, num_groups, config.inputs))
-            in_features = layers[0].out_features
+            in_features = len(layers[0].columns)
         if config.norm == "batch" and not self.reads_tokens:
             layers.append(Standardise(in_features, affine=False, by_running=not self.learns))
         width = in_features
@@ -176,21 +176,24 @@ class Router(nn.Module):
 
 
 class FeatureGroups(nn.Module):
-    """Some of the equally wide groups that a vector is made of: (B, D) -> (B, number chosen * D / num_groups).
-
-    Raises ValueError for a group that is not there.
-    """
+    """Some of the equally wide groups that a vector is made of: (B, D) -> (B, number chosen * D / num_groups)."""
 
     def __init__(self, in_features: int, num_groups: int, chosen: list[int]):
         super().__init__()
-        if in_features % num_groups or not all(0 <= group < num_groups for group in chosen):
-            raise ValueError(f"inputs {chosen} are not among the {num_groups} feature groups of {in_features} features")
-        columns = torch.arange(in_features).view(num_groups, -1)[chosen].flatten()
-        self.out_features = len(columns)
-        self.register_buffer("columns", columns, persistent=False)
+        self.register_buffer("columns", group_columns(in_features, num_groups, chosen), persistent=False)
 
     def forward(self, x_BD: Tensor) -> Tensor:
         return x_BD.index_select(-1, self.columns)
+
+
+def group_columns(in_features: int, num_groups: int, chosen: list[int]) -> Tensor:
+    """The columns of the chosen ones of `num_groups` equally wide groups of features, int64.
+
+    Raises ValueError for a group that is not there.
+    """
+    if in_features % num_groups or not all(0 <= group < num_groups for group in chosen):
+        raise ValueError(f"inputs {chosen} are not among the {num_groups} feature groups of {in_features} features")
+    return torch.arange(in_features).view(num_groups, -1)[chosen].flatten()
 
 
 def assignments(expert_BK: Tensor, weight_BK: Tensor, logits_BE: Tensor, load_BE=None, learned=True) -> Routing:
