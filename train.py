@@ -121,7 +121,8 @@ def announce(run: RunFolder, config: Config, splits: Splits, model, backbone: Ba
     print(f"data         {config.data.name}: {sizes} images, {splits.train.num_classes} classes")
     random_weights = "" if config.backbone.pretrained or config.backbone.weights else " with RANDOM weights"
     print(f"backbone     {config.backbone.name}{random_weights}, frozen; features {' '.join(config.backbone.features)}")
-    print(f"experts      {', '.join(config.experts.labels())}; top-{config.router.top_k} by {config.router.kind}")
+    seen = f"{model.moe.router.experts_per_sample:g} a sample by {config.router.kind}"
+    print(f"experts      {', '.join(config.experts.labels())}; {seen}")
     print("\n".join(cost(model, backbone, feature_shape).lines()))
     print(f"run folder   {run.path}", flush=True)
 

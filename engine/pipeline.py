@@ -48,7 +48,8 @@ def build_bank(config: Config, splits: Splits, backbone: Backbone, device: torch
 def build_model(config: Config, feature_shape: tuple[int, ...], num_classes: int) -> VisionMoE:
     """The trained part, on the CPU. Raises errors.UserError where the configured parts do not fit each other."""
     try:
-        return VisionMoE(feature_shape, num_classes, config.neck, config.router, config.experts)
+        groups = len(config.backbone.features)
+        return VisionMoE(feature_shape, num_classes, config.neck, config.router, config.experts, groups)
     except ValueError as error:
         raise UserError(str(error)) from error
 

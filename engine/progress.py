@@ -17,6 +17,7 @@ class EpochSums:
     loss: Tensor
     correct: Tensor
     importance_E: Tensor
+    dropped: Tensor
     samples: int = 0
     learned_samples: int = 0
     assignments: int = 0
@@ -24,8 +25,8 @@ class EpochSums:
 
     @classmethod
     def zeros(cls, num_experts: int, device: torch.device) -> "EpochSums":
-        loss, correct = torch.zeros(2, device=device)
-        return cls(loss, correct, torch.zeros(num_experts, device=device))
+        loss, correct, dropped = torch.zeros(3, device=device)
+        return cls(loss, correct, torch.zeros(num_experts, device=device), dropped)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values that `load_state_dict` takes back."""
@@ -33,7 +34,7 @@ class EpochSums:
 
     def load_state_dict(self, state: dict[str, Any]) -> "EpochSums":
         """Take over what `state_dict` returned; shapes and device stay. Raises KeyError, TypeError, RuntimeError."""
-        for name in ("loss", "correct", "importance_E"):
+        for name in ("loss", "correct", "importance_E", "dropped"):
             getattr(self, name).copy_(state[name])
         for name in ("samples", "learned_samples", "assignments"):
             setattr(self, name, int(state[name]))
@@ -47,15 +48,20 @@ class EpochSums:
         loss, accuracy = float(self.loss) / self.samples, float(self.correct) / self.samples
         return f"loss {loss:.3f}, accuracy {accuracy:.3f}, {balance}"
 
-    def values(self, usage_E: np.ndarray, top_k: int) -> dict[str, float]:
-        """The epoch's numbers by "title/series"; usage_E: samples that the learned gate sent to each expert."""
+    def values(self, usage_E: np.ndarray, floors: dict[str, float]) -> dict[str, float]:
+        """The epoch's numbers by "title/series".
+
+        usage_E: samples that the learned gate sent to each expert. floors: the auxiliary losses at perfect balance.
+        """
+        dropped = float(self.dropped)
         values = {
             "loss/train": float(self.loss) / self.samples,
             "accuracy/train": float(self.correct) / self.samples,
-            "balance/drop_rate": 1 - self.assignments / (self.samples * top_k),
+            "balance/drop_rate": dropped / (dropped + self.assignments),
         }
         for name, total in self.auxiliary.items():
             values[f"loss_auxiliary/{name}"] = float(total) / self.learned_samples
+        values |= {f"loss_auxiliary_floor/{name}": floor for name, floor in floors.items()}
         if usage_E.sum():  # learned routing only: random warm-up would hide a collapsed gate
             load_E = usage_E / usage_E.sum()
             importance_E = (self.importance_E / self.importance_E.sum()).tolist()

@@ -56,9 +56,12 @@ class TrainingStep:
         if not self.looks:
             self.optimizer.found_inf = self.numbers.refuse
         self.optimizer.step()
+        self.model.moe.after_step(routing)
         with torch.no_grad():
             sums.samples += len(labels_B)
             sums.assignments += len(routing.sample_A)
+            if routing.dropped is not None:
+                sums.dropped += routing.dropped
             sums.loss += task_loss * len(labels_B)
             sums.correct += (logits_BC.argmax(dim=-1) == labels_B).sum()
             if routing.learned:

@@ -31,7 +31,7 @@ from engine.run_folder import RunFolder
 from engine.step import TrainingStep
 from engine.tracking import Tracker
 from errors import Interrupted, UserError
-from model.balance import BalanceConfig
+from model.balance import BalanceConfig, floors
 from model.classifier import VisionMoE
 
 BAR_SECONDS = 0.5  # between two looks at the running loss, each of which waits for the device
@@ -203,7 +203,7 @@ class Trainer:
         usage_E = (self.model.moe.usage_E - progress.usage_before_E).cpu().numpy()
         if progress.sums.learned_samples == progress.sums.samples:
             self.routing.look(usage_E, self.epoch)
-        values = progress.sums.values(usage_E, self.model.moe.router.top_k)
+        values = progress.sums.values(usage_E, floors(self.balance, self.model.moe.router))
         return values | {"learning_rate/train": self.optimizer.param_groups[0]["lr"]}
 
     def _bar(self, progress: Progress) -> tqdm:
