@@ -21,7 +21,7 @@ class MixtureOfExperts(nn.Module):
         num_experts = len(experts.sizes)
         self.router = build_router(router, in_features, num_experts)
         self.experts = build_experts(experts, in_features, num_classes)
-        self.combine = COMBINE[experts.combine]
+        self.combine, self.how = COMBINE[experts.combine], experts.dispatch
         self.register_buffer("usage_E", torch.zeros(num_experts, dtype=torch.int64))
         self.register_buffer("warmup_usage_E", torch.zeros(num_experts, dtype=torch.int64))
 
@@ -30,7 +30,7 @@ class MixtureOfExperts(nn.Module):
         routing = self.router(x_BD, warmup, allowed_E)
         if self.training:
             self._count(routing)
-        outputs_AC, order_A = dispatch(x_BD, routing, self.experts)
+        outputs_AC, order_A = dispatch(x_BD, routing, self.experts, self.how)
         return self.combine(outputs_AC, order_A, routing), routing
 
     @torch.no_grad()
