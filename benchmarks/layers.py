@@ -54,7 +54,7 @@ def contestants(shape: Shape, device: torch.device) -> Iterator[tuple[str, Calla
         layer = ours(shape)
     for how in ("auto", *WAYS):
         yield f"ours: {how}", lambda how=how: (layer, _forced(layer, how))
-    yield "article loop", lambda: (layer, lambda x_BD: article_loop(layer, x_BD))
+    yield "article loop", lambda: (layer, lambda x_BD: article_loop(layer.experts, x_BD, *_gate(layer, x_BD)))
     yield "dense oracle", lambda: (layer, lambda x_BD: dense_oracle(layer, x_BD))
     yield "mixture-of-experts", lambda: mixture_of_experts(shape, device)
     yield "st-moe-pytorch", lambda: st_moe(shape, device)
@@ -76,14 +76,13 @@ def _gate(layer: MixtureOfExperts, x_BD: Tensor) -> tuple[Tensor, Tensor]:
     return routing.expert_A.view(shape), routing.weight_A.view(shape)
 
 
-def article_loop(layer: MixtureOfExperts, x_BD: Tensor) -> Tensor:
+def article_loop(experts: nn.ModuleList, x_BD: Tensor, expert_BK: Tensor, weight_BK: Tensor) -> Tensor:
     """As the reference recipe has it: for each choice, for each expert in it, a mask."""
-    expert_BK, weight_BK = _gate(layer, x_BD)
     out_BC = None
     for choice in range(expert_BK.shape[1]):
         for expert in expert_BK[:, choice].unique():
             mask_B = expert_BK[:, choice] == expert
-            answer = layer.experts[int(expert)](x_BD[mask_B]).float() * weight_BK[mask_B, choice, None]
+            answer = experts[int(expert)](x_BD[mask_B]).float() * weight_BK[mask_B, choice, None]
             out_BC = answer.new_zeros(len(x_BD), answer.shape[1]) if out_BC is None else out_BC
             out_BC[mask_B] += answer
     return out_BC

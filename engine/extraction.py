@@ -23,12 +23,14 @@ class Extractor:
     """uint8 images (B, 3, H, W) -> the backbone's features (B, ...), on the images' device.
 
     compiled: compile the backbone for batches of `batch_size` images when the first one comes; other batches, such
-    as the last of a split, run as they are. Where compiling fails, that is said in one line and all of them do.
+    as the last of a split, run as they are. Where compiling fails, that is said in one line and all of them do;
+    `failed` has the reason.
     """
 
     def __init__(self, backbone: Backbone, batch_size: int, compiled: bool = False, mode: str = COMPILE_MODE):
         self.backbone, self.batch_size, self.mode = backbone, batch_size, mode
         self._run: Callable[[Tensor], Tensor] | None = None if compiled else backbone
+        self.failed = ""
         self._compiling = threading.Lock()  # batches may come from several threads
 
     def __call__(self, images_BCHW: Tensor) -> Tensor:
@@ -49,7 +51,7 @@ class Extractor:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # a compiler fails in every way there is
-            reason = " ".join(str(error).split())[:160]
-            print(f"features: the backbone cannot be compiled ({reason}): going on without", file=sys.stderr)
+            self.failed = " ".join(str(error).split())[:160]
+            print(f"features: the backbone cannot be compiled ({self.failed}): going on without", file=sys.stderr)
             return self.backbone
         return run
