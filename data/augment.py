@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -67,6 +68,10 @@ class View:
 
     def __getitem__(self, indices_B: Tensor) -> "View":
         return View(*(None if part is None else part[indices_B] for part in vars(self).values()))
+
+    def to(self, device: torch.device) -> "View":
+        """The same view on another device."""
+        return View(self.flip_N.to(device), self.shift_N2.to(device))
 
 
 def draw_view(num_images: int, config: AugmentConfig, index: int) -> View:
@@ -134,11 +139,22 @@ def prepare(images_BCHW: Tensor, size: int, mean: tuple[float, ...], std: tuple[
     """uint8 images as the backbone's float32 input (B, 3, size, size).
 
     Bicubic and antialiased, clamped to [0, 1] where bicubic overshoots, then normalised: the one path that
-    training, evaluation and prediction share.
+    training, evaluation and prediction share. Resizing is linear and separable, so it is two matrix products,
+    which a GPU does many times faster than it interpolates.
     """
     x_BCHW = images_BCHW.float() / 255
-    if x_BCHW.shape[-2:] != (size, size):
-        x_BCHW = F.interpolate(x_BCHW, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
-    mean_C11 = torch.tensor(mean, device=x_BCHW.device)[:, None, None]
-    std_C11 = torch.tensor(std, device=x_BCHW.device)[:, None, None]
-    return (x_BCHW - mean_C11) / std_C11
+    height, width = x_BCHW.shape[-2:]
+    device = x_BCHW.device
+    if (height, width) != (size, size):
+        rows_SH, columns_SW = _resize_matrix(height, size, device), _resize_matrix(width, size, device)
+        x_BCHW = (rows_SH @ (x_BCHW @ columns_SW.T)).clamp_(0, 1)
+    mean_C11 = torch.tensor(mean, device=device)[:, None, None]
+    scale_C11 = 1 / torch.tensor(std, device=device)[:, None, None]
+    return torch.addcmul(-mean_C11 * scale_C11, x_BCHW, scale_C11)
+
+
+@lru_cache(maxsize=64)
+def _resize_matrix(before: int, after: int, device: torch.device) -> Tensor:
+    """The matrix (after, before) that resizes a column of pixels as F.interpolate does: its effect on unit vectors."""
+    identity = torch.eye(before)[None, None]
+    return F.interpolate(identity, (after, before), mode="bicubic", antialias=True)[0, 0].to(device)

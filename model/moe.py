@@ -34,7 +34,7 @@ class MixtureOfExperts(nn.Module):
         self.router = build_router(router, in_features, num_experts, work, num_groups)
         self.experts, self.shared = build_experts(experts, in_features, num_classes, num_groups)
         self.skip = nn.Linear(in_features, num_classes) if router.overflow == "residual" else None
-        self.combine = COMBINE[experts.combine]
+        self.combine, self.how = COMBINE[experts.combine], experts.dispatch
         self.register_buffer("usage_E", torch.zeros(num_experts, dtype=torch.int64))
         self.register_buffer("warmup_usage_E", torch.zeros(num_experts, dtype=torch.int64))
 
@@ -44,9 +44,9 @@ class MixtureOfExperts(nn.Module):
         if self.training:
             self._count(routing)
         if routing.rows_AD is None:
-            outputs_AC, order_A = dispatch(x_BD, routing, self.experts)
+            outputs_AC, order_A = dispatch(x_BD, routing, self.experts, self.how)
         else:
-            outputs_AC, order_A = dispatch(routing.rows_AD, routing.by_row(), self.experts)
+            outputs_AC, order_A = dispatch(routing.rows_AD, routing.by_row(), self.experts, self.how)
         logits_BC = self.combine(outputs_AC, order_A, routing)
         pooled_BD = x_BD if x_BD.ndim == 2 else x_BD.mean(dim=1)
         for expert in self.shared:
