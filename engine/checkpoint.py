@@ -118,7 +118,7 @@ def fitting(source: Path) -> Iterator[None]:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load moments and learning rates; every other setting is that of the configuration and this machine.
+    """Load the moments; every setting is that of the configuration and this machine, the learning rate of the step.
 
     Raises ValueError where shapes differ from those of the parameters.
     """
@@ -128,7 +128,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
             if value.shape != (() if name == "step" else parameters[index].shape):
                 raise ValueError(f"{name} of parameter {index} has shape {tuple(value.shape)}")
     groups = zip(state["param_groups"], optimizer.param_groups, strict=True)
-    groups = [{**own, "params": stored["params"], "lr": float(stored["lr"])} for stored, own in groups]
+    groups = [{**own, "params": stored["params"]} for stored, own in groups]
     optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
 
 

@@ -32,6 +32,11 @@ class NumberWatch:
         self.refuse = torch.zeros((), device=device)
         self._zero = torch.zeros((), device=device)
 
+    def reset(self) -> None:
+        """Count steps from here; in place, because a captured step writes where it always did."""
+        for tensor in (self.bad_T, self.good_steps, self.refuse):
+            tensor.zero_()
+
     def see(self, values: dict[str, Tensor]) -> None:
         """Take note of a step's scalars; a term that the step has not counts as good."""
         values_T = torch.stack([values.get(term, self._zero).detach().float() for term in self.terms])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from engine.metrics import balance_figures
+from engine.step import StepResult
 
 
 @dataclass
@@ -27,6 +28,19 @@ class EpochSums:
     def zeros(cls, num_experts: int, device: torch.device) -> "EpochSums":
         loss, correct, dropped = torch.zeros(3, device=device)
         return cls(loss, correct, torch.zeros(num_experts, device=device), dropped)
+
+    def add(self, result: StepResult, samples: int) -> None:
+        """Add a step on so many samples."""
+        self.samples += samples
+        self.assignments += result.assignments
+        self.loss += result.loss * samples
+        self.correct += result.correct
+        self.dropped += result.dropped
+        if result.learned:
+            self.learned_samples += samples
+            self.importance_E += result.importance_E
+            for name, loss in result.auxiliary.items():
+                self.auxiliary[name] = self.auxiliary.get(name, 0.0) + loss * samples
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values that `load_state_dict` takes back."""

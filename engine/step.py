@@ -1,20 +1,39 @@
 """One training step, all of it on the device, so that no step waits for a number."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from engine.health import OUTPUT, NumberWatch
-from engine.progress import EpochSums
 from model.balance import BalanceConfig, balance_losses, weighted_sum
 from model.classifier import VisionMoE
+
+
+@dataclass
+class StepResult:
+    """What a step on B samples came to, on the device and without gradients.
+
+    loss: mean task loss. correct: samples classified right. importance_E: gate weight of each expert, summed.
+    dropped: choices without a place. auxiliary: unweighted balance losses by name. assignments, learned: known to
+    the host; learned is False in random warm-up.
+    """
+
+    loss: Tensor
+    correct: Tensor
+    importance_E: Tensor
+    dropped: Tensor
+    auxiliary: dict[str, Tensor]
+    assignments: int
+    learned: bool
 
 
 class TrainingStep:
     """Features and labels -> gradients -> weights; learning rate, moving average and counters are the trainer's.
 
-    A step with a number that is not finite changes no weight. On a CPU it returns False before the optimizer; on a
+    A step with a number that is not finite changes no weight. On a CPU it returns None before the optimizer; on a
     GPU, without waiting, it tells the fused optimizer to do nothing, then and in all later steps (see NumberWatch).
     """
 
@@ -32,15 +51,11 @@ class TrainingStep:
         self.parameters = list(model.parameters())
         self.device = self.parameters[0].device
         self.looks = self.device.type == "cpu"
-        self.reset()
-
-    def reset(self) -> None:
-        """Count steps from here."""
-        terms = [OUTPUT, "task loss", *(f"auxiliary loss {name}" for name in vars(self.balance)), "gradient"]
+        terms = [OUTPUT, "task loss", *(f"auxiliary loss {name}" for name in vars(balance)), "gradient"]
         self.numbers = NumberWatch(terms, self.device)
 
-    def __call__(self, features: Tensor, labels_B: Tensor, warmup: bool, sums: EpochSums) -> bool:
-        """Train on one batch and add it to `sums`. False: not done, because a number is not finite (CPU only)."""
+    def __call__(self, features: Tensor, labels_B: Tensor, warmup: bool) -> StepResult | None:
+        """Train on one batch. None: not done, because a number is not finite (CPU only)."""
         with torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
             logits_BC, routing = self.model(features, warmup=warmup)
         auxiliary = balance_losses(routing, self.balance)
@@ -52,24 +67,25 @@ class TrainingStep:
         values = {OUTPUT: features.sum(dtype=torch.float32), "task loss": task_loss, "gradient": norm}
         self.numbers.see(values | {f"auxiliary loss {name}": loss for name, loss in auxiliary.items()})
         if self.looks and self.numbers.look():
-            return False
+            return None
         if not self.looks:
             self.optimizer.found_inf = self.numbers.refuse
         self.optimizer.step()
         self.model.moe.after_step(routing)
-        with torch.no_grad():
-            sums.samples += len(labels_B)
-            sums.assignments += len(routing.sample_A)
-            if routing.dropped is not None:
-                sums.dropped += routing.dropped
-            sums.loss += task_loss * len(labels_B)
-            sums.correct += (logits_BC.argmax(dim=-1) == labels_B).sum()
-            if routing.learned:
-                sums.learned_samples += len(labels_B)
-                sums.importance_E += routing.importance_E
-                for name, loss in auxiliary.items():
-                    sums.auxiliary[name] = sums.auxiliary.get(name, 0.0) + loss * len(labels_B)
-        return True
+        return self._result(task_loss, logits_BC, labels_B, routing, auxiliary)
+
+    @torch.no_grad()
+    def _result(self, task_loss, logits_BC, labels_B, routing, auxiliary) -> StepResult:
+        dropped = torch.zeros_like(task_loss) if routing.dropped is None else routing.dropped
+        return StepResult(
+            loss=task_loss.detach(),
+            correct=(logits_BC.argmax(dim=-1) == labels_B).sum(),
+            importance_E=routing.importance_E.detach(),
+            dropped=dropped,
+            auxiliary={name: loss.detach() for name, loss in auxiliary.items()},
+            assignments=len(routing.sample_A),
+            learned=routing.learned,
+        )
 
     def _clip(self) -> Tensor:
         """The norm of the gradient, which is cut to `clip_norm` where that is not 0."""

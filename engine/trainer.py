@@ -21,6 +21,7 @@ from engine.checkpoint import (
     restore_random_state,
     save_checkpoint,
 )
+from engine.graph import GraphedStep, worth_capturing
 from engine.health import RoutingWatch, not_finite
 from engine.interrupt import unbroken
 from engine.metrics import scores
@@ -57,6 +58,9 @@ class TrainConfig:
     """Seed of the weights, the order of the samples, dropout and routing noise."""
     save_every: int = 5
     """Epochs between two writes of checkpoints/last.pt, all that a killed run loses; a signal writes it too."""
+    graph: Literal["auto", "off"] = "auto"
+    """auto: on a GPU a small head's steps replay a CUDA graph, since launching their kernels takes longer than running
+    them; off: never."""
     deterministic: bool = False
     """Forbid PyTorch what may differ between two runs on a GPU, at some cost in speed; a CPU needs no such thing."""
 
@@ -114,9 +118,9 @@ class Trainer:
         self.ema = ModelEmaV3(model, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
         half = config.precision == "bfloat16" or (config.precision == "auto" and self.device.type == "cuda")
         autocast_dtype = torch.bfloat16 if half else None
-        self.train_step = TrainingStep(
-            model, self.optimizer, balance, config.label_smoothing, optim.clip_norm, autocast_dtype
-        )
+        step = TrainingStep(model, self.optimizer, balance, config.label_smoothing, optim.clip_norm, autocast_dtype)
+        self.numbers = step.numbers
+        self.train_step = GraphedStep(step, config.batch_size) if worth_capturing(config.graph, model) else step
         self.routing = RoutingWatch(model.moe.router.top_k, balance)
         self.epoch, self.step = 0, 0  # epochs begun, steps done
         self.progress: Progress | None = None  # None: the epoch is over
@@ -189,7 +193,7 @@ class Trainer:
         left_N = order_N[progress.batches * self.config.batch_size :]
         batches = self.bank.batches("train", self.config.batch_size, left_N, view=self.epoch - 1)
         looked = time.perf_counter()
-        self.train_step.reset()
+        self.numbers.reset()
         self.first_step = self.step
         with self._bar(progress) as bar:
             for features, labels_B in batches:
@@ -204,7 +208,7 @@ class Trainer:
         if progress.sums.learned_samples == progress.sums.samples:
             self.routing.look(usage_E, self.epoch)
         values = progress.sums.values(usage_E, floors(self.balance, self.model.moe.router))
-        return values | {"learning_rate/train": self.optimizer.param_groups[0]["lr"]}
+        return values | {"learning_rate/train": float(self.optimizer.param_groups[0]["lr"])}
 
     def _bar(self, progress: Progress) -> tqdm:
         label = f"epoch {self.epoch}/{self.config.epochs}"
@@ -213,8 +217,10 @@ class Trainer:
 
     def _train_batch(self, features: Tensor, labels_B: Tensor, progress: Progress) -> None:
         set_learning_rate(self.optimizer, self.step, self.total_steps, self.optim)
-        if not self.train_step(features, labels_B, self.step < self.routing_warmup_steps, progress.sums):
+        result = self.train_step(features, labels_B, self.step < self.routing_warmup_steps)
+        if result is None:
             self._require_finite()
+        progress.sums.add(result, len(labels_B))
         self.step += 1
         progress.batches += 1
         if self.ema:
@@ -222,7 +228,7 @@ class Trainer:
 
     def _require_finite(self) -> None:
         """Raise errors.UserError where a step of this epoch had a number that is not finite."""
-        if found := self.train_step.numbers.look():
+        if found := self.numbers.look():
             good_steps, term = found
             raise not_finite(term, self.first_step + good_steps + 1, self.epoch, self.kept)
 

@@ -55,7 +55,7 @@ def kernel(monkeypatch):
 @pytest.mark.parametrize("combine", sorted(COMBINE))
 def test_the_three_ways_agree_in_values_and_gradients(sizes, batch, top_k, drop, combine):
     torch.manual_seed(0)
-    experts = build_experts(ExpertsConfig(sizes=sizes, dropout=0.0), 8, 5).double()
+    experts = build_experts(ExpertsConfig(sizes=sizes, dropout=0.0), 8, 5)[0].double()
     routing = routing_of(batch, len(sizes), top_k, drop=drop)
     x_BD = torch.randn(batch, 8, dtype=torch.float64)
     expected = run("sorted", x_BD, routing, experts, combine)
@@ -68,7 +68,7 @@ def test_the_three_ways_agree_in_values_and_gradients(sizes, batch, top_k, drop,
 @pytest.mark.parametrize(("batch", "top_k", "drop"), [(7, 2, 0.0), (64, 3, 0.3)])
 def test_the_grouped_kernel_agrees_too(kernel, sizes, batch, top_k, drop):
     torch.manual_seed(0)
-    experts = build_experts(ExpertsConfig(sizes=sizes, dropout=0.0), 8, 5)
+    experts = build_experts(ExpertsConfig(sizes=sizes, dropout=0.0), 8, 5)[0]
     routing = routing_of(batch, len(sizes), top_k, drop=drop)
     x_BD = torch.randn(batch, 8)
     pairs = zip(run("grouped", x_BD, routing, experts), run("sorted", x_BD, routing, experts), strict=True)
@@ -87,7 +87,7 @@ def test_rows_that_the_kernel_leaves_as_it_found_them_reach_nothing(kernel, monk
 
     monkeypatch.setattr(F, "grouped_mm", Poisoned.through(poisoned))
     torch.manual_seed(0)
-    experts = build_experts(ExpertsConfig(sizes=UNEQUAL, dropout=0.0), 8, 5)
+    experts = build_experts(ExpertsConfig(sizes=UNEQUAL, dropout=0.0), 8, 5)[0]
     routing, x_BD = routing_of(20, 4, 2), torch.randn(20, 8)
     for value, reference in zip(
         run("grouped", x_BD, routing, experts), run("sorted", x_BD, routing, experts), strict=True
@@ -118,7 +118,7 @@ class Poisoned(torch.autograd.Function):
 @pytest.mark.parametrize("how", sorted(WAYS))
 def test_half_precision_stays_near_float32(how):
     torch.manual_seed(0)
-    experts = build_experts(ExpertsConfig(sizes=MIXED, dropout=0.0), 8, 5)
+    experts = build_experts(ExpertsConfig(sizes=MIXED, dropout=0.0), 8, 5)[0]
     routing, x_BD = routing_of(64, len(MIXED), 2), torch.randn(64, 8)
     exact = run("sorted", x_BD, routing, experts)[0]
     with torch.autocast("cpu", torch.bfloat16):
@@ -205,7 +205,7 @@ class OnGpu:
     ],
 )
 def test_the_way_follows_size_and_device(monkeypatch, sizes, assignments, capturing, kernel_there, expected):
-    experts = build_experts(ExpertsConfig(sizes=sizes), 8, 5)
+    experts = build_experts(ExpertsConfig(sizes=sizes), 8, 5)[0]
     assert choose(assignments, experts, torch.randn(2, 8)) == "sorted"  # a CPU has nothing to wait for
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     monkeypatch.setattr(module, "has_kernel", lambda x_BD: kernel_there)

@@ -138,6 +138,11 @@ class Router(nn.Module):
         """Assignments of a sample in evaluation, on average."""
         return float(self.top_k)
 
+    @property
+    def static_shapes(self) -> bool:
+        """Whether the number of assignments of a training step is the same whatever is in the batch."""
+        return True
+
     def forward(self, x_BD: Tensor, warmup: bool = False, allowed_E: Tensor | None = None) -> Routing:
         """Route a batch; `warmup` draws k distinct experts a sample at random and weights them 1/k.
 

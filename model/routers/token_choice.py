@@ -32,6 +32,10 @@ class TokenChoiceRouter(Router):
         if self.bias_rate:
             self.register_buffer("bias_E", torch.zeros(num_experts))
 
+    @property
+    def static_shapes(self) -> bool:
+        return self.capacity_factor is None and type(self)._wanted is TokenChoiceRouter._wanted
+
     def _scores(self, logits_BE: Tensor, hidden_BH: Tensor) -> tuple[Tensor, Tensor | None]:
         """What is ranked, noise included, and load_BE where the rule has it."""
         return logits_BE, None
