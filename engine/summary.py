@@ -38,10 +38,16 @@ class Cost:
         ]
 
 
-def cost(
-    model: VisionMoE, backbone: Backbone, feature_shape: tuple[int, ...], load_E: np.ndarray | None = None
-) -> Cost:
-    """Count parameters and FLOPs. load_E: fractions of the assignments; None: an even load.
+@dataclass(frozen=True)
+class HeadCost:
+    """Parameters that one sample passes, and floating-point operations of its forward pass, without the backbone."""
+
+    active_parameters: int
+    flops: int
+
+
+def head_cost(model: VisionMoE, feature_shape: tuple[int, ...], load_E: np.ndarray | None = None) -> HeadCost:
+    """What the trained part costs a sample, as means under the load: fractions of the assignments (None: even).
 
     A linear head that stands in for dropped choices while training is not active.
     """
@@ -58,14 +64,25 @@ def cost(
     always += sum(flops(expert, row_BD) for expert in moe.shared)
     # Assignments of a sample to each expert; soft routing's several slots of one expert use its weights again.
     visits_E = moe.router.experts_per_sample * load_E
-    size = backbone.image_size
     fixed = parameters(model) - per_expert_E.sum() - (parameters(moe.skip) if moe.skip else 0)
+    return HeadCost(
+        active_parameters=round(fixed + float(visits_E.clip(max=1) @ per_expert_E)),
+        flops=round(always + float(visits_E @ expert_flops_E)),
+    )
+
+
+def cost(
+    model: VisionMoE, backbone: Backbone, feature_shape: tuple[int, ...], load_E: np.ndarray | None = None
+) -> Cost:
+    """Count parameters and FLOPs of backbone and head. load_E: fractions of the assignments; None: an even load."""
+    size = backbone.image_size
+    head = head_cost(model, feature_shape, load_E)
     return Cost(
         backbone_parameters=parameters(backbone),
         trainable_parameters=parameters(model),
-        active_parameters=round(fixed + float(visits_E.clip(max=1) @ per_expert_E)),
+        active_parameters=head.active_parameters,
         backbone_flops=flops(backbone, torch.zeros(1, 3, size, size, device=next(backbone.parameters()).device)),
-        head_flops=round(always + float(visits_E @ expert_flops_E)),
+        head_flops=head.flops,
     )
 
 
