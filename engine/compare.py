@@ -27,14 +27,19 @@ FIGURES = {
     "superclass_accuracy": ("superclass accuracy", True),
     "loss": ("cross-entropy", False),
     "expected_calibration_error": ("calibration error", True),
-    "entropy": ("balance (entropy of the load)", False),
+    "entropy": ("balance", False),
     "cv": ("CV of the load", False),
-    "specialisation.normalised": ("specialisation (of log E)", False),
-    "specialisation.z_score": ("specialisation, s.d. above chance", False),
+    "specialisation.normalised": ("specialisation", False),
+    "specialisation.z_score": ("specialisation, z", False),
     "gate.entropy_mean": ("gate entropy", False),
-    "gate.boundary_share": ("near the routing boundary", True),
+    "gate.boundary_share": ("near the boundary", True),
     "images": ("test images", False),
 }
+MAIN = ("macro-F1", "accuracy", "calibration error", "balance", "specialisation")  # printed where runs are rows
+LEGEND = (
+    "Balance: entropy of the load, 1 is even. Specialisation: mutual information of class and expert over log E; "
+    "z: standard deviations above shuffled labels. Near the boundary: images that the gate nearly sent elsewhere."
+)
 
 
 @dataclass(frozen=True)
@@ -148,7 +153,9 @@ def _number(value: float | None, as_percent: bool) -> str:
         return "–"
     if as_percent:
         return f"{100 * value:.2f} %"
-    return f"{value:,.0f}" if value == round(value) and abs(value) >= 10 else f"{value:.3f}"
+    if value == round(value) or abs(value) >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
 
 
 def _shown(value: Any) -> str:
@@ -162,6 +169,9 @@ def _grid(runs: Sequence[Compared], rows: list[tuple[str, list[str]]]) -> list[l
 
 
 def _text(runs: Sequence[Compared], rows: list[tuple[str, list[str]]]) -> str:
+    if len(runs) > WIDE:
+        left_out = {name for name, _ in FIGURES.values()} - set(MAIN)
+        rows = [row for row in rows if row[0] not in left_out]
     grid = [[cell if len(cell) <= CELL else cell[: CELL - 1] + "…" for cell in line] for line in _grid(runs, rows)]
     widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
     lines = []
@@ -175,7 +185,8 @@ def _markdown(runs: Sequence[Compared], rows: list[tuple[str, list[str]]]) -> st
     header, *lines = [[_escape(cell) for cell in line] for line in _grid(runs, rows)]
     rule = ["---", *["---:"] * (len(header) - 1)]
     table = "\n".join("| " + " | ".join(line) + " |" for line in [header, rule, *lines])
-    return f"# Comparison of {len(runs)} runs\n\n{table}\n\n![Scores, balance and specialisation](comparison.png)\n"
+    figure = "![Scores, balance and specialisation](comparison.png)"
+    return f"# Comparison of {len(runs)} runs\n\n{table}\n\n{LEGEND}\n\n{figure}\n"
 
 
 def _escape(cell: str) -> str:
@@ -199,9 +210,9 @@ def _figure(runs: Sequence[Compared]):
         },
         "calibration error (%)": {"calibration": column("expected_calibration_error", 100)},
     }
-    known = {label: series for label, series in panels.items() if not all(map(_empty, series.values()))}
-    return plots.comparison([run.name for run in shown], known)
-
-
-def _empty(values: np.ndarray) -> bool:
-    return bool(np.isnan(values).all())
+    known = {
+        label: series
+        for label, series in panels.items()
+        if not all(np.isnan(values).all() for values in series.values())
+    }
+    return plots.comparison([run.name for run in shown], known, from_zero=[*panels][1:])

@@ -91,12 +91,19 @@ def reliability(confidence_B: ArrayLike, accuracy_B: ArrayLike, count_B: ArrayLi
     )
     above.plot([0, 1], [0, 1], color="black", ls="--", lw=1, label="perfectly calibrated")
     above.plot(
-        confidence_B[filled_B], accuracy_B[filled_B], "o", color=VERMILLION, ms=4, label="at the bin's mean confidence"
+        confidence_B[filled_B],
+        accuracy_B[filled_B],
+        "o",
+        color=VERMILLION,
+        ms=4,
+        clip_on=False,
+        zorder=3,
+        label="at the bin's mean confidence",
     )
     above.set(ylabel="accuracy of the bin", xlim=(0, 1), ylim=(0, 1))
-    above.legend(fontsize=8, loc="upper left")
     below.bar(left_B, count_B / max(1.0, count_B.sum()), width, align="edge", color="0.6", edgecolor="white")
     below.set(xlabel="confidence: probability of the predicted class", ylabel="share of\nthe samples")
+    figure.legend(*above.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     for axis in (above.xaxis, above.yaxis, below.yaxis):
         axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     for ax in (above, below):

@@ -121,7 +121,7 @@ def expert_worth(
     ax.errorbar(parameters_E, lost_E, deviation_E, fmt="none", ecolor="0.5", elinewidth=1, capsize=3)
     # The largest first, so that no small bubble hides behind one.
     for expert in np.argsort(-load_E, kind="stable"):
-        label = short(f"{expert_labels[expert]}: {lost_E[expert]:+.2f} points")
+        label = short(f"{expert_labels[expert]}: {round(lost_E[expert], 2) + 0.0:+.2f} points")
         at = (parameters_E[expert], lost_E[expert])
         area = 90 + 14 * load_E[expert]
         ax.scatter(*at, area, color=expert_colour(expert), edgecolor="white", zorder=3, label=label)
