@@ -1,7 +1,8 @@
-"""Score a trained run on its test set: numbers, a table, and figures under RUN/evaluation/.
+"""Score a trained run on its test set, or compare runs.
 
-python evaluate.py runs/cifar100-20260101-120000
-python evaluate.py RUN --data.root DIR --backbone.weights FILE     where the files have moved
+python evaluate.py RUN                      metrics.json, figures/*.png and report.html in RUN/evaluation/
+python evaluate.py RUN --data.root DIR --backbone.weights FILE      where the files have moved
+python evaluate.py --compare RUN RUN ...    one table and one figure, of run folders and ClearML task ids
 """
 
 import argparse
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from data.datasets import load_splits
 from engine.checkpoint import check_inputs, export_model, load_checkpoint, load_exported, read_description
+from engine.compare import compare
 from engine.config import Config, config_from_dict
 from engine.evaluation import evaluate, table
 from engine.pipeline import build_bank, build_model, identity, pick_device
@@ -27,16 +29,33 @@ class Parser(argparse.ArgumentParser):
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line. Raises errors.UserError."""
     parser = Parser(prog="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder that train.py wrote")
+    parser.add_argument("run", type=Path, metavar="RUN", nargs="?", help="folder that train.py wrote")
+    parser.add_argument("--compare", nargs="+", metavar="RUN", help="runs that were evaluated, or ClearML task ids")
+    parser.add_argument("--out", type=Path, help="folder of comparison.md, .json and .png (default: comparison)")
     parser.add_argument("--data.root", dest="root", type=Path, help="where the data set lies, if not where it was")
     parser.add_argument("--backbone.weights", dest="weights", type=Path, help="the backbone's file, if it has moved")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, or cuda:1")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if (options.run is None) == (options.compare is None):
+        parser.error("name one RUN to score, or two or more after --compare")
+    if options.out is not None and options.compare is None:
+        parser.error("--out belongs to --compare; the files of a single run go to RUN/evaluation")
+    return options
 
 
 def main() -> None:
     options = parse()
+    if options.compare:
+        out = options.out or Path("comparison")
+        print(compare(options.compare, out))
+        print(f"written to   {out}")
+    else:
+        score(options)
+
+
+def score(options: argparse.Namespace) -> None:
+    """Rebuild the model of a run, score it on the test set and write what evaluate() writes."""
     run = RunFolder(options.run)
     described = describe(run)
     config = configure(described["config"], options)
@@ -48,7 +67,7 @@ def main() -> None:
     model = build_model(config, feature_shape, splits.test.num_classes)
     load_exported(run, model)
     print(table(evaluate(run, config, model.to(device), bank)))
-    print(f"written to   {run.evaluation}")
+    print(f"written to   {run.evaluation}; open {run.report.name} in a browser")
 
 
 def describe(run: RunFolder) -> dict:

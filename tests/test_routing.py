@@ -1,12 +1,9 @@
 import math
-from itertools import pairwise
 
-import matplotlib
 import numpy as np
 import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from analysis import plots, routing
+from analysis import routing
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -93,18 +90,18 @@ def test_tables_agree_with_loops(seed):
     share = routing.expert_by_class(labels_N, sample_A, expert_A, 5, 4, weight_A)
     np.testing.assert_allclose(share, table / table.sum(1, keepdims=True))
     np.testing.assert_allclose(routing.expert_importance(expert_A, weight_A, 4), table.sum(0) / weight_A.sum())
-    accuracy_E, samples_E = routing.per_expert_accuracy(correct_N, sample_A, expert_A, 4)
+    accuracy_E, samples_E = routing.mean_by_expert(correct_N, sample_A, expert_A, 4)
     assert samples_E.tolist() == [len(samples) for samples in served]
     np.testing.assert_allclose(accuracy_E, [np.mean([correct_N[s] for s in group]) for group in served])
 
 
-def test_per_expert_accuracy_by_hand():
+def test_mean_by_expert_by_hand():
     # Expert 0 serves 0, 1, 4 (right, wrong, right), expert 1 serves 0, 2, 4 (all right), expert 2 none.
-    accuracy_E, samples_E = routing.per_expert_accuracy([1, 0, 1, 0, 1], SAMPLE, EXPERT, 3)
+    accuracy_E, samples_E = routing.mean_by_expert([1, 0, 1, 0, 1], SAMPLE, EXPERT, 3)
     np.testing.assert_allclose(accuracy_E, [2 / 3, 1.0, np.nan])
     assert samples_E.tolist() == [3, 3, 0]
     # The same expert drawn twice for sample 0 counts it once: right 1 of 2.
-    accuracy_E, samples_E = routing.per_expert_accuracy([True, False], [0, 0, 1], [0, 0, 0], 1)
+    accuracy_E, samples_E = routing.mean_by_expert([True, False], [0, 0, 1], [0, 0, 0], 1)
     assert (accuracy_E.tolist(), samples_E.tolist()) == ([0.5], [2])
 
 
@@ -117,6 +114,8 @@ def test_specialisation_finds_experts_that_follow_classes():
     # The bias of an independent table is about (C - 1)(E - 1) / 2A = 9 / 200.
     assert result["null_mean"] == pytest.approx(9 / 200, rel=0.3)
     assert 0 < result["null_deviation"] < 0.05
+    above = result["mutual_information"] - result["null_mean"]
+    assert result["z_score"] == pytest.approx(above / result["null_deviation"]) and result["z_score"] > 50
 
 
 def test_specialisation_sees_nothing_in_random_routing_and_repeats_itself():
@@ -130,6 +129,7 @@ def test_specialisation_keeps_the_assignments_of_a_sample_together():
     # Every sample has both experts, so no shuffling of labels can change the table: all trials tie.
     result = routing.specialisation([0, 0, 0, 1], np.repeat(np.arange(4), 2), [0, 1] * 4, 2, 2, permutations=20)
     assert result["p_value"] == 1.0
+    assert result["z_score"] is None
     assert result["mutual_information"] == pytest.approx(0.0, abs=1e-12)
 
 
@@ -144,7 +144,7 @@ def test_no_assignments_and_one_class():
     assert routing.expert_importance([], [], 2).tolist() == [0, 0]
     assert routing.expert_by_class([0, 1], [], [], 2, 2).tolist() == [[0, 0], [0, 0]]
     assert routing.expert_by_class([0, 0], [0, 1], [1, 1], 1, 2).tolist() == [[0, 1]]
-    accuracy_E, samples_E = routing.per_expert_accuracy([], [], [], 2)
+    accuracy_E, samples_E = routing.mean_by_expert([], [], [], 2)
     assert np.isnan(accuracy_E).all() and samples_E.tolist() == [0, 0]
 
 
@@ -178,168 +178,3 @@ def test_top_classes():
 def test_bad_input_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
-
-
-CIFAR_100_SUPERCLASSES = """aquatic mammals, fish, flowers, food containers, fruit and vegetables,
-household electrical devices, household furniture, insects, large carnivores, large man-made outdoor things,
-large natural outdoor scenes, large omnivores and herbivores, medium-sized mammals, non-insect invertebrates,
-people, reptiles, small mammals, trees, vehicles 1, vehicles 2""".replace("\n", " ").split(", ")
-
-
-def labels(experts):
-    return [f"{e} · {('256-128', '512', '2048-1024-512-256-128')[e % 3]}" for e in range(experts)]
-
-
-def shares(rows, experts, seed=0):
-    return np.random.default_rng(seed).dirichlet(np.full(experts, 0.4), rows)
-
-
-def history(epochs):
-    rows = [{"epoch": t, "loss/train": 4 / t, "accuracy/validation": 1 - 1 / t} for t in range(1, epochs + 1)]
-    rows[0]["loss/validation"] = math.inf
-    rows[-1] |= {"macro_f1/validation": 0.5, "learning_rate/train": 1e-3, "loss/train": None}
-    return rows
-
-
-def by_class(classes, experts, groups=None, long=False):
-    names = [("a_class_of_a_very_long_name_$x$_" if long else "class ") + str(c) for c in range(classes)]
-    group = {"group_C": np.arange(classes) % groups} if groups else {}
-    group |= {"group_names": [CIFAR_100_SUPERCLASSES[g % 20] for g in range(groups)]} if groups else {}
-    return plots.expert_by_class(shares(classes, experts), names, labels(experts), **group)
-
-
-def confusion(names):
-    counts = np.random.default_rng(0).poisson(1.0, (names, names)) + 50 * np.eye(names)
-    counts[0] = 0
-    return plots.superclass_confusion(counts, [CIFAR_100_SUPERCLASSES[g % 20] for g in range(names)])
-
-
-def pictures(count, experts, channels=3, size=32):
-    images = np.random.default_rng(0).integers(0, 256, (count, size, size, channels), dtype=np.uint8)
-    chosen = [list(zip(labels(experts), [1 / experts] * experts, strict=True)) for _ in range(count)]
-    if count > 1:
-        chosen[1] = []
-    names = [f"a very long class name indeed {i}" for i in range(count)]
-    return plots.samples(images, names, names[::-1], chosen)
-
-
-MAIN = {
-    "curves": lambda: plots.training_curves(history(30)),
-    "time": lambda: plots.load_over_time(np.arange(1, 31), shares(30, 4), labels(4), 3),
-    "load": lambda: plots.expert_load(shares(1, 4)[0], shares(1, 4, 1)[0], labels(4)),
-    "class 10": lambda: by_class(10, 4),
-    "class 100": lambda: by_class(100, 8, groups=20),
-    "confusion": lambda: confusion(20),
-    "samples": lambda: pictures(10, 2),
-}
-EDGE = {
-    "no epochs": lambda: plots.training_curves([]),
-    "one epoch": lambda: plots.training_curves(history(1)),
-    "nothing known": lambda: plots.training_curves([{"epoch": 1, "loss/train": math.nan}]),
-    "no load": lambda: plots.load_over_time([], np.zeros((0, 4)), labels(4)),
-    "one load": lambda: plots.load_over_time([1], shares(1, 2), labels(2), 5),
-    "16 over time": lambda: plots.load_over_time([1, 2], shares(2, 16), labels(16)),
-    "64 over time": lambda: plots.load_over_time(np.arange(9), shares(9, 64), labels(64), 1.5),
-    "one expert": lambda: plots.expert_load([1.0], [1.0], labels(1)),
-    "unused": lambda: plots.expert_load(np.zeros(4), np.zeros(4), labels(4)),
-    "64 experts": lambda: plots.expert_load(shares(1, 64)[0], shares(1, 64, 1)[0], labels(64)),
-    "one class": lambda: by_class(1, 1),
-    "no assignment": lambda: plots.expert_by_class(np.zeros((3, 2)), list("abc"), labels(2)),
-    "long names": lambda: by_class(101, 2, groups=101, long=True),
-    "1000 classes": lambda: by_class(1000, 64, groups=12),
-    "two names": lambda: confusion(2),
-    "200 names": lambda: confusion(200),
-    "no pictures": lambda: pictures(0, 2),
-    "grey picture": lambda: pictures(1, 1, channels=1, size=8),
-    "soft routing": lambda: pictures(7, 64, size=224),
-}
-
-
-def texts(figure):
-    return [text for text in figure.findobj(matplotlib.text.Text) if text.get_visible() and text.get_text()]
-
-
-@pytest.mark.parametrize("name", MAIN)
-def test_everything_lies_inside_the_figure(name):
-    figure = MAIN[name]()
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    box = figure.get_tightbbox(canvas.get_renderer())
-    width, height = figure.get_size_inches()
-    assert box.x0 >= -0.01 and box.y0 >= -0.01 and box.x1 <= width + 0.01 and box.y1 <= height + 0.01
-    assert texts(figure)
-
-
-@pytest.mark.parametrize("name", ["class 100", "confusion", "load", "class 10"])
-def test_tick_labels_do_not_overlap(name):
-    figure = MAIN[name]()
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    for ax in figure.axes:
-        for axis in (ax.xaxis, ax.yaxis):
-            boxes = [label.get_window_extent() for label in axis.get_ticklabels() if label.get_text()]
-            side = 0 if axis is ax.xaxis else 1
-            spans = sorted((box.min[side], box.max[side]) for box in boxes)
-            assert all(end <= start + 1 for (_, end), (start, _) in pairwise(spans))
-
-
-def test_superclass_names_do_not_overlap():
-    figure = MAIN["class 100"]()
-    FigureCanvasAgg(figure).draw()
-    for ax in figure.axes[:2]:
-        boxes = [text.get_window_extent() for text in ax.texts]
-        assert len(boxes) == 10
-        assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[i + 1 :])
-
-
-@pytest.mark.parametrize("name", EDGE)
-def test_edge_sizes_are_drawn_without_warnings(name):
-    FigureCanvasAgg(EDGE[name]()).draw()
-
-
-def test_best_epoch_is_marked():
-    rows = [{"epoch": 1, "loss/validation": 2.0, "accuracy/validation": 0.6}]
-    rows += [{"epoch": 2, "loss/validation": 1.0, "accuracy/validation": 0.5}]
-
-    def marked(**kwargs):
-        figure = plots.training_curves(rows, **kwargs)
-        return [label for ax in figure.axes for label in ax.get_legend_handles_labels()[1] if "best" in label]
-
-    assert marked() == ["best epoch, 1: 0.6"]
-    assert marked(best_by="loss/validation") == ["best epoch, 2: 1"]
-    assert marked(best_by="accuracy/test") == []
-
-
-def test_classes_are_ordered_by_superclass_then_by_dominant_expert():
-    share = np.array([[0.1, 0.9], [0.8, 0.2], [0.6, 0.4], [0.3, 0.7]])
-
-    def order(**kwargs):
-        figure = plots.expert_by_class(share, list("abcd"), labels(2), **kwargs)
-        return "".join(label.get_text() for label in figure.axes[0].get_xticklabels())
-
-    assert order() == "bcad"
-    assert order(group_C=[1, 0, 1, 0], group_names=["x", "y"]) == "bdca"
-
-
-def test_dollars_in_names_are_not_mathematics():
-    figure = plots.expert_by_class(np.eye(2), ["$\\frac$", "a$b"], ["0 · $\\bad$", "1"], [0, 1], ["$\\x$", "$"])
-    FigureCanvasAgg(figure).draw()
-
-
-def test_save_writes_a_whole_png_and_nothing_else(tmp_path):
-    figure = MAIN["load"]()
-    path = plots.save(figure, tmp_path / "figures" / "load.png")
-    assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    assert matplotlib.image.imread(path).shape[1] == 1200
-    assert [file.name for file in path.parent.iterdir()] == ["load.png"]
-
-
-def test_save_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
-    figure = MAIN["load"]()
-    path = plots.save(figure, tmp_path / "load.png")
-    before = path.read_bytes()
-    monkeypatch.setattr(figure, "savefig", lambda target, **_: (target.write_bytes(b"torn"), 1 / 0))
-    with pytest.raises(ZeroDivisionError):
-        plots.save(figure, path)
-    assert path.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [path]
