@@ -9,20 +9,13 @@ import sys
 from pathlib import Path
 
 from data.datasets import load_splits
-from engine.checkpoint import check_inputs, export_model, load_checkpoint, load_exported, read_description
-from engine.config import Config, config_from_dict
+from engine.checkpoint import check_inputs, load_exported
 from engine.evaluation import evaluate, table
+from engine.loading import configure, describe
 from engine.pipeline import build_bank, build_model, identity, pick_device
 from engine.run_folder import RunFolder
-from errors import UserError, exit_code_of
+from errors import Parser, exit_code_of
 from model.backbone import load_backbone
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, with its complaint in one line."""
-
-    def error(self, message: str):
-        raise UserError(f"{message}; see python {self.prog} --help")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -39,7 +32,7 @@ def main() -> None:
     options = parse()
     run = RunFolder(options.run)
     described = describe(run)
-    config = configure(described["config"], options)
+    config = configure(described["config"], options.device, options.root, options.weights)
     device = pick_device(config.device)
     splits, backbone = load_splits(config.data), load_backbone(config.backbone, device)
     feature_shape = tuple(described["feature_shape"])
@@ -49,31 +42,6 @@ def main() -> None:
     load_exported(run, model)
     print(table(evaluate(run, config, model.to(device), bank)))
     print(f"written to   {run.evaluation}")
-
-
-def describe(run: RunFolder) -> dict:
-    """model.json, written first from the best checkpoint where training has not come to do that."""
-    if not run.path.is_dir():
-        raise UserError(f"{run.path} is not a folder: name a run that train.py wrote")
-    if run.best.is_file():
-        best = load_checkpoint(run.best)
-        if not run.model.is_file() or read_description(run).get("epoch") != best["epoch"]:
-            print(f"{run.path} was not trained to its end: scoring its best epoch so far, {best['epoch']}")
-            export_model(run)
-    elif not run.model.is_file():
-        raise UserError(f"{run.path} holds neither model.json nor checkpoints/best.pt: name a run that train.py wrote")
-    return read_description(run)
-
-
-def configure(values: dict, options: argparse.Namespace) -> Config:
-    """The run's configuration with the moved files and the device of this command line."""
-    config = config_from_dict(values)
-    config.device = options.device
-    if options.root is not None:
-        config.data.root = options.root.expanduser()
-    if options.weights is not None:
-        config.backbone.weights = options.weights.expanduser()
-    return config
 
 
 if __name__ == "__main__":

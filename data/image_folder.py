@@ -2,12 +2,10 @@
 
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
 
 from data.datasets import ImageSet
+from data.image_file import read_picture
 from errors import UserError
 
 
@@ -46,27 +44,5 @@ def _read_split(folder: Path, names: tuple[str, ...], size: int) -> ImageSet | N
         raise UserError(f"{folder / min(empty)} holds no image: add some, or remove the folder")
     images_NCHW = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
     for row, (path, _) in enumerate(files):
-        images_NCHW[row] = read_image(Path(path), size)
+        images_NCHW[row] = read_picture(Path(path), size).pixels_CHW
     return ImageSet(images_NCHW, torch.tensor([label for _, label in files]), names)
-
-
-def read_image(path: Path, size: int) -> Tensor:
-    """One image file as uint8 RGB (3, size, size). Raises errors.UserError where Pillow cannot read it."""
-    from torchvision.transforms import InterpolationMode
-    from torchvision.transforms.v2 import functional as F
-
-    try:
-        with Image.open(path) as image:
-            rgb = _as_rgb(ImageOps.exif_transpose(image))
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as an image ({error}): mend or remove it") from error
-    resized = F.resize(F.pil_to_tensor(rgb), [size], InterpolationMode.BICUBIC, antialias=True)
-    return F.center_crop(resized, [size, size])
-
-
-def _as_rgb(image: Image.Image) -> Image.Image:
-    """Eight bits a channel; sixteen are scaled, where Pillow's own conversion would cut everything above 255."""
-    if image.mode.startswith("I;16") or image.mode == "I":
-        values = np.asarray(image).clip(0, 65535)
-        image = Image.fromarray((values // 256).astype(np.uint8))
-    return image.convert("RGB")
