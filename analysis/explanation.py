@@ -34,14 +34,14 @@ def explanation(
         _bars(left, bars, [(score, BLUE, _short(label, 28), f"{score:.1%}") for label, score in scores])
         _bars(right, bars, [_vote(*vote) for vote in experts])
     grid[0, 1].set_title("class, probability", fontsize=9)
-    grid[0, 2].set_title("expert · hidden units, its class if alone, gate weight", fontsize=9)
+    grid[0, 2].set_title("expert · hidden units, its answer alone, gate weight", fontsize=9)
     return figure
 
 
 def _vote(label: str, weight: float, alone: str, probability: float) -> tuple[float, str, str, str]:
     number = label.split(" ")[0]
     colour = OKABE_ITO[int(number) % len(OKABE_ITO)] if number.isdigit() else BLUE
-    return weight, colour, f"{_short(label, 16)}: {_short(alone, 16)} {probability:.0%}", f"{weight:.2f}"
+    return weight, colour, f"{_short(label, 16)}, alone: {_short(alone, 16)} ({probability:.0%})", f"{weight:.2f}"
 
 
 def _bars(ax: Axes, room: int, rows: list[tuple[float, str, str, str]]) -> None:

@@ -47,7 +47,9 @@ def read_picture(path: Path, size: int, grey: bool = False) -> Picture:
     except IsADirectoryError as error:
         raise UserError(f"{path} is a folder, not an image") from error
     except UnidentifiedImageError as error:
-        raise UserError(f"{path} is not an image of a format that Pillow reads: convert or remove it") from error
+        raise UserError(
+            f"{path} cannot be read as an image (of no format that Pillow knows): convert or remove it"
+        ) from error
     except Image.DecompressionBombError as error:
         raise UserError(f"{path} has more than {2 * MAX_PIXELS // 10**6} megapixels: make it smaller first") from error
     except Exception as error:  # bytes that are no image make the decoders fail in every way there is

@@ -38,3 +38,20 @@ def assets() -> Path:
     missing = [name for name in ("cifar-100-python", f"{CLIP}.safetensors") if not (Path(folder) / name).exists()]
     assert not missing, f"VISION_MOE_ASSETS={folder} lacks {', '.join(missing)}"
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory) -> Path:
+    """The folder of a run that train.py made in this process: 500 digits, an early block of the bundled ViT."""
+    import train  # here, because most test files need none of what it imports
+    from errors import exit_code_of
+
+    folder = tmp_path_factory.mktemp("tiny") / "run"
+    options = "--config configs/digits.yaml --data.max_per_class 50 --backbone.features [tokens:1] "
+    options += "--train.epochs 4 --train.batch_size 32 --router.warmup_steps 5"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        words = ["train.py", *options.split(), "--tracking", "none", "--run_dir", str(folder)]
+        patch.setattr("sys.argv", words)
+        assert exit_code_of(train.main) == 0
+    return folder
