@@ -1,6 +1,5 @@
 """The errors that a user can cause: one line that says what is wrong, where, and what to do."""
 
-import argparse
 import sys
 from collections.abc import Callable
 
@@ -15,13 +14,6 @@ class EnvironmentFault(UserError):
     """The input is fine but the machine is not (no network, full disk, dead server); the exit code is 1."""
 
     exit_code = 1
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, with its complaint in one line."""
-
-    def error(self, message: str):
-        raise UserError(f"{message}; see python {self.prog} --help")
 
 
 def exit_code_of(main: Callable[[], None]) -> int:

@@ -16,10 +16,11 @@ import torch
 
 from analysis.explanation import explanation
 from data.image_file import Picture, find_images, read_picture
+from engine.arguments import Parser
 from engine.classify import Answer, classify
 from engine.loading import TrainedRun, load_trained
 from engine.run_folder import write_atomically
-from errors import EnvironmentFault, Parser, UserError, exit_code_of
+from errors import EnvironmentFault, UserError, exit_code_of
 
 BATCH = 32  # images that are held at once
 EXPLAINED = 12  # images in one picture

@@ -10,6 +10,7 @@ from data.features import FeatureBank
 from engine.config import Config
 from engine.metrics import balance_figures, per_class_scores, scores
 from engine.predict import Predictions, predict
+from engine.reporting import report
 from engine.run_folder import RunFolder, write_json
 from engine.tracking import Tracker
 from model.classifier import VisionMoE
@@ -31,7 +32,7 @@ def evaluate(
     write_json(run.evaluation / "metrics.json", results)
     _draw(run, config, predictions, test, results)
     if tracker is not None:
-        _report(run, results, tracker)
+        report(run, results, tracker)
     return results
 
 
@@ -117,17 +118,6 @@ def _samples(predictions: Predictions, test: ImageSet):
         [test.class_names[label] for label in predictions.predicted_N[:count]],
         experts,
     )
-
-
-def _report(run: RunFolder, results: dict[str, Any], tracker: Tracker) -> None:
-    single = ("accuracy", "macro_f1", "loss", "entropy", "cv")
-    tracker.summary({f"test/{name}": results[name] for name in single})
-    for path in sorted(run.figures.glob("*.png")):
-        tracker.figure("evaluation", path.stem, path)
-    columns = ("precision", "recall", "f1", "support")
-    rows = [[name, *(values[column] for column in columns)] for name, values in results["per_class"].items()]
-    tracker.table("test", "per class", ["class", *columns], rows)
-    tracker.artifact("evaluation", run.evaluation / "metrics.json")
 
 
 def table(results: dict[str, Any], hardest: int = 5) -> str:

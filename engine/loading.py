@@ -42,8 +42,8 @@ def load_trained(
     config = configure(described["config"], device, weights=weights)
     device = pick_device(config.device)
     backbone = load_backbone(config.backbone, device)
-    now = {"name": config.backbone.name, "fingerprint": backbone.fingerprint()}
-    check_inputs(described, {"backbone": now, "data": described["data"]}, run.weights)
+    here = {"name": config.backbone.name, "fingerprint": backbone.fingerprint()}
+    check_inputs(described, {**described, "backbone": here}, run.weights)
     class_names = tuple(described["class_names"])
     model = build_model(config, tuple(described["feature_shape"]), len(class_names))
     load_exported(run, model)

@@ -40,6 +40,14 @@ def assets() -> Path:
     return Path(folder)
 
 
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory) -> Path:
+    """A folder with ClearML's cache and a configuration that names no server."""
+    folder = tmp_path_factory.mktemp("tracking")
+    (folder / "clearml.conf").write_text("sdk { development { report_use_subprocess: false } }\n")
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory) -> Path:
     """The folder of a run that train.py made in this process: 500 digits, an early block of the bundled ViT."""
