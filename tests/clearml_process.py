@@ -51,7 +51,7 @@ def run_python(workplace: Path, run: Path, code: str, **environment: str) -> sub
         cwd=workplace,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -12,6 +12,10 @@ ROOT = Path(__file__).resolve().parent.parent
 # Small tensors are slower on two threads than on one, by far where another process wants the cores as well.
 torch.set_num_threads(1)
 
+TINY = (
+    "--config configs/digits.yaml --data.max_per_class 50 --backbone.features [tokens:1] "
+    "--train.epochs 4 --train.batch_size 32 --router.warmup_steps 5"
+)
 CLIP = "vit_base_patch16_clip_quickgelu_224.openai"
 
 
@@ -55,11 +59,9 @@ def tiny_run(tmp_path_factory) -> Path:
     from errors import exit_code_of
 
     folder = tmp_path_factory.mktemp("tiny") / "run"
-    options = "--config configs/digits.yaml --data.max_per_class 50 --backbone.features [tokens:1] "
-    options += "--train.epochs 4 --train.batch_size 32 --router.warmup_steps 5"
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        words = ["train.py", *options.split(), "--tracking", "none", "--run_dir", str(folder)]
+        words = ["train.py", *TINY.split(), "--tracking", "none", "--run_dir", str(folder)]
         patch.setattr("sys.argv", words)
         assert exit_code_of(train.main) == 0
     return folder
