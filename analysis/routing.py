@@ -11,10 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-FloatArray = NDArray[np.float64]
-IntArray = NDArray[np.int64]
+from analysis.checks import FloatArray, IntArray, fractions, indices, pairs, weights
 
 
 def expert_load(expert_A: ArrayLike, num_experts: int) -> FloatArray:
@@ -23,7 +22,7 @@ def expert_load(expert_A: ArrayLike, num_experts: int) -> FloatArray:
     Returns load_E, which sums to 1, or zeros where there is no assignment. Raises ValueError on an expert
     outside 0 .. num_experts - 1.
     """
-    expert_A = _indices(expert_A, num_experts, "expert_A")
+    expert_A = indices(expert_A, num_experts, "expert_A")
     return _normalised(np.bincount(expert_A, minlength=num_experts).astype(np.float64))
 
 
@@ -33,8 +32,8 @@ def expert_importance(expert_A: ArrayLike, weight_A: ArrayLike, num_experts: int
     Returns importance_E, which sums to 1, or zeros where there is no weight. Raises ValueError on an expert
     out of range, or on a weight that is negative, not finite or missing.
     """
-    expert_A = _indices(expert_A, num_experts, "expert_A")
-    weight_A = _weights(weight_A, expert_A)
+    expert_A = indices(expert_A, num_experts, "expert_A")
+    weight_A = weights(weight_A, expert_A)
     return _normalised(np.bincount(expert_A, weights=weight_A, minlength=num_experts))
 
 
@@ -61,7 +60,7 @@ def load_entropy(load_E: ArrayLike) -> float:
     A single expert is perfectly balanced: 1.0. A load without assignments (all zeros) has no balance: nan.
     The load is divided by its sum, so counts do too.
     """
-    load_E = _load(load_E)
+    load_E = fractions(load_E)
     if load_E.sum() == 0.0:
         return float("nan")
     if load_E.size == 1:
@@ -76,7 +75,7 @@ def coefficient_of_variation(load_E: ArrayLike) -> float:
     At best 0.0, at worst sqrt(E - 1), where one expert takes all; 0.0 for one expert; nan for a load of
     zeros.
     """
-    load_E = _load(load_E)
+    load_E = fractions(load_E)
     mean = load_E.mean()
     return float(load_E.std(ddof=0) / mean) if mean > 0 else float("nan")
 
@@ -109,16 +108,17 @@ def specialisation(
     num_experts: int,
     permutations: int = 200,
     seed: int = 0,
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """How much an expert tells about the class, against what the same routing tells about shuffled labels.
 
     The estimate of a mutual information is biased upwards by about (C - 1)(E - 1) / 2A nats, so the figure
     means something only beside its permutation null. Labels are shuffled among the samples that have an
     expert: the assignments of one sample stay together, since they are not independent.
 
-    Returns `mutual_information` (nats), `normalised` (over log E; 0.0 for one expert), `null_mean` and
-    `null_deviation` (nats) and `p_value` = (1 + #{null >= observed}) / (1 + permutations). Raises ValueError
-    as `expert_by_class` does, or for fewer than one permutation.
+    Returns `mutual_information` (nats), `normalised` (over log E; 0.0 for one expert; with k experts of equal
+    weight a sample at most 1 - log k / log E), `null_mean` and `null_deviation` (nats), `z_score` (None where
+    the null does not vary) and `p_value` = (1 + #{null >= observed}) / (1 + permutations). Raises ValueError as
+    `expert_by_class` does, or for fewer than one permutation.
     """
     if permutations < 1:
         raise ValueError(f"permutations must be at least 1, got {permutations}")
@@ -134,35 +134,36 @@ def specialisation(
         cell_A = generator.permutation(labels_M)[row_A] * num_experts + expert_A
         null[trial] = mutual_information(_table(cell_A, num_classes, num_experts))
 
+    deviation = float(null.std(ddof=0))
     # Equal tables summed in another order differ in the last bits; a tie must count as one.
     as_high = int((null >= observed - 1e-12).sum())
     return {
         "mutual_information": observed,
         "normalised": observed / float(np.log(num_experts)) if num_experts > 1 else 0.0,
         "null_mean": float(null.mean()),
-        "null_deviation": float(null.std(ddof=0)),
+        "null_deviation": deviation,
+        "z_score": (observed - float(null.mean())) / deviation if deviation > 1e-12 else None,
         "p_value": (1 + as_high) / (1 + permutations),
     }
 
 
-def per_expert_accuracy(
-    correct_N: ArrayLike, sample_A: ArrayLike, expert_A: ArrayLike, num_experts: int
+def mean_by_expert(
+    values_N: ArrayLike, sample_A: ArrayLike, expert_A: ArrayLike, num_experts: int
 ) -> tuple[FloatArray, IntArray]:
-    """Accuracy of the whole mixture over the samples that each expert had a part in.
+    """Mean of a value over the samples that each expert has a part in, such as 1 for a right prediction.
 
-    correct_N: 1 or True where the prediction is right. Returns accuracy_E (nan for an expert without
-    samples) and samples_E; a sample counts once for each of its experts, even where it was sent to one of
-    them twice.
+    Returns mean_E (nan for an expert without samples) and samples_E; a sample counts once for each of its
+    experts, even where it was sent to one of them twice.
     """
-    correct_N = np.asarray(correct_N, dtype=np.float64)
-    sample_A, expert_A = _pairs(sample_A, expert_A, len(correct_N), num_experts)
+    values_N = np.asarray(values_N, dtype=np.float64)
+    sample_A, expert_A = pairs(sample_A, expert_A, len(values_N), num_experts)
     pair = np.unique(sample_A * num_experts + expert_A)
     sample, expert = pair // num_experts, pair % num_experts
     samples_E = np.bincount(expert, minlength=num_experts)
-    right_E = np.bincount(expert, weights=correct_N[sample], minlength=num_experts)
-    accuracy_E = np.full(num_experts, np.nan)
-    np.divide(right_E, samples_E, out=accuracy_E, where=samples_E > 0)
-    return accuracy_E, samples_E
+    sum_E = np.bincount(expert, weights=values_N[sample], minlength=num_experts)
+    mean_E = np.full(num_experts, np.nan)
+    np.divide(sum_E, samples_E, out=mean_E, where=samples_E > 0)
+    return mean_E, samples_E
 
 
 def top_classes(table_CE: ArrayLike, class_names: Sequence[str], expert: int, n: int) -> list[tuple[str, float]]:
@@ -183,9 +184,9 @@ def top_classes(table_CE: ArrayLike, class_names: Sequence[str], expert: int, n:
 
 
 def _counts(labels_N, sample_A, expert_A, num_classes, num_experts, weight_A=None) -> FloatArray:
-    labels_N = _indices(labels_N, num_classes, "labels_N")
-    sample_A, expert_A = _pairs(sample_A, expert_A, len(labels_N), num_experts)
-    weight_A = None if weight_A is None else _weights(weight_A, expert_A)
+    labels_N = indices(labels_N, num_classes, "labels_N")
+    sample_A, expert_A = pairs(sample_A, expert_A, len(labels_N), num_experts)
+    weight_A = None if weight_A is None else weights(weight_A, expert_A)
     return _table(labels_N[sample_A] * num_experts + expert_A, num_classes, num_experts, weight_A)
 
 
@@ -197,39 +198,3 @@ def _table(cell_A: IntArray, rows: int, columns: int, weight_A: FloatArray | Non
 def _normalised(table: FloatArray) -> FloatArray:
     total = table.sum(axis=-1, keepdims=True)
     return np.divide(table, total, out=np.zeros(table.shape), where=total > 0)
-
-
-def _pairs(sample_A, expert_A, num_samples: int, num_experts: int) -> tuple[IntArray, IntArray]:
-    sample_A = _indices(sample_A, num_samples, "sample_A")
-    expert_A = _indices(expert_A, num_experts, "expert_A")
-    if len(sample_A) != len(expert_A):
-        raise ValueError(f"sample_A has {len(sample_A)} assignments, expert_A {len(expert_A)}")
-    return sample_A, expert_A
-
-
-def _indices(values: ArrayLike, upper: int, name: str) -> IntArray:
-    array = np.asarray(values)
-    if array.ndim != 1:
-        raise ValueError(f"{name} must have one dimension, got shape {array.shape}")
-    # An empty list arrives as float64, and means what an empty integer array means.
-    if array.size and not np.issubdtype(array.dtype, np.integer):
-        raise ValueError(f"{name} must hold integers, got {array.dtype}")
-    if array.size and not (array.min() >= 0 and array.max() < upper):
-        raise ValueError(f"{name} must lie in 0 .. {upper - 1}, got {array.min()} .. {array.max()}")
-    return array.astype(np.int64)
-
-
-def _weights(weight_A: ArrayLike, expert_A: IntArray) -> FloatArray:
-    weight_A = np.asarray(weight_A, dtype=np.float64)
-    if weight_A.shape != expert_A.shape:
-        raise ValueError(f"weight_A has shape {weight_A.shape} for {len(expert_A)} assignments")
-    if not np.isfinite(weight_A).all() or (weight_A < 0).any():
-        raise ValueError("weight_A must be finite and not negative")
-    return weight_A
-
-
-def _load(load_E: ArrayLike) -> FloatArray:
-    load_E = np.asarray(load_E, dtype=np.float64)
-    if load_E.ndim != 1 or load_E.size == 0 or not np.isfinite(load_E).all() or (load_E < 0).any():
-        raise ValueError(f"load_E must be a list of finite fractions >= 0, got shape {load_E.shape}")
-    return load_E

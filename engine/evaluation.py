@@ -1,139 +1,172 @@
-"""Score the test set of a run once: numbers, tables and figures under RUN/evaluation/."""
+"""Score the test set of a run once: numbers, tables, figures and a report under RUN/evaluation/."""
 
 from typing import Any
 
 import numpy as np
+import torch
 
-from analysis import plots, routing
+from analysis import answers, experts, gate, routing
 from data.datasets import ImageSet
 from data.features import FeatureBank
 from engine.config import Config
+from engine.environment import environment
+from engine.figures import draw
 from engine.metrics import balance_figures, per_class_scores, scores
 from engine.predict import Predictions, predict
+from engine.report import write_report
 from engine.reporting import report
 from engine.run_folder import RunFolder, write_json
+from engine.summary import flops, parameters
 from engine.tracking import Tracker
 from model.classifier import VisionMoE
 
-SAMPLES = 10  # images in the figure of samples
-BATCH = 128  # samples in the figure of one batch's load
+Rows = list[dict[str, Any]]
 
 
 def evaluate(
     run: RunFolder, config: Config, model: VisionMoE, bank: FeatureBank, tracker: Tracker | None = None
 ) -> dict[str, Any]:
-    """Score `model` on the test split, write evaluation/metrics.json and figures/*.png, and report both to `tracker`.
+    """Score `model` on the test split, write evaluation/metrics.json, figures/*.png and report.html, and report to
+    `tracker`.
 
     Returns what metrics.json holds.
     """
-    predictions = predict(model, bank, "test")
+    predictions = predict(model, bank, "test", removals=True)
     test = bank.splits.test
-    results = _results(predictions, test, config)
+    results = _results(predictions, test, config, model) | {"environment": environment(bank.device)}
     write_json(run.evaluation / "metrics.json", results)
-    _draw(run, config, predictions, test, results)
+    drawings = draw(run, config, predictions, bank, results)
+    write_report(run, config, results, drawings)
     if tracker is not None:
         report(run, results, tracker)
     return results
 
 
-def _results(predictions: Predictions, test: ImageSet, config: Config) -> dict[str, Any]:
+def _results(predictions: Predictions, test: ImageSet, config: Config, model: VisionMoE) -> dict[str, Any]:
     num_classes, num_experts = test.num_classes, len(config.experts.sizes)
-    labels_N, sample_A, expert_A = predictions.labels_N, predictions.sample_A, predictions.expert_A
-    correct_N = predictions.predicted_N == labels_N
-    load_E = routing.expert_load(expert_A, num_experts)
-    by_class_CE = routing.expert_by_class(labels_N, sample_A, expert_A, num_classes, num_experts)
-    accuracy_E, samples_E = routing.per_expert_accuracy(correct_N, sample_A, expert_A, num_experts)
+    labels_N, predicted_N = predictions.labels_N, predictions.predicted_N
+    load_E = routing.expert_load(predictions.expert_A, num_experts)
+    confusion_CC = answers.confusion(labels_N, predicted_N, num_classes)
+    pairs = answers.confused_pairs(confusion_CC, test.class_names)
     return {
-        **scores(labels_N, predictions.predicted_N, num_classes),
+        **scores(labels_N, predicted_N, num_classes),
         "loss": predictions.loss(),
+        **_calibration(predictions),
         "images": len(labels_N),
         "expert_load": load_E.tolist(),
-        "expert_importance": routing.expert_importance(expert_A, predictions.weight_A, num_experts).tolist(),
+        "expert_importance": routing.expert_importance(
+            predictions.expert_A, predictions.weight_A, num_experts
+        ).tolist(),
         **{key.removeprefix("balance/"): value for key, value in balance_figures(load_E).items()},
-        "specialisation": routing.specialisation(labels_N, sample_A, expert_A, num_classes, num_experts),
-        "expert_accuracy": [None if np.isnan(value) else float(value) for value in accuracy_E],
-        "expert_samples": [int(count) for count in samples_E],
-        "experts": config.experts.labels(),
-        "class_names": list(test.class_names),
-        "expert_by_class": by_class_CE.tolist(),
-        "per_class": per_class_scores(labels_N, predictions.predicted_N, test.class_names),
-    }
-
-
-def _draw(run: RunFolder, config: Config, predictions: Predictions, test: ImageSet, results: dict[str, Any]) -> None:
-    """Every figure of the run."""
-    labels = config.experts.labels()
-    groups_C = test.superclass_of_class()
-    figures = {
-        "expert_load": plots.expert_load(results["expert_load"], results["expert_importance"], labels),
-        "expert_load_one_batch": _one_batch(predictions, labels),
-        "expert_by_class": plots.expert_by_class(
-            np.array(results["expert_by_class"]), test.class_names, labels, groups_C, test.coarse_names or None
+        "specialisation": routing.specialisation(
+            labels_N, predictions.sample_A, predictions.expert_A, num_classes, num_experts
         ),
-        "samples": _samples(predictions, test),
+        **_experts(predictions, test, config, model),
+        "class_names": list(test.class_names),
+        **_class_tables(predictions, test, num_experts),
+        "confused_pairs": [
+            {"class": a, "other": b, "as_other": there, "other_as_class": back} for a, b, there, back in pairs
+        ],
+        "per_class": per_class_scores(labels_N, predicted_N, test.class_names),
     }
-    if groups_C is not None:
-        confusion_GG = np.zeros((len(test.coarse_names),) * 2)
-        np.add.at(confusion_GG, (groups_C[predictions.labels_N], groups_C[predictions.predicted_N]), 1)
-        figures["superclass_confusion"] = plots.superclass_confusion(confusion_GG, test.coarse_names)
-    history = run.history()
-    if history:
-        figures["training_curves"] = plots.training_curves(history, best_by="macro_f1/validation")
-        figures |= _load_over_time(history, config, len(labels), labels)
-    for name, figure in figures.items():
-        plots.save(figure, run.figures / f"{name}.png")
 
 
-def _one_batch(predictions: Predictions, labels: list[str]):
-    first_A = predictions.sample_A < BATCH
-    expert_A, weight_A = predictions.expert_A[first_A], predictions.weight_A[first_A]
-    return plots.expert_load(
-        routing.expert_load(expert_A, len(labels)), routing.expert_importance(expert_A, weight_A, len(labels)), labels
+def _calibration(predictions: Predictions) -> dict[str, Any]:
+    bins = answers.calibration(predictions.probs_NC, predictions.labels_N)
+    columns = {name: bins[f"{name}_B"] for name in ("confidence", "accuracy", "count")}
+    columns["count"] = columns["count"].tolist()
+    return {
+        "expected_calibration_error": bins["error"],
+        "calibration": {name: _plain(column) for name, column in columns.items()},
+    }
+
+
+def _experts(predictions: Predictions, test: ImageSet, config: Config, model: VisionMoE) -> dict[str, Any]:
+    """What each expert does, and is worth."""
+    num_experts = len(config.experts.sizes)
+    labels_N, sample_A, expert_A = predictions.labels_N, predictions.sample_A, predictions.expert_A
+    correct_N = predictions.predicted_N == labels_N
+    accuracy_E, samples_E = routing.mean_by_expert(correct_N, sample_A, expert_A, num_experts)
+    confidence_E, _ = routing.mean_by_expert(predictions.probs_NC.max(axis=1), sample_A, expert_A, num_experts)
+    hardest = experts.hardest_classes(correct_N, labels_N, sample_A, expert_A, test.class_names, num_experts)
+    return {
+        "gate": gate.gate_summary(predictions.gate_NE, sample_A, expert_A, correct_N),
+        "experts": config.experts.labels(),
+        "expert_samples": samples_E.tolist(),
+        "expert_accuracy": _plain(accuracy_E),
+        "expert_confidence": _plain(confidence_E),
+        "expert_hardest_classes": [
+            [{"class": name, "accuracy": value, "samples": count} for name, value, count in rows] for rows in hardest
+        ],
+        "co_activation": experts.co_activation(sample_A, expert_A, len(labels_N), num_experts).tolist(),
+        "expert_worth": _worth(predictions, test, model),
+    }
+
+
+def _worth(predictions: Predictions, test: ImageSet, model: VisionMoE) -> Rows:
+    """For each expert what it costs and, of two or more, what happens to the test set without it."""
+    x_BD = torch.zeros(1, model.neck.out_features, device=next(model.parameters()).device)
+    modules = list(model.moe.experts)
+    flops_E = [flops(expert, x_BD) for expert in modules]
+    rows: Rows = [
+        {
+            "parameters": parameters(expert),
+            "bytes": sum(value.numel() * value.element_size() for value in expert.state_dict().values()),
+            "flops": cost,
+        }
+        for expert, cost in zip(modules, flops_E, strict=True)
+    ]
+    removals = predictions.removals
+    if removals is None:
+        return rows
+    columns: dict[str, np.ndarray] = experts.removal(
+        predictions.labels_N, predictions.predicted_N, removals.predicted_EN, test.num_classes
     )
+    tables = (removals.before_EE, removals.after_EE)
+    columns["flops_saved"] = experts.cost_saved(*tables, flops_E, len(predictions.labels_N))
+    columns["taken_over_by"] = experts.taken_over(*tables)
+    return [row | {key: column[e].tolist() for key, column in columns.items()} for e, row in enumerate(rows)]
 
 
-def _load_over_time(history: list[dict], config: Config, num_experts: int, labels: list[str]) -> dict[str, Any]:
-    """The validation load of each epoch, which the learned gate decides in warm-up too."""
-    keys = [f"expert_load_validation/expert_{e}" for e in range(num_experts)]
-    lines = [line for line in history if all(key in line for key in keys)]
-    if not lines:
-        return {}
-    steps_per_epoch = lines[0]["step"] / lines[0]["epoch"]
-    load_TE = np.array([[line[key] for key in keys] for line in lines])
-    epochs = [line["epoch"] for line in lines]
-    warmup_epochs = config.router.warmup_steps / steps_per_epoch
-    return {"load_over_time": plots.load_over_time(epochs, load_TE, labels, warmup_epochs)}
+def _class_tables(predictions: Predictions, test: ImageSet, num_experts: int) -> dict[str, Any]:
+    """How each class, and each superclass, is spread over the experts: by assignments and by gate weight."""
+    flat = (predictions.sample_A, predictions.expert_A)
+    group_C = test.superclass_of_class()
+    sets = {"class": (predictions.labels_N, test.num_classes)}
+    tables: dict[str, Any] = {}
+    if group_C is not None:
+        group_N, predicted_N = group_C[predictions.labels_N], group_C[predictions.predicted_N]
+        sets["superclass"] = (group_N, len(test.coarse_names))
+        tables["superclass_names"] = list(test.coarse_names)
+        tables["superclass_accuracy"] = float((group_N == predicted_N).mean())
+        tables["superclass_confusion"] = answers.confusion(group_N, predicted_N, len(test.coarse_names)).tolist()
+    for name, (labels_N, count) in sets.items():
+        for suffix, weight_A in (("", None), ("_weight", predictions.weight_A)):
+            table = routing.expert_by_class(labels_N, *flat, count, num_experts, weight_A)
+            tables[f"expert_by_{name}{suffix}"] = table.tolist()
+    return tables
 
 
-def _samples(predictions: Predictions, test: ImageSet):
-    count = min(SAMPLES, len(test))
-    experts = []
-    for sample in range(count):
-        mine_A = predictions.sample_A == sample
-        pairs = sorted(zip(predictions.weight_A[mine_A], predictions.expert_A[mine_A], strict=True), reverse=True)
-        experts.append([(str(expert), float(weight)) for weight, expert in pairs])
-    return plots.samples(
-        test.images_NCHW[:count].permute(0, 2, 3, 1).numpy(),
-        [test.class_names[label] for label in predictions.labels_N[:count]],
-        [test.class_names[label] for label in predictions.predicted_N[:count]],
-        experts,
-    )
+def _plain(values: np.ndarray) -> list[float | None]:
+    """JSON has no nan."""
+    return [None if np.isnan(value) else float(value) for value in values]
 
 
 def table(results: dict[str, Any], hardest: int = 5) -> str:
-    """The closing table: scores, the load and accuracy of each expert, the classes with the lowest F1."""
+    """The closing table: scores, the load, accuracy and worth of each expert, the classes with the lowest F1."""
     lines = [
         f"test images  {results['images']:,}",
         f"accuracy     {100 * results['accuracy']:.2f} %",
         f"macro-F1     {100 * results['macro_f1']:.2f} %",
         f"balance      entropy {results['entropy']:.3f} (1 is even), CV {results['cv']:.3f} (0 is even)",
         "",
-        f"{'expert':<28}{'load':>8}{'weight':>8}{'accuracy':>10}",
+        f"{'expert':<28}{'load':>8}{'weight':>8}{'accuracy':>10}{'macro-F1 without it':>21}",
     ]
-    columns = ("experts", "expert_load", "expert_importance", "expert_accuracy")
-    for label, load, weight, accuracy in zip(*(results[column] for column in columns), strict=True):
+    columns = ("experts", "expert_load", "expert_importance", "expert_accuracy", "expert_worth")
+    for label, load, weight, accuracy, worth in zip(*(results[column] for column in columns), strict=True):
         shown = "-" if accuracy is None else f"{100 * accuracy:.1f} %"
-        lines.append(f"{label:<28}{100 * load:>6.1f} %{100 * weight:>6.1f} %{shown:>10}")
+        change = f"{100 * worth['macro_f1_change']:+.2f}" if "macro_f1_change" in worth else "-"
+        lines.append(f"{label:<28}{100 * load:>6.1f} %{100 * weight:>6.1f} %{shown:>10}{change:>21}")
     worst = sorted(results["per_class"].items(), key=lambda item: item[1]["f1"])[:hardest]
     lines += ["", "lowest F1    " + ", ".join(f"{name} {100 * values['f1']:.0f} %" for name, values in worst)]
     return "\n".join(lines)

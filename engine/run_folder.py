@@ -51,6 +51,10 @@ class RunFolder:
     def figures(self) -> Path:
         return self.evaluation / "figures"
 
+    @property
+    def report(self) -> Path:
+        return self.evaluation / "report.html"
+
     @classmethod
     def create(cls, run_dir: Path | None, name: str) -> "RunFolder":
         """A new run, in `run_dir` or runs/<name>-<time>. Raises errors.UserError where one is there already."""

@@ -93,18 +93,18 @@ def test_tables_agree_with_loops(seed):
     share = routing.expert_by_class(labels_N, sample_A, expert_A, 5, 4, weight_A)
     np.testing.assert_allclose(share, table / table.sum(1, keepdims=True))
     np.testing.assert_allclose(routing.expert_importance(expert_A, weight_A, 4), table.sum(0) / weight_A.sum())
-    accuracy_E, samples_E = routing.per_expert_accuracy(correct_N, sample_A, expert_A, 4)
+    accuracy_E, samples_E = routing.mean_by_expert(correct_N, sample_A, expert_A, 4)
     assert samples_E.tolist() == [len(samples) for samples in served]
     np.testing.assert_allclose(accuracy_E, [np.mean([correct_N[s] for s in group]) for group in served])
 
 
-def test_per_expert_accuracy_by_hand():
+def test_mean_by_expert_by_hand():
     # Expert 0 serves 0, 1, 4 (right, wrong, right), expert 1 serves 0, 2, 4 (all right), expert 2 none.
-    accuracy_E, samples_E = routing.per_expert_accuracy([1, 0, 1, 0, 1], SAMPLE, EXPERT, 3)
+    accuracy_E, samples_E = routing.mean_by_expert([1, 0, 1, 0, 1], SAMPLE, EXPERT, 3)
     np.testing.assert_allclose(accuracy_E, [2 / 3, 1.0, np.nan])
     assert samples_E.tolist() == [3, 3, 0]
     # The same expert drawn twice for sample 0 counts it once: right 1 of 2.
-    accuracy_E, samples_E = routing.per_expert_accuracy([True, False], [0, 0, 1], [0, 0, 0], 1)
+    accuracy_E, samples_E = routing.mean_by_expert([True, False], [0, 0, 1], [0, 0, 0], 1)
     assert (accuracy_E.tolist(), samples_E.tolist()) == ([0.5], [2])
 
 
@@ -144,7 +144,7 @@ def test_no_assignments_and_one_class():
     assert routing.expert_importance([], [], 2).tolist() == [0, 0]
     assert routing.expert_by_class([0, 1], [], [], 2, 2).tolist() == [[0, 0], [0, 0]]
     assert routing.expert_by_class([0, 0], [0, 1], [1, 1], 1, 2).tolist() == [[0, 1]]
-    accuracy_E, samples_E = routing.per_expert_accuracy([], [], [], 2)
+    accuracy_E, samples_E = routing.mean_by_expert([], [], [], 2)
     assert np.isnan(accuracy_E).all() and samples_E.tolist() == [0, 0]
 
 

@@ -1,0 +1,85 @@
+"""How sure the gate is of its choice: entropy, and the samples near the routing boundary.
+
+The gate's clean logits logits_NE, of N samples and E experts, are compared with the flat list of assignments
+(`analysis.routing`), so that any rule that chooses by them, and any number of experts a sample, reads alike.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from analysis.checks import FloatArray, pairs
+
+
+def gate_entropy(logits_NE: ArrayLike) -> FloatArray:
+    """Entropy of each sample's softmax over the experts, over its greatest value log E: 1.0 is no preference.
+
+    Returns (N,); zeros for a single expert. An expert of logit -inf has probability 0. Raises ValueError on a
+    table without experts, or a sample without a finite logit.
+    """
+    logits_NE = _logits(logits_NE)
+    if logits_NE.shape[1] == 1:
+        return np.zeros(len(logits_NE))
+    shifted_NE = logits_NE - logits_NE.max(axis=1, keepdims=True)
+    probs_NE = np.exp(shifted_NE)
+    probs_NE /= probs_NE.sum(axis=1, keepdims=True)
+    log_NE = np.log(probs_NE, out=np.zeros_like(probs_NE), where=probs_NE > 0)
+    return np.clip(-(probs_NE * log_NE).sum(axis=1) / np.log(logits_NE.shape[1]), 0.0, 1.0)
+
+
+def boundary_margin(logits_NE: ArrayLike, sample_A: ArrayLike, expert_A: ArrayLike) -> FloatArray:
+    """How far each sample is from being sent elsewhere, in logits.
+
+    The smallest logit among the sample's experts less the largest among the others: for top-k the gap between the
+    k-th and the (k+1)-th. exp(margin) is how many times as probable the gate holds the one as the other. Negative
+    where the rule does not choose by logits alone. Returns (N,), nan for a sample that no expert or every expert
+    serves. Raises ValueError on an index out of range or as `gate_entropy` does.
+    """
+    logits_NE = _logits(logits_NE)
+    sample_A, expert_A = pairs(sample_A, expert_A, *logits_NE.shape)
+    chosen_NE = np.zeros(logits_NE.shape, dtype=bool)
+    chosen_NE[sample_A, expert_A] = True
+    margin_N = np.full(len(logits_NE), np.nan)
+    split_N = chosen_NE.any(axis=1) & ~chosen_NE.all(axis=1)
+    kept_N = np.where(chosen_NE, logits_NE, np.inf).min(axis=1)
+    next_N = np.where(chosen_NE, -np.inf, logits_NE).max(axis=1)
+    np.subtract(kept_N, next_N, out=margin_N, where=split_N)
+    return margin_N
+
+
+def gate_summary(
+    logits_NE: ArrayLike, sample_A: ArrayLike, expert_A: ArrayLike, correct_N: ArrayLike, near: float = 0.1
+) -> dict[str, float | None]:
+    """Entropy and boundary in single figures.
+
+    near: a sample is near the boundary where its margin is smaller than this, whatever its sign; at 0.1 the last
+    expert chosen and the first one left out differ by 10 % in gate probability. Returns `entropy_mean` (of log E),
+    `margin_median`, `boundary_share` (of the samples that have a margin), `boundary_accuracy` and
+    `elsewhere_accuracy`; None where there is no such sample.
+    """
+    entropy_N = gate_entropy(logits_NE)
+    margin_N = boundary_margin(logits_NE, sample_A, expert_A)
+    correct_N = np.asarray(correct_N, dtype=np.float64)
+    known_N = ~np.isnan(margin_N)
+    near_N = known_N & (np.abs(np.where(known_N, margin_N, np.inf)) < near)
+    return {
+        "entropy_mean": _mean(entropy_N),
+        "margin_median": float(np.median(margin_N[known_N])) if known_N.any() else None,
+        "boundary_share": _mean(near_N[known_N]),
+        "boundary_accuracy": _mean(correct_N[near_N]),
+        "elsewhere_accuracy": _mean(correct_N[known_N & ~near_N]),
+    }
+
+
+def _mean(values: np.ndarray) -> float | None:
+    return float(values.mean()) if len(values) else None
+
+
+def _logits(logits_NE: ArrayLike) -> FloatArray:
+    logits_NE = np.asarray(logits_NE, dtype=np.float64)
+    if logits_NE.ndim != 2 or logits_NE.shape[1] == 0:
+        raise ValueError(f"logits_NE must be samples by experts, got shape {logits_NE.shape}")
+    if not np.isfinite(logits_NE.max(axis=1, initial=-np.inf)).all():
+        raise ValueError("logits_NE has a sample without a finite largest logit")
+    return logits_NE

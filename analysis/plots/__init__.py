@@ -1,0 +1,29 @@
+"""The figures that the evaluation report, the tracker and the notebook share: arrays in, a Figure out.
+
+Nothing here shows, saves or touches pyplot's global state, but for `save`, which writes a PNG. Colours are safe
+for colour-blind readers: Okabe-Ito for experts and series, viridis for maps. Shapes: E experts, C classes, G
+superclasses, N samples, T epochs, M pictures of H x W pixels, R runs.
+"""
+
+from analysis.plots.answers import confused_pairs, reliability, samples, superclass_confusion
+from analysis.plots.comparison import comparison
+from analysis.plots.experts import expert_by_class, expert_load, expert_worth, feature_map
+from analysis.plots.style import BLUE, OKABE_ITO, save
+from analysis.plots.training import load_over_time, training_curves
+
+__all__ = [
+    "BLUE",
+    "OKABE_ITO",
+    "comparison",
+    "confused_pairs",
+    "expert_by_class",
+    "expert_load",
+    "expert_worth",
+    "feature_map",
+    "load_over_time",
+    "reliability",
+    "samples",
+    "save",
+    "superclass_confusion",
+    "training_curves",
+]

@@ -1,0 +1,197 @@
+"""Who is sent to which expert, and what each expert is worth."""
+
+from __future__ import annotations
+
+import textwrap
+from itertools import pairwise
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import EngFormatter, PercentFormatter
+from numpy.typing import ArrayLike
+
+from analysis.plots.style import (
+    BLUE,
+    EXPERT_AXIS,
+    ORANGE,
+    Names,
+    expert_colour,
+    heat_map,
+    name_ticks,
+    new_figure,
+    short,
+)
+
+STROKE = [withStroke(linewidth=2, foreground="white")]
+
+
+def expert_load(
+    load_E: ArrayLike, importance_E: ArrayLike, expert_labels: Names, images: str = "the test images"
+) -> Figure:
+    """Bars of each expert's share of the assignments and of the gate weight, the most loaded on top.
+
+    images: of which images, for the title.
+    """
+    load_E, importance_E = np.asarray(load_E, dtype=float), np.asarray(importance_E, dtype=float)
+    num_experts = len(load_E)
+    order_E = np.argsort(-load_E, kind="stable")
+    row, size = (np.interp(num_experts, (8, 16, 64), sizes) for sizes in ((0.42, 0.3, 0.19), (8, 7.5, 5.5)))
+    figure = new_figure(max(2.4, 1.4 + row * num_experts), f"Expert load and importance on {images}")
+    ax = figure.subplots()
+    rows = np.arange(num_experts)
+    series = ((-0.2, load_E, BLUE, "load"), (0.2, importance_E, ORANGE, "importance"))
+    for offset, share_E, colour, name in series:
+        bars = ax.barh(rows + offset, share_E[order_E], height=0.4, color=colour, label=name)
+        ax.bar_label(bars, fmt="{:.1%}", padding=2, fontsize=size, path_effects=STROKE)
+    ax.axvline(1 / num_experts, color="0.2", ls="--", lw=1, label=f"even share, 1/{num_experts}", zorder=0)
+    # Room on the right for the printed values.
+    ax.set_xlim(0, 1.15 * max(load_E.max(), importance_E.max(), 1 / num_experts))
+    ax.set_ylim(num_experts - 0.5, -0.5)
+    ax.set_yticks(rows, [short(expert_labels[expert]) for expert in order_E], fontsize=size)
+    ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    ax.set(xlabel="share of the assignments (load), of the gate weight (importance)", ylabel=EXPERT_AXIS)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
+    return figure
+
+
+def expert_by_class(
+    share_CE: ArrayLike,
+    class_names: Names,
+    expert_labels: Names,
+    group_C: ArrayLike | None = None,
+    group_names: Names | None = None,
+) -> Figure:
+    """Heat map of each class's spread over the experts: experts as rows, classes as columns.
+
+    share_CE: rows that sum to 1; a row of zeros (no assignment) is grey. group_C, group_names: each class's
+    superclass and the superclasses' names, to order and separate by; without them the classes are ordered by
+    dominant expert. Up to 200 classes are named, in panels of about 50; more are ranks on one panel.
+    """
+    share_CE = np.asarray(share_CE, dtype=float)
+    num_classes, num_experts = share_CE.shape
+    group_C = np.zeros(num_classes, int) if group_names is None else np.asarray(group_C)
+    order_C = np.lexsort((-share_CE.max(1), share_CE.argmax(1), group_C))
+    named = num_classes <= 200
+    panels = np.array_split(order_C, -(-num_classes // 50) if named else 1)
+    widest = len(panels[0])
+    cell = (7.9 - 0.06 * max(len(short(label)) for label in expert_labels)) / widest
+    names = np.array([short(name, 24) for name in class_names])
+    size = float(np.clip(60 * cell, 5, 7.5))
+    longest = max(map(len, names)) * 0.6 * size / 72
+    map_height = float(np.clip(0.24 * num_experts, 1.3, 3.2))
+    label_height = (longest if named else 0.2) + (0.2 if group_names is None else 0.65)
+    figure = new_figure(len(panels) * (map_height + label_height) + 0.8, "Which expert serves which class", 9.0)
+    axes = figure.subplots(len(panels), squeeze=False)[:, 0]
+    norm = Normalize(0, max(share_CE.max(), 1e-9))
+    for ax, columns in zip(axes, panels, strict=True):
+        table = np.where(share_CE[columns].sum(1) > 0, share_CE[columns].T, np.nan)
+        image = heat_map(ax, table, norm, values=widest <= 12 and num_experts <= 16)
+        name_ticks(ax.yaxis, expert_labels, map_height, 7)
+        if named:
+            turn = 90 if longest > cell else 0
+            ax.set_xticks(range(len(columns)), names[columns], fontsize=size, rotation=turn)
+        if group_names is not None:
+            _group_names(ax, group_C[columns], group_names, cell)
+        # Cells of one width in all panels, the last one too.
+        ax.set_xlim(-0.5, widest - 0.5)
+    order = "by dominant expert" if group_names is None else "by superclass"
+    axes[-1].set_xlabel(f"class, {order}" if named else f"rank of the class, {order}")
+    figure.supylabel(EXPERT_AXIS, fontsize=9)
+    bar = figure.colorbar(image, ax=axes, aspect=40, pad=0.01, format=PercentFormatter(1.0, decimals=0))
+    bar.set_label("share of assignments", fontsize=8)
+    return figure
+
+
+def expert_worth(
+    lost_E: ArrayLike, deviation_E: ArrayLike, parameters_E: ArrayLike, load_E: ArrayLike, expert_labels: Names
+) -> Figure:
+    """What each expert is worth against what it costs, as numbered bubbles whose area is the expert's load.
+
+    lost_E: macro-F1 (0 to 1) that is lost when the expert is removed and its samples go to the next choice, with
+    the standard deviation of that figure. parameters_E: of each expert.
+    """
+    lost_E, deviation_E, load_E = (100 * np.asarray(values, dtype=float) for values in (lost_E, deviation_E, load_E))
+    parameters_E = np.asarray(parameters_E, dtype=float)
+    figure = new_figure(4.0, "What each expert is worth, and what it costs")
+    ax = figure.subplots()
+    ax.axhline(0, color="0.4", lw=1)
+    ax.errorbar(parameters_E, lost_E, deviation_E, fmt="none", ecolor="0.5", elinewidth=1, capsize=3)
+    # The largest first, so that no small bubble hides behind one.
+    for expert in np.argsort(-load_E, kind="stable"):
+        label = short(f"{expert_labels[expert]}: {lost_E[expert]:+.2f} points")
+        at = (parameters_E[expert], lost_E[expert])
+        area = 90 + 14 * load_E[expert]
+        ax.scatter(*at, area, color=expert_colour(expert), edgecolor="white", zorder=3, label=label)
+        ax.text(*at, str(expert), ha="center", va="center", fontsize=7, zorder=4, path_effects=STROKE)
+    ax.set_xscale("log")
+    ax.margins(x=0.12, y=0.15)
+    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+    ax.xaxis.set_minor_formatter(EngFormatter(sep="") if np.ptp(np.log10(parameters_E)) < 1 else "")
+    ax.tick_params(axis="x", which="both", labelsize=8)
+    ax.grid(alpha=0.3)
+    ax.set(xlabel="parameters of the expert", ylabel="macro-F1 lost without it (points)")
+    handles, labels = ax.get_legend_handles_labels()
+    value = np.argsort(-lost_E[np.argsort(-load_E, kind="stable")], kind="stable")[:24]
+    legend = figure.legend([handles[i] for i in value], [labels[i] for i in value], loc="outside right upper")
+    legend.set_title("experts, by value\n(area: load; bars: ± 1 s.d.)", {"size": 8})
+    for text in legend.get_texts():
+        text.set_fontsize(7.5)
+    for handle in legend.legend_handles:
+        handle.set_sizes([45])
+    return figure
+
+
+def feature_map(
+    points_N2: ArrayLike,
+    expert_N: ArrayLike,
+    expert_labels: Names,
+    explained_2: ArrayLike,
+    group_N: ArrayLike | None = None,
+    group_names: Names = (),
+) -> Figure:
+    """Samples on the two main axes of their features, coloured by the expert that has most of their weight.
+
+    expert_N: -1 for a sample without an expert (grey, as are those of all but the 8 busiest experts).
+    explained_2: the axes' shares of the variance. group_N, group_names: classes or superclasses, to write each
+    name where the median of its samples lies.
+    """
+    points_N2, expert_N = np.asarray(points_N2, dtype=float), np.asarray(expert_N)
+    num_experts = len(expert_labels)
+    figure = new_figure(5.5, "Where in feature space each expert works")
+    ax = figure.subplots()
+    counts_E = np.bincount(expert_N[expert_N >= 0], minlength=num_experts)
+    busiest = [expert for expert in np.argsort(-counts_E, kind="stable")[:8] if counts_E[expert]]
+    others = ~np.isin(expert_N, busiest)
+    if others.any():
+        ax.scatter(*points_N2[others].T, s=8, color="0.75", label=f"none or another ({others.sum()})", linewidths=0)
+    for rank, expert in enumerate(busiest):
+        colour = expert_colour(expert if num_experts <= 8 else rank)
+        label = f"{short(expert_labels[expert])} ({counts_E[expert]})"
+        ax.scatter(*points_N2[expert_N == expert].T, s=12, color=colour, alpha=0.7, label=label, linewidths=0)
+    for group, name in enumerate(group_names):
+        if (members := group_N == group).any():
+            place = np.median(points_N2[members], axis=0)
+            ax.text(*place, short(name, 18), fontsize=7, ha="center", va="center", path_effects=STROKE, zorder=4)
+    ax.set(xticks=[], yticks=[])
+    names = [
+        f"{name} axis, {100 * share:.0f} % of the variance"
+        for name, share in zip(("first", "second"), explained_2, strict=True)
+    ]
+    ax.set(xlabel=names[0], ylabel=names[1])
+    figure.legend(loc="outside right upper", fontsize=8, title="heaviest expert (samples)", title_fontsize=8)
+    return figure
+
+
+def _group_names(ax: Axes, group_K: np.ndarray, names: Names, cell: float) -> None:
+    """Separators between superclasses and, above, their names, wrapped to the width of their columns."""
+    for start, stop in pairwise([0, *(np.flatnonzero(np.diff(group_K)) + 1), len(group_K)]):
+        if start:
+            ax.axvline(start - 0.5, color="white", linewidth=1.5)
+        letters = int((stop - start) * cell * 72 / 3.45)
+        if letters >= 5:
+            text = textwrap.fill(short(names[group_K[start]], 60), letters, max_lines=3, placeholder="…")
+            where = {"transform": ax.get_xaxis_transform(), "ha": "center", "va": "bottom"}
+            ax.text((start + stop - 1) / 2, 1.02, text, fontsize=5.7, **where)

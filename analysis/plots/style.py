@@ -1,0 +1,68 @@
+"""What all figures share: palette, page, names, heat maps, and writing a PNG."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+
+OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000")
+BLUE, ORANGE, GREEN, VERMILLION = OKABE_ITO[:4]
+EXPERT_AXIS = "expert · hidden units"
+
+Names = Sequence[str]
+
+
+def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
+    """Write the figure as a PNG of 150 dpi, whole or not at all, and make its folder. Returns the path."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        figure.savefig(unfinished, format="png", dpi=150)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return path
+
+
+def new_figure(height: float, title: str, width: float = 8.0) -> Figure:
+    """A white page of so many inches, its title on top, that lays itself out."""
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def short(text: str, length: int = 30) -> str:
+    """Shortened, on one line, words parted by blanks, and with no $ that matplotlib would set as mathematics."""
+    text = " ".join(str(text).replace("_", " ").split())
+    return (text if len(text) <= length else text[: length - 1] + "…").replace("$", r"\$")
+
+
+def expert_colour(expert: int) -> str:
+    """The colour of an expert in every figure."""
+    return OKABE_ITO[expert % len(OKABE_ITO)]
+
+
+def heat_map(ax: Axes, table: np.ndarray, norm: Normalize, values: bool) -> matplotlib.image.AxesImage:
+    """Heat map, grey where nothing is known; `values` prints the percentages that do not round to 0."""
+    colours = matplotlib.colormaps["viridis"].with_extremes(bad="0.85")
+    image = ax.imshow(table, norm=norm, cmap=colours, aspect="auto", interpolation="nearest")
+    for (row, column), value in np.ndenumerate(table) if values else ():
+        if value > 0.005:
+            colour = "black" if norm(value) > 0.6 else "white"
+            ax.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=7, color=colour)
+    return image
+
+
+def name_ticks(axis: matplotlib.axis.Axis, labels: Names, inches: float, largest: float = 8) -> None:
+    """Name as many of the rows or columns as fit without overlap."""
+    size = float(np.clip(60 * inches / max(1, len(labels)), 5.5, largest))
+    step = max(1, int(-(-len(labels) * size * 1.15 // (72 * inches))))
+    axis.set_ticks(range(0, len(labels), step), [short(label) for label in labels[::step]], fontsize=size)
