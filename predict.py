@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from analysis.explanation import explanation
+from analysis.plots.pictures import explanation
 from data.image_file import Picture, find_images, read_picture
 from engine.arguments import Parser
 from engine.classify import Answer, classify

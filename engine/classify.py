@@ -3,11 +3,15 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from data.features import FeatureBank
 from engine.loading import TrainedRun
 from engine.pipeline import Extractor
+from engine.predict import BATCH_SIZE
+from model.classifier import VisionMoE
 
 
 @dataclass(frozen=True)
@@ -50,12 +54,13 @@ def classify(trained: TrainedRun, images_BCHW: Tensor, top: int = 5) -> list[Ans
     features = Extractor(trained.backbone)(images_BCHW.to(trained.device))
     logits_BC, routing = trained.model(features)
     values_BT, classes_BT = logits_BC.softmax(dim=-1).topk(min(top, logits_BC.shape[1]))
-    alone_BE = _alone(trained, features)
+    alone_EB, said_EB = (table.tolist() for table in alone_probabilities(trained.model, features).max(dim=-1))
     votes: list[list[Vote]] = [[] for _ in images_BCHW]
     flat = (routing.sample_A.tolist(), routing.expert_A.tolist(), routing.weight_A.tolist())
     labels = trained.config.experts.labels()
     for sample, expert, weight in zip(*flat, strict=True):
-        votes[sample].append(Vote(expert, labels[expert], weight, alone_BE[sample][expert]))
+        alone = ClassScore(trained.class_names[said_EB[expert][sample]], alone_EB[expert][sample])
+        votes[sample].append(Vote(expert, labels[expert], weight, alone))
     answers = []
     for values_T, classes_T, mine in zip(values_BT.tolist(), classes_BT.tolist(), votes, strict=True):
         scores = [ClassScore(trained.class_names[c], value) for c, value in zip(classes_T, values_T, strict=True)]
@@ -63,12 +68,15 @@ def classify(trained: TrainedRun, images_BCHW: Tensor, top: int = 5) -> list[Ans
     return answers
 
 
-def _alone(trained: TrainedRun, features: Tensor) -> list[list[ClassScore]]:
-    """For each sample and expert, the likeliest class where the gate may choose that expert only."""
-    per_expert = []
-    for allowed_E in torch.eye(len(trained.model.moe.experts), dtype=torch.bool, device=trained.device):
-        logits_BC, _ = trained.model(features, allowed_E=allowed_E)
-        values_B, classes_B = logits_BC.softmax(dim=-1).max(dim=-1)
-        pairs = zip(values_B.tolist(), classes_B.tolist(), strict=True)
-        per_expert.append([ClassScore(trained.class_names[c], value) for value, c in pairs])
-    return [list(row) for row in zip(*per_expert, strict=True)]
+@torch.no_grad()
+def alone_probabilities(model: VisionMoE, features: Tensor) -> Tensor:
+    """Class probabilities (E, B, C) where the gate may choose one expert only; `model` in evaluation mode."""
+    each_EE = torch.eye(len(model.moe.experts), dtype=torch.bool, device=features.device)
+    return torch.stack([model(features, allowed_E=allowed_E)[0].softmax(dim=-1) for allowed_E in each_EE])
+
+
+def answers_alone(model: VisionMoE, bank: FeatureBank, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """What each expert would say to each image of a split by itself: classes (E, N) int64, probabilities (E, N)."""
+    parts = [alone_probabilities(model, features).max(dim=-1) for features, _ in bank.batches(split, BATCH_SIZE)]
+    values, classes = (torch.cat(column, dim=1).cpu().numpy() for column in zip(*parts, strict=True))
+    return classes, values

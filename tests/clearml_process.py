@@ -6,11 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-PNG = bytes.fromhex(
-    "89504e470d0a1a0a0000000d494844520000000100000001080000000"
-    "03a7e9b550000000a49444154789c636000000002000148afa4710000000049454e44ae426082"
-)
+from conftest import ROOT
+
 CONFIG = {
     "seed": 3,
     "note": None,

@@ -12,8 +12,12 @@ ROOT = Path(__file__).resolve().parent.parent
 # Small tensors are slower on two threads than on one, by far where another process wants the cores as well.
 torch.set_num_threads(1)
 
+PNG = bytes.fromhex(  # one pixel
+    "89504e470d0a1a0a0000000d494844520000000100000001080000000"
+    "03a7e9b550000000a49444154789c636000000002000148afa4710000000049454e44ae426082"
+)
 TINY = (
-    "--config configs/digits.yaml --data.max_per_class 50 --backbone.features [tokens:1] "
+    "--config configs/digits.yaml --data.max_per_class 40 --backbone.features [tokens:1] "
     "--train.epochs 4 --train.batch_size 32 --router.warmup_steps 5"
 )
 CLIP = "vit_base_patch16_clip_quickgelu_224.openai"
@@ -55,12 +59,16 @@ def workplace(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory) -> Path:
     """The folder of a run that train.py made in this process: 500 digits, an early block of the bundled ViT."""
+    from matplotlib.figure import Figure
+
     import train  # here, because most test files need none of what it imports
     from errors import exit_code_of
 
     folder = tmp_path_factory.mktemp("tiny") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
+        # Drawing is tested elsewhere, and slow.
+        patch.setattr(Figure, "savefig", lambda figure, path, **options: Path(path).write_bytes(PNG))
         words = ["train.py", *TINY.split(), "--tracking", "none", "--run_dir", str(folder)]
         patch.setattr("sys.argv", words)
         assert exit_code_of(train.main) == 0

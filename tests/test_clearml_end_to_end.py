@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from clearml_process import PNG, run_python
+from clearml_process import run_python
 from clearml_standin import StandIn
-from conftest import ROOT, TINY
+from conftest import PNG, ROOT, TINY
 
 CODE = f"""
 import runpy

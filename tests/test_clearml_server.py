@@ -3,8 +3,9 @@
 import json
 
 import pytest
-from clearml_process import CONFIG, PNG, run_python
+from clearml_process import CONFIG, run_python
 from clearml_standin import StandIn
+from conftest import PNG
 
 OPEN = """
 import urllib.request

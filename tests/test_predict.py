@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import predict
-from analysis.explanation import explanation
+from analysis.plots.pictures import explanation
 from data.datasets import load_splits
 from data.image_file import find_images, read_picture
 from engine.classify import classify

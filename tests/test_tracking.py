@@ -7,7 +7,8 @@ import json
 import zipfile
 
 import pytest
-from clearml_process import CONFIG, PNG, records, run_python
+from clearml_process import CONFIG, records, run_python
+from conftest import PNG
 
 from engine.tracking import open_tracker
 from errors import UserError
