@@ -50,13 +50,14 @@ def gallery(
     count = max(1, -(-len(images_MHWC) // columns))
     lines = max([1, *(caption.count("\n") + 1 for caption in captions)])
     width = min(1.25 * columns + 0.6, 10.5)
+    letters = int((width - 0.6) / columns * 72 / 3.9)  # that fit above an image
     figure = new_figure(count * ((width - 0.6) / columns + 0.14 * lines) + 0.4, title, width)
     grid = figure.subplots(count, columns, squeeze=False)
     for ax in grid.flat:
         ax.set(xticks=[], yticks=[], frame_on=False)
     for ax, image, caption in zip(grid.flat, images_MHWC, captions, strict=False):
         _show(ax, image)
-        ax.set_title("\n".join(short(line, 18) for line in caption.split("\n")), fontsize=7, pad=2)
+        ax.set_title("\n".join(short(line, letters) for line in caption.split("\n")), fontsize=7, pad=2)
     for ax, label in zip(grid[:, 0], rows, strict=False):
         ax.set_ylabel(short(label, 20), fontsize=8, color=_colour(label))
     return figure
