@@ -1,7 +1,8 @@
-"""Score a trained run on its test set: numbers, a table, and figures under RUN/evaluation/.
+"""Score a trained run on its test set, or compare runs.
 
-python evaluate.py runs/cifar100-20260101-120000
-python evaluate.py RUN --data.root DIR --backbone.weights FILE     where the files have moved
+python evaluate.py RUN                      metrics.json, figures/*.png and report.html in RUN/evaluation/
+python evaluate.py RUN --data.root DIR --backbone.weights FILE      where the files have moved
+python evaluate.py --compare RUN RUN ...    one table and one figure, of run folders and ClearML task ids
 """
 
 import argparse
@@ -11,6 +12,7 @@ from pathlib import Path
 from data.datasets import load_splits
 from engine.arguments import Parser
 from engine.checkpoint import check_inputs, load_exported
+from engine.compare import compare
 from engine.evaluation import evaluate, table
 from engine.loading import configure, describe
 from engine.pipeline import build_bank, build_model, identity, pick_device
@@ -23,7 +25,9 @@ from model.backbone import load_backbone
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line. Raises errors.UserError."""
     parser = Parser(prog="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder that train.py wrote")
+    parser.add_argument("run", type=Path, metavar="RUN", nargs="?", help="folder that train.py wrote")
+    parser.add_argument("--compare", nargs="+", metavar="RUN", help="runs that were evaluated, or ClearML task ids")
+    parser.add_argument("--out", type=Path, help="folder of comparison.md, .json and .png (default: comparison)")
     parser.add_argument("--data.root", dest="root", type=Path, help="where the data set lies, if not where it was")
     parser.add_argument("--backbone.weights", dest="weights", type=Path, help="the backbone's file, if it has moved")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, or cuda:1")
@@ -34,11 +38,26 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="auto (default): also to ClearML, in a task under that of the training, if the training is on a server; "
         "clearml: always, with the training's curves where the server lacks them",
     )
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if (options.run is None) == (options.compare is None):
+        parser.error("name one RUN to score, or two or more after --compare")
+    if options.out is not None and options.compare is None:
+        parser.error("--out belongs to --compare; the files of a single run go to RUN/evaluation")
+    return options
 
 
 def main() -> None:
     options = parse()
+    if options.compare:
+        out = options.out or Path("comparison")
+        print(compare(options.compare, out))
+        print(f"written to   {out}")
+    else:
+        score(options)
+
+
+def score(options: argparse.Namespace) -> None:
+    """Rebuild the model of a run, score it on the test set and write what evaluate() writes."""
     run = RunFolder(options.run)
     described = describe(run)
     config = configure(described["config"], options.device, options.root, options.weights)
@@ -52,7 +71,7 @@ def main() -> None:
     tags = [config.data.name, config.backbone.name, config.router.kind]
     with open_evaluation(options.tracking, run.path, config.to_dict(), name=run.path.name, tags=tags) as tracker:
         print(table(evaluate(run, config, model.to(device), bank, tracker)))
-    print(f"written to   {run.evaluation}")
+    print(f"written to   {run.evaluation}; open {run.report.name} in a browser")
 
 
 if __name__ == "__main__":

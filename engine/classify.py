@@ -12,6 +12,7 @@ from engine.loading import TrainedRun
 from engine.pipeline import Extractor
 from engine.predict import BATCH_SIZE
 from model.classifier import VisionMoE
+from model.routers import Routing
 
 
 @dataclass(frozen=True)
@@ -54,18 +55,29 @@ def classify(trained: TrainedRun, images_BCHW: Tensor, top: int = 5) -> list[Ans
     features = Extractor(trained.backbone)(images_BCHW.to(trained.device))
     logits_BC, routing = trained.model(features)
     values_BT, classes_BT = logits_BC.softmax(dim=-1).topk(min(top, logits_BC.shape[1]))
-    alone_EB, said_EB = (table.tolist() for table in alone_probabilities(trained.model, features).max(dim=-1))
-    votes: list[list[Vote]] = [[] for _ in images_BCHW]
-    flat = (routing.sample_A.tolist(), routing.expert_A.tolist(), routing.weight_A.tolist())
-    labels = trained.config.experts.labels()
-    for sample, expert, weight in zip(*flat, strict=True):
-        alone = ClassScore(trained.class_names[said_EB[expert][sample]], alone_EB[expert][sample])
-        votes[sample].append(Vote(expert, labels[expert], weight, alone))
     answers = []
-    for values_T, classes_T, mine in zip(values_BT.tolist(), classes_BT.tolist(), votes, strict=True):
+    for values_T, classes_T, votes in zip(
+        values_BT.tolist(), classes_BT.tolist(), _votes(trained, features, routing), strict=True
+    ):
         scores = [ClassScore(trained.class_names[c], value) for c, value in zip(classes_T, values_T, strict=True)]
-        answers.append(Answer(scores, sorted(mine, key=lambda vote: -vote.weight)))
+        answers.append(Answer(scores, votes))
     return answers
+
+
+def _votes(trained: TrainedRun, features: Tensor, routing: Routing) -> list[list[Vote]]:
+    """The experts of each sample, heaviest first; one that sees a sample more than once has the sum of its weights."""
+    alone_EB, said_EB = (table.tolist() for table in alone_probabilities(trained.model, features).max(dim=-1))
+    weights: list[dict[int, float]] = [{} for _ in range(routing.num_samples)]
+    flat = (routing.sample_A.tolist(), routing.expert_A.tolist(), routing.weight_A.tolist())
+    for sample, expert, weight in zip(*flat, strict=True):
+        weights[sample][expert] = weights[sample].get(expert, 0.0) + weight
+    labels, names = trained.config.experts.labels(), trained.class_names
+    votes = []
+    for sample, chosen in enumerate(weights):
+        alone = {e: ClassScore(names[said_EB[e][sample]], alone_EB[e][sample]) for e in chosen}
+        order = sorted(chosen, key=lambda expert: -chosen[expert])
+        votes.append([Vote(e, labels[e], chosen[e], alone[e]) for e in order])
+    return votes
 
 
 @torch.no_grad()

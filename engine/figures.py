@@ -31,7 +31,7 @@ CAPTIONS = {
     "expert_worth": "What macro-F1 loses when one expert is removed and its samples go to the gate's next choice. "
     "Bars: one standard deviation over bootstrap resamples of the test images.",
     "feature_map": "Test images on the first two principal components of their standardised features, coloured by "
-    "the expert that has most of their gate weight. Names stand at the median of their images.",
+    "the expert that has most of their gate weight. Names stand near the median of their images.",
     "samples": "The first test images, with the experts that saw them and the gate's weights.",
     "superclass_confusion": "Share of each superclass's images, in percent; colours on a square-root scale.",
     "confused_pairs": "Pairs of classes by the number of images that were taken for the other.",

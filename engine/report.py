@@ -1,30 +1,20 @@
 """evaluation/report.html: one evaluation as a single page that opens offline, figures and all."""
 
 import base64
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from PIL import Image
 
 from analysis.routing import top_classes
 from engine.config import Config
 from engine.figures import Drawing
 from engine.run_folder import RunFolder, write_atomically
 
-TITLES = {
-    "training_curves": "Training",
-    "load_over_time": "Load over time",
-    "expert_by_class": "Experts by class",
-    "expert_load": "Load of the experts",
-    "expert_load_one_batch": "Load of one batch",
-    "expert_worth": "Value and cost of the experts",
-    "feature_map": "Experts in feature space",
-    "samples": "Test samples",
-    "superclass_confusion": "Confusion of the superclasses",
-    "confused_pairs": "Most confused pairs",
-    "reliability": "Reliability",
-}
+SPREAD_NOTE = "For each expert: share of the assignments / of the gate's weight."
 CO_ACTIVATION = 16  # experts up to which the table of pairs is shown
 
 
@@ -49,14 +39,7 @@ def write_report(run: RunFolder, config: Config, results: dict[str, Any], drawin
         name=run.path.resolve().name,
         subtitle=f"{config.data.name}, {config.backbone.name}, {config.router.kind} top-{config.router.top_k}",
         headline=_headline(results),
-        figures=[
-            {
-                "title": TITLES[drawing.name],
-                "caption": drawing.caption,
-                "data": base64.b64encode(drawing.path.read_bytes()).decode("ascii"),
-            }
-            for drawing in drawings
-        ],
+        figures=[_embed(drawing) for drawing in drawings],
         tables=[table for table in _tables(results) if table.rows],
         config=_sections(config.to_dict()),
         environment=results["environment"],
@@ -65,9 +48,22 @@ def write_report(run: RunFolder, config: Config, results: dict[str, Any], drawin
     return run.report
 
 
+def _embed(drawing: Drawing) -> dict[str, Any]:
+    """A figure as the page shows it, at 100 pixels an inch."""
+    data = drawing.path.read_bytes()
+    with Image.open(drawing.path) as image:
+        width = round(image.width * 100 / 150)
+    return {
+        "caption": drawing.caption,
+        "alt": f"{drawing.name.replace('_', ' ')}: {drawing.caption}",
+        "width": width,
+        "data": base64.b64encode(data).decode("ascii"),
+    }
+
+
 def percent(value: float | None, digits: int = 1) -> str:
-    """0.1234 as "12.3 %", and a dash for what is not known."""
-    return "–" if value is None else f"{100 * value:.{digits}f} %"
+    """0.1234 as "12.3 %", with a blank that does not break, and a dash for what is not known."""
+    return "–" if value is None else f"{100 * value:.{digits}f}\u00a0%"
 
 
 def si(value: float) -> str:
@@ -95,9 +91,10 @@ def _headline(results: dict[str, Any]) -> list[tuple[str, str, str]]:
         ("calibration error", percent(results["expected_calibration_error"]), "expected, 15 bins; 0 is best"),
     ]
     if gate["boundary_share"] is not None:
-        reading = "images that the gate all but sent elsewhere"
+        reading = "of the images nearly had another expert"
         if gate["boundary_accuracy"] is not None and gate["elsewhere_accuracy"] is not None:
-            reading += f": {percent(gate['boundary_accuracy'])} right, elsewhere {percent(gate['elsewhere_accuracy'])}"
+            near, rest = percent(gate["boundary_accuracy"]), percent(gate["elsewhere_accuracy"])
+            reading += f"; {near} of them are right, {rest} of the others"
         shown.append(("near the boundary", percent(gate["boundary_share"]), reading))
     shown.append(("gate entropy", f"{gate['entropy_mean']:.2f}", "of a mean image; 1 is no preference, 0 is certain"))
     if "superclass_accuracy" in results:
@@ -108,31 +105,26 @@ def _headline(results: dict[str, Any]) -> list[tuple[str, str, str]]:
 def _tables(results: dict[str, Any]) -> list[Table]:
     tables = [_expert_table(results), _worth_table(results), _co_activation(results)]
     if "superclass_names" in results:
-        rows = zip(results["superclass_names"], results["expert_by_superclass"], strict=True)
-        tables.append(_by_group("Experts by superclass", "superclass", rows, results["experts"]))
+        rows = _spread(results["superclass_names"], results, "superclass")
+        tables.append(Table("Superclasses", SPREAD_NOTE, ["superclass", *results["experts"]], rows))
     names = results["class_names"]
-    rows = zip(names, results["expert_by_class"], results["expert_by_class_weight"], strict=True)
-    scores = [results["per_class"][name] for name in names]
-    tables.append(
-        Table(
-            title="Classes",
-            note="Sorted by F1, the hardest first. For each expert: share of the assignments / of the gate's weight.",
-            header=["class", "F1", "precision", "recall", "images", *results["experts"]],
-            folded=len(names) > 20,
-            rows=[
-                [
-                    name,
-                    *(percent(score[key]) for key in ("f1", "precision", "recall")),
-                    str(score["support"]),
-                    *(f"{100 * share:.0f} / {100 * weight:.0f} %" for share, weight in zip(by, heavy, strict=True)),
-                ]
-                for score, (name, by, heavy) in sorted(
-                    zip(scores, rows, strict=True), key=lambda pair: (pair[0]["f1"], pair[1][0])
-                )
-            ],
-        )
-    )
+    scored = zip((results["per_class"][name] for name in names), _spread(names, results, "class"), strict=True)
+    rows = [
+        [name, *(percent(score[key]) for key in ("f1", "precision", "recall")), str(score["support"]), *shares]
+        for score, (name, *shares) in sorted(scored, key=lambda pair: pair[0]["f1"])
+    ]
+    header = ["class", "F1", "precision", "recall", "images", *results["experts"]]
+    tables.append(Table("Classes", "The hardest first. " + SPREAD_NOTE, header, rows, folded=len(names) > 20))
     return tables
+
+
+def _spread(names: list[str], results: dict[str, Any], kind: str) -> list[list[str]]:
+    """A row for each class or superclass: its name and its share at each expert."""
+    tables = (results[f"expert_by_{kind}"], results[f"expert_by_{kind}_weight"])
+    return [
+        [name, *(f"{100 * share:.0f} / {percent(weight, 0)}" for share, weight in zip(*shares, strict=True))]
+        for name, *shares in zip(names, *tables, strict=True)
+    ]
 
 
 def _expert_table(results: dict[str, Any]) -> Table:
@@ -147,8 +139,8 @@ def _expert_table(results: dict[str, Any]) -> Table:
                 percent(results["expert_importance"][expert]),
                 percent(results["expert_accuracy"][expert]),
                 percent(results["expert_confidence"][expert]),
-                ", ".join(f"{name} {100 * share:.0f} %" for name, share in favourites),
-                ", ".join(f"{row['class']} {100 * row['accuracy']:.0f} %" for row in hardest),
+                ", ".join(f"{name} {percent(share, 0)}" for name, share in favourites),
+                ", ".join(f"{row['class']} {percent(row['accuracy'], 0)}" for row in hardest),
             ]
         )
     return Table(
@@ -174,23 +166,24 @@ def _worth_table(results: dict[str, Any]) -> Table:
                     percent(row["answers_changed"]),
                     f"{row['parameters']:,}",
                     f"{row['bytes'] / 2**20:.2f} MiB",
-                    f"{si(row['flops'])}FLOP",
-                    f"{si(row['flops_saved'])}FLOP",
-                    ", ".join(f"expert {heir} {100 * share:.0f} %" for heir, share in heirs if share > 0),
+                    si(row["flops"]),
+                    si(row["flops_saved"]),
+                    ", ".join(f"expert {heir} {percent(share, 0)}" for heir, share in heirs if share > 0),
                 ]
             )
     return Table(
         title="What each expert is worth",
         note="Each expert removed in turn, its images sent to the gate's next choice, nothing trained again. "
-        "macro-F1 in points, ± one standard deviation over bootstrap resamples of the test images.",
+        "macro-F1 in points, ± one standard deviation over bootstrap resamples of the test images. "
+        "FLOPs saved below 0: its images go to larger experts.",
         header=[
             "without expert",
             "macro-F1",
             "answers changed",
             "parameters saved",
             "memory saved",
-            "cost of an image there",
-            "saved a mean image",
+            "FLOPs of the expert",
+            "FLOPs saved, mean image",
             "taken over by",
         ],
         rows=rows,
@@ -213,17 +206,13 @@ def _co_activation(results: dict[str, Any]) -> Table:
     )
 
 
-def _by_group(title: str, kind: str, rows, labels: list[str]) -> Table:
-    return Table(
-        title=title,
-        note="Share of the assignments.",
-        header=[kind, *labels],
-        rows=[[name, *(percent(share, 0) for share in shares)] for name, shares in rows],
-    )
-
-
 def _sections(config: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
     """The configuration as (section, [(field, value)]), the fields that have no section first."""
-    plain = [(key, str(value)) for key, value in config.items() if not isinstance(value, dict)]
+    plain = [(key, _shown(value)) for key, value in config.items() if not isinstance(value, dict)]
     nested = {key: value for key, value in config.items() if isinstance(value, dict)}
-    return [("run", plain)] + [(key, [(k, str(v)) for k, v in value.items()]) for key, value in nested.items()]
+    return [("run", plain)] + [(key, [(k, _shown(v)) for k, v in value.items()]) for key, value in nested.items()]
+
+
+def _shown(value: Any) -> str:
+    """A value as YAML and JSON write it."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

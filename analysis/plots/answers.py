@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike
 from analysis.plots.style import (
     BLUE,
     ORANGE,
+    SKY,
     VERMILLION,
     Names,
     expert_colour,
@@ -64,7 +65,7 @@ def confused_pairs(pairs: Sequence[tuple[str, str, int, int]], errors: int) -> F
         ax.text(total, row, f" {total}", va="center", fontsize=7)
     ax.set_yticks(rows, [f"{short(a, 22)} – {short(b, 22)}" for a, b, _, _ in pairs], fontsize=7.5)
     ax.set_ylim(max(len(pairs), 1) - 0.4, -0.6)
-    ax.margins(x=0.08)
+    ax.set_xlim(0, 1.08 * max([1, *(there + back)]))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set(xlabel="test images")
     if pairs:
@@ -86,16 +87,23 @@ def reliability(confidence_B: ArrayLike, accuracy_B: ArrayLike, count_B: ArrayLi
     above, below = figure.subplots(2, sharex=True, height_ratios=[3, 1])
     filled_B = count_B > 0
     above.bar(
-        left_B[filled_B], accuracy_B[filled_B], width, align="edge", color=BLUE, edgecolor="white", label="accuracy"
+        left_B[filled_B], accuracy_B[filled_B], width, align="edge", color=SKY, edgecolor="white", label="accuracy"
     )
-    above.plot([0, 1], [0, 1], color="0.3", ls="--", lw=1, label="perfectly calibrated")
+    above.plot([0, 1], [0, 1], color="black", ls="--", lw=1, label="perfectly calibrated")
     above.plot(
-        confidence_B[filled_B], accuracy_B[filled_B], "o", color=ORANGE, ms=4, label="at the bin's mean confidence"
+        confidence_B[filled_B],
+        accuracy_B[filled_B],
+        "o",
+        color=VERMILLION,
+        ms=4,
+        clip_on=False,
+        zorder=3,
+        label="at the bin's mean confidence",
     )
     above.set(ylabel="accuracy of the bin", xlim=(0, 1), ylim=(0, 1))
-    above.legend(fontsize=8, loc="upper left")
     below.bar(left_B, count_B / max(1.0, count_B.sum()), width, align="edge", color="0.6", edgecolor="white")
     below.set(xlabel="confidence: probability of the predicted class", ylabel="share of\nthe samples")
+    figure.legend(*above.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     for axis in (above.xaxis, above.yaxis, below.yaxis):
         axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     for ax in (above, below):

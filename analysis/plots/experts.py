@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import EngFormatter, PercentFormatter
+from matplotlib.ticker import EngFormatter, NullLocator, PercentFormatter
 from numpy.typing import ArrayLike
 
 from analysis.plots.style import (
@@ -121,16 +121,19 @@ def expert_worth(
     ax.errorbar(parameters_E, lost_E, deviation_E, fmt="none", ecolor="0.5", elinewidth=1, capsize=3)
     # The largest first, so that no small bubble hides behind one.
     for expert in np.argsort(-load_E, kind="stable"):
-        label = short(f"{expert_labels[expert]}: {lost_E[expert]:+.2f} points")
+        label = short(f"{expert_labels[expert]}: {round(lost_E[expert], 2) + 0.0:+.2f} points")
         at = (parameters_E[expert], lost_E[expert])
         area = 90 + 14 * load_E[expert]
         ax.scatter(*at, area, color=expert_colour(expert), edgecolor="white", zorder=3, label=label)
         ax.text(*at, str(expert), ha="center", va="center", fontsize=7, zorder=4, path_effects=STROKE)
     ax.set_xscale("log")
     ax.margins(x=0.12, y=0.15)
-    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
-    ax.xaxis.set_minor_formatter(EngFormatter(sep="") if np.ptp(np.log10(parameters_E)) < 1 else "")
-    ax.tick_params(axis="x", which="both", labelsize=8)
+    ticks = []
+    for value in np.unique(parameters_E):
+        if not ticks or value > 1.2 * ticks[-1]:  # closer ones would overlap
+            ticks.append(value)
+    ax.set_xticks(ticks, [EngFormatter(places=0 if value < 1000 else 1, sep=" ")(value) for value in ticks], fontsize=8)
+    ax.xaxis.set_minor_locator(NullLocator())
     ax.grid(alpha=0.3)
     ax.set(xlabel="parameters of the expert", ylabel="macro-F1 lost without it (points)")
     handles, labels = ax.get_legend_handles_labels()
@@ -171,10 +174,13 @@ def feature_map(
         colour = expert_colour(expert if num_experts <= 8 else rank)
         label = f"{short(expert_labels[expert])} ({counts_E[expert]})"
         ax.scatter(*points_N2[expert_N == expert].T, s=12, color=colour, alpha=0.7, label=label, linewidths=0)
-    for group, name in enumerate(group_names):
-        if (members := group_N == group).any():
-            place = np.median(points_N2[members], axis=0)
-            ax.text(*place, short(name, 18), fontsize=7, ha="center", va="center", path_effects=STROKE, zorder=4)
+    medians = {
+        name: np.median(points_N2[group_N == group], axis=0)
+        for group, name in enumerate(group_names)
+        if (group_N == group).any()
+    }
+    for name, place in _spread(medians, np.ptp(points_N2, axis=0) / (5.7, 4.9)).items():
+        ax.text(*place, short(name, 26), fontsize=7, ha="center", va="center", path_effects=STROKE, zorder=4)
     ax.set(xticks=[], yticks=[])
     names = [
         f"{name} axis, {100 * share:.0f} % of the variance"
@@ -183,6 +189,23 @@ def feature_map(
     ax.set(xlabel=names[0], ylabel=names[1])
     figure.legend(loc="outside right upper", fontsize=8, title="heaviest expert (samples)", title_fontsize=8)
     return figure
+
+
+def _spread(places: dict[str, np.ndarray], inch_2: np.ndarray) -> dict[str, np.ndarray]:
+    """Where to write names of 7 points so that none covers another: moved up or down as little as need be.
+
+    inch_2: data units of an inch on each axis.
+    """
+    height, placed = 0.125, {}
+    for name, place in sorted(places.items(), key=lambda item: item[1][1]):
+        half = 0.029 * len(short(name, 26))
+        for step in sorted(range(-12, 13), key=abs):
+            moved = np.array([place[0], place[1] + step * height * inch_2[1]])
+            gaps = {other: np.abs(moved - at) / inch_2 for other, at in placed.items()}
+            if all(x > half + 0.029 * len(short(other, 26)) or y > 0.99 * height for other, (x, y) in gaps.items()):
+                break
+        placed[name] = moved
+    return placed
 
 
 def _group_names(ax: Axes, group_K: np.ndarray, names: Names, cell: float) -> None:

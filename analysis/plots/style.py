@@ -13,7 +13,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000")
-BLUE, ORANGE, GREEN, VERMILLION = OKABE_ITO[:4]
+BLUE, ORANGE, GREEN, VERMILLION, PINK, SKY = OKABE_ITO[:6]
 EXPERT_AXIS = "expert · hidden units"
 
 Names = Sequence[str]

@@ -11,10 +11,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import ArrayLike
 
-from analysis.plots.style import BLUE, GREEN, OKABE_ITO, ORANGE, Names, new_figure, short
+from analysis.plots.style import BLUE, GREEN, OKABE_ITO, ORANGE, PINK, Names, new_figure, short
 
 BEST_BY = ("macro_f1/validation", "accuracy/validation", "loss/validation")
-CURVE_COLOURS = {"macro_f1/validation": GREEN, "train": BLUE, "validation": ORANGE, "test": "#CC79A7"}
+CURVE_COLOURS = {"macro_f1/validation": GREEN, "train": BLUE, "validation": ORANGE, "test": PINK}
 
 
 def training_curves(history: Sequence[dict], best_by: str | None = None) -> Figure:
@@ -56,7 +56,7 @@ def load_over_time(epochs: ArrayLike, load_TE: ArrayLike, expert_labels: Names, 
     """
     epoch_T, load_TE = np.asarray(epochs, dtype=float), np.asarray(load_TE, dtype=float)
     num_experts = len(expert_labels)
-    figure = new_figure(4.0, "Expert load on the validation images, by the gate of that epoch")
+    figure = new_figure(4.0, "Expert load on the validation images")
     ax = figure.subplots()
     dots = "." if len(epoch_T) < 20 else None
     for rank, expert in enumerate(np.argsort(-load_TE[-1], kind="stable") if len(epoch_T) else []):

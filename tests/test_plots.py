@@ -1,0 +1,276 @@
+import math
+from functools import cache
+from itertools import pairwise
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+from analysis import plots
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+CIFAR_100_SUPERCLASSES = """aquatic mammals, fish, flowers, food containers, fruit and vegetables,
+household electrical devices, household furniture, insects, large carnivores, large man-made outdoor things,
+large natural outdoor scenes, large omnivores and herbivores, medium-sized mammals, non-insect invertebrates,
+people, reptiles, small mammals, trees, vehicles 1, vehicles 2""".replace("\n", " ").split(", ")
+
+
+def labels(experts):
+    return [f"{e} · {('256-128', '512', '2048-1024-512-256-128')[e % 3]}" for e in range(experts)]
+
+
+def shares(rows, experts, seed=0):
+    return np.random.default_rng(seed).dirichlet(np.full(experts, 0.4), rows)
+
+
+def history(epochs):
+    rows = [{"epoch": t, "loss/train": 4 / t, "accuracy/validation": 1 - 1 / t} for t in range(1, epochs + 1)]
+    rows[0]["loss/validation"] = math.inf
+    rows[-1] |= {"macro_f1/validation": 0.5, "learning_rate/train": 1e-3, "loss/train": None}
+    return rows
+
+
+def by_class(classes, experts, groups=None, long=False):
+    names = [("a_class_of_a_very_long_name_$x$_" if long else "class ") + str(c) for c in range(classes)]
+    group = {"group_C": np.arange(classes) % groups} if groups else {}
+    group |= {"group_names": [CIFAR_100_SUPERCLASSES[g % 20] for g in range(groups)]} if groups else {}
+    return plots.expert_by_class(shares(classes, experts), names, labels(experts), **group)
+
+
+def confusion(names):
+    counts = np.random.default_rng(0).poisson(1.0, (names, names)) + 50 * np.eye(names)
+    counts[0] = 0
+    return plots.superclass_confusion(counts, [CIFAR_100_SUPERCLASSES[g % 20] for g in range(names)])
+
+
+def worth(experts, parameters=None):
+    rng = np.random.default_rng(0)
+    parameters = 50_000 * 2 ** np.arange(experts) if parameters is None else parameters
+    return plots.expert_worth(
+        rng.normal(0.02, 0.02, experts), [0.004] * experts, parameters, shares(1, experts)[0], labels(experts)
+    )
+
+
+def feature_map(samples, experts, groups):
+    rng = np.random.default_rng(0)
+    group_N = np.arange(samples) % max(1, groups)
+    points = rng.normal(size=(samples, 2)) + 0.5 * rng.normal(size=(max(1, groups), 2))[group_N]
+    names = [CIFAR_100_SUPERCLASSES[g] for g in range(groups)]
+    return plots.feature_map(points, rng.integers(-1, experts, samples), labels(experts), (0.1, 0.05), group_N, names)
+
+
+def pairs(count):
+    return plots.confused_pairs(
+        [(f"a_rather_long_class {i}", f"class {i}", 40 - i, i // 2) for i in range(count)], 2000
+    )
+
+
+def reliability(counts):
+    bins = len(counts)
+    middle = np.where(np.array(counts) > 0, (np.arange(bins) + 0.6) / bins, np.nan)
+    return plots.reliability(middle, middle**2, counts, 0.0812)
+
+
+def comparison(runs, name="cifar100-20260101-12000{}", panels=4):
+    rng = np.random.default_rng(0)
+    values = {f"panel {p}": {"macro-F1": rng.random(runs)} for p in range(panels)}
+    if panels:
+        values["panel 0"]["accuracy"] = np.where(np.arange(runs) % 2, np.nan, 0.7)
+    return plots.comparison([name.format(run) for run in range(runs)], values, from_zero=["panel 1"])
+
+
+def pictures(count, experts, channels=3, size=32):
+    images = np.random.default_rng(0).integers(0, 256, (count, size, size, channels), dtype=np.uint8)
+    chosen = [list(zip(labels(experts), [1 / experts] * experts, strict=True)) for _ in range(count)]
+    if count > 1:
+        chosen[1] = []
+    names = [f"a very long class name indeed {i}" for i in range(count)]
+    return plots.samples(images, names, names[::-1], chosen)
+
+
+MAIN = {
+    "curves": lambda: plots.training_curves(history(30)),
+    "time": lambda: plots.load_over_time(np.arange(1, 31), shares(30, 4), labels(4), 3),
+    "load": lambda: plots.expert_load(shares(1, 4)[0], shares(1, 4, 1)[0], labels(4)),
+    "class 10": lambda: by_class(10, 4),
+    "class 100": lambda: by_class(100, 8, groups=20),
+    "confusion": lambda: confusion(20),
+    "samples": lambda: pictures(10, 2),
+    "worth": lambda: worth(4),
+    "features": lambda: feature_map(300, 4, 20),
+    "pairs": lambda: pairs(30),
+    "reliability": lambda: reliability([0, 3, 9, 0, 70] * 3),
+    "comparison": lambda: comparison(3),
+    "12 compared": lambda: comparison(12),
+}
+EDGE = {
+    "no epochs": lambda: plots.training_curves([]),
+    "one epoch": lambda: plots.training_curves(history(1)),
+    "nothing known": lambda: plots.training_curves([{"epoch": 1, "loss/train": math.nan}]),
+    "no load": lambda: plots.load_over_time([], np.zeros((0, 4)), labels(4)),
+    "one load": lambda: plots.load_over_time([1], shares(1, 2), labels(2), 5),
+    "16 over time": lambda: plots.load_over_time([1, 2], shares(2, 16), labels(16)),
+    "64 over time": lambda: plots.load_over_time(np.arange(9), shares(9, 64), labels(64), 1.5),
+    "one expert": lambda: plots.expert_load([1.0], [1.0], labels(1)),
+    "unused": lambda: plots.expert_load(np.zeros(4), np.zeros(4), labels(4)),
+    "64 experts": lambda: plots.expert_load(shares(1, 64)[0], shares(1, 64, 1)[0], labels(64)),
+    "one class": lambda: by_class(1, 1),
+    "no assignment": lambda: plots.expert_by_class(np.zeros((3, 2)), list("abc"), labels(2)),
+    "long names": lambda: by_class(101, 2, groups=101, long=True),
+    "1000 classes": lambda: by_class(1000, 64, groups=12),
+    "two names": lambda: confusion(2),
+    "200 names": lambda: confusion(200),
+    "no pictures": lambda: pictures(0, 2),
+    "grey picture": lambda: pictures(1, 1, channels=1, size=8),
+    "equal experts": lambda: worth(64, [1000] * 64),
+    "one sample": lambda: feature_map(1, 1, 0),
+    "64 mapped": lambda: feature_map(200, 64, 3),
+    "no pairs": lambda: pairs(0),
+    "one bin": lambda: reliability([4]),
+    "nothing compared": lambda: comparison(1, panels=0),
+    "80 compared": lambda: comparison(80, name="a run of a name that is far too long to be shown in full, $x$ {}"),
+    "soft routing": lambda: pictures(7, 64, size=224),
+}
+
+
+@cache
+def drawn(name):
+    figure = MAIN[name]()
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return figure, canvas
+
+
+def texts(figure):
+    return [text for text in figure.findobj(matplotlib.text.Text) if text.get_visible() and text.get_text()]
+
+
+@pytest.mark.parametrize("name", MAIN)
+def test_everything_lies_inside_the_figure(name):
+    figure, canvas = drawn(name)
+    box = figure.get_tightbbox(canvas.get_renderer())
+    width, height = figure.get_size_inches()
+    assert box.x0 >= -0.01 and box.y0 >= -0.01 and box.x1 <= width + 0.01 and box.y1 <= height + 0.01
+    assert texts(figure)
+
+
+@pytest.mark.parametrize("name", ["class 100", "confusion", "load", "class 10", "worth", "pairs", "12 compared"])
+def test_tick_labels_do_not_overlap(name):
+    figure, _ = drawn(name)
+    for ax in figure.axes:
+        for axis in (ax.xaxis, ax.yaxis):
+            boxes = [label.get_window_extent() for label in axis.get_ticklabels() if label.get_text()]
+            side = 0 if axis is ax.xaxis else 1
+            spans = sorted((box.min[side], box.max[side]) for box in boxes)
+            assert all(end <= start + 1 for (_, end), (start, _) in pairwise(spans))
+
+
+def test_superclass_names_do_not_overlap():
+    figure, _ = drawn("class 100")
+    for ax in figure.axes[:2]:
+        boxes = [text.get_window_extent() for text in ax.texts]
+        assert len(boxes) == 10
+        assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[i + 1 :])
+
+
+def test_the_names_on_the_map_of_features_do_not_overlap():
+    figure, _ = drawn("features")
+    boxes = [text.get_window_extent() for text in figure.axes[0].texts]
+    assert len(boxes) == 20
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[i + 1 :])
+
+
+@pytest.mark.parametrize("name", ["time", "worth", "features"])
+def test_the_legend_beside_the_plot_does_not_cover_the_title(name):
+    figure, _ = drawn(name)
+    assert not figure.legends[0].get_window_extent().overlaps(figure._suptitle.get_window_extent())
+
+
+def test_curves_of_two_metrics_of_one_split_differ_in_colour():
+    rows = [{"epoch": t, "accuracy/validation": 0.5, "macro_f1/validation": 0.4} for t in (1, 2)]
+    lines = plots.training_curves(rows).axes[1].get_lines()
+    assert len({line.get_color() for line in lines if line.get_label()[0] in "am"}) == 2
+
+
+def test_the_load_of_one_batch_has_a_title_of_its_own():
+    titles = {
+        plots.expert_load([1.0], [1.0], labels(1), *images).get_suptitle()
+        for images in ((), ("one batch of 9 images",))
+    }
+    assert titles == {
+        "Expert load and importance on the test images",
+        "Expert load and importance on one batch of 9 images",
+    }
+
+
+def test_bars_of_pairs_have_the_lengths_of_their_counts():
+    ax = plots.confused_pairs([("a", "b", 5, 2), ("c", "d", 3, 0)], 11).axes[0]
+    there, back = (container.datavalues.tolist() for container in ax.containers)
+    assert (there, back) == ([5, 3], [2, 0])
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["a – b", "c – d"]
+    assert "10 of 11 errors" in ax.figure.get_suptitle()
+
+
+def test_the_worth_of_an_expert_is_drawn_in_points_and_listed_by_value():
+    figure = plots.expert_worth([0.01, 0.05], [0.002, 0.004], [100, 400], [0.25, 0.75], ["0 · 8", "1 · 32"])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "1 · 32: +5.00 points",
+        "0 · 8: +1.00 points",
+    ]
+    offsets = {tuple(points.get_offsets()[0]) for points in figure.axes[0].collections[-2:]}
+    assert offsets == {(100.0, 1.0), (400.0, 5.0)}
+
+
+@pytest.mark.parametrize("name", EDGE)
+def test_edge_sizes_are_drawn_without_warnings(name):
+    FigureCanvasAgg(EDGE[name]()).draw()
+
+
+def test_best_epoch_is_marked():
+    rows = [{"epoch": 1, "loss/validation": 2.0, "accuracy/validation": 0.6}]
+    rows += [{"epoch": 2, "loss/validation": 1.0, "accuracy/validation": 0.5}]
+
+    def marked(**kwargs):
+        figure = plots.training_curves(rows, **kwargs)
+        return [label for ax in figure.axes for label in ax.get_legend_handles_labels()[1] if "best" in label]
+
+    assert marked() == ["best epoch, 1: 0.6"]
+    assert marked(best_by="loss/validation") == ["best epoch, 2: 1"]
+    assert marked(best_by="accuracy/test") == []
+
+
+def test_classes_are_ordered_by_superclass_then_by_dominant_expert():
+    share = np.array([[0.1, 0.9], [0.8, 0.2], [0.6, 0.4], [0.3, 0.7]])
+
+    def order(**kwargs):
+        figure = plots.expert_by_class(share, list("abcd"), labels(2), **kwargs)
+        return "".join(label.get_text() for label in figure.axes[0].get_xticklabels())
+
+    assert order() == "bcad"
+    assert order(group_C=[1, 0, 1, 0], group_names=["x", "y"]) == "bdca"
+
+
+def test_dollars_in_names_are_not_mathematics():
+    figure = plots.expert_by_class(np.eye(2), ["$\\frac$", "a$b"], ["0 · $\\bad$", "1"], [0, 1], ["$\\x$", "$"])
+    FigureCanvasAgg(figure).draw()
+
+
+def test_save_writes_a_whole_png_and_nothing_else(tmp_path):
+    figure = MAIN["load"]()
+    path = plots.save(figure, tmp_path / "figures" / "load.png")
+    assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert matplotlib.image.imread(path).shape[1] == 1200
+    assert [file.name for file in path.parent.iterdir()] == ["load.png"]
+
+
+def test_save_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
+    figure = MAIN["load"]()
+    path = plots.save(figure, tmp_path / "load.png")
+    before = path.read_bytes()
+    monkeypatch.setattr(figure, "savefig", lambda target, **_: (target.write_bytes(b"torn"), 1 / 0))
+    with pytest.raises(ZeroDivisionError):
+        plots.save(figure, path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
