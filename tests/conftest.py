@@ -17,8 +17,8 @@ PNG = bytes.fromhex(  # one pixel
     "03a7e9b550000000a49444154789c636000000002000148afa4710000000049454e44ae426082"
 )
 TINY = (
-    "--config configs/digits.yaml --data.max_per_class 40 --backbone.features [tokens:1] "
-    "--train.epochs 4 --train.batch_size 32 --router.warmup_steps 5"
+    "--config configs/digits.yaml --data.max_per_class 40 --neck.kind pooled --backbone.features [cls:1,mean:1] "
+    "--train.epochs 4 --train.batch_size 32 --router.warmup_steps 5 --optim.lr 0.01"
 )
 CLIP = "vit_base_patch16_clip_quickgelu_224.openai"
 
