@@ -70,6 +70,8 @@ def score(options: argparse.Namespace) -> None:
     load_exported(run, model)
     tags = [config.data.name, config.backbone.name, config.router.kind]
     with open_evaluation(options.tracking, run.path, config.to_dict(), name=run.path.name, tags=tags) as tracker:
+        if tracker.sends_again:
+            tracker.model(run.weights, name=run.path.name)
         print(table(evaluate(run, config, model.to(device), bank, tracker)))
     print(f"written to   {run.evaluation}; open {run.report.name} in a browser")
 

@@ -28,7 +28,8 @@ class Tracker:
     """One run's numbers, figures and files; made by `open_tracker`.
 
     mode: "clearml", "offline" or "none", as resolved. config: the given configuration, with the values that
-    an agent of ClearML has overridden. task_id: of ClearML, or None; `open_tracker` takes it back.
+    an agent of ClearML has overridden. task_id: of ClearML, or None; `open_tracker` takes it back. sends_again: whether
+    this is to bring a server what an earlier task lacks.
     No method raises; none but `close` waits for anything. Files are read later: let them be until `close`.
     """
 
@@ -37,6 +38,7 @@ class Tracker:
         self.mode: str = clearml.mode if clearml else "none"
         self.config: dict = clearml.config if clearml else config
         self.task_id: str | None = clearml.task.id if clearml else None
+        self.sends_again = False
 
     def scalars(self, values: dict[str, float], step: int, epoch: int | None = None) -> None:
         """One line of JSON, and one ClearML point per value; keys are "title/series".
@@ -213,7 +215,8 @@ def open_evaluation(
     if clearml or reasons:
         say("tracking: " + ("ClearML" if clearml else f"none ({reasons[0]})"))
     tracker = Tracker(open(os.devnull, "w"), config, clearml)  # noqa: SIM115 - the tracker closes it
-    if not online or not online[-1].get("whole"):
+    if clearml and not (online and online[-1].get("whole")):
+        tracker.sends_again = True
         tracker._send_again(RunFolder(Path(run_dir)).history())
     return tracker
 

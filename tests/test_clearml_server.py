@@ -59,6 +59,7 @@ again.scalars({"loss/train": 0.125}, step=20, epoch=2)
 again.close()
 facts["again"], facts["still listed"] = again.task_id, tasks_of(run)
 evaluation = open_evaluation("auto", run, CONFIG, name="cifar100", tags=["cifar100"])
+assert not evaluation.sends_again
 evaluation.summary({"test/accuracy": 0.625})
 evaluation.close()
 facts["evaluation"] = evaluation.task_id
@@ -192,23 +193,24 @@ assert open_evaluation("auto", run, CONFIG, name="n").mode == "none"
 def test_a_server_that_dies_half_way_costs_nothing(workplace, tmp_path, how):
     """Training ends in seconds, says what to do, and an evaluation on the revived server brings what it lacks."""
     dying = f"""
-clearml_task.PROBE_SECONDS = clearml_task.CLOSE_SECONDS = 0.5
 (run / "a.bin").write_bytes(b"a")
 tracker = start()
+clearml_task.PROBE_SECONDS = clearml_task.CLOSE_SECONDS = 0.5
 tracker.scalars({{"loss/train": 0.5}}, step=10, epoch=1)
 die("{how}")
 began = time.monotonic()
 tracker.scalars({{"loss/train": 0.25}}, step=20, epoch=2)
 tracker.summary({{"test/accuracy": 0.75}})
 tracker.artifact("a", run / "a.bin")
-assert time.monotonic() - began < 0.5
+assert time.monotonic() - began < 1
 tracker.close()
-assert time.monotonic() - began < 10, time.monotonic() - began
+assert time.monotonic() - began < 30, time.monotonic() - began
 assert [task["whole"] for task in tasks_of(run)] == [False]
 facts["task"] = tracker.task_id
 """
     after = """
 tracker = open_evaluation("auto", run, CONFIG, name="n")
+assert tracker.sends_again
 tracker.summary({"test/accuracy": 0.75})
 tracker.close()
 facts["task"] = tracker.task_id
