@@ -31,7 +31,9 @@ def fetch_run(task_id: str) -> dict[str, Any]:
 
 def _metrics(task: Any) -> dict[str, Any]:
     values = task.get_reported_single_values()
-    single = {name.removeprefix("test/"): value for name, value in values.items()}
+    single: dict[str, Any] = {name.removeprefix("test/"): value for name, value in values.items()}
+    if "specialisation" in single:
+        single["specialisation"] = {"normalised": single["specialisation"]}
     artifact = task.artifacts.get("evaluation")
     path, _ = attempt(artifact.get_local_copy, raise_on_error=True) if artifact else (None, None)
     whole, _ = attempt(lambda: json.loads(Path(path).read_text())) if path else (None, None)

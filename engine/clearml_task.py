@@ -217,23 +217,24 @@ def _finish(task: Any, failed: str | None) -> None:
 
 
 def server_problem() -> UserError | None:
-    """Why the configured ClearML server cannot be used, or None; known within PROBE_SECONDS + 1.
+    """Why the configured ClearML server cannot be used, or None; the server has PROBE_SECONDS + 1 to answer.
 
-    Task.init would retry a dead server for hours without a word. The probe runs in a thread because neither a
+    Task.init would retry a dead server for hours without a word. The request runs in a thread because neither a
     hanging name server nor an answer that comes byte by byte heeds a socket timeout.
     """
-    attempt(__import__, "clearml")  # not on the probe's time: it takes seconds on a busy machine
-    outcome: queue.SimpleQueue = queue.SimpleQueue()
-    threading.Thread(target=lambda: outcome.put(attempt(_log_in)), daemon=True).start()
-    try:
-        _, error = outcome.get(timeout=PROBE_SECONDS + 1)
-    except queue.Empty:
-        return EnvironmentFault(f"the ClearML server does not answer within {PROBE_SECONDS + 1:.0f} s")
+    login, error = attempt(_login)  # not on the server's time: reading the SDK and its configuration takes seconds
+    if error is None:
+        outcome: queue.SimpleQueue = queue.SimpleQueue()
+        threading.Thread(target=lambda: outcome.put(attempt(_ask, *login)), daemon=True).start()
+        try:
+            _, error = outcome.get(timeout=PROBE_SECONDS + 1)
+        except queue.Empty:
+            return EnvironmentFault(f"the ClearML server does not answer within {PROBE_SECONDS + 1:.0f} s")
     return error if error is None or isinstance(error, UserError) else _explain(error)
 
 
-def _log_in() -> None:
-    """Log in to the configured server, once. Raises UserError and EnvironmentFault."""
+def _login() -> tuple[Any, str, dict[str, Any]]:
+    """Session, host and options of the request that logs in to the configured server. Raises UserError."""
     from clearml.backend_api import Session
     from clearml.backend_api.session import defs
     from clearml.backend_api.utils import get_http_session_with_retry
@@ -246,12 +247,15 @@ def _log_in() -> None:
     secret = defs.ENV_SECRET_KEY.get(default=config_obj.get("api.credentials.secret_key", None))
     if not token and not (access and secret):
         raise UserError("no ClearML server is configured; clearml-init writes a clearml.conf")
-    host = Session.get_api_server_host()
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    session = get_http_session_with_retry(config=config_obj)  # certificates as configured; no retries
+    credentials = {"headers": {"Authorization": f"Bearer {token}"}} if token else {"auth": (access, secret)}
+    return session, Session.get_api_server_host(), credentials
+
+
+def _ask(session: Any, host: str, credentials: dict[str, Any]) -> None:
+    """Log in, once. Raises UserError and EnvironmentFault."""
     try:
-        session = get_http_session_with_retry(config=config_obj)  # certificates as configured; no retries
-        auth = None if token else (access, secret)
-        answer = session.get(f"{host}/auth.login", auth=auth, headers=headers, timeout=PROBE_SECONDS)
+        answer = session.get(f"{host}/auth.login", timeout=PROBE_SECONDS, **credentials)
     except OSError as error:  # requests' exceptions are OSErrors
         reason = f"{host} does not answer ({type(error).__name__})"
         raise EnvironmentFault(f"the ClearML server {reason}; start it, or correct api_server") from error

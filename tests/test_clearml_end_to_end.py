@@ -21,6 +21,8 @@ def run_program(*words):
 options = ("--data.max_per_class", 20, "--train.epochs", 3, "--tracking", "clearml", "--run_dir", run / "tiny")
 run_program("train.py", *{TINY.split()!r}, *options)
 run_program("evaluate.py", run / "tiny")
+task_id = json.loads((run / "tiny" / "clearml.json").read_text())[0]["task_id"]
+run_program("evaluate.py", "--compare", run / "tiny", task_id, "--out", run / "comparison")
 """
 
 
@@ -68,3 +70,13 @@ def test_the_task_has_every_number_and_the_evaluation_as_data(tracked):
     assert {"evaluation", "figure expert_by_class", "figure training_curves"} <= stored
     (model,) = server.models.values()
     assert model["uri"].endswith("model.safetensors") and model["task"] == training["id"]
+
+
+def test_a_task_compares_with_a_folder_as_equal_to_itself(tracked):
+    """The folder and the task of one run: the same scores, and no difference of configuration."""
+    _, run, _ = tracked
+    compared = json.loads((run.parent / "comparison" / "comparison.json").read_text())
+    assert compared["differing"] == []
+    folder, task = compared["runs"]
+    assert task["figures"] == pytest.approx(folder["figures"]) and "macro_f1" in task["figures"]
+    assert task["config"] == folder["config"]

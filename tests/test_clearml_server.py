@@ -60,7 +60,7 @@ again.close()
 facts["again"], facts["still listed"] = again.task_id, tasks_of(run)
 evaluation = open_evaluation("auto", run, CONFIG, name="cifar100", tags=["cifar100"])
 assert not evaluation.sends_again
-evaluation.summary({"test/accuracy": 0.625})
+evaluation.summary({"test/accuracy": 0.625, "test/specialisation": 0.5})
 evaluation.close()
 facts["evaluation"] = evaluation.task_id
 lost = start(task_id="0" * 32, resume_step=20)
@@ -144,14 +144,15 @@ def test_a_later_evaluation_is_a_task_under_that_of_the_training(online):
     server, facts, _ = online
     task = server.tasks[facts["evaluation"]]
     assert (task["parent"], task["type"], task["name"]) == (facts["first"], "testing", "cifar100")
-    assert server.scalars(task["id"]) == {("Summary", "test/accuracy", -(2**31)): 0.625}
+    assert server.scalars(task["id"])["Summary", "test/accuracy", -(2**31)] == 0.625
+    assert ("loss", "train", 10) not in server.scalars(task["id"])  # which the training's task has
 
 
 def test_a_run_is_fetched_as_its_folder_has_it(online):
     _, facts, _ = online
     assert (facts["fetched"]["name"], facts["fetched"]["config"]) == ("cifar100", CONFIG)
     assert facts["fetched"]["metrics"] == {"accuracy": 0.75, "macro_f1": 0.5, "expert_load": [0.25, 0.75]}
-    assert facts["fetched single"]["metrics"] == {"accuracy": 0.625}
+    assert facts["fetched single"]["metrics"] == {"accuracy": 0.625, "specialisation": {"normalised": 0.5}}
     kind, message = facts["unknown"]
     assert kind == "UserError" and f"has no task {'f' * 32}" in message and "\n" not in message
 
