@@ -9,21 +9,16 @@ import argparse
 from pathlib import Path
 
 from data.datasets import load_splits
-from engine.checkpoint import check_inputs, export_model, load_checkpoint, load_exported, read_description
+from engine.arguments import Parser
+from engine.checkpoint import check_inputs, load_exported
 from engine.compare import compare
-from engine.config import Config, config_from_dict
 from engine.evaluation import evaluate, table
+from engine.loading import configure, describe
 from engine.pipeline import build_bank, build_model, identity, pick_device
 from engine.run_folder import RunFolder
-from errors import UserError, exit_code_of, leave
+from engine.tracking import open_evaluation
+from errors import exit_code_of, leave
 from model.backbone import load_backbone
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, with its complaint in one line."""
-
-    def error(self, message: str):
-        raise UserError(f"{message}; see python {self.prog} --help")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -35,6 +30,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data.root", dest="root", type=Path, help="where the data set lies, if not where it was")
     parser.add_argument("--backbone.weights", dest="weights", type=Path, help="the backbone's file, if it has moved")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, or cuda:1")
+    parser.add_argument(
+        "--tracking",
+        choices=("auto", "clearml", "none"),
+        default="auto",
+        help="auto (default): also to ClearML, in a task under that of the training, if the training is on a server; "
+        "clearml: always, with the training's curves where the server lacks them",
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(argv)
     if (options.run is None) == (options.compare is None):
@@ -58,7 +60,7 @@ def score(options: argparse.Namespace) -> None:
     """Rebuild the model of a run, score it on the test set and write what evaluate() writes."""
     run = RunFolder(options.run)
     described = describe(run)
-    config = configure(described["config"], options)
+    config = configure(described["config"], options.device, options.root, options.weights)
     device = pick_device(config.device)
     splits, backbone = load_splits(config.data), load_backbone(config.backbone, device)
     bank = build_bank(config, splits, backbone, device)
@@ -66,33 +68,12 @@ def score(options: argparse.Namespace) -> None:
     check_inputs(described, identity(config, splits, backbone, feature_shape), run.weights)
     model = build_model(config, feature_shape, splits.test.num_classes)
     load_exported(run, model)
-    print(table(evaluate(run, config, model.to(device), bank)))
+    tags = [config.data.name, config.backbone.name, config.router.kind]
+    with open_evaluation(options.tracking, run.path, config.to_dict(), name=run.path.name, tags=tags) as tracker:
+        if tracker.sends_again:
+            tracker.model(run.weights, name=run.path.name)
+        print(table(evaluate(run, config, model.to(device), bank, tracker)))
     print(f"written to   {run.evaluation}; open {run.report.name} in a browser")
-
-
-def describe(run: RunFolder) -> dict:
-    """model.json, written first from the best checkpoint where training has not come to do that."""
-    if not run.path.is_dir():
-        raise UserError(f"{run.path} is not a folder: name a run that train.py wrote")
-    if run.best.is_file():
-        best = load_checkpoint(run.best)
-        if not run.model.is_file() or read_description(run).get("epoch") != best["epoch"]:
-            print(f"{run.path} was not trained to its end: scoring its best epoch so far, {best['epoch']}")
-            export_model(run)
-    elif not run.model.is_file():
-        raise UserError(f"{run.path} holds neither model.json nor checkpoints/best.pt: name a run that train.py wrote")
-    return read_description(run)
-
-
-def configure(values: dict, options: argparse.Namespace) -> Config:
-    """The run's configuration with the moved files and the device of this command line."""
-    config = config_from_dict(values)
-    config.device = options.device
-    if options.root is not None:
-        config.data.root = options.root.expanduser()
-    if options.weights is not None:
-        config.backbone.weights = options.weights.expanduser()
-    return config
 
 
 if __name__ == "__main__":

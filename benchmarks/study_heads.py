@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from analysis.answers import calibration
 from torch import Tensor
 from torch.nn import functional as F
 
+from analysis.answers import calibration
 from analysis.routing import expert_load, load_entropy, specialisation
 from engine.checkpoint import seed_everything
 from engine.graph import GraphedStep, worth_capturing

@@ -50,6 +50,16 @@ class DataConfig:
         if self.max_per_class is not None and self.max_per_class < 2:
             raise ValueError(f"data.max_per_class is {self.max_per_class}: both splits need one, so at least 2")
 
+    @property
+    def side(self) -> int:
+        """Side in pixels of the images, before the backbone's own resizing: the data set's, or image_size."""
+        return {"cifar100": 32, "digits": 8}.get(self.name, self.image_size)
+
+    @property
+    def grey(self) -> bool:
+        """Whether the data set has no colour."""
+        return self.name == "digits"
+
 
 @dataclass(frozen=True)
 class ImageSet:

@@ -2,16 +2,11 @@
 
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
-from torch import Tensor
 
 from data.datasets import ImageSet
-from errors import UserError, one_line
-
-# Those that torchvision's folders have; not PostScript, for which Pillow runs an interpreter.
-FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
+from data.image_file import read_picture
+from errors import UserError
 
 
 def load_image_folder(root: Path, size: int) -> tuple[ImageSet, ImageSet | None, ImageSet | None]:
@@ -51,40 +46,9 @@ def _read_split(folder: Path, names: tuple[str, ...], size: int) -> ImageSet | N
     failures = []
     for row, (path, _) in enumerate(files):
         try:
-            images_NCHW[row] = read_image(Path(path), size)
+            images_NCHW[row] = read_picture(Path(path), size).pixels_CHW
         except UserError as error:
             failures.append(error)
     if failures:
         raise UserError(f"{failures[0]} ({len(failures)} of {len(files)} files in {folder})") from failures[0]
     return ImageSet(images_NCHW, torch.tensor([label for _, label in files]), names)
-
-
-def read_image(path: Path, size: int) -> Tensor:
-    """One image file as uint8 RGB (3, size, size). Raises errors.UserError where Pillow cannot read it."""
-    from torchvision.transforms import InterpolationMode
-    from torchvision.transforms.v2 import functional as F
-
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            rgb = _as_rgb(ImageOps.exif_transpose(image))
-    except Exception as error:  # bytes that are no image make Pillow fail in every way there is
-        raise UserError(f"{path} cannot be read as an image ({one_line(error, 120)}): mend or remove it") from error
-    resized = F.resize(F.pil_to_tensor(_not_too_long(rgb)), [size], InterpolationMode.BICUBIC, antialias=True)
-    return F.center_crop(resized, [size, size])
-
-
-def _not_too_long(image: Image.Image) -> Image.Image:
-    """The middle of an image that is very long: resized whole it could fill the memory, of which a crop remains."""
-    longest = 16 * min(image.size)
-    if max(image.size) <= longest:
-        return image
-    left, top = (max(0, (side - longest) // 2) for side in image.size)
-    return image.crop((left, top, min(image.width, left + longest), min(image.height, top + longest)))
-
-
-def _as_rgb(image: Image.Image) -> Image.Image:
-    """Eight bits a channel; sixteen are scaled, where Pillow's own conversion would cut everything above 255."""
-    if image.mode.startswith("I;16") or image.mode == "I":
-        values = np.asarray(image).clip(0, 65535)
-        image = Image.fromarray((values // 256).astype(np.uint8))
-    return image.convert("RGB")

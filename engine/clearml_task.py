@@ -26,54 +26,76 @@ class ClearMLTask:
 
     lost = False  # whether a task of this process was left unfinished: the SDK cannot have a second one
 
-    def __init__(self, mode: str, config: dict, name: str, tags: list[str], task_id: str | None):
-        """Start the task, mode "clearml" or "offline". Raises UserError and EnvironmentFault."""
+    def __init__(
+        self,
+        mode: str,
+        config: dict,
+        name: str,
+        tags: list[str],
+        task_id: str | None = None,
+        kind: str = "training",
+        parent: str | None = None,
+    ):
+        """Start the task, mode "clearml" or "offline". task_id: go on with this one, if online and it is there.
+
+        kind: ClearML's task type. parent: id of the task that this one belongs to. Raises UserError and
+        EnvironmentFault.
+        """
         if self.lost:
             raise EnvironmentFault("ClearML hung in this process and is out of use until the next one")
-        if problem := _server_problem() if mode == "clearml" else None:
+        if problem := server_problem() if mode == "clearml" else None:
             raise problem
         handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
-        started, error = _attempt(_start_task, mode == "offline", config, name, tags, task_id)
+        started, error = attempt(_start_task, mode == "offline", config, name, tags, task_id, kind, parent)
         # The SDK's handlers turn a segmentation fault into an endless loop, hang on SIGTERM when the server
         # is dead and, closed from a thread, stay and swallow Ctrl-C.
         for number, handler in handlers.items():
             if handler is not None and signal.getsignal(number) != handler:
                 signal.signal(number, handler)
         if error is not None:
-            _attempt(_abandon)
+            attempt(_abandon)
             raise _explain(error) from error
+        self.whole = False  # whether every job was done, known at the end
         self.mode, (self.task, self.config) = mode, started
         self.jobs: queue.SimpleQueue = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="clearml", daemon=True)
         self._thread.start()
         atexit.register(self.close)
 
+    def place(self) -> dict[str, str]:
+        """Where a person finds the task: its page, or the file of its offline session."""
+        folder = self.task.get_offline_mode_folder()
+        return {"session": f"{folder}.zip"} if folder else {"page": self.task.get_output_log_web_page()}
+
     def _work(self) -> None:
         complained = False
         for job, args in iter(self.jobs.get, None):
-            _, error = _attempt(job, self.task, *args)
+            _, error = attempt(job, self.task, *args)
             if error is not None and not complained:
                 text = f"tracking: ClearML failed ({type(error).__name__}: {error}); training goes on"
                 print(text + ", and metrics.jsonl has every number", file=sys.stderr)
             complained = complained or error is not None
+        self.whole = not complained
 
-    def close(self, failed: str | None = None) -> None:
+    def close(self, failed: str | None = None) -> bool:
+        """Send what is left and end the task; whether everything arrived. Waits for a dead server CLOSE_SECONDS."""
         atexit.unregister(self.close)
         self.jobs.put((_finish, (failed,)))
         self.jobs.put(None)
         start = time.monotonic()
         while self._thread.join(CLOSE_SECONDS) or self._thread.is_alive():
-            problem = _server_problem() if self.mode == "clearml" else None
+            problem = server_problem() if self.mode == "clearml" else None
             if problem or time.monotonic() - start > UPLOAD_SECONDS:
                 print(f"tracking: ClearML left before it was done ({problem or 'too slow'})", file=sys.stderr)
-                _attempt(_disown, self.task)
-                break
+                attempt(_disown, self.task)
+                return False
+        return self.whole
 
 
-def _attempt(function: Callable, *args: Any) -> tuple[Any, Exception | None]:
+def attempt(function: Callable, *args: Any, **options: Any) -> tuple[Any, Exception | None]:
     """The function's result, or the exception it raised: the SDK raises anything, and none of it may pass."""
     try:
-        return function(*args), None
+        return function(*args, **options), None
     except Exception as error:
         return None, error
 
@@ -84,7 +106,9 @@ def _explain(error: Exception) -> UserError:
     return kind(f"ClearML cannot start: {type(error).__name__}: {' '.join(str(error).split())}")
 
 
-def _start_task(offline: bool, config: dict, name: str, tags: list, task_id: str | None) -> tuple[Any, dict]:
+def _start_task(
+    offline: bool, config: dict, name: str, tags: list, task_id: str | None, kind: str, parent: str | None
+) -> tuple[Any, dict]:
     """The SDK's task and the configuration that it returned. Raises whatever the SDK raises."""
     from clearml import Task
     from clearml.backend_api.session.defs import ENV_OFFLINE_MODE
@@ -103,6 +127,7 @@ def _start_task(offline: bool, config: dict, name: str, tags: list, task_id: str
     task = Task.init(
         project_name=PROJECT,
         task_name=name,
+        task_type=kind,
         tags=tags or None,
         reuse_last_task_id=False,
         continue_last_task=task_id if go_on else False,
@@ -113,6 +138,8 @@ def _start_task(offline: bool, config: dict, name: str, tags: list, task_id: str
     )
     if go_on:
         task.set_initial_iteration(0)  # our steps count from the start of the run, not from the resumption
+    if parent and not offline:
+        task.set_parent(parent)
     return task, _connect(task, config)
 
 
@@ -131,7 +158,7 @@ def _abandon() -> None:
     from clearml import Task
 
     if task := Task.current_task():
-        thread = threading.Thread(target=_attempt, args=(task.close,), daemon=True)
+        thread = threading.Thread(target=attempt, args=(task.close,), daemon=True)
         thread.start()
         thread.join(CLOSE_SECONDS)
         if thread.is_alive():
@@ -189,24 +216,25 @@ def _finish(task: Any, failed: str | None) -> None:
         print(f'tracking: offline session {folder}.zip, sent to a server by: python -c "{statement}"')
 
 
-def _server_problem() -> UserError | None:
-    """Why the configured ClearML server cannot be used, or None; known within PROBE_SECONDS + 1.
+def server_problem() -> UserError | None:
+    """Why the configured ClearML server cannot be used, or None; the server has PROBE_SECONDS + 1 to answer.
 
-    Task.init would retry a dead server for hours without a word. The probe runs in a thread because neither a
+    Task.init would retry a dead server for hours without a word. The request runs in a thread because neither a
     hanging name server nor an answer that comes byte by byte heeds a socket timeout.
     """
-    _attempt(__import__, "clearml")  # not on the probe's time: it takes seconds on a busy machine
-    outcome: queue.SimpleQueue = queue.SimpleQueue()
-    threading.Thread(target=lambda: outcome.put(_attempt(_log_in)), daemon=True).start()
-    try:
-        _, error = outcome.get(timeout=PROBE_SECONDS + 1)
-    except queue.Empty:
-        return EnvironmentFault(f"the ClearML server does not answer within {PROBE_SECONDS + 1:.0f} s")
+    login, error = attempt(_login)  # not on the server's time: reading the SDK and its configuration takes seconds
+    if error is None:
+        outcome: queue.SimpleQueue = queue.SimpleQueue()
+        threading.Thread(target=lambda: outcome.put(attempt(_ask, *login)), daemon=True).start()
+        try:
+            _, error = outcome.get(timeout=PROBE_SECONDS + 1)
+        except queue.Empty:
+            return EnvironmentFault(f"the ClearML server does not answer within {PROBE_SECONDS + 1:.0f} s")
     return error if error is None or isinstance(error, UserError) else _explain(error)
 
 
-def _log_in() -> None:
-    """Log in to the configured server, once. Raises UserError and EnvironmentFault."""
+def _login() -> tuple[Any, str, dict[str, Any]]:
+    """Session, host and options of the request that logs in to the configured server. Raises UserError."""
     from clearml.backend_api import Session
     from clearml.backend_api.session import defs
     from clearml.backend_api.utils import get_http_session_with_retry
@@ -219,12 +247,15 @@ def _log_in() -> None:
     secret = defs.ENV_SECRET_KEY.get(default=config_obj.get("api.credentials.secret_key", None))
     if not token and not (access and secret):
         raise UserError("no ClearML server is configured; clearml-init writes a clearml.conf")
-    host = Session.get_api_server_host()
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    session = get_http_session_with_retry(config=config_obj)  # certificates as configured; no retries
+    credentials = {"headers": {"Authorization": f"Bearer {token}"}} if token else {"auth": (access, secret)}
+    return session, Session.get_api_server_host(), credentials
+
+
+def _ask(session: Any, host: str, credentials: dict[str, Any]) -> None:
+    """Log in, once. Raises UserError and EnvironmentFault."""
     try:
-        session = get_http_session_with_retry(config=config_obj)  # certificates as configured; no retries
-        auth = None if token else (access, secret)
-        answer = session.get(f"{host}/auth.login", auth=auth, headers=headers, timeout=PROBE_SECONDS)
+        answer = session.get(f"{host}/auth.login", timeout=PROBE_SECONDS, **credentials)
     except OSError as error:  # requests' exceptions are OSErrors
         reason = f"{host} does not answer ({type(error).__name__})"
         raise EnvironmentFault(f"the ClearML server {reason}; start it, or correct api_server") from error

@@ -10,10 +10,11 @@ from data.datasets import ImageSet
 from data.features import FeatureBank
 from engine.config import Config
 from engine.environment import environment
-from engine.figures import Drawing, draw
+from engine.figures import draw
 from engine.metrics import balance_figures, per_class_scores, scores
 from engine.predict import Predictions, predict
 from engine.report import write_report
+from engine.reporting import report
 from engine.run_folder import RunFolder, write_json
 from engine.summary import flops, parameters
 from engine.tracking import Tracker
@@ -37,7 +38,7 @@ def evaluate(
     drawings = draw(run, config, predictions, bank, results)
     write_report(run, config, results, drawings)
     if tracker is not None:
-        _report(run, results, drawings, tracker)
+        report(run, results, tracker)
     return results
 
 
@@ -149,18 +150,6 @@ def _class_tables(predictions: Predictions, test: ImageSet, num_experts: int) ->
 def _plain(values: np.ndarray) -> list[float | None]:
     """JSON has no nan."""
     return [None if np.isnan(value) else float(value) for value in values]
-
-
-def _report(run: RunFolder, results: dict[str, Any], drawings: list[Drawing], tracker: Tracker) -> None:
-    single = ("accuracy", "macro_f1", "loss", "entropy", "cv", "expected_calibration_error")
-    tracker.summary({f"test/{name}": results[name] for name in single})
-    for drawing in drawings:
-        tracker.figure("evaluation", drawing.name, drawing.path)
-    columns = ("precision", "recall", "f1", "support")
-    rows = [[name, *(values[column] for column in columns)] for name, values in results["per_class"].items()]
-    tracker.table("test", "per class", ["class", *columns], rows)
-    tracker.artifact("evaluation", run.results)
-    tracker.artifact("report", run.report)
 
 
 def table(results: dict[str, Any], hardest: int = 5) -> str:

@@ -20,6 +20,14 @@ _CACHE = tempfile.mkdtemp(prefix="vision-moe-tests-")
 os.environ["VISION_MOE_CACHE"] = _CACHE
 atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
 
+PNG = bytes.fromhex(  # one pixel
+    "89504e470d0a1a0a0000000d494844520000000100000001080000000"
+    "03a7e9b550000000a49444154789c636000000002000148afa4710000000049454e44ae426082"
+)
+TINY = (
+    "--config configs/digits.yaml --data.max_per_class 40 --neck.kind pooled --backbone.features [cls:1,mean:1] "
+    "--train.epochs 4 --train.batch_size 32 --router.warmup_steps 5 --optim.lr 0.01"
+)
 CLIP = "vit_base_patch16_clip_quickgelu_224.openai"
 
 
@@ -46,3 +54,30 @@ def assets() -> Path:
     missing = [name for name in ("cifar-100-python", f"{CLIP}.safetensors") if not (Path(folder) / name).exists()]
     assert not missing, f"VISION_MOE_ASSETS={folder} lacks {', '.join(missing)}"
     return Path(folder)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory) -> Path:
+    """A folder with ClearML's cache and a configuration that names no server."""
+    folder = tmp_path_factory.mktemp("tracking")
+    (folder / "clearml.conf").write_text("sdk { development { report_use_subprocess: false } }\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory) -> Path:
+    """The folder of a run that train.py made in this process: 500 digits, an early block of the bundled ViT."""
+    from matplotlib.figure import Figure
+
+    import train  # here, because most test files need none of what it imports
+    from errors import exit_code_of
+
+    folder = tmp_path_factory.mktemp("tiny") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        # Drawing is tested elsewhere, and slow.
+        patch.setattr(Figure, "savefig", lambda figure, path, **options: Path(path).write_bytes(PNG))
+        words = ["train.py", *TINY.split(), "--tracking", "none", "--run_dir", str(folder)]
+        patch.setattr("sys.argv", words)
+        assert exit_code_of(train.main) == 0
+    return folder

@@ -11,7 +11,7 @@ from PIL import Image
 from data.augment import AugmentConfig, View, apply_view, draw_view, prepare
 from data.datasets import DataConfig, ImageSet, load_splits, stratified_split
 from data.features import FeatureBank, FeaturesConfig
-from data.image_folder import read_image
+from data.image_file import read_picture
 from errors import EnvironmentFault, UserError
 
 CPU = torch.device("cpu")
@@ -283,7 +283,7 @@ def test_extraction_by_several_cores_gives_the_same_features(monkeypatch):
 def test_sixteen_bits_are_scaled_and_cameras_that_were_turned_are_turned_back(tmp_path):
     ramp = np.tile(np.linspace(0, 65535, 64, dtype=np.uint16), (64, 1))
     Image.fromarray(ramp).save(tmp_path / "deep.png")
-    pixels = read_image(tmp_path / "deep.png", 64)
+    pixels = read_picture(tmp_path / "deep.png", 64).pixels_CHW
     assert pixels[0, 0, 0] == 0 and pixels[0, 0, -1] == 255
     assert 120 < pixels.float().mean() < 135
     turned = Image.new("RGB", (20, 20), (0, 0, 0))
@@ -291,7 +291,7 @@ def test_sixteen_bits_are_scaled_and_cameras_that_were_turned_are_turned_back(tm
     exif = turned.getexif()
     exif[0x0112] = 3  # upside down
     turned.save(tmp_path / "turned.png", exif=exif)
-    assert read_image(tmp_path / "turned.png", 20)[0, 0, 0] == 0
+    assert read_picture(tmp_path / "turned.png", 20).pixels_CHW[0, 0, 0] == 0
 
 
 def test_empty_classes_and_empty_splits_are_named(tmp_path):

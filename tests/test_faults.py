@@ -19,7 +19,7 @@ import errors
 import evaluate
 import train
 from data.datasets import DataConfig, ImageSet, load_splits
-from data.image_folder import read_image
+from data.image_file import read_picture
 from engine.checkpoint import export_model, load_checkpoint, save_checkpoint
 from engine.health import RoutingWatch
 from engine.optim import OptimConfig
@@ -377,13 +377,13 @@ def test_images_that_cannot_be_read_are_counted_and_the_first_is_named(tmp_path)
 
 
 def test_images_that_would_fill_the_memory_do_not(tmp_path):
-    Image.new("L", (1, 60_000), 7).save(tmp_path / "thin.png")  # 224 x 13 million pixels if its width became 224
+    Image.new("L", (4, 60_000), 7).save(tmp_path / "thin.png")  # 224 x 3 million pixels if its width became 224
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert read_image(tmp_path / "thin.png", 224).shape == (3, 224, 224)
+    assert read_picture(tmp_path / "thin.png", 224).pixels_CHW.shape == (3, 224, 224)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kB
     (tmp_path / "code.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
     with pytest.raises(UserError, match=r"code\.png cannot be read"):  # PostScript is a program: no interpreter is run
-        read_image(tmp_path / "code.png", 8)
+        read_picture(tmp_path / "code.png", 8)
 
 
 # The same seed

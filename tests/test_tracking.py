@@ -4,89 +4,14 @@ The SDK keeps its state in classes and threads, so each test that loads it runs 
 """
 
 import json
-import os
-import socket
-import subprocess
-import sys
 import zipfile
-from contextlib import closing
-from pathlib import Path
 
 import pytest
+from clearml_process import CONFIG, records, run_python
+from conftest import PNG
 
 from engine.tracking import open_tracker
 from errors import UserError
-
-ROOT = Path(__file__).parents[1]
-PNG = bytes.fromhex(
-    "89504e470d0a1a0a0000000d494844520000000100000001080000000"
-    "03a7e9b550000000a49444154789c636000000002000148afa4710000000049454e44ae426082"
-)
-CONFIG = {
-    "seed": 3,
-    "note": None,
-    "train": {
-        "lr": 1e-4,
-        "epochs": 3,
-        "amp": True,
-        "patience": None,
-        "betas": [0.9, 0.999],
-        "nested": {"decay": None, "warmup": 5},
-        "name": "adamw",
-    },
-    "experts": {"hidden": [[256, 128], [512]], "mixed": [None, "a", 1.5, False], "none": []},
-}
-PREAMBLE = f"""
-import json, os, sys, time
-from pathlib import Path
-import engine.clearml_task as clearml_task
-from engine.tracking import open_tracker
-from errors import EnvironmentFault, UserError
-run = Path(sys.argv[1])
-CONFIG = {CONFIG!r}
-"""
-
-
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory) -> Path:
-    """A folder with ClearML's cache and a configuration that names no server."""
-    folder = tmp_path_factory.mktemp("tracking")
-    (folder / "clearml.conf").write_text("sdk { development { report_use_subprocess: false } }\n")
-    return folder
-
-
-def run_python(workplace: Path, run: Path, code: str, **environment: str) -> subprocess.CompletedProcess:
-    """Run code after PREAMBLE with none of the caller's ClearML settings, but with those given."""
-    clean = {key: value for key, value in os.environ.items() if not key.startswith(("CLEARML_", "TRAINS_"))}
-    clean |= {
-        "PYTHONPATH": str(ROOT),
-        "CLEARML_CONFIG_FILE": str(workplace / "clearml.conf"),
-        "CLEARML_CACHE_DIR": str(workplace / "cache"),
-        "NO_PROXY": "127.0.0.1",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", PREAMBLE + code, str(run)],
-        env=clean | environment,
-        cwd=workplace,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done
-
-
-def records(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def dead_server(port: int) -> dict[str, str]:
-    return {
-        "CLEARML_API_HOST": f"http://127.0.0.1:{port}",
-        "CLEARML_API_ACCESS_KEY": "key",
-        "CLEARML_API_SECRET_KEY": "secret",
-    }
 
 
 def test_none_writes_lines_and_leaves_clearml_alone(workplace, tmp_path):
@@ -242,29 +167,6 @@ def test_an_error_of_the_sdk_is_said_once(session):
     assert "missing" in done.stderr
 
 
-def test_failing_and_hanging_sdk_leave_training_alone(workplace, tmp_path):
-    code = """
-import threading, clearml
-clearml_task.CLOSE_SECONDS = clearml_task.UPLOAD_SECONDS = 0.5
-tracker = open_tracker("offline", run, CONFIG, name="n")
-def fail(*args, **kwargs): raise RuntimeError("the SDK raises anything")
-clearml.Logger.report_scalar = fail
-for step in range(5):
-    tracker.scalars({"loss/train": 0.5}, step=step)
-clearml.Task.upload_artifact = lambda *args, **kwargs: threading.Event().wait()
-tracker.artifact("a", Path(clearml_task.__file__))
-start = time.monotonic()
-tracker.close()
-assert time.monotonic() - start < 5
-again = open_tracker("auto", run / "again", CONFIG, name="n")
-assert again.mode == "none"
-"""
-    done = run_python(workplace, tmp_path, code)
-    assert len(records(tmp_path)) == 5
-    assert done.stderr.count("the SDK raises anything") == 1
-    assert "before it was done" in done.stderr
-
-
 @pytest.mark.parametrize("environment", [{"CLEARML_OFFLINE_MODE": "1"}, {}])
 def test_default_configuration_closes_fast_too(workplace, tmp_path, environment):
     """Without a clearml.conf the SDK would report from a subprocess, slow to feed and slow to close."""
@@ -287,61 +189,6 @@ if os.environ.get("CLEARML_OFFLINE_MODE"):
 """
     absent = {"CLEARML_CONFIG_FILE": str(tmp_path / "absent.conf")}
     run_python(workplace, tmp_path, code, **absent, **environment)
-
-
-REFUSED = """
-import clearml
-start = time.monotonic()
-try:
-    open_tracker("clearml", run, CONFIG, name="n")
-except EnvironmentFault as error:
-    assert "does not answer" in str(error) and "\\n" not in str(error)
-else:
-    raise AssertionError
-assert time.monotonic() - start < 5, time.monotonic() - start
-"""
-AUTO = """
-import clearml
-for name in sys.argv[2:] or ["first", "offline before"]:
-    said, start = [], time.monotonic()
-    tracker = open_tracker("auto", run, CONFIG, name=name, say=said.append)
-    assert time.monotonic() - start < 5, time.monotonic() - start
-    assert tracker.mode == "offline" and "does not answer" in said[0] and len(said) == 1
-    tracker.close()
-"""
-
-
-def test_dead_server(workplace, tmp_path):
-    with closing(socket.socket()) as taken:
-        taken.bind(("127.0.0.1", 0))  # bound but not listening: connections are refused
-        run_python(workplace, tmp_path, REFUSED + AUTO, **dead_server(taken.getsockname()[1]))
-
-
-def test_server_that_accepts_and_never_answers(workplace, tmp_path):
-    with closing(socket.create_server(("127.0.0.1", 0))) as silent:
-        run_python(workplace, tmp_path, REFUSED, **dead_server(silent.getsockname()[1]))
-
-
-def test_name_server_that_hangs(workplace, tmp_path):
-    hang = "import socket\nsocket.getaddrinfo = lambda *args, **kwargs: time.sleep(30)\n"
-    run_python(workplace, tmp_path, hang + "sys.argv.append('once')\n" + AUTO, **dead_server(1))
-
-
-def test_no_server_and_no_package_are_clear_errors(workplace, tmp_path):
-    code = """
-def message(mode):
-    try:
-        open_tracker(mode, run, CONFIG, name="n")
-    except UserError as error:
-        return type(error).__name__ + str(error)
-assert "UserErrorno ClearML server is configured" in message("clearml"), message("clearml")
-for name in [name for name in sys.modules if name.startswith("clearml")]:
-    del sys.modules[name]
-sys.modules["clearml"] = None
-assert "clearml" in message("offline")
-assert open_tracker("auto", run, CONFIG, name="n").mode == "none"
-"""
-    run_python(workplace, tmp_path, code)
 
 
 def test_types_survive_an_agent(workplace, tmp_path):

@@ -1,0 +1,138 @@
+"""One image file of any format that Pillow reads, as a small square of uint8 RGB, in bounded memory."""
+
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from errors import UserError
+
+MIN_SIDE = 4
+PROGRAMS = {"EPS"}  # PostScript is code, for which Pillow starts an interpreter
+MAX_PIXELS = 89_478_485  # Pillow's own threshold for a suspicious image: 268 MB as RGB
+# JPEGs are decoded at 1/2, 1/4 or 1/8 of their size as long as that leaves so many pixels for each one wanted.
+DRAFT_FACTOR = 4
+
+
+@dataclass(frozen=True)
+class Picture:
+    """pixels_CHW: uint8 RGB (3, size, size). notes: what a viewer of the file might not expect, such as "first of 12
+    frames"."""
+
+    pixels_CHW: Tensor
+    notes: tuple[str, ...] = ()
+
+
+def read_picture(path: Path, size: int, grey: bool = False) -> Picture:
+    """The centre square of an image file, turned upright by its EXIF orientation and resized to `size` pixels.
+
+    Bicubic and antialiased; the first frame of an animation; transparent parts on white; 16-bit grey scaled to
+    8 bits; CMYK without its colour profile; grey: without colour. Raises errors.UserError, in one line, for a file
+    that Pillow cannot read, a side below MIN_SIDE, or more than MAX_PIXELS to decode.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of damaged metadata and of large images, which are checked here
+            with Image.open(path, formats=_formats()) as image:
+                return _read(image, path, size, grey)
+    except UserError:
+        raise
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is not there: check the name") from error
+    except IsADirectoryError as error:
+        raise UserError(f"{path} is a folder, not an image") from error
+    except UnidentifiedImageError as error:
+        raise UserError(
+            f"{path} cannot be read as an image (of no format that Pillow knows): convert or remove it"
+        ) from error
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{path} has more than {2 * MAX_PIXELS // 10**6} megapixels: make it smaller first") from error
+    except Exception as error:  # bytes that are no image make the decoders fail in every way there is
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise UserError(f"{path} cannot be read as an image ({reason}): mend or remove it") from error
+
+
+def _formats() -> list[str]:
+    Image.init()
+    return sorted(Image.OPEN.keys() - PROGRAMS)
+
+
+def _read(image: Image.Image, path: Path, size: int, grey: bool) -> Picture:
+    if min(image.size) < MIN_SIDE:
+        raise UserError(
+            f"{path} is {image.width} x {image.height} pixels: a side of less than {MIN_SIDE} shows nothing"
+        )
+    frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # MPO: a camera's photo and its previews
+    image.draft(None, (DRAFT_FACTOR * size, DRAFT_FACTOR * size))
+    if image.width * image.height > MAX_PIXELS:
+        raise UserError(
+            f"{path} has {image.width * image.height / 1e6:.0f} megapixels, and at most {MAX_PIXELS // 10**6} are "
+            "decoded: make it smaller first, or a JPEG, which is decoded at a lower resolution"
+        )
+    image.load()
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    notes = [f"first of {frames} frames"] if frames > 1 else []
+    if _is_deep(image):
+        notes.append("16 bits a pixel, scaled to 8")
+    if image.mode == "CMYK":
+        notes.append("CMYK, colours without their profile")
+    # Cropped before and turned after all else: only the small square is held a second time.
+    square = _as_rgb(image.crop((left, top, left + side, top + side)))
+    small = square.resize((size, size), Image.Resampling.BICUBIC)
+    small.getexif()[ExifTags.Base.Orientation] = orientation
+    small = ImageOps.exif_transpose(small)
+    if grey:
+        small = small.convert("L").convert("RGB")
+    return Picture(torch.from_numpy(np.array(small)).permute(2, 0, 1).contiguous(), tuple(notes))
+
+
+def _is_deep(image: Image.Image) -> bool:
+    return image.mode.startswith("I;16") or image.mode == "I"
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    """Eight bits a channel, without transparency; sixteen bits are scaled, where Pillow would cut all above 255."""
+    if _is_deep(image):
+        values = np.asarray(image).clip(0, 65535)
+        return Image.fromarray((values // 256).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":  # no standard says what is white: 1.0, unless there are larger values
+        values = np.nan_to_num(np.asarray(image))
+        scale = 255 if values.max() <= 1 else 1
+        return Image.fromarray((values * scale).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        image = Image.new("RGBA", layer.size, "white")
+        image.alpha_composite(layer)
+    return image.convert("RGB")
+
+
+def find_images(paths: Sequence[Path]) -> list[Path]:
+    """The files named, and of each folder, at any depth and in order, those with the ending of an image format.
+
+    Raises errors.UserError for a folder without an image. A file that is named need not exist: reading it tells.
+    """
+    Image.init()
+    endings = {ending for ending, name in Image.registered_extensions().items() if name in Image.OPEN}
+    files = []
+    for path in paths:
+        if not path.is_dir():
+            files.append(path)
+            continue
+        found = [
+            Path(folder) / name
+            for folder, _, names in os.walk(path)
+            for name in names
+            if Path(name).suffix.lower() in endings and not name.startswith(".")
+        ]
+        if not found:
+            raise UserError(f"{path} holds no file with the ending of an image, such as .png or .jpg")
+        files += sorted(found)
+    return files

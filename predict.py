@@ -1,0 +1,137 @@
+"""Classify images of your own with a trained run: the likeliest classes, and the experts that decided.
+
+python predict.py runs/cifar100-20260101-120000 cat.jpg holiday/
+python predict.py RUN cat.jpg --json                        one JSON document instead of text
+python predict.py RUN cat.jpg dog.png --explain out.png     a picture of images, classes and experts
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from analysis.plots.pictures import explanation
+from data.image_file import Picture, find_images, read_picture
+from engine.arguments import Parser
+from engine.classify import Answer, classify
+from engine.loading import TrainedRun, load_trained
+from engine.run_folder import write_atomically
+from errors import EnvironmentFault, UserError, exit_code_of
+
+BATCH = 32  # images that are held at once
+EXPLAINED = 12  # images in one picture
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line. Raises errors.UserError."""
+    parser = Parser(prog="predict.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder that train.py wrote")
+    parser.add_argument(
+        "images",
+        type=Path,
+        metavar="IMAGE",
+        nargs="+",
+        help="image files of any format that Pillow reads, and folders of them; the centre square is taken, at the "
+        "resolution of the run's data set (32 pixels for cifar100; 8 for digits, without colour, bright on dark)",
+    )
+    parser.add_argument("--top", type=int, default=5, metavar="K", help="classes to name (default 5)")
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead of text")
+    parser.add_argument(
+        "--explain", type=Path, metavar="OUT.png", help=f"draw the first {EXPLAINED} images, their classes and experts"
+    )
+    parser.add_argument("--backbone.weights", dest="weights", type=Path, help="the backbone's file, if it has moved")
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, or cuda:1")
+    options = parser.parse_args(argv)
+    if options.top < 1:
+        raise UserError(f"--top is {options.top}: name at least one class")
+    if options.explain and options.explain.suffix.lower() != ".png":
+        raise UserError(f"--explain {options.explain}: it is a PNG, give it that ending")
+    return options
+
+
+def main() -> None:
+    options = parse()
+    files = find_images(options.images)
+    trained = load_trained(options.run, options.device, options.weights, say=complain)
+    rows, failed, shown = [], [], []
+    for path, picture, answer in answers(trained, files, options.top, failed):
+        rows.append({"file": str(path), **answer.to_dict(), "notes": list(picture.notes)})
+        if len(shown) < EXPLAINED:
+            shown.append((path, picture, answer))
+        if not options.json:
+            print(text(path, picture, answer), flush=True)
+    if options.json:
+        print(json.dumps(document(trained, rows, failed), indent=2, ensure_ascii=False))
+    if options.explain and shown:
+        draw(options.explain, shown)
+        complain(f"drawn in {options.explain}" + (f", the first {EXPLAINED}" if len(rows) > EXPLAINED else ""))
+    if failed:
+        raise EnvironmentFault(f"{len(failed)} of {len(files)} images could not be read")
+
+
+def answers(
+    trained: TrainedRun, files: list[Path], top: int, failed: list[dict[str, str]]
+) -> Iterator[tuple[Path, Picture, Answer]]:
+    """Each image that can be read, with its answer; one that cannot is told at once and added to `failed`."""
+    data = trained.config.data
+    for start in range(0, len(files), BATCH):
+        pictures = []
+        for path in files[start : start + BATCH]:
+            try:
+                pictures.append((path, read_picture(path, data.side, data.grey)))
+            except UserError as error:
+                complain(f"error: {error}")
+                failed.append({"file": str(path), "reason": str(error)})
+        if pictures:
+            images_BCHW = torch.stack([picture.pixels_CHW for _, picture in pictures])
+            for (path, picture), answer in zip(pictures, classify(trained, images_BCHW, top), strict=True):
+                yield path, picture, answer
+
+
+def text(path: Path, picture: Picture, answer: Answer) -> str:
+    """An answer as lines: the file, its classes, its experts and what each would have said alone."""
+    lines = [f"{path}" + "".join(f" ({note})" for note in picture.notes)]
+    lines += [f"{100 * score.probability:7.1f} %  {score.name}" for score in answer.classes]
+    lines += [
+        f"  expert {vote.name:<24} weight {vote.weight:.2f}, "
+        f"alone: {vote.alone.name} {100 * vote.alone.probability:.1f} %"
+        for vote in answer.experts
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def document(trained: TrainedRun, rows: list[dict[str, Any]], failed: list[dict[str, str]]) -> dict[str, Any]:
+    """What --json prints."""
+    return {
+        "run": str(trained.run.path),
+        "data": trained.config.data.name,
+        "backbone": trained.config.backbone.name,
+        "images": rows,
+        "failed": failed,
+    }
+
+
+def draw(path: Path, shown: list[tuple[Path, Picture, Answer]]) -> None:
+    """Write the picture of --explain. Raises errors.EnvironmentFault where it cannot be written."""
+    figure = explanation(
+        [picture.pixels_CHW.permute(1, 2, 0).numpy() for _, picture, _ in shown],
+        [name.name for name, _, _ in shown],
+        [[(score.name, score.probability) for score in answer.classes] for _, _, answer in shown],
+        [
+            [(vote.name, vote.weight, vote.alone.name, vote.alone.probability) for vote in answer.experts]
+            for _, _, answer in shown
+        ],
+    )
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
+
+
+def complain(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code_of(main))

@@ -1,0 +1,82 @@
+"""train.py and evaluate.py as a user runs them with a ClearML server, from the command line to what the server has."""
+
+import json
+
+import pytest
+from clearml_process import run_python
+from clearml_standin import StandIn
+from conftest import PNG, ROOT, TINY
+
+CODE = f"""
+import runpy
+from matplotlib.figure import Figure
+Figure.savefig = lambda figure, path, **options: Path(path).write_bytes({PNG!r})  # drawing is slow
+os.chdir({str(ROOT)!r})
+def run_program(*words):
+    sys.argv = [str(word) for word in words]
+    try:
+        runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as end:
+        assert not end.code, end.code
+options = ("--data.max_per_class", 20, "--train.epochs", 3, "--tracking", "clearml", "--run_dir", run / "tiny")
+run_program("train.py", *{TINY.split()!r}, *options)
+run_program("evaluate.py", run / "tiny")
+task_id = json.loads((run / "tiny" / "clearml.json").read_text())[0]["task_id"]
+run_program("evaluate.py", "--compare", run / "tiny", task_id, "--out", run / "comparison")
+"""
+
+
+@pytest.fixture(scope="module")
+def tracked(workplace, tmp_path_factory):
+    """The server, the run folder and the output."""
+    folder = tmp_path_factory.mktemp("tracked")
+    with StandIn() as server:
+        done = run_python(workplace, folder, CODE, **server.environment())
+        yield server, folder / "tiny", done.stdout
+
+
+def test_training_and_evaluation_leave_two_linked_tasks(tracked):
+    server, run, output = tracked
+    training, evaluation = server.tasks.values()
+    assert (training["type"], training["status"]) == ("training", "completed")
+    assert (evaluation["type"], evaluation["status"]) == ("testing", "completed")
+    assert evaluation["parent"] == training["id"]
+    assert json.loads((run / "clearml.json").read_text())[0]["task_id"] == training["id"]
+    for task in (training, evaluation):
+        assert set(task["tags"]) == {"digits", "bundled/vit_micro", "noisy_topk"}
+        assert task["name"] == "tiny" and task["hyperparams"]["router"]["top_k"]["value"] == "2"
+    assert training["script"]["entry_point"] == "train.py"
+    assert training["id"] in output  # in the address of the task's page
+
+
+def test_the_task_has_every_number_and_the_evaluation_as_data(tracked):
+    server, run, _ = tracked
+    training, evaluation = server.tasks.values()
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    results = json.loads((run / "evaluation" / "metrics.json").read_text())
+    scalars = server.scalars(training["id"])
+    for line in lines[1:]:  # the first epoch is the warm-up's, which has no load
+        for key in ("loss/train", "loss/validation", "macro_f1/validation", "expert_load/expert_0", "balance/entropy"):
+            title, series = key.split("/")
+            assert scalars[title, series, line["step"]] == pytest.approx(line[key])
+    for task in (training["id"], evaluation["id"]):
+        for name in ("accuracy", "macro_f1", "loss", "entropy"):
+            assert server.scalars(task)["Summary", f"test/{name}", -(2**31)] == pytest.approx(results[name])
+        plots = {event["metric"]: event for event in server.events if event["type"] == "plot" and event["task"] == task}
+        assert {"expert load", "experts by class", "F1 by class", "scores by class", "experts"} <= plots.keys()
+        shown = {event["variant"] for event in server.events if event["type"] == "training_debug_image"}
+        assert {"expert_by_class", "samples", "training_curves"} <= shown
+    stored = {artifact["key"] for artifact in training["execution"]["artifacts"]}
+    assert {"evaluation", "figure expert_by_class", "figure training_curves"} <= stored
+    (model,) = server.models.values()
+    assert model["uri"].endswith("model.safetensors") and model["task"] == training["id"]
+
+
+def test_a_task_compares_with_a_folder_as_equal_to_itself(tracked):
+    """The folder and the task of one run: the same scores, and no difference of configuration."""
+    _, run, _ = tracked
+    compared = json.loads((run.parent / "comparison" / "comparison.json").read_text())
+    assert compared["differing"] == []
+    folder, task = compared["runs"]
+    assert task["figures"] == pytest.approx(folder["figures"]) and "macro_f1" in task["figures"]
+    assert task["config"] == folder["config"]

@@ -1,0 +1,61 @@
+"""The notebook: runs from top to bottom, shows what it promises, and is committed with the outputs of a real run."""
+
+import json
+import os
+
+import nbformat
+import pytest
+from conftest import ROOT
+from nbclient import NotebookClient
+
+NOTEBOOK = ROOT / "notebooks" / "expert_assignments.ipynb"
+
+
+def texts(notebook) -> str:
+    """All text and tables of the outputs."""
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    return "\n".join(output.get("text", "") or output.get("data", {}).get("text/markdown", "") for output in outputs)
+
+
+def images(notebook) -> int:
+    return sum("image/png" in output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", []))
+
+
+@pytest.fixture(scope="module")
+def executed(tiny_run):
+    """The notebook, run on the tiny run."""
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    environment = os.environ | {"VISION_MOE_RUN": str(tiny_run), "OMP_NUM_THREADS": "1"}
+    client = NotebookClient(notebook, timeout=200, resources={"metadata": {"path": str(NOTEBOOK.parent)}})
+    client.execute(env=environment)
+    return notebook
+
+
+def test_it_runs_on_a_run_and_agrees_with_its_evaluation(executed, tiny_run):
+    results = json.loads((tiny_run / "evaluation" / "metrics.json").read_text())
+    shown = texts(executed)
+    assert f"accuracy {100 * results['accuracy']:.1f} %, macro-F1 {100 * results['macro_f1']:.1f} %" in shown
+    for expert, label in enumerate(results["experts"]):
+        (own,) = [
+            line
+            for line in shown.splitlines()
+            if line.startswith(f"| {label} | {100 * results['expert_load'][expert]:.1f} %")
+        ]
+        assert f"{100 * results['expert_importance'][expert]:.1f} %" in own
+        change = f"{100 * results['expert_worth'][expert]['macro_f1_change']:+.2f} ±"
+        assert f"| {label} | {change}" in shown
+    assert "| 0 and 1 |" in shown or "| 2 and 3 |" in shown
+    assert images(executed) >= 2
+
+
+def test_it_is_committed_with_the_outputs_of_a_real_run():
+    committed = nbformat.read(NOTEBOOK, as_version=4)
+    nbformat.validate(committed)
+    assert NOTEBOOK.stat().st_size < 3_000_000
+    assert images(committed) == 4
+    shown = texts(committed)
+    assert "cifar100" in shown and "10,000 test images" in shown
+    assert not [word for word in ("/root", "/tmp", "/home", "Traceback", "Warning") if word in NOTEBOOK.read_text()]
+    code = [cell for cell in committed.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert code[0].source.startswith("RUN = None")

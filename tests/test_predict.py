@@ -1,0 +1,292 @@
+"""predict.py as a user calls it, on a run of digits: every kind of file, good and bad, and every kind of output."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import predict
+from analysis.plots.pictures import explanation
+from data.datasets import load_splits
+from data.image_file import find_images, read_picture
+from engine.classify import classify
+from engine.loading import load_trained
+from engine.pipeline import build_bank
+from engine.predict import predict as predict_split
+from errors import UserError, exit_code_of
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_run):
+    return load_trained(tiny_run, "cpu")
+
+
+@pytest.fixture(scope="module")
+def digits(trained):
+    return load_splits(trained.config.data).test
+
+
+def run(monkeypatch, capsys, *words):
+    """Exit code, standard output, lines of standard error."""
+    monkeypatch.setattr("sys.argv", ["predict.py", *map(str, words)])
+    code = exit_code_of(predict.main)
+    out, err = capsys.readouterr()
+    return code, out, err.splitlines()
+
+
+def square(size=64) -> Image.Image:
+    """Red, green above; blue, white below."""
+    image = Image.new("RGB", (size, size), "white")
+    half = size // 2
+    for colour, corner in (("red", (0, 0)), ("lime", (half, 0)), ("blue", (0, half))):
+        image.paste(colour, (*corner, corner[0] + half, corner[1] + half))
+    return image
+
+
+QUARTERS = [[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255]]
+
+
+def quarters(path, size=32):
+    """The colours in the middle of the four quarters, in the order of QUARTERS."""
+    pixels = read_picture(path, size).pixels_CHW.int()
+    assert pixels.shape == (3, size, size)
+    near, far = size // 4, 3 * size // 4
+    return [pixels[:, y, x].tolist() for y in (near, far) for x in (near, far)]
+
+
+def test_an_image_file_is_answered_as_the_test_set_was(trained, digits, tmp_path):
+    """Written to files and read back, the test images get the very answers of the evaluation."""
+    before = predict_split(
+        trained.model,
+        build_bank(trained.config, load_splits(trained.config.data), trained.backbone, trained.device),
+        "test",
+    )
+    images = []
+    for index in range(8):
+        path = tmp_path / f"{index}.png"
+        Image.fromarray(digits.images_NCHW[index].permute(1, 2, 0).numpy()).save(path)
+        images.append(read_picture(path, trained.config.data.side, trained.config.data.grey).pixels_CHW)
+    assert torch.equal(torch.stack(images), digits.images_NCHW[:8])
+    after = classify(trained, torch.stack(images), top=10)
+    probabilities_NC = torch.from_numpy(before.logits_NC[:8]).softmax(dim=1)
+    for index, answer in enumerate(after):
+        by_name = {score.name: score.probability for score in answer.classes}
+        expected = probabilities_NC[index].tolist()
+        assert [by_name[str(digit)] for digit in range(10)] == pytest.approx(expected, abs=2e-3)  # stored as float16
+        assert [score.probability for score in answer.classes] == sorted(by_name.values(), reverse=True)
+        mine_A = before.sample_A == index
+        assert {vote.expert: vote.weight for vote in answer.experts} == pytest.approx(
+            dict(zip(before.expert_A[mine_A], before.weight_A[mine_A], strict=True)), abs=2e-3
+        )
+
+
+def test_an_expert_alone_is_the_answer_without_the_others(trained, digits):
+    """The mixture of logits is the weighted sum of what its experts say; here by hand from the experts themselves."""
+    images = digits.images_NCHW[:3]
+    answers = classify(trained, images, top=10)
+    with torch.no_grad():
+        features = trained.backbone(predict_input(trained, images))
+        x_BD = trained.model.neck(features)
+        for index, answer in enumerate(answers):
+            mixed_C = 0
+            for vote in answer.experts:
+                logits_C = trained.model.moe.experts[vote.expert](x_BD)[index]
+                probability, label = logits_C.softmax(0).max(0)
+                assert vote.alone.name == str(int(label))
+                assert vote.alone.probability == pytest.approx(float(probability), abs=1e-5)
+                mixed_C = mixed_C + vote.weight * logits_C
+            assert answer.classes[0].probability == pytest.approx(float(mixed_C.softmax(0).max()), abs=1e-5)
+
+
+def predict_input(trained, images):
+    from data.augment import prepare
+
+    backbone = trained.backbone
+    return prepare(images, backbone.image_size, backbone.mean, backbone.std)
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "options"),
+    [
+        ("a.png", "RGB", {}),
+        ("a.bmp", "RGB", {}),
+        ("a.webp", "RGB", {"lossless": True}),
+        ("a.tif", "CMYK", {}),
+        ("a.png", "P", {}),
+        ("a.gif", "P", {}),
+        ("a.ico", "RGBA", {"sizes": [(64, 64)]}),
+        ("a.tga", "RGBA", {}),
+        ("a.ppm", "RGB", {}),
+    ],
+)
+def test_every_format_and_mode_shows_the_same_picture(tmp_path, name, mode, options):
+    square().convert(mode).save(tmp_path / name, **options)
+    assert np.abs(np.array(quarters(tmp_path / name)) - QUARTERS).max() <= 2
+
+
+def test_the_centre_square_of_a_long_image_in_eight_orientations(tmp_path):
+    wide = Image.new("RGB", (200, 64))
+    wide.paste(square(), (68, 0))
+    for orientation, turned in enumerate(
+        [None, *(Image.Transpose(t) for t in (0, 3, 1, 5, 2, 6, 4))], start=1
+    ):  # stored as a camera would that was held so: the inverse of what undoes it
+        stored = wide if turned is None else wide.transpose(turned)
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        stored.save(tmp_path / "a.png", exif=exif)
+        assert quarters(tmp_path / "a.png") == QUARTERS, orientation
+        stored.save(tmp_path / "a.tif", exif=exif)
+        assert quarters(tmp_path / "a.tif") == QUARTERS, orientation
+
+
+def test_depth_transparency_and_colour(tmp_path):
+    ramp = np.tile(np.linspace(0, 65535, 64, dtype=np.uint16), (64, 1))
+    Image.fromarray(ramp).save(tmp_path / "deep.png")
+    deep = read_picture(tmp_path / "deep.png", 64)
+    assert deep.pixels_CHW[0, 0].tolist() == (ramp[0] // 256).tolist()
+    assert deep.notes == ("16 bits a pixel, scaled to 8",)
+    Image.fromarray((ramp / 65535).astype(np.float32)).save(tmp_path / "real.tif")
+    assert read_picture(tmp_path / "real.tif", 64).pixels_CHW[0, 0, 32] == pytest.approx(129, abs=2)
+    clear = Image.new("RGBA", (16, 16), (255, 0, 0, 0))
+    clear.save(tmp_path / "clear.png")
+    assert read_picture(tmp_path / "clear.png", 8).pixels_CHW.min() == 255  # white, not the hidden red
+    clear.quantize(4).save(tmp_path / "palette.png")
+    assert read_picture(tmp_path / "palette.png", 8).pixels_CHW.min() == 255
+    square().save(tmp_path / "colour.png")
+    grey = read_picture(tmp_path / "colour.png", 8, grey=True).pixels_CHW
+    assert torch.equal(grey[0], grey[1]) and torch.equal(grey[0], grey[2]) and grey.float().std() > 10
+    frames = [square(), Image.new("RGB", (64, 64))]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    assert read_picture(tmp_path / "moving.gif", 32).notes == ("first of 2 frames",)
+    assert np.abs(np.array(quarters(tmp_path / "moving.gif")) - QUARTERS).max() <= 2
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory):
+    """A folder with a bad file of every kind, and the words that each is to be reported with."""
+    folder = tmp_path_factory.mktemp("bad")
+    square(256).save(folder / "whole.jpg")
+    square(256).save(folder / "whole.png")
+    for ending in ("jpg", "png"):
+        content = (folder / f"whole.{ending}").read_bytes()
+        (folder / f"whole.{ending}").unlink()
+        (folder / f"cut.{ending}").write_bytes(content[: len(content) // 2])
+    (folder / "text.png").write_text("not an image")
+    (folder / "empty.jpg").touch()
+    Image.new("RGB", (1, 1)).save(folder / "dot.png")
+    Image.new("1", (10_000, 10_000)).save(folder / "huge.png")
+    Image.new("1", (14_000, 14_000)).save(folder / "bomb.png")
+    return folder, {
+        "cut.jpg": "cannot be read as an image (",
+        "cut.png": "cannot be read as an image (",
+        "text.png": "no format that Pillow knows",
+        "empty.jpg": "no format that Pillow knows",
+        "dot.png": "1 x 1 pixels",
+        "huge.png": "100 megapixels",
+        "bomb.png": "more than 178 megapixels",
+    }
+
+
+def test_bad_files_are_a_line_each_and_the_others_are_answered(tiny_run, digits, bad, tmp_path, monkeypatch, capsys):
+    folder, expected = bad
+    good = tmp_path / "good.png"
+    Image.fromarray(digits.images_NCHW[0].permute(1, 2, 0).numpy()).resize((50, 50)).save(good)
+    code, out, err = run(monkeypatch, capsys, tiny_run, folder, tmp_path / "gone.png", good, good, "--device", "cpu")
+    assert code == 1
+    assert out.count("good.png") == 2
+    assert len(err) == len(expected) + 2
+    for name, words in (expected | {"gone.png": "is not there"}).items():
+        (line,) = [line for line in err if name in line]
+        assert words in line and line.startswith("error: ")
+    assert err[-1] == f"error: {len(expected) + 1} of {len(expected) + 3} images could not be read"
+
+
+def test_a_photo_of_100_megapixels_is_decoded_at_a_lower_resolution(tmp_path):
+    image = Image.new("L", (10_000, 10_000))
+    image.paste(255, (5_000, 0, 10_000, 10_000))
+    image.save(tmp_path / "photo.jpg")
+    pixels = read_picture(tmp_path / "photo.jpg", 32).pixels_CHW
+    assert pixels[:, :, :15].max() < 10 and pixels[:, :, 17:].min() > 245
+
+
+def test_json_is_one_document_and_explain_a_picture(tiny_run, digits, bad, tmp_path, monkeypatch, capsys):
+    images = tmp_path / "images" / "deeper"
+    images.mkdir(parents=True)
+    for index in range(3):
+        Image.fromarray(digits.images_NCHW[index].permute(1, 2, 0).numpy()).save(images / f"{index}.png")
+    (images / "notes.txt").write_text("passed over")
+    broken, picture = bad[0] / "text.png", tmp_path / "out.png"
+    words = (tmp_path / "images", broken, "--json", "--top", 3, "--explain", picture)
+    code, out, err = run(monkeypatch, capsys, tiny_run, *words, "--device", "cpu")
+    document = json.loads(out)
+    assert code == 1 and len(err) == 3
+    assert [document[key] for key in ("run", "data", "backbone")] == [str(tiny_run), "digits", "bundled/vit_micro"]
+    assert [row["file"] for row in document["images"]] == [str(images / f"{index}.png") for index in range(3)]
+    assert [row["file"] for row in document["failed"]] == [str(broken)]
+    for row in document["images"]:
+        assert len(row["classes"]) == 3 and len(row["experts"]) == 2 and row["notes"] == []
+        assert sum(vote["weight"] for vote in row["experts"]) == pytest.approx(1)
+        assert {"name", "probability"} == row["classes"][0].keys() == row["experts"][0]["alone"].keys()
+    with Image.open(picture) as drawn:
+        assert drawn.format == "PNG" and drawn.width == 1350
+        assert drawn.convert("L").getextrema() == (0, 255)
+
+
+def test_the_picture_says_what_it_was_given():
+    image = np.zeros((8, 8, 3), np.uint8)
+    votes = [("2 · 64", 0.75, "cat", 0.5), ("0 · 16", 0.25, "cow", 0.125)]
+    figure = explanation([image] * 2, ["a$.png", "b.png"], [[("cat", 0.9), ("dog", 0.1)]] * 2, [votes, []])
+    texts = [text.get_text() for axes in figure.axes for text in axes.texts]
+    for words in ("cat", "90.0%", "2 · 64, alone: cat (50%)", "0.75", "0 · 16, alone: cow (12%)", "0.25"):
+        assert words in texts
+    assert [axes.get_title() for axes in figure.axes[::3]] == [r"a\$.png", "b.png"]
+
+
+def test_a_folder_gives_its_images_in_order(tmp_path):
+    for name in ("b.PNG", "a.jpg", ".hidden.png", "c.txt", "sub/d.webp"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert [path.name for path in find_images([tmp_path, tmp_path / "c.txt"])] == ["a.jpg", "b.PNG", "d.webp", "c.txt"]
+    (tmp_path / "none").mkdir()
+    with pytest.raises(UserError, match="no file with the ending of an image"):
+        find_images([tmp_path / "none"])
+
+
+def test_mistakes_are_one_line(tiny_run, tmp_path, monkeypatch, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(tiny_run, other)
+    image = tmp_path / "a.png"
+    square().save(image)
+
+    def describe(**changes):
+        described = json.loads((tiny_run / "model.json").read_text())
+        for key, value in changes.items():
+            described[key] = value(described[key]) if callable(value) else value
+        (other / "model.json").write_text(json.dumps(described))
+        shutil.rmtree(other / "checkpoints", ignore_errors=True)
+
+    def mistake(*words):
+        code, out, err = run(monkeypatch, capsys, *words)
+        assert code == 2 and out == "" and len(err) == 1, (code, out, err)
+        return err[0]
+
+    assert "is not a folder" in mistake(tmp_path / "gone", image)
+    assert "neither model.json nor" in mistake(tmp_path, image)
+    assert "required: IMAGE" in mistake(tiny_run)
+    assert "--top is 0" in mistake(tiny_run, image, "--top", "0")
+    assert "give it that ending" in mistake(tiny_run, image, "--explain", "out.jpg")
+    describe(format_version=0)
+    assert "is not of format" in mistake(other, image)
+    moved = {"weights": "/gone/vit.safetensors", "name": "vit_tiny_patch16_224"}
+    describe(config=lambda config: config | {"backbone": config["backbone"] | moved})
+    assert "/gone/vit.safetensors are not there: name the file with --backbone.weights" in mistake(other, image)
+    describe(backbone=lambda backbone: backbone | {"fingerprint": "0" * 64})
+    assert "fingerprint 000000000000" in mistake(other, image)
+    describe()
+    (other / "model.safetensors").write_bytes(b"cut")
+    assert "is truncated or no safetensors file" in mistake(other, image)
+    (other / "model.safetensors").unlink()
+    assert "model.safetensors" in mistake(other, image)
