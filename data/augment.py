@@ -44,7 +44,7 @@ class View:
 
     def to(self, device: torch.device) -> "View":
         """The same view on another device."""
-        return View(self.flip_N.to(device), self.shift_N2.to(device))
+        return View(*(None if part is None else part.to(device) for part in vars(self).values()))
 
 
 def draw_view(num_images: int, config: AugmentConfig, index: int) -> View:
