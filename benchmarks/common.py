@@ -81,13 +81,12 @@ def attempt(run: Callable[[], Any]) -> Any:
 def timed(run: Callable[[], Any], device: torch.device, seconds: float, warm: int = 2, most: int = 100) -> Timing:
     """Time `run` alone, again and again for about `seconds`, after `warm` runs that are not counted.
 
-    One that takes longer than that is timed once, and its first run is counted.
+    One that takes longer than that is timed once, after its first run, which loads kernels.
     """
-    first = _once(run, device)
-    if first > seconds:
-        second = _once(run, device) if first < 4 * seconds else first
-        return Timing.of([min(first, second)])
-    for _ in range(warm - 1):
+    _once(run, device)
+    if (second := _once(run, device)) > seconds:
+        return Timing.of([second])
+    for _ in range(warm - 2):
         _once(run, device)
     samples, started = [], time.perf_counter()
     while len(samples) < 3 or (time.perf_counter() - started < seconds and len(samples) < most):

@@ -72,7 +72,7 @@ def measure(options, device: torch.device, rate: float) -> list[dict]:
         for kind, experts, top_k in itertools.product(("equal", "unequal"), options.experts, options.top_k)
         if top_k <= experts
     ]
-    each = options.seconds / (len(shapes) * len(options.batch) * 11)
+    each = options.seconds / (len(shapes) * len(options.batch) * 22)
     rows = []
     for kind, shape in shapes:
         layers = [(name, attempt(make)) for name, make in contestants(shape, device)]

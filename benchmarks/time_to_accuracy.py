@@ -41,6 +41,7 @@ from model.balance import usage_variance
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 LIMITS = ["--data.name", "digits", "--data.max_per_class", "20"]
+SMALL = ["--neck.heads", "3", "--experts.sizes", "[[8],[16]]", "--router.hidden", "[8]"]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -96,9 +97,8 @@ def configurations(options: argparse.Namespace, rest: list[str]) -> tuple[Config
     shared = [word for word in rest if word.startswith(("--data.", "--backbone.weights", "--backbone.name"))]
     values = {word: rest[rest.index(word) + 1] for word in shared if "=" not in word}
     words = [part for pair in values.items() for part in pair] + [word for word in shared if "=" in word]
-    backbone = ["--backbone.name", ours.backbone.name] if options.tiny else []
-    heads = ["--neck.heads", "3"] if options.tiny else []
-    article = parse_command_line(["--config", str(CONFIGS / "article.yaml"), *limits, *backbone, *heads, *words]).config
+    small = ["--backbone.name", ours.backbone.name, *SMALL] if options.tiny else []
+    article = parse_command_line(["--config", str(CONFIGS / "article.yaml"), *limits, *small, *words]).config
     return ours, article
 
 

@@ -71,7 +71,7 @@ class View:
 
     def to(self, device: torch.device) -> "View":
         """The same view on another device."""
-        return View(self.flip_N.to(device), self.shift_N2.to(device))
+        return View(*(None if part is None else part.to(device) for part in vars(self).values()))
 
 
 def draw_view(num_images: int, config: AugmentConfig, index: int) -> View:
@@ -145,12 +145,19 @@ def prepare(images_BCHW: Tensor, size: int, mean: tuple[float, ...], std: tuple[
     x_BCHW = images_BCHW.float() / 255
     height, width = x_BCHW.shape[-2:]
     device = x_BCHW.device
+    shift_C11, scale_C11 = _normalisation(tuple(mean), tuple(std), device)
     if (height, width) != (size, size):
         rows_SH, columns_SW = _resize_matrix(height, size, device), _resize_matrix(width, size, device)
-        x_BCHW = (rows_SH @ (x_BCHW @ columns_SW.T)).clamp_(0, 1)
-    mean_C11 = torch.tensor(mean, device=device)[:, None, None]
-    scale_C11 = 1 / torch.tensor(std, device=device)[:, None, None]
-    return torch.addcmul(-mean_C11 * scale_C11, x_BCHW, scale_C11)
+        with torch.autocast(device.type, enabled=False):
+            x_BCHW = (rows_SH @ (x_BCHW @ columns_SW.T)).clamp_(0, 1)
+    return torch.addcmul(shift_C11, x_BCHW, scale_C11)
+
+
+@lru_cache(maxsize=64)
+def _normalisation(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """(shift, scale) that normalise; kept on the device, as the matrices below, because a copy makes it wait."""
+    scale_C11 = 1 / torch.tensor(std)[:, None, None]
+    return (-torch.tensor(mean)[:, None, None] * scale_C11).to(device), scale_C11.to(device)
 
 
 @lru_cache(maxsize=64)

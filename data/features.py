@@ -208,7 +208,6 @@ class FeatureBank:
         stored, host_copy = self._allocate(split, view), HostCopy()
 
         def extract(index_B: Tensor) -> Tensor:
-            index_B = index_B.to(images.device)
             try:
                 return self._extract(images, index_B, drawn).to(self._dtype)
             except torch.OutOfMemoryError:
@@ -220,11 +219,12 @@ class FeatureBank:
         label = f"features: {split}" + ("" if view is None else f", view {view + 1} of {self.config.views}")
         try:
             with tqdm(total=total, desc=label, unit="image", leave=False, disable=None) as bar:
-                batches = torch.arange(total).split(self.config.batch_size)
+                batches = torch.arange(total, device=images.device).split(self.config.batch_size)
                 with _batch_by_core(self.device) as each:
-                    for index_B, features in zip(batches, each(extract, batches), strict=True):
-                        stored.put(int(index_B[0]), features, host_copy)
-                        bar.update(len(index_B))
+                    starts = range(0, total, self.config.batch_size)
+                    for start, features in zip(starts, each(extract, batches), strict=True):
+                        stored.put(start, features, host_copy)
+                        bar.update(len(features))
                 host_copy.finish()
         except BaseException:
             if stored.draft is not None:

@@ -386,8 +386,8 @@ def test_half_precision_features_are_those_of_float32_within_its_rounding(vit_mi
     from data.datasets import load_digits
 
     fast = Backbone(vit_micro.vit, ["cls:-1", "mean:-1"], torch.bfloat16)
-    batch = load_digits().images_NCHW[:6]
-    exact, half = Extractor(vit_micro, 64)(batch), Extractor(fast, 64)(batch)
+    batch = load_digits().images_NCHW[:3]
+    exact, half = Extractor(vit_micro, 64)(batch), Extractor(fast, 64)(batch)  # 3 images: on a CPU it is slow
     assert half.dtype == torch.float32
     assert torch.nn.functional.cosine_similarity(exact, half).min() > 0.999
     assert (exact - half).abs().mean() < 0.02 * exact.abs().mean()
