@@ -188,6 +188,9 @@ def main(folder: Path, kills: int, seed: int) -> dict:
         seen["runs"] += 1
         seen["equal"] &= same(outcome(run), expected)
         shutil.rmtree(run)
+    longer = ["--resume", str(folders[0]), "--train.epochs", str(EPOCHS + 1)]
+    assert finish(start(folder / "longer.log", *longer)) == 0, (folder / "longer.log").read_text()
+    seen["longer"] = [line["epoch"] for line in outcome(folders[0])["lines"]] == list(range(1, EPOCHS + 2))
     return seen
 
 
