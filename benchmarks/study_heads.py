@@ -135,8 +135,7 @@ def train_head(job: Job, features: Features) -> tuple[dict[str, Any], np.ndarray
     balance = BalanceConfig(**job.head.get("balance", {"switch": 0.0}))
     optimizer = build_optimizer(model, optim)
     ema = ModelEmaV3(model, decay=EMA, use_warmup=True)
-    dtype = torch.bfloat16 if device.type == "cuda" else None
-    step = TrainingStep(model, optimizer, balance, SMOOTHING, optim.clip_norm, dtype)
+    step = TrainingStep(model, optimizer, balance, SMOOTHING, optim.clip_norm, "auto")
     batch = min(BATCH, samples)
     train_step = GraphedStep(step, batch) if worth_capturing("auto", model) else step
     total = job.epochs * (samples // batch)

@@ -87,8 +87,9 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
             f"{path} is truncated or no checkpoint ({type(error).__name__}: {one_line(error, 100)}): "
             "go without it, in a new run"
         ) from error
-    if not isinstance(state, dict) or state.get("format_version") != FORMAT_VERSION:
-        found = state.get("format_version") if isinstance(state, dict) else None
+    found = state.get("format_version") if isinstance(state, dict) else None
+    if type(found) is not int or found != FORMAT_VERSION:
+        found = found if isinstance(found, int) else None
         raise UserError(f"{path} has checkpoint format {found}, this version reads {FORMAT_VERSION}: train it anew")
     require_like(state, {**IDENTITY, "model": dict, "epoch": int}, path)
     return state

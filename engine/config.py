@@ -4,6 +4,7 @@ import difflib
 import re
 import sys
 from dataclasses import asdict, dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -16,7 +17,7 @@ from data.features import FeaturesConfig
 from engine.optim import OptimConfig
 from engine.run_folder import write_atomically
 from engine.trainer import TrainConfig
-from errors import UserError
+from errors import UserError, one_line
 from model.backbone import BackboneConfig
 from model.balance import BalanceConfig
 from model.classifier import NeckConfig, check_parts
@@ -24,6 +25,7 @@ from model.experts import ExpertsConfig
 from model.routers import ROUTERS, RouterConfig
 
 DEVICES = r"auto|cpu|cuda(:\d+)?"
+MAX_CONFIG = 1_000_000  # bytes of a file, and values in it
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "cifar100.yaml"
 
 
@@ -123,8 +125,9 @@ def parse_command_line(argv: list[str] | None = None) -> Invocation:
     elif "--config" not in given:
         argv = ["--config", str(DEFAULT_CONFIG), *argv]
     argv = _files_first(argv)
-    parser = _parser()
-    values = _parse(parser, lambda: parser.parse_args(argv), _value_of("--config", argv, last=True))
+    parser, source = _parser(), _value_of("--config", argv, last=True)
+    _parse(parser, lambda: _check_size(Path(source)), source)
+    values = _parse(parser, lambda: parser.parse_args(argv), source)
     config = _build(parser, values)
     if resume is not None:
         config.run_dir = Path(resume).expanduser()
@@ -151,6 +154,7 @@ def _run_config(run_dir: Path) -> Path:
     return path
 
 
+@cache
 def _parser() -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
@@ -179,7 +183,7 @@ def _build(parser: ArgumentParser, values: Namespace) -> Config:
         built = parser.instantiate(values)
         return Config(**{item.name: built[item.name] for item in fields(Config)})
     except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(_one_line(error)) from error
+        raise UserError(one_line(error)) from error
 
 
 def _files_first(argv: list[str]) -> list[str]:
@@ -193,13 +197,34 @@ def _files_first(argv: list[str]) -> list[str]:
     return files + others
 
 
+def _check_size(path: Path) -> None:
+    """Raise ValueError for a file of which a few lines of aliases make more values than fit into memory."""
+    if not path.is_file():  # the parser will say so
+        return
+    sizes: dict[int, int] = {}
+
+    def size(node: yaml.Node) -> int:
+        if id(node) not in sizes:
+            inner = node.value if isinstance(node.value, list) else ()
+            parts = (part for item in inner for part in (item if isinstance(item, tuple) else (item,)))
+            sizes[id(node)] = 1 + sum(map(size, parts))
+        return sizes[id(node)]
+
+    try:
+        root = yaml.compose(path.read_text(), yaml.SafeLoader) if path.stat().st_size < MAX_CONFIG else None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"Unable to load: {error}") from error
+    if path.stat().st_size >= MAX_CONFIG or (root and size(root) >= MAX_CONFIG):
+        raise ValueError(f"Unable to load: it is larger than any configuration, {MAX_CONFIG:,} bytes or values")
+
+
 def _parse(parser: ArgumentParser, parse, source: str | None) -> Namespace:
     try:
         return parse()
     except RecursionError as error:
-        raise UserError(f"{source} refers to itself: remove the YAML alias") from error
-    except (ArgumentError, ValueError, TypeError, KeyError, AttributeError) as error:
-        _explain(parser, _one_line(error), source, error)
+        raise UserError(f"{source} refers to itself, or is nested without end: remove the YAML alias") from error
+    except (ArgumentError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        _explain(parser, one_line(error), source, error)
 
 
 def _explain(parser: ArgumentParser, message: str, source: str | None, error: Exception) -> NoReturn:
@@ -231,10 +256,6 @@ def _shorten(reason: str) -> str:
         return f"'{found[2]}' fits none of {found[1].replace('typing.', '')}"
     reason = re.sub(r"<class '(\w+)'>", r"\1", reason).replace("typing.", "")
     return re.sub(r"Expected an? (.*)\. Got value: (.*)", r"expected \1, got '\2'", reason)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _value_of(option: str, argv: list[str], last: bool = False) -> str | None:

@@ -1,5 +1,7 @@
 """From a configuration to its parts: device, features, model."""
 
+import math
+import os
 import re
 from typing import Any
 
@@ -10,7 +12,7 @@ from data.feature_cache import FeatureCache
 from data.features import FeatureBank
 from engine.config import DEVICES, Config
 from engine.extraction import Extractor, worth_compiling
-from errors import UserError
+from errors import EnvironmentFault, UserError, one_line
 from model.backbone import Backbone
 from model.classifier import VisionMoE
 
@@ -49,12 +51,25 @@ def build_bank(config: Config, splits: Splits, backbone: Backbone, device: torch
 
 
 def build_model(config: Config, feature_shape: tuple[int, ...], num_classes: int) -> VisionMoE:
-    """The trained part, on the CPU. Raises errors.UserError where the configured parts do not fit each other."""
+    """The trained part, on the CPU.
+
+    Raises errors.UserError where the configured parts do not fit each other, errors.EnvironmentFault where the
+    weights alone need more memory than the machine has.
+    """
+    groups = len(config.backbone.features)
+    parts = (feature_shape, num_classes, config.neck, config.router, config.experts, groups)
     try:
-        groups = len(config.backbone.features)
-        return VisionMoE(feature_shape, num_classes, config.neck, config.router, config.experts, groups)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+        with torch.device("meta"):  # takes no memory
+            parameters = sum(value.numel() for value in VisionMoE(*parts).parameters())
+    except (ValueError, RuntimeError, TypeError, OverflowError) as error:
+        raise UserError(f"this model cannot be built: {one_line(error)}") from error
+    present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
+    if 4 * parameters > present:
+        raise EnvironmentFault(
+            f"the weights of this model need {4 * parameters / 1e9:,.0f} GB, the machine has {present / 1e9:,.0f} GB: "
+            "use fewer or smaller experts.sizes, or a pooled neck"
+        )
+    return VisionMoE(*parts)
 
 
 def identity(config: Config, splits: Splits, backbone: Backbone, feature_shape: tuple[int, ...]) -> dict[str, Any]:

@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 
-from engine.checkpoint import load_checkpoint, previous
+from engine.checkpoint import RESUMABLE, load_checkpoint, previous, require_like
 from engine.config import Config, Invocation
 from engine.run_folder import RunFolder
-from errors import UserError, say, warn
+from errors import UserError, one_line, say, warn
 
 # What a resumed run may change: the rest would make it another experiment, or a torn one.
 CHANGEABLE = {
@@ -36,11 +36,14 @@ def load_resumable(run: RunFolder, invocation: Invocation) -> dict[str, Any] | N
         say(f"{run.path} was ended before its first checkpoint: it starts anew")
         return None
     checkpoint = load_checkpoint(run.last)
+    require_like(checkpoint, RESUMABLE, run.last)
+    if checkpoint.get("progress") is not None:
+        require_like(checkpoint, {"progress": {"batches": int}}, run.last)
     before, now = _flatten(checkpoint["config"]), _flatten(invocation.config.to_dict())
     for key, value in now.items():
-        if key not in CHANGEABLE and before.get(key) != value:
+        if key not in CHANGEABLE and repr(before.get(key)) != repr(value):
             raise UserError(
-                f"--resume {run.path} cannot change {key} from {before.get(key)} to {value}: "
+                f"--resume {run.path} cannot change {key} from {one_line(repr(before.get(key)), 60)} to {value!r}: "
                 "leave it out, or start a new run"
             )
     if (threads := checkpoint.get("threads")) != torch.get_num_threads():
@@ -52,7 +55,7 @@ def finished(run: RunFolder, config: Config, checkpoint: dict[str, Any]) -> bool
     """Whether the run has trained and scored all that `config` asks for."""
     train, epoch = config.train, checkpoint["epoch"]
     waited = 0 < train.patience <= epoch - checkpoint["improved"]
-    trained = checkpoint["progress"] is None and (epoch >= train.epochs or waited)
+    trained = checkpoint.get("progress") is None and (epoch >= train.epochs or waited)
     return trained and run.results.is_file()
 
 
@@ -60,7 +63,7 @@ def metrics_step(checkpoint: dict[str, Any] | None) -> int:
     """The step up to which metrics.jsonl belongs to the checkpoint: the end of its last whole epoch."""
     if checkpoint is None:
         return 0
-    return checkpoint["step"] - (checkpoint["progress"]["batches"] if checkpoint["progress"] else 0)
+    return checkpoint["step"] - (checkpoint["progress"]["batches"] if checkpoint.get("progress") else 0)
 
 
 def best_kept(run: RunFolder, config: Config, checkpoint: dict[str, Any]) -> dict[str, Any]:
@@ -73,10 +76,11 @@ def best_kept(run: RunFolder, config: Config, checkpoint: dict[str, Any]) -> dic
     if best["epoch"] == 0:
         return best
     kept = load_checkpoint(run.best)
-    same_plan = checkpoint["config"]["train"]["epochs"] == config.train.epochs
+    require_like(kept, {"macro_f1": float}, run.best)
+    same_plan = _flatten(checkpoint["config"]).get("train.epochs") == config.train.epochs
     if kept["epoch"] > best["epoch"] and same_plan:
         return best
-    return {"epoch": kept["epoch"], "macro_f1": float(kept["macro_f1"])}
+    return {"epoch": kept["epoch"], "macro_f1": kept["macro_f1"]}
 
 
 def _flatten(config: dict) -> dict:

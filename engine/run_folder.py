@@ -185,14 +185,23 @@ def write_atomically(path: Path, write: Callable[[Path], Any], kept: str = "", p
         os.replace(temporary, path)
         _flush_folder(path.parent)
     except (OSError, RuntimeError, SafetensorError) as error:  # PyTorch and safetensors raise their own on a full disk
-        reason = getattr(error, "strerror", None) or one_line(error, 160)
         kept = kept or (f"{path} as it was" if path.exists() else "none yet")
         raise EnvironmentFault(
-            f"{path} could not be written: {reason}; kept: {kept}; free the disk or mend the path"
+            f"{path} could not be written: {_reason(error)}; kept: {kept}; free the disk or mend the path"
         ) from error
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def _reason(error: BaseException) -> str:
+    """What the system said first: PyTorch's own complaint about a file that ended early comes on top of it."""
+    first: BaseException | None = error
+    while first is not None:
+        if isinstance(first, OSError) and first.strerror:
+            return first.strerror
+        first = first.__context__
+    return one_line(error, 160)
 
 
 def _set_aside(path: Path, previous: Path) -> None:

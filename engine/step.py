@@ -44,19 +44,20 @@ class TrainingStep:
         balance: BalanceConfig,
         label_smoothing: float,
         clip_norm: float,
-        autocast_dtype: torch.dtype | None,
+        precision: str,
     ):
         self.model, self.optimizer, self.balance = model, optimizer, balance
-        self.label_smoothing, self.clip_norm, self.autocast_dtype = label_smoothing, clip_norm, autocast_dtype
+        self.label_smoothing, self.clip_norm = label_smoothing, clip_norm
         self.parameters = list(model.parameters())
         self.device = self.parameters[0].device
+        self.half = precision == "bfloat16" or (precision == "auto" and self.device.type == "cuda")
         self.looks = self.device.type == "cpu"
         terms = [OUTPUT, "task loss", *(f"auxiliary loss {name}" for name in vars(balance)), "gradient"]
         self.numbers = NumberWatch(terms, self.device)
 
     def __call__(self, features: Tensor, labels_B: Tensor, warmup: bool) -> StepResult | None:
         """Train on one batch. None: not done, because a number is not finite (CPU only)."""
-        with torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
             logits_BC, routing = self.model(features, warmup=warmup)
         auxiliary = balance_losses(routing, self.balance)
         task_loss = F.cross_entropy(logits_BC, labels_B, label_smoothing=self.label_smoothing)

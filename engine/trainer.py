@@ -116,9 +116,7 @@ class Trainer:
             )
         self.optimizer = build_optimizer(model, optim)
         self.ema = ModelEmaV3(model, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
-        half = config.precision == "bfloat16" or (config.precision == "auto" and self.device.type == "cuda")
-        autocast_dtype = torch.bfloat16 if half else None
-        step = TrainingStep(model, self.optimizer, balance, config.label_smoothing, optim.clip_norm, autocast_dtype)
+        step = TrainingStep(model, self.optimizer, balance, config.label_smoothing, optim.clip_norm, config.precision)
         self.numbers = step.numbers
         self.train_step = GraphedStep(step, config.batch_size) if worth_capturing(config.graph, model) else step
         self.routing = RoutingWatch(model.moe.router.top_k, balance)
@@ -300,7 +298,10 @@ class Trainer:
             load_optimizer(self.optimizer, state["optimizer"])
             self.epoch, self.step, self.best = state["epoch"], state["step"], dict(state["best"])
             self.improved, self.routing.said = state["improved"], list(state["said"])
-            stored, zeros = state["progress"], EpochSums.zeros(self.model.moe.router.num_experts, self.device)
+            stored, zeros = state.get("progress"), EpochSums.zeros(self.model.moe.router.num_experts, self.device)
             self.progress = stored and Progress.from_state(stored, zeros)
+            left = self.steps_per_epoch - self.progress.batches if self.progress else 0
+            if not 0 <= left <= self.steps_per_epoch or self.step != self.epoch * self.steps_per_epoch - left:
+                raise ValueError(f"step {self.step} is not in epoch {self.epoch}")
             restore_random_state(state["random"], self.device)
         self._kept()

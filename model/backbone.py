@@ -6,6 +6,7 @@ timm is imported where it is used: it takes seconds, which --help and a wrong op
 import difflib
 import hashlib
 import sys
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -13,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from archives import check_archive
 from errors import EnvironmentFault, UserError
 from model.fast_vit import fast_copy
 from network import reachable
@@ -241,6 +243,8 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
+        if zipfile.is_zipfile(path):  # older files are not archives
+            check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # bytes that are no tensors make the readers fail in every way there is
         raise UserError(

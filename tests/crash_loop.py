@@ -83,7 +83,7 @@ def finish(pid: int, seconds: float = 60) -> int:
         found, status = os.waitpid(pid, os.WNOHANG)
         if found:
             return os.waitstatus_to_exitcode(status)
-        time.sleep(0.002)
+        time.sleep(0.01)
     os.kill(pid, signal.SIGKILL)
     raise SystemExit(f"a run hung for {seconds} s")
 
@@ -94,7 +94,7 @@ def strike(pid: int, log: Path, number: int, delay: float) -> int:
     while time.monotonic() < until and (not log.exists() or "run folder" not in log.read_text()):
         if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
             break
-        time.sleep(0.002)
+        time.sleep(0.01)
     time.sleep(delay)
     if not os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
         os.kill(pid, number)
@@ -149,7 +149,7 @@ def disturb(run: Path, rng: random.Random, kills: int, seen: dict) -> None:
             assert code == 0, log.read_text()
             return
         number = rng.choice([signal.SIGKILL] * 8 + [signal.SIGTERM, signal.SIGINT])
-        code = strike(pid, log, number, rng.uniform(0, 0.25))
+        code = strike(pid, log, number, rng.uniform(0, 0.2))
         if (run / "evaluation" / "metrics.json").exists():  # it was through; what came after is Python's own end
             return
         assert code == (-number if number == signal.SIGKILL else 128 + number), (code, log.read_text())
@@ -188,6 +188,9 @@ def main(folder: Path, kills: int, seed: int) -> dict:
         seen["runs"] += 1
         seen["equal"] &= same(outcome(run), expected)
         shutil.rmtree(run)
+    longer = ["--resume", str(folders[0]), "--train.epochs", str(EPOCHS + 1)]
+    assert finish(start(folder / "longer.log", *longer)) == 0, (folder / "longer.log").read_text()
+    seen["longer"] = [line["epoch"] for line in outcome(folders[0])["lines"]] == list(range(1, EPOCHS + 2))
     return seen
 
 

@@ -11,7 +11,6 @@ from conftest import CLIP, run_program
 from PIL import Image
 
 import evaluate
-import train
 from data.datasets import DataConfig, load_splits
 from errors import exit_code_of
 from model.backbone import BackboneConfig, load_backbone
@@ -108,21 +107,6 @@ def test_evaluate_rebuilds_the_model_from_the_run_alone(digits_run, tmp_path):
     assert after["macro_f1"] == before["macro_f1"]
     assert after["expert_by_class"] == before["expert_by_class"]
     assert "macro-F1" in result.stdout
-
-
-def test_resume_goes_on_and_refuses_another_model(digits_run, tmp_path, monkeypatch, capsys):
-    folder, _ = digits_run
-    moved = tmp_path / "moved"
-    shutil.copytree(folder, moved)
-    monkeypatch.setattr("sys.argv", ["train.py", "--resume", str(moved), "--router.top_k", "3"])
-    assert exit_code_of(train.main) == 2
-    assert "cannot change router.top_k from 2 to 3" in capsys.readouterr().err
-    result = run_program("train.py", "--resume", moved, "--train.epochs", "13", "--tracking", "none")
-    assert result.returncode == 0, result.stderr
-    assert yaml.safe_load((moved / "config.yaml").read_text())["train"]["epochs"] == 13
-    assert "after epoch 12 of 13" in result.stdout
-    epochs = [json.loads(line)["epoch"] for line in (moved / "metrics.jsonl").read_text().splitlines()]
-    assert epochs == list(range(1, 14))
 
 
 def test_mistakes_of_evaluate_are_one_line(tmp_path, monkeypatch, capsys):

@@ -36,7 +36,7 @@ def test_twenty_kills_change_nothing(tmp_path):
     assert result.returncode == 0, result.stderr
     seen = json.loads(result.stdout.splitlines()[-1])
     assert seen["killed"] == 20
-    assert seen["equal"] and seen["twins_equal"]
+    assert seen["equal"] and seen["twins_equal"] and seen["longer"]
     assert 0 <= seen["most_epochs_lost"] <= 3  # train.save_every
 
 
