@@ -87,10 +87,11 @@ def test_batch_prioritised_order_ranks_by_the_largest_gate(order, kept):
     assert set(routing.expert_A.tolist()) == {0}
 
 
-@pytest.mark.parametrize("shift", [-100.0, 0.0])
-def test_negative_logits_lose_no_place_to_experts_that_were_not_chosen(shift):
-    # A rank by zero-filled logits would put every zero above the chosen negative ones.
-    x = torch.tensor([[3.0, 1.0, 0.0], [5.0, 1.0, 0.0], [4.0, 0.0, 1.0]]) + shift
+@pytest.mark.parametrize("shifts", [(0.0, 0.0, 0.0), (-100.0, -100.0, -100.0), (10.0, -10.0, 5.0)])
+def test_places_go_by_probability_whatever_a_samples_logits_have_in_common(shifts):
+    # A rank by zero-filled logits would put every zero above chosen negative ones, and one by logits the sample that
+    # is shifted up above the others.
+    x = torch.tensor([[3.0, 1.0, 0.0], [5.0, 1.0, 0.0], [4.0, 0.0, 1.0]]) + torch.tensor(shifts)[:, None]
     router = identity_router("vmoe", 3, 1, capacity_factor=1.0, capacity_order="priority")
     routing = router(x)  # one place each: sample 1 has the largest gate for expert 0
     assert pairs(routing) == [(1, 0)]
@@ -134,10 +135,11 @@ def test_evaluation_and_warm_up_drop_nothing():
 
 def test_balance_is_measured_before_drops():
     router = identity_router("switch", 2, 1, capacity_factor=0.5)
-    routing = router(torch.tensor([[9.0, 1.0]]).log().expand(4, 2))
-    assert routing.counts_E.tolist() == [1, 0]
-    # All four samples asked for expert 0, whose mean probability is 0.9: 2 * 1 * 0.9.
-    assert balance_losses(routing, BalanceConfig())["switch"].item() == pytest.approx(1.8)
+    routing = router(torch.tensor([[9.0, 1.0], [9.0, 1.0], [9.0, 1.0], [1.0, 9.0]]).log())
+    assert routing.counts_E.tolist() == [1, 1] and routing.demand_E.tolist() == [3, 1]
+    # Three of four asked for expert 0; mean probabilities (2.8, 1.2) / 4 = (0.7, 0.3): 2 (3/4 0.7 + 1/4 0.3) = 1.2.
+    # Counted after the drops it would be 2 (1/2 0.7 + 1/2 0.3) = 1.
+    assert balance_losses(routing, BalanceConfig())["switch"].item() == pytest.approx(1.2)
 
 
 def test_residual_replaces_a_dropped_expert_by_a_linear_head_in_training_only():

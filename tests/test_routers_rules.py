@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from model.balance import importance_loss
 from model.experts import ExpertsConfig
 from model.moe import MixtureOfExperts
 from model.routers import ROUTERS, RouterConfig, Routing, build_router
@@ -75,6 +76,8 @@ def test_vmoe_importance_is_that_of_the_clean_gates_over_all_experts():
     router = identity_router("vmoe", 4, 1).train()
     routing = router(ONE_SAMPLE.expand(3, 4))
     assert routing.gates_BE.sum(dim=0).tolist() == pytest.approx([0.3, 1.2, 0.9, 0.6], abs=1e-6)
+    # Over the mean 3/4 they are 0.4, 1.6, 1.2, 0.8: mean square deviation from 1 (0.36 + 0.36 + 0.04 + 0.04) / 4 = 0.2.
+    assert importance_loss(routing).item() == pytest.approx(0.2, abs=1e-6)
 
 
 def test_switch_jitter_multiplies_the_input_within_its_bounds_and_in_training_only():
@@ -263,6 +266,9 @@ def test_hash_is_fixed_even_and_without_parameters():
     assert torch.equal(fixed.eval()(x).expert_A, router.eval()(x).expert_A)
     assert (router(x).counts_E / 2000).tolist() == pytest.approx([0.25] * 4, abs=0.06)
     # Training and evaluation agree about a sample, whatever its batch and whether it is in warm-up.
+    alike = x[router.eval()(x).expert_A == 0]
+    trained = router.train()(alike).expert_A
+    assert torch.equal(trained, router.eval()(alike).expert_A)
     alone = router.train()(x[:1], warmup=True)
     assert alone.learned and alone.expert_A.tolist() == router.eval()(x[:1]).expert_A.tolist()
 
