@@ -32,13 +32,13 @@ def read_picture(path: Path, size: int, grey: bool = False) -> Picture:
     """The centre square of an image file, turned upright by its EXIF orientation and resized to `size` pixels.
 
     Bicubic and antialiased; the first frame of an animation; transparent parts on white; 16-bit grey scaled to
-    8 bits; CMYK without its colour profile; grey: without colour. Raises errors.UserError, in one line, for a file
+    8 bits; CMYK without its colour profile; never PostScript, which is a program. grey: without colour. Raises errors.UserError, in one line, for a file
     that Pillow cannot read, a side below MIN_SIDE, or more than MAX_PIXELS to decode.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of damaged metadata and of large images, which are checked here
-            with Image.open(path) as image:
+            with Image.open(path, formats=_formats()) as image:
                 return _read(image, path, size, grey)
     except UserError:
         raise
@@ -55,6 +55,12 @@ def read_picture(path: Path, size: int, grey: bool = False) -> Picture:
     except Exception as error:  # bytes that are no image make the decoders fail in every way there is
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise UserError(f"{path} cannot be read as an image ({reason}): mend or remove it") from error
+
+
+def _formats() -> list[str]:
+    """All that Pillow reads but PostScript, for which it would run an interpreter."""
+    Image.init()
+    return [name for name in Image.OPEN if name != "EPS"]
 
 
 def _read(image: Image.Image, path: Path, size: int, grey: bool) -> Picture:
@@ -113,8 +119,8 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
 
     Raises errors.UserError for a folder without an image. A file that is named need not exist: reading it tells.
     """
-    Image.init()
-    endings = {ending for ending, name in Image.registered_extensions().items() if name in Image.OPEN}
+    formats = set(_formats())
+    endings = {ending for ending, name in Image.registered_extensions().items() if name in formats}
     files = []
     for path in paths:
         if not path.is_dir():
