@@ -1,7 +1,14 @@
-"""The errors that a user can cause: one line that says what is wrong, where, and what to do."""
+"""How a program ends: one line that says what is wrong, where, and what to do; a traceback only with --debug."""
 
+import os
+import signal
 import sys
+import traceback
 from collections.abc import Callable
+from contextlib import suppress
+from typing import NoReturn
+
+MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 class UserError(Exception):
@@ -16,14 +23,70 @@ class EnvironmentFault(UserError):
     exit_code = 1
 
 
+class Interrupted(KeyboardInterrupt):
+    """A signal asked the program to end; the exit code is 128 + its number."""
+
+    def __init__(self, number: int):
+        super().__init__(f"interrupted by {signal.Signals(number).name}")
+        self.exit_code = 128 + number
+
+
+def one_line(error: BaseException | str, limit: int = 300) -> str:
+    """The text of an error on a single line of at most `limit` characters."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def say(message: str) -> None:
+    """One line on standard error; a terminal that is gone is no reason to fail."""
+    with suppress(OSError):
+        print(message, file=sys.stderr, flush=True)
+
+
+def warn(message: str) -> None:
+    """Say what the user should know though the program goes on."""
+    say(f"warning: {message}")
+
+
 def exit_code_of(main: Callable[[], None]) -> int:
-    """Run a program: 0, or the code of its UserError, whose one line goes to standard error."""
+    """Run a program: 0, or the code of what ended it, said in one line on standard error.
+
+    With --debug among the arguments the traceback comes first.
+    """
+    debug = "--debug" in sys.argv[1:]
     try:
         main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        say(str(error) or "interrupted by SIGINT")
+        return getattr(error, "exit_code", 128 + signal.SIGINT)
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        message, code = _explain(error)
+        say(f"error: {message}" + ("" if debug or isinstance(error, UserError) else "; --debug shows the traceback"))
+        return code
     return 0
+
+
+def leave(code: int) -> NoReturn:
+    """End the process. After a signal at once, because threads that still extract features would hold it up."""
+    if code > 128:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _explain(error: Exception) -> tuple[str, int]:
+    """The line and the exit code of an exception."""
+    if isinstance(error, UserError):
+        return str(error), error.exit_code
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(m in str(error) for m in MEMORY)):
+        remedy = "lower --train.batch_size or --features.batch_size, use fewer or smaller images and experts"
+        return f"out of memory ({one_line(error, 120) or 'on the host'}): {remedy}", 1
+    if isinstance(error, OSError) and error.strerror:
+        named = f"{error.filename}: " if error.filename else ""
+        return f"{named}{error.strerror}; free the disk, mend the path or its permissions, and run again", 1
+    *_, frame = traceback.extract_tb(error.__traceback__)
+    return f"unforeseen {type(error).__name__} in {frame.filename}:{frame.lineno}: {one_line(error)}", 1

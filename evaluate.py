@@ -6,7 +6,6 @@ python evaluate.py --compare RUN RUN ...    one table and one figure, of run fol
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from data.datasets import load_splits
@@ -18,7 +17,7 @@ from engine.loading import configure, describe
 from engine.pipeline import build_bank, build_model, identity, pick_device
 from engine.run_folder import RunFolder
 from engine.tracking import open_evaluation
-from errors import exit_code_of
+from errors import exit_code_of, leave
 from model.backbone import load_backbone
 
 
@@ -38,6 +37,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="auto (default): also to ClearML, in a task under that of the training, if the training is on a server; "
         "clearml: always, with the training's curves where the server lacks them",
     )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(argv)
     if (options.run is None) == (options.compare is None):
         parser.error("name one RUN to score, or two or more after --compare")
@@ -63,9 +63,9 @@ def score(options: argparse.Namespace) -> None:
     config = configure(described["config"], options.device, options.root, options.weights)
     device = pick_device(config.device)
     splits, backbone = load_splits(config.data), load_backbone(config.backbone, device)
-    feature_shape = tuple(described["feature_shape"])
-    check_inputs(described, identity(config, splits, backbone, feature_shape), run.weights)
     bank = build_bank(config, splits, backbone, device)
+    feature_shape = tuple(bank.example().shape[1:])
+    check_inputs(described, identity(config, splits, backbone, feature_shape), run.weights)
     model = build_model(config, feature_shape, splits.test.num_classes)
     load_exported(run, model)
     tags = [config.data.name, config.backbone.name, config.router.kind]
@@ -77,4 +77,4 @@ def score(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code_of(main))
+    leave(exit_code_of(main))

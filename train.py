@@ -7,42 +7,41 @@ python train.py --router.top_k 1 --train.epochs 20     any field of the configur
 python train.py --resume runs/cifar100-20260101-120000 go on with an interrupted run
 """
 
-import sys
-
 import torch
 
 from data.datasets import Splits, load_splits
-from engine.checkpoint import check_inputs, export_model, load_checkpoint, load_exported, seed_everything
+from engine.checkpoint import check_inputs, export_model, load_exported, seed_everything
 from engine.config import Config, Invocation, config_from_dict, parse_command_line, write_config
 from engine.evaluation import evaluate, table
+from engine.interrupt import stoppable
 from engine.pipeline import build_bank, build_model, identity, pick_device
+from engine.resume import best_kept, finished, load_resumable, metrics_step
 from engine.run_folder import RunFolder
 from engine.summary import cost
 from engine.tracking import Tracker, open_tracker
 from engine.trainer import Trainer
-from errors import EnvironmentFault, UserError, exit_code_of
+from errors import Interrupted, exit_code_of, leave, say
 from model.backbone import Backbone, load_backbone
-
-# What a resumed run may change: the rest would make it another experiment, or a torn one.
-CHANGEABLE = {
-    "run_dir",
-    "tracking",
-    "device",
-    "data.root",
-    "data.download",
-    "backbone.weights",
-    "features.batch_size",
-    "train.epochs",
-    "train.patience",
-    "train.save_every",
-}
 
 
 def main() -> None:
-    invocation = parse_command_line()
-    config = invocation.config
-    inputs = load_inputs(config)
-    run, checkpoint = open_run(invocation)
+    with stoppable():
+        invocation = parse_command_line()
+        checkpoint = None
+        if invocation.resume is not None:
+            run = RunFolder(invocation.resume)
+            checkpoint = load_resumable(run, invocation)
+            if checkpoint and finished(run, invocation.config, checkpoint):
+                print(f"{run.path} is finished: raise --train.epochs to train on, or python evaluate.py {run.path}")
+                return
+        inputs = load_inputs(invocation.config)
+        run = open_run(invocation)
+        with run.claimed():
+            go(run, invocation.config, inputs, checkpoint)
+
+
+def go(run: RunFolder, config: Config, inputs: tuple, checkpoint: dict | None) -> None:
+    """Train under a tracker, in a folder that is this process's own."""
     with start_tracking(run, config, checkpoint) as tracker:
         if tracker.config != config.to_dict():  # a ClearML agent may override values
             config = config_from_dict(tracker.config)
@@ -50,14 +49,10 @@ def main() -> None:
         write_config(config, run.config)
         try:
             train(run, config, *inputs, tracker, checkpoint)
-        except KeyboardInterrupt:
+        except Interrupted:
             if run.last.exists():
-                print(f"python train.py --resume {run.path} goes on from the last checkpoint", file=sys.stderr)
+                say(f"python train.py --resume {run.path} goes on from the last checkpoint")
             raise
-        except torch.OutOfMemoryError as error:
-            raise EnvironmentFault(
-                "the GPU is out of memory: lower --train.batch_size or --features.batch_size, or use --device cpu"
-            ) from error
 
 
 def load_inputs(config: Config) -> tuple[torch.device, Splits, Backbone]:
@@ -76,7 +71,7 @@ def train(
     checkpoint: dict | None,
 ) -> None:
     """Features, model, fit, evaluate, report."""
-    seed_everything(config.train.seed)
+    seed_everything(config.train.seed, config.train.deterministic)
     bank = build_bank(config, splits, backbone, device)
     feature_shape = tuple(bank.example().shape[1:])
     model = build_model(config, feature_shape, splits.train.num_classes).to(device)
@@ -86,7 +81,9 @@ def train(
     if checkpoint is not None:
         check_inputs(checkpoint, stored, run.last)
         trainer.load_state_dict(checkpoint)
-        print(f"resuming     {run.path} after epoch {trainer.epoch} of {config.train.epochs}")
+        trainer.best = best_kept(run, config, checkpoint)
+        run.results.unlink(missing_ok=True)  # of weights that are about to change
+        print(f"resuming     {run.path} after {trainer.position} of {config.train.epochs}")
     announce(run, config, splits, model, backbone, feature_shape)
     best = trainer.fit()
     print(f"best epoch   {best['epoch']}, validation macro-F1 {100 * best['macro_f1']:.2f} %")
@@ -98,28 +95,11 @@ def train(
     print(f"run folder   {run.path}")
 
 
-def open_run(invocation: Invocation) -> tuple[RunFolder, dict | None]:
-    """The folder of a new run, or that of a run to resume with its last checkpoint."""
+def open_run(invocation: Invocation) -> RunFolder:
+    """The folder of a new run, or that of the run to resume."""
     if invocation.resume is None:
-        return RunFolder.create(invocation.config.run_dir, invocation.name), None
-    run = RunFolder(invocation.resume)
-    checkpoint = load_checkpoint(run.last)
-    before, now = flatten(checkpoint["config"]), flatten(invocation.config.to_dict())
-    for key, value in now.items():
-        if key not in CHANGEABLE and before.get(key) != value:
-            raise UserError(
-                f"--resume {run.path} cannot change {key} from {before.get(key)} to {value}: "
-                "leave it out, or start a new run"
-            )
-    return run, checkpoint
-
-
-def flatten(config: dict) -> dict:
-    """{"train": {"epochs": 3}} as {"train.epochs": 3}."""
-    flat = {}
-    for key, value in config.items():
-        flat |= {f"{key}.{name}": item for name, item in value.items()} if isinstance(value, dict) else {key: value}
-    return flat
+        return RunFolder.create(invocation.config.run_dir, invocation.name)
+    return RunFolder(invocation.resume)
 
 
 def start_tracking(run: RunFolder, config: Config, checkpoint: dict | None) -> Tracker:
@@ -131,7 +111,7 @@ def start_tracking(run: RunFolder, config: Config, checkpoint: dict | None) -> T
         name=run.path.name,
         tags=[config.data.name, config.backbone.name, config.router.kind],
         task_id=checkpoint and checkpoint["task_id"],
-        resume_step=checkpoint and checkpoint["step"],
+        resume_step=metrics_step(checkpoint),
     )
 
 
@@ -141,10 +121,11 @@ def announce(run: RunFolder, config: Config, splits: Splits, model, backbone: Ba
     print(f"data         {config.data.name}: {sizes} images, {splits.train.num_classes} classes")
     random_weights = "" if config.backbone.pretrained or config.backbone.weights else " with RANDOM weights"
     print(f"backbone     {config.backbone.name}{random_weights}, frozen; features {' '.join(config.backbone.features)}")
-    print(f"experts      {', '.join(config.experts.labels())}; top-{config.router.top_k} by {config.router.kind}")
+    seen = f"{model.moe.router.experts_per_sample:g} a sample by {config.router.kind}"
+    print(f"experts      {', '.join(config.experts.labels())}; {seen}")
     print("\n".join(cost(model, backbone, feature_shape).lines()))
     print(f"run folder   {run.path}", flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code_of(main))
+    leave(exit_code_of(main))

@@ -1,10 +1,14 @@
 """From uint8 images to what a backbone takes: per-image flips and crops, resize, normalise, on the batch's device."""
 
+import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+ASPECT = 1.2  # widest ratio of the sides of a random resized crop
 
 
 @dataclass
@@ -15,31 +19,59 @@ class AugmentConfig:
     """Mirror each image left to right with probability 1/2."""
     crop: int = 3
     """Shift each image by up to so many of its own pixels either way, reflecting at the border; 0: off."""
+    scale: float = 1.0
+    """Random resized crop (Szegedy 2015): smallest share of the image's area that is kept and enlarged; 1: off."""
+    color_jitter: float = 0.0
+    """Largest relative change of brightness, contrast and saturation; 0: off."""
+    strong: float = 0.5
+    """Share of the images of a view that `scale` and `color_jitter` change; the others keep flip and crop alone."""
     seed: int = 0
     """Seed of the views; the same seed gives the same view v of image n whatever the batch."""
 
     def __post_init__(self):
         if self.crop < 0:
             raise ValueError(f"augment.crop is {self.crop}: it is a number of pixels, 0 or more")
-
+        if not 0.05 <= self.scale <= 1:
+            raise ValueError(f"augment.scale is {self.scale}: it is a share of the image's area, 0.05 to 1 (1: off)")
+        if not 0 <= self.color_jitter < 1:
+            raise ValueError(f"augment.color_jitter is {self.color_jitter}: it must be at least 0 and below 1")
+        if not 0 <= self.strong <= 1:
+            raise ValueError(f"augment.strong is {self.strong}: it is a share of the images, 0 to 1")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"augment.seed is {self.seed}: it must be at least 0 and below 2^32")
 
     @property
     def active(self) -> bool:
         """Whether views differ from the images at all."""
-        return self.flip or self.crop > 0
+        return self.flip or self.crop > 0 or self.has_strong
+
+    @property
+    def has_strong(self) -> bool:
+        """Whether some images get more than flip and crop."""
+        return self.strong > 0 and (self.scale < 1 or self.color_jitter > 0)
 
 
 @dataclass(frozen=True)
 class View:
-    """What one view does to each of N images. flip_N: bool; shift_N2: int64 pixels (rows, columns)."""
+    """What one view does to each of N images.
+
+    flip_N: bool. shift_N2: int64 pixels (rows, columns). box_N4: float32, the part that is enlarged to the whole
+    image: its centre (x, y) in [-1, 1] and its width and height as shares. color_N3: float32 factors of brightness,
+    contrast and saturation. strong_N: bool, the images that the last two change. All three are None where none is.
+    """
 
     flip_N: Tensor
     shift_N2: Tensor
+    box_N4: Tensor | None = None
+    color_N3: Tensor | None = None
+    strong_N: Tensor | None = None
 
     def __getitem__(self, indices_B: Tensor) -> "View":
-        return View(self.flip_N[indices_B], self.shift_N2[indices_B])
+        return View(*(None if part is None else part[indices_B] for part in vars(self).values()))
+
+    def to(self, device: torch.device) -> "View":
+        """The same view on another device."""
+        return View(*(None if part is None else part.to(device) for part in vars(self).values()))
 
 
 def draw_view(num_images: int, config: AugmentConfig, index: int) -> View:
@@ -47,11 +79,20 @@ def draw_view(num_images: int, config: AugmentConfig, index: int) -> View:
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + index)
     flip_N = torch.rand(num_images, generator=generator) < 0.5
     shift_N2 = torch.randint(-config.crop, config.crop + 1, (num_images, 2), generator=generator)
-    return View(flip_N & config.flip, shift_N2)
+    if not config.has_strong:
+        return View(flip_N & config.flip, shift_N2)
+    uniform_N8 = torch.rand(num_images, 8, generator=generator)
+    area_N = config.scale + (1 - config.scale) * uniform_N8[:, 0]
+    aspect_N = torch.exp(math.log(ASPECT) * (2 * uniform_N8[:, 1] - 1))
+    sides_N2 = torch.stack([area_N * aspect_N, area_N / aspect_N], dim=1).sqrt().clamp_max(1)
+    centre_N2 = (2 * uniform_N8[:, 2:4] - 1) * (1 - sides_N2)
+    color_N3 = 1 + config.color_jitter * (2 * uniform_N8[:, 4:7] - 1)
+    strong_N = uniform_N8[:, 7] < config.strong
+    return View(flip_N & config.flip, shift_N2, torch.cat([centre_N2, sides_N2], dim=1), color_N3, strong_N)
 
 
 def apply_view(images_BCHW: Tensor, view: View) -> Tensor:
-    """Flip and shift each image by its own row of `view`; any dtype and device, the shape stays."""
+    """Change each uint8 image (B, 3, H, W) by its own row of `view`, on the images' device; the shape stays."""
     _, channels, height, width = images_BCHW.shape
     device = images_BCHW.device
     flip_B, shift_B2 = view.flip_N.to(device), view.shift_N2.to(device)
@@ -60,7 +101,32 @@ def apply_view(images_BCHW: Tensor, view: View) -> Tensor:
     columns_BW = torch.where(flip_B[:, None], columns_BW.flip(1), columns_BW)
     batch = torch.arange(len(images_BCHW), device=device)[:, None, None, None]
     channel = torch.arange(channels, device=device)[None, :, None, None]
-    return images_BCHW[batch, channel, rows_BH[:, None, :, None], columns_BW[:, None, None, :]]
+    moved_BCHW = images_BCHW[batch, channel, rows_BH[:, None, :, None], columns_BW[:, None, None, :]]
+    if view.box_N4 is None:
+        return moved_BCHW
+    strong_BCHW = _recolor(_enlarge(moved_BCHW.float() / 255, view.box_N4.to(device)), view.color_N3.to(device))
+    strong_BCHW = (strong_BCHW * 255).round().to(images_BCHW.dtype)
+    return torch.where(view.strong_N.to(device)[:, None, None, None], strong_BCHW, moved_BCHW)
+
+
+def _enlarge(x_BCHW: Tensor, box_B4: Tensor) -> Tensor:
+    """Each image's box, bicubic, at the size of the image."""
+    theta_B23 = x_BCHW.new_zeros(len(x_BCHW), 2, 3)
+    theta_B23[:, 0, 0], theta_B23[:, 1, 1] = box_B4[:, 2], box_B4[:, 3]
+    theta_B23[:, :, 2] = box_B4[:, :2]
+    grid_BHW2 = F.affine_grid(theta_B23, list(x_BCHW.shape), align_corners=False)
+    enlarged = F.grid_sample(x_BCHW, grid_BHW2, mode="bicubic", padding_mode="reflection", align_corners=False)
+    return enlarged.clamp(0, 1)
+
+
+def _recolor(x_BCHW: Tensor, color_B3: Tensor) -> Tensor:
+    """Scale the brightness, the distance from the image's mean, and the distance from grey, in that order."""
+    brightness_B111, contrast_B111, saturation_B111 = color_B3[:, :, None, None, None].unbind(dim=1)
+    x_BCHW = x_BCHW * brightness_B111
+    mean_B111 = x_BCHW.mean(dim=(1, 2, 3), keepdim=True)
+    x_BCHW = mean_B111 + contrast_B111 * (x_BCHW - mean_B111)
+    grey_B1HW = x_BCHW.mean(dim=1, keepdim=True)
+    return (grey_B1HW + saturation_B111 * (x_BCHW - grey_B1HW)).clamp(0, 1)
 
 
 def _reflect(positions: Tensor, size: int) -> Tensor:
@@ -73,11 +139,29 @@ def prepare(images_BCHW: Tensor, size: int, mean: tuple[float, ...], std: tuple[
     """uint8 images as the backbone's float32 input (B, 3, size, size).
 
     Bicubic and antialiased, clamped to [0, 1] where bicubic overshoots, then normalised: the one path that
-    training, evaluation and prediction share.
+    training, evaluation and prediction share. Resizing is linear and separable, so it is two matrix products,
+    which a GPU does many times faster than it interpolates.
     """
     x_BCHW = images_BCHW.float() / 255
-    if x_BCHW.shape[-2:] != (size, size):
-        x_BCHW = F.interpolate(x_BCHW, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
-    mean_C11 = torch.tensor(mean, device=x_BCHW.device)[:, None, None]
-    std_C11 = torch.tensor(std, device=x_BCHW.device)[:, None, None]
-    return (x_BCHW - mean_C11) / std_C11
+    height, width = x_BCHW.shape[-2:]
+    device = x_BCHW.device
+    shift_C11, scale_C11 = _normalisation(tuple(mean), tuple(std), device)
+    if (height, width) != (size, size):
+        rows_SH, columns_SW = _resize_matrix(height, size, device), _resize_matrix(width, size, device)
+        with torch.autocast(device.type, enabled=False):
+            x_BCHW = (rows_SH @ (x_BCHW @ columns_SW.T)).clamp_(0, 1)
+    return torch.addcmul(shift_C11, x_BCHW, scale_C11)
+
+
+@lru_cache(maxsize=64)
+def _normalisation(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """(shift, scale) that normalise; kept on the device, as the matrices below, because a copy makes it wait."""
+    scale_C11 = 1 / torch.tensor(std)[:, None, None]
+    return (-torch.tensor(mean)[:, None, None] * scale_C11).to(device), scale_C11.to(device)
+
+
+@lru_cache(maxsize=64)
+def _resize_matrix(before: int, after: int, device: torch.device) -> Tensor:
+    """The matrix (after, before) that resizes a column of pixels as F.interpolate does: its effect on unit vectors."""
+    identity = torch.eye(before)[None, None]
+    return F.interpolate(identity, (after, before), mode="bicubic", antialias=True)[0, 0].to(device)

@@ -52,7 +52,10 @@ def _download(root: Path, folder: Path, missing: list[str], download: bool) -> N
 
 
 def _verified(path: Path, md5: str) -> bytes:
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise EnvironmentFault(f"{path} cannot be read: {error.strerror}; mend its permissions or its disk") from error
     found = hashlib.md5(content).hexdigest()
     if found != md5:
         raise UserError(

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from errors import UserError
+from errors import UserError, warn
 
 
 @dataclass
@@ -66,6 +66,7 @@ class ImageSet:
     """N labelled images in memory.
 
     images_NCHW: uint8 RGB. labels_N: int64 in [0, C). coarse_N: int64 superclass of each image, or None.
+    Raises errors.UserError for a label that names no class.
     """
 
     images_NCHW: Tensor
@@ -73,6 +74,15 @@ class ImageSet:
     class_names: tuple[str, ...]
     coarse_N: Tensor | None = None
     coarse_names: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if len(self.labels_N) != len(self.images_NCHW):
+            raise UserError(f"there are {len(self.images_NCHW)} images but {len(self.labels_N)} labels")
+        if len(self) and not 0 <= int(self.labels_N.min()) <= int(self.labels_N.max()) < self.num_classes:
+            low, high = int(self.labels_N.min()), int(self.labels_N.max())
+            raise UserError(
+                f"labels go from {low} to {high}: {self.num_classes} classes have 0 to {self.num_classes - 1}"
+            )
 
     def __len__(self) -> int:
         return len(self.labels_N)
@@ -135,6 +145,12 @@ def load_splits(config: DataConfig) -> Splits:
     for name, part in (("training", train), ("validation", validation), ("test", test)):
         if not len(part):
             raise UserError(f"the {name} split has no image of the classes that are left: raise data.max_classes")
+        lacking = np.setdiff1d(np.arange(train.num_classes), part.labels_N.numpy())
+        if len(lacking):
+            warn(
+                f"the {name} split has no image of {len(lacking)} of the {train.num_classes} classes "
+                f"('{train.class_names[lacking[0]]}'): each counts as 0 in its macro-F1"
+            )
     return Splits(train, validation, test)
 
 

@@ -3,8 +3,9 @@
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,13 +13,17 @@ from tqdm import tqdm
 
 from data.augment import AugmentConfig, View, apply_view, draw_view
 from data.datasets import Splits
+from data.feature_cache import DEFAULT_FOLDER, FeatureCache, gigabytes
+from data.placement import DeviceMemory, HostCopy, Stored, fetch_ahead
 
 STORAGE = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+DEVICE_SHARE = 0.5  # of a GPU's free memory that features may take; the rest is for the model and its optimizer
+IMAGE_SHARE = 1 / 16  # of it that a split's images may take while a view is extracted
 
 
 @dataclass
 class FeaturesConfig:
-    """Features: when the frozen backbone runs."""
+    """Features: when the frozen backbone runs, and where what it sees is kept."""
 
     mode: Literal["cached", "live"] = "cached"
     """cached: each view is extracted once and kept; live: the backbone runs again for every batch."""
@@ -28,8 +33,13 @@ class FeaturesConfig:
     """Images that go through the backbone at once."""
     storage: Literal["float16", "bfloat16", "float32"] = "float16"
     """Number format of stored features."""
+    cache_dir: Path | None = DEFAULT_FOLDER
+    """Folder in which features outlive the run (cached mode); null: they are kept in memory only."""
+    compile: Literal["auto", "always", "never"] = "auto"
+    """Compile the backbone; auto: on a GPU, where there are images enough to repay it."""
 
     def __post_init__(self):
+        self.cache_dir = None if self.cache_dir is None else Path(self.cache_dir)
         for name in ("views", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"features.{name} is {getattr(self, name)}: it must be at least 1")
@@ -50,7 +60,7 @@ def _batch_by_core(device: torch.device) -> Iterator[Callable]:
     try:
         yield pool.map
     finally:
-        pool.shutdown(cancel_futures=True)  # or Ctrl-C would wait for the batches that are queued
+        pool.shutdown(wait=False, cancel_futures=True)  # or Ctrl-C would wait for the batches under way
         torch.set_num_threads(cores)
 
 
@@ -58,8 +68,13 @@ class FeatureBank:
     """Serves batches of (features, labels) of a split; the training split comes in augmented views.
 
     extract: turns uint8 images (B, 3, H, W) on `device` into features (B, ...) there, without gradients.
-    In cached mode a view is extracted when it is first asked for and then kept, on the device while half of
-    its free memory suffices, else in host memory. In live mode nothing is kept.
+    In cached mode a view is extracted when it is first asked for and then kept: on a GPU while half of its free
+    memory suffices, else in host memory, from where batches are fetched ahead; with `cache` also on disk, under
+    a key of the view, the data and `source`: what determines the features besides, as plain values. In live
+    mode nothing is kept. views_used: views that the run will come to (None: all), for the size that is announced.
+    memory: the GPU's memory, found from `device` unless given.
+
+    Raises errors.EnvironmentFault where the disk of `cache` is too small.
     """
 
     def __init__(
@@ -69,10 +84,21 @@ class FeatureBank:
         augment: AugmentConfig,
         config: FeaturesConfig,
         device: torch.device,
+        cache: FeatureCache | None = None,
+        source: dict[str, Any] | None = None,
+        views_used: int | None = None,
+        memory: DeviceMemory | None = None,
     ):
         self.splits, self.extract, self.augment, self.config = splits, extract, augment, config
-        self.device = device
-        self._stored: dict[tuple[str, int | None], Tensor] = {}
+        self.device, self.cache, self.source = device, cache, source or {}
+        self.views_used = min(config.views, views_used or config.views)
+        self.memory = memory or (DeviceMemory(device) if device.type == "cuda" else None)
+        self._budget = int(self.memory.free() * DEVICE_SHARE) if self.memory else 0
+        self._dtype = STORAGE[config.storage]
+        self._stored: dict[tuple[str, int | None], Stored] = {}
+        self._announced: set[str] = set()
+        self._shape: tuple[int, ...] | None = None
+        self._data: dict[str, str] = {}
         self._labels = {name: splits[name].labels_N.to(device) for name in ("train", "validation", "test")}
 
     def batches(
@@ -85,61 +111,181 @@ class FeatureBank:
         """
         total = len(self.splits[split])
         order_N = torch.arange(total) if order_N is None else order_N.cpu()
+        if not len(order_N):
+            return
+        parts, labels = order_N.split(batch_size), self._labels[split]
+        on_device = order_N.to(self.device).split(batch_size)
         view = self._resolve(view)
-        stored = self._view(split, view) if self.config.mode == "cached" else None
-        drawn = None if view is None or stored is not None else draw_view(total, self.augment, view)
-        order_on_device = order_N.to(self.device)
-        for start in range(0, len(order_N), batch_size):
-            index_B = order_N[start : start + batch_size]
-            index_on_device = order_on_device[start : start + batch_size]
-            if stored is None:
-                features = self._extract(split, index_B, drawn)
-            elif stored.device == self.device:
-                features = stored[index_on_device]
-            else:
-                features = stored[index_B].to(self.device)
-            yield features, self._labels[split][index_on_device]
+        if self.config.mode == "live":
+            drawn = None if view is None else draw_view(total, self.augment, view)
+            images = self.splits[split].images_NCHW
+            features = (self._extract(images, index_B, drawn) for index_B in parts)
+        else:
+            features = self._fetch(self._view(split, view), parts, on_device)
+        for features_B, index_B in zip(features, on_device, strict=True):
+            yield features_B, labels.index_select(0, index_B)
 
     def example(self) -> Tensor:
         """The features of the first training image (1, ...), for the model to take its input size from."""
-        return self._extract("train", torch.tensor([0]), None)
+        features = self._extract(self.splits.train.images_NCHW, torch.tensor([0]), None)
+        self._shape = tuple(features.shape[1:])
+        return features
 
     def _resolve(self, view: int | None) -> int | None:
         if view is None or not self.augment.active:
             return None
         return view % self.config.views if self.config.mode == "cached" else view
 
-    def _extract(self, split: str, index_B: Tensor, drawn: View | None) -> Tensor:
+    def _fetch(self, stored: Stored, parts: tuple[Tensor, ...], on_device: tuple[Tensor, ...]) -> Iterator[Tensor]:
+        if stored.device is None and self.memory is not None:
+            return fetch_ahead(stored.host, parts, self.memory)
+        source = stored.host if stored.device is None else stored.device
+        return (source.index_select(0, index_B) for index_B in on_device)
+
+    def _extract(self, images_NCHW: Tensor, index_B: Tensor, drawn: View | None) -> Tensor:
         chunks = []
         for part in index_B.split(self.config.batch_size):
-            images = self.splits[split].images_NCHW[part].to(self.device)
+            images = images_NCHW[part].to(self.device)
             chunks.append(self.extract(images if drawn is None else apply_view(images, drawn[part])))
         return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
 
-    def _view(self, split: str, view: int | None) -> Tensor:
-        """The stored features of a whole view of a split, extracted now if it is their first use."""
-        key = (split, view)
-        if key in self._stored:
-            return self._stored[key]
-        total, dtype = len(self.splits[split]), STORAGE[self.config.storage]
+    def _view(self, split: str, view: int | None) -> Stored:
+        """The stored features of a whole view of a split, read or extracted now if it is their first use."""
+        name = (split, view)
+        if name not in self._stored:
+            self._announce(split, view)
+            found = self.cache.load(self._key(split, view)) if self.cache else None
+            self._stored[name] = self._extract_view(split, view) if found is None else self._place(found)
+        return self._stored[name]
+
+    def _key(self, split: str, view: int | None) -> dict[str, Any]:
+        """Everything that determines the features of a view."""
+        if split not in self._data:
+            self._data[split] = self.splits[split].fingerprint()
+        augment = None if view is None else asdict(self.augment)
+        key = {"split": split, "view": view, "data": self._data[split], "augment": augment}
+        return {**key, "storage": self.config.storage, **self.source}
+
+    def _announce(self, split: str, view: int | None) -> None:
+        """Say once what a split's features weigh and where they go; the disk must have room for all of them."""
+        if split in self._announced:
+            return
+        self._announced.add(split)
+        views = [None] if view is None else range(self.views_used)
+        shape = self._shape or tuple(self.example().shape[1:])
+        size = len(self.splits[split]) * torch.Size(shape).numel() * self._dtype.itemsize
+        what = f"features     {split}: {gigabytes(size * len(views))}"
+        what += f" ({len(views)} views of {gigabytes(size)})" if len(views) > 1 else ""
+        what += f", kept {self._where(size, len(views))}"
+        if self.cache is not None:
+            missing = [v for v in views if not self.cache.path(self._key(split, v)).exists()]
+            stored, needed = len(views) - len(missing), size * len(missing)
+            what += f"; {stored} of {len(views)} in {self.cache.folder}"
+            if missing:
+                what += f", {gigabytes(needed)} to be written there ({gigabytes(self.cache.free())} free)"
+                advice = "choose another --features.cache_dir, or null to keep them in memory only"
+                advice += ", or lower --features.views" if len(views) > 1 else ""
+                print(what, flush=True)
+                self.cache.require_space(needed, advice)
+                return
+        print(what, flush=True)
+
+    def _where(self, size: int, views: int) -> str:
+        if self.memory is None:
+            return "in host memory"
+        fitting = min(views, self._budget // max(1, size))
+        if fitting == 0:
+            return f"in host memory and fetched ahead ({gigabytes(self._budget)} of {self.device} may be used)"
+        rest = "" if fitting == views else f" as far as {fitting} of them fit, else in host memory and fetched ahead"
+        return f"on {self.device}{rest} ({gigabytes(self._budget)} of it may be used)"
+
+    def _extract_view(self, split: str, view: int | None) -> Stored:
+        total, images = len(self.splits[split]), self.splits[split].images_NCHW
         drawn = None if view is None else draw_view(total, self.augment, view)
+        if self.memory is not None and images.nbytes < self.memory.free() * IMAGE_SHARE:
+            images = images.to(self.device)
+            drawn = drawn and drawn.to(self.device)
+        stored, host_copy = self._allocate(split, view), HostCopy()
+
+        def extract(index_B: Tensor) -> Tensor:
+            try:
+                return self._extract(images, index_B, drawn).to(self._dtype)
+            except torch.OutOfMemoryError:
+                host_copy.finish()
+                if not self._make_room(stored):
+                    raise
+            return self._extract(images, index_B, drawn).to(self._dtype)
+
         label = f"features: {split}" + ("" if view is None else f", view {view + 1} of {self.config.views}")
-        stored = None
-        with tqdm(total=total, desc=label, unit="image", leave=False, disable=None) as bar:
-            batches = torch.arange(total).split(self.config.batch_size)
-            with _batch_by_core(self.device) as each:
-                extracted = each(lambda index_B: self._extract(split, index_B, drawn).to(dtype), batches)
-                for index_B, features in zip(batches, extracted, strict=True):
-                    if stored is None:
-                        stored = self._allocate((total, *features.shape[1:]), dtype)
-                    stored[index_B[0] : index_B[-1] + 1] = features.to(stored.device)
-                    bar.update(len(index_B))
-        self._stored[key] = stored
+        try:
+            with tqdm(total=total, desc=label, unit="image", leave=False, disable=None) as bar:
+                batches = torch.arange(total, device=images.device).split(self.config.batch_size)
+                with _batch_by_core(self.device) as each:
+                    starts = range(0, total, self.config.batch_size)
+                    for start, features in zip(starts, each(extract, batches), strict=True):
+                        stored.put(start, features, host_copy)
+                        bar.update(len(features))
+                host_copy.finish()
+        except BaseException:
+            if stored.draft is not None:
+                stored.draft.discard()
+            raise
+        return self._settle(stored)
+
+    def _allocate(self, split: str, view: int | None) -> Stored:
+        shape = (len(self.splits[split]), *(self._shape or self.example().shape[1:]))
+        stored = Stored(device=self._take(shape))
+        if self.cache is not None:
+            stored.draft = self.cache.draft(self._key(split, view), shape, self._dtype)
+        if stored.draft is not None:
+            stored.host = stored.draft.tensor
+        elif stored.device is None:
+            stored.host = torch.empty(shape, dtype=self._dtype)
         return stored
 
-    def _allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        if self.device.type == "cuda":
-            needed = torch.Size(shape).numel() * dtype.itemsize
-            if needed < torch.cuda.mem_get_info(self.device)[0] / 2:
-                return torch.empty(shape, dtype=dtype, device=self.device)
-        return torch.empty(shape, dtype=dtype)
+    def _settle(self, stored: Stored) -> Stored:
+        """A complete view: its file gets its name, and what is on a GPU is not kept in host memory too."""
+        if stored.draft is not None:
+            self.cache.commit(stored.draft)
+            stored.draft = None
+        if stored.device is not None:
+            stored.host = None
+        return stored
+
+    def _place(self, mapped: Tensor) -> Stored:
+        """A view that was read from disk: on the device where it fits, else the mapped file itself."""
+        device = self._take(tuple(mapped.shape))
+        if device is None:
+            return Stored(host=mapped)
+        device.copy_(mapped)
+        return Stored(device=device)
+
+    def _take(self, shape: tuple[int, ...]) -> Tensor | None:
+        """Memory of the device for a view, or None where it does not fit there."""
+        size = torch.Size(shape).numel() * self._dtype.itemsize
+        if self.memory is None or size > self._budget or size > self.memory.free():
+            return None
+        try:
+            taken = self.memory.empty(shape, self._dtype)
+        except torch.OutOfMemoryError:
+            self._fall_back()
+            return None
+        self._budget -= size
+        return taken
+
+    def _make_room(self, current: Stored) -> bool:
+        """Move the view that is being extracted, else the last one stored, to host memory; False if there is none."""
+        on_device = [stored for stored in (*self._stored.values(), current) if stored.device is not None]
+        if not on_device:
+            return False
+        moved = on_device[-1]
+        if moved.host is None:
+            moved.host = moved.device.cpu()
+        moved.device = None
+        self._fall_back()
+        return True
+
+    def _fall_back(self) -> None:
+        self._budget = 0
+        self.memory.release()
+        print(f"features     {self.device} is out of memory: host memory takes what it has no room for", flush=True)

@@ -14,6 +14,7 @@ from torch import Tensor
 from errors import UserError
 
 MIN_SIDE = 4
+PROGRAMS = {"EPS"}  # PostScript is code, for which Pillow starts an interpreter
 MAX_PIXELS = 89_478_485  # Pillow's own threshold for a suspicious image: 268 MB as RGB
 # JPEGs are decoded at 1/2, 1/4 or 1/8 of their size as long as that leaves so many pixels for each one wanted.
 DRAFT_FACTOR = 4
@@ -32,7 +33,7 @@ def read_picture(path: Path, size: int, grey: bool = False) -> Picture:
     """The centre square of an image file, turned upright by its EXIF orientation and resized to `size` pixels.
 
     Bicubic and antialiased; the first frame of an animation; transparent parts on white; 16-bit grey scaled to
-    8 bits; CMYK without its colour profile; never PostScript, which is a program. grey: without colour. Raises errors.UserError, in one line, for a file
+    8 bits; CMYK without its colour profile; grey: without colour. Raises errors.UserError, in one line, for a file
     that Pillow cannot read, a side below MIN_SIDE, or more than MAX_PIXELS to decode.
     """
     try:
@@ -58,9 +59,8 @@ def read_picture(path: Path, size: int, grey: bool = False) -> Picture:
 
 
 def _formats() -> list[str]:
-    """All that Pillow reads but PostScript, for which it would run an interpreter."""
     Image.init()
-    return [name for name in Image.OPEN if name != "EPS"]
+    return sorted(Image.OPEN.keys() - PROGRAMS)
 
 
 def _read(image: Image.Image, path: Path, size: int, grey: bool) -> Picture:

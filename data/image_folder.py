@@ -43,6 +43,12 @@ def _read_split(folder: Path, names: tuple[str, ...], size: int) -> ImageSet | N
     if folder.name == "train" and (empty := set(names) - {Path(path).parent.name for path, _ in files}):
         raise UserError(f"{folder / min(empty)} holds no image: add some, or remove the folder")
     images_NCHW = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
+    failures = []
     for row, (path, _) in enumerate(files):
-        images_NCHW[row] = read_picture(Path(path), size).pixels_CHW
+        try:
+            images_NCHW[row] = read_picture(Path(path), size).pixels_CHW
+        except UserError as error:
+            failures.append(error)
+    if failures:
+        raise UserError(f"{failures[0]} ({len(failures)} of {len(files)} files in {folder})") from failures[0]
     return ImageSet(images_NCHW, torch.tensor([label for _, label in files]), names)

@@ -1,7 +1,10 @@
 """Save and resume: checkpoints hold the trained part only, plus the name and fingerprint of the backbone."""
 
 import json
+import os
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,48 +14,128 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from archives import check_archive
 from engine.run_folder import RunFolder, write_atomically, write_json
-from errors import UserError
+from errors import UserError, one_line, warn
 
 FORMAT_VERSION = 1
 REWRITE = "delete model.json, and evaluate.py will write it and the weights again from checkpoints/best.pt"
 
 
-def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint of tensors and plain values under a temporary name, then rename it."""
+# What every checkpoint and model.json must have, and what a checkpoint to resume from must have besides.
+IDENTITY = {
+    "config": dict,
+    "backbone": {"name": str, "fingerprint": str},
+    "data": {"train": str, "validation": str, "test": str},
+    "class_names": [str],
+    "feature_shape": [int],
+}
+RESUMABLE = {
+    "model": dict,
+    "optimizer": {"state": dict, "param_groups": [dict]},
+    "epoch": int,
+    "step": int,
+    "best": {"epoch": int, "macro_f1": float},
+    "improved": int,
+    "said": [str],
+    "random": dict,
+}
+
+
+def save_checkpoint(path: Path, state: dict[str, Any], kept: str = "") -> None:
+    """Write a checkpoint of tensors and plain values under a temporary name, then rename it.
+
+    The one before stays beside it, for the case that this one turns out torn. kept: what remains where this fails.
+    """
 
     def write(temporary: Path) -> None:
         with open(temporary, "wb") as file:  # a file of our own, because torch.save hides why it could not open one
             torch.save({"format_version": FORMAT_VERSION, **state}, file)
 
-    write_atomically(path, write)
+    write_atomically(path, write, kept, previous(path))
+
+
+def previous(path: Path) -> Path:
+    """The checkpoint that `path` replaced."""
+    return path.with_name(f"{path.stem}.previous{path.suffix}")
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU without running code. Raises errors.UserError where it cannot be used."""
+    """Read a checkpoint, or the one before it where it is torn, onto the CPU without running code.
+
+    Raises errors.UserError where neither can be used.
+    """
+    try:
+        return _read_checkpoint(path)
+    except UserError as error:
+        before = previous(path)
+        if not before.is_file():
+            raise
+        state = _read_checkpoint(before)
+        warn(f"{error}; going on with {before} of epoch {state['epoch']}")
+        return state
+
+
+def _read_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path} is missing: the run has no such checkpoint; start it anew in another --run_dir")
     try:
+        check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # bytes that are no checkpoint make the reader fail in every way there is
+    except Exception as error:  # bytes that are no checkpoint make the readers fail in every way there is
         raise UserError(
-            f"{path} is truncated or no checkpoint ({type(error).__name__}): go without it, in a new run"
+            f"{path} is truncated or no checkpoint ({type(error).__name__}: {one_line(error, 100)}): "
+            "go without it, in a new run"
         ) from error
     if not isinstance(state, dict) or state.get("format_version") != FORMAT_VERSION:
         found = state.get("format_version") if isinstance(state, dict) else None
         raise UserError(f"{path} has checkpoint format {found}, this version reads {FORMAT_VERSION}: train it anew")
-    if missing := {"config", "backbone", "data", "model", "epoch"} - state.keys():
-        raise UserError(f"{path} is not a whole checkpoint: it lacks {', '.join(sorted(missing))}")
+    require_like(state, {**IDENTITY, "model": dict, "epoch": int}, path)
     return state
+
+
+def require_like(value: dict[str, Any], pattern: dict[str, Any], path: Path) -> None:
+    """Raise errors.UserError unless `value` has the entries of `pattern`, {"name": type, "names": [type], ...}."""
+    for key, expected in pattern.items():
+        found = value.get(key)
+        if isinstance(expected, dict) and isinstance(found, dict):
+            require_like(found, expected, path)
+        elif isinstance(expected, list) and isinstance(found, list):
+            if not all(type(item) is expected[0] for item in found):
+                raise UserError(f"{path} is not what train.py writes: {key} is not a list of {expected[0].__name__}")
+        elif isinstance(expected, dict | list) or not isinstance(found, expected) or isinstance(found, bool):
+            raise UserError(f"{path} is not what train.py writes: it has no usable {key}; train it anew")
+
+
+@contextmanager
+def fitting(source: Path) -> Iterator[None]:
+    """Raise errors.UserError where what `source` holds does not fit the model that is to take it."""
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError) as error:
+        reason = one_line(error)
+        raise UserError(f"{source} does not fit the model that its configuration describes: {reason}") from error
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load the moments; every setting is that of the configuration and this machine, the learning rate of the step.
+
+    Raises ValueError where shapes differ from those of the parameters.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, moments in state["state"].items():
+        for name, value in moments.items():
+            if value.shape != (() if name == "step" else parameters[index].shape):
+                raise ValueError(f"{name} of parameter {index} has shape {tuple(value.shape)}")
+    groups = zip(state["param_groups"], optimizer.param_groups, strict=True)
+    groups = [{**own, "params": stored["params"]} for stored, own in groups]
+    optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
 
 
 def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], source: Path) -> None:
     """Load a state dict strictly. Raises errors.UserError where names or shapes differ from the configuration."""
-    try:
+    with fitting(source):
         model.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{source} does not fit the model that its configuration describes: {reason}") from error
 
 
 def check_inputs(stored: dict[str, Any], now: dict[str, Any], source: Path) -> None:
@@ -66,8 +149,12 @@ def check_inputs(stored: dict[str, Any], now: dict[str, Any], source: Path) -> N
             f"{source} was trained on backbone {before['name']} with fingerprint {before['fingerprint'][:12]}, but "
             f"{after['name']} here has {after['fingerprint'][:12]}: pass the same file with --backbone.weights"
         )
+    if stored.get("feature_shape") != now.get("feature_shape"):
+        raise UserError(
+            f"{source} reads features of shape {stored['feature_shape']}, but the backbone gives {now['feature_shape']}"
+        )
     for split, digest in stored["data"].items():
-        if now["data"][split] != digest:
+        if now["data"].get(split) != digest:
             raise UserError(f"{source} was trained on other data: its {split} images differ from those of --data.root")
 
 
@@ -83,11 +170,11 @@ def read_description(run: RunFolder) -> dict[str, Any]:
     """What model.json says. Raises errors.UserError where it is unreadable, incomplete or of another version."""
     try:
         described = json.loads(run.model.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{run.model} is not readable JSON: {REWRITE}") from error
-    keys = {"config", "backbone", "data", "class_names", "feature_shape"}
-    if not isinstance(described, dict) or described.get("format_version") != FORMAT_VERSION or keys - described.keys():
+    if not isinstance(described, dict) or described.get("format_version") != FORMAT_VERSION:
         raise UserError(f"{run.model} is not of format {FORMAT_VERSION}: {REWRITE}")
+    require_like(described, IDENTITY, run.model)
     return described
 
 
@@ -95,7 +182,7 @@ def load_exported(run: RunFolder, model: nn.Module) -> None:
     """Load model.safetensors into `model`. Raises errors.UserError where it is unreadable or does not fit."""
     try:
         weights = load_file(run.weights)
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{run.weights} is truncated or no safetensors file ({error}): {REWRITE}") from error
     load_weights(model, weights, run.weights)
 
@@ -108,7 +195,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
         "torch": torch.get_rng_state(),
         "cuda": [torch.cuda.get_rng_state(device)] if device.type == "cuda" else [],
         "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
-        "python": [version, list(internal), gauss],
+        "python": [version, torch.tensor(internal), gauss],
     }
 
 
@@ -120,11 +207,17 @@ def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
+    random.setstate((version, tuple(internal.tolist()), gauss))
 
 
-def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and PyTorch (all devices). After the tracker is opened: ClearML reseeds them."""
+def seed_everything(seed: int, deterministic: bool = False) -> None:
+    """Seed Python, NumPy and PyTorch (all devices). After the tracker is opened: ClearML reseeds them.
+
+    deterministic: also forbid PyTorch what may differ between two runs on a GPU, for this process.
+    """
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS asks for, before its first use
+        torch.use_deterministic_algorithms(True)

@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from errors import UserError
 # Where a run lies and what it ran on: not what it is.
 INCIDENTAL = {"run_dir", "tracking", "device", "data.root", "data.download", "backbone.weights"}
 WIDE = 6  # runs up to which each has a column of the printed table; of more, each has a row
-CELL = 40  # letters of a printed value
+CELL = 40  # letters of a printed value of the configuration
 
 # Keys of metrics.json -> the name of the figure, and whether it is shown in percent.
 FIGURES = {
@@ -131,11 +131,14 @@ def _figures(metrics: dict[str, Any]) -> dict[str, float]:
 
 
 def _named(runs: list[Compared]) -> list[Compared]:
-    """Runs whose names tell them apart: by their source where two have one name."""
+    """The runs under names that tell them apart: with their folder, or the start of their id, where two have one."""
     names = [run.name for run in runs]
-    return [
-        Compared(run.source, run.source, run.config, run.figures) if names.count(run.name) > 1 else run for run in runs
-    ]
+    return [replace(run, name=_longer(run)) if names.count(run.name) > 1 else run for run in runs]
+
+
+def _longer(run: Compared) -> str:
+    path = Path(run.source).expanduser()
+    return str(path) if path.is_dir() else f"{run.name} ({run.source[:8]})"
 
 
 def _rows(runs: Sequence[Compared], differing: list[str]) -> list[tuple[str, list[str]]]:
@@ -172,7 +175,8 @@ def _text(runs: Sequence[Compared], rows: list[tuple[str, list[str]]]) -> str:
     if len(runs) > WIDE:
         left_out = {name for name, _ in FIGURES.values()} - set(MAIN)
         rows = [row for row in rows if row[0] not in left_out]
-    grid = [[cell if len(cell) <= CELL else cell[: CELL - 1] + "…" for cell in line] for line in _grid(runs, rows)]
+    rows = [(what, [cell if len(cell) <= CELL else cell[: CELL - 1] + "…" for cell in cells]) for what, cells in rows]
+    grid = _grid(runs, rows)
     widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
     lines = []
     for line in grid:
@@ -215,4 +219,5 @@ def _figure(runs: Sequence[Compared]):
         for label, series in panels.items()
         if not all(np.isnan(values).all() for values in series.values())
     }
-    return plots.comparison([run.name for run in shown], known, from_zero=[*panels][1:])
+    names = [run.name if len(run.name) <= CELL else "…" + run.name[1 - CELL :] for run in shown]
+    return plots.comparison(names, known, from_zero=[*panels][1:])

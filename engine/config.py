@@ -19,9 +19,9 @@ from engine.trainer import TrainConfig
 from errors import UserError
 from model.backbone import BackboneConfig
 from model.balance import BalanceConfig
-from model.classifier import NeckConfig
+from model.classifier import NeckConfig, check_parts
 from model.experts import ExpertsConfig
-from model.routers import RouterConfig
+from model.routers import ROUTERS, RouterConfig
 
 DEVICES = r"auto|cpu|cuda(:\d+)?"
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "cifar100.yaml"
@@ -62,19 +62,35 @@ class Config:
             raise ValueError(
                 f"neck.kind {self.neck.kind} reads tokens, but backbone.features are pooled: use [tokens:-1]"
             )
+        check_parts(self.neck, self.router, self.experts)
         if self.backbone.gives_tokens and not self.neck.needs_tokens:
             raise ValueError(
                 "backbone.features gives tokens, but neck.kind pooled reads vectors: use attention or flatten"
             )
-        if self.router.top_k == 1 < num_experts and self.experts.combine == "probabilities":
+        self._check_inputs()
+        self._check_balance()
+
+    def _check_inputs(self) -> None:
+        """Features that router.inputs and experts.inputs name must be there."""
+        count = len(self.backbone.features)
+        chosen = {"router.inputs": [self.router.inputs or []], "experts.inputs": self.experts.inputs or []}
+        for name, lists in chosen.items():
+            for group in (group for groups in lists for group in groups):
+                if not 0 <= group < count:
+                    raise ValueError(
+                        f"{name} names feature {group}, but backbone.features has {count}: they count from 0"
+                    )
+
+    def _check_balance(self) -> None:
+        """Losses that the rule gives nothing to act on."""
+        rule = ROUTERS[self.router.kind]
+        if self.balance.load > 0 and not (rule.has_load and self.router.noise_std != 0):
             raise ValueError(
-                "experts.combine probabilities with router.top_k 1 gives the gate no gradient, since a single weight "
-                "scales all probabilities alike: use logits, or top_k 2"
+                f"balance.load needs noise on the logits, which router.kind {self.router.kind} does not have here: "
+                "set it to 0, or router.kind noisy_topk"
             )
-        if self.balance.load > 0 and self.router.kind != "noisy_topk":
-            raise ValueError(
-                "balance.load needs the learned noise of router.kind noisy_topk: set it to 0, or change the router"
-            )
+        if self.balance.z_loss > 0 and (rule.reads_tokens or not rule.learns):
+            raise ValueError(f"balance.z_loss has no logits to act on with router.kind {self.router.kind}: set it to 0")
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values, as config.yaml, checkpoints and ClearML hold them."""
@@ -153,6 +169,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument(
         "--resume", type=str, default=None, metavar="RUN", help="Go on with a run that was interrupted."
     )
+    parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
     parser.add_class_arguments(Config)
     return parser
 

@@ -34,7 +34,7 @@ def evaluate(
     predictions = predict(model, bank, "test", removals=True)
     test = bank.splits.test
     results = _results(predictions, test, config, model) | {"environment": environment(bank.device)}
-    write_json(run.evaluation / "metrics.json", results)
+    write_json(run.results, results)
     drawings = draw(run, config, predictions, bank, results)
     write_report(run, config, results, drawings)
     if tracker is not None:

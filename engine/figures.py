@@ -67,7 +67,7 @@ def draw(
         "feature_map": _feature_map(predictions, bank, labels),
         "reliability": _reliability(results),
         "confused_pairs": _confused_pairs(results),
-        **_worth(results, labels),
+        **worth(results),
         **_over_time(run.history(), config, labels),
     }
     if "superclass_confusion" in results:
@@ -108,14 +108,19 @@ def _over_time(history: list[dict], config: Config, labels: list[str]) -> dict[s
     return figures
 
 
-def _worth(results: dict[str, Any], labels: list[str]) -> dict[str, Figure]:
+def worth(results: dict[str, Any]) -> dict[str, Figure]:
+    """The figure of what each expert is worth, of two or more."""
     rows = results["expert_worth"]
     if "macro_f1_change" not in rows[0]:
         return {}
     change_E, deviation_E, parameters_E = (
         np.array([row[key] for row in rows]) for key in ("macro_f1_change", "macro_f1_deviation", "parameters")
     )
-    return {"expert_worth": plots.expert_worth(-change_E, deviation_E, parameters_E, results["expert_load"], labels)}
+    return {
+        "expert_worth": plots.expert_worth(
+            -change_E, deviation_E, parameters_E, results["expert_load"], results["experts"]
+        )
+    }
 
 
 def _confused_pairs(results: dict[str, Any]) -> Figure:

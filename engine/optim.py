@@ -47,11 +47,25 @@ def lr_factor(step: int, total_steps: int, config: OptimConfig) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
+def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, total_steps: int, config: OptimConfig) -> None:
+    """Give every group the learning rate of a step (0-based)."""
+    lr = config.lr * lr_factor(step, total_steps, config)
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW or Adam over the trained parameters, in one fused kernel on a GPU."""
+    """AdamW or Adam over the trained parameters, on a GPU in one fused kernel that a CUDA graph can replay."""
     from timm.optim import param_groups_weight_decay  # here, because importing timm takes seconds
 
     groups = param_groups_weight_decay(model, config.weight_decay)
     kinds = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
-    on_gpu = next(model.parameters()).is_cuda
-    return kinds[config.kind](groups, lr=config.lr, fused=on_gpu)
+    device = next(model.parameters()).device
+    if device.type != "cuda":
+        return kinds[config.kind](groups, lr=config.lr)
+    for group in groups:  # one tensor each, which a captured step reads again
+        group["lr"] = torch.tensor(config.lr, device=device)
+    return kinds[config.kind](groups, fused=True, capturable=True)

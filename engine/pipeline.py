@@ -1,15 +1,15 @@
 """From a configuration to its parts: device, features, model."""
 
 import re
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from data.augment import prepare
 from data.datasets import Splits
+from data.feature_cache import FeatureCache
 from data.features import FeatureBank
 from engine.config import DEVICES, Config
+from engine.extraction import Extractor, worth_compiling
 from errors import UserError
 from model.backbone import Backbone
 from model.classifier import VisionMoE
@@ -29,26 +29,30 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda", index)
 
 
-@dataclass(frozen=True)
-class Extractor:
-    """uint8 images (B, 3, H, W) -> the backbone's features (B, ...), on the images' device."""
-
-    backbone: Backbone
-
-    def __call__(self, images_BCHW: torch.Tensor) -> torch.Tensor:
-        backbone = self.backbone
-        return backbone(prepare(images_BCHW, backbone.image_size, backbone.mean, backbone.std))
-
-
 def build_bank(config: Config, splits: Splits, backbone: Backbone, device: torch.device) -> FeatureBank:
-    """The features of `splits` under `backbone`."""
-    return FeatureBank(splits, Extractor(backbone), config.augment, config.features, device)
+    """The features of `splits` under `backbone`, kept where config.features says."""
+    features = config.features
+    views = min(features.views, config.train.epochs) if config.augment.active else 1
+    views_run = views if features.mode == "cached" else config.train.epochs
+    images = views_run * len(splits.train) + len(splits.validation) + len(splits.test)
+    cache, source = None, {}
+    if features.mode == "cached" and features.cache_dir is not None:
+        cache = FeatureCache(features.cache_dir)
+        source = {
+            "backbone": config.backbone.name,
+            "weights": backbone.fingerprint(),
+            "precision": str(backbone.dtype),
+            "features": list(config.backbone.features),
+        }
+    extractor = Extractor(backbone, features.batch_size, worth_compiling(features.compile, images, device))
+    return FeatureBank(splits, extractor, config.augment, features, device, cache, source, views)
 
 
 def build_model(config: Config, feature_shape: tuple[int, ...], num_classes: int) -> VisionMoE:
     """The trained part, on the CPU. Raises errors.UserError where the configured parts do not fit each other."""
     try:
-        return VisionMoE(feature_shape, num_classes, config.neck, config.router, config.experts)
+        groups = len(config.backbone.features)
+        return VisionMoE(feature_shape, num_classes, config.neck, config.router, config.experts, groups)
     except ValueError as error:
         raise UserError(str(error)) from error
 

@@ -2,22 +2,25 @@
 
 import json
 import os
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from safetensors import SafetensorError
 
-from errors import EnvironmentFault, UserError
+from errors import EnvironmentFault, UserError, one_line
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths of a run."""
+    """Paths of a run; made: whether this process has made the folder."""
 
     path: Path
+    made: bool = False
 
     @property
     def config(self) -> Path:
@@ -48,6 +51,10 @@ class RunFolder:
         return self.path / "evaluation"
 
     @property
+    def results(self) -> Path:
+        return self.evaluation / "metrics.json"
+
+    @property
     def figures(self) -> Path:
         return self.evaluation / "figures"
 
@@ -57,46 +64,154 @@ class RunFolder:
 
     @classmethod
     def create(cls, run_dir: Path | None, name: str) -> "RunFolder":
-        """A new run, in `run_dir` or runs/<name>-<time>. Raises errors.UserError where one is there already."""
-        path = run_dir or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
-        if any((path / "checkpoints").glob("*.pt")) or (path / "model.json").exists():
-            raise UserError(
-                f"{path} already holds a run: choose another --run_dir, or go on with it by --resume {path}"
-            )
+        """A new run, in `run_dir` or a new runs/<name>-<time>, which no other process gets as well.
+
+        Raises errors.UserError where `run_dir` holds a run already, errors.EnvironmentFault where it cannot be made.
+        """
         try:
+            path = run_dir or _new_folder(Path("runs"), f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
+            if any((path / "checkpoints").glob("*.pt")) or (path / "model.json").exists():
+                raise UserError(
+                    f"{path} already holds a run: choose another --run_dir, or go on with it by --resume {path}"
+                )
+            made = run_dir is None or not path.exists()
             (path / "checkpoints").mkdir(parents=True, exist_ok=True)
             (path / "metrics.jsonl").unlink(missing_ok=True)  # of a run that ended before its first checkpoint
         except OSError as error:
             raise EnvironmentFault(
-                f"run folder {path} cannot be made: {error.strerror}; choose another --run_dir"
+                f"run folder {error.filename or run_dir} cannot be made: {error.strerror}; choose another --run_dir"
             ) from error
-        return cls(path)
+        return cls(path, made)
+
+    def require(self) -> None:
+        """Raise errors.EnvironmentFault where the folder has been removed, or its disk has gone."""
+        if not self.metrics.is_file():
+            kept = f"kept: {self.last}" if self.last.is_file() else "nothing of this run is kept there"
+            raise EnvironmentFault(
+                f"run folder {self.path} was removed, moved or is out of reach: {kept}; bring it back and --resume it, "
+                "or start anew in another --run_dir"
+            )
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Hold the folder for this process alone; the hold ends with the process, however that ends.
+
+        Clears what a killed process left unfinished; a folder in which nothing was kept is removed at the end.
+        Raises errors.UserError where another process holds it.
+        """
+        lock = self.path / ".lock"
+        try:
+            file = lock.open("w")
+        except OSError as error:
+            raise EnvironmentFault(f"{lock} cannot be written: {error.strerror}; choose another --run_dir") from error
+        with file:
+            _lock(file, self.path)
+            for unfinished in self.path.rglob(".*.partial"):
+                unfinished.unlink(missing_ok=True)
+            try:
+                yield
+            finally:
+                with suppress(OSError):
+                    self._remove_if_empty(lock)
+
+    def _remove_if_empty(self, lock: Path) -> None:
+        """Remove what a run has written that ended before it had anything to keep, and no file of anyone else."""
+        logged = self.metrics.exists() and self.metrics.stat().st_size
+        if logged or any(self.last.parent.iterdir()):
+            return
+        for path in (self.config, self.metrics, lock):
+            path.unlink(missing_ok=True)
+        self.last.parent.rmdir()
+        if self.made:
+            self.path.rmdir()
 
     def history(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl, less one that a killed run left torn."""
+        """The lines of metrics.jsonl, less those that are not what the tracker writes (one that was torn)."""
         lines = []
         if self.metrics.exists():
-            for line in self.metrics.read_text().splitlines():
-                with suppress(ValueError):
+            for line in self.metrics.read_text(errors="replace").splitlines():
+                with suppress(ValueError, RecursionError):
                     lines.append(json.loads(line))
-        return lines
+        return [line for line in lines if _is_record(line)]
 
 
-def write_atomically(path: Path, write) -> None:
-    """Call write(temporary path), flush it to the disk, and only then give it its name."""
+def _is_record(line: Any) -> bool:
+    if not isinstance(line, dict) or not all(value is None or type(value) in (int, float) for value in line.values()):
+        return False
+    return all(type(line.get(key)) is int and line[key] > 0 for key in ("step", "epoch"))
+
+
+def _new_folder(parent: Path, name: str) -> Path:
+    """Make parent/name, or parent/name-2 and so on where another process was faster."""
+    parent.mkdir(parents=True, exist_ok=True)
+    for attempt in count(1):
+        path = parent / (name if attempt == 1 else f"{name}-{attempt}")
+        with suppress(FileExistsError):
+            path.mkdir()
+            return path
+
+
+def _lock(file: TextIO, folder: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # where there is none, two processes in one folder must be avoided by their user
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(f"{folder} is in use by another process: wait for it, or choose another --run_dir") from error
+    except OSError:  # a network disk without locks
+        return
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any], kept: str = "", previous: Path | None = None) -> None:
+    """Call write(temporary path), flush it to the disk, and only then give it its name.
+
+    The folder is made where its parent exists: a run folder that was removed does not come back with one file in it.
+    kept: what remains where this fails, for the message. previous: the name that the file it replaces gets.
+    Raises errors.EnvironmentFault.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode
         write(temporary)
+        temporary.chmod(mode)  # safetensors shuts out everyone else
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            _set_aside(path, previous)
         os.replace(temporary, path)
+        _flush_folder(path.parent)
     except (OSError, RuntimeError, SafetensorError) as error:  # PyTorch and safetensors raise their own on a full disk
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:160]
-        raise EnvironmentFault(f"{path} could not be written: {reason}; what was there is kept") from error
+        reason = getattr(error, "strerror", None) or one_line(error, 160)
+        kept = kept or (f"{path} as it was" if path.exists() else "none yet")
+        raise EnvironmentFault(
+            f"{path} could not be written: {reason}; kept: {kept}; free the disk or mend the path"
+        ) from error
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def _set_aside(path: Path, previous: Path) -> None:
+    """Keep a file under a second name, so that there is no moment without the first."""
+    previous.unlink(missing_ok=True)
+    try:
+        os.link(path, previous)
+    except OSError:  # a disk without hard links
+        os.replace(path, previous)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make the new name survive a power cut, where the system can."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -38,27 +38,51 @@ class Cost:
         ]
 
 
-def cost(
-    model: VisionMoE, backbone: Backbone, feature_shape: tuple[int, ...], load_E: np.ndarray | None = None
-) -> Cost:
-    """Count parameters and FLOPs. load_E: fractions of the assignments; None: an even load."""
+@dataclass(frozen=True)
+class HeadCost:
+    """Parameters that one sample passes, and floating-point operations of its forward pass, without the backbone."""
+
+    active_parameters: int
+    flops: int
+
+
+def head_cost(model: VisionMoE, feature_shape: tuple[int, ...], load_E: np.ndarray | None = None) -> HeadCost:
+    """What the trained part costs a sample, as means under the load: fractions of the assignments (None: even).
+
+    A linear head that stands in for dropped choices while training is not active.
+    """
     moe = model.moe
     num_experts = len(moe.experts)
-    load_E = np.full(num_experts, 1 / num_experts) if load_E is None else load_E
+    load_E = np.full(num_experts, 1 / num_experts) if load_E is None else np.asarray(load_E)
     per_expert_E = np.array([parameters(expert) for expert in moe.experts])
     device = next(model.parameters()).device
     features = torch.zeros(1, *feature_shape, device=device)
-    x_BD = torch.zeros(1, model.neck.out_features, device=device)
-    expert_flops_E = np.array([flops(expert, x_BD) for expert in moe.experts])
-    shared_flops = flops(model.neck, features) + flops(moe.router, x_BD)
+    row_BD = torch.zeros(1, model.neck.out_features, device=device)
+    gate_input = torch.zeros(1, feature_shape[0], model.neck.out_features) if moe.router.reads_tokens else row_BD
+    expert_flops_E = np.array([flops(expert, row_BD) for expert in moe.experts])
+    always = flops(model.neck, features) + flops(moe.router, gate_input.to(device))
+    always += sum(flops(expert, row_BD) for expert in moe.shared)
+    # Assignments of a sample to each expert; soft routing's several slots of one expert use its weights again.
+    visits_E = moe.router.experts_per_sample * load_E
+    fixed = parameters(model) - per_expert_E.sum() - (parameters(moe.skip) if moe.skip else 0)
+    return HeadCost(
+        active_parameters=round(fixed + float(visits_E.clip(max=1) @ per_expert_E)),
+        flops=round(always + float(visits_E @ expert_flops_E)),
+    )
+
+
+def cost(
+    model: VisionMoE, backbone: Backbone, feature_shape: tuple[int, ...], load_E: np.ndarray | None = None
+) -> Cost:
+    """Count parameters and FLOPs of backbone and head. load_E: fractions of the assignments; None: an even load."""
     size = backbone.image_size
-    top_k = moe.router.top_k
+    head = head_cost(model, feature_shape, load_E)
     return Cost(
         backbone_parameters=parameters(backbone),
         trainable_parameters=parameters(model),
-        active_parameters=round(parameters(model) - per_expert_E.sum() + top_k * float(load_E @ per_expert_E)),
+        active_parameters=head.active_parameters,
         backbone_flops=flops(backbone, torch.zeros(1, 3, size, size, device=next(backbone.parameters()).device)),
-        head_flops=round(shared_flops + top_k * float(load_E @ expert_flops_E)),
+        head_flops=head.flops,
     )
 
 

@@ -2,25 +2,37 @@
 
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from analysis.routing import expert_load
 from data.features import FeatureBank
-from engine.checkpoint import load_weights, random_state, restore_random_state, save_checkpoint
-from engine.metrics import balance_figures, scores
-from engine.optim import OptimConfig, build_optimizer, lr_factor
+from engine.checkpoint import (
+    RESUMABLE,
+    fitting,
+    load_optimizer,
+    load_weights,
+    random_state,
+    require_like,
+    restore_random_state,
+    save_checkpoint,
+)
+from engine.graph import GraphedStep, worth_capturing
+from engine.health import RoutingWatch, not_finite
+from engine.interrupt import unbroken
+from engine.metrics import scores
+from engine.optim import OptimConfig, build_optimizer, set_learning_rate
 from engine.predict import predict
+from engine.progress import EpochSums, Progress, epoch_line
 from engine.run_folder import RunFolder
+from engine.step import TrainingStep
 from engine.tracking import Tracker
-from errors import UserError
-from model.balance import BalanceConfig, balance_losses, weighted_sum
+from errors import Interrupted, UserError
+from model.balance import BalanceConfig, floors
 from model.classifier import VisionMoE
 
 BAR_SECONDS = 0.5  # between two looks at the running loss, each of which waits for the device
@@ -45,7 +57,12 @@ class TrainConfig:
     seed: int = 0
     """Seed of the weights, the order of the samples, dropout and routing noise."""
     save_every: int = 5
-    """Epochs between two writes of checkpoints/last.pt."""
+    """Epochs between two writes of checkpoints/last.pt, all that a killed run loses; a signal writes it too."""
+    graph: Literal["auto", "off"] = "auto"
+    """auto: on a GPU a small head's steps replay a CUDA graph, since launching their kernels takes longer than running
+    them; off: never."""
+    deterministic: bool = False
+    """Forbid PyTorch what may differ between two runs on a GPU, at some cost in speed; a CPU needs no such thing."""
 
     def __post_init__(self):
         for name in ("epochs", "batch_size", "save_every"):
@@ -59,24 +76,6 @@ class TrainConfig:
             raise ValueError(f"train.patience is {self.patience}: it is a number of epochs, 0 for no early stopping")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"train.seed is {self.seed}: it must be at least 0 and below 2^32")
-
-
-@dataclass
-class EpochSums:
-    """What an epoch adds up on the device, so that no step has to wait for a number."""
-
-    loss: Tensor
-    correct: Tensor
-    importance_E: Tensor
-    samples: int = 0
-    learned_samples: int = 0
-    assignments: int = 0
-    auxiliary: dict[str, Tensor] = field(default_factory=dict)
-
-    @classmethod
-    def zeros(cls, num_experts: int, device: torch.device) -> "EpochSums":
-        loss, correct = torch.zeros(2, device=device)
-        return cls(loss, correct, torch.zeros(num_experts, device=device))
 
 
 class Trainer:
@@ -118,8 +117,14 @@ class Trainer:
         self.optimizer = build_optimizer(model, optim)
         self.ema = ModelEmaV3(model, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
         half = config.precision == "bfloat16" or (config.precision == "auto" and self.device.type == "cuda")
-        self.autocast_dtype = torch.bfloat16 if half else None
-        self.epoch, self.step = 0, 0
+        autocast_dtype = torch.bfloat16 if half else None
+        step = TrainingStep(model, self.optimizer, balance, config.label_smoothing, optim.clip_norm, autocast_dtype)
+        self.numbers = step.numbers
+        self.train_step = GraphedStep(step, config.batch_size) if worth_capturing(config.graph, model) else step
+        self.routing = RoutingWatch(model.moe.router.top_k, balance)
+        self.epoch, self.step = 0, 0  # epochs begun, steps done
+        self.progress: Progress | None = None  # None: the epoch is over
+        self.kept_at, self.kept = (0, True), "none yet"  # (step, epoch is over) and name of the last checkpoint
         self.best: dict[str, float] = {"epoch": 0, "macro_f1": -1.0}
         self.improved = 0  # the last epoch that was better than all before it, not merely as good
 
@@ -129,134 +134,143 @@ class Trainer:
         return self.ema.module if self.ema else self.model
 
     def fit(self) -> dict[str, float]:
-        """Train to the last epoch or the end of patience. Returns the best epoch and its validation macro-F1."""
-        while self.epoch < self.config.epochs and not self._out_of_patience():
-            self.epoch += 1
-            started = time.perf_counter()
-            values = self._train_epoch()
-            values |= self._validate()
-            better = values["macro_f1/validation"] >= self.best["macro_f1"]  # of equals the later, which learned longer
-            if values["macro_f1/validation"] > self.best["macro_f1"]:
-                self.improved = self.epoch
-            if better:
-                self.best = {"epoch": self.epoch, "macro_f1": values["macro_f1/validation"]}
-            values["speed/epoch_seconds"] = time.perf_counter() - started
-            print(self._line(values), flush=True)
-            # Before the checkpoint: a resumed run drops lines that come after its checkpoint, but cannot add one.
-            self.tracker.scalars(values, step=self.step, epoch=self.epoch)
-            self._save(better)
+        """Train to the last epoch or the end of patience. Returns the best epoch and its validation macro-F1.
+
+        errors.Interrupted, which a signal raises under engine.interrupt.stoppable, leaves a checkpoint of the last
+        whole step. Raises errors.UserError where a number is not finite, errors.EnvironmentFault where the run
+        folder is gone or cannot be written.
+        """
+        try:
+            while self.progress or (self.epoch < self.config.epochs and not self._out_of_patience()):
+                self._epoch()
+        except Interrupted:
+            self._keep()
+            raise
         return self.best
 
-    def _line(self, values: dict[str, float]) -> str:
-        balance = f"balance {values['balance/entropy']:.2f}" if "balance/entropy" in values else "random routing"
-        star = " *" if self.best["epoch"] == self.epoch else ""
-        return (
-            f"epoch {self.epoch:3d}/{self.config.epochs}  loss {values['loss/train']:.3f}  "
-            f"accuracy {values['accuracy/train']:.3f}  validation: loss {values['loss/validation']:.3f} "
-            f"accuracy {values['accuracy/validation']:.3f} macro-F1 {values['macro_f1/validation']:.3f}  "
-            f"{balance}  {values['speed/epoch_seconds']:.1f} s{star}"
-        )
+    def _epoch(self) -> None:
+        started = time.perf_counter()
+        if self.progress is None:
+            self._begin_epoch()
+        started -= self.progress.seconds
+        try:
+            values = self._train_epoch(self.progress)
+            values |= self._validate()
+        except Interrupted:
+            self.progress.seconds = time.perf_counter() - started
+            raise
+        values["speed/epoch_seconds"] = time.perf_counter() - started
+        with unbroken:
+            self._end_epoch(values)
+
+    def _begin_epoch(self) -> None:
+        with unbroken:
+            self.epoch += 1
+            moe = self.model.moe
+            self.progress = Progress(EpochSums.zeros(moe.router.num_experts, self.device), moe.usage_E.clone())
+
+    def _end_epoch(self, values: dict[str, float]) -> None:
+        """Log and keep an epoch."""
+        self.run.require()
+        macro_f1 = values["macro_f1/validation"]
+        better = macro_f1 >= self.best["macro_f1"]  # of equals the later, which learned longer
+        self.improved = self.epoch if macro_f1 > self.best["macro_f1"] else self.improved
+        if better:
+            self.best = {"epoch": self.epoch, "macro_f1": macro_f1}
+        print(epoch_line(values, self.epoch, self.config.epochs, better), flush=True)
+        # Before the checkpoint: a resumed run drops lines that come after its checkpoint, but cannot add one.
+        self.tracker.scalars(values, step=self.step, epoch=self.epoch)
+        self.progress = None
+        self._save(better)
 
     def _out_of_patience(self) -> bool:
         return 0 < self.config.patience <= self.epoch - self.improved
 
-    def _train_epoch(self) -> dict[str, float]:
+    def _train_epoch(self, progress: Progress) -> dict[str, float]:
         self.model.train()
-        moe = self.model.moe
-        usage_before_E = moe.usage_E.clone()
-        sums = EpochSums.zeros(moe.router.num_experts, self.device)
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.epoch)
         order_N = torch.randperm(len(self.bank.splits.train), generator=generator)
-        batches = self.bank.batches("train", self.config.batch_size, order_N, view=self.epoch - 1)
+        left_N = order_N[progress.batches * self.config.batch_size :]
+        batches = self.bank.batches("train", self.config.batch_size, left_N, view=self.epoch - 1)
         looked = time.perf_counter()
-        with self._bar() as bar:
+        self.numbers.reset()
+        self.first_step = self.step
+        with self._bar(progress) as bar:
             for features, labels_B in batches:
-                self._train_step(features, labels_B, sums)
+                with unbroken:
+                    self._train_batch(features, labels_B, progress)
                 bar.update()
                 if time.perf_counter() - looked > BAR_SECONDS:
-                    bar.set_postfix_str(self._running(sums))
+                    self._look(progress, bar)
                     looked = time.perf_counter()
-            bar.set_postfix_str(self._running(sums))
-        return self._epoch_values(sums, (moe.usage_E - usage_before_E).cpu().numpy())
+            self._look(progress, bar)
+        usage_E = (self.model.moe.usage_E - progress.usage_before_E).cpu().numpy()
+        if progress.sums.learned_samples == progress.sums.samples:
+            self.routing.look(usage_E, self.epoch)
+        values = progress.sums.values(usage_E, floors(self.balance, self.model.moe.router))
+        return values | {"learning_rate/train": float(self.optimizer.param_groups[0]["lr"])}
 
-    def _bar(self) -> tqdm:
+    def _bar(self, progress: Progress) -> tqdm:
         label = f"epoch {self.epoch}/{self.config.epochs}"
-        return tqdm(total=self.steps_per_epoch, desc=label, unit="step", leave=False, disable=None)
+        total, done = self.steps_per_epoch, progress.batches
+        return tqdm(total=total, initial=done, desc=label, unit="step", leave=False, disable=None)
 
-    def _train_step(self, features: Tensor, labels_B: Tensor, sums: EpochSums) -> None:
-        warmup = self.step < self.routing_warmup_steps
-        self._set_learning_rate()
-        with torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
-            logits_BC, routing = self.model(features, warmup=warmup)
-        auxiliary = balance_losses(routing, self.balance)
-        task_loss = F.cross_entropy(logits_BC, labels_B, label_smoothing=self.config.label_smoothing)
-        self.optimizer.zero_grad(set_to_none=True)
-        (task_loss + weighted_sum(auxiliary, self.balance)).backward()
-        if self.optim.clip_norm:
-            clip_grad_norm_(self.model.parameters(), self.optim.clip_norm)
-        self.optimizer.step()
+    def _train_batch(self, features: Tensor, labels_B: Tensor, progress: Progress) -> None:
+        set_learning_rate(self.optimizer, self.step, self.total_steps, self.optim)
+        result = self.train_step(features, labels_B, self.step < self.routing_warmup_steps)
+        if result is None:
+            self._require_finite()
+        progress.sums.add(result, len(labels_B))
         self.step += 1
+        progress.batches += 1
         if self.ema:
             self.ema.update(self.model, step=self.step)
-        with torch.no_grad():
-            sums.samples += len(labels_B)
-            sums.assignments += len(routing.sample_A)
-            sums.loss += task_loss * len(labels_B)
-            sums.correct += (logits_BC.argmax(dim=-1) == labels_B).sum()
-            if routing.learned:
-                sums.learned_samples += len(labels_B)
-                sums.importance_E += routing.importance_E
-                for name, loss in auxiliary.items():
-                    sums.auxiliary[name] = sums.auxiliary.get(name, 0.0) + loss * len(labels_B)
 
-    def _set_learning_rate(self) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.optim.lr * lr_factor(self.step, self.total_steps, self.optim)
+    def _require_finite(self) -> None:
+        """Raise errors.UserError where a step of this epoch had a number that is not finite."""
+        if found := self.numbers.look():
+            good_steps, term = found
+            raise not_finite(term, self.first_step + good_steps + 1, self.epoch, self.kept)
 
-    def _running(self, sums: EpochSums) -> str:
-        """Loss, accuracy and balance so far, for the bar. Raises errors.UserError where the loss is not finite."""
-        loss = float(sums.loss) / sums.samples
-        if not math.isfinite(loss):
-            kept = self.run.last if self.run.last.exists() else "none yet"
-            raise UserError(
-                f"the loss is {loss} at step {self.step} of epoch {self.epoch}: lower --optim.lr "
-                f"(last good checkpoint: {kept})"
-            )
-        load_E = sums.importance_E.cpu().numpy()
-        balance = f"balance {balance_figures(load_E)['balance/entropy']:.2f}" if load_E.sum() else "random routing"
-        return f"loss {loss:.3f}, accuracy {float(sums.correct) / sums.samples:.3f}, {balance}"
-
-    def _epoch_values(self, sums: EpochSums, usage_E) -> dict[str, float]:
-        values = {
-            "loss/train": float(sums.loss) / sums.samples,
-            "accuracy/train": float(sums.correct) / sums.samples,
-            "learning_rate/train": self.optimizer.param_groups[0]["lr"],
-            "balance/drop_rate": 1 - sums.assignments / (sums.samples * self.model.moe.router.top_k),
-        }
-        for name, total in sums.auxiliary.items():
-            values[f"loss_auxiliary/{name}"] = float(total) / sums.learned_samples
-        if usage_E.sum():  # learned routing only: random warm-up would hide a collapsed gate
-            load_E = usage_E / usage_E.sum()
-            importance_E = (sums.importance_E / sums.importance_E.sum()).tolist()
-            values |= {f"expert_load/expert_{e}": float(share) for e, share in enumerate(load_E)}
-            values |= {f"expert_importance/expert_{e}": share for e, share in enumerate(importance_E)}
-            values |= balance_figures(load_E)
-        return values
+    def _look(self, progress: Progress, bar: tqdm) -> None:
+        """Show how the epoch goes. Raises errors.UserError where a number is not finite."""
+        self._require_finite()
+        bar.set_postfix_str(progress.sums.running())
 
     def _validate(self) -> dict[str, float]:
         predictions = predict(self.evaluated, self.bank, "validation")
+        loss = predictions.loss()
+        if not math.isfinite(loss):
+            raise not_finite("validation loss", self.step, self.epoch, self.kept)
         values = scores(predictions.labels_N, predictions.predicted_N, self.bank.splits.train.num_classes)
         load_E = expert_load(predictions.expert_A, self.model.moe.router.num_experts)
         loads = {f"expert_load_validation/expert_{e}": float(share) for e, share in enumerate(load_E)}
-        return {"loss/validation": predictions.loss(), **{f"{key}/validation": v for key, v in values.items()}, **loads}
+        return {"loss/validation": loss, **{f"{key}/validation": v for key, v in values.items()}, **loads}
 
     def _save(self, better: bool) -> None:
         """Write best.pt where this epoch is the best so far, and last.pt when it is due."""
         if better:
-            save_checkpoint(self.run.best, {"model": self.evaluated.state_dict(), **self.best, **self.identity})
+            state = {"model": self.evaluated.state_dict(), **self.best, **self.identity}
+            save_checkpoint(self.run.best, state, self.kept)
         due = self.epoch == 1 or self.epoch % self.config.save_every == 0
         if due or self.epoch == self.config.epochs or self._out_of_patience():
-            save_checkpoint(self.run.last, self.state_dict())
+            self._keep()
+
+    def _keep(self) -> None:
+        """Write last.pt, unless it is of this step already or there is no step to keep."""
+        if self.step == 0 or self.kept_at == (self.step, self.progress is None):
+            return
+        self._require_finite()
+        save_checkpoint(self.run.last, self.state_dict(), self.kept)
+        self._kept()
+
+    @property
+    def position(self) -> str:
+        """How far training has come, in words."""
+        return f"step {self.step}, in epoch {self.epoch}" if self.progress else f"epoch {self.epoch}"
+
+    def _kept(self) -> None:
+        self.kept_at, self.kept = (self.step, self.progress is None), f"{self.run.last} of {self.position}"
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the rest of the training depends on."""
@@ -266,21 +280,27 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "epoch": self.epoch,
             "step": self.step,
+            "progress": self.progress and self.progress.state_dict(),
             "best": self.best,
             "improved": self.improved,
+            "said": self.routing.said,
             "random": random_state(self.device),
+            "threads": torch.get_num_threads(),
             "task_id": self.tracker.task_id,
             **self.identity,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` returned. Raises errors.UserError where it does not fit this model."""
+        require_like(state, RESUMABLE, self.run.last)
         load_weights(self.model, state["model"], self.run.last)
         if self.ema:
             load_weights(self.ema.module, state["ema"], self.run.last)
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group in self.optimizer.param_groups:
-            group["fused"] = self.device.type == "cuda"  # the run may have moved to another machine
-        self.epoch, self.step, self.best = state["epoch"], state["step"], dict(state["best"])
-        self.improved = state["improved"]
-        restore_random_state(state["random"], self.device)
+        with fitting(self.run.last):
+            load_optimizer(self.optimizer, state["optimizer"])
+            self.epoch, self.step, self.best = state["epoch"], state["step"], dict(state["best"])
+            self.improved, self.routing.said = state["improved"], list(state["said"])
+            stored, zeros = state["progress"], EpochSums.zeros(self.model.moe.router.num_experts, self.device)
+            self.progress = stored and Progress.from_state(stored, zeros)
+            restore_random_state(state["random"], self.device)
+        self._kept()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.routers import Routing
+from model.routers import Router, Routing
 
 
 @dataclass
@@ -14,13 +14,21 @@ class BalanceConfig:
     """Balance: weights of the auxiliary losses; 0 leaves one out."""
 
     switch: float = 0.01
-    """Load-balancing loss of Switch Transformers: E * sum of load share * mean gate probability."""
+    """Load-balancing loss of Switch Transformers and GShard: E * sum of load share * mean gate probability."""
     importance: float = 0.0
     """Squared coefficient of variation of the gate weight that each expert receives (Shazeer 2017)."""
     load: float = 0.0
-    """Squared coefficient of variation of the smooth load estimate (Shazeer 2017); needs router.kind noisy_topk."""
+    """Squared coefficient of variation of the smooth load estimate (Shazeer 2017); needs a rule with noise on its
+    logits: noisy_topk, vmoe or hierarchical."""
+    p_penalty: float = 0.0
+    """Parameter penalty of HMoE (Wang 2024): the switch loss with each expert's load weighted by its cost, so that it
+    evens the work and prefers small experts. It does not look at router.target_load."""
     z_loss: float = 0.0
     """Router z-loss (ST-MoE, which uses 1e-3): keeps the router's logits small."""
+    entropy_local: float = 0.0
+    """Mean entropy of each sample's gate (LIMoE, Mustafa 2022): makes choices decided."""
+    entropy_global: float = 0.0
+    """Divergence of the mean gate from the target load, log E less its entropy (LIMoE): evens the mean gate."""
     usage_variance: float = 0.0
     """The reference recipe's variance of the usage fractions: reported, but it has no gradient and balances nothing."""
 
@@ -30,18 +38,28 @@ class BalanceConfig:
                 raise ValueError(f"balance.{name} is {weight}: a loss weight is finite and not negative")
 
 
-def squared_cv(values_E: Tensor) -> Tensor:
+def squared_cv(values_E: Tensor, target_E: Tensor | None = None) -> Tensor:
     """Squared coefficient of variation, population variance / mean^2 (Shazeer 2017, eq. 7); 0 at balance.
 
-    A sum of zero gives 0.
+    target_E: shares, summing to 1, that balance means instead of even ones: sum_i t_i (share_i / t_i - 1)^2, which for
+    t_i = 1 / E is the same. A sum of zero gives 0.
     """
-    mean = values_E.mean()
-    return values_E.var(correction=0) / (mean * mean).clamp_min(torch.finfo(values_E.dtype).tiny)
+    if target_E is None:
+        target_E = torch.full_like(values_E, 1 / len(values_E))
+    ratio_E = values_E / target_E  # its mean under the target is the sum of the values
+    total = values_E.sum()
+    variance = (target_E * (ratio_E - total).square()).sum()
+    return variance / (total * total).clamp_min(torch.finfo(values_E.dtype).tiny)
 
 
 def importance_loss(routing: Routing) -> Tensor:
-    """CV^2 of the gate weight summed over the batch (Shazeer 2017, eq. 6-7); 0 at perfect balance."""
-    return squared_cv(routing.importance_E)
+    """CV^2 of the importance summed over the batch (Shazeer 2017, eq. 6-7); 0 at perfect balance.
+
+    V-MoE's importance is that of the clean gates over all experts (Riquelme 2021, appendix A), Shazeer's that of the
+    weights.
+    """
+    importance_E = routing.importance_E if routing.gates_BE is None else routing.gates_BE.sum(dim=0)
+    return squared_cv(importance_E, routing.target_E)
 
 
 def load_loss(routing: Routing) -> Tensor:
@@ -51,22 +69,52 @@ def load_loss(routing: Routing) -> Tensor:
     """
     if routing.load_BE is None:
         return torch.zeros((), device=routing.logits_BE.device)
-    return squared_cv(routing.load_BE.sum(dim=0))
+    return squared_cv(routing.load_BE.sum(dim=0), routing.target_E)
 
 
-def switch_balance(probs_BE: Tensor, counts_E: Tensor) -> Tensor:
+def switch_balance(probs_BE: Tensor, counts_E: Tensor, target_E: Tensor | None = None) -> Tensor:
     """Load-balancing loss of Switch Transformers (Fedus 2021, eq. 4-6), for any k; 1.0 at perfect balance.
 
     probs_BE: softmax of the clean router logits. counts_E: samples sent to each expert before any capacity
     drop; carries no gradient. Load is counted as a share of all assignments, so that k does not matter.
+    target_E: the load to aim at instead of 1 / E each: sum_i share_i * probability_i / t_i, 1.0 where both are the
+    target.
     """
     share_E = counts_E / counts_E.sum().clamp_min(1)
-    return len(share_E) * (share_E * probs_BE.mean(dim=0)).sum()
+    if target_E is None:
+        return len(share_E) * (share_E * probs_BE.mean(dim=0)).sum()
+    return (share_E * probs_BE.mean(dim=0) / target_E).sum()
+
+
+def parameter_penalty(probs_BE: Tensor, counts_E: Tensor, work_E: Tensor) -> Tensor:
+    """P-penalty of HMoE (Wang 2024): E * sum_i M_i P_i, M_i the load times the expert's cost over the mean cost.
+
+    work_E: cost of each expert over their mean. As in `switch_balance` load is a share of all assignments (the paper's
+    is a share of the samples: k times as much). Least, E / sum_i (1 / work_i), where load and probability both
+    are in proportion to 1 / work_i, that is, at equal work; 1.0 for experts of equal cost.
+    """
+    share_E = counts_E / counts_E.sum().clamp_min(1)
+    return len(share_E) * (share_E * work_E * probs_BE.mean(dim=0)).sum()
 
 
 def z_loss(logits_BE: Tensor) -> Tensor:
     """Mean over samples of logsumexp(logits)^2 (Zoph 2022, ST-MoE, eq. 5); log(E)^2 for equal zero logits."""
     return logits_BE.logsumexp(dim=-1).square().mean()
+
+
+def local_entropy(probs_BE: Tensor) -> Tensor:
+    """Mean over samples of the entropy of the gate, in nats (Mustafa 2022, LIMoE); 0 where every choice is certain."""
+    return torch.special.entr(probs_BE).sum(dim=-1).mean()
+
+
+def global_divergence(probs_BE: Tensor, target_E: Tensor | None = None) -> Tensor:
+    """Divergence, in nats, of the mean gate from the target load; 0 at perfect balance.
+
+    For an even target log E less the entropy of the mean gate, which LIMoE (Mustafa 2022) maximises.
+    """
+    mean_E = probs_BE.mean(dim=0)
+    target_E = torch.full_like(mean_E, 1 / len(mean_E)) if target_E is None else target_E
+    return -torch.special.entr(mean_E).sum() - (mean_E * target_E.log()).sum()
 
 
 def usage_variance(counts_E: Tensor) -> Tensor:
@@ -82,15 +130,34 @@ def balance_losses(routing: Routing, config: BalanceConfig) -> dict[str, Tensor]
 
     Of random warm-up routing only the z-loss: to balance a draw that the gate did not make would teach it noise.
     """
+    demand_E, target_E = routing.demand_E, routing.target_E
     functions = {
-        "switch": lambda: switch_balance(routing.probs_BE, routing.counts_E),
+        "switch": lambda: switch_balance(routing.probs_BE, demand_E, target_E),
         "importance": lambda: importance_loss(routing),
         "load": lambda: load_loss(routing),
+        "p_penalty": lambda: parameter_penalty(routing.probs_BE, demand_E, routing.work_E),
         "z_loss": lambda: z_loss(routing.logits_BE),
-        "usage_variance": lambda: usage_variance(routing.counts_E),
+        "entropy_local": lambda: local_entropy(routing.probs_BE),
+        "entropy_global": lambda: global_divergence(routing.probs_BE, target_E),
+        "usage_variance": lambda: usage_variance(demand_E),
     }
     names = functions if routing.learned else ["z_loss"]
     return {name: functions[name]() for name in names if getattr(config, name) > 0}
+
+
+def floors(config: BalanceConfig, router: Router) -> dict[str, float]:
+    """For each auxiliary loss of non-zero weight its value at perfect balance: what to subtract to read it.
+
+    It is the least that the loss can be where the load follows the mean gate. Perfect balance: load and mean gate
+    are the target (p_penalty: in proportion to one over the cost; usage_variance, which knows no target: even). The
+    z-loss and the local entropy measure no balance, and are 0 at the least.
+    """
+    values = {
+        **dict.fromkeys(("importance", "load", "z_loss", "entropy_local", "entropy_global", "usage_variance"), 0.0),
+        "switch": 1.0,
+        "p_penalty": len(router.work) / sum(1 / cost for cost in router.work),
+    }
+    return {name: values[name] for name, weight in vars(config).items() if weight > 0}
 
 
 def weighted_sum(losses: dict[str, Tensor], config: BalanceConfig) -> Tensor | float:

@@ -8,16 +8,16 @@ from torch import Tensor, nn
 from model.experts import ExpertsConfig
 from model.moe import MixtureOfExperts
 from model.norm import Standardise
-from model.routers import RouterConfig, Routing
+from model.routers import ROUTERS, RouterConfig, Routing
 
 
 @dataclass
 class NeckConfig:
     """Neck: what is trained between the frozen features and the mixture."""
 
-    kind: Literal["pooled", "attention", "flatten"] = "pooled"
+    kind: Literal["pooled", "attention", "flatten", "tokens"] = "pooled"
     """pooled: normalise pooled features; flatten: normalise tokens and flatten them; attention: LayerNorm,
-    self-attention over the tokens, residual, LayerNorm, flatten."""
+    self-attention over the tokens, residual, LayerNorm, flatten; tokens: normalise tokens and keep them (soft_moe)."""
     norm: Literal["layer", "batch", "none"] = "layer"
     """pooled: normalisation of the features."""
     dropout: float = 0.0
@@ -82,13 +82,26 @@ class AttentionNeck(nn.Module):
         return self.norm_out(tokens_BTD + mixed_BTD).flatten(1)
 
 
-NECKS = {"pooled": PooledNeck, "flatten": FlattenNeck, "attention": AttentionNeck}
+class TokensNeck(nn.Module):
+    """Normalise each token and keep them all: (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, shape: tuple[int, ...], config: NeckConfig):
+        super().__init__()
+        self.out_features = shape[1]
+        self.norm = nn.LayerNorm(shape[1])
+
+    def forward(self, tokens_BTD: Tensor) -> Tensor:
+        return self.norm(tokens_BTD)
+
+
+NECKS = {"pooled": PooledNeck, "flatten": FlattenNeck, "attention": AttentionNeck, "tokens": TokensNeck}
 
 
 class VisionMoE(nn.Module):
     """Everything that is trained: frozen features (B, F) or tokens (B, T, D) -> class logits (B, C).
 
-    feature_shape: shape of one sample's features. Raises ValueError where neck and features do not fit.
+    feature_shape: shape of one sample's features. num_groups: how many equally wide features (backbone.features)
+    they are made of. Raises ValueError where the parts do not fit each other.
     """
 
     def __init__(
@@ -98,14 +111,16 @@ class VisionMoE(nn.Module):
         neck: NeckConfig,
         router: RouterConfig,
         experts: ExpertsConfig,
+        num_groups: int = 1,
     ):
         super().__init__()
+        check_parts(neck, router, experts)
         expected = 2 if neck.needs_tokens else 1
         if len(feature_shape) != expected:
             raise ValueError(f"neck.kind {neck.kind} reads {expected}-dimensional features, not {feature_shape}")
         self.neck = NECKS[neck.kind](feature_shape, neck)
         self.dropout = nn.Dropout(neck.dropout)
-        self.moe = MixtureOfExperts(self.neck.out_features, num_classes, router, experts)
+        self.moe = MixtureOfExperts(self.neck.out_features, num_classes, router, experts, num_groups)
 
     def forward(
         self, features: Tensor, warmup: bool = False, allowed_E: Tensor | None = None
@@ -113,3 +128,35 @@ class VisionMoE(nn.Module):
         """Logits (B, C) in float32 and the routing; `warmup` routes at random, `allowed_E` bars experts."""
         x_BD = self.dropout(self.neck(features.float()))
         return self.moe(x_BD, warmup, allowed_E)
+
+
+def check_parts(neck: NeckConfig, router: RouterConfig, experts: ExpertsConfig) -> None:
+    """Raise ValueError where neck, router and experts do not fit each other."""
+    rule = ROUTERS[router.kind]
+    rule.check(router, len(experts.sizes))
+    if rule.reads_tokens and neck.kind != "tokens":
+        raise ValueError(
+            f"router.kind {router.kind} mixes patch tokens, which neck.kind {neck.kind} does not keep: set neck.kind "
+            "tokens and backbone.features [tokens:-1]"
+        )
+    if neck.kind == "tokens" and not rule.reads_tokens:
+        raise ValueError(
+            f"neck.kind tokens keeps patch tokens, but router.kind {router.kind} reads one vector a sample: "
+            "set neck.kind attention or flatten, or router.kind soft_moe"
+        )
+    if neck.kind != "pooled" and (router.inputs is not None or experts.inputs is not None):
+        raise ValueError(
+            f"router.inputs and experts.inputs choose among pooled features, which neck.kind {neck.kind} does not give"
+        )
+    if (
+        router.top_k == 1 < len(experts.sizes)
+        and experts.combine == "probabilities"
+        and rule.token_choice
+        and rule.learns
+    ):
+        raise ValueError(
+            "experts.combine probabilities with router.top_k 1 gives the gate no gradient, since a single weight "
+            "scales all probabilities alike: use logits, or top_k 2"
+        )
+    if experts.combine == "probabilities" and router.overflow == "residual":
+        raise ValueError("router.overflow residual adds logits: set experts.combine logits, or another overflow")

@@ -1,19 +1,61 @@
-"""Dispatch and combine: sort assignments by expert, run each expert once on just its samples, mix the outputs."""
+"""Dispatch and combine: bring samples to their experts in one of three ways of equal results, mix the outputs.
+
+| sorted | samples sorted by expert, one expert after the other on just its own | waits for the device once a step |
+| grouped | samples sorted by expert, experts of one shape in one grouped product | shapes are static, never waits |
+| dense | every expert on every sample, first layers in one product | shapes are static, never waits |
+
+Those that never wait can be captured in a CUDA graph. A sample names an expert at most once.
+"""
+
+from functools import lru_cache
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import functional as F
 
+from model.experts import Experts
+from model.grouped import GroupedExperts, fits, has_kernel
 from model.routers import Routing
 
+# Measured by benchmarks/dispatch.py: samples an expert sees from which one expert after the other is the fastest way,
+# and the number of experts up to which every expert on every sample is, below that.
+SORTED_FROM = 1024
+DENSE_UP_TO = 8
 
-def dispatch(x_BD: Tensor, routing: Routing, experts: nn.ModuleList) -> tuple[Tensor, Tensor]:
-    """Run every expert once on the samples assigned to it; an expert without samples does not run.
 
-    Returns (outputs (A, C), order_A): outputs are sorted by expert, and row i belongs to assignment
-    order_A[i] of the routing.
+def dispatch(x_BD: Tensor, routing: Routing, experts: Experts, how: str = "auto") -> tuple[Tensor, Tensor]:
+    """Run the experts on the samples assigned to them, in autocast's number format where that is on.
+
+    how: sorted, grouped, dense, or auto. Returns (outputs (A, C), order_A): row i of the outputs belongs to
+    assignment order_A[i] of the routing. An expert without samples does not run when sorted, and has a gradient of
+    zero otherwise.
     """
+    device = x_BD.device.type
+    if torch.is_autocast_enabled(device):
+        x_BD = x_BD.to(torch.get_autocast_dtype(device))
+    if how == "auto":
+        how = choose(len(routing.sample_A), experts, x_BD)
+    with torch.autocast(device, enabled=False):
+        return WAYS[how](x_BD, routing, experts)
+
+
+def choose(assignments: int, experts: Experts, x_BD: Tensor) -> str:
+    """The way that was measured to be fastest for so many assignments; one that never waits inside a CUDA graph."""
+    if not x_BD.is_cuda:
+        return "sorted"
+    capturing = torch.cuda.is_current_stream_capturing()
+    if not capturing and assignments >= SORTED_FROM * len(experts):
+        return "sorted"
+    grouped = has_kernel(x_BD) and 2 * len(experts.groups) <= max(2, len(experts))
+    if grouped and fits(experts) and not experts.read_apart:
+        return "grouped"
+    return "dense" if capturing or len(experts) <= DENSE_UP_TO else "sorted"
+
+
+def run_sorted(x_BD: Tensor, routing: Routing, experts: Experts) -> tuple[Tensor, Tensor]:
+    """One expert after the other, each once and on just its samples; one without samples does not run."""
     order_A = torch.argsort(routing.expert_A, stable=True)
-    sorted_AD = x_BD[routing.sample_A[order_A]]
+    sorted_AD = x_BD.index_select(0, routing.sample_A.index_select(0, order_A))
     # The sizes of the slices must be known to the host: the one place a step waits for the device.
     counts = routing.counts_E.tolist()
     slices = sorted_AD.split(counts)
@@ -21,11 +63,76 @@ def dispatch(x_BD: Tensor, routing: Routing, experts: nn.ModuleList) -> tuple[Te
     return torch.cat(outputs), order_A
 
 
+def run_dense(x_BD: Tensor, routing: Routing, experts: Experts) -> tuple[Tensor, Tensor]:
+    """Every expert on every sample: more arithmetic, in fewer and larger products."""
+    if experts.read_apart:
+        outputs_EBC = torch.stack([expert(x_BD) for expert in experts])
+        return _picked(outputs_EBC, x_BD, routing)
+    first = [expert[0] for expert in experts]
+    weight_HD = torch.cat([layer.weight.to(x_BD.dtype) for layer in first])
+    bias_H = torch.cat([layer.bias.to(x_BD.dtype) for layer in first])
+    hidden = F.linear(x_BD, weight_HD, bias_H).split([layer.out_features for layer in first], dim=1)
+    outputs_EBC = torch.stack(
+        [expert.after_first(h_BH.contiguous()) for expert, h_BH in zip(experts, hidden, strict=True)]
+    )
+    return _picked(outputs_EBC, x_BD, routing)
+
+
+def _picked(outputs_EBC: Tensor, x_BD: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+    row_A = routing.expert_A * len(x_BD) + routing.sample_A
+    return outputs_EBC.flatten(0, 1).index_select(0, row_A), torch.arange(len(row_A), device=row_A.device)
+
+
+def run_grouped(x_BD: Tensor, routing: Routing, experts: Experts) -> tuple[Tensor, Tensor]:
+    """Experts of one shape together: a grouped product takes each one's rows by offsets that stay on the device."""
+    groups, device = experts.groups, x_BD.device
+    rank_E, expert_E = _ranks(groups, device)
+    key_A = rank_E.index_select(0, routing.expert_A)
+    order_A = torch.argsort(key_A, stable=True)
+    sorted_key_A, sample_A = key_A.index_select(0, order_A), routing.sample_A.index_select(0, order_A)
+    ends_E = routing.counts_E.index_select(0, expert_E).cumsum(0)
+    if len(groups) == 1:
+        rows_AD = x_BD.index_select(0, sample_A)
+        return GroupedExperts(list(experts))(rows_AD, ends_E, sorted_key_A), order_A
+    position_A = torch.arange(len(order_A), device=device)
+    outputs, row_A = [], torch.zeros_like(position_A)
+    first = before = 0
+    for group in groups:
+        last = first + len(group)
+        start = ends_E[first - 1] if first else ends_E.new_zeros(())
+        # As many rows as the group can have at most; those that it does not have are masked.
+        most = min(len(order_A), len(x_BD) * len(group))
+        taken_R = (position_A[:most] + start).clamp_max(len(order_A) - 1)
+        valid_R1 = (position_A[:most] < ends_E[last - 1] - start)[:, None]
+        key_R = (sorted_key_A.index_select(0, taken_R) - first).clamp(0, len(group) - 1)
+        rows_RD = x_BD.index_select(0, sample_A.index_select(0, taken_R))
+        members = [experts[e] for e in group]
+        outputs.append(GroupedExperts(members)(rows_RD, ends_E[first:last] - start, key_R, valid_R1))
+        mine_A = (sorted_key_A >= first) & (sorted_key_A < last)
+        row_A = torch.where(mine_A, position_A - start + before, row_A)
+        first, before = last, before + most
+    return torch.cat(outputs).index_select(0, row_A), order_A
+
+
+@lru_cache(maxsize=64)
+def _ranks(groups: tuple[tuple[int, ...], ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """(rank_E, expert_E): each expert's place where those of one shape stand together, and the expert at each place.
+
+    Kept, because a copy from the host is no part of a CUDA graph.
+    """
+    order = [expert for group in groups for expert in group]
+    expert_E = torch.tensor(order)
+    return expert_E.argsort().to(device), expert_E.to(device)
+
+
+WAYS = {"sorted": run_sorted, "grouped": run_grouped, "dense": run_dense}
+
+
 def combine_logits(outputs_AC: Tensor, order_A: Tensor, routing: Routing) -> Tensor:
     """Weighted sum of the experts' logits, float32 (B, C); zeros for a sample that no expert saw."""
-    weighted_AC = outputs_AC.float() * routing.weight_A[order_A, None]
+    weighted_AC = outputs_AC.float() * routing.weight_A.index_select(0, order_A)[:, None]
     zeros_BC = weighted_AC.new_zeros(routing.num_samples, outputs_AC.shape[1])
-    return zeros_BC.index_add(0, routing.sample_A[order_A], weighted_AC)
+    return zeros_BC.index_add(0, routing.sample_A.index_select(0, order_A), weighted_AC)
 
 
 def combine_probabilities(outputs_AC: Tensor, order_A: Tensor, routing: Routing) -> Tensor:
@@ -35,14 +142,14 @@ def combine_probabilities(outputs_AC: Tensor, order_A: Tensor, routing: Routing)
     the weights of a sample sum to 1. Computed as a log-sum-exp over each sample's experts; zeros for a sample
     that no expert saw.
     """
-    sample_A = routing.sample_A[order_A]
+    sample_A = routing.sample_A.index_select(0, order_A)
     # A softmax weight may underflow to 0, whose logarithm has no finite gradient.
-    weight_A1 = routing.weight_A[order_A, None].clamp_min(torch.finfo(torch.float32).tiny)
+    weight_A1 = routing.weight_A.index_select(0, order_A)[:, None].clamp_min(torch.finfo(torch.float32).tiny)
     log_AC = outputs_AC.float().log_softmax(dim=-1) + weight_A1.log()
     index_AC = sample_A[:, None].expand_as(log_AC)
     zeros_BC = log_AC.new_zeros(routing.num_samples, log_AC.shape[1])
     peak_BC = zeros_BC.scatter_reduce(0, index_AC, log_AC.detach(), "amax", include_self=False)
-    sum_BC = zeros_BC.index_add(0, sample_A, (log_AC - peak_BC[sample_A]).exp())
+    sum_BC = zeros_BC.index_add(0, sample_A, (log_AC - peak_BC.index_select(0, sample_A)).exp())
     unseen_B1 = torch.ones_like(zeros_BC[:, :1]).index_fill(0, sample_A, 0.0)
     return (sum_BC + unseen_B1).log() + peak_BC
 

@@ -1,9 +1,17 @@
 """Feed-forward experts of several sizes."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
 from typing import Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model.routers import group_columns
+
+Size = Literal["small", "medium", "large", "very_large"] | list[int]
 
 SIZES: dict[str, tuple[list[int], float]] = {
     "small": ([256, 128], 0.3),
@@ -20,67 +28,161 @@ LIST_DROPOUT = 0.3  # of an expert given as a list of hidden sizes, unless exper
 class ExpertsConfig:
     """Experts: how many, how large, and how their outputs are put together."""
 
-    sizes: list[Literal["small", "medium", "large", "very_large"] | list[int]] = field(
-        default_factory=lambda: ["small", "medium", "large", "very_large"]
-    )
+    sizes: list[Size] = field(default_factory=lambda: ["small", "medium", "large", "very_large"])
     """One entry an expert: a named size, or its hidden layers such as [512, 256]."""
-    dropout: float | None = None
-    """Dropout of every expert; null: each named size's own (0.3, 0.4, 0.5, 0.6), and 0.3 for a list."""
+    shared: list[Size] = field(default_factory=list)
+    """Experts that every sample passes beside those it is routed to, as sizes; their logits are added to the mixture's
+    (Dai 2024)."""
+    dropout: float | list[float] | None = None
+    """Dropout of every expert, or one number for each of sizes and then of shared; null: each named size's own (0.3,
+    0.4, 0.5, 0.6), and 0.3 for a list."""
+    inputs: list[list[int]] | None = None
+    """For each of sizes, and then of shared, which of backbone.features it reads, counted from 0; null: all."""
     combine: Literal["logits", "probabilities"] = "logits"
     """Mix the experts' logits, or their class probabilities (a mixture distribution, Jacobs 1991)."""
+    dispatch: Literal["auto", "sorted", "grouped", "dense"] = "auto"
+    """How samples reach their experts, with equal results. sorted: one expert after the other; grouped: experts of one
+    shape in one product; dense: every expert on every sample; auto: what was measured to be fastest."""
 
     def __post_init__(self):
         if not self.sizes:
             raise ValueError("experts.sizes is empty: name at least one expert")
-        for size in self.sizes:
-            if isinstance(size, str):
-                if size not in SIZES:
-                    raise ValueError(
-                        f"experts.sizes has '{size}': known sizes are {', '.join(SIZES)}, or a list of ints"
-                    )
-            elif not size or any(width < 1 for width in size):
-                raise ValueError(f"experts.sizes has {size}: hidden layers need 1 unit or more")
-        if self.dropout is not None and not 0 <= self.dropout < 1:
-            raise ValueError(f"experts.dropout is {self.dropout}: it must be at least 0 and below 1")
+        for name in ("sizes", "shared"):
+            for size in getattr(self, name):
+                _check_size(f"experts.{name}", size)
+        count = len(self.sizes) + len(self.shared)
+        for name in ("dropout", "inputs"):
+            value = getattr(self, name)
+            if isinstance(value, list) and len(value) != count:
+                raise ValueError(
+                    f"experts.{name} has {len(value)} entries for {count} experts ({len(self.sizes)} in experts.sizes, "
+                    f"{len(self.shared)} in experts.shared): give one for each"
+                )
+        for rate in self.dropout if isinstance(self.dropout, list) else [self.dropout]:
+            if rate is not None and not 0 <= rate < 1:
+                raise ValueError(f"experts.dropout is {rate}: it must be at least 0 and below 1")
+        if self.inputs is not None and self.dispatch == "grouped":
+            raise ValueError("experts.dispatch grouped cannot serve experts.inputs: use auto, sorted or dense")
+        for groups in self.inputs or []:
+            if not groups or len(set(groups)) < len(groups):
+                raise ValueError(f"experts.inputs has {groups}: an expert reads at least one feature, each once")
 
     def hidden(self, expert: int) -> list[int]:
-        """Hidden units of each layer of one expert."""
-        size = self.sizes[expert]
+        """Hidden units of each layer of one expert; the shared ones are counted after the others."""
+        size = (self.sizes + self.shared)[expert]
         return SIZES[size][0] if isinstance(size, str) else list(size)
 
     def dropout_of(self, expert: int) -> float:
         """Dropout of one expert."""
         if self.dropout is not None:
-            return self.dropout
-        size = self.sizes[expert]
+            return self.dropout[expert] if isinstance(self.dropout, list) else self.dropout
+        size = (self.sizes + self.shared)[expert]
         return SIZES[size][1] if isinstance(size, str) else LIST_DROPOUT
 
     def labels(self) -> list[str]:
-        """A name for each expert in figures: its index and hidden sizes."""
+        """A name for each routed expert in figures: its index and hidden sizes."""
         return [f"{e} · {'-'.join(map(str, self.hidden(e)))}" for e in range(len(self.sizes))]
+
+    def work(self, in_features: int, num_classes: int, num_groups: int = 1) -> list[float]:
+        """Multiply-adds of each routed expert on one sample: what `router.target_load size` goes by."""
+        costs = []
+        for expert in range(len(self.sizes)):
+            read = in_features if self.inputs is None else in_features // num_groups * len(self.inputs[expert])
+            widths = [read, *self.hidden(expert), num_classes]
+            costs.append(float(sum(fan_in * fan_out for fan_in, fan_out in pairwise(widths))))
+        return costs
+
+
+def _check_size(name: str, size: str | list[int]) -> None:
+    if isinstance(size, str):
+        if size not in SIZES:
+            raise ValueError(f"{name} has '{size}': known sizes are {', '.join(SIZES)}, or a list of ints")
+    elif not size or any(width < 1 for width in size):
+        raise ValueError(f"{name} has {size}: hidden layers need 1 unit or more")
 
 
 class Expert(nn.Sequential):
     """Blocks of Linear, LayerNorm, ReLU, Dropout, then a Linear to the classes: (B, D) -> logits (B, C).
 
-    Xavier-uniform weights (Glorot 2010), zero biases.
+    Xavier-uniform weights (Glorot 2010), zero biases. Computes in the number format of its input. columns: int64, the
+    features that this expert reads (None: all).
     """
 
-    def __init__(self, in_features: int, hidden: list[int], num_classes: int, dropout: float):
+    def __init__(
+        self, in_features: int, hidden: list[int], num_classes: int, dropout: float, columns: Tensor | None = None
+    ):
         layers: list[nn.Module] = []
-        width = in_features
+        width = in_features if columns is None else len(columns)
         for units in hidden:
             layers += [nn.Linear(width, units), nn.LayerNorm(units), nn.ReLU(), nn.Dropout(dropout)]
             width = units
         super().__init__(*layers, nn.Linear(width, num_classes))
+        self.register_buffer("columns", columns, persistent=False)
         for layer in self:
             if isinstance(layer, nn.Linear):
                 nn.init.xavier_uniform_(layer.weight)
                 nn.init.zeros_(layer.bias)
 
+    @property
+    def widths(self) -> list[int]:
+        """Outputs of each linear layer, the classes last."""
+        return [layer.out_features for layer in self if isinstance(layer, nn.Linear)]
 
-def build_experts(config: ExpertsConfig, in_features: int, num_classes: int) -> nn.ModuleList:
-    """One Expert for each configured size."""
-    return nn.ModuleList(
-        Expert(in_features, config.hidden(e), num_classes, config.dropout_of(e)) for e in range(len(config.sizes))
-    )
+    def forward(self, x_BD: Tensor) -> Tensor:
+        x_BD = x_BD if self.columns is None else x_BD.index_select(-1, self.columns)
+        if x_BD.dtype == self[0].weight.dtype:
+            return super().forward(x_BD)
+        return self.after_first(F.linear(x_BD, *cast(self[0], x_BD.dtype)))
+
+    def after_first(self, h_BH: Tensor) -> Tensor:
+        """The rest of the forward pass, from the output of the first linear layer, in its number format.
+
+        Autocast would norm in float32 and so move twice the bytes between layers.
+        """
+        with torch.autocast(h_BH.device.type, enabled=False):
+            for layer in list(self)[1:]:
+                if isinstance(layer, nn.Linear):
+                    h_BH = F.linear(h_BH, *cast(layer, h_BH.dtype))
+                elif isinstance(layer, nn.LayerNorm):
+                    h_BH = F.layer_norm(h_BH, layer.normalized_shape, *cast(layer, h_BH.dtype), layer.eps)
+                else:
+                    h_BH = layer(h_BH)
+        return h_BH
+
+
+def cast(layer: nn.Linear | nn.LayerNorm, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Weight and bias in `dtype`, differentiable."""
+    return layer.weight.to(dtype), layer.bias.to(dtype)
+
+
+class Experts(nn.ModuleList):
+    """The experts of a mixture, and which of them have the same shape."""
+
+    @property
+    def read_apart(self) -> bool:
+        """Whether experts read features of their own, so that their first layers have no input in common."""
+        return any(expert.columns is not None for expert in self)
+
+    @cached_property
+    def groups(self) -> tuple[tuple[int, ...], ...]:
+        """Indices of the experts of each shape (hidden layers and dropout), in order of their first."""
+        groups: dict[tuple, list[int]] = {}
+        for index, expert in enumerate(self):
+            drops = (layer.p for layer in expert if isinstance(layer, nn.Dropout))
+            groups.setdefault((*expert.widths, *drops), []).append(index)
+        return tuple(map(tuple, groups.values()))
+
+
+def build_experts(
+    config: ExpertsConfig, in_features: int, num_classes: int, num_groups: int = 1
+) -> tuple[Experts, nn.ModuleList]:
+    """The routed experts, one for each of `sizes`, and the shared ones.
+
+    num_groups: equally wide groups of features, which `inputs` names. Raises ValueError for one that is not there.
+    """
+    experts = []
+    for index in range(len(config.sizes) + len(config.shared)):
+        columns = None if config.inputs is None else group_columns(in_features, num_groups, config.inputs[index])
+        hidden, dropout = config.hidden(index), config.dropout_of(index)
+        experts.append(Expert(in_features, hidden, num_classes, dropout, columns))
+    return Experts(experts[: len(config.sizes)]), nn.ModuleList(experts[len(config.sizes) :])

@@ -9,19 +9,32 @@ from model.routers import RouterConfig, Routing, build_router
 
 
 class MixtureOfExperts(nn.Module):
-    """Features (B, D) -> class logits (B, C), each sample through a few of E unequal experts.
+    """Features (B, D), or tokens (B, T, D), -> class logits (B, C), each sample through a few of E unequal experts.
+
+    Shared experts see every sample, of tokens their mean, and their logits are added. A class head has no identity
+    path that a choice without a place could fall back on; where `router.overflow` is residual, a linear head is that
+    path and is used in training only, since evaluation drops nothing.
 
     usage_E and warmup_usage_E count, as int64 buffers that are saved with the model, how many training
     samples each expert received from the learned gate and from random warm-up. They are kept apart
     because even random routing would hide a collapsed gate.
     """
 
-    def __init__(self, in_features: int, num_classes: int, router: RouterConfig, experts: ExpertsConfig):
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        router: RouterConfig,
+        experts: ExpertsConfig,
+        num_groups: int = 1,
+    ):
         super().__init__()
         num_experts = len(experts.sizes)
-        self.router = build_router(router, in_features, num_experts)
-        self.experts = build_experts(experts, in_features, num_classes)
-        self.combine = COMBINE[experts.combine]
+        work = experts.work(in_features, num_classes, num_groups)
+        self.router = build_router(router, in_features, num_experts, work, num_groups)
+        self.experts, self.shared = build_experts(experts, in_features, num_classes, num_groups)
+        self.skip = nn.Linear(in_features, num_classes) if router.overflow == "residual" else None
+        self.combine, self.how = COMBINE[experts.combine], experts.dispatch
         self.register_buffer("usage_E", torch.zeros(num_experts, dtype=torch.int64))
         self.register_buffer("warmup_usage_E", torch.zeros(num_experts, dtype=torch.int64))
 
@@ -30,8 +43,21 @@ class MixtureOfExperts(nn.Module):
         routing = self.router(x_BD, warmup, allowed_E)
         if self.training:
             self._count(routing)
-        outputs_AC, order_A = dispatch(x_BD, routing, self.experts)
-        return self.combine(outputs_AC, order_A, routing), routing
+        if routing.rows_AD is None:
+            outputs_AC, order_A = dispatch(x_BD, routing, self.experts, self.how)
+        else:
+            outputs_AC, order_A = dispatch(routing.rows_AD, routing.by_row(), self.experts, self.how)
+        logits_BC = self.combine(outputs_AC, order_A, routing)
+        pooled_BD = x_BD if x_BD.ndim == 2 else x_BD.mean(dim=1)
+        for expert in self.shared:
+            logits_BC = logits_BC + expert(pooled_BD).float()
+        if routing.residual_B is not None:
+            logits_BC = logits_BC + routing.residual_B[:, None] * self.skip(pooled_BD).float()
+        return logits_BC, routing
+
+    def after_step(self, routing: Routing) -> None:
+        """To be called once after each optimizer step: moves the loss-free bias, where there is one."""
+        self.router.after_step(routing)
 
     @torch.no_grad()
     def _count(self, routing: Routing) -> None:

@@ -5,9 +5,19 @@ from torch.nn import functional as F
 
 
 class Standardise(nn.BatchNorm1d):
-    """BatchNorm (Ioffe 2015) over (B, D) that also trains on a batch of one sample, by its running statistics."""
+    """BatchNorm (Ioffe 2015) over (B, D) that also trains on a batch of one sample, by its running statistics.
+
+    by_running: training updates the running statistics but uses them too, so that an output does not depend on
+    the batch.
+    """
+
+    def __init__(self, num_features: int, affine: bool = True, by_running: bool = False):
+        super().__init__(num_features, affine=affine)
+        self.by_running = by_running
 
     def forward(self, x_BD: Tensor) -> Tensor:
-        if self.training and len(x_BD) == 1:
+        alone = self.training and len(x_BD) == 1
+        normalised_BD = None if alone else super().forward(x_BD)
+        if alone or self.by_running:
             return F.batch_norm(x_BD, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
-        return super().forward(x_BD)
+        return normalised_BD

@@ -1,8 +1,11 @@
 """Shared fixtures: where real data and weights may be found, and a small run on digits."""
 
+import atexit
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,11 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 # Small tensors are slower on two threads than on one, by far where another process wants the cores as well.
 torch.set_num_threads(1)
+
+# Stored features of this session only: one that an older version of the code wrote would hide what a change breaks.
+_CACHE = tempfile.mkdtemp(prefix="vision-moe-tests-")
+os.environ["VISION_MOE_CACHE"] = _CACHE
+atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
 
 PNG = bytes.fromhex(  # one pixel
     "89504e470d0a1a0a0000000d494844520000000100000001080000000"

@@ -8,8 +8,12 @@ import torch
 from model.balance import (
     BalanceConfig,
     balance_losses,
+    floors,
+    global_divergence,
     importance_loss,
     load_loss,
+    local_entropy,
+    parameter_penalty,
     squared_cv,
     switch_balance,
     usage_variance,
@@ -70,10 +74,117 @@ def test_usage_variance_by_hand():
     assert usage_variance(torch.tensor([3, 1])).item() == pytest.approx(0.0625)
 
 
+def test_a_target_load_moves_where_balance_is():
+    target = torch.tensor([0.75, 0.25])
+    # Shares (1/2, 1/2): 3/4 (2/3 - 1)^2 + 1/4 (2 - 1)^2 = 1/12 + 1/4 = 1/3.
+    assert squared_cv(torch.tensor([5.0, 5.0]), target).item() == pytest.approx(1 / 3)
+    assert squared_cv(torch.tensor([6.0, 2.0]), target).item() == pytest.approx(0.0)
+    probs = torch.tensor([[0.5, 0.5]])
+    # Shares (3/4, 1/4) and probabilities 1/2: 3/4 * 1/2 / (3/4) + 1/4 * 1/2 / (1/4) = 1.
+    assert switch_balance(probs, torch.tensor([3, 1]), target).item() == pytest.approx(1.0)
+    # Shares (1/2, 1/2): 1/4 / (3/4) + 1/4 / (1/4) = 4/3.
+    assert switch_balance(probs, torch.tensor([2, 2]), target).item() == pytest.approx(4 / 3)
+    # 1/2 log (1/2 / (3/4)) + 1/2 log (1/2 / (1/4)) = (log 2/3 + log 2) / 2.
+    assert global_divergence(probs, target).item() == pytest.approx((math.log(2 / 3) + math.log(2)) / 2)
+    even = torch.tensor([0.5, 0.5])
+    values = torch.rand(2)
+    assert squared_cv(values).item() == pytest.approx(squared_cv(values, even).item())
+
+
+def test_parameter_penalty_by_hand():
+    # Costs 1 and 3 over their mean 2. Shares (1/2, 1/2), probabilities (0.6, 0.4): 2 (1/2 1/2 0.6 + 1/2 3/2 0.4) = 0.9.
+    work, probs = torch.tensor([0.5, 1.5]), torch.tensor([[0.6, 0.4]])
+    assert parameter_penalty(probs, torch.tensor([2, 2]), work).item() == pytest.approx(0.9)
+    # Least at shares and probabilities in proportion to 1/cost, (3/4, 1/4): 2 (1/2 9/16 + 3/2 1/16) = 3/4.
+    least = parameter_penalty(torch.tensor([[0.75, 0.25]]), torch.tensor([3, 1]), work).item()
+    assert least == pytest.approx(0.75)
+    for share in torch.linspace(0, 1, 101).tolist():
+        probs = torch.tensor([[share, 1 - share]])
+        assert parameter_penalty(probs, probs[0], work).item() >= least - 1e-6
+
+
+def test_entropies_by_hand():
+    probs = torch.tensor([[1.0, 0.0], [0.5, 0.5]])
+    # Entropies 0 and log 2; mean gate (3/4, 1/4), of entropy 0.562335.
+    assert local_entropy(probs).item() == pytest.approx(math.log(2) / 2)
+    assert global_divergence(probs).item() == pytest.approx(math.log(2) - 0.562335, abs=1e-6)
+
+
+@pytest.mark.parametrize("target", ["even", "size", "inverse_size", [5.0, 1.0, 1.0]])
+def test_every_floor_is_the_value_at_perfect_balance(target):
+    config = BalanceConfig(**dict.fromkeys(vars(BalanceConfig()), 1.0))
+    router = build_router(RouterConfig(target_load=target), 4, 3, work=[1.0, 2.0, 3.0])
+    floor = floors(config, router)
+    assert list(floor) == list(vars(config))
+    share_E = router.target_E
+    expert_A = torch.repeat_interleave(torch.arange(3), (share_E * 6 * 7 * 11).round().long())  # whole counts
+    ones_A = torch.ones(len(expert_A))
+    logits_BE = share_E.log().expand(len(expert_A), 3)  # of logsumexp 0
+    routing = Routing(torch.arange(len(expert_A)), expert_A, ones_A, logits_BE, logits_BE.exp())
+    routing.target_E, routing.work_E = router.target_E, router.work_E
+    found = balance_losses(routing, config)
+    for name in ("switch", "importance", "load", "z_loss", "entropy_global"):
+        assert found[name].item() == pytest.approx(floor[name], abs=1e-4), name
+    if target == "inverse_size":
+        assert found["p_penalty"].item() == pytest.approx(floor["p_penalty"], abs=1e-4)
+    if target == "even":
+        assert found["usage_variance"].item() == pytest.approx(floor["usage_variance"], abs=1e-6)
+    assert floors(BalanceConfig(switch=0.0, z_loss=0.1), router) == {"z_loss": 0.0}
+
+
+@pytest.mark.parametrize("name", [name for name in vars(BalanceConfig()) if name != "usage_variance"])
+def test_losses_have_the_gradient_of_finite_differences(name):
+    torch.manual_seed(0)
+    config = BalanceConfig(**{"switch": 0.0, name: 1.0})
+    router = build_router(RouterConfig(kind="noisy_topk", top_k=2, norm="none", target_load=[1.0, 2.0, 3.0]), 3, 3)
+    router = router.double().train()
+
+    def loss(logits):
+        torch.manual_seed(1)  # the same noise each time
+        routing = router._route(logits, logits)
+        routing.target_E, routing.work_E = router.target_E, router.work_E
+        return balance_losses(routing, config)[name]
+
+    assert torch.autograd.gradcheck(loss, (torch.randn(5, 3, dtype=torch.float64, requires_grad=True),))
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"), [("size", [1 / 6, 2 / 6, 3 / 6]), ("inverse_size", [6 / 11, 3 / 11, 2 / 11])]
+)
+@pytest.mark.parametrize("name", ["switch", "importance", "load", "entropy_global"])
+def test_minimising_a_loss_brings_the_load_to_its_target(name, target, expected):
+    torch.manual_seed(0)
+    config = RouterConfig(kind="noisy_topk", top_k=1, target_load=target)
+    router = build_router(config, 8, 3, work=[1.0, 2.0, 3.0]).train()
+    balance = BalanceConfig(**{"switch": 0.0, name: 1.0})
+    optimizer = torch.optim.Adam(router.parameters(), lr=0.05)
+    x = torch.randn(256, 8)
+    for _ in range(100):
+        optimizer.zero_grad()
+        weighted_sum(balance_losses(router(x), balance), balance).backward()
+        optimizer.step()
+    counts = sum(router(x).counts_E for _ in range(20))
+    assert (counts / counts.sum()).tolist() == pytest.approx(expected, abs=0.06)
+
+
+def test_the_parameter_penalty_prefers_small_experts():
+    torch.manual_seed(0)
+    router = build_router(RouterConfig(kind="noisy_topk", top_k=1), 8, 3, work=[1.0, 2.0, 3.0]).train()
+    balance = BalanceConfig(switch=0.0, p_penalty=1.0)
+    optimizer = torch.optim.Adam(router.parameters(), lr=0.05)
+    x = torch.randn(256, 8)
+    for _ in range(100):
+        optimizer.zero_grad()
+        weighted_sum(balance_losses(router(x), balance), balance).backward()
+        optimizer.step()
+    counts = sum(router(x).counts_E for _ in range(20))
+    assert (counts / counts.sum()).tolist() == pytest.approx([6 / 11, 3 / 11, 2 / 11], abs=0.06)  # equal work
+
+
 def test_which_losses_reach_the_gate():
     torch.manual_seed(0)
     reached = {}
-    for name in ("switch", "importance", "load", "z_loss", "usage_variance"):
+    for name in vars(BalanceConfig()):
         router = build_router(RouterConfig(kind="noisy_topk", top_k=2), 6, 4).train()
         config = BalanceConfig(switch=0.0) if name != "switch" else BalanceConfig(switch=1.0)
         setattr(config, name, 1.0)
@@ -82,8 +193,7 @@ def test_which_losses_reach_the_gate():
         assert list(losses) == [name]
         reached[name] = losses[name].requires_grad
     # The reference recipe's usage variance is built from counts: it has no gradient and balances nothing.
-    expected = {"switch": True, "importance": True, "load": True, "z_loss": True, "usage_variance": False}
-    assert reached == expected
+    assert reached == {name: name != "usage_variance" for name in vars(BalanceConfig())}
 
 
 @pytest.mark.parametrize("name", ["switch", "importance", "load"])

@@ -8,6 +8,7 @@ from conftest import ROOT, run_program
 
 from engine.config import Config, config_from_dict, parse_command_line, write_config
 from errors import UserError
+from model.routers import ROUTERS
 
 
 def test_the_default_is_cifar100():
@@ -89,6 +90,19 @@ def test_a_configuration_survives_writing_and_reading(tmp_path):
         (["--train.seed", "100000000000000"], "train.seed is 100000000000000"),
         (["--router.temperature", ".nan"], "router.temperature is nan"),
         (["--router.top_k", "1", "--experts.combine", "probabilities"], "gives the gate no gradient"),
+        (["--router.kind", "switch"], "set router.top_k 1, not 2"),
+        (["--router.capacity_factor", "0"], "router.capacity_factor is 0.0"),
+        (["--router.kind", "soft_moe", "--router.hidden", "[]"], "soft_moe mixes patch tokens, which neck.kind pooled"),
+        (["--neck.kind", "tokens", "--backbone.features", "[tokens:-1]"], "keeps patch tokens, but router.kind noisy"),
+        (["--router.kind", "hierarchical", "--experts.sizes", "[[4],[4],[4]]"], "does not divide the 3 experts"),
+        (["--router.inputs", "[6]"], "router.inputs names feature 6, but backbone.features has 6"),
+        (["--experts.inputs", "[[0],[1],[2],[-1]]"], "experts.inputs names feature -1"),
+        (["--neck.kind", "flatten", "--backbone.features", "[tokens:-1]", "--router.inputs", "[0]"], "pooled features"),
+        (["--router.kind", "mixtral", "--balance.load", "1"], "balance.load needs noise"),
+        (["--router.kind", "hash", "--router.hidden", "[]", "--balance.z_loss", "1"], "no logits to act on"),
+        (["--router.target_load", "[1,2]"], "router.target_load names 2 shares, but there are 4 experts"),
+        (["--router.target_load", "big"], "router.target_load"),
+        (["--router.overflow", "residual"], "does nothing without router.capacity_factor"),
     ],
 )
 def test_mistakes_end_in_one_line_that_names_them(arguments, words):
@@ -97,6 +111,19 @@ def test_mistakes_end_in_one_line_that_names_them(arguments, words):
     message = str(caught.value)
     assert words in message
     assert "\n" not in message and "class '" not in message
+
+
+def test_the_options_of_every_rule_survive_the_command_line(tmp_path):
+    words = "--router.target_load [1,2,3,4] --experts.shared [small,[7]] --experts.dropout [0,0.1,0.2,0.3,0.4,0.5]"
+    words += " --router.kind deepseek --router.inputs [0,2] --experts.inputs [[0],[1],[2],[3],[4,5],[0]]"
+    words += " --router.capacity_factor 1.25 --router.overflow next_best --router.noise_std 0.1"
+    config = parse_command_line(words.split()).config
+    assert config.router.target_load == [1, 2, 3, 4] and config.router.inputs == [0, 2]
+    assert config.experts.shared == ["small", [7]] and config.experts.dropout_of(5) == 0.5
+    write_config(config, tmp_path / "config.yaml")
+    assert parse_command_line(["--config", str(tmp_path / "config.yaml")]).config == config
+    tokens = ["--router.kind", "soft_moe", "--neck.kind", "tokens", "--backbone.features", "[tokens:-1]"]
+    assert parse_command_line([*tokens, "--router.hidden", "[]"]).config.router.slots == 1
 
 
 def test_an_unknown_key_in_a_file_is_named(tmp_path):
@@ -115,19 +142,27 @@ def test_an_unknown_key_in_a_file_is_named(tmp_path):
     assert str(path) in str(caught.value)
 
 
-def test_help_explains_every_field_and_print_config_round_trips(tmp_path):
-    text = run_program("train.py", "--help").stdout
+def printed_by(arguments, capsys):
+    """What train.py prints for --help and --print_config before it ends well."""
+    with pytest.raises(SystemExit) as ended:
+        parse_command_line(arguments)
+    assert not ended.value.code
+    return capsys.readouterr().out
+
+
+def test_help_explains_every_field_and_print_config_round_trips(tmp_path, capsys):
+    text = printed_by(["--help"], capsys)
     options = list(re.finditer(r"^  --([a-z_]+\.[a-z_0-9]+)[ ,](.*(?:\n    .*)*)", text, re.MULTILINE))
     assert len(options) > 40
     for match in options:
         explanation = match[2].split("(type")[0].replace(match[1], "")
         assert len(explanation.split()) > 3, f"{match[1]} has no explanation"
-    printed = run_program("train.py", "--config", "configs/digits.yaml", "--train.seed", "7", "--print_config")
-    assert printed.returncode == 0
-    values = yaml.safe_load(printed.stdout)
+    assert all(re.search(rf"\b{kind}: ", text) for kind in ROUTERS)
+    printed = printed_by(["--config", "configs/digits.yaml", "--train.seed", "7", "--print_config"], capsys)
+    values = yaml.safe_load(printed)
     assert values["train"]["seed"] == 7
     path = tmp_path / "printed.yaml"
-    path.write_text(printed.stdout)
+    path.write_text(printed)
     assert parse_command_line(["--config", str(path)]).config.train.seed == 7
 
 

@@ -98,6 +98,49 @@ def test_prepare_resizes_clamps_and_normalises():
     assert out[:, 1].max().item() == pytest.approx(1.0)
 
 
+def strong_view(box, color, strong=(True,)):
+    count = len(strong)
+    still = torch.zeros(count, dtype=torch.bool), torch.zeros(count, 2, dtype=torch.int64)
+    return View(*still, torch.tensor([box] * count), torch.tensor([color] * count), torch.tensor(strong))
+
+
+def test_enlarging_shows_the_box_and_leaves_other_images_alone():
+    # Left half 40, right half 200: the box of the right half's middle is 200 everywhere.
+    images = torch.full((2, 3, 16, 16), 40, dtype=torch.uint8)
+    images[..., 8:] = 200
+    out = apply_view(images, strong_view([0.5, 0.0, 0.25, 0.25], [1.0, 1.0, 1.0], strong=(True, False)))
+    assert out.dtype == torch.uint8 and out.shape == images.shape
+    assert (out[0] == 200).all() and torch.equal(out[1], images[1])
+    whole = apply_view(images, strong_view([0.0, 0.0, 1.0, 1.0], [1.0, 1.0, 1.0], strong=(True, True)))
+    assert (whole.int() - images.int()).abs().max() <= 1  # bicubic at the pixel centres, rounded
+
+
+def test_brightness_contrast_and_saturation_by_hand():
+    # One pixel of (51, 102, 153) = (.2, .4, .6). Brightness 1.5: (.3, .6, .9), mean .6. Contrast .5: (.45, .6, .75).
+    # Grey is .6; saturation 2: (.3, .6, .9) = (76.5, 153, 229.5).
+    pixel = torch.tensor([51, 102, 153], dtype=torch.uint8).view(1, 3, 1, 1)
+    out = apply_view(pixel, strong_view([0.0, 0.0, 1.0, 1.0], [1.5, 0.5, 2.0]))
+    assert (out.flatten().float() - torch.tensor([76.5, 153.0, 229.5])).abs().max() <= 0.6
+
+
+def test_strong_views_are_drawn_within_their_limits():
+    config = AugmentConfig(scale=0.5, color_jitter=0.2, strong=0.5)
+    view, again = draw_view(4000, config, 3), draw_view(4000, config, 3)
+    assert torch.equal(view.box_N4, again.box_N4) and torch.equal(view.strong_N, again.strong_N)
+    centre, sides = view.box_N4[:, :2], view.box_N4[:, 2:]
+    assert (centre.abs() + sides <= 1 + 1e-6).all()  # the box lies within the image
+    area, ratio = sides.prod(dim=1), sides[:, 0] / sides[:, 1]
+    assert area.min() >= 0.5 / 1.2 - 1e-4 and area.max() <= 1 and ratio.min() > 1 / 1.21 and ratio.max() < 1.21
+    assert (view.color_N3 - 1).abs().max() <= 0.2 and abs(view.strong_N.float().mean() - 0.5) < 0.05
+    plain = draw_view(4000, AugmentConfig(), 3)  # the flips and crops of a seed stay the same whatever else is drawn
+    assert (
+        plain.box_N4 is None and torch.equal(plain.flip_N, view.flip_N) and torch.equal(plain.shift_N2, view.shift_N2)
+    )
+    images = torch.randint(0, 256, (10, 3, 8, 8), dtype=torch.uint8)
+    together, index = apply_view(images, view[torch.arange(10)]), torch.tensor([7])
+    assert torch.equal(apply_view(images[index], view[index]), together[index])
+
+
 def bank(mode="cached", views=2, augment=None, calls=None):
     splits = load_splits(DataConfig(name="digits", max_per_class=30))
 
@@ -113,6 +156,8 @@ def bank(mode="cached", views=2, augment=None, calls=None):
 def test_bank_extracts_each_view_once_and_serves_labels_with_their_features():
     calls = []
     features = bank(calls=calls)
+    features.example()
+    calls.clear()
     train = features.splits.train
     order = torch.randperm(len(train))
     for epoch in range(4):
@@ -137,6 +182,8 @@ def test_cached_and_live_serve_the_same_numbers():
 def test_without_augmentation_every_view_is_the_image():
     calls = []
     features = bank(augment=AugmentConfig(flip=False, crop=0), calls=calls)
+    features.example()
+    calls.clear()
     list(features.batches("train", 64, view=0))
     list(features.batches("train", 64, view=1))
     assert sum(calls) == len(features.splits.train)

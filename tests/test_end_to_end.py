@@ -24,11 +24,16 @@ WRITTEN = [
     "model.safetensors",
     "model.json",
     "evaluation/metrics.json",
+    "evaluation/report.html",
     "evaluation/figures/training_curves.png",
     "evaluation/figures/expert_load.png",
     "evaluation/figures/load_over_time.png",
     "evaluation/figures/expert_by_class.png",
     "evaluation/figures/samples.png",
+    "evaluation/figures/expert_worth.png",
+    "evaluation/figures/feature_map.png",
+    "evaluation/figures/confused_pairs.png",
+    "evaluation/figures/reliability.png",
 ]
 
 
@@ -124,7 +129,7 @@ def test_mistakes_of_evaluate_are_one_line(tmp_path, monkeypatch, capsys):
     for arguments, words in (
         ([tmp_path / "none"], "is not a folder"),
         ([tmp_path], "neither model.json nor"),
-        ([], "required: RUN"),
+        ([], "name one RUN"),
     ):
         monkeypatch.setattr("sys.argv", ["evaluate.py", *map(str, arguments)])
         assert exit_code_of(evaluate.main) == 2

@@ -78,7 +78,7 @@ def test_an_expert_without_samples_does_not_run_and_gets_no_gradient():
 
 @pytest.mark.parametrize("combine", sorted(COMBINE))
 def test_a_sample_that_no_expert_sees_gets_even_logits(combine):
-    experts = build_experts(ExpertsConfig(sizes=[[4], [4]]), 3, 5)
+    experts = build_experts(ExpertsConfig(sizes=[[4], [4]]), 3, 5)[0]
     routing = Routing(torch.tensor([0]), torch.tensor([1]), torch.tensor([1.0]), torch.zeros(2, 2))
     out = COMBINE[combine](*dispatch(torch.randn(2, 3), routing, experts), routing)
     out.sum().backward()
@@ -142,7 +142,7 @@ def test_counters_add_up_to_known_routing():
 
 def test_named_sizes_are_those_of_the_reference_recipe():
     config = ExpertsConfig()
-    experts = build_experts(config, 10, 100)
+    experts = build_experts(config, 10, 100)[0]
     widths = [[layer.out_features for layer in expert if isinstance(layer, torch.nn.Linear)] for expert in experts]
     assert widths == [
         [256, 128, 100],

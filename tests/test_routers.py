@@ -1,13 +1,13 @@
-"""Routers: shapes, weights, noise, warm-up and the load estimate, against numbers worked out by hand."""
+"""The two noisy gates, and what all routers share: weights, noise, warm-up, the load estimate, normalisation."""
 
 import math
 
 import pytest
 import torch
 
-from model.routers import ROUTERS, NoisyTopKRouter, RouterConfig, build_router, load_probability
+from model.routers import RouterConfig, build_router, load_probability
 
-KINDS = sorted(ROUTERS)
+KINDS = ["article", "noisy_topk"]
 
 
 def router_with_logits(kind, num_experts, top_k, **options):
@@ -119,7 +119,7 @@ def test_load_probability_sums_to_k_in_expectation(num_experts, top_k):
 
 
 def test_load_probability_is_the_chance_to_be_chosen():
-    router = NoisyTopKRouter(4, 4, RouterConfig(top_k=2, norm="none")).train()
+    router = build_router(RouterConfig(top_k=2, norm="none"), 4, 4).train()
     with torch.no_grad():
         router.gate.weight.copy_(torch.eye(4))
         router.noise.weight.normal_(std=0.3, generator=torch.Generator().manual_seed(1))
@@ -160,3 +160,70 @@ def test_batch_norm_takes_away_what_all_samples_share():
 def test_a_training_batch_of_one_sample():
     router = build_router(RouterConfig(norm="batch"), 6, 4).train()
     assert router(torch.randn(1, 6)).expert_A.shape == (2,)
+
+
+def test_normalising_by_running_statistics_does_not_look_at_the_batch():
+    from model.norm import Standardise
+
+    torch.manual_seed(0)
+    norm = Standardise(3, affine=False, by_running=True).train()
+    x = torch.randn(64, 3) * 2 + 5
+    for _ in range(200):
+        norm(x)
+    together, alone = norm(x), torch.cat([norm(row) for row in x.split(1)])
+    torch.testing.assert_close(together, alone)
+    assert together.mean(dim=0).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        ("even", [1 / 3] * 3),
+        ("size", [1 / 7, 2 / 7, 4 / 7]),
+        ("inverse_size", [4 / 7, 2 / 7, 1 / 7]),  # 1 : 1/2 : 1/4
+        ([3.0, 2.0, 5.0], [0.3, 0.2, 0.5]),
+    ],
+)
+def test_target_shares(target, expected):
+    router = build_router(RouterConfig(target_load=target), 4, 3, work=[10.0, 20.0, 40.0])
+    assert router.target_E.tolist() == pytest.approx(expected)
+    assert router.work_E.tolist() == pytest.approx([3 / 7, 6 / 7, 12 / 7])
+    assert router(torch.randn(2, 4)).target_E.tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"top_k": 5}, "top_k 5 is larger than the number of experts 4"),
+        ({"kind": "switch"}, "set router.top_k 1, not 2"),
+        ({"kind": "gshard", "top_k": 1}, "set router.top_k 2, not 1"),
+        ({"kind": "mixtral", "top_k": 1}, "gives the gate no gradient"),
+        ({"kind": "hierarchical", "groups": 3}, "router.groups 3 does not divide the 4 experts"),
+        ({"kind": "hierarchical", "top_groups": 3}, "router.top_groups 3 is larger than router.groups 2"),
+        ({"kind": "hierarchical", "top_k": 3, "top_groups": 2}, "cannot be divided among"),
+        ({"kind": "hierarchical", "top_k": 4}, "cannot be divided among router.top_groups 1 groups of 2 experts"),
+        ({"kind": "hierarchical", "capacity_factor": 1.0, "overflow": "next_best"}, "does not go with"),
+        ({"kind": "expert_choice", "capacity_factor": 5.0}, "there are 4: lower it"),
+        ({"kind": "expert_choice", "bias_rate": 0.1}, "router.bias_rate is for rules that choose k experts"),
+        ({"kind": "expert_choice", "capacity_factor": 1.0, "overflow": "residual"}, "set router.overflow drop"),
+        ({"kind": "soft_moe", "capacity_factor": 1.0}, "soft_moe drops nothing"),
+        ({"kind": "soft_moe", "hidden": [4]}, "soft_moe has no gate network"),
+        ({"kind": "hash", "hidden": [4]}, "hash has no gate network"),
+        ({"target_load": [1.0, 2.0]}, "router.target_load names 2 shares, but there are 4 experts"),
+        ({"target_load": [1.0, 2.0, 0.0, 1.0]}, "every share must be finite and above 0"),
+        ({"capacity_factor": 0.0}, "router.capacity_factor is 0.0"),
+        ({"capacity_factor": -1.0}, "router.capacity_factor is -1.0"),
+        ({"capacity_factor": math.nan}, "router.capacity_factor is nan"),
+        ({"overflow": "next_best"}, "does nothing without router.capacity_factor"),
+        ({"jitter": 1.0}, "router.jitter is 1.0"),
+        ({"noise_std": -1.0}, "router.noise_std is -1.0"),
+        ({"bias_rate": math.inf}, "router.bias_rate is inf"),
+        ({"slots": 0}, "router.slots is 0"),
+        ({"inputs": []}, "router.inputs is []"),
+        ({"inputs": [1, 1]}, "each once"),
+    ],
+)
+def test_impossible_options_are_named(options, words):
+    with pytest.raises(ValueError) as caught:
+        build_router(RouterConfig(**options), 6, 4)
+    assert words in str(caught.value)

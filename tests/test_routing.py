@@ -114,6 +114,8 @@ def test_specialisation_finds_experts_that_follow_classes():
     # The bias of an independent table is about (C - 1)(E - 1) / 2A = 9 / 200.
     assert result["null_mean"] == pytest.approx(9 / 200, rel=0.3)
     assert 0 < result["null_deviation"] < 0.05
+    above = result["mutual_information"] - result["null_mean"]
+    assert result["z_score"] == pytest.approx(above / result["null_deviation"]) and result["z_score"] > 50
 
 
 def test_specialisation_sees_nothing_in_random_routing_and_repeats_itself():
@@ -127,6 +129,7 @@ def test_specialisation_keeps_the_assignments_of_a_sample_together():
     # Every sample has both experts, so no shuffling of labels can change the table: all trials tie.
     result = routing.specialisation([0, 0, 0, 1], np.repeat(np.arange(4), 2), [0, 1] * 4, 2, 2, permutations=20)
     assert result["p_value"] == 1.0
+    assert result["z_score"] is None
     assert result["mutual_information"] == pytest.approx(0.0, abs=1e-12)
 
 

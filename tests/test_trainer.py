@@ -32,7 +32,13 @@ from model.experts import ExpertsConfig
 from model.routers import RouterConfig
 
 CPU = torch.device("cpu")
-IDENTITY = {"config": {}, "backbone": {}, "data": {}, "class_names": [], "feature_shape": [192]}
+IDENTITY = {
+    "config": {},
+    "backbone": {"name": "none", "fingerprint": ""},
+    "data": {"train": "", "validation": "", "test": ""},
+    "class_names": [],
+    "feature_shape": [192],
+}
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +46,7 @@ def splits():
     return load_splits(DataConfig(name="digits", max_per_class=40))
 
 
-def make_trainer(path, splits, *, resume=False, optim=None, **train):
+def make_trainer(path, splits, *, resume=False, optim=None, balance=None, **train):
     """A trainer on raw pixels as features: small enough to run whole epochs in milliseconds."""
     config = TrainConfig(**{"epochs": 4, "batch_size": 64, "ema_decay": 0.9, "save_every": 1, **train})
     run = RunFolder(path) if resume else RunFolder.create(path, "test")
@@ -57,7 +63,7 @@ def make_trainer(path, splits, *, resume=False, optim=None, **train):
     experts = ExpertsConfig(sizes=[[8], [16], [32]], dropout=0.1)
     model = VisionMoE((192,), 10, NeckConfig(), RouterConfig(warmup_steps=6), experts)
     optim = optim or OptimConfig(lr=0.01, warmup_steps=4)
-    trainer = Trainer(model, bank, run, tracker, config, optim, BalanceConfig(), 6, IDENTITY)
+    trainer = Trainer(model, bank, run, tracker, config, optim, balance or BalanceConfig(), 6, dict(IDENTITY))
     if checkpoint:
         trainer.load_state_dict(checkpoint)
     return trainer
@@ -153,7 +159,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_step(tmp_path, splits):
     trainer = make_trainer(tmp_path, splits)
     with torch.no_grad():
         trainer.model.moe.experts[0][0].weight.fill_(math.nan)
-    with pytest.raises(UserError, match=r"the loss is nan at step \d+ of epoch 1: lower --optim.lr"):
+    with pytest.raises(UserError, match=r"the task loss is not finite at step 1, in epoch 1: lower --optim.lr"):
         trainer.fit()
 
 
@@ -248,8 +254,8 @@ def test_warm_up_that_never_ends_is_refused(tmp_path, splits):
 
 def test_a_torn_line_of_metrics_is_passed_over(tmp_path):
     run = RunFolder.create(tmp_path, "test")
-    run.metrics.write_text('{"epoch": 1}\n{"epo')
-    assert run.history() == [{"epoch": 1}]
+    run.metrics.write_text('{"step": 5, "epoch": 1}\n[1]\n{"step": 1')
+    assert run.history() == [{"step": 5, "epoch": 1}]
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", '{"format_version": 99}', "no JSON"])

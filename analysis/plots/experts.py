@@ -111,21 +111,23 @@ def expert_worth(
     """What each expert is worth against what it costs, as numbered bubbles whose area is the expert's load.
 
     lost_E: macro-F1 (0 to 1) that is lost when the expert is removed and its samples go to the next choice, with
-    the standard deviation of that figure. parameters_E: of each expert.
+    the standard deviation of that figure. parameters_E: of each expert; those of equal size stand side by side.
     """
     lost_E, deviation_E, load_E = (100 * np.asarray(values, dtype=float) for values in (lost_E, deviation_E, load_E))
     parameters_E = np.asarray(parameters_E, dtype=float)
-    figure = new_figure(4.0, "What each expert is worth, and what it costs")
+    x_E = _side_by_side(parameters_E, lost_E)
+    crowding = min(1.0, 12 / len(lost_E))
+    figure = new_figure(4.0, "Value and cost of each expert")
     ax = figure.subplots()
     ax.axhline(0, color="0.4", lw=1)
-    ax.errorbar(parameters_E, lost_E, deviation_E, fmt="none", ecolor="0.5", elinewidth=1, capsize=3)
+    ax.errorbar(x_E, lost_E, deviation_E, fmt="none", ecolor="0.5", elinewidth=1, capsize=3)
     # The largest first, so that no small bubble hides behind one.
     for expert in np.argsort(-load_E, kind="stable"):
-        label = short(f"{expert_labels[expert]}: {round(lost_E[expert], 2) + 0.0:+.2f} points")
-        at = (parameters_E[expert], lost_E[expert])
-        area = 90 + 14 * load_E[expert]
+        label = f"{short(expert_labels[expert], 26)}: {round(lost_E[expert], 2) + 0.0:+.2f}"
+        at = (x_E[expert], lost_E[expert])
+        area = 90 * crowding + 14 * load_E[expert]
         ax.scatter(*at, area, color=expert_colour(expert), edgecolor="white", zorder=3, label=label)
-        ax.text(*at, str(expert), ha="center", va="center", fontsize=7, zorder=4, path_effects=STROKE)
+        ax.text(*at, str(expert), ha="center", va="center", fontsize=5 + 2 * crowding, zorder=4, path_effects=STROKE)
     ax.set_xscale("log")
     ax.margins(x=0.12, y=0.15)
     ticks = []
@@ -137,9 +139,10 @@ def expert_worth(
     ax.grid(alpha=0.3)
     ax.set(xlabel="parameters of the expert", ylabel="macro-F1 lost without it (points)")
     handles, labels = ax.get_legend_handles_labels()
-    value = np.argsort(-lost_E[np.argsort(-load_E, kind="stable")], kind="stable")[:24]
+    value = np.argsort(-lost_E[np.argsort(-load_E, kind="stable")], kind="stable")[:16]
     legend = figure.legend([handles[i] for i in value], [labels[i] for i in value], loc="outside right upper")
-    legend.set_title("experts, by value\n(area: load; bars: ± 1 s.d.)", {"size": 8})
+    most = f", the first {len(value)}" if len(value) < len(labels) else ""
+    legend.set_title(f"points lost without it{most}\n(area: load; bars: ± 1 s.d.)", {"size": 8})
     for text in legend.get_texts():
         text.set_fontsize(7.5)
     for handle in legend.legend_handles:
@@ -163,7 +166,7 @@ def feature_map(
     """
     points_N2, expert_N = np.asarray(points_N2, dtype=float), np.asarray(expert_N)
     num_experts = len(expert_labels)
-    figure = new_figure(5.5, "Where in feature space each expert works")
+    figure = new_figure(5.5, "Experts in feature space")
     ax = figure.subplots()
     counts_E = np.bincount(expert_N[expert_N >= 0], minlength=num_experts)
     busiest = [expert for expert in np.argsort(-counts_E, kind="stable")[:8] if counts_E[expert]]
@@ -189,6 +192,17 @@ def feature_map(
     ax.set(xlabel=names[0], ylabel=names[1])
     figure.legend(loc="outside right upper", fontsize=8, title="heaviest expert (samples)", title_fontsize=8)
     return figure
+
+
+def _side_by_side(cost_E: np.ndarray, value_E: np.ndarray) -> np.ndarray:
+    """Places on a logarithmic axis, where experts of equal cost stand beside each other, the most valuable first."""
+    place_E = cost_E.copy()
+    for cost in np.unique(cost_E):
+        equal = np.flatnonzero(cost_E == cost)
+        rank = np.argsort(np.argsort(-value_E[equal], kind="stable"))
+        step = min(0.04, 0.3 / len(equal))
+        place_E[equal] *= 10 ** (step * (rank - (len(equal) - 1) / 2))
+    return place_E
 
 
 def _spread(places: dict[str, np.ndarray], inch_2: np.ndarray) -> dict[str, np.ndarray]:

@@ -1,0 +1,168 @@
+"""What the benchmarks share: where they run, how they time, what they print and write."""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.pipeline import pick_device
+from errors import UserError
+
+PACKAGES = ("torch", "timm", "transformers", "mixture-of-experts", "st-moe-pytorch")
+
+
+class Parser(argparse.ArgumentParser):
+    """The options of every benchmark; a complaint is one line."""
+
+    def __init__(self, name: str, description: str, seconds: float):
+        super().__init__(
+            prog=f"python -m benchmarks.{name}",
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        self.add_argument("--device", default="auto", help="auto (default), cpu, cuda, or cuda:1")
+        self.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="folder of the JSON")
+        self.add_argument("--seconds", type=float, default=seconds, help=f"time to spend, about (default {seconds:g})")
+        self.add_argument("--tiny", action="store_true", help="a rehearsal of every step on tiny inputs")
+
+    def error(self, message: str):
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of n runs: the median, and the range as run-to-run spread."""
+
+    median: float
+    low: float
+    high: float
+    runs: int
+
+    @classmethod
+    def of(cls, seconds: list[float]) -> "Timing":
+        return cls(statistics.median(seconds), min(seconds), max(seconds), len(seconds))
+
+    def milliseconds(self) -> str:
+        """Median and range, such as 1.23 (1.20-1.31)."""
+        return f"{1e3 * self.median:.3g} ({1e3 * self.low:.3g}-{1e3 * self.high:.3g})"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a contestant has no figure."""
+
+    reason: str
+
+
+def attempt(run: Callable[[], Any]) -> Any:
+    """What `run` returns, or the Failure of whatever it raised: one contestant must not end the others."""
+    try:
+        return run()
+    except Exception as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            reason = "out of memory"
+        else:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return Failure(reason)
+
+
+def timed(run: Callable[[], Any], device: torch.device, seconds: float, warm: int = 2, most: int = 100) -> Timing:
+    """Time `run` alone, again and again for about `seconds`, after `warm` runs that are not counted.
+
+    One that takes longer than that is timed once, after its first run, which loads kernels.
+    """
+    _once(run, device)
+    if (second := _once(run, device)) > seconds:
+        return Timing.of([second])
+    for _ in range(warm - 2):
+        _once(run, device)
+    samples, started = [], time.perf_counter()
+    while len(samples) < 3 or (time.perf_counter() - started < seconds and len(samples) < most):
+        samples.append(_once(run, device))
+    return Timing.of(samples)
+
+
+def _once(run: Callable[[], Any], device: torch.device) -> float:
+    synchronise(device)
+    started = time.perf_counter()
+    run()
+    synchronise(device)
+    return time.perf_counter() - started
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype, size: int, seconds: float = 2.0) -> float:
+    """Floating-point operations a second of a product of two square matrices: the limit that others are held to."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    out = torch.empty(size, size, dtype=dtype, device=device)
+    return 2 * size**3 / timed(lambda: torch.mm(a, b, out=out), device, seconds).median
+
+
+def memory_rate(device: torch.device, size: int = 2**29) -> float:
+    """Bytes read and written a second by the copy of `size` bytes."""
+    a = torch.zeros(size, dtype=torch.uint8, device=device)
+    b = torch.empty_like(a)
+    return 2 * size / timed(lambda: b.copy_(a), device, 0.5).median
+
+
+def start(options: argparse.Namespace) -> torch.device:
+    """The device of the options. Raises errors.UserError for one that is not there."""
+    device = pick_device(options.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Machine, versions and date of a measurement."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        found["cuda"] = torch.version.cuda
+    else:
+        name = f"CPU, {torch.get_num_threads()} of {os.cpu_count()} cores"
+    return {"device": name, "versions": found, "date": f"{datetime.now():%Y-%m-%d %H:%M}"}
+
+
+def header(title: str, where: dict[str, Any]) -> str:
+    """The lines above a table."""
+    versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items())
+    return f"{title}\n{where['device']}; {versions}; {where['date']}"
+
+
+def table(columns: list[str], rows: list[list[Any]]) -> str:
+    """A table that reads as text and as Markdown."""
+    cells = [[str(cell) for cell in row] for row in [columns, *rows]]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(columns))]
+    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in cells]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+
+
+def write(options: argparse.Namespace, name: str, where: dict[str, Any], **values: Any) -> None:
+    """Write the figures as JSON beside the others, and say where."""
+    path = options.out / f"{name}{'_tiny' if options.tiny else ''}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**where, **values}, indent=1, default=vars) + "\n")
+    print(f"\nwritten to {path}")

@@ -1,0 +1,163 @@
+"""How the cost of training a head grows with samples, experts and features, and what limits it.
+
+python -m benchmarks.scaling            about 90 s on a GPU
+python -m benchmarks.scaling --tiny     a rehearsal on a CPU
+
+A step is forward, backward, clipping and AdamW of the default kind of head on stored float16 features, bfloat16 on a
+GPU; samples are repeated to make more of them. The limit is the largest of three parts of a step: its matrix products
+at the measured matrix rate, the traffic of weights, gradients and optimizer state at the measured memory rate, and
+the rest: launches, the wait of the dispatch, norms and activations.
+"""
+
+import sys
+import time
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks.common import (
+    Failure,
+    Parser,
+    attempt,
+    environment,
+    header,
+    matrix_rate,
+    memory_rate,
+    start,
+    table,
+    timed,
+    write,
+)
+from data.feature_cache import gigabytes
+from engine.optim import OptimConfig, build_optimizer
+from engine.summary import parameters
+from errors import exit_code_of
+from model.balance import BalanceConfig, balance_losses, weighted_sum
+from model.classifier import NeckConfig, VisionMoE
+from model.experts import ExpertsConfig
+from model.routers import RouterConfig
+
+SIZES = (256, 512, 1024, 2048)  # hidden units, repeated for more experts
+CLASSES = 100
+# Bytes of a weight in a step: cast to bfloat16 (6), its gradient written in it and cast back (8), clipped (12),
+# AdamW's four reads and three writes (28).
+TRAFFIC = 54
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure the three sweeps, print one table, write the JSON."""
+    parser = Parser("scaling", __doc__, seconds=90)
+    parser.add_argument("--batch", type=int, default=1024, help="samples a step (default 1024)")
+    parser.add_argument("--samples", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
+    parser.add_argument("--experts", type=int, nargs="+", default=[4, 16, 64, 256])
+    parser.add_argument("--features", type=int, nargs="+", default=[1536, 4608, 36_864, 151_296])
+    options = parser.parse_args(argv)
+    if options.tiny:
+        options.samples, options.experts, options.features, options.batch = [200, 400], [4, 8], [32, 64], 64
+    device = start(options)
+    where = environment(device)
+    gpu = device.type == "cuda"
+    matrices = matrix_rate(device, torch.bfloat16 if gpu else torch.float32, 8192 if gpu else 512, 1.0)
+    memory = memory_rate(device, 2**29 if gpu else 2**24)
+    title = f"Training a head, batch {options.batch}; {matrices / 1e12:.4g} TFLOP/s, {memory / 1e12:.3g} TB/s"
+    print(header(title, where), flush=True)
+    cells = sweeps(options)
+    each = options.seconds / len(cells) / 4
+    rows = []
+    for sweep, samples, experts, features in cells:
+        print(f"{samples:,} samples, {experts} experts, {features:,} features", file=sys.stderr, flush=True)
+        row = {"sweep": sweep, "samples": samples, "experts": experts, "features": features}
+        run = attempt(lambda cell=(samples, experts, features): measure(*cell, options, device, each))
+        rows.append(row | ({"failure": run.reason} if isinstance(run, Failure) else limits(run, matrices, memory)))
+    columns = ["samples", "experts", "features", "ms a step (range)", "s an epoch", "stored", "peak memory", "limit"]
+    print(table(columns, [_line(row) for row in rows]))
+    write(options, "scaling", where, matrix_rate=matrices, memory_rate=memory, batch=options.batch, rows=rows)
+
+
+def sweeps(options) -> list[tuple[str, int, int, int]]:
+    """(sweep, samples, experts, features): each of the three grows while the others stay."""
+    samples, experts, features = options.samples[0], options.experts[0], options.features[0]
+    cells = [("samples", n, experts, features) for n in options.samples]
+    cells += [("experts", samples, n, features) for n in options.experts[1:]]
+    return cells + [("features", samples, experts, n) for n in options.features[1:]]
+
+
+def measure(samples: int, experts: int, features: int, options, device: torch.device, seconds: float) -> dict:
+    """Seconds a step over random batches of stored features, and the most memory that was in use."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    began = time.perf_counter()
+    once = torch.randn(min(samples, 10_000), features, device=device, dtype=torch.float16)
+    stored_NF = once.repeat(-(-samples // len(once)), 1)[:samples]
+    labels_N = torch.randint(CLASSES, (samples,), device=device)
+    sizes = [[SIZES[e % len(SIZES)] if not options.tiny else 8] for e in range(experts)]
+    with torch.device(device):
+        router, pooled = RouterConfig(top_k=2), NeckConfig()
+        model = VisionMoE((features,), CLASSES, pooled, router, ExpertsConfig(sizes=sizes)).train()
+    optim = OptimConfig()
+    optimizer = build_optimizer(model, optim)
+    order_N = torch.randperm(samples, device=device)
+    position = 0
+
+    def step() -> None:
+        nonlocal position
+        position = (position + options.batch) % max(1, samples - options.batch + 1)
+        index_B = order_N[position : position + options.batch]
+        _train(model, optimizer, optim, stored_NF.index_select(0, index_B), labels_N.index_select(0, index_B))
+
+    timing = timed(step, device, seconds, warm=4, most=300)
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    per_expert = sum(parameters(expert) for expert in model.moe.experts) / experts
+    active = parameters(model) - per_expert * (experts - 2)
+    return {
+        "timing": timing,
+        "epoch_seconds": timing.median * samples / options.batch,
+        "stored_bytes": stored_NF.nbytes,
+        "peak_bytes": peak,
+        "parameters": parameters(model),
+        "flops": 6 * active * options.batch,
+        "seconds": time.perf_counter() - began,
+    }
+
+
+def _train(model, optimizer, optim: OptimConfig, features_BF: Tensor, labels_B: Tensor) -> None:
+    device, balance = features_BF.device.type, BalanceConfig()
+    with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        logits_BC, routing = model(features_BF)
+    loss = F.cross_entropy(logits_BC, labels_B) + weighted_sum(balance_losses(routing, balance), balance)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), optim.clip_norm)
+    optimizer.step()
+
+
+def limits(run: dict, matrices: float, memory: float) -> dict:
+    """The three parts of a step in seconds, and the name of the largest."""
+    parts = {
+        "matrix products": run["flops"] / matrices,
+        "memory traffic of the weights": TRAFFIC * run["parameters"] / memory,
+    }
+    parts["launches and the rest"] = max(0.0, run["timing"].median - sum(parts.values()))
+    return run | {"parts": parts, "limit": max(parts, key=parts.get)}
+
+
+def _line(row: dict) -> list[str]:
+    sizes = [f"{row[name]:,}" for name in ("samples", "experts", "features")]
+    if "failure" in row:
+        return [*sizes, "-", "-", "-", "-", row["failure"]]
+    peak = "-" if row["peak_bytes"] is None else gigabytes(row["peak_bytes"])
+    share = row["parts"][row["limit"]] / sum(row["parts"].values())
+    return [
+        *sizes,
+        row["timing"].milliseconds(),
+        f"{row['epoch_seconds']:.3g}",
+        gigabytes(row["stored_bytes"]),
+        peak,
+        f"{row['limit']} ({100 * share:.0f} %)",
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code_of(main))

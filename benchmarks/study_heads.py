@@ -1,0 +1,193 @@
+"""The heads that the study compares, and the training of one of them on features in memory."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from analysis.answers import calibration
+from analysis.routing import expert_load, load_entropy, specialisation
+from engine.checkpoint import seed_everything
+from engine.graph import GraphedStep, worth_capturing
+from engine.metrics import scores
+from engine.optim import OptimConfig, build_optimizer, set_learning_rate
+from engine.step import TrainingStep
+from engine.summary import head_cost
+from model.balance import BalanceConfig
+from model.classifier import NeckConfig, VisionMoE
+from model.experts import ExpertsConfig
+from model.routers import RouterConfig
+
+BATCH, EMA, SMOOTHING, PERMUTATIONS = 1024, 0.999, 0.1, 200
+GATE_READS = 1  # feature groups that the gate of a narrow mixture reads, so that it costs little
+
+
+@dataclass(frozen=True)
+class Features:
+    """What every head reads: train_VNF of V views, one evaluation split, labels, and the groups that F is made of."""
+
+    train_VNF: Tensor
+    labels_N: Tensor
+    held_MF: Tensor
+    held_labels_M: Tensor
+    groups: int
+    classes: int
+
+
+@dataclass
+class Job:
+    """One head, trained once. head: sections of the configuration as plain values."""
+
+    method: str
+    head: dict[str, Any]
+    seed: int
+    stage: str
+    epochs: int
+    optim: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """The job as one line, by which a finished one is known again."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+
+def dense(width: int) -> dict[str, Any]:
+    """One MLP with a hidden layer of `width` units."""
+    return {"router": {"kind": "mixtral", "top_k": 1}, "experts": {"sizes": [[width]]}, "warmup": 0}
+
+
+def mixture(kind: str, sizes: list[int], top_k: int, switch: float = 0.01, shared: int = 0, **router) -> dict[str, Any]:
+    """A mixture of experts with one hidden layer each."""
+    experts = {"sizes": [[width] for width in sizes], "shared": [[shared]] if shared else []}
+    return {"router": {"kind": kind, "top_k": top_k, **router}, "experts": experts, "balance": {"switch": switch}}
+
+
+def router_methods(width: int) -> dict[str, dict[str, Any]]:
+    """Every routing rule with eight experts of `width` units, two of them active; dense heads matched to both."""
+    equal, half = [width] * 8, [2 * width] * 4
+    unequal = [width // 4, width // 2, width, 9 * width // 4] * 2
+    return {
+        f"dense, {2 * width} units (active)": dense(2 * width),
+        f"dense, {8 * width} units (total)": dense(8 * width),
+        "article": mixture("article", equal, 2, switch=0.0),
+        "noisy_topk": mixture("noisy_topk", equal, 2),
+        "noisy_topk, unequal": mixture("noisy_topk", unequal, 2),
+        "noisy_topk, probabilities": {**mixture("noisy_topk", equal, 2), "combine": "probabilities"},
+        "vmoe": mixture("vmoe", equal, 2),
+        "switch, 4 experts": mixture("switch", half, 1, capacity_factor=1.25),
+        "gshard": mixture("gshard", equal, 2, capacity_factor=2.0),
+        "mixtral": mixture("mixtral", equal, 2),
+        "deepseek, shared": mixture("deepseek", equal, 1, switch=0.0, shared=width),
+        "hierarchical": mixture("hierarchical", equal, 2),
+        "expert_choice": mixture("expert_choice", equal, 2, switch=0.0),
+        "hash": mixture("hash", equal, 2, switch=0.0),
+        "shared + 16 small": mixture("noisy_topk", [width // 4] * 16, 2, shared=3 * width // 2, inputs=[-1]),
+    }
+
+
+def width_methods(width: int) -> dict[str, dict[str, Any]]:
+    """A dense head of `width` units, and mixtures that cost a sample no more, their gates included.
+
+    The gate reads one feature group, and so costs its number of experts over the number of groups in hidden units.
+    """
+    routed = max(8, width // 4)
+    found = {
+        f"dense {width}": dense(width),
+        f"top-1 of 8 {width}": mixture("noisy_topk", [width - 1] * 8, 1, inputs=[-1]),
+    }
+    if width > routed + 2:
+        rest = width - routed - 1
+        found[f"shared + top-1 of 16 {width}"] = mixture("noisy_topk", [routed] * 16, 1, shared=rest, inputs=[-1])
+    return found
+
+
+def grid(head: dict[str, Any]) -> list[dict[str, Any]]:
+    """The settings that every method may choose among on validation images: the same number for all."""
+    return [{"lr": lr, "weight_decay": decay} for lr in (1e-3, 2e-3) for decay in (0.3, 1.0)]
+
+
+def build(head: dict[str, Any], features: Features, dropout: float) -> VisionMoE:
+    """The model of a head; a gate input of -1 names the last feature group."""
+    router = dict(head["router"])
+    if router.get("inputs"):
+        router["inputs"] = [group % features.groups for group in router["inputs"]]
+    experts = ExpertsConfig(**head["experts"], dropout=dropout, combine=head.get("combine", "logits"))
+    shape = tuple(features.train_VNF.shape[2:])
+    return VisionMoE(shape, features.classes, NeckConfig(), RouterConfig(**router), experts, features.groups)
+
+
+def train_head(job: Job, features: Features) -> tuple[dict[str, Any], np.ndarray]:
+    """Train a head and score its moving average on the held-out images.
+
+    The order of the samples depends on seed and epoch alone, so that heads of one seed see the same batches. Returns
+    the scores, and the expert of largest weight of each held-out image, int16 (-1 where none is).
+    """
+    from timm.utils import ModelEmaV3
+
+    device, samples = features.labels_N.device, len(features.labels_N)
+    seed_everything(job.seed)
+    model = build(job.head, features, dropout=0.5 if _total(job.head) > 512 else 0.2).to(device)
+    optim = OptimConfig(**job.optim)
+    balance = BalanceConfig(**job.head.get("balance", {"switch": 0.0}))
+    optimizer = build_optimizer(model, optim)
+    ema = ModelEmaV3(model, decay=EMA, use_warmup=True)
+    dtype = torch.bfloat16 if device.type == "cuda" else None
+    step = TrainingStep(model, optimizer, balance, SMOOTHING, optim.clip_norm, dtype)
+    batch = min(BATCH, samples)
+    train_step = GraphedStep(step, batch) if worth_capturing("auto", model) else step
+    total = job.epochs * (samples // batch)
+    warmup_steps = job.head.get("warmup", total // 8) if model.moe.router.learns else 0
+    done = 0
+    model.train()
+    for epoch in range(job.epochs):
+        generator = torch.Generator().manual_seed(job.seed * 1_000_003 + epoch)
+        order_N = torch.randperm(samples, generator=generator).to(device)
+        view_NF = features.train_VNF[epoch % len(features.train_VNF)]
+        for index_B in order_N[: samples // batch * batch].split(batch):
+            set_learning_rate(optimizer, done, total, optim)
+            train_step(view_NF[index_B], features.labels_N[index_B], done < warmup_steps)
+            done += 1
+            ema.update(model, step=done)
+    return score(ema.module, features)
+
+
+@torch.no_grad()
+def score(model: VisionMoE, features: Features) -> tuple[dict[str, Any], np.ndarray]:
+    """Scores, balance, specialisation and cost of a trained head on the held-out images."""
+    model.eval()
+    logits, experts, weights, samples, seen = [], [], [], [], 0
+    for x_BF in features.held_MF.split(BATCH):
+        logits_BC, routing = model(x_BF)
+        logits.append(logits_BC)
+        samples.append(routing.sample_A + seen)
+        experts.append(routing.expert_A)
+        weights.append(routing.weight_A)
+        seen += len(x_BF)
+    logits_MC = torch.cat(logits)
+    sample_A, expert_A, weight_A = (torch.cat(parts).cpu().numpy() for parts in (samples, experts, weights))
+    labels_M = features.held_labels_M.cpu().numpy()
+    number = len(model.moe.experts)
+    load_E = expert_load(expert_A, number)
+    found = {
+        **scores(labels_M, logits_MC.argmax(dim=-1).cpu().numpy(), features.classes),
+        "loss": float(F.cross_entropy(logits_MC, features.held_labels_M)),
+        "ece": float(calibration(logits_MC.softmax(dim=-1).cpu().numpy(), labels_M)["error"]),
+        "entropy": load_entropy(load_E) if number > 1 else None,
+        "flops": head_cost(model, tuple(features.held_MF.shape[1:]), load_E).flops,
+    }
+    if number > 1:
+        found["specialisation"] = specialisation(
+            labels_M, sample_A, expert_A, features.classes, number, permutations=PERMUTATIONS
+        )
+    first_M = np.full(len(labels_M), -1, dtype=np.int16)
+    order_A = np.argsort(weight_A, kind="stable")  # the largest weight of a sample is written last
+    first_M[sample_A[order_A]] = expert_A[order_A]
+    return found, first_M
+
+
+def _total(head: dict[str, Any]) -> int:
+    return sum(sum(size) for size in [*head["experts"]["sizes"], *head["experts"].get("shared", [])])

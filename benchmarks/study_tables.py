@@ -1,0 +1,104 @@
+"""What the study's runs say: means, deviations, paired intervals, agreement between seeds."""
+
+import math
+import statistics
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+AGREEMENT_SEEDS = 5  # whose pairs are compared
+
+
+def paired_interval(values: list[float], others: list[float], confidence: float = 0.95) -> tuple[float, float, float]:
+    """Mean of values - others, and the ends of its Student-t interval over the pairs; nan ends for a single pair."""
+    from scipy.stats import t
+
+    differences = [a - b for a, b in zip(values, others, strict=True)]
+    mean, n = statistics.fmean(differences), len(differences)
+    if n < 2:
+        return mean, math.nan, math.nan
+    half = t.ppf((1 + confidence) / 2, n - 1) * statistics.stdev(differences) / math.sqrt(n)
+    return mean, mean - half, mean + half
+
+
+def agreement(first_SM: list[np.ndarray]) -> float | None:
+    """Mean adjusted mutual information (Vinh 2010) between the routings of pairs of seeds.
+
+    first_SM: for each seed the expert of largest weight of each image. 1: the same partition of the images, whatever
+    the experts are called; 0: as much as chance. None for fewer than two seeds.
+    """
+    from sklearn.metrics import adjusted_mutual_info_score
+
+    pairs = list(combinations(first_SM[:AGREEMENT_SEEDS], 2))
+    return statistics.fmean(adjusted_mutual_info_score(a, b) for a, b in pairs) if pairs else None
+
+
+def rows(runs: dict[str, dict[int, dict]], routings: dict[str, dict[int, np.ndarray]], against: str) -> list[dict]:
+    """One row a method, best first. runs: method -> seed -> scores; `against` is what the others are paired with."""
+    found = []
+    for method, by_seed in runs.items():
+        seeds = sorted(by_seed)
+        row: dict[str, Any] = {"method": method, "seeds": len(seeds)}
+        for name in ("accuracy", "macro_f1", "ece", "loss", "entropy", "flops"):
+            values = [by_seed[seed][name] for seed in seeds]
+            known = None not in values
+            row[name] = statistics.fmean(values) if known else None
+            row[f"{name}_deviation"] = statistics.stdev(values) if known and len(values) > 1 else None
+        paired = [seed for seed in seeds if seed in runs.get(against, {})]
+        if method != against and paired:
+            ours, theirs = ([runs[name][seed]["macro_f1"] for seed in paired] for name in (method, against))
+            row["paired"], row["pairs"] = paired_interval(ours, theirs), len(paired)
+        special = [by_seed[seed]["specialisation"] for seed in seeds if "specialisation" in by_seed[seed]]
+        if special:
+            row["specialisation"] = statistics.fmean(value["normalised"] for value in special)
+            row["null"] = statistics.fmean(value["null_mean"] for value in special) / _log_experts(special)
+            row["agreement"] = agreement([routings[method][seed] for seed in seeds if seed in routings.get(method, {})])
+        found.append(row)
+    return sorted(found, key=lambda row: -row["macro_f1"])
+
+
+COLUMNS = [
+    "method",
+    "seeds",
+    "accuracy",
+    "macro-F1",
+    "paired difference (95 %)",
+    "ECE",
+    "MFLOP",
+    "balance",
+    "specialisation (null)",
+    "agreement",
+]
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """A row as the table shows it; scores in per cent."""
+    paired = "-"
+    if "paired" in row:
+        mean, low, high = (100 * value for value in row["paired"])
+        paired = f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"
+    special = f"{row['specialisation']:.3f} ({row['null']:.3f})" if "specialisation" in row else "-"
+    return [
+        row["method"],
+        str(row["seeds"]),
+        _percent(row, "accuracy"),
+        _percent(row, "macro_f1"),
+        paired,
+        f"{100 * row['ece']:.1f}",
+        f"{row['flops'] / 1e6:.2f}",
+        "-" if row["entropy"] is None else f"{row['entropy']:.2f}",
+        special,
+        "-" if row.get("agreement") is None else f"{row['agreement']:.2f}",
+    ]
+
+
+def _percent(row: dict[str, Any], name: str) -> str:
+    deviation = row[f"{name}_deviation"]
+    return f"{100 * row[name]:.2f}" + ("" if deviation is None else f" ± {100 * deviation:.2f}")
+
+
+def _log_experts(special: list[dict]) -> float:
+    """Log E, from a mutual information and the same over log E; 1 where both are 0."""
+    value = special[0]
+    return value["mutual_information"] / value["normalised"] if value["normalised"] else 1.0

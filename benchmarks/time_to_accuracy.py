@@ -1,0 +1,254 @@
+"""Seconds from uint8 arrays in memory to a test macro-F1: our recipe, the same with a live backbone, the article's.
+
+python -m benchmarks.time_to_accuracy --data.root DATA --backbone.weights FILE        about 300 s on a GPU
+python -m benchmarks.time_to_accuracy --article-epochs 7 --seconds 900                until the article is at its best
+python -m benchmarks.time_to_accuracy --tiny                                          a rehearsal on a CPU, with digits
+
+Options that are none of those below go to train.py's configuration, which is configs/cifar100.yaml. The clock of a
+contestant starts with images and backbone in memory, and stops when its answers on the test images are scored.
+The article's recipe is written as an ordinary user would: float32, the backbone in the loop, a DataLoader of batch 64,
+a loop over the experts with masks; its test score is taken after each epoch, off the clock.
+"""
+
+import argparse
+import contextlib
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from benchmarks.common import Failure, Parser, attempt, environment, header, start, synchronise, table, write
+from benchmarks.layers import article_loop
+from data.datasets import Splits, load_splits
+from engine.checkpoint import load_checkpoint, seed_everything
+from engine.config import Config, config_from_dict, parse_command_line
+from engine.metrics import scores
+from engine.pipeline import build_bank, build_model, identity
+from engine.predict import predict
+from engine.run_folder import RunFolder
+from engine.tracking import open_tracker
+from engine.trainer import Trainer
+from errors import exit_code_of
+from model.backbone import Backbone, load_backbone
+from model.balance import usage_variance
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+LIMITS = ["--data.name", "digits", "--data.max_per_class", "20"]
+SMALL = ["--neck.heads", "3", "--experts.sizes", "[[8],[16]]", "--router.hidden", "[8]"]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run every contestant, print the table, the curves and the ratio, write the JSON."""
+    options, rest = arguments(argv)
+    device = start(options)
+    where = environment(device)
+    ours, article = configurations(options, rest)
+    # What takes seconds the first time and belongs to nobody's clock: imports, contexts, kernels.
+    splits, backbone = load_splits(ours.data), load_backbone(ours.backbone, device)
+    warm_up(backbone, device)
+    runs = {"ours": [attempt(partial(train, ours, splits, backbone, device, seed)) for seed in range(options.repeats)]}
+    live = short(ours, options.live_epochs)
+    if options.live_epochs:
+        runs[f"ours, live backbone, {options.live_epochs} epochs"] = [
+            attempt(lambda: train(live, splits, backbone, device, 0))
+        ]
+    if options.article_epochs:
+        runs["article as written"] = [attempt(lambda: as_written(article, splits, device, options))]
+    print(header("Time from uint8 arrays to the test macro-F1", where))
+    columns = ["contestant", "seconds (range)", "test macro-F1 (range)", "runs"]
+    print(table(columns, [_line(name, found) for name, found in runs.items()]))
+    for name, found in runs.items():
+        for run in found:
+            print(f"- {name}: {run.reason}" if isinstance(run, Failure) else f"- {name}: {_curve(run)}")
+    reached = goal(runs)
+    print(reached)
+    config = ours.to_dict()
+    write(options, "time_to_accuracy", where, runs=runs, goal=reached, config=config)
+
+
+def arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """The benchmark's options, and those for the configuration."""
+    parser = Parser("time_to_accuracy", __doc__, seconds=300)
+    parser.allow_abbrev = False
+    parser.add_argument("--repeats", type=int, default=3, help="runs of our recipe, seeds 0, 1, ... (default 3)")
+    parser.add_argument("--live-epochs", type=int, default=5, help="of our recipe with a live backbone (default 5)")
+    parser.add_argument("--article-epochs", type=int, default=2, help="of the article's (default 2); 0: leave it out")
+    options, rest = parser.parse_known_args(argv)
+    if options.tiny:
+        options.repeats, options.live_epochs = min(2, options.repeats), min(1, options.live_epochs)
+        options.article_epochs = min(1, options.article_epochs)
+    return options, rest
+
+
+def configurations(options: argparse.Namespace, rest: list[str]) -> tuple[Config, Config]:
+    """Ours and the article's, on the same data and backbone."""
+    name = "digits.yaml" if options.tiny else "cifar100.yaml"
+    limits = LIMITS if options.tiny else []
+    ours = parse_command_line(["--config", str(CONFIGS / name), "--features.cache_dir", "null", *limits, *rest]).config
+    if options.tiny:
+        ours.train.epochs, ours.router.warmup_steps = 3, 2
+    shared = [word for word in rest if word.startswith(("--data.", "--backbone.weights", "--backbone.name"))]
+    values = {word: rest[rest.index(word) + 1] for word in shared if "=" not in word}
+    words = [part for pair in values.items() for part in pair] + [word for word in shared if "=" in word]
+    small = ["--backbone.name", ours.backbone.name, *SMALL] if options.tiny else []
+    article = parse_command_line(["--config", str(CONFIGS / "article.yaml"), *limits, *small, *words]).config
+    return ours, article
+
+
+def short(config: Config, epochs: int) -> Config:
+    """The same recipe with a live backbone and so many epochs, its schedule and warm-up in proportion."""
+    values = config_from_dict(config.to_dict())
+    share = epochs / values.train.epochs
+    values.features.mode, values.train.epochs = "live", epochs
+    values.router.warmup_steps = int(values.router.warmup_steps * share)
+    values.optim.warmup_steps = int(values.optim.warmup_steps * share)
+    return values
+
+
+def warm_up(backbone: Backbone, device: torch.device) -> None:
+    """Load libraries and kernels."""
+    import sklearn.metrics  # noqa: F401
+    import timm.optim
+    import timm.utils  # noqa: F401
+
+    backbone(torch.zeros(2, 3, backbone.image_size, backbone.image_size, device=device))
+    weight = torch.zeros(8, 8, device=device, requires_grad=True)
+    F.linear(weight, weight).sum().backward()
+    synchronise(device)
+
+
+def train(config: Config, splits: Splits, backbone: Backbone, device: torch.device, seed: int) -> dict:
+    """Our recipe, as train.py runs it, without figures."""
+    config.train.seed = seed
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+        run = RunFolder.create(Path(folder) / "run", "benchmark")
+        began = time.perf_counter()
+        with open_tracker("none", run.path, config.to_dict(), name="benchmark", tags=[]) as tracker:
+            seed_everything(seed)
+            bank = build_bank(config, splits, backbone, device)
+            shape = tuple(bank.example().shape[1:])
+            model = build_model(config, shape, splits.train.num_classes).to(device)
+            stored = identity(config, splits, backbone, shape)
+            warmup = config.router.warmup_steps
+            trainer = Trainer(model, bank, run, tracker, config.train, config.optim, config.balance, warmup, stored)
+            best = trainer.fit()
+            model.load_state_dict(load_checkpoint(run.best)["model"])
+            answers = predict(model, bank, "test")
+            result = scores(answers.labels_N, answers.predicted_N, splits.test.num_classes)
+            seconds = time.perf_counter() - began
+        epochs = [line["speed/epoch_seconds"] for line in run.history()]
+    return {"seconds": seconds, "macro_f1": result["macro_f1"], "best_epoch": best["epoch"], "epoch_seconds": epochs}
+
+
+class Article(nn.Module):
+    """The article's classifier around its frozen ViT, in float32, experts in a loop with masks."""
+
+    def __init__(self, config: Config, backbone: Backbone, num_classes: int):
+        super().__init__()
+        self.vit = backbone.vit.float().eval().requires_grad_(False)
+        self.mean, self.std, self.size = backbone.mean, backbone.std, (backbone.image_size,) * 2
+        device = next(self.vit.parameters()).device
+        with torch.no_grad():
+            tokens = self.vit.forward_features(torch.zeros(1, 3, *self.size, device=device))
+        self.head = build_model(config, tuple(tokens.shape[1:]), num_classes).to(device)
+
+    def forward(self, images: Tensor, warmup: bool) -> tuple[Tensor, Tensor]:
+        """Logits, and the samples of each expert."""
+        mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (self.mean, self.std))
+        x_BCHW = F.interpolate(images.float() / 255, self.size, mode="bicubic", antialias=True).clamp(0, 1)
+        with torch.no_grad():
+            tokens = self.vit.forward_features((x_BCHW - mean) / std)
+        x_BD = self.head.neck(tokens)
+        routing = self.head.moe.router(x_BD, warmup)
+        chosen = (len(x_BD), self.head.moe.router.top_k)
+        logits = article_loop(self.head.moe.experts, x_BD, routing.expert_A.view(chosen), routing.weight_A.view(chosen))
+        return logits, routing.counts_E
+
+
+def as_written(config: Config, splits: Splits, device: torch.device, options: argparse.Namespace) -> dict:
+    """The article's recipe: Adam 1e-4, batch 64, random routing for 500 steps, usage variance as auxiliary loss."""
+    backbone = load_backbone(config.backbone, device)
+    seed_everything(0)
+    warm_up(backbone, device)
+    data = TensorDataset(splits.train.images_NCHW, splits.train.labels_N)
+    curve, seconds, step, began = [], 0.0, 0, time.perf_counter()
+    model = Article(config, backbone, splits.train.num_classes)
+    optimizer = torch.optim.Adam(model.head.parameters(), lr=1e-4)
+    for epoch in range(1, options.article_epochs + 1):
+        model.head.train()
+        done = 0
+        for images, labels in DataLoader(data, batch_size=64, shuffle=True):
+            logits, counts_E = model(images.to(device), warmup=step < 500)
+            loss = F.cross_entropy(logits, labels.to(device)) + 0.01 * usage_variance(counts_E)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            step, done = step + 1, done + len(labels)
+            if step % 50 == 0:
+                print(f"article: epoch {epoch}, step {step}, loss {loss.item():.3f}", file=sys.stderr, flush=True)
+            if seconds + time.perf_counter() - began > options.seconds:
+                break
+        synchronise(device)
+        seconds += time.perf_counter() - began
+        whole = done / len(data)
+        curve.append({"epoch": epoch - 1 + whole, "seconds": seconds, "macro_f1": _test(model, splits, device)})
+        if whole < 1:
+            break
+        began = time.perf_counter()
+    best = max(curve, key=lambda point: point["macro_f1"])
+    return {"seconds": best["seconds"], "macro_f1": best["macro_f1"], "best_epoch": best["epoch"], "curve": curve}
+
+
+@torch.no_grad()
+def _test(model: Article, splits: Splits, device: torch.device) -> float:
+    model.head.eval()
+    images = splits.test.images_NCHW.split(256)
+    predicted = torch.cat([model(part.to(device), warmup=False)[0].argmax(dim=1).cpu() for part in images])
+    return scores(splits.test.labels_N.numpy(), predicted.numpy(), splits.test.num_classes)["macro_f1"]
+
+
+def _line(name: str, runs: list) -> list[str]:
+    done = [run for run in runs if not isinstance(run, Failure)]
+    if not done:
+        return [name, "-", "-", "0"]
+    seconds, f1 = (sorted(run[key] for run in done) for key in ("seconds", "macro_f1"))
+    middle = len(done) // 2
+    return [
+        name,
+        f"{seconds[middle]:.1f} ({seconds[0]:.1f}-{seconds[-1]:.1f})",
+        f"{100 * f1[middle]:.2f} ({100 * f1[0]:.2f}-{100 * f1[-1]:.2f})",
+        str(len(done)),
+    ]
+
+
+def _curve(run: dict) -> str:
+    if "curve" in run:
+        points = (f"{p['epoch']:.3g} epochs {p['seconds']:.0f} s {100 * p['macro_f1']:.2f} %" for p in run["curve"])
+        return "; ".join(points)
+    epochs = run["epoch_seconds"]
+    return f"best epoch {run['best_epoch']}; first epoch {epochs[0]:.2f} s, last {epochs[-1]:.2f} s of {len(epochs)}"
+
+
+def goal(runs: dict[str, list]) -> str:
+    """A higher macro-F1 than the article's best in at most 1/50 of the time that it takes to get there."""
+    mine = [run for run in runs["ours"] if not isinstance(run, Failure)]
+    other = [run for run in runs.get("article as written", []) if not isinstance(run, Failure)]
+    if not mine or not other:
+        return "goal: not measured"
+    run, article = sorted(mine, key=lambda run: run["seconds"])[len(mine) // 2], other[0]
+    return (
+        f"goal: ours {100 * run['macro_f1']:.2f} % in {run['seconds']:.1f} s; the article's best of the epochs run "
+        f"{100 * article['macro_f1']:.2f} % in {article['seconds']:.1f} s, {article['seconds'] / run['seconds']:.1f} "
+        f"times as long"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code_of(main))

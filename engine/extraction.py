@@ -1,0 +1,57 @@
+"""From uint8 images to features: prepare, then the frozen backbone, compiled where that repays its time."""
+
+import sys
+import threading
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from data.augment import prepare
+from model.backbone import Backbone
+
+COMPILE_FROM = 1_000_000  # images in a run from which on a GPU saves more time than compiling costs
+COMPILE_MODE = "default"  # of torch.compile
+
+
+def worth_compiling(choice: str, images: int, device: torch.device) -> bool:
+    """Whether features.compile (auto, always, never) asks for a compiled backbone for so many images."""
+    return choice == "always" or (choice == "auto" and device.type == "cuda" and images >= COMPILE_FROM)
+
+
+class Extractor:
+    """uint8 images (B, 3, H, W) -> the backbone's features (B, ...), on the images' device.
+
+    compiled: compile the backbone for batches of `batch_size` images when the first one comes; other batches, such
+    as the last of a split, run as they are. Where compiling fails, that is said in one line and all of them do;
+    `failed` has the reason.
+    """
+
+    def __init__(self, backbone: Backbone, batch_size: int, compiled: bool = False, mode: str = COMPILE_MODE):
+        self.backbone, self.batch_size, self.mode = backbone, batch_size, mode
+        self._run: Callable[[Tensor], Tensor] | None = None if compiled else backbone
+        self.failed = ""
+        self._compiling = threading.Lock()  # batches may come from several threads
+
+    def __call__(self, images_BCHW: Tensor) -> Tensor:
+        backbone = self.backbone
+        images_BCHW = prepare(images_BCHW, backbone.image_size, backbone.mean, backbone.std)
+        if len(images_BCHW) != self.batch_size:
+            return backbone(images_BCHW)
+        if self._run is None:
+            with self._compiling:
+                self._run = self._run or self._compile(images_BCHW)
+        return self._run(images_BCHW)
+
+    def _compile(self, images_BCHW: Tensor) -> Callable[[Tensor], Tensor]:
+        self.backbone.runner(images_BCHW.device)  # made outside of what is traced
+        try:
+            run = torch.compile(self.backbone, mode=self.mode, dynamic=False)
+            run(images_BCHW)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a compiler fails in every way there is
+            self.failed = " ".join(str(error).split())[:160]
+            print(f"features: the backbone cannot be compiled ({self.failed}): going on without", file=sys.stderr)
+            return self.backbone
+        return run

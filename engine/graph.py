@@ -1,0 +1,66 @@
+"""Training steps as CUDA graphs: one launch in place of some hundreds, each of which costs the host microseconds."""
+
+import torch
+from torch import Tensor
+
+from engine.step import StepResult, TrainingStep
+from model.classifier import VisionMoE
+
+# Above so many parameters the kernels of a step of a thousand samples take longer than their launches.
+PARAMETERS = 100_000_000
+EAGER_STEPS = 3  # before a capture, so that kernels are loaded and the optimizer has its moments
+
+
+def worth_capturing(choice: str, model: VisionMoE) -> bool:
+    """Whether train.graph (auto, off) asks for captured steps: a small head on a GPU, with shapes that stay."""
+    parameters = list(model.parameters())
+    small = sum(parameter.numel() for parameter in parameters) <= PARAMETERS
+    return choice == "auto" and parameters[0].is_cuda and small and model.moe.router.static_shapes
+
+
+class GraphedStep:
+    """A TrainingStep on a GPU whose batches of `batch_size` samples replay a CUDA graph.
+
+    Random warm-up and the learned gate have a graph each, captured after a few steps that run as they are; so do
+    smaller batches. The tensors of a result are overwritten by the next step: add them up before it.
+    """
+
+    def __init__(self, step: TrainingStep, batch_size: int):
+        self.step, self.batch_size = step, batch_size
+        self.stream = torch.cuda.Stream(step.device)
+        self.seen = {True: 0, False: 0}  # by warmup
+        self.captured: dict[bool, tuple[torch.cuda.CUDAGraph, StepResult]] = {}
+        self.features: Tensor | None = None
+        self.labels_B: Tensor | None = None
+
+    def __call__(self, features: Tensor, labels_B: Tensor, warmup: bool) -> StepResult | None:
+        """Train on one batch."""
+        if len(labels_B) != self.batch_size:
+            return self._eagerly(features, labels_B, warmup)
+        if warmup not in self.captured:
+            self.seen[warmup] += 1
+            if self.seen[warmup] <= EAGER_STEPS:
+                return self._eagerly(features, labels_B, warmup)
+            self._capture(features, labels_B, warmup)
+        graph, result = self.captured[warmup]
+        self.features.copy_(features)
+        self.labels_B.copy_(labels_B)
+        graph.replay()
+        return result
+
+    def _eagerly(self, features: Tensor, labels_B: Tensor, warmup: bool) -> StepResult | None:
+        """On the stream that captures, or autograd would tie its work to another one."""
+        self.stream.wait_stream(torch.cuda.current_stream(self.step.device))
+        with torch.cuda.stream(self.stream):
+            result = self.step(features, labels_B, warmup)
+        torch.cuda.current_stream(self.step.device).wait_stream(self.stream)
+        return result
+
+    def _capture(self, features: Tensor, labels_B: Tensor, warmup: bool) -> None:
+        if self.features is None:
+            self.features, self.labels_B = torch.empty_like(features), torch.empty_like(labels_B)
+        graph = torch.cuda.CUDAGraph()
+        pool = next(iter(self.captured.values()))[0].pool() if self.captured else None
+        with torch.cuda.graph(graph, pool=pool, stream=self.stream):
+            result = self.step(self.features, self.labels_B, warmup)
+        self.captured[warmup] = graph, result

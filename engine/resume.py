@@ -1,0 +1,87 @@
+"""Going on with a run that was interrupted: what may change, where it stands, whether there is anything left to do."""
+
+from typing import Any
+
+import torch
+
+from engine.checkpoint import load_checkpoint, previous
+from engine.config import Config, Invocation
+from engine.run_folder import RunFolder
+from errors import UserError, say, warn
+
+# What a resumed run may change: the rest would make it another experiment, or a torn one.
+CHANGEABLE = {
+    "run_dir",
+    "tracking",
+    "device",
+    "data.root",
+    "data.download",
+    "backbone.weights",
+    "features.batch_size",
+    "features.cache_dir",
+    "features.compile",
+    "experts.dispatch",
+    "train.epochs",
+    "train.patience",
+    "train.save_every",
+}
+
+
+def load_resumable(run: RunFolder, invocation: Invocation) -> dict[str, Any] | None:
+    """The last checkpoint of a run, or None where it was killed before it had one.
+
+    Raises errors.UserError where the configuration is no longer the run's own, or no checkpoint can be read.
+    """
+    if not run.last.exists() and not previous(run.last).exists():
+        say(f"{run.path} was ended before its first checkpoint: it starts anew")
+        return None
+    checkpoint = load_checkpoint(run.last)
+    before, now = _flatten(checkpoint["config"]), _flatten(invocation.config.to_dict())
+    for key, value in now.items():
+        if key not in CHANGEABLE and before.get(key) != value:
+            raise UserError(
+                f"--resume {run.path} cannot change {key} from {before.get(key)} to {value}: "
+                "leave it out, or start a new run"
+            )
+    if (threads := checkpoint.get("threads")) != torch.get_num_threads():
+        warn(f"{run.path} used {threads} CPU threads, now {torch.get_num_threads()}: on a CPU rounding will differ")
+    return checkpoint
+
+
+def finished(run: RunFolder, config: Config, checkpoint: dict[str, Any]) -> bool:
+    """Whether the run has trained and scored all that `config` asks for."""
+    train, epoch = config.train, checkpoint["epoch"]
+    waited = 0 < train.patience <= epoch - checkpoint["improved"]
+    trained = checkpoint["progress"] is None and (epoch >= train.epochs or waited)
+    return trained and run.results.is_file()
+
+
+def metrics_step(checkpoint: dict[str, Any] | None) -> int:
+    """The step up to which metrics.jsonl belongs to the checkpoint: the end of its last whole epoch."""
+    if checkpoint is None:
+        return 0
+    return checkpoint["step"] - (checkpoint["progress"]["batches"] if checkpoint["progress"] else 0)
+
+
+def best_kept(run: RunFolder, config: Config, checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """The best epoch to go on from, of which best.pt (or the one before it) holds the weights.
+
+    A best.pt ahead of the checkpoint is of an epoch that is about to be repeated, and will be the best again when it
+    is; unless the plan has changed, which makes it another epoch: then what best.pt holds counts.
+    """
+    best = checkpoint["best"]
+    if best["epoch"] == 0:
+        return best
+    kept = load_checkpoint(run.best)
+    same_plan = checkpoint["config"]["train"]["epochs"] == config.train.epochs
+    if kept["epoch"] > best["epoch"] and same_plan:
+        return best
+    return {"epoch": kept["epoch"], "macro_f1": float(kept["macro_f1"])}
+
+
+def _flatten(config: dict) -> dict:
+    """{"train": {"epochs": 3}} as {"train.epochs": 3}."""
+    flat = {}
+    for key, value in config.items():
+        flat |= {f"{key}.{name}": item for name, item in value.items()} if isinstance(value, dict) else {key: value}
+    return flat

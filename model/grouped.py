@@ -1,0 +1,99 @@
+"""Experts of one shape as one: grouped matrix products whose row counts stay on the device."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model.experts import Expert
+
+ALIGNMENT = 8  # numbers: rows of the grouped kernel's operands begin at multiples of 16 bytes
+
+
+def has_kernel(x_BD: Tensor) -> bool:
+    """Whether grouped products of such rows have a kernel that does not wait for the device (Hopper and later)."""
+    if not hasattr(F, "grouped_mm") or x_BD.dtype != torch.bfloat16 or x_BD.shape[1] % ALIGNMENT:
+        return False
+    return x_BD.is_cuda and torch.cuda.get_device_capability(x_BD.device)[0] >= 9
+
+
+def fits(experts: Iterable[Expert]) -> bool:
+    """Whether every hidden layer is as wide as the kernel wants it; the classes are padded."""
+    return all(width % ALIGNMENT == 0 for expert in experts for width in expert.widths[:-1])
+
+
+class GroupedExperts:
+    """G experts of one shape: rows sorted by expert (R, D) -> outputs (R, C).
+
+    Called with ends_G, where each expert's rows end (int64, on the device); key_R, the expert of each row in
+    [0, G); and valid_R1, False for rows behind the last end, which get zeros (None: there are none).
+    """
+
+    def __init__(self, experts: list[Expert]):
+        self.experts = experts
+
+    def __call__(self, h_RD: Tensor, ends_G: Tensor, key_R: Tensor, valid_R1: Tensor | None = None) -> Tensor:
+        kernel = has_kernel(h_RD) and fits(self.experts)
+        if valid_R1 is not None:
+            h_RD = torch.where(valid_R1, h_RD, 0)
+        ends_G = ends_G.to(torch.int32)
+        for layers in zip(*self.experts, strict=True):
+            if isinstance(layers[0], nn.Linear):
+                h_RD = self._linear(layers, h_RD, ends_G, kernel, valid_R1)
+                h_RD = h_RD + _rows(_stack(layers, "bias", h_RD), key_R, ends_G, kernel)
+            elif isinstance(layers[0], nn.LayerNorm):
+                h_RD = F.layer_norm(h_RD, h_RD.shape[1:], eps=layers[0].eps)
+                h_RD = h_RD * _rows(_stack(layers, "weight", h_RD), key_R, ends_G, kernel)
+                h_RD = h_RD + _rows(_stack(layers, "bias", h_RD), key_R, ends_G, kernel)
+            else:
+                h_RD = layers[0](h_RD)  # ReLU and Dropout are alike in all of them
+        return h_RD
+
+    @staticmethod
+    def _linear(layers, h_RD: Tensor, ends_G: Tensor, kernel: bool, valid_R1: Tensor | None) -> Tensor:
+        weight_GND = _stack(layers, "weight", h_RD)
+        if not kernel:
+            return _one_by_one(h_RD, weight_GND, ends_G)
+        width = weight_GND.shape[1]
+        if width % ALIGNMENT:
+            weight_GND = F.pad(weight_GND, (0, 0, 0, -width % ALIGNMENT))
+        out_RN = F.grouped_mm(h_RD, weight_GND.transpose(1, 2), offs=ends_G)
+        if valid_R1 is not None:  # the kernel leaves these rows, and their gradients, as it found them
+            out_RN = torch.where(valid_R1, out_RN, 0)
+        return out_RN[:, :width]
+
+
+def _stack(layers, name: str, like: Tensor) -> Tensor:
+    return torch.stack([getattr(layer, name).to(like.dtype) for layer in layers])
+
+
+def _one_by_one(h_RD: Tensor, weight_GND: Tensor, ends_G: Tensor) -> Tensor:
+    """The grouped product where there is no kernel for it: waits for the device."""
+    ends = ends_G.tolist()
+    parts = [h_RD[a:b] @ weight_ND.T for a, b, weight_ND in zip([0, *ends], ends, weight_GND, strict=False)]
+    rest = h_RD.new_zeros(len(h_RD) - ends[-1], weight_GND.shape[1])
+    return torch.cat([*parts, rest])
+
+
+def _rows(table_GN: Tensor, key_R: Tensor, ends_G: Tensor, kernel: bool) -> Tensor:
+    """table_GN[key_R], whose gradient is summed by a grouped product where there is one: rows come in order."""
+    if kernel and table_GN.shape[1] % ALIGNMENT == 0:
+        return _SortedRows.apply(table_GN, key_R, ends_G)
+    return table_GN.index_select(0, key_R)
+
+
+class _SortedRows(torch.autograd.Function):
+    """Look up rows by sorted keys. Atomic additions into so few rows would be slower than the experts themselves."""
+
+    @staticmethod
+    def forward(ctx, table_GN: Tensor, key_R: Tensor, ends_G: Tensor) -> Tensor:
+        ctx.save_for_backward(ends_G)
+        return table_GN.index_select(0, key_R)
+
+    @staticmethod
+    def backward(ctx, grad_RN: Tensor):
+        (ends_G,) = ctx.saved_tensors
+        ones_RA = grad_RN.new_ones(len(grad_RN), ALIGNMENT)
+        sums_GAN = F.grouped_mm(ones_RA.T, grad_RN.contiguous(), offs=ends_G)
+        return sums_GAN[:, 0], None, None

@@ -1,0 +1,208 @@
+"""Routing: who sees whom, with what weight; and Router, the base of the rules that decide it."""
+
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from model.norm import Standardise
+from model.routers.config import RouterConfig
+
+
+@dataclass
+class Routing:
+    """The decision of a router for B samples and E experts, as a flat list of A assignments.
+
+    sample_A, expert_A: int64, which sample goes to which expert. weight_A: float32, what the expert's
+    output counts. logits_BE: clean router logits, float32. load_BE: P(expert is chosen) under fresh noise,
+    differentiable, where the rule has noise. learned: False for random warm-up routing. gates_BE: the gate
+    whose sum is the importance, where that is not the weight. asked_E: assignments before capacity drops,
+    int64, where there were any. dropped: choices that found no place, or under expert choice samples that no
+    expert took; int64 scalar on the device, None for none. residual_B: weight of the choices that a linear
+    head stands in for. rows_AD: what each assignment reads, where that is not its sample's features.
+    target_E: the load to aim at, summing to 1 (None: even). work_E: cost of each expert over their mean
+    (None: equal).
+    """
+
+    sample_A: Tensor
+    expert_A: Tensor
+    weight_A: Tensor
+    logits_BE: Tensor
+    load_BE: Tensor | None = None
+    learned: bool = True
+    gates_BE: Tensor | None = None
+    asked_E: Tensor | None = None
+    dropped: Tensor | None = None
+    residual_B: Tensor | None = None
+    rows_AD: Tensor | None = None
+    target_E: Tensor | None = None
+    work_E: Tensor | None = None
+
+    @property
+    def num_samples(self) -> int:
+        return self.logits_BE.shape[0]
+
+    @property
+    def num_experts(self) -> int:
+        return self.logits_BE.shape[1]
+
+    @property
+    def probs_BE(self) -> Tensor:
+        """Softmax of the clean logits over all experts."""
+        return self.logits_BE.softmax(dim=-1)
+
+    @cached_property
+    def counts_E(self) -> Tensor:
+        """Assignments of each expert, int64, no gradient; on a GPU without waiting for it."""
+        zeros_E = torch.zeros(self.num_experts, dtype=torch.int64, device=self.expert_A.device)
+        return zeros_E.scatter_add_(0, self.expert_A, torch.ones_like(self.expert_A))
+
+    @property
+    def demand_E(self) -> Tensor:
+        """Assignments of each expert before any capacity drop, int64, no gradient: what balance is measured on."""
+        return self.counts_E if self.asked_E is None else self.asked_E
+
+    @property
+    def importance_E(self) -> Tensor:
+        """Gate weight that each expert receives, summed over the batch (Shazeer 2017, eq. 6); differentiable."""
+        return torch.zeros_like(self.logits_BE[0]).index_add(0, self.expert_A, self.weight_A)
+
+    def by_row(self) -> "Routing":
+        """The same assignments with each row of rows_AD as a sample of its own, as `dispatch` reads it."""
+        rows_A = torch.arange(len(self.sample_A), device=self.sample_A.device)
+        return replace(self, sample_A=rows_A, logits_BE=self.logits_BE[self.sample_A], load_BE=None, rows_AD=None)
+
+
+class Router(nn.Module):
+    """Base of the rules: a gate in float32 that reads its features, and random routing in warm-up.
+
+    work: relative cost of each expert, which target_load refers to (None: equal). Raises ValueError where the
+    configuration does not fit the number of experts.
+    """
+
+    token_choice = True  # each sample chooses k experts
+    learns = True  # has a gate that the task loss trains
+    has_load = False  # gives load_BE while training
+    reads_tokens = False  # reads (B, T, D) instead of (B, D)
+
+    def __init__(
+        self,
+        in_features: int,
+        num_experts: int,
+        config: RouterConfig,
+        work: list[float] | None = None,
+        num_groups: int = 1,
+    ):
+        super().__init__()
+        self.check(config, num_experts)
+        self.num_experts, self.top_k, self.temperature = num_experts, config.top_k, config.temperature
+        work = [1.0] * num_experts if work is None else work
+        self.work = [cost * num_experts / sum(work) for cost in work]
+        self.target = config.target_shares(self.work)
+        self.register_buffer("work_E", torch.tensor(self.work), persistent=False)
+        self.register_buffer("target_E", torch.tensor(self.target), persistent=False)
+        layers: list[nn.Module] = []
+        if config.inputs is not None:
+            layers.append(FeatureGroups(in_features, num_groups, config.inputs))
+            in_features = len(layers[0].columns)
+        if config.norm == "batch" and not self.reads_tokens:
+            layers.append(Standardise(in_features, affine=False, by_running=not self.learns))
+        width = in_features
+        for units in config.hidden:
+            layers += [nn.Linear(width, units), nn.ReLU(), nn.Dropout(config.dropout)]
+            width = units
+        self.trunk = nn.Sequential(*layers)
+        self._build_gate(width, config)
+
+    @classmethod
+    def check(cls, config: RouterConfig, num_experts: int) -> None:
+        """Raise ValueError where this rule cannot work with that many experts or those options."""
+        if config.top_k > num_experts:
+            raise ValueError(f"router.top_k {config.top_k} is larger than the number of experts {num_experts}")
+        if isinstance(config.target_load, list):
+            config.target_shares([1.0] * num_experts)
+        if not cls.token_choice and config.bias_rate:
+            raise ValueError(f"router.bias_rate is for rules that choose k experts a sample, not {config.kind}: set 0")
+        if not cls.token_choice and config.overflow != "drop":
+            raise ValueError(f"router.kind {config.kind} has no choices to move or replace: set router.overflow drop")
+        if not cls.learns and config.hidden:
+            raise ValueError(f"router.kind {config.kind} has no gate network: set router.hidden []")
+
+    def _build_gate(self, width: int, config: RouterConfig) -> None:
+        self.gate = nn.Linear(width, self.num_experts)
+
+    @property
+    def experts_per_sample(self) -> float:
+        """Assignments of a sample in evaluation, on average."""
+        return float(self.top_k)
+
+    @property
+    def static_shapes(self) -> bool:
+        """Whether the number of assignments of a training step is the same whatever is in the batch."""
+        return True
+
+    def forward(self, x_BD: Tensor, warmup: bool = False, allowed_E: Tensor | None = None) -> Routing:
+        """Route a batch; `warmup` draws k distinct experts a sample at random and weights them 1/k.
+
+        allowed_E: bool, the experts that may be chosen (None: all), to ask what would happen without the others;
+        at least k of them, or the surplus choices have weight 0.
+
+        The gate computes in float32 whatever autocast says (Switch Transformers' selective precision). Noise is
+        added and samples are dropped in training mode only, so that evaluation is a function of the sample alone.
+        """
+        with torch.autocast(x_BD.device.type, enabled=False):
+            hidden_BH = self.trunk(self._perturb(x_BD.float()))
+            logits_BE = self._logits(hidden_BH)
+            if allowed_E is not None:
+                logits_BE = logits_BE.masked_fill(~allowed_E, -math.inf)
+            routing = self._route_at_random(logits_BE) if warmup else self._route(logits_BE, hidden_BH)
+        routing.target_E, routing.work_E = self.target_E, self.work_E
+        return routing
+
+    def after_step(self, routing: Routing) -> None:
+        """Called once after each optimizer step with the routing of its batch."""
+
+    def _perturb(self, x_BD: Tensor) -> Tensor:
+        return x_BD
+
+    def _logits(self, hidden_BH: Tensor) -> Tensor:
+        return self.gate(hidden_BH)
+
+    def _route(self, logits_BE: Tensor, hidden_BH: Tensor) -> Routing:
+        raise NotImplementedError(f"{type(self).__name__} has no routing rule")
+
+    def _route_at_random(self, logits_BE: Tensor) -> Routing:
+        draw_BE = torch.rand_like(logits_BE).masked_fill(logits_BE == -math.inf, -1.0)
+        expert_BK = draw_BE.topk(self.top_k, dim=-1).indices
+        weight_BK = torch.full_like(logits_BE[:, : self.top_k], 1 / self.top_k, requires_grad=False)
+        return assignments(expert_BK, weight_BK, logits_BE, learned=False)
+
+
+class FeatureGroups(nn.Module):
+    """Some of the equally wide groups that a vector is made of: (B, D) -> (B, number chosen * D / num_groups)."""
+
+    def __init__(self, in_features: int, num_groups: int, chosen: list[int]):
+        super().__init__()
+        self.register_buffer("columns", group_columns(in_features, num_groups, chosen), persistent=False)
+
+    def forward(self, x_BD: Tensor) -> Tensor:
+        return x_BD.index_select(-1, self.columns)
+
+
+def group_columns(in_features: int, num_groups: int, chosen: list[int]) -> Tensor:
+    """The columns of the chosen ones of `num_groups` equally wide groups of features, int64.
+
+    Raises ValueError for a group that is not there.
+    """
+    if in_features % num_groups or not all(0 <= group < num_groups for group in chosen):
+        raise ValueError(f"inputs {chosen} are not among the {num_groups} feature groups of {in_features} features")
+    return torch.arange(in_features).view(num_groups, -1)[chosen].flatten()
+
+
+def assignments(expert_BK: Tensor, weight_BK: Tensor, logits_BE: Tensor, load_BE=None, learned=True) -> Routing:
+    """The Routing in which each sample has its k experts in the order given."""
+    batch, top_k = expert_BK.shape
+    sample_A = torch.arange(batch, device=expert_BK.device).repeat_interleave(top_k)
+    return Routing(sample_A, expert_BK.flatten(), weight_BK.flatten(), logits_BE, load_BE, learned)

@@ -1,0 +1,43 @@
+"""Capacity: which choices find a place where each expert takes only so many samples."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def expert_capacity(batch: int, per_sample: float, target_E: Tensor) -> Tensor:
+    """Places of each expert: ceil(batch * per_sample * target share), int64; 1 at the least.
+
+    per_sample: k times the capacity factor. With even targets V-MoE's ceil(B k c / E) (Riquelme 2021, eq. 4).
+    """
+    places_E = batch * per_sample * target_E.double()
+    # The shares are float32: 192 * 1/3 must not give 65.
+    return (places_E * (1 - 1e-6)).ceil().clamp_min(1).long()
+
+
+def place(expert_BR: Tensor, wanted_BK: Tensor, capacity_E: Tensor, priority_B: Tensor | None = None) -> Tensor:
+    """Give out the places round by round: all first choices before any second one.
+
+    expert_BR: each sample's experts in the order of its preference. wanted_BK: which of the first k it asks for.
+    A sample whose choice was full goes on, from round k on, with the rest of its row (none for R = k) until it has
+    as many experts as it asked for. priority_B: within a round larger ones come first; None: the order of the batch.
+    Returns placed_BR: which of expert_BR the sample got.
+    """
+    rounds, k = expert_BR.shape[1], wanted_BK.shape[1]
+    num_experts = len(capacity_E)
+    order_B = None if priority_B is None else priority_B.argsort(descending=True, stable=True)
+    used_E = torch.zeros_like(capacity_E)
+    missing_B = wanted_BK.sum(dim=-1)
+    placed = []
+    for turn in range(rounds):
+        asks_B = wanted_BK[:, turn] if turn < k else missing_B > 0
+        asks_BE = F.one_hot(expert_BR[:, turn], num_experts) * asks_B[:, None]
+        if order_B is None:
+            place_BE = asks_BE.cumsum(dim=0)
+        else:
+            place_BE = torch.empty_like(asks_BE).index_copy_(0, order_B, asks_BE[order_B].cumsum(dim=0))
+        fits_BE = (asks_BE > 0) & (place_BE + used_E <= capacity_E)
+        used_E = used_E + fits_BE.sum(dim=0)
+        placed.append(fits_BE.any(dim=-1))
+        missing_B = missing_B - placed[-1].long()
+    return torch.stack(placed, dim=-1)

@@ -1,0 +1,68 @@
+"""Expert choice: each expert takes its best samples."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from model.routers.base import Router, Routing
+from model.routers.config import RouterConfig
+
+
+class ExpertChoiceRouter(Router):
+    """Expert choice (Zhou 2022, "Mixture-of-experts with expert choice routing", eq. 1-2).
+
+    The gate is a softmax over the experts; expert i takes the C_i = ceil(B c t_i) samples of a batch that it has the
+    largest gate for and weights them by it. c is capacity_factor (null: top_k), the experts that see a sample on
+    average; t the target load, even by default, so that the load is what it should be without a loss.
+
+    So **training depends on the batch**: a sample has more or fewer experts according to what stands beside it, or
+    none. Evaluation does not: an expert takes every sample whose gate reaches threshold_E, the running mean (as
+    BatchNorm keeps its own, momentum 0.1) of the smallest gate it took in training; a sample that no expert would
+    take goes to the one with its largest gate. Random warm-up draws top_k experts a sample and moves no threshold.
+    """
+
+    token_choice = False
+    momentum = 0.1
+
+    def _build_gate(self, width: int, config: RouterConfig) -> None:
+        super()._build_gate(width, config)
+        self.per_sample = float(config.top_k if config.capacity_factor is None else config.capacity_factor)
+        # Below every gate: before any training all experts take all samples.
+        self.register_buffer("threshold_E", torch.zeros(self.num_experts))
+
+    @classmethod
+    def check(cls, config: RouterConfig, num_experts: int) -> None:
+        super().check(config, num_experts)
+        if config.capacity_factor is not None and config.capacity_factor > num_experts:
+            raise ValueError(
+                f"router.capacity_factor {config.capacity_factor} with kind expert_choice is the experts that see a "
+                f"sample on average, and there are {num_experts}: lower it"
+            )
+
+    @property
+    def experts_per_sample(self) -> float:
+        return self.per_sample
+
+    def _route(self, logits_BE: Tensor, hidden_BH: Tensor) -> Routing:
+        gate_BE = (logits_BE / self.temperature).softmax(dim=-1)
+        if self.training:
+            return self._take_best(logits_BE, gate_BE)
+        taken_BE = (gate_BE >= self.threshold_E) & (logits_BE > -math.inf)
+        best_BE = torch.zeros_like(taken_BE).scatter_(1, gate_BE.argmax(dim=-1, keepdim=True), True)
+        sample_A, expert_A = (taken_BE | (best_BE & ~taken_BE.any(dim=-1, keepdim=True))).nonzero(as_tuple=True)
+        return Routing(sample_A, expert_A, gate_BE[sample_A, expert_A], logits_BE)
+
+    def _take_best(self, logits_BE: Tensor, gate_BE: Tensor) -> Routing:
+        batch = len(gate_BE)
+        places = [min(batch, max(1, math.ceil(batch * self.per_sample * share - 1e-6))) for share in self.target]
+        value_PE, sample_PE = gate_BE.topk(max(places), dim=0)
+        columns = range(self.num_experts)
+        sample_A = torch.cat([sample_PE[: places[e], e] for e in columns])
+        weight_A = torch.cat([value_PE[: places[e], e] for e in columns])
+        expert_A = torch.cat([torch.full((places[e],), e, device=sample_A.device) for e in columns])
+        with torch.no_grad():
+            smallest_E = torch.stack([value_PE[places[e] - 1, e] for e in columns])
+            self.threshold_E.lerp_(smallest_E, self.momentum)
+            unseen_B = torch.ones(batch, dtype=torch.int64, device=sample_A.device).index_fill(0, sample_A, 0)
+        return Routing(sample_A, expert_A, weight_A, logits_BE, dropped=unseen_B.sum())

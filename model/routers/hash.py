@@ -1,0 +1,39 @@
+"""Hash routing: a fixed function of the sample decides."""
+
+import torch
+from torch import Tensor
+
+from model.norm import Standardise
+from model.routers.base import Routing
+from model.routers.config import RouterConfig
+from model.routers.token_choice import TokenChoiceRouter
+
+
+class HashRouter(TokenChoiceRouter):
+    """Hash layers (Roller 2021): a fixed function of the input chooses the experts, and each weighs 1/k.
+
+    The function is a random projection of the features to E numbers, drawn once and saved, whose k largest win: a
+    locality-sensitive hash. (A hash of the sample's number would say nothing about an image that is not in the
+    training set.) It has no parameters. Features and projections are standardised by running statistics, in training
+    too, so that the hash of a sample does not depend on its batch and the experts get about even loads; these settle
+    in the first hundred steps. There is nothing to warm up: `warmup` changes nothing.
+    """
+
+    learns = False
+
+    def _build_gate(self, width: int, config: RouterConfig) -> None:
+        self.register_buffer("projection_DE", torch.randn(width, self.num_experts) / width**0.5)
+        self.scale = Standardise(self.num_experts, affine=False, by_running=True)
+
+    def forward(self, x_BD: Tensor, warmup: bool = False, allowed_E: Tensor | None = None) -> Routing:
+        """As `Router.forward`, but by the hash in warm-up too."""
+        return super().forward(x_BD, warmup=False, allowed_E=allowed_E)
+
+    @torch.no_grad()
+    def _logits(self, hidden_BH: Tensor) -> Tensor:
+        return self.scale(hidden_BH @ self.projection_DE)
+
+    def _weights(self, scores_BE: Tensor, expert_BK: Tensor, placed_BK: Tensor | None = None) -> Tensor:
+        allowed_BK = scores_BE.gather(-1, expert_BK).isfinite()
+        placed_BK = allowed_BK if placed_BK is None else allowed_BK & placed_BK
+        return placed_BK / placed_BK.sum(dim=-1, keepdim=True).clamp_min(1)

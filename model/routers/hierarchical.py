@@ -1,0 +1,105 @@
+"""Hierarchical routing: groups of experts, then experts in them."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model.routers.config import RouterConfig
+from model.routers.token_choice import TokenChoiceRouter, load_probability
+
+
+class HierarchicalRouter(TokenChoiceRouter):
+    """A noisy gate chooses groups, and one for each group chooses experts in it (Shazeer 2017, appendix B).
+
+    The experts form `groups` groups of equal number; `top_groups` groups see a sample, and top_k / top_groups
+    experts of each. An expert's weight is the product of the two gates (Jordan and Jacobs 1994), each the softmax
+    over what was chosen, or, where one is chosen, its probability among all, so that both gates learn. logits_BE
+    are joint: their softmax is P(group) P(expert | group), and their logsumexp, which the z-loss reads, that of the
+    groups. A bias is added to the joint score and so moves both choices.
+    """
+
+    has_load = True
+
+    @classmethod
+    def check(cls, config: RouterConfig, num_experts: int) -> None:
+        super().check(config, num_experts)
+        if num_experts % config.groups:
+            raise ValueError(
+                f"router.groups {config.groups} does not divide the {num_experts} experts: kind hierarchical needs "
+                "groups of equal number"
+            )
+        if config.top_groups > config.groups:
+            raise ValueError(f"router.top_groups {config.top_groups} is larger than router.groups {config.groups}")
+        within, members = config.top_k // config.top_groups, num_experts // config.groups
+        if config.top_k % config.top_groups or not 1 <= within <= members:
+            raise ValueError(
+                f"router.top_k {config.top_k} cannot be divided among router.top_groups {config.top_groups} groups of "
+                f"{members} experts: each needs the same number, at most {members}"
+            )
+        if config.overflow == "next_best":
+            raise ValueError(
+                "router.overflow next_best does not go with router.kind hierarchical: use drop or residual"
+            )
+
+    def _build_gate(self, width: int, config: RouterConfig) -> None:
+        self.groups, self.top_groups = config.groups, config.top_groups
+        self.top_within = config.top_k // config.top_groups
+        self.gate = nn.Linear(width, self.groups + self.num_experts)
+        self.noise = nn.Linear(width, self.groups + self.num_experts, bias=False)
+        for layer in (self.gate, self.noise):
+            nn.init.zeros_(layer.weight)
+        nn.init.zeros_(self.gate.bias)
+
+    def _logits(self, hidden_BH: Tensor) -> Tensor:
+        group_BG, expert_BGM = self._split(self.gate(hidden_BH))
+        return self._join(group_BG, expert_BGM)
+
+    def _split(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """What a layer gives for the groups and for the experts in each."""
+        return values[:, : self.groups], values[:, self.groups :].unflatten(1, (self.groups, -1))
+
+    @staticmethod
+    def _join(group_BG: Tensor, expert_BGM: Tensor) -> Tensor:
+        """Joint logits: their logsumexp over a group's experts is the group's logit."""
+        return (group_BG[..., None] + expert_BGM.log_softmax(dim=-1)).flatten(1)
+
+    def _levels(self, joint_BE: Tensor) -> tuple[Tensor, Tensor]:
+        """The logits of the groups and, up to a constant a group, of the experts in each."""
+        # Finite, so that a group whose experts are all barred has weight 0 instead of 0/0.
+        expert_BGM = joint_BE.clamp_min(torch.finfo(joint_BE.dtype).min / 4).unflatten(1, (self.groups, -1))
+        return expert_BGM.logsumexp(dim=-1), expert_BGM
+
+    def _scores(self, logits_BE: Tensor, hidden_BH: Tensor) -> tuple[Tensor, Tensor | None]:
+        if not self.training:
+            return logits_BE, None
+        noisy, loads = [], []
+        sigmas = self._split(F.softplus(self.noise(hidden_BH)) + 1e-6)
+        for clean, sigma, top_k in zip(
+            self._levels(logits_BE), sigmas, (self.top_groups, self.top_within), strict=True
+        ):
+            noisy.append(clean + torch.randn_like(clean) * sigma)
+            loads.append(load_probability(clean, noisy[-1], sigma, top_k))
+        return self._join(*noisy), (loads[0][..., None] * loads[1]).flatten(1)
+
+    def _choose(self, ranked_BE: Tensor) -> Tensor:
+        group_BG, expert_BGM = self._levels(ranked_BE)
+        chosen_BQ = group_BG.topk(self.top_groups, dim=-1).indices
+        best_BGW = expert_BGM.topk(self.top_within, dim=-1).indices
+        best_BQW = best_BGW.gather(1, chosen_BQ[..., None].expand(-1, -1, self.top_within))
+        return (chosen_BQ[..., None] * expert_BGM.shape[-1] + best_BQW).flatten(1)
+
+    def _weights(self, scores_BE: Tensor, expert_BK: Tensor, placed_BK: Tensor | None = None) -> Tensor:
+        group_BG, expert_BGM = self._levels(scores_BE)
+        index_BQW = expert_BK.unflatten(1, (self.top_groups, self.top_within))
+        chosen_BQ = index_BQW[..., 0] // expert_BGM.shape[-1]
+        member_BQW = index_BQW % expert_BGM.shape[-1]
+        expert_BQM = expert_BGM.gather(1, chosen_BQ[..., None].expand(-1, -1, expert_BGM.shape[-1]))
+        group_BQ = chosen_gates(group_BG / self.temperature, chosen_BQ)
+        return (group_BQ[..., None] * chosen_gates(expert_BQM / self.temperature, member_BQW)).flatten(1)
+
+
+def chosen_gates(logits: Tensor, chosen: Tensor) -> Tensor:
+    """Softmax over the chosen entries of the last dimension; where one is chosen, its probability among all."""
+    if chosen.shape[-1] == 1:
+        return logits.softmax(dim=-1).gather(-1, chosen)
+    return logits.gather(-1, chosen).softmax(dim=-1)

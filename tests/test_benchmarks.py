@@ -1,0 +1,121 @@
+"""The benchmarks: every contestant of ours computes the same, the limits are right, each command runs to its end."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import dispatch, extraction, scaling, time_to_accuracy
+from benchmarks.common import Failure, Timing, attempt, table, timed
+from benchmarks.layers import Shape, contestants
+from errors import UserError, exit_code_of
+
+CPU = torch.device("cpu")
+TINY = ["--tiny", "--device", "cpu", "--seconds", "0.05", "--out"]
+
+
+def read(folder, name):
+    return json.loads((folder / f"{name}_tiny.json").read_text())
+
+
+def test_every_way_of_this_project_the_loop_and_the_oracle_give_one_answer():
+    torch.manual_seed(0)
+    x_BD = torch.randn(40, 16)
+    answers = {}
+    for name, make in contestants(Shape(16, (8, 24, 8, 16), 5, 2), CPU):
+        made = attempt(make)
+        if isinstance(made, Failure):
+            assert not name.startswith(("ours", "article", "dense")), made.reason
+            continue
+        layer, forward = made
+        layer.eval()
+        if layer not in answers:
+            answers[layer] = forward(x_BD)
+        torch.testing.assert_close(forward(x_BD), answers[layer], atol=1e-5, rtol=1e-5)
+
+
+def test_flops_by_hand_and_peers_of_equal_flops():
+    shape = Shape(10, (4, 8), 6, 2)
+    # 3 samples to 2 experts of 6 hidden units on average: 3 * 2 * 6 * (10 + 6) multiply-adds; two FLOPs each, and
+    # the backward pass is twice the forward: 6 * 576 = 3456.
+    assert dispatch.active_flops(shape, 3) == 3456
+    square = Shape(64, (128, 128), 16, 2)
+    assert square.square() == [80, 80]  # 2 * 64 * 80 = (64 + 16) * 128
+    assert square.square(matrices=3) == [56, 56]  # 3 * 64 * 53.3, to a multiple of 8
+
+
+def test_goals_count_the_cells_that_are_won():
+    def row(batch, mine, other):
+        times = {"ours: auto": Timing(mine, mine, mine, 3), "Mixtral": Timing(other, other, other, 3)}
+        return {
+            "experts": "4 equal",
+            "k": 2,
+            "batch": batch,
+            "limit": 0.5,
+            "contestants": {**times, "x": Failure("absent")},
+        }
+
+    lines = dispatch.goals([row(256, 9, 1), row(1024, 1, 2), row(4096, 2, 1)])
+    assert lines[0] == "fastest in 1 of 2 cells from 1,024 samples up; not for 4 equal, k 2, batch 4096"
+    assert lines[1] == "25 % of the limit at batch 4096, 4 equal experts, k 2"
+
+
+def test_timing_takes_the_median_and_a_failure_its_reason():
+    assert Timing.of([3.0, 1.0, 2.0]) == Timing(2.0, 1.0, 3.0, 3)
+    assert Timing(0.0012345, 0.001, 0.002, 3).milliseconds() == "1.23 (1-2)"
+    runs = []
+    assert timed(lambda: runs.append(1), CPU, 0.0).runs <= 2
+    assert timed(lambda: runs.append(1), CPU, 1.0, most=5).runs == 5
+
+    def full():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    assert attempt(full) == Failure("out of memory")
+    assert attempt(lambda: 1 / 0).reason == "ZeroDivisionError: division by zero"
+    assert table(["a", "b"], [[1, "long"]]) == "| a | b    |\n|---|------|\n| 1 | long |"
+
+
+def test_the_limit_of_a_step_is_its_largest_part():
+    run = {"flops": 100.0, "parameters": 10, "timing": Timing(20.0, 20.0, 20.0, 1)}
+    assert scaling.limits(run, matrices=10.0, memory=1e9)["limit"] == "matrix products"
+    assert scaling.limits(run, matrices=1e9, memory=scaling.TRAFFIC)["parts"] == pytest.approx(
+        {"matrix products": 1e-7, "memory traffic of the weights": 10.0, "launches and the rest": 10.0}
+    )
+
+
+def test_dispatch_runs_to_its_end(tmp_path, capsys):
+    dispatch.main([*TINY, str(tmp_path)])
+    out = capsys.readouterr().out
+    assert "CPU" in out and "| 8 unequal | 2 | 64 " in out
+    written = read(tmp_path, "dispatch")
+    assert len(written["rows"]) == 16 and max(written["agreement"].values()) < 1e-4
+    assert all(row["contestants"]["ours: grouped"]["median"] > 0 for row in written["rows"])
+
+
+def test_extraction_runs_to_its_end(tmp_path, capsys):
+    extraction.main([*TINY, str(tmp_path)])
+    assert "of the matrix rate" in capsys.readouterr().out
+    rows = {row["contestant"]: row for row in read(tmp_path, "extraction")["rows"]}
+    assert rows["timm, float32"]["from_float32"] < 1e-5  # the plain way and ours mean the same
+    assert rows["ours"]["from_float32"] < 0.05
+
+
+def test_scaling_runs_to_its_end(tmp_path, capsys):
+    scaling.main([*TINY, str(tmp_path)])
+    assert "launches" in capsys.readouterr().out
+    assert [row["sweep"] for row in read(tmp_path, "scaling")["rows"]] == ["samples", "samples", "experts", "features"]
+
+
+def test_time_to_accuracy_runs_to_its_end(tmp_path, capsys):
+    time_to_accuracy.main([*TINY, str(tmp_path), "--repeats", "1", "--live-epochs", "0"])
+    assert "goal: ours" in capsys.readouterr().out
+    runs = read(tmp_path, "time_to_accuracy")["runs"]
+    assert runs["ours"][0]["seconds"] > 0 and len(runs["ours"][0]["epoch_seconds"]) == 3
+    assert 0 < runs["article as written"][0]["curve"][0]["epoch"] < 1  # stopped by --seconds
+
+
+def test_a_wrong_option_is_one_line(capsys):
+    with pytest.raises(UserError, match="--help"):
+        scaling.main(["--samples", "many"])
+    assert exit_code_of(lambda: dispatch.main(["--device", "gpu"])) == 2
+    assert "device is 'gpu'" in capsys.readouterr().err

@@ -1,0 +1,222 @@
+"""The three ways of dispatch: equal values and gradients, and no wait for the device in those that promise it."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from model import dispatch as module
+from model import grouped
+from model.balance import BalanceConfig, balance_losses, weighted_sum
+from model.classifier import NeckConfig, VisionMoE
+from model.dispatch import COMBINE, WAYS, choose, dispatch
+from model.experts import ExpertsConfig, build_experts
+from model.routers import RouterConfig, Routing
+
+UNEQUAL = [[8], [16, 8], [24], [8, 8, 16]]
+EQUAL = [[16, 8]] * 4
+MIXED = [[8], [16], [8], [16], [8]]
+
+
+def routing_of(batch, experts, top_k, seed=0, drop=0.0):
+    """Random choices of distinct experts; with `drop`, a share of the assignments is missing."""
+    generator = torch.Generator().manual_seed(seed)
+    logits_BE = torch.randn(batch, experts, generator=generator)
+    expert_A = logits_BE.topk(top_k, dim=-1).indices.flatten()
+    sample_A = torch.arange(batch).repeat_interleave(top_k)
+    kept_A = torch.rand(len(sample_A), generator=generator) >= drop
+    weight_A = torch.rand(len(sample_A), generator=generator) + 0.1
+    return Routing(sample_A[kept_A], expert_A[kept_A], weight_A[kept_A], logits_BE)
+
+
+def run(how, x_BD, routing, experts, combine="logits"):
+    """Output, and gradients of the input, the weights and the gate's weights, with no gradient as zero."""
+    experts.zero_grad()
+    x_BD = x_BD.detach().requires_grad_()
+    weight_A = routing.weight_A.detach().requires_grad_()
+    routing = Routing(routing.sample_A, routing.expert_A, weight_A, routing.logits_BE)
+    out = COMBINE[combine](*dispatch(x_BD, routing, experts, how), routing)
+    target = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    (out * target).sum().backward()
+    parameters = [torch.zeros_like(p) if p.grad is None else p.grad for p in experts.parameters()]
+    return [out.detach(), x_BD.grad, weight_A.grad, *parameters]
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """The grouped kernel's path, on PyTorch's own implementation of it for a CPU."""
+    if not hasattr(F, "grouped_mm"):
+        pytest.skip("this PyTorch has no torch.nn.functional.grouped_mm")
+    monkeypatch.setattr(grouped, "has_kernel", lambda x_BD: True)
+
+
+@pytest.mark.parametrize("sizes", [UNEQUAL, EQUAL, MIXED], ids=["unequal", "equal", "mixed"])
+@pytest.mark.parametrize(("batch", "top_k", "drop"), [(1, 1, 0.0), (7, 2, 0.0), (64, 4, 0.0), (50, 2, 0.4)])
+@pytest.mark.parametrize("combine", sorted(COMBINE))
+def test_the_three_ways_agree_in_values_and_gradients(sizes, batch, top_k, drop, combine):
+    torch.manual_seed(0)
+    experts = build_experts(ExpertsConfig(sizes=sizes, dropout=0.0), 8, 5)[0].double()
+    routing = routing_of(batch, len(sizes), top_k, drop=drop)
+    x_BD = torch.randn(batch, 8, dtype=torch.float64)
+    expected = run("sorted", x_BD, routing, experts, combine)
+    for how in ("grouped", "dense"):
+        for value, reference in zip(run(how, x_BD, routing, experts, combine), expected, strict=True):
+            torch.testing.assert_close(value, reference, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [UNEQUAL, EQUAL, MIXED], ids=["unequal", "equal", "mixed"])
+@pytest.mark.parametrize(("batch", "top_k", "drop"), [(7, 2, 0.0), (64, 3, 0.3)])
+def test_the_grouped_kernel_agrees_too(kernel, sizes, batch, top_k, drop):
+    torch.manual_seed(0)
+    experts = build_experts(ExpertsConfig(sizes=sizes, dropout=0.0), 8, 5)[0]
+    routing = routing_of(batch, len(sizes), top_k, drop=drop)
+    x_BD = torch.randn(batch, 8)
+    pairs = zip(run("grouped", x_BD, routing, experts), run("sorted", x_BD, routing, experts), strict=True)
+    for value, reference in pairs:
+        torch.testing.assert_close(value, reference, atol=1e-4, rtol=1e-4)
+
+
+def test_rows_that_the_kernel_leaves_as_it_found_them_reach_nothing(kernel, monkeypatch):
+    real = F.grouped_mm
+
+    def poisoned(a, b, offs):
+        out = real(a, b, offs=offs)
+        if out.ndim == 2:
+            out = torch.where(torch.arange(len(out))[:, None] < offs[-1], out, torch.nan)
+        return out
+
+    monkeypatch.setattr(F, "grouped_mm", Poisoned.through(poisoned))
+    torch.manual_seed(0)
+    experts = build_experts(ExpertsConfig(sizes=UNEQUAL, dropout=0.0), 8, 5)[0]
+    routing, x_BD = routing_of(20, 4, 2), torch.randn(20, 8)
+    for value, reference in zip(
+        run("grouped", x_BD, routing, experts), run("sorted", x_BD, routing, experts), strict=True
+    ):
+        torch.testing.assert_close(value, reference, atol=1e-4, rtol=1e-4)
+
+
+class Poisoned(torch.autograd.Function):
+    """A grouped product whose rows behind the last end are NaN, forward and backward."""
+
+    @staticmethod
+    def forward(ctx, a, b, offs, product):
+        ctx.save_for_backward(a, b, offs)
+        ctx.product = product
+        return product(a, b, offs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        a, b, offs = ctx.saved_tensors
+        grad = grad.contiguous()
+        return ctx.product(grad, b.transpose(1, 2).contiguous(), offs), ctx.product(a.T, grad, offs), None, None
+
+    @classmethod
+    def through(cls, product):
+        return lambda a, b, offs: cls.apply(a, b, offs, product)
+
+
+@pytest.mark.parametrize("how", sorted(WAYS))
+def test_half_precision_stays_near_float32(how):
+    torch.manual_seed(0)
+    experts = build_experts(ExpertsConfig(sizes=MIXED, dropout=0.0), 8, 5)[0]
+    routing, x_BD = routing_of(64, len(MIXED), 2), torch.randn(64, 8)
+    exact = run("sorted", x_BD, routing, experts)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        half, same = run(how, x_BD, routing, experts), run("sorted", x_BD, routing, experts)
+    assert half[0].dtype == torch.float32 and (half[0] - exact).norm() < 0.03 * exact.norm()
+    # Gradients are compared within one precision: rounding flips a unit of ReLU now and then.
+    for value, reference in zip(half, same, strict=True):
+        assert (value - reference).norm() < 0.02 * reference.norm() + 1e-6
+
+
+class NoWaiting(TorchDispatchMode):
+    """Raises where a value, or a shape that depends on values, would have to come from the device."""
+
+    FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "bincount", "repeat_interleave.Tensor")
+
+    def __enter__(self):
+        self.patch = pytest.MonkeyPatch()
+        for name in ("tolist", "cpu", "numpy"):  # which a tensor on the CPU answers without dispatching
+
+            def refuse(*args, name=name):
+                raise AssertionError(f"Tensor.{name} waits for the device")
+
+            self.patch.setattr(torch.Tensor, name, refuse)
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.patch.undo()
+        return super().__exit__(*error)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if any(name in str(function) for name in self.FORBIDDEN):
+            raise AssertionError(f"{function} waits for the device")
+        return function(*args, **(kwargs or {}))
+
+
+def step(model, features, labels, warmup):
+    logits, routing = model(features, warmup=warmup)
+    config = BalanceConfig(switch=0.1, importance=0.1, load=0.1, z_loss=0.1)
+    loss = F.cross_entropy(logits, labels) + weighted_sum(balance_losses(routing, config), config)
+    loss.backward()
+
+
+@pytest.mark.parametrize("combine", sorted(COMBINE))
+@pytest.mark.parametrize("warmup", [False, True])
+@pytest.mark.parametrize("how", ["grouped", "dense"])
+def test_a_training_step_never_waits_for_the_device(how, warmup, combine, kernel, monkeypatch):
+    def product(a, b, offs):
+        """Of the right shapes; PyTorch's own for a CPU reads the offsets on the host, as the GPU's does not."""
+        return a @ b.sum(0) if b.ndim == 3 else (a @ b)[None] + offs[:, None, None]
+
+    monkeypatch.setattr(F, "grouped_mm", product)
+    experts = ExpertsConfig(sizes=MIXED, combine=combine, dispatch=how)
+    model = VisionMoE((8,), 5, NeckConfig(), RouterConfig(hidden=[4]), experts).train()
+    features, labels = torch.randn(16, 8), torch.randint(5, (16,))
+    step(model, features, labels, warmup)  # what is made once is made
+    with NoWaiting():
+        step(model, features, labels, warmup)
+
+
+def test_the_watch_for_waiting_sees_the_way_that_waits():
+    model = VisionMoE((8,), 5, NeckConfig(), RouterConfig(), ExpertsConfig(sizes=MIXED, dispatch="sorted")).train()
+    with NoWaiting(), pytest.raises(AssertionError, match="tolist waits for the device"):
+        step(model, torch.randn(16, 8), torch.randint(5, (16,)), False)
+
+
+class OnGpu:
+    """What `choose` asks of a tensor."""
+
+    is_cuda, dtype, device = True, torch.bfloat16, None
+
+
+@pytest.mark.parametrize(
+    ("sizes", "assignments", "capturing", "kernel_there", "expected"),
+    [
+        (EQUAL, 100, False, True, "grouped"),
+        (EQUAL, 100, False, False, "dense"),
+        (EQUAL, 10**6, False, True, "sorted"),
+        (EQUAL, 10**6, True, True, "grouped"),
+        (UNEQUAL, 100, False, True, "dense"),
+        (UNEQUAL, 10**6, True, True, "dense"),
+        ([[8], [16]] * 8, 100, False, True, "grouped"),
+        ([[8 * (e + 1)] for e in range(16)], 100, False, True, "sorted"),
+        ([[9]] * 4, 100, False, True, "dense"),
+    ],
+)
+def test_the_way_follows_size_and_device(monkeypatch, sizes, assignments, capturing, kernel_there, expected):
+    experts = build_experts(ExpertsConfig(sizes=sizes), 8, 5)[0]
+    assert choose(assignments, experts, torch.randn(2, 8)) == "sorted"  # a CPU has nothing to wait for
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(module, "has_kernel", lambda x_BD: kernel_there)
+    assert choose(assignments, experts, OnGpu()) == expected
+
+
+def test_a_way_can_be_forced(monkeypatch):
+    used = []
+    for how in WAYS:
+        monkeypatch.setitem(WAYS, how, lambda *args, how=how, way=WAYS[how]: used.append(how) or way(*args))
+    for how in ("dense", "grouped", "sorted", "auto"):
+        experts = ExpertsConfig(sizes=UNEQUAL, dispatch=how)
+        VisionMoE((8,), 5, NeckConfig(), RouterConfig(), experts)(torch.randn(4, 8))
+    assert used == ["dense", "grouped", "sorted", "sorted"]
