@@ -119,8 +119,8 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
 
     Raises errors.UserError for a folder without an image. A file that is named need not exist: reading it tells.
     """
-    Image.init()
-    endings = {ending for ending, name in Image.registered_extensions().items() if name in Image.OPEN}
+    formats = set(_formats())
+    endings = {ending for ending, name in Image.registered_extensions().items() if name in formats}
     files = []
     for path in paths:
         if not path.is_dir():

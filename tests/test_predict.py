@@ -175,6 +175,8 @@ def bad(tmp_path_factory):
         (folder / f"whole.{ending}").unlink()
         (folder / f"cut.{ending}").write_bytes(content[: len(content) // 2])
     (folder / "text.png").write_text("not an image")
+    square().save(folder / "program.eps")
+    (folder / "program.eps").rename(folder / "program.png")
     (folder / "empty.jpg").touch()
     Image.new("RGB", (1, 1)).save(folder / "dot.png")
     Image.new("1", (10_000, 10_000)).save(folder / "huge.png")
@@ -183,6 +185,7 @@ def bad(tmp_path_factory):
         "cut.jpg": "cannot be read as an image (",
         "cut.png": "cannot be read as an image (",
         "text.png": "no format that Pillow knows",
+        "program.png": "no format that Pillow knows",
         "empty.jpg": "no format that Pillow knows",
         "dot.png": "1 x 1 pixels",
         "huge.png": "100 megapixels",
