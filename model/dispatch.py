@@ -17,7 +17,7 @@ from model.experts import Experts
 from model.grouped import GroupedExperts, fits, has_kernel
 from model.routers import Routing
 
-# Measured by benchmarks/dispatch.py: samples an expert sees from which one expert after the other is the fastest way,
+# Both are to be set by benchmarks/dispatch.py: samples an expert sees from which one expert after the other is the fastest way,
 # and the number of experts up to which every expert on every sample is, below that.
 SORTED_FROM = 1024
 DENSE_UP_TO = 8
@@ -40,7 +40,7 @@ def dispatch(x_BD: Tensor, routing: Routing, experts: Experts, how: str = "auto"
 
 
 def choose(assignments: int, experts: Experts, x_BD: Tensor) -> str:
-    """The way that was measured to be fastest for so many assignments; one that never waits inside a CUDA graph."""
+    """The way for so many assignments on this device; inside a CUDA graph one that never waits."""
     if not x_BD.is_cuda:
         return "sorted"
     capturing = torch.cuda.is_current_stream_capturing()

@@ -33,7 +33,7 @@ class ExpertsConfig:
     """Mix the experts' logits, or their class probabilities (a mixture distribution, Jacobs 1991)."""
     dispatch: Literal["auto", "sorted", "grouped", "dense"] = "auto"
     """How samples reach their experts, with equal results. sorted: one expert after the other; grouped: experts of one
-    shape in one product; dense: every expert on every sample; auto: what was measured to be fastest."""
+    shape in one product; dense: every expert on every sample; auto: by size and device."""
 
     def __post_init__(self):
         if not self.sizes:
