@@ -17,8 +17,8 @@ from model.experts import Experts
 from model.grouped import GroupedExperts, fits, has_kernel
 from model.routers import Routing
 
-# Both are to be set by benchmarks/dispatch.py: samples an expert sees from which one expert after the other is the fastest way,
-# and the number of experts up to which every expert on every sample is, below that.
+# Both are to be set by benchmarks/dispatch.py: samples an expert sees from which one expert after the other is the
+# fastest way, and the number of experts up to which every expert on every sample is, below that.
 SORTED_FROM = 1024
 DENSE_UP_TO = 8
 
@@ -47,7 +47,7 @@ def choose(assignments: int, experts: Experts, x_BD: Tensor) -> str:
     if not capturing and assignments >= SORTED_FROM * len(experts):
         return "sorted"
     grouped = has_kernel(x_BD) and 2 * len(experts.groups) <= max(2, len(experts))
-    if grouped and fits(experts):
+    if grouped and fits(experts) and experts.read_all(x_BD.shape[1]):
         return "grouped"
     return "dense" if capturing or len(experts) <= DENSE_UP_TO else "sorted"
 
@@ -65,6 +65,11 @@ def run_sorted(x_BD: Tensor, routing: Routing, experts: Experts) -> tuple[Tensor
 
 def run_dense(x_BD: Tensor, routing: Routing, experts: Experts) -> tuple[Tensor, Tensor]:
     """Every expert on every sample: more arithmetic, in fewer and larger products."""
+    row_A = routing.expert_A * len(x_BD) + routing.sample_A
+    order_A = torch.arange(len(row_A), device=row_A.device)
+    if not experts.read_all(x_BD.shape[1]):
+        outputs_EBC = torch.stack([expert(x_BD) for expert in experts])
+        return outputs_EBC.flatten(0, 1).index_select(0, row_A), order_A
     first = [expert[0] for expert in experts]
     weight_HD = torch.cat([layer.weight.to(x_BD.dtype) for layer in first])
     bias_H = torch.cat([layer.bias.to(x_BD.dtype) for layer in first])
@@ -72,12 +77,16 @@ def run_dense(x_BD: Tensor, routing: Routing, experts: Experts) -> tuple[Tensor,
     outputs_EBC = torch.stack(
         [expert.after_first(h_BH.contiguous()) for expert, h_BH in zip(experts, hidden, strict=True)]
     )
-    row_A = routing.expert_A * len(x_BD) + routing.sample_A
-    return outputs_EBC.flatten(0, 1).index_select(0, row_A), torch.arange(len(row_A), device=row_A.device)
+    return outputs_EBC.flatten(0, 1).index_select(0, row_A), order_A
 
 
 def run_grouped(x_BD: Tensor, routing: Routing, experts: Experts) -> tuple[Tensor, Tensor]:
-    """Experts of one shape together: a grouped product takes each one's rows by offsets that stay on the device."""
+    """Experts of one shape together: a grouped product takes each one's rows by offsets that stay on the device.
+
+    Experts that read a part of the features each run dense: they have no rows in common.
+    """
+    if not experts.read_all(x_BD.shape[1]):
+        return run_dense(x_BD, routing, experts)
     groups, device = experts.groups, x_BD.device
     rank_E, expert_E = _ranks(groups, device)
     key_A = rank_E.index_select(0, routing.expert_A)

@@ -127,6 +127,10 @@ class Experts(nn.ModuleList):
             groups.setdefault((*expert.widths, *drops), []).append(index)
         return tuple(map(tuple, groups.values()))
 
+    def read_all(self, features: int) -> bool:
+        """Whether every expert reads all of so many features."""
+        return all(expert[0].in_features == features for expert in self)
+
 
 def build_experts(config: ExpertsConfig, in_features: int, num_classes: int) -> Experts:
     """One Expert for each configured size."""
