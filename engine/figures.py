@@ -14,6 +14,7 @@ from data.features import FeatureBank
 from engine.config import Config
 from engine.predict import Predictions
 from engine.run_folder import RunFolder
+from errors import EnvironmentFault
 
 SAMPLES = 10  # images in the figure of samples
 BATCH = 128  # samples in the figure of one batch's load
@@ -48,6 +49,14 @@ class Drawing:
     caption: str
 
 
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Write a PNG. Raises errors.EnvironmentFault where that cannot be done."""
+    try:
+        return plots.save(figure, path)
+    except OSError as error:
+        raise EnvironmentFault(f"{path} could not be written: {error.strerror or error}") from error
+
+
 def draw(
     run: RunFolder, config: Config, predictions: Predictions, bank: FeatureBank, results: dict[str, Any]
 ) -> list[Drawing]:
@@ -73,7 +82,7 @@ def draw(
     if "superclass_confusion" in results:
         figures["superclass_confusion"] = plots.superclass_confusion(results["superclass_confusion"], test.coarse_names)
     return [
-        Drawing(name, plots.save(figures[name], run.figures / f"{name}.png"), caption)
+        Drawing(name, save_figure(figures[name], run.figures / f"{name}.png"), caption)
         for name, caption in CAPTIONS.items()
         if name in figures
     ]
