@@ -7,7 +7,6 @@ python predict.py RUN cat.jpg dog.png --explain out.png     a picture of images,
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from engine.arguments import Parser
 from engine.classify import Answer, classify
 from engine.loading import TrainedRun, load_trained
 from engine.run_folder import write_atomically
-from errors import EnvironmentFault, UserError, exit_code_of
+from errors import EnvironmentFault, UserError, exit_code_of, leave, say
 
 BATCH = 32  # images that are held at once
 EXPLAINED = 12  # images in one picture
@@ -45,6 +44,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--backbone.weights", dest="weights", type=Path, help="the backbone's file, if it has moved")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, or cuda:1")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(argv)
     if options.top < 1:
         raise UserError(f"--top is {options.top}: name at least one class")
@@ -56,7 +56,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     options = parse()
     files = find_images(options.images)
-    trained = load_trained(options.run, options.device, options.weights, say=complain)
+    trained = load_trained(options.run, options.device, options.weights, say=say)
     rows, failed, shown = [], [], []
     for path, picture, answer in answers(trained, files, options.top, failed):
         rows.append({"file": str(path), **answer.to_dict(), "notes": list(picture.notes)})
@@ -68,7 +68,7 @@ def main() -> None:
         print(json.dumps(document(trained, rows, failed), indent=2, ensure_ascii=False))
     if options.explain and shown:
         draw(options.explain, shown)
-        complain(f"drawn in {options.explain}" + (f", the first {EXPLAINED}" if len(rows) > EXPLAINED else ""))
+        say(f"drawn in {options.explain}" + (f", the first {EXPLAINED}" if len(rows) > EXPLAINED else ""))
     if failed:
         raise EnvironmentFault(f"{len(failed)} of {len(files)} images could not be read")
 
@@ -84,7 +84,7 @@ def answers(
             try:
                 pictures.append((path, read_picture(path, data.side, data.grey)))
             except UserError as error:
-                complain(f"error: {error}")
+                say(f"error: {error}")
                 failed.append({"file": str(path), "reason": str(error)})
         if pictures:
             images_BCHW = torch.stack([picture.pixels_CHW for _, picture in pictures])
@@ -129,9 +129,5 @@ def draw(path: Path, shown: list[tuple[Path, Picture, Answer]]) -> None:
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
 
 
-def complain(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 if __name__ == "__main__":
-    sys.exit(exit_code_of(main))
+    leave(exit_code_of(main))

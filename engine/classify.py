@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.augment import prepare
 from data.features import FeatureBank
 from engine.loading import TrainedRun
-from engine.pipeline import Extractor
 from engine.predict import BATCH_SIZE
 from model.classifier import VisionMoE
 from model.routers import Routing
@@ -52,7 +52,9 @@ class Answer:
 @torch.no_grad()
 def classify(trained: TrainedRun, images_BCHW: Tensor, top: int = 5) -> list[Answer]:
     """Answers for uint8 images (B, 3, H, W), prepared as in training; at most `top` classes each."""
-    features = Extractor(trained.backbone)(images_BCHW.to(trained.device))
+    backbone = trained.backbone
+    images_BCHW = prepare(images_BCHW.to(trained.device), backbone.image_size, backbone.mean, backbone.std)
+    features = backbone(images_BCHW)
     logits_BC, routing = trained.model(features)
     values_BT, classes_BT = logits_BC.softmax(dim=-1).topk(min(top, logits_BC.shape[1]))
     answers = []
