@@ -13,8 +13,6 @@ import sys
 import time
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
 from benchmarks.common import (
     Failure,
@@ -29,11 +27,12 @@ from benchmarks.common import (
     timed,
     write,
 )
+from benchmarks.step import step_of
 from data.feature_cache import gigabytes
-from engine.optim import OptimConfig, build_optimizer
+from engine.graph import worth_capturing
 from engine.summary import parameters
 from errors import exit_code_of
-from model.balance import BalanceConfig, balance_losses, weighted_sum
+from model.balance import BalanceConfig
 from model.classifier import NeckConfig, VisionMoE
 from model.experts import ExpertsConfig
 from model.routers import RouterConfig
@@ -96,8 +95,7 @@ def measure(samples: int, experts: int, features: int, options, device: torch.de
     with torch.device(device):
         router, pooled = RouterConfig(top_k=2), NeckConfig()
         model = VisionMoE((features,), CLASSES, pooled, router, ExpertsConfig(sizes=sizes)).train()
-    optim = OptimConfig()
-    optimizer = build_optimizer(model, optim)
+    train = step_of(model, BalanceConfig(), options.batch, worth_capturing("auto", model))
     order_N = torch.randperm(samples, device=device)
     position = 0
 
@@ -105,7 +103,7 @@ def measure(samples: int, experts: int, features: int, options, device: torch.de
         nonlocal position
         position = (position + options.batch) % max(1, samples - options.batch + 1)
         index_B = order_N[position : position + options.batch]
-        _train(model, optimizer, optim, stored_NF.index_select(0, index_B), labels_N.index_select(0, index_B))
+        train(stored_NF.index_select(0, index_B), labels_N.index_select(0, index_B))
 
     timing = timed(step, device, seconds, warm=4, most=300)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
@@ -120,17 +118,6 @@ def measure(samples: int, experts: int, features: int, options, device: torch.de
         "flops": 6 * active * options.batch,
         "seconds": time.perf_counter() - began,
     }
-
-
-def _train(model, optimizer, optim: OptimConfig, features_BF: Tensor, labels_B: Tensor) -> None:
-    device, balance = features_BF.device.type, BalanceConfig()
-    with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-        logits_BC, routing = model(features_BF)
-    loss = F.cross_entropy(logits_BC, labels_B) + weighted_sum(balance_losses(routing, balance), balance)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), optim.clip_norm)
-    optimizer.step()
 
 
 def limits(run: dict, matrices: float, memory: float) -> dict:

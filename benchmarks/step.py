@@ -1,0 +1,128 @@
+"""Milliseconds of one training step of the default head: as it is and as a CUDA graph, next to dense MLPs.
+
+python -m benchmarks.step                 about 30 s on a GPU
+python -m benchmarks.step --tiny          a rehearsal on a CPU
+
+A step takes its batch out of features in memory, trains, and updates the moving average, as train.py does. The dense
+heads have as many hidden units as a sample passes in the mixture, and as all its experts have together.
+"""
+
+import sys
+from collections.abc import Callable
+
+import torch
+
+from benchmarks.common import Failure, Parser, attempt, environment, header, start, table, timed, write
+from engine.config import parse_command_line
+from engine.graph import GraphedStep
+from engine.optim import OptimConfig, build_optimizer, set_learning_rate
+from engine.step import TrainingStep
+from engine.summary import head_cost, parameters
+from errors import exit_code_of
+from model.balance import BalanceConfig
+from model.classifier import NeckConfig, VisionMoE
+from model.experts import ExpertsConfig
+from model.routers import RouterConfig
+
+CLASSES, SAMPLES = 100, 50_000
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Time every contestant, print the table, write the JSON."""
+    parser = Parser("step", __doc__, seconds=30)
+    parser.add_argument("--batch", type=int, default=1024, help="samples a step (default 1024)")
+    options = parser.parse_args(argv)
+    config = parse_command_line([]).config
+    features = 768 * len(config.backbone.features)
+    if options.tiny:
+        options.batch, features = 32, 64
+        config.router.hidden, config.experts.sizes, config.experts.shared = [8], [[4], [8], [8], [16]], [[16]]
+    device = start(options)
+    where = environment(device)
+    samples = SAMPLES if device.type == "cuda" else 4 * options.batch
+    stored = torch.randn(samples, features, device=device).half()
+    labels_N = torch.randint(CLASSES, (samples,), device=device)
+    rows = []
+    for name, parts, how in contestants(config):
+        for captured in (False, True) if device.type == "cuda" else (False,):
+            run = attempt(
+                lambda parts=parts, how=how, captured=captured: measure(
+                    parts, how, captured, stored, labels_N, options.batch, options.seconds / 20
+                )
+            )
+            rows.append({"head": name, "graph": captured, "run": run})
+    print(header(f"One training step, {features:,} features, batch {options.batch}", where))
+    columns = ["head", "dispatch", "ms a step (range)", "parameters", "MFLOP a sample"]
+    print(table(columns, [_line(row) for row in rows]))
+    write(options, "step", where, batch=options.batch, features=features, rows=rows)
+
+
+def contestants(config) -> list[tuple[str, tuple[RouterConfig, ExpertsConfig, BalanceConfig], str]]:
+    """(name, parts of the head, way of dispatch)."""
+    sizes, shared = config.experts.sizes, config.experts.shared
+    sums = [sum(sum(size) for size in group) for group in (sizes, shared)]
+    active = sums[1] + config.router.top_k * sums[0] // len(sizes)
+    one = RouterConfig(kind="mixtral", top_k=1)
+    none = BalanceConfig(switch=0.0)
+    moe = (config.router, config.experts, config.balance)
+    found = [("mixture", moe, how) for how in ("sorted", "dense", "grouped")]
+    for label, width in (("active", active), ("total", sum(sums))):
+        found.append((f"dense MLP, {width} units ({label})", (one, ExpertsConfig(sizes=[[width]]), none), "auto"))
+    return found
+
+
+def measure(parts, how: str, captured: bool, stored, labels_N, batch: int, seconds: float) -> dict:
+    """Time steps over random batches; `how` is the way of dispatch."""
+    router, experts, balance = parts
+    device = stored.device
+    torch.manual_seed(0)
+    experts = ExpertsConfig(**{**vars(experts), "dispatch": how})
+    model = VisionMoE((stored.shape[1],), CLASSES, NeckConfig(), router, experts).to(device).train()
+    step = step_of(model, balance, batch, captured)
+    order_N = torch.randperm(len(labels_N), device=device)
+    position = 0
+
+    def once() -> None:
+        nonlocal position
+        position = (position + batch) % (len(labels_N) - batch)
+        index_B = order_N[position : position + batch]
+        step(stored[index_B], labels_N[index_B])
+
+    timing = timed(lambda: [once() for _ in range(20)], device, seconds, warm=2)
+    cost = head_cost(model, (stored.shape[1],))
+    return {"timing": timing, "steps": 20, "parameters": parameters(model), "flops": cost.flops, "dispatch": how}
+
+
+def step_of(model: VisionMoE, balance: BalanceConfig, batch: int, captured: bool) -> Callable:
+    """A training step (features, labels) with learning rate and moving average, as the trainer does it."""
+    from timm.utils import ModelEmaV3
+
+    optim = OptimConfig()
+    optimizer = build_optimizer(model, optim)
+    ema = ModelEmaV3(model, decay=0.999, use_warmup=True)
+    step = TrainingStep(model, optimizer, balance, 0.1, optim.clip_norm, "auto")
+    run = GraphedStep(step, batch) if captured else step
+    done = 0
+
+    def train(features, labels_B) -> None:
+        nonlocal done
+        set_learning_rate(optimizer, done % 1000, 1000, optim)
+        run(features, labels_B, warmup=False)
+        done += 1
+        ema.update(model, step=done)
+
+    return train
+
+
+def _line(row: dict) -> list[str]:
+    run = row["run"]
+    if isinstance(run, Failure):
+        return [row["head"], "graph" if row["graph"] else "-", run.reason, "-", "-"]
+    way = run["dispatch"] + (", graph" if row["graph"] else "")
+    timing, n = run["timing"], run["steps"]
+    shown = f"{1e3 * timing.median / n:.3g} ({1e3 * timing.low / n:.3g}-{1e3 * timing.high / n:.3g})"
+    return [row["head"], way, shown, f"{run['parameters']:,}", f"{run['flops'] / 1e6:.1f}"]
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code_of(main))
