@@ -96,7 +96,7 @@ def test_a_configuration_survives_writing_and_reading(tmp_path):
         (["--neck.kind", "tokens", "--backbone.features", "[tokens:-1]"], "keeps patch tokens, but router.kind noisy"),
         (["--router.kind", "hierarchical", "--experts.sizes", "[[4],[4],[4]]"], "does not divide the 3 experts"),
         (["--router.inputs", "[16]"], "router.inputs names feature 16, but backbone.features has 16"),
-        (["--experts.inputs", "[[0],[1],[2],[-1]]"], "experts.inputs names feature -1"),
+        (["--experts.shared", "[]", "--experts.inputs", "[[0],[1],[2],[-1]]"], "experts.inputs names feature -1"),
         (["--neck.kind", "flatten", "--backbone.features", "[tokens:-1]", "--router.inputs", "[0]"], "pooled features"),
         (["--router.kind", "mixtral", "--balance.load", "1"], "balance.load needs noise"),
         (["--router.kind", "hash", "--router.hidden", "[]", "--balance.z_loss", "1"], "no logits to act on"),
