@@ -26,9 +26,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(prog="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, metavar="RUN", nargs="?", help="folder that train.py wrote")
     parser.add_argument("--compare", nargs="+", metavar="RUN", help="runs that were evaluated, or ClearML task ids")
-    parser.add_argument("--out", type=Path, help="folder of comparison.md, .json and .png (default: comparison)")
-    parser.add_argument("--data.root", dest="root", type=Path, help="where the data set lies, if not where it was")
-    parser.add_argument("--backbone.weights", dest="weights", type=Path, help="the backbone's file, if it has moved")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where the comparison goes (default: comparison)")
+    parser.add_argument(
+        "--data.root", dest="root", type=Path, metavar="DIR", help="where the data set lies, if not where it was"
+    )
+    parser.add_argument(
+        "--backbone.weights", dest="weights", type=Path, metavar="FILE", help="the backbone's, if it has moved"
+    )
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, or cuda:1")
     parser.add_argument(
         "--tracking",
