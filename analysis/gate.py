@@ -6,6 +6,8 @@ The gate's clean logits logits_NE, of N samples and E experts, are compared with
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -49,14 +51,20 @@ def boundary_margin(logits_NE: ArrayLike, sample_A: ArrayLike, expert_A: ArrayLi
 
 
 def gate_summary(
-    logits_NE: ArrayLike, sample_A: ArrayLike, expert_A: ArrayLike, correct_N: ArrayLike, near: float = 0.1
-) -> dict[str, float | None]:
-    """Entropy and boundary in single figures.
+    logits_NE: ArrayLike,
+    sample_A: ArrayLike,
+    expert_A: ArrayLike,
+    correct_N: ArrayLike,
+    near: float = 0.1,
+    nearest: int = 10,
+) -> dict[str, Any]:
+    """Entropy and boundary in a few figures.
 
     near: a sample is near the boundary where its margin is smaller than this, whatever its sign; at 0.1 the last
     expert chosen and the first one left out differ by 10 % in gate probability. Returns `entropy_mean` (of log E),
     `margin_median`, `boundary_share` (of the samples that have a margin), `boundary_accuracy` and
-    `elsewhere_accuracy`; None where there is no such sample.
+    `elsewhere_accuracy`, None where there is no such sample; and `nearest_samples`, the at most `nearest` samples of
+    the smallest margins.
     """
     entropy_N = gate_entropy(logits_NE)
     margin_N = boundary_margin(logits_NE, sample_A, expert_A)
@@ -69,6 +77,7 @@ def gate_summary(
         "boundary_share": _mean(near_N[known_N]),
         "boundary_accuracy": _mean(correct_N[near_N]),
         "elsewhere_accuracy": _mean(correct_N[known_N & ~near_N]),
+        "nearest_samples": [int(n) for n in np.argsort(np.abs(margin_N), kind="stable")[:nearest] if known_N[n]],
     }
 
 

@@ -209,7 +209,7 @@ def report(options: argparse.Namespace, where: dict, results: Results, jobs: lis
     for names in filter(None, groups):
         found += rows({n: runs[n] for n in names}, routings, against=next(n for n in runs if n in names))
     print(table(COLUMNS, [cells(row) for row in found]))
-    write(options, f"study_{options.part}", where, rows=found, chosen=chosen, options={"epochs": options.epochs})
+    write(options, f"study_{options.part}", where, rows=found, chosen=chosen, settings={"epochs": options.epochs})
 
 
 if __name__ == "__main__":

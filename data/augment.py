@@ -139,8 +139,8 @@ def prepare(images_BCHW: Tensor, size: int, mean: tuple[float, ...], std: tuple[
     """uint8 images as the backbone's float32 input (B, 3, size, size).
 
     Bicubic and antialiased, clamped to [0, 1] where bicubic overshoots, then normalised: the one path that
-    training, evaluation and prediction share. Resizing is linear and separable, so it is two matrix products,
-    which a GPU does many times faster than it interpolates.
+    training, evaluation and prediction share. Resizing is linear and separable, so it is two matrix
+    products.
     """
     x_BCHW = images_BCHW.float() / 255
     height, width = x_BCHW.shape[-2:]

@@ -12,6 +12,7 @@ import numpy as np
 import yaml
 
 from analysis import plots
+from engine.figures import save_figure
 from engine.run_folder import RunFolder, write_atomically, write_json
 from errors import UserError
 
@@ -69,7 +70,7 @@ def compare(sources: Sequence[str], out: Path) -> str:
     write_json(out / "comparison.json", value)
     markdown = _markdown(runs, rows)
     write_atomically(out / "comparison.md", lambda temporary: temporary.write_text(markdown, encoding="utf-8"))
-    plots.save(_figure(runs), out / "comparison.png")
+    save_figure(_figure(runs), out / "comparison.png")
     return _text(runs, rows)
 
 

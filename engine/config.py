@@ -3,10 +3,11 @@
 import difflib
 import re
 import sys
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from types import NoneType
+from typing import Any, Literal, NoReturn, get_args
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
@@ -179,11 +180,23 @@ def _parser() -> ArgumentParser:
 
 
 def _build(parser: ArgumentParser, values: Namespace) -> Config:
+    _refuse_null(values)
     try:
         built = parser.instantiate(values)
         return Config(**{item.name: built[item.name] for item in fields(Config)})
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(one_line(error)) from error
+
+
+def _refuse_null(values: Namespace) -> None:
+    """Raise errors.UserError for a null where the type has none, which the parser lets pass."""
+    for item in fields(Config):
+        given = {item.name: item.type}
+        if is_dataclass(item.type) and values[item.name] is not None:
+            given = {f"{item.name}.{inner.name}": inner.type for inner in fields(item.type)}
+        for name, kind in given.items():
+            if values.get(name, "") is None and NoneType not in get_args(kind):
+                raise UserError(f"{name} is null: give it a value, or leave it out")
 
 
 def _files_first(argv: list[str]) -> list[str]:

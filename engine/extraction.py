@@ -10,8 +10,10 @@ from torch import Tensor
 from data.augment import prepare
 from model.backbone import Backbone
 
-COMPILE_FROM = 1_000_000  # images in a run from which on a GPU saves more time than compiling costs
-COMPILE_MODE = "default"  # of torch.compile
+# Both are to be set by benchmarks/extraction.py: images in a run from which compiling repays its time on a GPU, and the
+# mode of torch.compile.
+COMPILE_FROM = 1_000_000
+COMPILE_MODE = "default"
 
 
 def worth_compiling(choice: str, images: int, device: torch.device) -> bool:

@@ -14,6 +14,7 @@ from data.features import FeatureBank
 from engine.config import Config
 from engine.predict import Predictions
 from engine.run_folder import RunFolder
+from errors import EnvironmentFault
 
 SAMPLES = 10  # images in the figure of samples
 BATCH = 128  # samples in the figure of one batch's load
@@ -48,6 +49,14 @@ class Drawing:
     caption: str
 
 
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Write a PNG. Raises errors.EnvironmentFault where that cannot be done."""
+    try:
+        return plots.save(figure, path)
+    except OSError as error:
+        raise EnvironmentFault(f"{path} could not be written: {error.strerror or error}") from error
+
+
 def draw(
     run: RunFolder, config: Config, predictions: Predictions, bank: FeatureBank, results: dict[str, Any]
 ) -> list[Drawing]:
@@ -64,16 +73,16 @@ def draw(
             test.coarse_names or None,
         ),
         "samples": _samples(predictions, test),
-        "feature_map": _feature_map(predictions, bank, labels),
         "reliability": _reliability(results),
         "confused_pairs": _confused_pairs(results),
         **worth(results),
+        **_feature_map(predictions, bank, labels),
         **_over_time(run.history(), config, labels),
     }
     if "superclass_confusion" in results:
         figures["superclass_confusion"] = plots.superclass_confusion(results["superclass_confusion"], test.coarse_names)
     return [
-        Drawing(name, plots.save(figures[name], run.figures / f"{name}.png"), caption)
+        Drawing(name, save_figure(figures[name], run.figures / f"{name}.png"), caption)
         for name, caption in CAPTIONS.items()
         if name in figures
     ]
@@ -136,14 +145,16 @@ def _reliability(results: dict[str, Any]) -> Figure:
 
 
 @torch.no_grad()
-def _feature_map(predictions: Predictions, bank: FeatureBank, labels: list[str]) -> Figure:
-    """Of samples spread evenly over the test set: the neck's input, since that is what routing has to work with."""
+def _feature_map(predictions: Predictions, bank: FeatureBank, labels: list[str]) -> dict[str, Figure]:
+    """Of samples spread evenly over the test set, of three or more: with fewer there is no plane to lay them on."""
     from sklearn.decomposition import PCA  # here, because importing scikit-learn takes seconds
     from sklearn.preprocessing import StandardScaler
 
     test = bank.splits.test
     width = bank.example().numel()
-    count = min(len(test), MAP_SAMPLES, max(2, MAP_NUMBERS // width))
+    count = min(len(test), MAP_SAMPLES, max(3, MAP_NUMBERS // width))
+    if count < 3:
+        return {}
     order_M = torch.linspace(0, len(test) - 1, count).round().long().unique()
     features = torch.cat([part.flatten(1).float().cpu() for part, _ in bank.batches("test", 256, order_M)]).numpy()
     pca = PCA(n_components=2, svd_solver="randomized", random_state=0)
@@ -154,9 +165,8 @@ def _feature_map(predictions: Predictions, bank: FeatureBank, labels: list[str])
     groups = (test.coarse_N, test.coarse_names) if test.coarse_N is not None else (test.labels_N, test.class_names)
     group_N, names = groups if len(groups[1]) <= MAP_NAMES else (test.labels_N, ())
     index_M = order_M.numpy()
-    return plots.feature_map(
-        points_M2, expert_N[index_M], labels, pca.explained_variance_ratio_, group_N.numpy()[index_M], names
-    )
+    experts_and_axes = (expert_N[index_M], labels, pca.explained_variance_ratio_)
+    return {"feature_map": plots.feature_map(points_M2, *experts_and_axes, group_N.numpy()[index_M], names)}
 
 
 def _samples(predictions: Predictions, test: ImageSet) -> Figure:

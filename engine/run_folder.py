@@ -17,10 +17,10 @@ from errors import EnvironmentFault, UserError, one_line
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths of a run; made: whether this process has made the folder."""
+    """Paths of a run; made: whether this process has made the folder, None where it goes on with a run."""
 
     path: Path
-    made: bool = False
+    made: bool | None = None
 
     @property
     def config(self) -> Path:
@@ -117,7 +117,7 @@ class RunFolder:
     def _remove_if_empty(self, lock: Path) -> None:
         """Remove what a run has written that ended before it had anything to keep, and no file of anyone else."""
         logged = self.metrics.exists() and self.metrics.stat().st_size
-        if logged or any(self.last.parent.iterdir()):
+        if self.made is None or logged or any(self.last.parent.iterdir()):
             return
         for path in (self.config, self.metrics, lock):
             path.unlink(missing_ok=True)

@@ -39,8 +39,8 @@ class BackboneConfig:
     image_size: int | None = None
     """Input side in pixels; null: the size that the weights were trained with."""
     precision: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Arithmetic of the backbone; auto: bfloat16 on a GPU, float32 on a CPU. float16 is nearer to float32 than bfloat16
-    and as fast, for a ViT whose activations stay below its largest number, 65,504."""
+    """Arithmetic of the backbone; auto: bfloat16 on a GPU, float32 on a CPU. float16 is nearer to float32 than
+    bfloat16, for a ViT whose activations stay below its largest number, 65,504."""
 
     def __post_init__(self):
         self.weights = None if self.weights is None else Path(self.weights).expanduser()

@@ -17,8 +17,8 @@ from model.experts import Experts
 from model.grouped import GroupedExperts, fits, has_kernel
 from model.routers import Routing
 
-# Measured by benchmarks/dispatch.py: samples an expert sees from which one expert after the other is the fastest way,
-# and the number of experts up to which every expert on every sample is, below that.
+# Both are to be set by benchmarks/dispatch.py: samples an expert sees from which one expert after the other is the
+# fastest way, and the number of experts up to which every expert on every sample is, below that.
 SORTED_FROM = 1024
 DENSE_UP_TO = 8
 
@@ -40,14 +40,14 @@ def dispatch(x_BD: Tensor, routing: Routing, experts: Experts, how: str = "auto"
 
 
 def choose(assignments: int, experts: Experts, x_BD: Tensor) -> str:
-    """The way that was measured to be fastest for so many assignments; one that never waits inside a CUDA graph."""
+    """The way for so many assignments on this device; inside a CUDA graph one that never waits."""
     if not x_BD.is_cuda:
         return "sorted"
     capturing = torch.cuda.is_current_stream_capturing()
     if not capturing and assignments >= SORTED_FROM * len(experts):
         return "sorted"
     grouped = has_kernel(x_BD) and 2 * len(experts.groups) <= max(2, len(experts))
-    if grouped and fits(experts) and not experts.read_apart:
+    if grouped and fits(experts) and experts.read_all(x_BD.shape[1]):
         return "grouped"
     return "dense" if capturing or len(experts) <= DENSE_UP_TO else "sorted"
 
@@ -65,9 +65,11 @@ def run_sorted(x_BD: Tensor, routing: Routing, experts: Experts) -> tuple[Tensor
 
 def run_dense(x_BD: Tensor, routing: Routing, experts: Experts) -> tuple[Tensor, Tensor]:
     """Every expert on every sample: more arithmetic, in fewer and larger products."""
-    if experts.read_apart:
+    row_A = routing.expert_A * len(x_BD) + routing.sample_A
+    order_A = torch.arange(len(row_A), device=row_A.device)
+    if not experts.read_all(x_BD.shape[1]):
         outputs_EBC = torch.stack([expert(x_BD) for expert in experts])
-        return _picked(outputs_EBC, x_BD, routing)
+        return outputs_EBC.flatten(0, 1).index_select(0, row_A), order_A
     first = [expert[0] for expert in experts]
     weight_HD = torch.cat([layer.weight.to(x_BD.dtype) for layer in first])
     bias_H = torch.cat([layer.bias.to(x_BD.dtype) for layer in first])
@@ -75,16 +77,16 @@ def run_dense(x_BD: Tensor, routing: Routing, experts: Experts) -> tuple[Tensor,
     outputs_EBC = torch.stack(
         [expert.after_first(h_BH.contiguous()) for expert, h_BH in zip(experts, hidden, strict=True)]
     )
-    return _picked(outputs_EBC, x_BD, routing)
-
-
-def _picked(outputs_EBC: Tensor, x_BD: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
-    row_A = routing.expert_A * len(x_BD) + routing.sample_A
-    return outputs_EBC.flatten(0, 1).index_select(0, row_A), torch.arange(len(row_A), device=row_A.device)
+    return outputs_EBC.flatten(0, 1).index_select(0, row_A), order_A
 
 
 def run_grouped(x_BD: Tensor, routing: Routing, experts: Experts) -> tuple[Tensor, Tensor]:
-    """Experts of one shape together: a grouped product takes each one's rows by offsets that stay on the device."""
+    """Experts of one shape together: a grouped product takes each one's rows by offsets that stay on the device.
+
+    Experts that read a part of the features each run dense: they have no rows in common.
+    """
+    if not experts.read_all(x_BD.shape[1]):
+        return run_dense(x_BD, routing, experts)
     groups, device = experts.groups, x_BD.device
     rank_E, expert_E = _ranks(groups, device)
     key_A = rank_E.index_select(0, routing.expert_A)

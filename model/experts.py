@@ -42,7 +42,7 @@ class ExpertsConfig:
     """Mix the experts' logits, or their class probabilities (a mixture distribution, Jacobs 1991)."""
     dispatch: Literal["auto", "sorted", "grouped", "dense"] = "auto"
     """How samples reach their experts, with equal results. sorted: one expert after the other; grouped: experts of one
-    shape in one product; dense: every expert on every sample; auto: what was measured to be fastest."""
+    shape in one product; dense: every expert on every sample; auto: by size and device."""
 
     def __post_init__(self):
         if not self.sizes:
@@ -158,11 +158,6 @@ def cast(layer: nn.Linear | nn.LayerNorm, dtype: torch.dtype) -> tuple[Tensor, T
 class Experts(nn.ModuleList):
     """The experts of a mixture, and which of them have the same shape."""
 
-    @property
-    def read_apart(self) -> bool:
-        """Whether experts read features of their own, so that their first layers have no input in common."""
-        return any(expert.columns is not None for expert in self)
-
     @cached_property
     def groups(self) -> tuple[tuple[int, ...], ...]:
         """Indices of the experts of each shape (hidden layers and dropout), in order of their first."""
@@ -171,6 +166,10 @@ class Experts(nn.ModuleList):
             drops = (layer.p for layer in expert if isinstance(layer, nn.Dropout))
             groups.setdefault((*expert.widths, *drops), []).append(index)
         return tuple(map(tuple, groups.values()))
+
+    def read_all(self, features: int) -> bool:
+        """Whether every expert reads all of so many features."""
+        return all(expert.columns is None and expert[0].in_features == features for expert in self)
 
 
 def build_experts(

@@ -84,7 +84,7 @@ def _rows(table_GN: Tensor, key_R: Tensor, ends_G: Tensor, kernel: bool) -> Tens
 
 
 class _SortedRows(torch.autograd.Function):
-    """Look up rows by sorted keys. Atomic additions into so few rows would be slower than the experts themselves."""
+    """Look up rows by sorted keys; the gradient is a product: atomic additions would contend for so few rows."""
 
     @staticmethod
     def forward(ctx, table_GN: Tensor, key_R: Tensor, ends_G: Tensor) -> Tensor:

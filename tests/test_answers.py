@@ -79,8 +79,9 @@ def test_gate_summary_by_hand():
     assert result["margin_median"] == pytest.approx(2.0)
     assert result["boundary_share"] == pytest.approx(1 / 3)
     assert (result["boundary_accuracy"], result["elsewhere_accuracy"]) == (1.0, 0.5)
+    assert result["nearest_samples"] == [0, 1, 2]
     alone = gate.gate_summary([[1.0], [2.0]], [0, 1], [0, 0], [1, 1])
-    assert alone == dict.fromkeys(alone) | {"entropy_mean": 0.0}
+    assert alone == dict.fromkeys(alone) | {"entropy_mean": 0.0, "nearest_samples": []}
 
 
 def test_co_activation_agrees_with_sets():

@@ -133,6 +133,14 @@ def test_differences_keep_to_what_a_run_is():
     assert differences(runs) == ["x", "z"]
 
 
+@pytest.mark.parametrize("blocked", ["comparison.json", "comparison.png"])
+def test_a_file_that_cannot_be_written_is_one_line(call, tmp_path, blocked):
+    (tmp_path / "out" / blocked).mkdir(parents=True)
+    code, _, err = call("--compare", write_run(tmp_path / "a"), write_run(tmp_path / "b"), "--out", tmp_path / "out")
+    assert (code, err.count("\n")) == (1, 1)
+    assert blocked in err and "could not be written" in err
+
+
 def torn(tmp_path):
     run = write_run(tmp_path / "torn")
     (run / "evaluation" / "metrics.json").write_text('{"accuracy": 0.')

@@ -10,7 +10,7 @@ from model import grouped
 from model.balance import BalanceConfig, balance_losses, weighted_sum
 from model.classifier import NeckConfig, VisionMoE
 from model.dispatch import COMBINE, WAYS, choose, dispatch
-from model.experts import ExpertsConfig, build_experts
+from model.experts import Expert, Experts, ExpertsConfig, build_experts
 from model.routers import RouterConfig, Routing
 
 UNEQUAL = [[8], [16, 8], [24], [8, 8, 16]]
@@ -115,6 +115,23 @@ class Poisoned(torch.autograd.Function):
         return lambda a, b, offs: cls.apply(a, b, offs, product)
 
 
+class Narrow(Expert):
+    """An expert that reads the first four features."""
+
+    def forward(self, x_BD):
+        return super().forward(x_BD[:, :4])
+
+
+def test_experts_that_read_a_part_of_the_features_agree():
+    torch.manual_seed(0)
+    experts = Experts([Expert(8, [8], 5, 0.0), Narrow(4, [8], 5, 0.0), Expert(8, [8], 5, 0.0)])
+    routing, x_BD = routing_of(20, 3, 2), torch.randn(20, 8)
+    expected = run("sorted", x_BD, routing, experts)
+    for how in ("grouped", "dense"):
+        for value, reference in zip(run(how, x_BD, routing, experts), expected, strict=True):
+            torch.testing.assert_close(value, reference, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("how", sorted(WAYS))
 def test_half_precision_stays_near_float32(how):
     torch.manual_seed(0)
@@ -187,7 +204,7 @@ def test_the_watch_for_waiting_sees_the_way_that_waits():
 class OnGpu:
     """What `choose` asks of a tensor."""
 
-    is_cuda, dtype, device = True, torch.bfloat16, None
+    is_cuda, dtype, device, shape = True, torch.bfloat16, None, (2, 8)
 
 
 @pytest.mark.parametrize(

@@ -53,10 +53,10 @@ def image_set(count, seed):
     return ImageSet(images, labels_N, NAMES, labels_N // 3, ("first three", "<b>last three</b>"))
 
 
-def build(sizes=((4,), (8,), (16,)), top_k=2, mode="cached"):
+def build(sizes=((4,), (8,), (16,)), top_k=2, mode="cached", test_images=120):
     """A model on synthetic images whose gate has a preference: (config, model, bank, extractor)."""
     torch.manual_seed(0)
-    splits = Splits(image_set(30, 0), image_set(12, 1), image_set(120, 2))
+    splits = Splits(image_set(30, 0), image_set(12, 1), image_set(test_images, 2))
     config = Config(
         router=RouterConfig(top_k=top_k, norm="none", warmup_steps=3), experts=ExpertsConfig([list(s) for s in sizes])
     )
@@ -149,6 +149,21 @@ def test_one_expert_cannot_be_removed(tmp_path, monkeypatch):
     assert figures.worth(results) == {}
     assert "without expert" not in (tmp_path / "evaluation" / "report.html").read_text()
     assert "0 · 4" in table(results)
+
+
+def test_a_test_set_of_one_image_has_a_page_too(tmp_path, monkeypatch):
+    def save(_, path):  # laying out and compressing takes most of the time, and is tested above
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (9, 9)).save(path)
+        return path
+
+    monkeypatch.setattr("analysis.plots.save", save)
+    config, model, bank, _ = build(test_images=1)
+    results = evaluate(RunFolder(tmp_path), config, model, bank)
+    assert results["images"] == 1
+    drawn = {path.stem for path in (tmp_path / "evaluation" / "figures").iterdir()}
+    assert drawn == {*FIGURES} - {*TRAINING, "feature_map"}
+    assert (tmp_path / "evaluation" / "report.html").is_file()
 
 
 def test_as_many_choices_as_experts_leaves_fewer_when_one_is_removed():

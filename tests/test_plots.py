@@ -121,16 +121,18 @@ EDGE = {
     "long names": lambda: by_class(101, 2, groups=101, long=True),
     "1000 classes": lambda: by_class(1000, 64, groups=12),
     "two names": lambda: confusion(2),
-    "200 names": lambda: confusion(200),
+    "60 names": lambda: confusion(60),
     "no pictures": lambda: pictures(0, 2),
     "grey picture": lambda: pictures(1, 1, channels=1, size=8),
-    "equal experts": lambda: worth(64, [1000] * 64),
+    "equal experts": lambda: worth(24, [1000] * 24),
     "one sample": lambda: feature_map(1, 1, 0),
     "64 mapped": lambda: feature_map(200, 64, 3),
     "no pairs": lambda: pairs(0),
     "one bin": lambda: reliability([4]),
     "nothing compared": lambda: comparison(1, panels=0),
-    "80 compared": lambda: comparison(80, name="a run of a name that is far too long to be shown in full, $x$ {}"),
+    "60 compared": lambda: comparison(
+        80, panels=1, name="a run of a name that is far too long to be shown in full, $x$ {}"
+    ),
     "soft routing": lambda: pictures(7, 64, size=224),
 }
 
@@ -216,8 +218,8 @@ def test_bars_of_pairs_have_the_lengths_of_their_counts():
 def test_the_worth_of_an_expert_is_drawn_in_points_and_listed_by_value():
     figure = plots.expert_worth([0.01, 0.05], [0.002, 0.004], [100, 400], [0.25, 0.75], ["0 · 8", "1 · 32"])
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [
-        "1 · 32: +5.00 points",
-        "0 · 8: +1.00 points",
+        "1 · 32: +5.00",
+        "0 · 8: +1.00",
     ]
     offsets = {tuple(points.get_offsets()[0]) for points in figure.axes[0].collections[-2:]}
     assert offsets == {(100.0, 1.0), (400.0, 5.0)}

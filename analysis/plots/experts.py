@@ -182,7 +182,7 @@ def feature_map(
         for group, name in enumerate(group_names)
         if (group_N == group).any()
     }
-    for name, place in _spread(medians, np.ptp(points_N2, axis=0) / (5.7, 4.9)).items():
+    for name, place in _spread(medians, np.maximum(np.ptp(points_N2, axis=0), 1e-9) / (5.7, 4.9)).items():
         ax.text(*place, short(name, 26), fontsize=7, ha="center", va="center", path_effects=STROKE, zorder=4)
     ax.set(xticks=[], yticks=[])
     names = [
