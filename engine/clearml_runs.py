@@ -1,6 +1,7 @@
 """Runs that are on a ClearML server, read back for a comparison with others."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,14 @@ def fetch_run(task_id: str) -> dict[str, Any]:
     from clearml import Task
 
     Task.set_offline(False)
-    task, error = attempt(Task.get_task, task_id=task_id)
-    if task is None:
-        raise UserError(f"the ClearML server has no task {task_id}: copy the id from the task's page") from error
-    metrics, error = attempt(_metrics, task)
+    logging.disable()  # the SDK tells of an unknown task in four lines of its own
+    try:
+        task, error = attempt(Task.get_task, task_id=task_id)
+        if task is None:
+            raise UserError(f"the ClearML server has no task {task_id}: copy the id from the task's page") from error
+        metrics, error = attempt(_metrics, task)
+    finally:
+        logging.disable(logging.NOTSET)
     if error is not None:
         raise EnvironmentFault(f"ClearML task {task_id} cannot be read ({type(error).__name__}: {error})") from error
     return {"name": task.name, "config": _config(task.data.hyperparams or {}), "metrics": metrics}

@@ -229,7 +229,8 @@ def tasks_of(run_dir: Path) -> list[dict[str, str]]:
         listed = json.loads((Path(run_dir) / "clearml.json").read_text())
     except (OSError, ValueError):
         return []
-    return [task for task in listed if {"mode", "task_id"} <= task.keys()] if isinstance(listed, list) else []
+    tasks = [task for task in listed if isinstance(task, dict)] if isinstance(listed, list) else []
+    return [task for task in tasks if {"mode", "task_id"} <= task.keys()]
 
 
 def _remember(run_dir: Path, clearml: ClearMLTask, whole: bool) -> None:

@@ -68,7 +68,9 @@ lost.close(failed="out of memory")
 facts["lost"] = lost.task_id
 facts["fetched"] = fetch_run(tracker.task_id)
 facts["fetched single"] = fetch_run(evaluation.task_id)
+print("asking", file=sys.stderr)
 facts["unknown"] = refused("f" * 32)
+print("asked", file=sys.stderr)
 session = open_tracker("offline", run / "offline", CONFIG, name="train", tags=["digits"])
 session.scalars({"loss/train": 0.5}, step=10)
 session.summary({"test/accuracy": 0.5})
@@ -149,10 +151,11 @@ def test_a_later_evaluation_is_a_task_under_that_of_the_training(online):
 
 
 def test_a_run_is_fetched_as_its_folder_has_it(online):
-    _, facts, _ = online
+    _, facts, done = online
     assert (facts["fetched"]["name"], facts["fetched"]["config"]) == ("cifar100", CONFIG)
     assert facts["fetched"]["metrics"] == {"accuracy": 0.75, "macro_f1": 0.5, "expert_load": [0.25, 0.75]}
     assert facts["fetched single"]["metrics"] == {"accuracy": 0.625, "specialisation": {"normalised": 0.5}}
+    assert "asking\nasked\n" in done.stderr  # the SDK adds nothing to the one line
     kind, message = facts["unknown"]
     assert kind == "UserError" and f"has no task {'f' * 32}" in message and "\n" not in message
 
