@@ -67,12 +67,12 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """
     try:
         return _read_checkpoint(path)
-    except UserError as error:
+    except UserError:
         before = previous(path)
         if not before.is_file():
             raise
         state = _read_checkpoint(before)
-        warn(f"{error}; going on with {before} of epoch {state['epoch']}")
+        warn(f"{path} is torn or missing; going on with {before} of epoch {state['epoch']}")
         return state
 
 

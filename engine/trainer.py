@@ -15,7 +15,6 @@ from engine.checkpoint import (
     RESUMABLE,
     fitting,
     load_optimizer,
-    load_weights,
     random_state,
     require_like,
     restore_random_state,
@@ -291,10 +290,10 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` returned. Raises errors.UserError where it does not fit this model."""
         require_like(state, RESUMABLE, self.run.last)
-        load_weights(self.model, state["model"], self.run.last)
-        if self.ema:
-            load_weights(self.ema.module, state["ema"], self.run.last)
         with fitting(self.run.last):
+            self.model.load_state_dict(state["model"])
+            if self.ema:
+                self.ema.module.load_state_dict(state["ema"])
             load_optimizer(self.optimizer, state["optimizer"])
             self.epoch, self.step, self.best = state["epoch"], state["step"], dict(state["best"])
             self.improved, self.routing.said = state["improved"], list(state["said"])

@@ -7,8 +7,6 @@
 Those that never wait can be captured in a CUDA graph. A sample names an expert at most once.
 """
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -41,6 +39,8 @@ def dispatch(x_BD: Tensor, routing: Routing, experts: Experts, how: str = "auto"
 
 def choose(assignments: int, experts: Experts, x_BD: Tensor) -> str:
     """The way for so many assignments on this device; inside a CUDA graph one that never waits."""
+    if len(experts) == 1:
+        return "dense"
     if not x_BD.is_cuda:
         return "sorted"
     capturing = torch.cuda.is_current_stream_capturing()
@@ -88,7 +88,7 @@ def run_grouped(x_BD: Tensor, routing: Routing, experts: Experts) -> tuple[Tenso
     if not experts.read_all(x_BD.shape[1]):
         return run_dense(x_BD, routing, experts)
     groups, device = experts.groups, x_BD.device
-    rank_E, expert_E = _ranks(groups, device)
+    rank_E, expert_E = experts.rank_E, experts.expert_E
     key_A = rank_E.index_select(0, routing.expert_A)
     order_A = torch.argsort(key_A, stable=True)
     sorted_key_A, sample_A = key_A.index_select(0, order_A), routing.sample_A.index_select(0, order_A)
@@ -114,17 +114,6 @@ def run_grouped(x_BD: Tensor, routing: Routing, experts: Experts) -> tuple[Tenso
         row_A = torch.where(mine_A, position_A - start + before, row_A)
         first, before = last, before + most
     return torch.cat(outputs).index_select(0, row_A), order_A
-
-
-@lru_cache(maxsize=64)
-def _ranks(groups: tuple[tuple[int, ...], ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """(rank_E, expert_E): each expert's place where those of one shape stand together, and the expert at each place.
-
-    Kept, because a copy from the host is no part of a CUDA graph.
-    """
-    order = [expert for group in groups for expert in group]
-    expert_E = torch.tensor(order)
-    return expert_E.argsort().to(device), expert_E.to(device)
 
 
 WAYS = {"sorted": run_sorted, "grouped": run_grouped, "dense": run_dense}

@@ -1,5 +1,6 @@
 """Feed-forward experts of several sizes."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -156,7 +157,17 @@ def cast(layer: nn.Linear | nn.LayerNorm, dtype: torch.dtype) -> tuple[Tensor, T
 
 
 class Experts(nn.ModuleList):
-    """The experts of a mixture, and which of them have the same shape."""
+    """The experts of a mixture, and which of them have the same shape.
+
+    rank_E, expert_E: each expert's place where those of one shape stand together, and the expert at each place; kept
+    on the device, because a copy from the host is no part of a CUDA graph.
+    """
+
+    def __init__(self, experts: Iterable[Expert]):
+        super().__init__(experts)
+        expert_E = torch.tensor([expert for group in self.groups for expert in group], dtype=torch.int64)
+        self.register_buffer("expert_E", expert_E, persistent=False)
+        self.register_buffer("rank_E", expert_E.argsort(), persistent=False)
 
     @cached_property
     def groups(self) -> tuple[tuple[int, ...], ...]:

@@ -30,9 +30,9 @@ from errors import exit_code_of
 
 EPOCHS, SAVE_EVERY = 18, 3
 ROOT = Path(__file__).resolve().parent.parent
-OPTIONS = f"""--config {ROOT}/configs/digits.yaml --data.max_per_class 40 --backbone.features [cls:1,mean:1]
+OPTIONS = f"""--config {ROOT}/configs/digits.yaml --data.max_per_class 20 --backbone.features [cls:1,mean:1]
 --neck.kind pooled --experts.sizes [[8],[16],[32]] --router.warmup_steps 20 --router.dropout 0.1 --router.hidden [16]
---augment.flip true --features.views 2 --train.epochs {EPOCHS} --train.batch_size 48 --train.save_every {SAVE_EVERY}
+--augment.flip true --features.views 2 --train.epochs {EPOCHS} --train.batch_size 24 --train.save_every {SAVE_EVERY}
 --tracking none --device cpu""".split()
 
 

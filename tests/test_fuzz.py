@@ -167,14 +167,14 @@ def whole(tmp_path_factory, splits):  # noqa: F811
     return trainer
 
 
-@fuzz(40, changes=BYTES)
+@fuzz(25, changes=BYTES)
 def test_configuration_files(tmp_path_factory, changes):
     path = tmp_path_factory.getbasetemp() / "fuzz.yaml"
     path.write_bytes(altered((ROOT / "configs/digits.yaml").read_bytes(), changes))
     survives(lambda: parse_command_line(["--config", str(path)]))
 
 
-@fuzz(30, changes=PLAIN)
+@fuzz(20, changes=PLAIN)
 def test_configurations(tmp_path_factory, changes):
     path = tmp_path_factory.getbasetemp() / "fuzz.yaml"
     values = replaced_at(yaml.safe_load((ROOT / "configs/digits.yaml").read_text()), changes)
@@ -209,7 +209,7 @@ def test_checkpoint_files(whole, changes):
     survives(lambda: resume(whole))
 
 
-@fuzz(50, changes=ENTRIES)
+@fuzz(40, changes=ENTRIES)
 def test_checkpoints(whole, changes):
     run = whole.run
     state = torch.load(run.path / "good.pt", weights_only=True)
@@ -237,7 +237,7 @@ def test_archives_that_torch_would_read_but_should_not(whole, tmp_path, what):
         load_checkpoint(path)
 
 
-@fuzz(100, changes=BYTES, header=st.booleans())
+@fuzz(60, changes=BYTES, header=st.booleans())
 def test_exported_weights(whole, changes, header):
     good = whole.run.weights.read_bytes()
     run = RunFolder(whole.run.path / "altered")
@@ -246,7 +246,7 @@ def test_exported_weights(whole, changes, header):
     survives(lambda: load_exported(run, whole.model))
 
 
-@fuzz(100, changes=BYTES, kind=st.sampled_from(["safetensors", "pth", "old"]))
+@fuzz(60, changes=BYTES, kind=st.sampled_from(["safetensors", "pth", "old"]))
 def test_backbone_weights(tmp_path_factory, changes, kind):
     path = tmp_path_factory.getbasetemp() / f"weights.{'safetensors' if kind == 'safetensors' else 'pth'}"
     state = {"cls_token": torch.ones(1, 1, 8), "pos_embed": torch.ones(5, dtype=torch.int64)}
@@ -258,7 +258,7 @@ def test_backbone_weights(tmp_path_factory, changes, kind):
     survives(lambda: _read_weights(path))
 
 
-@fuzz(30, changes=PLAIN)
+@fuzz(20, changes=PLAIN)
 def test_descriptions(whole, tmp_path_factory, changes):
     run = RunFolder(tmp_path_factory.getbasetemp())
     good = json.loads(whole.run.model.read_text()) | {"config": Config().to_dict(), "class_names": ["a", "b"]}
@@ -297,7 +297,7 @@ def encoded(kind):
 IMAGES = {kind: encoded(kind) for kind in ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM")}
 
 
-@fuzz(250, kind=st.sampled_from(sorted(IMAGES)), changes=BYTES, header=st.booleans())
+@fuzz(150, kind=st.sampled_from(sorted(IMAGES)), changes=BYTES, header=st.booleans())
 def test_images(tmp_path_factory, kind, changes, header):
     path = tmp_path_factory.getbasetemp() / "image.png"
     path.write_bytes(altered(IMAGES[kind], changes, within=80 if header else None))

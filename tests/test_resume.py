@@ -199,9 +199,11 @@ def test_the_program_itself_is_interrupted_resumed_and_finished(tmp_path, monkey
     kept = load_checkpoint(RunFolder(run).last)
     assert kept["epoch"] >= 7
     stop = str(kept["epoch"])
-    result = run_program("train.py", "--resume", run, "--train.epochs", stop, "--tracking", "none")
-    assert result.returncode == 0, result.stderr
-    assert "resuming" in result.stdout and "run folder" in result.stdout
+    arguments = ["--resume", str(run), "--train.epochs", stop, "--tracking", "none"]
+    monkeypatch.setattr("sys.argv", ["train.py", *arguments])
+    assert exit_code_of(train.main) == 0
+    output = capsys.readouterr().out
+    assert "resuming" in output and "run folder" in output
     assert not list(run.rglob("*.partial"))
     epochs = [line["epoch"] for line in RunFolder(run).history()]
     assert epochs == list(range(1, len(epochs) + 1))
