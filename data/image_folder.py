@@ -66,11 +66,18 @@ def read_image(path: Path, size: int) -> Tensor:
 
     try:
         with Image.open(path, formats=FORMATS) as image:
+            _check_claim(image, path.stat().st_size)
             rgb = _as_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # bytes that are no image make Pillow fail in every way there is
         raise UserError(f"{path} cannot be read as an image ({one_line(error, 120)}): mend or remove it") from error
     resized = F.resize(F.pil_to_tensor(_not_too_long(rgb)), [size], InterpolationMode.BICUBIC, antialias=True)
     return F.center_crop(resized, [size, size])
+
+
+def _check_claim(image: Image.Image, size: int) -> None:
+    """Raise ValueError where a small file claims so many pixels that memory would be taken for nothing."""
+    if image.width * image.height > max(16_000_000, 1000 * size):
+        raise ValueError(f"it claims {image.width} x {image.height} pixels in {size:,} bytes")
 
 
 def _not_too_long(image: Image.Image) -> Image.Image:
