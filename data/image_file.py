@@ -40,6 +40,7 @@ def read_picture(path: Path, size: int, grey: bool = False) -> Picture:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of damaged metadata and of large images, which are checked here
             with Image.open(path, formats=_formats()) as image:
+                _check_claim(image, path.stat().st_size)
                 return _read(image, path, size, grey)
     except UserError:
         raise
@@ -61,6 +62,12 @@ def read_picture(path: Path, size: int, grey: bool = False) -> Picture:
 def _formats() -> list[str]:
     Image.init()
     return sorted(Image.OPEN.keys() - PROGRAMS)
+
+
+def _check_claim(image: Image.Image, size: int) -> None:
+    """Raise ValueError where a small file claims so many pixels that memory would be taken for nothing."""
+    if image.width * image.height > max(16_000_000, 1000 * size):
+        raise ValueError(f"it claims {image.width} x {image.height} pixels in {size:,} bytes")
 
 
 def _read(image: Image.Image, path: Path, size: int, grey: bool) -> Picture:

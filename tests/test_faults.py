@@ -381,6 +381,9 @@ def test_images_that_would_fill_the_memory_do_not(tmp_path):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert read_picture(tmp_path / "thin.png", 224).pixels_CHW.shape == (3, 224, 224)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kB
+    (tmp_path / "claim.ppm").write_bytes(b"P6 9000 9000 255 ")
+    with pytest.raises(UserError, match=r"it claims 9000 x 9000 pixels in 17 bytes"):
+        read_picture(tmp_path / "claim.ppm", 8)
     (tmp_path / "code.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
     with pytest.raises(UserError, match=r"code\.png cannot be read"):  # PostScript is a program: no interpreter is run
         read_picture(tmp_path / "code.png", 8)

@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from test_trainer import make_trainer, splits  # noqa: F401, a fixture
 
-from data.image_folder import read_image
+from data.image_file import read_picture
 from engine.checkpoint import (
     export_model,
     load_checkpoint,
@@ -301,4 +301,4 @@ IMAGES = {kind: encoded(kind) for kind in ("PNG", "JPEG", "GIF", "BMP", "TIFF", 
 def test_images(tmp_path_factory, kind, changes, header):
     path = tmp_path_factory.getbasetemp() / "image.png"
     path.write_bytes(altered(IMAGES[kind], changes, within=80 if header else None))
-    survives(lambda: read_image(path, 16))
+    survives(lambda: read_picture(path, 16))
