@@ -23,7 +23,12 @@ from model.backbone import load_backbone
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line. Raises errors.UserError."""
-    parser = Parser(prog="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog="evaluate.py",
+        usage="%(prog)s [options] RUN | --compare RUN RUN ...",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("run", type=Path, metavar="RUN", nargs="?", help="folder that train.py wrote")
     parser.add_argument("--compare", nargs="+", metavar="RUN", help="runs that were evaluated, or ClearML task ids")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where the comparison goes (default: comparison)")
@@ -38,8 +43,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--tracking",
         choices=("auto", "clearml", "none"),
         default="auto",
-        help="auto (default): also to ClearML, in a task under that of the training, if the training is on a server; "
-        "clearml: always, with the training's curves where the server lacks them",
+        metavar="MODE",
+        help="auto (default): to ClearML where the training is there; clearml; none",
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(argv)

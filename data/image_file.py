@@ -40,7 +40,6 @@ def read_picture(path: Path, size: int, grey: bool = False) -> Picture:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of damaged metadata and of large images, which are checked here
             with Image.open(path, formats=_formats()) as image:
-                _check_claim(image, path.stat().st_size)
                 return _read(image, path, size, grey)
     except UserError:
         raise
@@ -82,6 +81,7 @@ def _read(image: Image.Image, path: Path, size: int, grey: bool) -> Picture:
             f"{path} has {image.width * image.height / 1e6:.0f} megapixels, and at most {MAX_PIXELS // 10**6} are "
             "decoded: make it smaller first, or a JPEG, which is decoded at a lower resolution"
         )
+    _check_claim(image, path.stat().st_size)
     image.load()
     orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     side = min(image.size)

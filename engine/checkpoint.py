@@ -119,7 +119,7 @@ def fitting(source: Path) -> Iterator[None]:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load the moments; every setting is that of the configuration and this machine, the learning rate of the step.
+    """Load moments and learning rates; every other setting is that of the configuration and this machine.
 
     Raises ValueError where shapes differ from those of the parameters.
     """
@@ -129,8 +129,13 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
             if value.shape != (() if name == "step" else parameters[index].shape):
                 raise ValueError(f"{name} of parameter {index} has shape {tuple(value.shape)}")
     groups = zip(state["param_groups"], optimizer.param_groups, strict=True)
-    groups = [{**own, "params": stored["params"]} for stored, own in groups]
+    groups = [{**own, "params": stored["params"], "lr": _like(own["lr"], stored["lr"])} for stored, own in groups]
     optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+
+
+def _like(own: float | torch.Tensor, stored: float | torch.Tensor) -> float | torch.Tensor:
+    """The stored learning rate as this machine keeps it: on a GPU a tensor, which a captured step reads."""
+    return torch.full_like(own, float(stored)) if isinstance(own, torch.Tensor) else float(stored)
 
 
 def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], source: Path) -> None:

@@ -48,7 +48,8 @@ def share_features() -> None:
     train.parse_command_line = lambda: _parsed(*sys.argv[1:])
     train.build_bank = lambda *arguments: bank
     train.announce = lambda run, *arguments: print(f"run folder   {run.path}", flush=True)
-    evaluation._draw = lambda *arguments: None  # figures cost seconds and are no part of what is compared
+    evaluation.draw = lambda *arguments: []  # figures cost seconds and are no part of what is compared
+    evaluation.write_report = lambda *arguments: None
 
 
 @lru_cache
@@ -105,11 +106,12 @@ def outcome(run: Path) -> dict:
     """Everything of a finished run that must not depend on how often it was interrupted."""
     last, best = (torch.load(run / "checkpoints" / name, weights_only=True) for name in ("last.pt", "best.pt"))
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    metrics = json.loads((run / "evaluation" / "metrics.json").read_text())
     return {
         "last": {k: last[k] for k in ("model", "ema", "optimizer", "random", "epoch", "step", "best", "improved")},
         "best": {k: best[k] for k in ("model", "epoch", "macro_f1")},
         "lines": [{k: v for k, v in line.items() if not k.startswith("speed/")} for line in lines],
-        "metrics": json.loads((run / "evaluation" / "metrics.json").read_text()),
+        "metrics": {key: value for key, value in metrics.items() if key != "environment"},  # which has the date
         "weights": (run / "model.safetensors").read_bytes(),
     }
 

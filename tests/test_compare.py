@@ -196,7 +196,8 @@ def describe(path, **changes):
         section, _, name = key.partition(".")
         config[section][name] = value
     described = {"format_version": 1, "epoch": 1, "config": config, "backbone": {"name": "x", "fingerprint": "0" * 64}}
-    described |= {"data": {}, "class_names": [str(digit) for digit in range(10)], "feature_shape": [48], **changes}
+    described["data"] = dict.fromkeys(("train", "validation", "test"), "0" * 64)
+    described |= {"class_names": [str(digit) for digit in range(10)], "feature_shape": [48], **changes}
     (path / "model.json").write_text(json.dumps(described))
 
 

@@ -57,7 +57,7 @@ def test_it_beats_its_random_initialisation_on_digits_by_a_wide_margin():
     splits = load_splits(DataConfig(name="digits", max_per_class=40))
     scores = {}
     for pretrained in (True, False):
-        extract = Extractor(load_backbone(BackboneConfig("bundled/vit_micro", pretrained=pretrained), CPU))
+        extract = Extractor(load_backbone(BackboneConfig("bundled/vit_micro", pretrained=pretrained), CPU), 256)
         features = {name: extract(splits[name].images_NCHW).numpy() for name in ("train", "test")}
         probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500))
         probe.fit(features["train"], splits.train.labels_N)
@@ -69,7 +69,7 @@ def test_it_beats_its_random_initialisation_on_digits_by_a_wide_margin():
 
 def test_its_features_separate_real_classes(assets):
     splits = load_splits(DataConfig(root=assets, max_classes=10, max_per_class=40))
-    extract = Extractor(load_backbone(BackboneConfig("bundled/vit_micro"), CPU))
+    extract = Extractor(load_backbone(BackboneConfig("bundled/vit_micro"), CPU), 256)
     features = {name: extract(splits[name].images_NCHW).numpy() for name in ("train", "test")}
     probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=500))
     probe.fit(features["train"], splits.train.labels_N)
