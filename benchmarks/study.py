@@ -147,6 +147,7 @@ def best(results: Results, jobs: list[Job]) -> list[str]:
             by_method.setdefault(job.method, []).append(results.scores[job.key]["macro_f1"])
     means = {name: float(np.mean(values)) for name, values in by_method.items()}
     dense = {name for name in means if name.startswith("dense")}
+    means = {name: mean for name, mean in means.items() if name not in ("logistic regression", "linear head")}
     return [max(group, key=means.get) for group in (dense, means.keys() - dense) if group]
 
 
@@ -204,10 +205,14 @@ def report(options: argparse.Namespace, where: dict, results: Results, jobs: lis
         if options.part == "routers"
         else [[n for n in runs if n.endswith(f" {w}")] for w in options.widths]
     )
-    print(header(f"Heads on frozen features, test macro-F1, paired with the first dense head: {options.part}", where))
+    print(
+        header(
+            f"Heads on frozen features, test macro-F1, paired with the dense head of equal cost: {options.part}", where
+        )
+    )
     found = []
     for names in filter(None, groups):
-        found += rows({n: runs[n] for n in names}, routings, against=next(n for n in runs if n in names))
+        found += rows({n: runs[n] for n in names}, routings, against=next(n for n in names if n.startswith("dense")))
     print(table(COLUMNS, [cells(row) for row in found]))
     write(options, f"study_{options.part}", where, rows=found, chosen=chosen, settings={"epochs": options.epochs})
 

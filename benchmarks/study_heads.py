@@ -55,9 +55,9 @@ class Job:
         return json.dumps(asdict(self), sort_keys=True)
 
 
-def dense(width: int) -> dict[str, Any]:
-    """One MLP with a hidden layer of `width` units."""
-    return {"router": {"kind": "mixtral", "top_k": 1}, "experts": {"sizes": [[width]]}, "warmup": 0}
+def dense(*width: int) -> dict[str, Any]:
+    """One MLP with a hidden layer of `width` units; without a width a linear head."""
+    return {"router": {"kind": "noisy_topk", "top_k": 1}, "experts": {"sizes": [list(width)]}, "warmup": 0}
 
 
 def mixture(kind: str, sizes: list[int], top_k: int, switch: float = 0.01, shared: int = 0, **router) -> dict[str, Any]:
@@ -71,6 +71,8 @@ def router_methods(width: int) -> dict[str, dict[str, Any]]:
     equal, half = [width] * 8, [2 * width] * 4
     unequal = [width // 4, width // 2, width, 9 * width // 4] * 2
     return {
+        "logistic regression": {"logistic": True},
+        "linear head": dense(),
         f"dense, {2 * width} units (active)": dense(2 * width),
         f"dense, {8 * width} units (total)": dense(8 * width),
         "article": mixture("article", equal, 2, switch=0.0),
@@ -107,6 +109,8 @@ def width_methods(width: int) -> dict[str, dict[str, Any]]:
 
 def grid(head: dict[str, Any]) -> list[dict[str, Any]]:
     """The settings that every method may choose among on validation images: the same number for all."""
+    if "logistic" in head:
+        return [{"weight_decay": decay} for decay in (1e-6, 1e-5, 1e-4, 1e-3)]
     return [{"lr": lr, "weight_decay": decay} for lr in (1e-3, 2e-3) for decay in (0.3, 1.0)]
 
 
@@ -117,7 +121,8 @@ def build(head: dict[str, Any], features: Features, dropout: float) -> VisionMoE
         router["inputs"] = [group % features.groups for group in router["inputs"]]
     experts = ExpertsConfig(**head["experts"], dropout=dropout, combine=head.get("combine", "logits"))
     shape = tuple(features.train_VNF.shape[2:])
-    return VisionMoE(shape, features.classes, NeckConfig(), RouterConfig(**router), experts, features.groups)
+    neck = NeckConfig(norm=head.get("norm", "layer"))
+    return VisionMoE(shape, features.classes, neck, RouterConfig(**router), experts, features.groups)
 
 
 def train_head(job: Job, features: Features) -> tuple[dict[str, Any], np.ndarray]:
@@ -130,6 +135,8 @@ def train_head(job: Job, features: Features) -> tuple[dict[str, Any], np.ndarray
 
     device, samples = features.labels_N.device, len(features.labels_N)
     seed_everything(job.seed)
+    if "logistic" in job.head:
+        return score(logistic(features, job.optim["weight_decay"]), features)
     model = build(job.head, features, dropout=0.5 if _total(job.head) > 512 else 0.2).to(device)
     optim = OptimConfig(**job.optim)
     balance = BalanceConfig(**job.head.get("balance", {"switch": 0.0}))
@@ -152,6 +159,32 @@ def train_head(job: Job, features: Features) -> tuple[dict[str, Any], np.ndarray
             done += 1
             ema.update(model, step=done)
     return score(ema.module, features)
+
+
+def logistic(features: Features, decay: float) -> VisionMoE:
+    """Multinomial logistic regression on the first view, standardised, to convergence by L-BFGS: no seed matters.
+
+    decay: weight of half the squared norm of the weights beside the mean loss.
+    """
+    model = build({**dense(), "norm": "batch"}, features, dropout=0.0).to(features.labels_N.device)
+    x_NF = features.train_VNF[0].float()
+    with torch.no_grad():
+        model.neck.norm.running_mean.copy_(x_NF.mean(dim=0))
+        model.neck.norm.running_var.copy_(x_NF.var(dim=0))
+    linear = model.moe.experts[0][0]
+    with torch.no_grad():
+        x_NF = model.eval().neck(x_NF)
+        linear.weight.zero_()
+    optimizer = torch.optim.LBFGS(linear.parameters(), max_iter=200, history_size=20, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(linear(x_NF), features.labels_N) + decay / 2 * linear.weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return model
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ class ExpertsConfig:
     """Experts: how many, how large, and how their outputs are put together."""
 
     sizes: list[Size] = field(default_factory=lambda: ["small", "medium", "large", "very_large"])
-    """One entry an expert: a named size, or its hidden layers such as [512, 256]."""
+    """One entry an expert: a named size, or its hidden layers such as [512, 256]; [] is a linear expert."""
     shared: list[Size] = field(default_factory=list)
     """Experts that every sample passes beside those it is routed to, as sizes; their logits are added to the mixture's
     (Dai 2024)."""
@@ -82,7 +82,7 @@ class ExpertsConfig:
 
     def labels(self) -> list[str]:
         """A name for each routed expert in figures: its index and hidden sizes."""
-        return [f"{e} · {'-'.join(map(str, self.hidden(e)))}" for e in range(len(self.sizes))]
+        return [f"{e} · {'-'.join(map(str, self.hidden(e))) or 'linear'}" for e in range(len(self.sizes))]
 
     def work(self, in_features: int, num_classes: int, num_groups: int = 1) -> list[float]:
         """Multiply-adds of each routed expert on one sample: what `router.target_load size` goes by."""
@@ -98,7 +98,7 @@ def _check_size(name: str, size: str | list[int]) -> None:
     if isinstance(size, str):
         if size not in SIZES:
             raise ValueError(f"{name} has '{size}': known sizes are {', '.join(SIZES)}, or a list of ints")
-    elif not size or any(width < 1 for width in size):
+    elif any(width < 1 for width in size):
         raise ValueError(f"{name} has {size}: hidden layers need 1 unit or more")
 
 

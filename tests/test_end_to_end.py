@@ -152,11 +152,10 @@ def test_ten_real_classes_on_a_real_vit(assets, tmp_path):
         weights,
         "--backbone.image_size",
         "112",
-        "--augment.flip",
-        "false",
-        "--augment.crop",
-        "0",
+        "--backbone.features",
+        "[cls:-1,mean:-1]",
     ]
+    arguments += ["--augment.flip", "false", "--augment.crop", "0", "--augment.strong", "0", "--experts.shared", "[]"]
     arguments += ["--features.batch_size", "16", "--train.batch_size", "64", "--train.epochs", "15"]
     arguments += ["--experts.sizes", "[[32],[64],[128],[256]]", "--router.warmup_steps", "10"]
     arguments += ["--optim.warmup_steps", "10", "--optim.lr", "0.003", "--train.ema_decay", "0.9"]
