@@ -31,6 +31,18 @@ class Interrupted(KeyboardInterrupt):
         self.exit_code = 128 + number
 
 
+def leave_on_signal() -> None:
+    """Let Ctrl-C and SIGTERM end a program that is still importing, in one line in place of a traceback."""
+
+    def leave_now(number: int, _frame: object) -> None:
+        say(f"interrupted by {signal.Signals(number).name}")
+        os._exit(128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, leave_now)
+
+
 def one_line(error: BaseException | str, limit: int = 300) -> str:
     """The text of an error on a single line of at most `limit` characters."""
     text = " ".join(str(error).split())
@@ -59,6 +71,9 @@ def exit_code_of(main: Callable[[], None]) -> int:
     except KeyboardInterrupt as error:
         say(str(error) or "interrupted by SIGINT")
         return getattr(error, "exit_code", 128 + signal.SIGINT)
+    except BrokenPipeError:  # who read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except Exception as error:
         if debug:
             traceback.print_exc()

@@ -5,6 +5,11 @@ python evaluate.py RUN --data.root DIR --backbone.weights FILE      where the fi
 python evaluate.py --compare RUN RUN ...    one table and one figure, of run folders and ClearML task ids
 """
 
+from errors import leave_on_signal
+
+if __name__ == "__main__":
+    leave_on_signal()  # before the imports, which take seconds
+
 import argparse
 from pathlib import Path
 

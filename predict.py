@@ -5,6 +5,11 @@ python predict.py RUN cat.jpg --json                        one JSON document in
 python predict.py RUN cat.jpg dog.png --explain out.png     a picture of images, classes and experts
 """
 
+from errors import leave_on_signal
+
+if __name__ == "__main__":
+    leave_on_signal()  # before the imports, which take seconds
+
 import argparse
 import json
 from collections.abc import Iterator
@@ -55,9 +60,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    files = find_images(options.images)
+    files, failed = gather(options.images)
+    if options.explain and options.explain.resolve() in {path.resolve() for path in files}:
+        raise UserError(
+            f"--explain {options.explain} is one of the images, and would be written over: name another file"
+        )
     trained = load_trained(options.run, options.device, options.weights, say=say)
-    rows, failed, shown = [], [], []
+    rows, shown = [], []
     for path, picture, answer in answers(trained, files, options.top, failed):
         rows.append({"file": str(path), **answer.to_dict(), "notes": list(picture.notes)})
         if len(shown) < EXPLAINED:
@@ -70,7 +79,26 @@ def main() -> None:
         draw(options.explain, shown)
         say(f"drawn in {options.explain}" + (f", the first {EXPLAINED}" if len(rows) > EXPLAINED else ""))
     if failed:
-        raise EnvironmentFault(f"{len(failed)} of {len(files)} images could not be read")
+        raise EnvironmentFault(f"{len(failed)} of {len(failed) + len(rows)} could not be read")
+
+
+def gather(paths: list[Path]) -> tuple[list[Path], list[dict[str, str]]]:
+    """The image files of all paths, and the folders without one, each of which is told at once.
+
+    Raises errors.UserError where no file is left.
+    """
+    files, failed = [], []
+    for path in paths:
+        try:
+            files += find_images([path])
+        except UserError as error:
+            if len(paths) == 1:
+                raise
+            say(f"error: {error}")
+            failed.append({"file": str(path), "reason": str(error)})
+    if not files:
+        raise UserError("none of the folders holds an image: name files, or folders of images")
+    return files, failed
 
 
 def answers(

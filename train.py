@@ -7,6 +7,11 @@ python train.py --router.top_k 1 --train.epochs 20     any field of the configur
 python train.py --resume runs/cifar100-20260101-120000 go on with an interrupted run
 """
 
+from errors import leave_on_signal
+
+if __name__ == "__main__":
+    leave_on_signal()  # before the imports, which take seconds
+
 import torch
 
 from data.datasets import Splits, load_splits
@@ -76,7 +81,7 @@ def train(
     feature_shape = tuple(bank.example().shape[1:])
     model = build_model(config, feature_shape, splits.train.num_classes).to(device)
     stored = identity(config, splits, backbone, feature_shape)
-    warmup_steps = config.router.warmup_steps
+    warmup_steps = config.router.random_steps
     trainer = Trainer(model, bank, run, tracker, config.train, config.optim, config.balance, warmup_steps, stored)
     if checkpoint is not None:
         check_inputs(checkpoint, stored, run.last)

@@ -1,4 +1,4 @@
-"""Every routing rule against dense heads, on frozen features of CIFAR-100: one table, and a curve over the width.
+"""Routing rules against dense heads, on frozen features of CIFAR-100: one table, and a curve over the width.
 
 python -m benchmarks.study --data.root DATA --backbone.weights FILE       routers: select on validation, then test
 python -m benchmarks.study --part widths ...                              dense against mixtures of equal cost
@@ -105,7 +105,10 @@ class Results:
         self.scores: dict[str, dict[str, Any]] = {}
         self.routings: dict[str, np.ndarray] = {}
         for line in lines:
-            found = json.loads(line)
+            try:
+                found = json.loads(line)
+            except ValueError:  # torn by a kill: that run is done again
+                continue
             self.scores[found["key"]] = found["scores"]
             self.routings[found["key"]] = np.array(found["first"], dtype=np.int16)
 
@@ -113,7 +116,7 @@ class Results:
         """Keep a run."""
         self.scores[job.key], self.routings[job.key] = scores, first_M
         with open(self.path, "a") as file:
-            file.write(json.dumps({"key": job.key, "scores": scores, "first": first_M.tolist()}) + "\n")
+            file.write("\n" + json.dumps({"key": job.key, "scores": scores, "first": first_M.tolist()}))
 
 
 def select(

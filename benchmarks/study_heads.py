@@ -23,7 +23,6 @@ from model.experts import ExpertsConfig
 from model.routers import RouterConfig
 
 BATCH, EMA, SMOOTHING, PERMUTATIONS = 1024, 0.999, 0.1, 200
-GATE_READS = 1  # feature groups that the gate of a narrow mixture reads, so that it costs little
 
 
 @dataclass(frozen=True)
@@ -158,6 +157,8 @@ def train_head(job: Job, features: Features) -> tuple[dict[str, Any], np.ndarray
             train_step(view_NF[index_B], features.labels_N[index_B], done < warmup_steps)
             done += 1
             ema.update(model, step=done)
+    if found := step.numbers.look():
+        raise ValueError(f"the {found[1]} is not finite after {found[0]} steps")
     return score(ema.module, features)
 
 

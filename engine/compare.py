@@ -12,6 +12,7 @@ import numpy as np
 import yaml
 
 from analysis import plots
+from engine.config import flatten
 from engine.figures import save_figure
 from engine.run_folder import RunFolder, write_atomically, write_json
 from errors import UserError
@@ -94,15 +95,6 @@ def differences(runs: Sequence[Compared]) -> list[str]:
     return [
         key for key in keys if key not in INCIDENTAL and len({_shown(run.config.get(key, missing)) for run in runs}) > 1
     ]
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"train": {"epochs": 3}} as {"train.epochs": 3}."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        nested = isinstance(value, dict)
-        flat |= flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
-    return flat
 
 
 def _load_folder(run: RunFolder, source: str) -> Compared:

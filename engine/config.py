@@ -17,7 +17,7 @@ from data.datasets import DataConfig
 from data.features import FeaturesConfig
 from engine.optim import OptimConfig
 from engine.run_folder import write_atomically
-from engine.trainer import TrainConfig
+from engine.train_config import TrainConfig
 from errors import UserError, one_line
 from model.backbone import BackboneConfig
 from model.balance import BalanceConfig
@@ -284,3 +284,12 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"train": {"epochs": 3}} as {"train.epochs": 3}."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        nested = isinstance(value, dict)
+        flat |= flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return flat

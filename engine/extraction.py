@@ -10,8 +10,8 @@ from torch import Tensor
 from data.augment import prepare
 from model.backbone import Backbone
 
-# Both are to be set by benchmarks/extraction.py: images in a run from which compiling repays its time on a GPU, and the
-# mode of torch.compile.
+# Estimates, which benchmarks/extraction.py can check: images in a run from which compiling repays its time on a GPU,
+# and the mode of torch.compile.
 COMPILE_FROM = 1_000_000
 COMPILE_MODE = "default"
 

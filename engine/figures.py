@@ -112,7 +112,7 @@ def _over_time(history: list[dict], config: Config, labels: list[str]) -> dict[s
         load_TE = np.array([[line[key] for key in keys] for line in lines], dtype=float)
         epochs = [line["epoch"] for line in lines]
         figures["load_over_time"] = plots.load_over_time(
-            epochs, load_TE, labels, config.router.warmup_steps / steps_per_epoch
+            epochs, load_TE, labels, config.router.random_steps / steps_per_epoch
         )
     return figures
 

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from engine.step import StepResult, TrainingStep
 from model.classifier import VisionMoE
+from model.dispatch import DENSE_UP_TO
 
 # Above so many parameters the kernels of a step of a thousand samples take longer than their launches.
 PARAMETERS = 100_000_000
@@ -12,21 +13,28 @@ EAGER_STEPS = 3  # before a capture, so that kernels are loaded and the optimize
 
 
 def worth_capturing(choice: str, model: VisionMoE) -> bool:
-    """Whether train.graph (auto, off) asks for captured steps: a small head on a GPU, with shapes that stay."""
-    parameters = list(model.parameters())
+    """Whether train.graph (auto, off) asks for captured steps: a small head on a GPU, with shapes that stay.
+
+    Not where dispatch would wait for the device, or deterministic algorithms may.
+    """
+    parameters, moe = list(model.parameters()), model.moe
     small = sum(parameter.numel() for parameter in parameters) <= PARAMETERS
-    return choice == "auto" and parameters[0].is_cuda and small and model.moe.router.static_shapes
+    never_waits = moe.how == "dense" or (moe.how == "auto" and len(moe.experts) <= DENSE_UP_TO)
+    possible = moe.router.static_shapes and never_waits and not torch.are_deterministic_algorithms_enabled()
+    return choice == "auto" and parameters[0].is_cuda and small and possible
 
 
 class GraphedStep:
     """A TrainingStep on a GPU whose batches of `batch_size` samples replay a CUDA graph.
 
     Random warm-up and the learned gate have a graph each, captured after a few steps that run as they are; so do
-    smaller batches. The tensors of a result are overwritten by the next step: add them up before it.
+    smaller batches. All of them dispatch the dense way, so that a run that is resumed draws the same random numbers
+    whichever of its steps are captured. The tensors of a result are overwritten by the next step: add them up first.
     """
 
     def __init__(self, step: TrainingStep, batch_size: int):
         self.step, self.batch_size = step, batch_size
+        step.model.moe.how = "dense"
         self.stream = torch.cuda.Stream(step.device)
         self.seen = {True: 0, False: 0}  # by warmup
         self.captured: dict[bool, tuple[torch.cuda.CUDAGraph, StepResult]] = {}

@@ -68,14 +68,17 @@ class RoutingWatch:
     said: which of the two has been said, to be stored with a checkpoint.
     """
 
-    def __init__(self, top_k: int, balance: BalanceConfig):
-        self.top_k, self.balance, self.said = top_k, balance, []
+    def __init__(self, top_k: int, balance: BalanceConfig, bias_rate: float = 0.0):
+        self.top_k, self.said = top_k, []
+        self.remedy = f"raise --balance.switch (now {balance.switch:g}), or use --router.norm batch"
+        if bias_rate:
+            self.remedy = f"raise --router.bias_rate (now {bias_rate:g}), or use --router.norm batch"
 
     def look(self, usage_E: np.ndarray, epoch: int) -> None:
         """usage_E: samples that each expert received from the learned gate in an epoch without random routing."""
         if len(usage_E) <= self.top_k or not usage_E.sum():
             return
-        remedy = f"raise --balance.switch (now {self.balance.switch:g}), or use --router.norm batch"
+        remedy = self.remedy
         used = np.sort(usage_E)[::-1][: self.top_k].sum() / usage_E.sum()
         unused = np.flatnonzero(usage_E == 0).tolist()
         if used >= COLLAPSED and "collapse" not in self.said:

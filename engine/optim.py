@@ -68,4 +68,6 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
         return kinds[config.kind](groups, lr=config.lr)
     for group in groups:  # one tensor each, which a captured step reads again
         group["lr"] = torch.tensor(config.lr, device=device)
-    return kinds[config.kind](groups, fused=True, capturable=True)
+    optimizer = kinds[config.kind](groups, fused=True, capturable=True)
+    optimizer._warned_capturable_if_run_uncaptured = True  # the first steps are, and PyTorch would warn of it
+    return optimizer

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from engine.checkpoint import RESUMABLE, load_checkpoint, previous, require_like
-from engine.config import Config, Invocation
+from engine.config import Config, Invocation, flatten
 from engine.run_folder import RunFolder
 from errors import UserError, one_line, say, warn
 
@@ -22,6 +22,7 @@ CHANGEABLE = {
     "features.compile",
     "experts.dispatch",
     "train.epochs",
+    "train.graph",
     "train.patience",
     "train.save_every",
 }
@@ -39,7 +40,7 @@ def load_resumable(run: RunFolder, invocation: Invocation) -> dict[str, Any] | N
     require_like(checkpoint, RESUMABLE, run.last)
     if checkpoint.get("progress") is not None:
         require_like(checkpoint, {"progress": {"batches": int}}, run.last)
-    before, now = _flatten(checkpoint["config"]), _flatten(invocation.config.to_dict())
+    before, now = flatten(checkpoint["config"]), flatten(invocation.config.to_dict())
     for key, value in now.items():
         if key not in CHANGEABLE and repr(before.get(key)) != repr(value):
             raise UserError(
@@ -77,15 +78,7 @@ def best_kept(run: RunFolder, config: Config, checkpoint: dict[str, Any]) -> dic
         return best
     kept = load_checkpoint(run.best)
     require_like(kept, {"macro_f1": float}, run.best)
-    same_plan = _flatten(checkpoint["config"]).get("train.epochs") == config.train.epochs
+    same_plan = flatten(checkpoint["config"]).get("train.epochs") == config.train.epochs
     if kept["epoch"] > best["epoch"] and same_plan:
         return best
     return {"epoch": kept["epoch"], "macro_f1": kept["macro_f1"]}
-
-
-def _flatten(config: dict) -> dict:
-    """{"train": {"epochs": 3}} as {"train.epochs": 3}."""
-    flat = {}
-    for key, value in config.items():
-        flat |= {f"{key}.{name}": item for name, item in value.items()} if isinstance(value, dict) else {key: value}
-    return flat

@@ -76,7 +76,6 @@ class RunFolder:
                 )
             made = run_dir is None or not path.exists()
             (path / "checkpoints").mkdir(parents=True, exist_ok=True)
-            (path / "metrics.jsonl").unlink(missing_ok=True)  # of a run that ended before its first checkpoint
         except OSError as error:
             raise EnvironmentFault(
                 f"run folder {error.filename or run_dir} cannot be made: {error.strerror}; choose another --run_dir"
@@ -106,6 +105,8 @@ class RunFolder:
             raise EnvironmentFault(f"{lock} cannot be written: {error.strerror}; choose another --run_dir") from error
         with file:
             _lock(file, self.path)
+            if self.made is not None:
+                self.metrics.unlink(missing_ok=True)  # of a run that ended before its first checkpoint
             for unfinished in self.path.rglob(".*.partial"):
                 unfinished.unlink(missing_ok=True)
             try:

@@ -2,8 +2,7 @@
 
 import math
 import time
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,51 +29,12 @@ from engine.progress import EpochSums, Progress, epoch_line
 from engine.run_folder import RunFolder
 from engine.step import TrainingStep
 from engine.tracking import Tracker
+from engine.train_config import TrainConfig
 from errors import Interrupted, UserError
 from model.balance import BalanceConfig, floors
 from model.classifier import VisionMoE
 
 BAR_SECONDS = 0.5  # between two looks at the running loss, each of which waits for the device
-
-
-@dataclass
-class TrainConfig:
-    """Training: how long, in what batches, when to stop."""
-
-    epochs: int = 40
-    """Passes over the training images."""
-    batch_size: int = 1024
-    """Samples a step."""
-    label_smoothing: float = 0.1
-    """Share of each target spread evenly over all classes (Szegedy 2016)."""
-    ema_decay: float = 0.999
-    """Decay of the moving average of the weights, which is what is validated and kept; 0: no average."""
-    patience: int = 0
-    """Stop after so many epochs without a better validation macro-F1; 0: run all epochs."""
-    precision: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Arithmetic of the experts while training (the gate is always float32); auto: bfloat16 on a GPU."""
-    seed: int = 0
-    """Seed of the weights, the order of the samples, dropout and routing noise."""
-    save_every: int = 5
-    """Epochs between two writes of checkpoints/last.pt, all that a killed run loses; a signal writes it too."""
-    graph: Literal["auto", "off"] = "auto"
-    """auto: on a GPU a small head's steps replay a CUDA graph, since launching their kernels takes longer than running
-    them; off: never."""
-    deterministic: bool = False
-    """Forbid PyTorch what may differ between two runs on a GPU, at some cost in speed; a CPU needs no such thing."""
-
-    def __post_init__(self):
-        for name in ("epochs", "batch_size", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"train.{name} is {getattr(self, name)}: it must be at least 1")
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"train.label_smoothing is {self.label_smoothing}: it must be at least 0 and below 1")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"train.ema_decay is {self.ema_decay}: it must be at least 0 and below 1 (0: off)")
-        if self.patience < 0:
-            raise ValueError(f"train.patience is {self.patience}: it is a number of epochs, 0 for no early stopping")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"train.seed is {self.seed}: it must be at least 0 and below 2^32")
 
 
 class Trainer:
@@ -118,7 +78,7 @@ class Trainer:
         step = TrainingStep(model, self.optimizer, balance, config.label_smoothing, optim.clip_norm, config.precision)
         self.numbers = step.numbers
         self.train_step = GraphedStep(step, config.batch_size) if worth_capturing(config.graph, model) else step
-        self.routing = RoutingWatch(model.moe.router.top_k, balance)
+        self.routing = RoutingWatch(model.moe.router.top_k, balance, getattr(model.moe.router, "bias_rate", 0.0))
         self.epoch, self.step = 0, 0  # epochs begun, steps done
         self.progress: Progress | None = None  # None: the epoch is over
         self.kept_at, self.kept = (0, True), "none yet"  # (step, epoch is over) and name of the last checkpoint

@@ -15,7 +15,7 @@ from model.experts import Experts
 from model.grouped import GroupedExperts, fits, has_kernel
 from model.routers import Routing
 
-# Both are to be set by benchmarks/dispatch.py: samples an expert sees from which one expert after the other is the
+# Estimates, which benchmarks/dispatch.py can check: samples an expert sees from which one expert after the other is the
 # fastest way, and the number of experts up to which every expert on every sample is, below that.
 SORTED_FROM = 1024
 DENSE_UP_TO = 8

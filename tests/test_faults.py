@@ -163,18 +163,19 @@ def test_runs_that_start_at_once_get_a_folder_each(tmp_path, monkeypatch):
 
 def test_a_run_folder_serves_one_process_at_a_time(tmp_path):
     run = RunFolder.create(tmp_path / "run", "test")
-    run.metrics.write_text("{}")
     litter = run.last.with_name(".last.pt.1.partial")
     litter.write_text("half")
     with run.claimed():
         assert not litter.exists()
+        run.metrics.write_text("{}")
 
         def second():
-            with RunFolder(tmp_path / "run").claimed():
+            with RunFolder.create(tmp_path / "run", "test").claimed():
                 pass
 
         code, line = in_a_fork(second)
         assert code == 2 and "is in use by another process" in line
+        assert run.metrics.exists()  # the one that was refused has not touched what the first has written
     assert in_a_fork(second)[0] == 0
 
 

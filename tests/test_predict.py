@@ -293,3 +293,11 @@ def test_mistakes_are_one_line(tiny_run, tmp_path, monkeypatch, capsys):
     assert "is truncated or no safetensors file" in mistake(other, image)
     (other / "model.safetensors").unlink()
     assert "model.safetensors" in mistake(other, image)
+
+
+def test_a_folder_without_images_does_not_keep_the_others_from_an_answer(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    files, failed = predict.gather([tmp_path / "empty", tmp_path / "a.png"])
+    assert files == [tmp_path / "a.png"] and [row["file"] for row in failed] == [str(tmp_path / "empty")]
+    assert capsys.readouterr().err.count("\n") == 1

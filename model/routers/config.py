@@ -102,6 +102,11 @@ class RouterConfig:
         if isinstance(self.target_load, list) and not all(0 < share < math.inf for share in self.target_load):
             raise ValueError(f"router.target_load is {self.target_load}: every share must be finite and above 0")
 
+    @property
+    def random_steps(self) -> int:
+        """Training steps with random routing: warmup_steps, but none for the rules that have no use for them."""
+        return 0 if self.kind in ("hash", "soft_moe") else self.warmup_steps
+
     def target_shares(self, work: list[float]) -> list[float]:
         """The load that each expert should have, summing to 1. work: relative cost of each expert.
 

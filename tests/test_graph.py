@@ -1,0 +1,56 @@
+"""Captured training steps: when they are worth it, and that they do what the steps do that they stand for."""
+
+import pytest
+import torch
+
+from engine.graph import GraphedStep, worth_capturing
+from engine.optim import OptimConfig, build_optimizer, set_learning_rate
+from engine.step import TrainingStep
+from model.balance import BalanceConfig
+from model.classifier import NeckConfig, VisionMoE
+from model.experts import ExpertsConfig
+from model.routers import RouterConfig
+
+ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: CUDA graphs cannot be captured")
+
+
+def model(**router):
+    torch.manual_seed(0)
+    experts = ExpertsConfig(sizes=[[8], [8], [16], [32]], shared=[[16]], dropout=0.0)
+    return VisionMoE((24,), 5, NeckConfig(), RouterConfig(**{"kind": "mixtral", **router}), experts)
+
+
+def test_shapes_that_depend_on_the_batch_are_not_static():
+    assert model().moe.router.static_shapes
+    assert not model(capacity_factor=1.0).moe.router.static_shapes
+    assert not model(kind="gshard").moe.router.static_shapes  # the second expert runs by chance
+
+
+def test_nothing_is_captured_on_a_cpu():
+    assert not worth_capturing("auto", model())
+
+
+@ON_GPU
+@pytest.mark.parametrize("kind", ["mixtral", "deepseek", "hierarchical", "hash", "noisy_topk"])
+def test_captured_steps_train_as_steps_do(kind):
+    device, batch = torch.device("cuda"), 64
+    x_NF = torch.randn(12 * batch + 10, 24, device=device)
+    labels_N = torch.randint(5, (len(x_NF),), device=device)
+    found = []
+    for captured in (False, True):
+        head = model(kind=kind).to(device).train()
+        if kind == "noisy_topk":  # its noise would be another one
+            head.moe.router.noise.weight.data.fill_(-1e4)
+        optim = OptimConfig(warmup_steps=4)
+        optimizer = build_optimizer(head, optim)
+        step = TrainingStep(head, optimizer, BalanceConfig(), 0.1, 1.0, "float32")
+        run = GraphedStep(step, batch) if captured else step
+        losses = []
+        for index, (x_BF, labels_B) in enumerate(zip(x_NF.split(batch), labels_N.split(batch), strict=True)):
+            set_learning_rate(optimizer, index, 13, optim)
+            losses.append(float(run(x_BF, labels_B, warmup=False).loss))
+        found.append((losses, {k: v.clone() for k, v in head.state_dict().items()}))
+    (losses, weights), (graphed, graphed_weights) = found
+    assert graphed == pytest.approx(losses, rel=1e-4)
+    for name, value in weights.items():
+        assert torch.allclose(value.float(), graphed_weights[name].float(), rtol=1e-3, atol=1e-5), name
