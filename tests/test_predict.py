@@ -204,7 +204,7 @@ def test_bad_files_are_a_line_each_and_the_others_are_answered(tiny_run, digits,
     for name, words in (expected | {"gone.png": "is not there"}).items():
         (line,) = [line for line in err if name in line]
         assert words in line and line.startswith("error: ")
-    assert err[-1] == f"error: {len(expected) + 1} of {len(expected) + 3} images could not be read"
+    assert err[-1] == f"error: {len(expected) + 1} of {len(expected) + 3} could not be read"
 
 
 def test_a_photo_of_100_megapixels_is_decoded_at_a_lower_resolution(tmp_path):
