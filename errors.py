@@ -4,8 +4,8 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
@@ -41,6 +41,17 @@ def leave_on_signal() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, leave_now)
+
+
+@contextmanager
+def blaming_files() -> Iterator[None]:
+    """Inside, what is wrong is a file of a run, not the command line: exit code 1 in place of 2."""
+    try:
+        yield
+    except EnvironmentFault:
+        raise
+    except UserError as error:
+        raise EnvironmentFault(str(error)) from error
 
 
 def one_line(error: BaseException | str, limit: int = 300) -> str:

@@ -22,7 +22,7 @@ from engine.loading import configure, describe
 from engine.pipeline import build_bank, build_model, identity, pick_device
 from engine.run_folder import RunFolder
 from engine.tracking import open_evaluation
-from errors import exit_code_of, leave
+from errors import blaming_files, exit_code_of, leave
 from model.backbone import load_backbone
 
 
@@ -76,12 +76,15 @@ def score(options: argparse.Namespace) -> None:
     described = describe(run)
     config = configure(described["config"], options.device, options.root, options.weights)
     device = pick_device(config.device)
-    splits, backbone = load_splits(config.data), load_backbone(config.backbone, device)
+    splits = load_splits(config.data)
+    with blaming_files():
+        backbone = load_backbone(config.backbone, device)
     bank = build_bank(config, splits, backbone, device)
     feature_shape = tuple(bank.example().shape[1:])
-    check_inputs(described, identity(config, splits, backbone, feature_shape), run.weights)
-    model = build_model(config, feature_shape, splits.test.num_classes)
-    load_exported(run, model)
+    with blaming_files():
+        check_inputs(described, identity(config, splits, backbone, feature_shape), run.weights)
+        model = build_model(config, feature_shape, splits.test.num_classes)
+        load_exported(run, model)
     tags = [config.data.name, config.backbone.name, config.router.kind]
     with open_evaluation(options.tracking, run.path, config.to_dict(), name=run.path.name, tags=tags) as tracker:
         if tracker.sends_again:

@@ -11,7 +11,7 @@ from engine.checkpoint import check_inputs, export_model, load_checkpoint, load_
 from engine.config import Config, config_from_dict
 from engine.pipeline import build_model, pick_device
 from engine.run_folder import RunFolder
-from errors import UserError
+from errors import EnvironmentFault, UserError, blaming_files
 from model.backbone import Backbone, load_backbone
 from model.classifier import VisionMoE
 
@@ -34,29 +34,36 @@ def load_trained(
     """Rebuild the model of the run in `path`; its data set need not be there.
 
     weights: the backbone's file, if it has moved. say: gets a line where the run was not trained to its end.
-    Raises errors.UserError for a folder that is no run, a run of another version, a file that is missing or does
-    not fit, a backbone other than that of training, or a GPU that is not there.
+    Raises errors.UserError for what is no folder, and a GPU that is not there; errors.EnvironmentFault for a run of
+    another version, a file that is missing or does not fit, or a backbone other than that of training.
     """
     run = RunFolder(path)
     described = describe(run, say)
     config = configure(described["config"], device, weights=weights)
     device = pick_device(config.device)
-    backbone = load_backbone(config.backbone, device)
-    here = {"name": config.backbone.name, "fingerprint": backbone.fingerprint()}
-    check_inputs(described, {**described, "backbone": here}, run.weights)
-    class_names = tuple(described["class_names"])
-    model = build_model(config, tuple(described["feature_shape"]), len(class_names))
-    load_exported(run, model)
+    with blaming_files():
+        backbone = load_backbone(config.backbone, device)
+        here = {"name": config.backbone.name, "fingerprint": backbone.fingerprint()}
+        check_inputs(described, {**described, "backbone": here}, run.weights)
+        class_names = tuple(described["class_names"])
+        model = build_model(config, tuple(described["feature_shape"]), len(class_names))
+        load_exported(run, model)
     return TrainedRun(run, config, device, backbone, model.to(device).eval(), class_names)
 
 
 def describe(run: RunFolder, say: Callable[[str], None] = print) -> dict[str, Any]:
     """model.json, written first from the best checkpoint where training has not come to do that.
 
-    Raises errors.UserError where the folder holds neither, or what it holds cannot be used.
+    Raises errors.UserError for what is no folder, errors.EnvironmentFault where it holds neither, or what it holds
+    cannot be used.
     """
     if not run.path.is_dir():
         raise UserError(f"{run.path} is not a folder: name a run that train.py wrote")
+    with blaming_files():
+        return _described(run, say)
+
+
+def _described(run: RunFolder, say: Callable[[str], None]) -> dict[str, Any]:
     if run.best.is_file():
         best = load_checkpoint(run.best)
         if not run.model.is_file() or read_description(run).get("epoch") != best["epoch"]:
@@ -72,16 +79,17 @@ def configure(
 ) -> Config:
     """The run's configuration for this machine: device, and where data set and backbone file lie if they have moved.
 
-    Raises errors.UserError where the values do not fit this version or the backbone's file is not there.
+    Raises errors.EnvironmentFault where the values do not fit this version or the backbone's file is not there.
     """
-    config = config_from_dict(values)
+    with blaming_files():
+        config = config_from_dict(values)
     config.device = device
     if root is not None:
         config.data.root = root.expanduser()
     if weights is not None:
         config.backbone.weights = weights.expanduser()
     if config.backbone.weights is not None and not config.backbone.weights.is_file():
-        raise UserError(
+        raise EnvironmentFault(
             f"the backbone's weights {config.backbone.weights} are not there: name the file with --backbone.weights"
         )
     return config

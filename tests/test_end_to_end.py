@@ -110,13 +110,13 @@ def test_evaluate_rebuilds_the_model_from_the_run_alone(digits_run, tmp_path):
 
 
 def test_mistakes_of_evaluate_are_one_line(tmp_path, monkeypatch, capsys):
-    for arguments, words in (
-        ([tmp_path / "none"], "is not a folder"),
-        ([tmp_path], "neither model.json nor"),
-        ([], "name one RUN"),
+    for arguments, code, words in (
+        ([tmp_path / "none"], 2, "is not a folder"),
+        ([tmp_path], 1, "neither model.json nor"),
+        ([], 2, "name one RUN"),
     ):
         monkeypatch.setattr("sys.argv", ["evaluate.py", *map(str, arguments)])
-        assert exit_code_of(evaluate.main) == 2
+        assert exit_code_of(evaluate.main) == code
         line = capsys.readouterr().err
         assert words in line and line.count("\n") == 1
 
