@@ -176,14 +176,14 @@ def feature_map(
     for rank, expert in enumerate(busiest):
         colour = expert_colour(expert if num_experts <= 8 else rank)
         label = f"{short(expert_labels[expert])} ({counts_E[expert]})"
-        ax.scatter(*points_N2[expert_N == expert].T, s=12, color=colour, alpha=0.7, label=label, linewidths=0)
+        ax.scatter(*points_N2[expert_N == expert].T, s=9, color=colour, alpha=0.45, label=label, linewidths=0)
     medians = {
         name: np.median(points_N2[group_N == group], axis=0)
         for group, name in enumerate(group_names)
         if (group_N == group).any()
     }
     for name, place in _spread(medians, np.maximum(np.ptp(points_N2, axis=0), 1e-9) / (5.7, 4.9)).items():
-        ax.text(*place, short(name, 26), fontsize=7, ha="center", va="center", path_effects=STROKE, zorder=4)
+        ax.text(*place, short(name, 36), fontsize=7, ha="center", va="center", path_effects=STROKE, zorder=4)
     ax.set(xticks=[], yticks=[])
     names = [
         f"{name} axis, {100 * share:.0f} % of the variance"
@@ -212,11 +212,11 @@ def _spread(places: dict[str, np.ndarray], inch_2: np.ndarray) -> dict[str, np.n
     """
     height, placed = 0.125, {}
     for name, place in sorted(places.items(), key=lambda item: item[1][1]):
-        half = 0.029 * len(short(name, 26))
+        half = 0.029 * len(short(name, 36))
         for step in sorted(range(-12, 13), key=abs):
             moved = np.array([place[0], place[1] + step * height * inch_2[1]])
             gaps = {other: np.abs(moved - at) / inch_2 for other, at in placed.items()}
-            if all(x > half + 0.029 * len(short(other, 26)) or y > 0.99 * height for other, (x, y) in gaps.items()):
+            if all(x > half + 0.029 * len(short(other, 36)) or y > 0.99 * height for other, (x, y) in gaps.items()):
                 break
         placed[name] = moved
     return placed

@@ -26,7 +26,9 @@ def training_curves(history: Sequence[dict], best_by: str | None = None) -> Figu
     """
     epoch_T = [row.get("epoch", index + 1) for index, row in enumerate(history)]
     curves = {}
-    for key in sorted({key for row in history for key in row if re.search("(loss|accuracy|f1).*/", key)}):
+    # The auxiliary losses have units and floors of their own, and would stretch the axis.
+    shown = {key for row in history for key in row if re.match("(loss|accuracy|macro_f1)/", key)}
+    for key in sorted(shown):
         curve_T = np.array([row.get(key) for row in history], dtype=float)
         curve_T[~np.isfinite(curve_T)] = np.nan
         if not np.isnan(curve_T).all():
