@@ -168,16 +168,17 @@ def test_an_error_of_the_sdk_is_said_once(session):
 
 
 @pytest.mark.parametrize("environment", [{"CLEARML_OFFLINE_MODE": "1"}, {}])
-def test_default_configuration_closes_fast_too(workplace, tmp_path, environment):
-    """Without a clearml.conf the SDK would report from a subprocess, slow to feed and slow to close."""
+def test_default_configuration_reports_from_no_subprocess(workplace, tmp_path, environment):
+    """Without a clearml.conf the SDK would, which is slow to feed and slow to close."""
     code = """
+import psutil
 tracker = open_tracker("auto", run, CONFIG, name="n")
 assert tracker.mode == "offline"
 for step in range(10):
     tracker.scalars({f"load/expert_{i}": 0.5 for i in range(20)}, step=step)
-start = time.monotonic()
+children = [child.cmdline() for child in psutil.Process().children() if "python" in child.name()]
+assert not children, children
 tracker.close()
-assert time.monotonic() - start < 4, time.monotonic() - start
 if os.environ.get("CLEARML_OFFLINE_MODE"):
     assert os.environ["CLEARML_OFFLINE_MODE"] == "1"
     try:
