@@ -136,7 +136,7 @@ def train(config: Config, splits: Splits, backbone: Backbone, device: torch.devi
             shape = tuple(bank.example().shape[1:])
             model = build_model(config, shape, splits.train.num_classes).to(device)
             stored = identity(config, splits, backbone, shape)
-            warmup = config.router.warmup_steps
+            warmup = config.router.random_steps
             trainer = Trainer(model, bank, run, tracker, config.train, config.optim, config.balance, warmup, stored)
             best = trainer.fit()
             model.load_state_dict(load_checkpoint(run.best)["model"])

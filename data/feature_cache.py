@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from errors import EnvironmentFault, UserError, exit_code_of
@@ -29,6 +30,8 @@ from errors import EnvironmentFault, UserError, exit_code_of
 FORMAT = 1
 DEFAULT_FOLDER = Path(os.environ.get("VISION_MOE_CACHE", "~/.cache/vision_moe")) / "features"
 TENSOR = "features"
+# What reading a torn or foreign file raises; ValueError covers JSON and Unicode.
+UNREADABLE = (SafetensorError, OSError, RuntimeError, ValueError, KeyError, TypeError, MemoryError)
 OWN_NAME = re.compile(r"\.?\w+-(plain|view\d+)-[0-9a-f]{24}\.safetensors(\.[\d-]+\.partial)?")
 CHUNK = 64 * 2**20  # bytes under one checksum, so that several cores check a file at once
 NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}  # as safetensors calls them
@@ -134,7 +137,7 @@ class Draft:
                 file.write(header)
                 _take_space(file.fileno(), len(header), size)
             whole = torch.from_file(str(self.temporary), shared=True, size=len(header) + size, dtype=torch.uint8)
-        except BaseException:
+        except BaseException:  # Ctrl-C as well: nothing half made stays behind
             self.discard()
             raise
         self.tensor = whole[len(header) :].view(dtype).view(shape)
@@ -192,7 +195,7 @@ def _read(path: Path) -> tuple[Tensor, dict[str, str]]:
 def _is_of_another_key(path: Path, key: dict[str, Any]) -> bool:
     try:
         return _read(path)[1].get("key") != _canonical(key)
-    except Exception:  # torn: it may be replaced
+    except UNREADABLE:  # torn: it may be replaced
         return False
 
 
@@ -226,7 +229,7 @@ def _entries(folder: Path) -> Iterator[tuple[Path, dict[str, Any] | None]]:
     for path in sorted(path for path in folder.glob("*") if OWN_NAME.fullmatch(path.name)):
         try:
             key = json.loads(_read(path)[1]["key"])
-        except Exception:
+        except UNREADABLE:
             key = None
         yield path, key
 

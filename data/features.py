@@ -226,7 +226,7 @@ class FeatureBank:
                         stored.put(start, features, host_copy)
                         bar.update(len(features))
                 host_copy.finish()
-        except BaseException:
+        except BaseException:  # Ctrl-C as well: nothing half made stays behind
             if stored.draft is not None:
                 stored.draft.discard()
             raise

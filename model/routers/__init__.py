@@ -5,8 +5,7 @@ from model.routers.config import RouterConfig
 from model.routers.expert_choice import ExpertChoiceRouter
 from model.routers.hash import HashRouter
 from model.routers.hierarchical import HierarchicalRouter
-from model.routers.soft import SoftMoERouter
-from model.routers.token_choice import (
+from model.routers.rules import (
     ArticleRouter,
     DeepSeekRouter,
     GShardRouter,
@@ -16,6 +15,7 @@ from model.routers.token_choice import (
     VMoERouter,
     load_probability,
 )
+from model.routers.soft import SoftMoERouter
 
 __all__ = ["ROUTERS", "Router", "RouterConfig", "Routing", "build_router", "group_columns", "load_probability"]
 

@@ -5,7 +5,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.routers.config import RouterConfig
-from model.routers.token_choice import TokenChoiceRouter, load_probability
+from model.routers.rules import load_probability
+from model.routers.token_choice import TokenChoiceRouter
 
 
 class HierarchicalRouter(TokenChoiceRouter):
