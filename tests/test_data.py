@@ -1,7 +1,6 @@
 """Image sets, splits, augmentation for each image, the feature bank."""
 
 import pickle
-import time
 
 import numpy as np
 import pytest
@@ -228,12 +227,10 @@ def test_image_folder_errors_name_the_place(tmp_path):
         load_splits(config)
 
 
-def test_missing_cifar_is_said_within_five_seconds(tmp_path, monkeypatch):
+def test_missing_cifar_says_where_it_looked_and_what_to_run(tmp_path, monkeypatch):
     monkeypatch.setattr("data.cifar100.reachable", lambda url: False)
-    started = time.perf_counter()
     with pytest.raises(EnvironmentFault) as caught:
         load_splits(DataConfig(root=tmp_path))
-    assert time.perf_counter() - started < 5
     message = str(caught.value)
     for part in (
         "train, test, meta not found",

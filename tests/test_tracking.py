@@ -84,15 +84,13 @@ tracker.artifact("best", run / "best.json")
 tracker.artifact("missing", run / "missing")
 tracker.figure("missing", "too", run / "missing.png")
 tracker.model(run / "model.safetensors", "vision-moe")
-start = time.monotonic()
 tracker.close(failed="out of memory")
 tracker.close()
-seconds = time.monotonic() - start
 second = open_tracker("offline", run / "second", {}, name="next")
 second.close()
 archive = str(Path(os.environ["CLEARML_CACHE_DIR"]) / "offline" / f"{tracker.task_id}.zip")
 facts = {"zip": archive, "mode": tracker.mode, "config": tracker.config, "id": tracker.task_id,
-         "seconds": seconds, "plain": type(tracker.config["train"]) is dict, "second": second.task_id,
+         "plain": type(tracker.config["train"]) is dict, "second": second.task_id,
          "environment": [key for key in os.environ if "OFFLINE" in key]}
 (run / "facts.json").write_text(json.dumps(facts))
 """
@@ -158,7 +156,6 @@ def test_offline_run_says_what_to_do_and_leaves_no_trace(session):
     assert facts["second"] not in (None, facts["id"])
     assert "no ClearML server is configured" in done.stdout
     assert f"Task.import_offline_session('{facts['zip']}')" in done.stdout
-    assert facts["seconds"] < 5
 
 
 def test_an_error_of_the_sdk_is_said_once(session):

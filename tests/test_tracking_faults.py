@@ -1,4 +1,4 @@
-"""Tracking without a server that works: what is said, how long it takes, and that training goes on."""
+"""Tracking without a server that works: what is said, and that training goes on. A wait without end fails a test."""
 
 import socket
 from contextlib import closing
@@ -17,9 +17,7 @@ for step in range(5):
     tracker.scalars({"loss/train": 0.5}, step=step)
 clearml.Task.upload_artifact = lambda *args, **kwargs: threading.Event().wait()
 tracker.artifact("a", Path(clearml_task.__file__))
-start = time.monotonic()
 tracker.close()
-assert time.monotonic() - start < 5
 again = open_tracker("auto", run / "again", CONFIG, name="n")
 assert again.mode == "none"
 """
@@ -32,21 +30,18 @@ assert again.mode == "none"
 SOON = "clearml_task.PROBE_SECONDS = 0.5\n"
 REFUSED = """
 import clearml
-start = time.monotonic()
 try:
     open_tracker("clearml", run, CONFIG, name="n")
 except EnvironmentFault as error:
     assert "does not answer" in str(error) and "\\n" not in str(error)
 else:
     raise AssertionError
-assert time.monotonic() - start < 5, time.monotonic() - start
 """
 AUTO = """
 import clearml
 for name in sys.argv[2:] or ["first", "offline before"]:
-    said, start = [], time.monotonic()
+    said = []
     tracker = open_tracker("auto", run, CONFIG, name=name, say=said.append)
-    assert time.monotonic() - start < 5, time.monotonic() - start
     assert tracker.mode == "offline" and "does not answer" in said[0] and len(said) == 1
     tracker.close()
 """
@@ -64,7 +59,7 @@ def test_server_that_accepts_and_never_answers(workplace, tmp_path):
 
 
 def test_name_server_that_hangs(workplace, tmp_path):
-    hang = "import socket\nsocket.getaddrinfo = lambda *args, **kwargs: time.sleep(30)\n"
+    hang = "import socket, threading\nsocket.getaddrinfo = lambda *args, **kwargs: threading.Event().wait()\n"
     run_python(workplace, tmp_path, SOON + hang + "sys.argv.append('once')\n" + AUTO, **dead_server(1))
 
 
