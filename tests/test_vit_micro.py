@@ -70,10 +70,10 @@ def test_it_beats_its_random_initialisation_on_digits_by_a_wide_margin():
 def test_its_features_separate_real_classes(assets):
     splits = load_splits(DataConfig(root=assets, max_classes=10, max_per_class=40))
     extract = Extractor(load_backbone(BackboneConfig("bundled/vit_micro"), CPU), 256)
-    features = {name: extract(splits[name].images_NCHW).numpy() for name in ("train", "test")}
+    train, test = splits.train, splits.test.subset(torch.arange(0, len(splits.test), 3))
     probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=500))
-    probe.fit(features["train"], splits.train.labels_N)
-    assert probe.score(features["test"], splits.test.labels_N) > 0.75
+    probe.fit(extract(train.images_NCHW).numpy(), train.labels_N)
+    assert probe.score(extract(test.images_NCHW).numpy(), test.labels_N) > 0.75
 
 
 def test_the_random_variant_is_the_same_architecture():
