@@ -136,7 +136,7 @@ class Backbone(nn.Module):
         if pool == "cls":
             return prefix_BRD[:, 0].float()
         if pool == "mean":
-            return patches_BPD.float().mean(dim=1)
+            return patches_BPD.mean(dim=1, dtype=torch.float32)
         # Registers carry no image region and are left out, as DINOv2's own heads do.
         parts = [prefix_BRD[:, :1]] if self.has_class_token else []
         return torch.cat([*parts, patches_BPD], dim=1).float()

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from model.experts import Experts
-from model.grouped import GroupedExperts, fits, has_kernel
+from model.grouped import GroupedExperts, after_first, fits, has_kernel
 from model.routers import Routing
 
 # Estimates, which benchmarks/dispatch.py can check: samples an expert sees from which one expert after the other is the
@@ -64,19 +64,22 @@ def run_sorted(x_BD: Tensor, routing: Routing, experts: Experts) -> tuple[Tensor
 
 
 def run_dense(x_BD: Tensor, routing: Routing, experts: Experts) -> tuple[Tensor, Tensor]:
-    """Every expert on every sample: more arithmetic, in fewer and larger products."""
-    row_A = routing.expert_A * len(x_BD) + routing.sample_A
+    """Every expert on every sample: more arithmetic, in fewer and larger products.
+
+    All first layers are one product; behind them experts of one shape go together.
+    """
+    row_A = experts.rank_E.index_select(0, routing.expert_A) * len(x_BD) + routing.sample_A
     order_A = torch.arange(len(row_A), device=row_A.device)
+    shapes = [[experts[e] for e in group] for group in experts.groups]
+    placed = [expert for members in shapes for expert in members]
     if not experts.read_all(x_BD.shape[1]):
-        outputs_EBC = torch.stack([expert(x_BD) for expert in experts])
+        outputs_EBC = torch.stack([expert(x_BD) for expert in placed])
         return outputs_EBC.flatten(0, 1).index_select(0, row_A), order_A
-    first = [expert[0] for expert in experts]
-    weight_HD = torch.cat([layer.weight.to(x_BD.dtype) for layer in first])
-    bias_H = torch.cat([layer.bias.to(x_BD.dtype) for layer in first])
-    hidden = F.linear(x_BD, weight_HD, bias_H).split([layer.out_features for layer in first], dim=1)
-    outputs_EBC = torch.stack(
-        [expert.after_first(h_BH.contiguous()) for expert, h_BH in zip(experts, hidden, strict=True)]
-    )
+    weight_HD = torch.cat([expert[0].weight.to(x_BD.dtype) for expert in placed])
+    bias_H = torch.cat([expert[0].bias.to(x_BD.dtype) for expert in placed])
+    widths = [len(members) * members[0][0].out_features for members in shapes]
+    hidden = F.linear(x_BD, weight_HD, bias_H).split(widths, dim=1)
+    outputs_EBC = torch.cat([after_first(members, h_BH) for members, h_BH in zip(shapes, hidden, strict=True)])
     return outputs_EBC.flatten(0, 1).index_select(0, row_A), order_A
 
 

@@ -1,4 +1,4 @@
-"""Experts of one shape as one: grouped matrix products whose row counts stay on the device."""
+"""Experts of one shape as one: each on all rows, or on rows whose counts stay on the device."""
 
 from collections.abc import Iterable
 
@@ -21,6 +21,24 @@ def has_kernel(x_BD: Tensor) -> bool:
 def fits(experts: Iterable[Expert]) -> bool:
     """Whether every hidden layer is as wide as the kernel wants it; the classes are padded."""
     return all(width % ALIGNMENT == 0 for expert in experts for width in expert.widths[:-1])
+
+
+def after_first(experts: list[Expert], h_BN: Tensor) -> Tensor:
+    """What G experts of one shape make of the outputs of their first layers, side by side (B, G * H): (G, B, C)."""
+    if len(experts) == 1:
+        return experts[0].after_first(h_BN.contiguous())[None]
+    h_GBH = h_BN.unflatten(1, (len(experts), -1)).transpose(0, 1)
+    for layers in list(zip(*experts, strict=True))[1:]:
+        if isinstance(layers[0], nn.Linear):
+            weight_GNH, bias_G1N = _stack(layers, "weight", h_GBH), _stack(layers, "bias", h_GBH)[:, None]
+            h_GBH = torch.baddbmm(bias_G1N, h_GBH, weight_GNH.transpose(1, 2))
+        elif isinstance(layers[0], nn.LayerNorm):
+            h_GBH = F.layer_norm(h_GBH, h_GBH.shape[2:], eps=layers[0].eps)
+            weight_G1H, bias_G1H = (_stack(layers, name, h_GBH)[:, None] for name in ("weight", "bias"))
+            h_GBH = torch.addcmul(bias_G1H, h_GBH, weight_G1H)
+        else:
+            h_GBH = layers[0](h_GBH)  # ReLU and Dropout are alike in all of them
+    return h_GBH
 
 
 class GroupedExperts:
