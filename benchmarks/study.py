@@ -1,29 +1,31 @@
-"""Routing rules against dense heads, on frozen features of CIFAR-100: one table, and a curve over the width.
+"""Routing rules against dense heads, on frozen features of CIFAR-100: tables, and a curve over the width.
 
-python -m benchmarks.study --data.root DATA --backbone.weights FILE       routers: select on validation, then test
-python -m benchmarks.study --part widths ...                              dense against mixtures of equal cost
+python -m benchmarks.study --data.root DATA --backbone.weights FILE       all parts, at most 25 minutes on a GPU
+python -m benchmarks.study --parts routers --seeds 3 ...                  one of them, fewer seeds
 python -m benchmarks.study --tiny                                         a rehearsal on a CPU, with digits
 
-Options that are none of those below go to train.py's configuration, which is configs/cifar100.yaml: its features and
-views are what every head reads. Each method chooses learning rate and weight decay on the validation images among the
-same settings, with one seed; then it is trained with its choice from several seeds, and scored on the test images.
-Heads of one seed see the same batches. Finished runs are kept in OUT and not done again: an interrupted study goes on.
+routers: every rule that reads pooled features, and dense heads of equal active and of equal total size. tokens: Soft
+MoE, which mixes patch tokens. widths: dense heads against mixtures that cost a sample no more, from 16 to 4096 hidden
+units. All read the class tokens and patch means of the last four blocks in eight views, `tokens` the last block's
+tokens in four; options that are none of those below go to train.py's configuration, which is configs/cifar100.yaml.
+
+Each method chooses learning rate and dropout on validation images among the same settings, with one seed; then it is
+trained with its choice from several seeds, and scored on the test images. Heads of one seed see the same batches.
+Finished runs are kept in OUT and not done again: an interrupted study goes on.
 """
 
 import argparse
-import json
-import queue
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-import torch.multiprocessing as multiprocessing
 
 from benchmarks.common import Parser, environment, header, start, table, write
-from benchmarks.study_heads import Features, Job, grid, router_methods, train_head, width_methods
+from benchmarks.study_curve import draw_curve
+from benchmarks.study_heads import Features, Job, grid, router_methods, token_methods, width_methods
+from benchmarks.study_runs import Results, Workers
 from benchmarks.study_tables import COLUMNS, cells, rows
 from data.datasets import load_splits
 from engine.config import parse_command_line
@@ -33,113 +35,119 @@ from model.backbone import load_backbone
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDTHS = [16, 32, 64, 128, 256, 512, 1024, 2048, 4096]
+POOLED = [f"{pool}:{block}" for pool in ("cls", "mean") for block in (-4, -3, -2, -1)]
+READS = {"routers": (POOLED, 8), "widths": (POOLED, 8), "tokens": (["tokens:-1"], 4)}  # features, views
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Select, train, score, print the table, write the JSON."""
+    """Run the parts that are asked for, in turn."""
     parser = Parser("study", __doc__, seconds=1500)
     parser.allow_abbrev = False
-    parser.add_argument("--part", choices=["routers", "widths"], default="routers", help="default routers")
+    parser.add_argument("--parts", nargs="+", choices=list(READS), default=list(READS), help="default: all")
     parser.add_argument("--width", type=int, default=256, help="hidden units of an expert of `routers` (default 256)")
     parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS, help="active hidden units of `widths`")
     parser.add_argument("--seeds", type=int, default=10, help="runs of each method (default 10)")
     parser.add_argument("--more-seeds", type=int, default=30, help="of the best router and the best dense head")
-    parser.add_argument("--epochs", type=int, default=40, help="of each run (default 40)")
-    parser.add_argument("--workers", type=int, default=12, help="heads that train at once (default 12)")
+    parser.add_argument("--epochs", type=int, default=32, help="of each run (default 32)")
+    parser.add_argument("--workers", type=int, default=6, help="heads that train at once (default 6)")
     options, rest = parser.parse_known_args(argv)
     if options.tiny:
         options.width, options.widths, options.workers = 8, [8, 64], 2
         options.seeds, options.more_seeds, options.epochs = 2, 3, 2
     device = start(options)
     where = environment(device)
-    methods = router_methods(options.width) if options.part == "routers" else {}
-    for width in [] if methods else options.widths:
-        methods |= width_methods(width)
-    results = Results(options.out / f"study_{options.part}{'_tiny' if options.tiny else ''}")
-    validation, test = load_features(options, rest, device)
     deadline = time.perf_counter() + options.seconds
-    chosen = select(methods, options, results, validation, deadline)
-    jobs = [final(name, chosen[name], seed, options) for seed in range(options.seeds) for name in chosen]
-    run_all(jobs, results, test, options.workers, deadline)
-    if options.part == "routers":
-        more = [
-            final(name, chosen[name], s, options) for s in range(options.more_seeds) for name in best(results, jobs)
-        ]
-        run_all(more, results, test, options.workers, deadline)
-        jobs += more
-    report(options, where, results, jobs, chosen)
+    read: dict[str, Features] = {}
+    reads = None
+    for part in options.parts:
+        if READS[part] != reads:
+            reads = READS[part]
+            read.clear()  # before the next ones need the memory
+            read |= load_features(options, rest, device, *reads)
+        run_part(part, options, where, read, deadline)
 
 
-def load_features(options: argparse.Namespace, rest: list[str], device: torch.device) -> tuple[Features, Features]:
-    """The same training views with the validation images, and with the test images, held out."""
+def run_part(part: str, options: argparse.Namespace, where: dict, read: dict[str, Features], deadline: float) -> None:
+    """Select, train, score, print the table, write the JSON."""
+    methods = methods_of(part, options, read["test"].groups)
+    results = Results(options.out / f"study_{part}{'_tiny' if options.tiny else ''}")
+    with Workers(options.workers, read) as workers:
+        chosen = select(methods, options, results, workers, deadline)
+        jobs = [final(name, chosen[name], seed, options) for seed in range(options.seeds) for name in chosen]
+        workers.run(jobs, results, deadline)
+        if part == "routers":
+            top = best(results, jobs)
+            jobs += [final(name, chosen[name], seed, options) for seed in range(options.more_seeds) for name in top]
+            workers.run(jobs, results, deadline)
+    report(part, options, where, results, jobs, chosen)
+
+
+def methods_of(part: str, options: argparse.Namespace, groups: int) -> dict[str, dict]:
+    """The heads of a part, by name."""
+    if part == "routers":
+        return router_methods(options.width)
+    if part == "tokens":
+        return token_methods(options.width)
+    return {name: head for width in options.widths for name, head in width_methods(width, groups).items()}
+
+
+def load_features(
+    options: argparse.Namespace, rest: list[str], device: torch.device, names: list[str], views: int
+) -> dict[str, Features]:
+    """The same training views with the validation images, for selection, and with the test images held out."""
     recipe = ROOT / "configs" / ("digits.yaml" if options.tiny else "cifar100.yaml")
-    # A study selects, and needs more validation images for it than a recipe that has been selected.
-    words = ["--config", str(recipe), "--data.validation", "0.1", "--train.epochs", str(options.epochs)]
-    if options.tiny:
-        words += ["--backbone.features", "[cls:-1,mean:-1]", "--neck.kind", "pooled", "--router.warmup_steps", "0"]
+    tokens = names == READS["tokens"][0]
+    words = ["--config", str(recipe), "--neck.kind", "tokens" if tokens else "pooled"]
+    words += ["--router.kind", "soft_moe" if tokens else "noisy_topk", "--balance.switch", "0"]
+    # A study selects, and needs more validation images for it than a recipe that has been selected. The views are
+    # kept here and not in the bank.
+    words += ["--data.validation", "0.1", "--features.mode", "live", "--features.compile", "never"]
+    names = [name.replace("-4", "-2").replace("-3", "-1") for name in names] if options.tiny else names
+    words += ["--backbone.features", f"[{','.join(dict.fromkeys(names))}]"]
     config = parse_command_line([*words, *rest]).config
     splits = load_splits(config.data)
     bank = build_bank(config, splits, load_backbone(config.backbone, device), device)
-    views = range(min(config.features.views, options.epochs) if config.augment.active else 1)
+    views = min(views, options.epochs) if config.augment.active else 1
+    shape, dtype = tuple(bank.example().shape[1:]), torch.float16 if device.type == "cuda" else torch.float32
 
-    def whole(split: str, view: int | None = None) -> torch.Tensor:
-        return torch.cat([features for features, _ in bank.batches(split, 4096, view=view)])
+    def whole(split: str, number: int) -> torch.Tensor:
+        found = torch.empty(number, len(splits[split]), *shape, dtype=dtype, device=device)
+        for view in range(number):
+            begun = 0
+            for features_B, _ in bank.batches(split, 4096, view=view if split == "train" else None):
+                found[view, begun : begun + len(features_B)] = features_B
+                begun += len(features_B)
+        return found
 
-    train_VNF = torch.stack([whole("train", view) for view in views])
+    train_VNF, labels_N = whole("train", views), splits.train.labels_N.to(device)
     common = {"groups": len(config.backbone.features), "classes": splits.train.num_classes}
-    labels_N = splits.train.labels_N.to(device)
-    return tuple(
-        Features(train_VNF, labels_N, whole(name), splits[name].labels_N.to(device), **common)
-        for name in ("validation", "test")
-    )
-
-
-class Results:
-    """Finished jobs in DIR/runs.jsonl, and their routings beside it; what is there already is not done again."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.path = folder / "runs.jsonl"
-        folder.mkdir(parents=True, exist_ok=True)
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        self.scores: dict[str, dict[str, Any]] = {}
-        self.routings: dict[str, np.ndarray] = {}
-        for line in lines:
-            try:
-                found = json.loads(line)
-            except ValueError:  # torn by a kill: that run is done again
-                continue
-            self.scores[found["key"]] = found["scores"]
-            self.routings[found["key"]] = np.array(found["first"], dtype=np.int16)
-
-    def add(self, job: Job, scores: dict[str, Any], first_M: np.ndarray) -> None:
-        """Keep a run."""
-        self.scores[job.key], self.routings[job.key] = scores, first_M
-        with open(self.path, "a") as file:
-            file.write("\n" + json.dumps({"key": job.key, "scores": scores, "first": first_M.tolist()}))
+    return {
+        stage: Features(train_VNF, labels_N, whole(name, 1)[0], splits[name].labels_N.to(device), **common)
+        for stage, name in (("selection", "validation"), ("test", "test"))
+    }
 
 
 def select(
-    methods: dict[str, dict], options: argparse.Namespace, results: Results, features: Features, deadline: float
+    methods: dict[str, dict], options: argparse.Namespace, results: Results, workers: Workers, deadline: float
 ) -> dict[str, dict]:
     """Each method with the settings of its best validation macro-F1."""
     candidates = {
-        name: [Job(name, head, 1000, "selection", options.epochs, optim) for optim in grid(head)]
+        name: [Job(name, head, 1000, "selection", options.epochs, settings) for settings in grid(head)]
         for name, head in methods.items()
     }
-    run_all([job for jobs in candidates.values() for job in jobs], results, features, options.workers, deadline)
+    workers.run([job for jobs in candidates.values() for job in jobs], results, deadline)
     chosen = {}
     for name, jobs in candidates.items():
         done = [job for job in jobs if job.key in results.scores]
         if len(done) == len(jobs):  # with fewer, its budget would not have been that of the others
             top = max(done, key=lambda job: results.scores[job.key]["macro_f1"])
-            chosen[name] = {"head": top.head, "optim": top.optim}
+            chosen[name] = {"head": top.head, "settings": top.settings}
     return chosen
 
 
 def final(name: str, chosen: dict, seed: int, options: argparse.Namespace) -> Job:
     """A run that the test images score."""
-    return Job(name, chosen["head"], seed, "test", options.epochs, chosen["optim"])
+    return Job(name, chosen["head"], seed, "test", options.epochs, chosen["settings"])
 
 
 def best(results: Results, jobs: list[Job]) -> list[str]:
@@ -154,70 +162,29 @@ def best(results: Results, jobs: list[Job]) -> list[str]:
     return [max(group, key=means.get) for group in (dense, means.keys() - dense) if group]
 
 
-def run_all(jobs: list[Job], results: Results, features: Features, workers: int, deadline: float) -> None:
-    """Train the heads that are not there yet, several at once on the same features in memory, until the deadline."""
-    left = list({job.key: job for job in jobs if job.key not in results.scores}.values())
-    if not left or time.perf_counter() > deadline:
-        return
-    context = multiprocessing.get_context("spawn")
-    todo, done = context.Queue(), context.Queue()
-    for job in left:
-        todo.put(job)
-    processes = [context.Process(target=_work, args=(todo, done, features)) for _ in range(min(workers, len(left)))]
-    for process in processes:
-        process.start()
-    finished = 0
-    while finished < len(left) and time.perf_counter() < deadline and any(p.is_alive() for p in processes):
-        try:
-            job, outcome = done.get(timeout=1)
-        except queue.Empty:
-            continue
-        finished += 1
-        if isinstance(outcome, str):
-            print(f"{job.method}, seed {job.seed}: {outcome}", file=sys.stderr)
-        else:
-            results.add(job, *outcome)
-    for process in processes:
-        process.terminate()
-        process.join()
-
-
-def _work(todo, done, features: Features) -> None:
-    torch.set_num_threads(1)
-    while True:
-        try:
-            job = todo.get(timeout=1)
-        except queue.Empty:
-            return
-        try:
-            done.put((job, train_head(job, features)))
-        except Exception as error:  # one head must not end the others
-            done.put((job, " ".join(f"{type(error).__name__}: {error}".split())[:200]))
-
-
-def report(options: argparse.Namespace, where: dict, results: Results, jobs: list[Job], chosen: dict) -> None:
-    """The table on the screen, and everything as JSON."""
+def report(
+    part: str, options: argparse.Namespace, where: dict, results: Results, jobs: list[Job], chosen: dict
+) -> None:
+    """The table on the screen, everything as JSON, and the curve as a picture."""
     runs: dict[str, dict[int, dict]] = {}
     routings: dict[str, dict[int, np.ndarray]] = {}
     for job in jobs:
         if job.key in results.scores:
             runs.setdefault(job.method, {})[job.seed] = results.scores[job.key]
             routings.setdefault(job.method, {})[job.seed] = results.routings[job.key]
-    groups = (
-        [list(runs)]
-        if options.part == "routers"
-        else [[n for n in runs if n.endswith(f" {w}")] for w in options.widths]
-    )
-    print(
-        header(
-            f"Heads on frozen features, test macro-F1, paired with the dense head of equal cost: {options.part}", where
-        )
-    )
+    title = f"Heads on frozen features, test macro-F1, paired with the dense head of equal cost: {part}"
+    print(header(title, where))
+    widths = options.widths if part == "widths" else [None]
     found = []
-    for names in filter(None, groups):
-        found += rows({n: runs[n] for n in names}, routings, against=next(n for n in names if n.startswith("dense")))
+    for width in widths:
+        names = [name for name in runs if width is None or name.endswith(f" {width}")]
+        dense = [name for name in names if name.startswith("dense")]
+        if dense:
+            found += rows({name: runs[name] for name in names}, routings, against=dense[0])
     print(table(COLUMNS, [cells(row) for row in found]))
-    write(options, f"study_{options.part}", where, rows=found, chosen=chosen, settings={"epochs": options.epochs})
+    if part == "widths" and found:
+        print(f"written to {draw_curve(found, results.path.with_name('widths.png'))}")
+    write(options, f"study_{part}", where, rows=found, chosen=chosen, settings={"epochs": options.epochs})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The heads that the study compares, and the training of one of them on features in memory."""
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -27,7 +28,10 @@ BATCH, EMA, SMOOTHING, PERMUTATIONS = 1024, 0.999, 0.1, 200
 
 @dataclass(frozen=True)
 class Features:
-    """What every head reads: train_VNF of V views, one evaluation split, labels, and the groups that F is made of."""
+    """What every head reads: train_VNF of V views, one evaluation split, labels, and the groups that F is made of.
+
+    F stands for (T, D) where they are tokens.
+    """
 
     train_VNF: Tensor
     labels_N: Tensor
@@ -39,14 +43,14 @@ class Features:
 
 @dataclass
 class Job:
-    """One head, trained once. head: sections of the configuration as plain values."""
+    """One head, trained once. head: sections of the configuration as plain values. stage: which Features it reads."""
 
     method: str
     head: dict[str, Any]
     seed: int
     stage: str
     epochs: int
-    optim: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
@@ -90,19 +94,37 @@ def router_methods(width: int) -> dict[str, dict[str, Any]]:
     }
 
 
-def width_methods(width: int) -> dict[str, dict[str, Any]]:
+def token_methods(width: int) -> dict[str, dict[str, Any]]:
+    """Soft MoE with as many hidden units as `router_methods`, and one dense head behind the same attention pooling."""
+    return {
+        f"dense behind one slot, {8 * width} units": mixture("soft_moe", [8 * width], 1, switch=0.0),
+        "soft_moe, 8 experts": mixture("soft_moe", [width] * 8, 1, switch=0.0),
+        "soft_moe, 8 experts, 4 slots": mixture("soft_moe", [width] * 8, 1, switch=0.0, slots=4),
+    }
+
+
+def width_methods(width: int, groups: int) -> dict[str, dict[str, Any]]:
     """A dense head of `width` units, and mixtures that cost a sample no more, their gates included.
 
-    The gate reads one feature group, and so costs its number of experts over the number of groups in hidden units.
+    The gate reads one of so many feature groups, and so costs its number of experts over theirs in hidden units. A
+    quarter of the units, 128 at most, is routed beside a shared expert; or all of them, to one of eight experts (four
+    above 512 units).
     """
-    routed = max(8, width // 4)
-    found = {
-        f"dense {width}": dense(width),
-        f"top-1 of 8 {width}": mixture("noisy_topk", [width - 1] * 8, 1, inputs=[-1]),
-    }
-    if width > routed + 2:
-        rest = width - routed - 1
-        found[f"shared + top-1 of 16 {width}"] = mixture("noisy_topk", [routed] * 16, 1, shared=rest, inputs=[-1])
+
+    def gate(experts: int) -> int:
+        return math.ceil(experts / groups)
+
+    found = {f"dense {width}": dense(width)}
+    number = 8 if width <= 512 else 4
+    if width <= 2048:
+        found[f"all routed, top-1 {width}"] = mixture("noisy_topk", [width - gate(number)] * number, 1, inputs=[-1])
+    routed = max(4, min(width // 4, 128))
+    for experts, top_k in ((16, 1), (32, 2)):
+        shared = width - routed - gate(experts)
+        if shared > 0:
+            found[f"shared + top-{top_k} of {experts} {width}"] = mixture(
+                "noisy_topk", [routed // top_k] * experts, top_k, shared=shared, inputs=[-1]
+            )
     return found
 
 
@@ -110,7 +132,7 @@ def grid(head: dict[str, Any]) -> list[dict[str, Any]]:
     """The settings that every method may choose among on validation images: the same number for all."""
     if "logistic" in head:
         return [{"weight_decay": decay} for decay in (1e-6, 1e-5, 1e-4, 1e-3)]
-    return [{"lr": lr, "weight_decay": decay} for lr in (1e-3, 2e-3) for decay in (0.3, 1.0)]
+    return [{"lr": lr, "weight_decay": 1.0, "dropout": dropout} for lr in (1e-3, 2e-3) for dropout in (0.1, 0.4)]
 
 
 def build(head: dict[str, Any], features: Features, dropout: float) -> VisionMoE:
@@ -118,9 +140,11 @@ def build(head: dict[str, Any], features: Features, dropout: float) -> VisionMoE
     router = dict(head["router"])
     if router.get("inputs"):
         router["inputs"] = [group % features.groups for group in router["inputs"]]
-    experts = ExpertsConfig(**head["experts"], dropout=dropout, combine=head.get("combine", "logits"))
+    combine = head.get("combine", "logits")
+    # Every expert on every sample has static shapes whatever the number of experts, which a CUDA graph needs.
+    experts = ExpertsConfig(**head["experts"], dropout=dropout, combine=combine, dispatch="dense")
     shape = tuple(features.train_VNF.shape[2:])
-    neck = NeckConfig(norm=head.get("norm", "layer"))
+    neck = NeckConfig(kind="pooled" if len(shape) == 1 else "tokens", norm=head.get("norm", "layer"))
     return VisionMoE(shape, features.classes, neck, RouterConfig(**router), experts, features.groups)
 
 
@@ -135,9 +159,10 @@ def train_head(job: Job, features: Features) -> tuple[dict[str, Any], np.ndarray
     device, samples = features.labels_N.device, len(features.labels_N)
     seed_everything(job.seed)
     if "logistic" in job.head:
-        return score(logistic(features, job.optim["weight_decay"]), features)
-    model = build(job.head, features, dropout=0.5 if _total(job.head) > 512 else 0.2).to(device)
-    optim = OptimConfig(**job.optim)
+        return score(logistic(features, job.settings["weight_decay"]), features)
+    settings = dict(job.settings)
+    model = build(job.head, features, settings.pop("dropout")).to(device)
+    optim = OptimConfig(**settings)
     balance = BalanceConfig(**job.head.get("balance", {"switch": 0.0}))
     optimizer = build_optimizer(model, optim)
     ema = ModelEmaV3(model, decay=EMA, use_warmup=True)
@@ -220,7 +245,3 @@ def score(model: VisionMoE, features: Features) -> tuple[dict[str, Any], np.ndar
     order_A = np.argsort(weight_A, kind="stable")  # the largest weight of a sample is written last
     first_M[sample_A[order_A]] = expert_A[order_A]
     return found, first_M
-
-
-def _total(head: dict[str, Any]) -> int:
-    return sum(sum(size) for size in [*head["experts"]["sizes"], *head["experts"].get("shared", [])])

@@ -6,8 +6,20 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.study import Results, best
-from benchmarks.study_heads import Features, Job, build, dense, grid, router_methods, train_head, width_methods
+from benchmarks.study import best
+from benchmarks.study_curve import draw_curve
+from benchmarks.study_heads import (
+    Features,
+    Job,
+    build,
+    dense,
+    grid,
+    router_methods,
+    token_methods,
+    train_head,
+    width_methods,
+)
+from benchmarks.study_runs import Results
 from benchmarks.study_tables import agreement, cells, paired_interval, rows
 from engine.summary import head_cost
 
@@ -39,27 +51,36 @@ def test_agreement_ignores_the_experts_names():
 
 
 def test_every_method_has_the_same_number_of_settings_and_can_be_built(features):
-    methods = router_methods(16) | width_methods(64)
+    methods = router_methods(16) | width_methods(64, features.groups)
     assert {len(grid(head)) for head in methods.values()} == {4}
     for name, head in methods.items():
         if "logistic" not in head:
             assert build(head, features, 0.0)(features.held_MF)[0].shape == (60, 4), name
 
 
-def test_mixtures_of_the_curve_cost_no_more_than_the_dense_head():
-    wide = Features(
-        torch.zeros(1, 2, 16 * 48), torch.zeros(2).long(), torch.zeros(2, 16 * 48), torch.zeros(2).long(), 16, 4
+@pytest.mark.parametrize("groups", [8, 16])
+@pytest.mark.parametrize("width", [16, 128, 1024])
+def test_mixtures_of_the_curve_cost_no_more_than_the_dense_head(groups, width):
+    size, none_N = groups * 48, torch.zeros(2).long()
+    wide = Features(torch.zeros(1, 2, size), none_N, torch.zeros(2, size), none_N, groups, 4)
+    costs = {n: head_cost(build(h, wide, 0.0), (size,)).flops for n, h in width_methods(width, groups).items()}
+    assert len(costs) == 4
+    assert all(value <= 1.005 * costs[f"dense {width}"] for value in costs.values()), costs
+
+
+def test_tokens_go_through_soft_moe():
+    tokens = Features(
+        torch.randn(1, 40, 5, 16), torch.arange(40) % 4, torch.randn(12, 5, 16), torch.arange(12) % 4, 1, 4
     )
-    for width in (16, 128):
-        costs = {n: head_cost(build(h, wide, 0.0), (16 * 48,)).flops for n, h in width_methods(width).items()}
-        limit = costs[f"dense {width}"]
-        assert all(value <= 1.005 * limit for value in costs.values()), costs
+    for name, head in token_methods(8).items():
+        found, first_M = train_head(Job(name, head, 0, "test", 2, grid(head)[0]), tokens)
+        assert 0 <= found["macro_f1"] <= 1 and first_M.shape == (12,), name
 
 
 @pytest.mark.parametrize("head", [dense(8), {"logistic": True}, router_methods(8)["noisy_topk"]], ids=str)
 def test_a_head_learns_and_is_the_same_again(features, head):
-    optim = grid(head)[0] if "logistic" in head else {"lr": 0.03, "warmup_steps": 3}
-    job = Job("x", head, 0, "test", 25, optim)  # one step each
+    settings = grid(head)[0] if "logistic" in head else {"lr": 0.03, "warmup_steps": 3, "dropout": 0.2}
+    job = Job("x", head, 0, "test", 25, settings)  # one step each
     found, first_M = train_head(job, features)
     again, _ = train_head(job, features)
     assert found == again and found["macro_f1"] > 0.9
@@ -78,3 +99,12 @@ def test_finished_runs_are_known_again_and_make_a_table(tmp_path, features):
     table = {row["method"]: row for row in rows(runs, {}, "dense 8")}
     assert table["other"]["paired"] == pytest.approx((0.0, 0.0, 0.0)) and "paired" not in table["dense 8"]
     assert len(cells(table["other"])) == 10
+
+
+def test_the_curve_is_drawn(tmp_path):
+    def row(method, score):
+        paired = {} if method.startswith("dense") else {"paired": (0.001, -0.002, 0.004)}
+        return {"method": method, "seeds": 3, "macro_f1": score, "macro_f1_deviation": 0.002, **paired}
+
+    found = [row(f"{family} {width}", 0.8) for family in ("dense", "shared", "alone") for width in (16, 32)]
+    assert draw_curve(found[:-1], tmp_path / "curve.png").stat().st_size > 10_000
