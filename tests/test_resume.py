@@ -68,8 +68,9 @@ def assert_resumes(path, splits, whole, **plan):  # noqa: F811
     resumed.best = best_kept(resumed.run, resumed_config(resumed), load_checkpoint(resumed.run.last))
     resumed.fit()
     resumed.tracker.close()
-    assert equal_states(whole.model.state_dict(), resumed.model.state_dict())
-    assert equal_states(whole.ema.module.state_dict(), resumed.ema.module.state_dict())
+    for a, b in ((whole.model, resumed.model), (whole.ema.module, resumed.ema.module)):
+        assert equal_states(a.state_dict(), b.state_dict())
+        assert equal_states(dict(a.named_buffers()), dict(b.named_buffers()))  # those that no checkpoint holds too
     assert (whole.best, timeless(whole.run)) == (resumed.best, timeless(resumed.run))
 
 
