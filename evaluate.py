@@ -80,10 +80,9 @@ def score(options: argparse.Namespace) -> None:
     with blaming_files():
         backbone = load_backbone(config.backbone, device)
     bank = build_bank(config, splits, backbone, device)
-    feature_shape = tuple(bank.example().shape[1:])
     with blaming_files():
-        check_inputs(described, identity(config, splits, backbone, feature_shape), run.weights)
-        model = build_model(config, feature_shape, splits.test.num_classes)
+        check_inputs(described, identity(config, splits, backbone, bank.feature_shape), run.weights)
+        model = build_model(config, bank.feature_shape, splits.test.num_classes)
         load_exported(run, model)
     tags = [config.data.name, config.backbone.name, config.router.kind]
     with open_evaluation(options.tracking, run.path, config.to_dict(), name=run.path.name, tags=tags) as tracker:

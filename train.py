@@ -15,11 +15,11 @@ if __name__ == "__main__":
 import torch
 
 from data.datasets import Splits, load_splits
-from engine.checkpoint import check_inputs, export_model, load_exported, seed_everything
+from engine.checkpoint import check_inputs, export_model, load_exported
 from engine.config import Config, Invocation, config_from_dict, parse_command_line, write_config
 from engine.evaluation import evaluate, table
 from engine.interrupt import stoppable
-from engine.pipeline import build_bank, build_model, identity, pick_device
+from engine.pipeline import build_trainer, pick_device
 from engine.resume import best_kept, finished, load_resumable, metrics_step
 from engine.run_folder import RunFolder
 from engine.summary import cost
@@ -76,27 +76,20 @@ def train(
     checkpoint: dict | None,
 ) -> None:
     """Features, model, fit, evaluate, report."""
-    seed_everything(config.train.seed, config.train.deterministic)
-    bank = build_bank(config, splits, backbone, device)
-    feature_shape = tuple(bank.example().shape[1:])
-    model = build_model(config, feature_shape, splits.train.num_classes).to(device)
-    stored = identity(config, splits, backbone, feature_shape)
-    warmup_steps = config.router.random_steps
-    trainer = Trainer(model, bank, run, tracker, config.train, config.optim, config.balance, warmup_steps, stored)
+    trainer = build_trainer(config, splits, backbone, device, run, tracker)
     if checkpoint is not None:
-        check_inputs(checkpoint, stored, run.last)
+        check_inputs(checkpoint, trainer.identity, run.last)
         trainer.load_state_dict(checkpoint)
         trainer.best = best_kept(run, config, checkpoint)
         run.results.unlink(missing_ok=True)  # of weights that are about to change
         print(f"resuming     {run.path} after {trainer.position} of {config.train.epochs}")
-    announce(run, config, splits, model, backbone, feature_shape)
+    announce(config, backbone, trainer)
     best = trainer.fit()
     print(f"best epoch   {best['epoch']}, validation macro-F1 {100 * best['macro_f1']:.2f} %")
     export_model(run)
-    load_exported(run, model)
+    load_exported(run, trainer.model)
     tracker.model(run.weights, name=run.path.name)
-    results = evaluate(run, config, model, bank, tracker)
-    print(table(results))
+    print(table(evaluate(run, config, trainer.model, trainer.bank, tracker)))
     print(f"run folder   {run.path}")
 
 
@@ -120,16 +113,17 @@ def start_tracking(run: RunFolder, config: Config, checkpoint: dict | None) -> T
     )
 
 
-def announce(run: RunFolder, config: Config, splits: Splits, model, backbone: Backbone, feature_shape) -> None:
+def announce(config: Config, backbone: Backbone, trainer: Trainer) -> None:
     """What is about to be trained on what."""
+    splits = trainer.bank.splits
     sizes = ", ".join(f"{len(splits[name]):,} {name}" for name in ("train", "validation", "test"))
     print(f"data         {config.data.name}: {sizes} images, {splits.train.num_classes} classes")
     random_weights = "" if config.backbone.pretrained or config.backbone.weights else " with RANDOM weights"
     print(f"backbone     {config.backbone.name}{random_weights}, frozen; features {' '.join(config.backbone.features)}")
-    seen = f"{model.moe.router.experts_per_sample:g} a sample by {config.router.kind}"
+    seen = f"{trainer.model.moe.router.experts_per_sample:g} a sample by {config.router.kind}"
     print(f"experts      {', '.join(config.experts.labels())}; {seen}")
-    print("\n".join(cost(model, backbone, feature_shape).lines()))
-    print(f"run folder   {run.path}", flush=True)
+    print("\n".join(cost(trainer.model, backbone, trainer.bank.feature_shape).lines()))
+    print(f"run folder   {trainer.run.path}", flush=True)
 
 
 if __name__ == "__main__":

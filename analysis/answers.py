@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from analysis.checks import FloatArray, IntArray, indices
+from analysis.arrays import IntArray, indices, ratio
 
 
 def confusion(labels_N: ArrayLike, predicted_N: ArrayLike, num_classes: int) -> IntArray:
@@ -61,7 +61,8 @@ def calibration(probs_NC: ArrayLike, labels_N: ArrayLike, bins: int = 15) -> dic
     bin_N = np.clip(np.ceil(confidence_N * bins).astype(int) - 1, 0, bins - 1)
     count_B = np.bincount(bin_N, minlength=bins)
     confidence_B, accuracy_B = (
-        _mean_by(bin_N, values_N, count_B) for values_N in (confidence_N, correct_N.astype(np.float64))
+        ratio(np.bincount(bin_N, weights=values_N, minlength=bins), count_B, np.nan)
+        for values_N in (confidence_N, correct_N)
     )
     gap_B = np.where(count_B > 0, np.abs(accuracy_B - confidence_B), 0.0)
     return {
@@ -70,8 +71,3 @@ def calibration(probs_NC: ArrayLike, labels_N: ArrayLike, bins: int = 15) -> dic
         "count_B": count_B,
         "error": float((gap_B * count_B).sum() / max(1, len(labels_N))),
     }
-
-
-def _mean_by(bin_N: IntArray, values_N: FloatArray, count_B: IntArray) -> FloatArray:
-    sum_B = np.bincount(bin_N, weights=values_N, minlength=len(count_B))
-    return np.divide(sum_B, count_B, out=np.full(len(count_B), np.nan), where=count_B > 0)

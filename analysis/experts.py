@@ -11,14 +11,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from analysis.checks import FloatArray, IntArray, indices, pairs
+from analysis.arrays import FloatArray, IntArray, indices, ratio, served
 
 
 def co_activation(sample_A: ArrayLike, expert_A: ArrayLike, num_samples: int, num_experts: int) -> IntArray:
     """Samples (E, E) that both experts serve; on the diagonal all samples of an expert. Symmetric."""
-    sample_A, expert_A = pairs(sample_A, expert_A, num_samples, num_experts)
-    served_NE = np.zeros((num_samples, num_experts), dtype=np.float64)  # products of floats are the fast ones
-    served_NE[sample_A, expert_A] = 1
+    # Products of floats are the fast ones.
+    served_NE = served(sample_A, expert_A, num_samples, num_experts).astype(np.float64)
     return (served_NE.T @ served_NE).astype(np.int64)
 
 
@@ -39,9 +38,7 @@ def hardest_classes(
     """
     correct_N = np.asarray(correct_N, dtype=np.float64)
     labels_N = indices(labels_N, len(class_names), "labels_N")
-    sample_A, expert_A = pairs(sample_A, expert_A, len(labels_N), num_experts)
-    pair = np.unique(sample_A * num_experts + expert_A)
-    sample, expert = pair // num_experts, pair % num_experts
+    sample, expert = served(sample_A, expert_A, len(labels_N), num_experts).nonzero()
     shape = (num_experts, len(class_names))
     cell = expert * len(class_names) + labels_N[sample]
     count_EC = np.bincount(cell, minlength=shape[0] * shape[1]).reshape(shape)
@@ -107,8 +104,7 @@ def taken_over(before_EE: ArrayLike, after_EE: ArrayLike) -> FloatArray:
     after e is barred.
     """
     gained_EE = np.clip(np.asarray(after_EE, dtype=np.float64) - np.asarray(before_EE, dtype=np.float64), 0, None)
-    total_E1 = gained_EE.sum(axis=1, keepdims=True)
-    return np.divide(gained_EE, total_E1, out=np.zeros_like(gained_EE), where=total_E1 > 0)
+    return ratio(gained_EE, gained_EE.sum(axis=1, keepdims=True))
 
 
 def cost_saved(before_EE: ArrayLike, after_EE: ArrayLike, cost_E: ArrayLike, num_samples: int) -> FloatArray:
@@ -138,5 +134,4 @@ def _count_rows(drawn_RN: FloatArray, class_N: IntArray, num_classes: int) -> Fl
 
 def _macro_f1(actual_RC: FloatArray, predicted_RC: FloatArray, right_RC: FloatArray) -> FloatArray:
     """Macro-F1 of each row; a class that is neither present nor predicted scores 0 in the mean."""
-    both_RC = actual_RC + predicted_RC
-    return np.divide(2 * right_RC, both_RC, out=np.zeros_like(both_RC), where=both_RC > 0).mean(axis=1)
+    return ratio(2 * right_RC, actual_RC + predicted_RC).mean(axis=1)

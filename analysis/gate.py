@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from analysis.checks import FloatArray, pairs
+from analysis.arrays import FloatArray, served
 
 
 def gate_entropy(logits_NE: ArrayLike) -> FloatArray:
@@ -39,9 +39,7 @@ def boundary_margin(logits_NE: ArrayLike, sample_A: ArrayLike, expert_A: ArrayLi
     serves. Raises ValueError on an index out of range or as `gate_entropy` does.
     """
     logits_NE = _logits(logits_NE)
-    sample_A, expert_A = pairs(sample_A, expert_A, *logits_NE.shape)
-    chosen_NE = np.zeros(logits_NE.shape, dtype=bool)
-    chosen_NE[sample_A, expert_A] = True
+    chosen_NE = served(sample_A, expert_A, *logits_NE.shape)
     margin_N = np.full(len(logits_NE), np.nan)
     split_N = chosen_NE.any(axis=1) & ~chosen_NE.all(axis=1)
     kept_N = np.where(chosen_NE, logits_NE, np.inf).min(axis=1)

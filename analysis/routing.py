@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from analysis.checks import FloatArray, IntArray, fractions, indices, pairs, weights
+from analysis.arrays import FloatArray, IntArray, fractions, indices, pairs, ratio, served, weights
 
 
 def expert_load(expert_A: ArrayLike, num_experts: int) -> FloatArray:
@@ -156,14 +156,10 @@ def mean_by_expert(
     experts, even where it was sent to one of them twice.
     """
     values_N = np.asarray(values_N, dtype=np.float64)
-    sample_A, expert_A = pairs(sample_A, expert_A, len(values_N), num_experts)
-    pair = np.unique(sample_A * num_experts + expert_A)
-    sample, expert = pair // num_experts, pair % num_experts
+    sample, expert = served(sample_A, expert_A, len(values_N), num_experts).nonzero()
     samples_E = np.bincount(expert, minlength=num_experts)
     sum_E = np.bincount(expert, weights=values_N[sample], minlength=num_experts)
-    mean_E = np.full(num_experts, np.nan)
-    np.divide(sum_E, samples_E, out=mean_E, where=samples_E > 0)
-    return mean_E, samples_E
+    return ratio(sum_E, samples_E, np.nan), samples_E
 
 
 def top_classes(table_CE: ArrayLike, class_names: Sequence[str], expert: int, n: int) -> list[tuple[str, float]]:
@@ -196,5 +192,4 @@ def _table(cell_A: IntArray, rows: int, columns: int, weight_A: FloatArray | Non
 
 
 def _normalised(table: FloatArray) -> FloatArray:
-    total = table.sum(axis=-1, keepdims=True)
-    return np.divide(table, total, out=np.zeros(table.shape), where=total > 0)
+    return ratio(table, table.sum(axis=-1, keepdims=True))

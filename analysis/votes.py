@@ -7,7 +7,7 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import ArrayLike
 
-from analysis.checks import IntArray, indices, pairs, weights
+from analysis.arrays import IntArray, pairs, served, weights
 
 
 def clearest(
@@ -38,9 +38,7 @@ def disagreements(
     labels_N = np.asarray(labels_N, dtype=np.int64)
     if len(labels_N) != num_samples:
         raise ValueError(f"alone_EN has shape {alone_EN.shape} for {len(labels_N)} samples")
-    sample_A, expert_A = pairs(sample_A, indices(expert_A, num_experts, "expert_A"), num_samples, num_experts)
-    served_EN = np.zeros(alone_EN.shape, dtype=bool)
-    served_EN[expert_A, sample_A] = True
+    served_EN = served(sample_A, expert_A, num_samples, num_experts).T
     right_EN = alone_EN == labels_N
     table = {}
     for a, b in combinations(range(num_experts), 2):

@@ -108,15 +108,21 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def matrix_rate(device: torch.device, dtype: torch.dtype, size: int, seconds: float = 2.0) -> float:
-    """Floating-point operations a second of a product of two square matrices: the limit that others are held to."""
+def matrix_rate(device: torch.device, seconds: float) -> tuple[float, str]:
+    """FLOPs a second of the product of two large square matrices, the limit that others are held to; and in words.
+
+    In bfloat16 on a GPU, float32 on a CPU, where the matrices are smaller.
+    """
+    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (512, torch.float32)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     out = torch.empty(size, size, dtype=dtype, device=device)
-    return 2 * size**3 / timed(lambda: torch.mm(a, b, out=out), device, seconds).median
+    rate = 2 * size**3 / timed(lambda: torch.mm(a, b, out=out), device, seconds).median
+    return rate, f"{rate / 1e12:.4g} TFLOP/s in {dtype}"
 
 
-def memory_rate(device: torch.device, size: int = 2**29) -> float:
-    """Bytes read and written a second by the copy of `size` bytes."""
+def memory_rate(device: torch.device) -> float:
+    """Bytes read and written a second by a large copy."""
+    size = 2**29 if device.type == "cuda" else 2**24
     a = torch.zeros(size, dtype=torch.uint8, device=device)
     b = torch.empty_like(a)
     return 2 * size / timed(lambda: b.copy_(a), device, 0.5).median

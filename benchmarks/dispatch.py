@@ -22,7 +22,6 @@ from benchmarks.common import (
     header,
     matrix_rate,
     start,
-    synchronise,
     table,
     timed,
     write,
@@ -49,9 +48,8 @@ def main(argv: list[str] | None = None) -> None:
         options.batch, options.experts, options.top_k = [16, 64], [4, 8], [1, 2]
     device = start(options)
     where = environment(device)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    rate = matrix_rate(device, dtype, 8192 if device.type == "cuda" else 512, min(2.0, options.seconds / 20))
-    print(header(f"MoE layer, forward + backward, median ms (range); {rate / 1e12:.4g} TFLOP/s in {dtype}", where))
+    rate, said = matrix_rate(device, min(2.0, options.seconds / 20))
+    print(header(f"MoE layer, forward + backward, median ms (range); {said}", where))
     print(f"{options.features} features, {options.hidden} hidden units on average, {options.classes} classes\n")
     agreement = attempt(lambda: agree(options, device))
     print(f"largest relative difference of any gradient between the three ways: {agreement}\n", flush=True)
@@ -162,7 +160,6 @@ def agree(options, device: torch.device) -> dict[str, float]:
         for how in ("sorted", "grouped", "dense"):
             layer.how = how
             run()
-            synchronise(device)
             parts = [x_BD.grad, *(p.grad for p in layer.experts.parameters())]
             gradients[how] = [part.float().clone() for part in parts]
         for how in ("grouped", "dense"):

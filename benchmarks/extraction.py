@@ -54,10 +54,8 @@ def main(argv: list[str] | None = None) -> None:
         options.backbones, options.batch, options.pixels, options.modes = ["test_vit"], 4, 8, []
     device = start(options)
     where = environment(device)
-    gpu = device.type == "cuda"
-    dtype = torch.bfloat16 if gpu else torch.float32
-    rate = matrix_rate(device, dtype, 8192 if gpu else 512, min(2.0, options.seconds / 20))
-    print(header(f"Feature extraction, batch {options.batch}; {rate / 1e12:.4g} TFLOP/s in {dtype}", where), flush=True)
+    rate, said = matrix_rate(device, min(2.0, options.seconds / 20))
+    print(header(f"Feature extraction, batch {options.batch}; {said}", where), flush=True)
     rows = measure(options, device, rate)
     columns = ["backbone", "contestant", "images/s", "range", "of the matrix rate", "compiled in", "from float32"]
     print(table(columns, [_line(row) for row in rows]))

@@ -27,7 +27,7 @@ from benchmarks.common import (
     timed,
     write,
 )
-from benchmarks.step import step_of
+from benchmarks.step import on_batches, step_of
 from data.feature_cache import gigabytes
 from engine.graph import worth_capturing
 from engine.summary import parameters
@@ -56,11 +56,8 @@ def main(argv: list[str] | None = None) -> None:
         options.samples, options.experts, options.features, options.batch = [200, 400], [4, 8], [32, 64], 64
     device = start(options)
     where = environment(device)
-    gpu = device.type == "cuda"
-    matrices = matrix_rate(device, torch.bfloat16 if gpu else torch.float32, 8192 if gpu else 512, 1.0)
-    memory = memory_rate(device, 2**29 if gpu else 2**24)
-    title = f"Training a head, batch {options.batch}; {matrices / 1e12:.4g} TFLOP/s, {memory / 1e12:.3g} TB/s"
-    print(header(title, where), flush=True)
+    (matrices, said), memory = matrix_rate(device, 1.0), memory_rate(device)
+    print(header(f"Training a head, batch {options.batch}; {said}, {memory / 1e12:.3g} TB/s", where), flush=True)
     cells = sweeps(options)
     each = options.seconds / len(cells) / 4
     rows = []
@@ -96,16 +93,7 @@ def measure(samples: int, experts: int, features: int, options, device: torch.de
         router, pooled = RouterConfig(top_k=2), NeckConfig()
         model = VisionMoE((features,), CLASSES, pooled, router, ExpertsConfig(sizes=sizes)).train()
     train = step_of(model, BalanceConfig(), options.batch, worth_capturing("auto", model))
-    order_N = torch.randperm(samples, device=device)
-    position = 0
-
-    def step() -> None:
-        nonlocal position
-        position = (position + options.batch) % max(1, samples - options.batch + 1)
-        index_B = order_N[position : position + options.batch]
-        train(stored_NF.index_select(0, index_B), labels_N.index_select(0, index_B))
-
-    timing = timed(step, device, seconds, warm=4, most=300)
+    timing = timed(on_batches(train, stored_NF, labels_N, options.batch), device, seconds, warm=4, most=300)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     per_expert = sum(parameters(expert) for expert in model.moe.experts) / experts
     active = parameters(model) - per_expert * (experts - 2)

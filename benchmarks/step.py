@@ -7,10 +7,12 @@ A step takes its batch out of features in memory, trains, and updates the moving
 heads have as many hidden units as a sample passes in the mixture, and as all its experts have together.
 """
 
+import itertools
 import sys
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from benchmarks.common import Failure, Parser, attempt, environment, header, start, table, timed, write
 from engine.config import parse_command_line
@@ -78,16 +80,7 @@ def measure(parts, how: str, captured: bool, stored, labels_N, batch: int, secon
     torch.manual_seed(0)
     experts = ExpertsConfig(**{**vars(experts), "dispatch": how})
     model = VisionMoE((stored.shape[1],), CLASSES, NeckConfig(), router, experts).to(device).train()
-    step = step_of(model, balance, batch, captured)
-    order_N = torch.randperm(len(labels_N), device=device)
-    position = 0
-
-    def once() -> None:
-        nonlocal position
-        position = (position + batch) % (len(labels_N) - batch)
-        index_B = order_N[position : position + batch]
-        step(stored[index_B], labels_N[index_B])
-
+    once = on_batches(step_of(model, balance, batch, captured), stored, labels_N, batch)
     timing = timed(lambda: [once() for _ in range(20)], device, seconds, warm=2)
     cost = head_cost(model, (stored.shape[1],))
     return {"timing": timing, "steps": 20, "parameters": parameters(model), "flops": cost.flops, "dispatch": how}
@@ -112,6 +105,19 @@ def step_of(model: VisionMoE, balance: BalanceConfig, batch: int, captured: bool
         ema.update(model, step=done)
 
     return train
+
+
+def on_batches(train: Callable, features_NF: Tensor, labels_N: Tensor, batch: int) -> Callable[[], None]:
+    """`train` on the next batch of samples in random order, again and again."""
+    order_N = torch.randperm(len(labels_N), device=labels_N.device)
+    starts = itertools.cycle(range(0, max(1, len(labels_N) - batch + 1), batch))
+
+    def step() -> None:
+        start = next(starts)
+        index_B = order_N[start : start + batch]
+        train(features_NF.index_select(0, index_B), labels_N.index_select(0, index_B))
+
+    return step
 
 
 def _line(row: dict) -> list[str]:

@@ -29,11 +29,10 @@ from data.datasets import Splits, load_splits
 from engine.checkpoint import load_checkpoint, seed_everything
 from engine.config import Config, config_from_dict, parse_command_line
 from engine.metrics import scores
-from engine.pipeline import build_bank, build_model, identity
+from engine.pipeline import build_model, build_trainer
 from engine.predict import predict
 from engine.run_folder import RunFolder
 from engine.tracking import open_tracker
-from engine.trainer import Trainer
 from errors import exit_code_of
 from model.backbone import Backbone, load_backbone
 from model.balance import usage_variance
@@ -131,16 +130,10 @@ def train(config: Config, splits: Splits, backbone: Backbone, device: torch.devi
         run = RunFolder.create(Path(folder) / "run", "benchmark")
         began = time.perf_counter()
         with open_tracker("none", run.path, config.to_dict(), name="benchmark", tags=[]) as tracker:
-            seed_everything(seed)
-            bank = build_bank(config, splits, backbone, device)
-            shape = tuple(bank.example().shape[1:])
-            model = build_model(config, shape, splits.train.num_classes).to(device)
-            stored = identity(config, splits, backbone, shape)
-            warmup = config.router.random_steps
-            trainer = Trainer(model, bank, run, tracker, config.train, config.optim, config.balance, warmup, stored)
+            trainer = build_trainer(config, splits, backbone, device, run, tracker)
             best = trainer.fit()
-            model.load_state_dict(load_checkpoint(run.best)["model"])
-            answers = predict(model, bank, "test")
+            trainer.model.load_state_dict(load_checkpoint(run.best)["model"])
+            answers = predict(trainer.model, trainer.bank, "test")
             result = scores(answers.labels_N, answers.predicted_N, splits.test.num_classes)
             seconds = time.perf_counter() - began
         epochs = [line["speed/epoch_seconds"] for line in run.history()]

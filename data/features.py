@@ -1,9 +1,11 @@
 """FeatureBank: what the frozen backbone sees in each view of each split, computed once and reused."""
 
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -97,7 +99,6 @@ class FeatureBank:
         self._dtype = STORAGE[config.storage]
         self._stored: dict[tuple[str, int | None], Stored] = {}
         self._announced: set[str] = set()
-        self._shape: tuple[int, ...] | None = None
         self._data: dict[str, str] = {}
         self._labels = {name: splits[name].labels_N.to(device) for name in ("train", "validation", "test")}
 
@@ -125,11 +126,10 @@ class FeatureBank:
         for features_B, index_B in zip(features, on_device, strict=True):
             yield features_B, labels.index_select(0, index_B)
 
-    def example(self) -> Tensor:
-        """The features of the first training image (1, ...), for the model to take its input size from."""
-        features = self._extract(self.splits.train.images_NCHW, torch.tensor([0]), None)
-        self._shape = tuple(features.shape[1:])
-        return features
+    @cached_property
+    def feature_shape(self) -> tuple[int, ...]:
+        """Shape of one sample's features, found with the first training image."""
+        return tuple(self._extract(self.splits.train.images_NCHW, torch.tensor([0]), None).shape[1:])
 
     def _resolve(self, view: int | None) -> int | None:
         if view is None or not self.augment.active:
@@ -172,8 +172,7 @@ class FeatureBank:
             return
         self._announced.add(split)
         views = [None] if view is None else range(self.views_used)
-        shape = self._shape or tuple(self.example().shape[1:])
-        size = len(self.splits[split]) * torch.Size(shape).numel() * self._dtype.itemsize
+        size = len(self.splits[split]) * math.prod(self.feature_shape) * self._dtype.itemsize
         what = f"features     {split}: {gigabytes(size * len(views))}"
         what += f" ({len(views)} views of {gigabytes(size)})" if len(views) > 1 else ""
         what += f", kept {self._where(size, len(views))}"
@@ -233,7 +232,7 @@ class FeatureBank:
         return self._settle(stored)
 
     def _allocate(self, split: str, view: int | None) -> Stored:
-        shape = (len(self.splits[split]), *(self._shape or self.example().shape[1:]))
+        shape = (len(self.splits[split]), *self.feature_shape)
         stored = Stored(device=self._take(shape))
         if self.cache is not None:
             stored.draft = self.cache.draft(self._key(split, view), shape, self._dtype)

@@ -1,5 +1,6 @@
 """The figures of one evaluation, each with the words that explain it."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,7 +152,7 @@ def _feature_map(predictions: Predictions, bank: FeatureBank, labels: list[str])
     from sklearn.preprocessing import StandardScaler
 
     test = bank.splits.test
-    width = bank.example().numel()
+    width = math.prod(bank.feature_shape)
     count = min(len(test), MAP_SAMPLES, max(3, MAP_NUMBERS // width))
     if count < 3:
         return {}

@@ -1,4 +1,4 @@
-"""From a configuration to its parts: device, features, model."""
+"""From a configuration to its parts: device, features, model, and the trainer of them."""
 
 import math
 import os
@@ -10,8 +10,12 @@ import torch
 from data.datasets import Splits
 from data.feature_cache import FeatureCache
 from data.features import FeatureBank
+from engine.checkpoint import seed_everything
 from engine.config import DEVICES, Config
 from engine.extraction import Extractor, worth_compiling
+from engine.run_folder import RunFolder
+from engine.tracking import Tracker
+from engine.trainer import Trainer
 from errors import EnvironmentFault, UserError, one_line
 from model.backbone import Backbone
 from model.classifier import VisionMoE
@@ -81,3 +85,18 @@ def identity(config: Config, splits: Splits, backbone: Backbone, feature_shape: 
         "class_names": list(splits.train.class_names),
         "feature_shape": list(feature_shape),
     }
+
+
+def build_trainer(
+    config: Config, splits: Splits, backbone: Backbone, device: torch.device, run: RunFolder, tracker: Tracker
+) -> Trainer:
+    """A run at its beginning: seeds, features, model and trainer, which writes to `run` and `tracker`.
+
+    To be called after the tracker was opened (see seed_everything). Raises what `build_model` and `Trainer` do.
+    """
+    seed_everything(config.train.seed, config.train.deterministic)
+    bank = build_bank(config, splits, backbone, device)
+    model = build_model(config, bank.feature_shape, splits.train.num_classes).to(device)
+    stored = identity(config, splits, backbone, bank.feature_shape)
+    parts = (config.train, config.optim, config.balance, config.router.random_steps)
+    return Trainer(model, bank, run, tracker, *parts, stored)

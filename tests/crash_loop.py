@@ -22,10 +22,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train
-from engine import evaluation
+from engine import evaluation, pipeline
 from engine.config import Invocation, parse_command_line
 from engine.interrupt import stoppable
-from engine.pipeline import build_bank
 from errors import exit_code_of
 
 EPOCHS, SAVE_EVERY = 18, 3
@@ -40,14 +39,14 @@ def share_features() -> None:
     """Load and extract once what all runs have in common."""
     config = parse_command_line(OPTIONS).config
     inputs = train.load_inputs(config)
-    bank = build_bank(config, inputs[1], inputs[2], inputs[0])
+    bank = pipeline.build_bank(config, inputs[1], inputs[2], inputs[0])
     for split, views in (("train", (0, 1)), ("validation", (None,)), ("test", (None,))):
         for view in views:
             next(bank.batches(split, 1, view=view))
     train.load_inputs = lambda config: inputs
     train.parse_command_line = lambda: _parsed(*sys.argv[1:])
-    train.build_bank = lambda *arguments: bank
-    train.announce = lambda run, *arguments: print(f"run folder   {run.path}", flush=True)
+    pipeline.build_bank = lambda *arguments: bank
+    train.announce = lambda *arguments: print(f"run folder   {arguments[-1].run.path}", flush=True)
     evaluation.draw = lambda *arguments: []  # figures cost seconds and are no part of what is compared
     evaluation.write_report = lambda *arguments: None
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import dispatch, extraction, scaling, time_to_accuracy
+from benchmarks import dispatch, extraction, scaling, step, time_to_accuracy
 from benchmarks.common import Failure, Timing, attempt, table, timed
 from benchmarks.layers import Shape, contestants
 from errors import UserError, exit_code_of
@@ -104,6 +104,29 @@ def test_scaling_runs_to_its_end(tmp_path, capsys):
     scaling.main([*TINY, str(tmp_path)])
     assert "launches" in capsys.readouterr().out
     assert [row["sweep"] for row in read(tmp_path, "scaling")["rows"]] == ["samples", "samples", "experts", "features"]
+
+
+def test_step_runs_to_its_end(tmp_path, capsys):
+    step.main([*TINY, str(tmp_path)])
+    assert "ms a step" in capsys.readouterr().out
+    runs = [row["run"] for row in read(tmp_path, "step")["rows"]]
+    assert [run["dispatch"] for run in runs] == ["sorted", "dense", "grouped", "auto", "auto"]
+    # Two of four experts with a hidden layer, and one that all samples pass: less than all of their matrix products.
+    mixture, active, total = (runs[i]["flops"] for i in (0, 3, 4))
+    assert active < mixture < total
+
+
+def test_batches_go_round_the_samples_in_one_random_order():
+    seen = []
+    once = step.on_batches(lambda *batch: seen.append(batch), torch.arange(10.0)[:, None], torch.arange(10), 4)
+    for _ in range(3):
+        once()
+    assert all(torch.equal(features_BF[:, 0].long(), labels_B) for features_BF, labels_B in seen)
+    first, second, again = (labels_B.tolist() for _, labels_B in seen)
+    assert len({*first, *second}) == 8 and again == first
+    few = step.on_batches(lambda *batch: seen.append(batch), torch.arange(3.0)[:, None], torch.arange(3), 4)
+    few()
+    assert len(seen[-1][1]) == 3
 
 
 def test_time_to_accuracy_runs_to_its_end(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import multiprocessing
 import os
 import resource
 import shutil
@@ -12,14 +13,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from crash_loop import OPTIONS, outcome, same
 from PIL import Image
+from safetensors import safe_open
 from test_trainer import equal_states, make_trainer, splits  # noqa: F401, a fixture
 
 import errors
 import evaluate
 import train
 from data.datasets import DataConfig, ImageSet, load_splits
+from data.feature_cache import FeatureCache
 from data.image_file import read_picture
+from engine import evaluation
 from engine.checkpoint import export_model, load_checkpoint, save_checkpoint
 from engine.health import RoutingWatch
 from engine.optim import OptimConfig
@@ -177,6 +182,50 @@ def test_a_run_folder_serves_one_process_at_a_time(tmp_path):
         assert code == 2 and "is in use by another process" in line
         assert run.metrics.exists()  # the one that was refused has not touched what the first has written
     assert in_a_fork(second)[0] == 0
+
+
+def _train(log, *arguments):
+    """A program of its own, which waits for its threads as Python does at the end of one."""
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
+    sys.stdout = sys.stderr = os.fdopen(2, "w", closefd=False)
+    sys.argv = ["train.py", *map(str, arguments)]
+    errors.leave(exit_code_of(train.main))
+
+
+def test_two_runs_that_fill_one_feature_cache_end_with_the_same_bits(tmp_path, monkeypatch):
+    context = multiprocessing.get_context("fork")
+    barrier, draft, features = context.Barrier(2), FeatureCache.draft, tmp_path / "features"
+
+    def draft_together(cache, *arguments):
+        barrier.wait(60)  # neither run has found this view
+        return draft(cache, *arguments)
+
+    monkeypatch.setattr(FeatureCache, "draft", draft_together)
+    monkeypatch.setattr(evaluation, "draw", lambda *arguments: [])  # figures cost seconds
+    monkeypatch.setattr(evaluation, "write_report", lambda *arguments: None)
+    options = [*OPTIONS, "--train.epochs", 3, "--router.warmup_steps", 5, "--features.cache_dir", features]
+    runs = [tmp_path / name for name in ("a", "b")]
+    both = [context.Process(target=_train, args=(f"{run}.log", "--run_dir", run, *options)) for run in runs]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+    said = [Path(f"{run}.log").read_text() for run in runs]
+    assert [process.exitcode for process in both] == [0, 0], said
+    assert not any("features: " in text for text in said), said  # nothing torn, altered, or not kept
+    a, b = map(outcome, runs)
+    assert same(a, b) and len(a["lines"]) == 3
+    stored = sorted(features.iterdir())
+    assert [path.name.rpartition("-")[0] for path in stored] == [
+        "test-plain",
+        "train-view0",
+        "train-view1",
+        "validation-plain",
+    ]
+    for path in stored:
+        with safe_open(path, "pt") as file:
+            key = json.loads(file.metadata()["key"])
+        assert FeatureCache(features).load(key) is not None
 
 
 @pytest.mark.parametrize("mine", [False, True])

@@ -23,6 +23,7 @@ from engine.interrupt import stoppable, unbroken
 from engine.resume import best_kept, metrics_step
 from engine.run_folder import RunFolder
 from errors import Interrupted, UserError, exit_code_of
+from model.routers import ROUTERS
 
 CPU = torch.device("cpu")
 TINY = [
@@ -45,34 +46,56 @@ def timeless(run):
     return [{k: v for k, v in line.items() if "speed" not in k} for line in run.history()]
 
 
+def stop_after(trainer, step):
+    """Train until SIGTERM comes in the middle of a step, which is finished."""
+    train_batch = trainer._train_batch
+
+    def signalled(*arguments):
+        train_batch(*arguments)
+        if trainer.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer._train_batch = signalled
+    with pytest.raises(Interrupted) as caught, stoppable():
+        trainer.fit()
+    trainer.tracker.close()
+    assert caught.value.exit_code == 143
+
+
+def assert_resumes(path, splits, whole, **plan):  # noqa: F811
+    """Go on with the trainer in `path`, and come to the bits of `whole`, which nobody disturbed."""
+    resumed = make_trainer(path, splits, resume=True, **plan)
+    resumed.best = best_kept(resumed.run, resumed_config(resumed), load_checkpoint(resumed.run.last))
+    resumed.fit()
+    resumed.tracker.close()
+    for a, b in ((whole.model, resumed.model), (whole.ema.module, resumed.ema.module)):
+        assert equal_states(a.state_dict(), b.state_dict())
+        assert equal_states(dict(a.named_buffers()), dict(b.named_buffers()))  # those that no checkpoint holds too
+    assert (whole.best, timeless(whole.run)) == (resumed.best, timeless(resumed.run))
+
+
 def test_a_signal_at_any_step_resumes_at_that_step(tmp_path, splits):  # noqa: F811
     plan = {"save_every": 2, "epochs": 3, "batch_size": 96}  # three epochs of three steps
     whole = make_trainer(tmp_path / "whole", splits, **plan)
     whole.fit()
-    for stop_at in range(1, 10):
-        path = tmp_path / str(stop_at)
+    for step in range(1, 10):
+        path = tmp_path / str(step)
         part = make_trainer(path, splits, **plan)
-        train_batch = part._train_batch
-
-        def signalled(*arguments, part=part, train_batch=train_batch, stop_at=stop_at):
-            train_batch(*arguments)
-            if part.step == stop_at:
-                os.kill(os.getpid(), signal.SIGTERM)
-
-        part._train_batch = signalled
-        with pytest.raises(Interrupted) as caught, stoppable():
-            part.fit()
-        part.tracker.close()
-        assert caught.value.exit_code == 143
+        stop_after(part, step)
         state = load_checkpoint(part.run.last)
-        assert (state["step"], state["progress"]["batches"]) == (stop_at, (stop_at - 1) % 3 + 1)
-        resumed = make_trainer(path, splits, resume=True, **plan)
-        resumed.best = best_kept(resumed.run, resumed_config(resumed), state)
-        resumed.fit()
-        resumed.tracker.close()
-        assert equal_states(whole.model.state_dict(), resumed.model.state_dict())
-        assert equal_states(whole.ema.module.state_dict(), resumed.ema.module.state_dict())
-        assert (whole.best, timeless(whole.run)) == (resumed.best, timeless(resumed.run))
+        assert (state["step"], state["progress"]["batches"]) == (step, (step - 1) % 3 + 1)
+        assert_resumes(path, splits, whole, **plan)
+
+
+@pytest.mark.parametrize("kind", ROUTERS)
+def test_every_routing_rule_resumes_in_the_middle_of_warm_up_and_after_it(tmp_path, splits, kind):  # noqa: F811
+    options = {"switch": {"top_k": 1}, "hierarchical": {"groups": 3, "top_groups": 2}}.get(kind, {})
+    plan = {"epochs": 2, "batch_size": 96, "router": {"kind": kind, "warmup_steps": 2, **options}}  # 3 steps an epoch
+    whole = make_trainer(tmp_path / "whole", splits, **plan)
+    whole.fit()
+    stop_after(make_trainer(tmp_path / "part", splits, **plan), 1)
+    stop_after(make_trainer(tmp_path / "part", splits, resume=True, **plan), 4)
+    assert_resumes(tmp_path / "part", splits, whole, **plan)
 
 
 def resumed_config(trainer):

@@ -29,7 +29,7 @@ from errors import EnvironmentFault, UserError
 from model.balance import BalanceConfig
 from model.classifier import AttentionNeck, NeckConfig, VisionMoE
 from model.experts import ExpertsConfig
-from model.routers import RouterConfig
+from model.routers import ROUTERS, RouterConfig
 
 CPU = torch.device("cpu")
 IDENTITY = {
@@ -46,24 +46,30 @@ def splits():
     return load_splits(DataConfig(name="digits", max_per_class=40))
 
 
-def make_trainer(path, splits, *, resume=False, optim=None, balance=None, **train):
-    """A trainer on raw pixels as features: small enough to run whole epochs in milliseconds."""
+def make_trainer(path, splits, *, resume=False, optim=None, balance=None, router=None, **train):
+    """A trainer on raw pixels as features: small enough to run whole epochs in milliseconds.
+
+    router: options of the rule. One that reads tokens gets the rows of the image.
+    """
     config = TrainConfig(**{"epochs": 4, "batch_size": 64, "ema_decay": 0.9, "save_every": 1, **train})
     run = RunFolder(path) if resume else RunFolder.create(path, "test")
     checkpoint = load_checkpoint(run.last) if resume else None
     tracker = open_tracker("none", path, {}, name="test", resume_step=checkpoint and checkpoint["step"])
     seed_everything(config.seed)
+    router = RouterConfig(**{"warmup_steps": 6, **(router or {})})
+    tokens = ROUTERS[router.kind].reads_tokens
+    shape, neck = ((8, 24), NeckConfig(kind="tokens")) if tokens else ((192,), NeckConfig())
     bank = FeatureBank(
         splits,
-        lambda images: images.float().flatten(1) / 255,
+        lambda images: images.float().view(len(images), *shape) / 255,
         AugmentConfig(flip=False, crop=0),
         FeaturesConfig(views=2),
         CPU,
     )
     experts = ExpertsConfig(sizes=[[8], [16], [32]], dropout=0.1)
-    model = VisionMoE((192,), 10, NeckConfig(), RouterConfig(warmup_steps=6), experts)
-    optim = optim or OptimConfig(lr=0.01, warmup_steps=4)
-    trainer = Trainer(model, bank, run, tracker, config, optim, balance or BalanceConfig(), 6, dict(IDENTITY))
+    model = VisionMoE(shape, 10, neck, router, experts)
+    optim, balance = optim or OptimConfig(lr=0.01, warmup_steps=4), balance or BalanceConfig()
+    trainer = Trainer(model, bank, run, tracker, config, optim, balance, router.random_steps, dict(IDENTITY))
     if checkpoint:
         trainer.load_state_dict(checkpoint)
     return trainer

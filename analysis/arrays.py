@@ -1,4 +1,4 @@
-"""Arguments of the tables, checked: what is wrong is said before it becomes a wrong table."""
+"""What the tables share: arguments, checked before they become a wrong table; who serves whom; ratios."""
 
 from __future__ import annotations
 
@@ -16,6 +16,19 @@ def pairs(sample_A, expert_A, num_samples: int, num_experts: int) -> tuple[IntAr
     if len(sample_A) != len(expert_A):
         raise ValueError(f"sample_A has {len(sample_A)} assignments, expert_A {len(expert_A)}")
     return sample_A, expert_A
+
+
+def served(sample_A, expert_A, num_samples: int, num_experts: int) -> NDArray[np.bool_]:
+    """Whether a sample was sent to an expert, once or more: (N, E) bool. Raises as `pairs` does."""
+    served_NE = np.zeros((num_samples, num_experts), dtype=bool)
+    served_NE[pairs(sample_A, expert_A, num_samples, num_experts)] = True
+    return served_NE
+
+
+def ratio(part: ArrayLike, whole: ArrayLike, empty: float = 0.0) -> FloatArray:
+    """part / whole, broadcast together, and `empty` where the whole, which is never negative, is 0."""
+    part, whole = np.broadcast_arrays(np.asarray(part, dtype=np.float64), whole)
+    return np.divide(part, whole, out=np.full(part.shape, empty), where=whole > 0)
 
 
 def indices(values: ArrayLike, upper: int, name: str) -> IntArray:
