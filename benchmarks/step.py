@@ -35,9 +35,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=1024, help="samples a step (default 1024)")
     options = parser.parse_args(argv)
     config = parse_command_line([]).config
-    features = 768 * len(config.backbone.features)
+    groups = len(config.backbone.features)
+    features = 768 * groups
     if options.tiny:
-        options.batch, features = 32, 64
+        options.batch, features = 32, 4 * groups
         config.router.hidden, config.experts.sizes, config.experts.shared = [8], [[4], [8], [8], [16]], [[16]]
     device = start(options)
     where = environment(device)
@@ -49,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
         for captured in (False, True) if device.type == "cuda" else (False,):
             run = attempt(
                 lambda parts=parts, how=how, captured=captured: measure(
-                    parts, how, captured, stored, labels_N, options.batch, options.seconds / 20
+                    parts, how, captured, stored, labels_N, groups, options.batch, options.seconds / 20
                 )
             )
             rows.append({"head": name, "graph": captured, "run": run})
@@ -73,13 +74,13 @@ def contestants(config) -> list[tuple[str, tuple[RouterConfig, ExpertsConfig, Ba
     return found
 
 
-def measure(parts, how: str, captured: bool, stored, labels_N, batch: int, seconds: float) -> dict:
-    """Time steps over random batches; `how` is the way of dispatch."""
+def measure(parts, how: str, captured: bool, stored, labels_N, groups: int, batch: int, seconds: float) -> dict:
+    """Time steps over random batches; `how` is the way of dispatch, groups the features that a sample is made of."""
     router, experts, balance = parts
     device = stored.device
     torch.manual_seed(0)
     experts = ExpertsConfig(**{**vars(experts), "dispatch": how})
-    model = VisionMoE((stored.shape[1],), CLASSES, NeckConfig(), router, experts).to(device).train()
+    model = VisionMoE((stored.shape[1],), CLASSES, NeckConfig(), router, experts, groups).to(device).train()
     once = on_batches(step_of(model, balance, batch, captured), stored, labels_N, batch)
     timing = timed(lambda: [once() for _ in range(20)], device, seconds, warm=2)
     cost = head_cost(model, (stored.shape[1],))

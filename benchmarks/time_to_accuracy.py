@@ -11,9 +11,7 @@ a loop over the experts with masks; its test score is taken after each epoch, of
 """
 
 import argparse
-import contextlib
 import sys
-import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -25,14 +23,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.common import Failure, Parser, attempt, environment, header, start, synchronise, table, write
 from benchmarks.layers import article_loop
+from benchmarks.runs import train_once
 from data.datasets import Splits, load_splits
-from engine.checkpoint import load_checkpoint, seed_everything
+from engine.checkpoint import seed_everything
 from engine.config import Config, config_from_dict, parse_command_line
 from engine.metrics import scores
-from engine.pipeline import build_model, build_trainer
-from engine.predict import predict
-from engine.run_folder import RunFolder
-from engine.tracking import open_tracker
+from engine.pipeline import build_model
 from errors import exit_code_of
 from model.backbone import Backbone, load_backbone
 from model.balance import usage_variance
@@ -52,11 +48,13 @@ def main(argv: list[str] | None = None) -> None:
     # What takes seconds the first time and belongs to nobody's clock: imports, contexts, kernels.
     splits, backbone = load_splits(ours.data), load_backbone(ours.backbone, device)
     warm_up(backbone, device)
-    runs = {"ours": [attempt(partial(train, ours, splits, backbone, device, seed)) for seed in range(options.repeats)]}
+    runs = {
+        "ours": [attempt(partial(train_once, ours, splits, backbone, device, seed)) for seed in range(options.repeats)]
+    }
     live = short(ours, options.live_epochs)
     if options.live_epochs:
         runs[f"ours, live backbone, {options.live_epochs} epochs"] = [
-            attempt(lambda: train(live, splits, backbone, device, 0))
+            attempt(lambda: train_once(live, splits, backbone, device, 0))
         ]
     if options.article_epochs:
         runs["article as written"] = [attempt(lambda: as_written(article, splits, device, options))]
@@ -121,23 +119,6 @@ def warm_up(backbone: Backbone, device: torch.device) -> None:
     weight = torch.zeros(8, 8, device=device, requires_grad=True)
     F.linear(weight, weight).sum().backward()
     synchronise(device)
-
-
-def train(config: Config, splits: Splits, backbone: Backbone, device: torch.device, seed: int) -> dict:
-    """Our recipe, as train.py runs it, without figures."""
-    config.train.seed = seed
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-        run = RunFolder.create(Path(folder) / "run", "benchmark")
-        began = time.perf_counter()
-        with open_tracker("none", run.path, config.to_dict(), name="benchmark", tags=[]) as tracker:
-            trainer = build_trainer(config, splits, backbone, device, run, tracker)
-            best = trainer.fit()
-            trainer.model.load_state_dict(load_checkpoint(run.best)["model"])
-            answers = predict(trainer.model, trainer.bank, "test")
-            result = scores(answers.labels_N, answers.predicted_N, splits.test.num_classes)
-            seconds = time.perf_counter() - began
-        epochs = [line["speed/epoch_seconds"] for line in run.history()]
-    return {"seconds": seconds, "macro_f1": result["macro_f1"], "best_epoch": best["epoch"], "epoch_seconds": epochs}
 
 
 class Article(nn.Module):

@@ -88,14 +88,21 @@ def identity(config: Config, splits: Splits, backbone: Backbone, feature_shape: 
 
 
 def build_trainer(
-    config: Config, splits: Splits, backbone: Backbone, device: torch.device, run: RunFolder, tracker: Tracker
+    config: Config,
+    splits: Splits,
+    backbone: Backbone,
+    device: torch.device,
+    run: RunFolder,
+    tracker: Tracker,
+    bank: FeatureBank | None = None,
 ) -> Trainer:
     """A run at its beginning: seeds, features, model and trainer, which writes to `run` and `tracker`.
 
-    To be called after the tracker was opened (see seed_everything). Raises what `build_model` and `Trainer` do.
+    bank: features that several runs share (None: made here). To be called after the tracker was opened (see
+    seed_everything). Raises what `build_model` and `Trainer` do.
     """
     seed_everything(config.train.seed, config.train.deterministic)
-    bank = build_bank(config, splits, backbone, device)
+    bank = bank or build_bank(config, splits, backbone, device)
     model = build_model(config, bank.feature_shape, splits.train.num_classes).to(device)
     stored = identity(config, splits, backbone, bank.feature_shape)
     parts = (config.train, config.optim, config.balance, config.router.random_steps)

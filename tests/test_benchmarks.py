@@ -5,9 +5,12 @@ import json
 import pytest
 import torch
 
-from benchmarks import dispatch, extraction, scaling, step, time_to_accuracy
+from benchmarks import dispatch, extraction, recipe, scaling, step, time_to_accuracy
 from benchmarks.common import Failure, Timing, attempt, table, timed
 from benchmarks.layers import Shape, contestants
+from engine.config import parse_command_line
+from engine.pipeline import build_model
+from engine.summary import head_cost
 from errors import UserError, exit_code_of
 
 CPU = torch.device("cpu")
@@ -114,6 +117,18 @@ def test_step_runs_to_its_end(tmp_path, capsys):
     # Two of four experts with a hidden layer, and one that all samples pass: less than all of their matrix products.
     mixture, active, total = (runs[i]["flops"] for i in (0, 3, 4))
     assert active < mixture < total
+
+
+def test_recipe_pairs_heads_of_equal_cost(tmp_path, capsys):
+    recipe.main(["--tiny", "--device", "cpu", "--out", str(tmp_path)])
+    assert "paired difference" in capsys.readouterr().out
+    found = read(tmp_path, "recipe")
+    runs = {name: by_seed["0"] for name, by_seed in found["runs"].items()}
+    assert len(runs) == 3 and all(len(by_seed) == 2 for by_seed in found["runs"].values())
+    config, shape = parse_command_line([*recipe.TINY, "--experts.shared", "[[40]]"]).config, (384,)
+    costs = [head_cost(build_model(head, shape, 10), shape).flops for head in recipe.heads(config, shape, 10).values()]
+    assert costs[1] == costs[2] == pytest.approx(costs[0], rel=0.01)
+    assert all(0 <= run["macro_f1"] <= 1 and run["best_epoch"] in (1, 2) for run in runs.values())
 
 
 def test_batches_go_round_the_samples_in_one_random_order():

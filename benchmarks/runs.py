@@ -1,0 +1,61 @@
+"""One run of a recipe as train.py makes it, but without figures, and on features that runs may share."""
+
+import contextlib
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from analysis.answers import calibration
+from analysis.routing import expert_load, load_entropy
+from data.datasets import Splits
+from data.features import FeatureBank
+from engine.checkpoint import load_checkpoint
+from engine.config import Config
+from engine.metrics import scores
+from engine.pipeline import build_trainer
+from engine.predict import predict
+from engine.run_folder import RunFolder
+from engine.summary import head_cost
+from engine.tracking import open_tracker
+from model.backbone import Backbone
+
+
+def train_once(
+    config: Config,
+    splits: Splits,
+    backbone: Backbone,
+    device: torch.device,
+    seed: int,
+    bank: FeatureBank | None = None,
+) -> dict:
+    """Train with a seed, keep the best epoch by validation, score the test images.
+
+    bank: features to read (None: extracted in the run). `seconds` is the whole run, from images in memory to answers.
+    """
+    config.train.seed = seed
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+        run = RunFolder.create(Path(folder) / "run", "benchmark")
+        began = time.perf_counter()
+        with open_tracker("none", run.path, config.to_dict(), name="benchmark", tags=[]) as tracker:
+            trainer = build_trainer(config, splits, backbone, device, run, tracker, bank)
+            best = trainer.fit()
+            model = trainer.model
+            model.load_state_dict(load_checkpoint(run.best)["model"])
+            answers = predict(model, trainer.bank, "test")
+            found = scores(answers.labels_N, answers.predicted_N, splits.test.num_classes)
+            seconds = time.perf_counter() - began
+        epochs = [line["speed/epoch_seconds"] for line in run.history()]
+    load_E = expert_load(answers.expert_A, len(model.moe.experts))
+    return {
+        **found,
+        "loss": answers.loss(),
+        "ece": float(calibration(answers.probs_NC, answers.labels_N)["error"]),
+        "entropy": load_entropy(load_E) if len(load_E) > 1 else None,
+        "flops": head_cost(model, trainer.bank.feature_shape, load_E).flops,
+        "best_epoch": best["epoch"],
+        "seconds": seconds,
+        "epoch_seconds": epochs,
+    }
