@@ -187,9 +187,9 @@ def _restore(given: Any, returned: Any) -> Any:
     return returned
 
 
-def show(task: Any, title: str, series: str, path: Path, step: int) -> None:
+def show(task: Any, title: str, series: str, path: Path) -> None:
     path.stat()  # the SDK passes over a missing file in silence
-    task.get_logger().report_image(title, series, iteration=step, local_path=str(path))
+    task.get_logger().report_image(title, series, iteration=0, local_path=str(path))
 
 
 def upload(task: Any, name: str, path: Path, as_model: bool) -> None:
