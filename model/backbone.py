@@ -75,6 +75,7 @@ class Backbone(nn.Module):
     forward: normalised images (B, 3, S, S) -> float32 features (B, F), or tokens (B, T, D) for `tokens:BLOCK`.
     Each block's tokens pass the ViT's final norm, as DINOv2's `get_intermediate_layers(norm=True)` does.
     dtype: arithmetic of the forward pass. Where it is not float32, a `fast_copy` of `vit` in it does the work.
+    Raises errors.UserError for a block or a class token that the ViT has not.
     """
 
     def __init__(self, vit: nn.Module, features: list[str], dtype: torch.dtype = torch.float32):
