@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from engine.pipeline import pick_device
-from errors import UserError
+from errors import UserError, one_line
 
 PACKAGES = ("torch", "timm", "transformers", "mixture-of-experts", "st-moe-pytorch")
 
@@ -72,7 +72,7 @@ def attempt(run: Callable[[], Any]) -> Any:
         if isinstance(error, torch.OutOfMemoryError):
             reason = "out of memory"
         else:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+            reason = one_line(f"{type(error).__name__}: {error}", 160)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return Failure(reason)
