@@ -130,7 +130,7 @@ def train(config: Config, splits: Splits, backbone: Backbone, device: torch.devi
         run = RunFolder.create(Path(folder) / "run", "benchmark")
         began = time.perf_counter()
         with open_tracker("none", run.path, config.to_dict(), name="benchmark", tags=[]) as tracker:
-            trainer = build_trainer(config, splits, backbone, device, run, tracker)
+            trainer = build_trainer(config, device, splits, backbone, run, tracker)
             best = trainer.fit()
             trainer.model.load_state_dict(load_checkpoint(run.best)["model"])
             answers = predict(trainer.model, trainer.bank, "test")

@@ -88,7 +88,7 @@ def identity(config: Config, splits: Splits, backbone: Backbone, feature_shape: 
 
 
 def build_trainer(
-    config: Config, splits: Splits, backbone: Backbone, device: torch.device, run: RunFolder, tracker: Tracker
+    config: Config, device: torch.device, splits: Splits, backbone: Backbone, run: RunFolder, tracker: Tracker
 ) -> Trainer:
     """A run at its beginning: seeds, features, model and trainer, which writes to `run` and `tracker`.
 
