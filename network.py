@@ -5,9 +5,11 @@ import threading
 from urllib.parse import urlparse
 from urllib.request import getproxies
 
+SECONDS = 3.0  # for a host to accept a connection
 
-def reachable(url: str, timeout: float = 3.0) -> bool:
-    """Whether the host of `url` accepts a connection within `timeout` seconds, name resolution included.
+
+def reachable(url: str) -> bool:
+    """Whether the host of `url` accepts a connection within SECONDS, name resolution included.
 
     Behind a proxy: whether the proxy does.
     """
@@ -19,7 +21,7 @@ def reachable(url: str, timeout: float = 3.0) -> bool:
 
     def connect():
         try:
-            socket.create_connection(address, timeout=timeout).close()
+            socket.create_connection(address, timeout=SECONDS).close()
         except OSError:
             return
         answered.set()
@@ -27,5 +29,5 @@ def reachable(url: str, timeout: float = 3.0) -> bool:
     # A thread, because a resolver that hangs knows no time-out of ours.
     thread = threading.Thread(target=connect, daemon=True)
     thread.start()
-    thread.join(timeout + 0.5)
+    thread.join(SECONDS + 0.5)
     return answered.is_set()

@@ -28,6 +28,8 @@ from engine.trainer import Trainer
 from errors import Interrupted, exit_code_of, leave, say
 from model.backbone import Backbone, load_backbone
 
+Inputs = tuple[torch.device, Splits, Backbone]
+
 
 def main() -> None:
     with stoppable():
@@ -45,7 +47,7 @@ def main() -> None:
             go(run, invocation.config, inputs, checkpoint)
 
 
-def go(run: RunFolder, config: Config, inputs: tuple, checkpoint: dict | None) -> None:
+def go(run: RunFolder, config: Config, inputs: Inputs, checkpoint: dict | None) -> None:
     """Train under a tracker, in a folder that is this process's own."""
     with start_tracking(run, config, checkpoint) as tracker:
         if tracker.config != config.to_dict():  # a ClearML agent may override values
@@ -53,37 +55,29 @@ def go(run: RunFolder, config: Config, inputs: tuple, checkpoint: dict | None) -
             inputs = load_inputs(config)
         write_config(config, run.config)
         try:
-            train(run, config, *inputs, tracker, checkpoint)
+            train(run, config, inputs, tracker, checkpoint)
         except Interrupted:
             if run.last.exists():
                 say(f"python train.py --resume {run.path} goes on from the last checkpoint")
             raise
 
 
-def load_inputs(config: Config) -> tuple[torch.device, Splits, Backbone]:
+def load_inputs(config: Config) -> Inputs:
     """Device, data and backbone: what can be missing, before anything is written."""
     device = pick_device(config.device)
     return device, load_splits(config.data), load_backbone(config.backbone, device)
 
 
-def train(
-    run: RunFolder,
-    config: Config,
-    device: torch.device,
-    splits: Splits,
-    backbone: Backbone,
-    tracker: Tracker,
-    checkpoint: dict | None,
-) -> None:
+def train(run: RunFolder, config: Config, inputs: Inputs, tracker: Tracker, checkpoint: dict | None) -> None:
     """Features, model, fit, evaluate, report."""
-    trainer = build_trainer(config, splits, backbone, device, run, tracker)
+    trainer = build_trainer(config, *inputs, run, tracker)
     if checkpoint is not None:
         check_inputs(checkpoint, trainer.identity, run.last)
         trainer.load_state_dict(checkpoint)
         trainer.best = best_kept(run, config, checkpoint)
         run.results.unlink(missing_ok=True)  # of weights that are about to change
         print(f"resuming     {run.path} after {trainer.position} of {config.train.epochs}")
-    announce(config, backbone, trainer)
+    announce(config, inputs[-1], trainer)
     best = trainer.fit()
     print(f"best epoch   {best['epoch']}, validation macro-F1 {100 * best['macro_f1']:.2f} %")
     export_model(run)

@@ -2,21 +2,20 @@
 
 import argparse
 import json
-import os
 import platform
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from engine.environment import device_name, versions
 from engine.pipeline import pick_device
-from errors import UserError
+from errors import UserError, one_line
 
 PACKAGES = ("torch", "timm", "transformers", "mixture-of-experts", "st-moe-pytorch")
 
@@ -72,7 +71,7 @@ def attempt(run: Callable[[], Any]) -> Any:
         if isinstance(error, torch.OutOfMemoryError):
             reason = "out of memory"
         else:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+            reason = one_line(f"{type(error).__name__}: {error}", 160)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return Failure(reason)
@@ -138,18 +137,10 @@ def start(options: argparse.Namespace) -> torch.device:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Machine, versions and date of a measurement."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
+    found = {"python": platform.python_version(), **versions(PACKAGES)}
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
         found["cuda"] = torch.version.cuda
-    else:
-        name = f"CPU, {torch.get_num_threads()} of {os.cpu_count()} cores"
-    return {"device": name, "versions": found, "date": f"{datetime.now():%Y-%m-%d %H:%M}"}
+    return {"device": device_name(device), "versions": found, "date": f"{datetime.now():%Y-%m-%d %H:%M}"}
 
 
 def header(title: str, where: dict[str, Any]) -> str:

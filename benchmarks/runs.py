@@ -40,7 +40,7 @@ def train_once(
         run = RunFolder.create(Path(folder) / "run", "benchmark")
         began = time.perf_counter()
         with open_tracker("none", run.path, config.to_dict(), name="benchmark", tags=[]) as tracker:
-            trainer = build_trainer(config, splits, backbone, device, run, tracker, bank)
+            trainer = build_trainer(config, device, splits, backbone, run, tracker, bank)
             best = trainer.fit()
             model = trainer.model
             model.load_state_dict(load_checkpoint(run.best)["model"])

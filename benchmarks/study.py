@@ -108,7 +108,7 @@ def load_features(
     splits = load_splits(config.data)
     bank = build_bank(config, splits, load_backbone(config.backbone, device), device)
     views = min(views, options.epochs) if config.augment.active else 1
-    shape, dtype = tuple(bank.example().shape[1:]), torch.float16 if device.type == "cuda" else torch.float32
+    shape, dtype = bank.feature_shape, torch.float16 if device.type == "cuda" else torch.float32
 
     def whole(split: str, number: int) -> torch.Tensor:
         found = torch.empty(number, len(splits[split]), *shape, dtype=dtype, device=device)

@@ -11,7 +11,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from errors import UserError
+from errors import UserError, one_line
 
 MIN_SIDE = 4
 PROGRAMS = {"EPS"}  # PostScript is code, for which Pillow starts an interpreter
@@ -54,7 +54,7 @@ def read_picture(path: Path, size: int, grey: bool = False) -> Picture:
     except Image.DecompressionBombError as error:
         raise UserError(f"{path} has more than {2 * MAX_PIXELS // 10**6} megapixels: make it smaller first") from error
     except Exception as error:  # bytes that are no image make the decoders fail in every way there is
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        reason = one_line(error, 120) or type(error).__name__
         raise UserError(f"{path} cannot be read as an image ({reason}): mend or remove it") from error
 
 

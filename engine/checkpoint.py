@@ -165,7 +165,10 @@ def check_inputs(stored: dict[str, Any], now: dict[str, Any], source: Path) -> N
 
 
 def export_model(run: RunFolder) -> None:
-    """Write the best checkpoint as model.safetensors, and as model.json what the weights mean nothing without."""
+    """Write the best checkpoint as model.safetensors, and as model.json what the weights mean nothing without.
+
+    Raises errors.UserError where there is no best checkpoint that can be read.
+    """
     best = load_checkpoint(run.best)
     weights = {name: value.contiguous() for name, value in best["model"].items()}
     write_atomically(run.weights, lambda temporary: save_file(weights, temporary, metadata={"format": "pt"}))

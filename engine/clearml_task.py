@@ -187,12 +187,14 @@ def _restore(given: Any, returned: Any) -> Any:
     return returned
 
 
-def show(task: Any, title: str, series: str, path: Path, step: int) -> None:
+def show(task: Any, title: str, series: str, path: Path) -> None:
+    """Report a PNG among the debug samples. Raises OSError where it is missing, and what the SDK raises."""
     path.stat()  # the SDK passes over a missing file in silence
-    task.get_logger().report_image(title, series, iteration=step, local_path=str(path))
+    task.get_logger().report_image(title, series, iteration=0, local_path=str(path))
 
 
 def upload(task: Any, name: str, path: Path, as_model: bool) -> None:
+    """Upload a file, as output model or artifact. Raises OSError where that fails, and what the SDK raises."""
     from clearml import OutputModel
 
     path.stat()  # the SDK makes an empty archive of a missing file

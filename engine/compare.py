@@ -15,7 +15,7 @@ from analysis import plots
 from engine.config import flatten
 from engine.figures import save_figure
 from engine.run_folder import RunFolder, write_atomically, write_json
-from errors import UserError
+from errors import UserError, one_line
 
 # Where a run lies and what it ran on: not what it is.
 INCIDENTAL = {"run_dir", "tracking", "device", "data.root", "data.download", "backbone.weights"}
@@ -107,7 +107,7 @@ def _load_folder(run: RunFolder, source: str) -> Compared:
         metrics = json.loads(file.read_text(encoding="utf-8"))
         config = yaml.safe_load(run.config.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = one_line(error, 160)
         raise UserError(
             f"{source} has a torn config.yaml or evaluation/metrics.json ({reason}): evaluate it again"
         ) from error

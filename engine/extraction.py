@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from data.augment import prepare
+from errors import one_line
 from model.backbone import Backbone
 
 # Estimates, which benchmarks/extraction.py can check: images in a run from which compiling repays its time on a GPU,
@@ -53,7 +54,7 @@ class Extractor:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # a compiler fails in every way there is
-            self.failed = " ".join(str(error).split())[:160]
+            self.failed = one_line(error, 160)
             print(f"features: the backbone cannot be compiled ({self.failed}): going on without", file=sys.stderr)
             return self.backbone
         return run

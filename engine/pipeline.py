@@ -89,9 +89,9 @@ def identity(config: Config, splits: Splits, backbone: Backbone, feature_shape: 
 
 def build_trainer(
     config: Config,
+    device: torch.device,
     splits: Splits,
     backbone: Backbone,
-    device: torch.device,
     run: RunFolder,
     tracker: Tracker,
     bank: FeatureBank | None = None,

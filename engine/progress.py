@@ -13,7 +13,10 @@ from engine.step import StepResult
 
 @dataclass
 class EpochSums:
-    """Sums over the samples of an epoch so far; the tensors are on the device."""
+    """Sums over the samples of an epoch so far; the tensors are on the device.
+
+    importance_E, auxiliary and learned_samples are of the steps that the learned gate routed.
+    """
 
     loss: Tensor
     correct: Tensor
@@ -26,6 +29,7 @@ class EpochSums:
 
     @classmethod
     def zeros(cls, num_experts: int, device: torch.device) -> "EpochSums":
+        """The sums of an epoch that has not begun."""
         loss, correct, dropped = torch.zeros(3, device=device)
         return cls(loss, correct, torch.zeros(num_experts, device=device), dropped)
 

@@ -24,7 +24,7 @@ def report(run: RunFolder, results: dict[str, Any], tracker: Tracker) -> None:
     for path in sorted(run.figures.glob("*.png")):
         tracker.figure("evaluation", path.stem, path)
         tracker.artifact(f"figure {path.stem}", path)
-    tracker.artifact("evaluation", run.evaluation / "metrics.json")
+    tracker.artifact("evaluation", run.results)
     tracker.artifact("report", run.report)
 
 

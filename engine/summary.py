@@ -16,7 +16,7 @@ class Cost:
     """Parameters, and floating-point operations of one sample's forward pass (a multiply-add counts as two).
 
     backbone_parameters are frozen, trainable_parameters are the rest. active_parameters are those trainable ones
-    that one sample passes, and head_flops what it costs, both as means under the load of the experts.
+    that one sample passes, and head_flops what it costs, both as means under an even load of the experts.
     """
 
     backbone_parameters: int
@@ -71,12 +71,10 @@ def head_cost(model: VisionMoE, feature_shape: tuple[int, ...], load_E: np.ndarr
     )
 
 
-def cost(
-    model: VisionMoE, backbone: Backbone, feature_shape: tuple[int, ...], load_E: np.ndarray | None = None
-) -> Cost:
-    """Count parameters and FLOPs of backbone and head. load_E: fractions of the assignments; None: an even load."""
+def cost(model: VisionMoE, backbone: Backbone, feature_shape: tuple[int, ...]) -> Cost:
+    """Count parameters and FLOPs of backbone and head, the latter as `head_cost` does under an even load."""
     size = backbone.image_size
-    head = head_cost(model, feature_shape, load_E)
+    head = head_cost(model, feature_shape)
     return Cost(
         backbone_parameters=parameters(backbone),
         trainable_parameters=parameters(model),

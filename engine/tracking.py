@@ -60,14 +60,14 @@ class Tracker:
             if _is_finite(value):
                 self._log("report_single_value", key, float(value))
 
-    def figure(self, title: str, series: str, path: Path, step: int = 0) -> None:
+    def figure(self, title: str, series: str, path: Path) -> None:
         """A PNG file, shown among the debug samples."""
-        self._send(show, title, series, Path(path), step)
+        self._send(show, title, series, Path(path))
 
-    def table(self, title: str, series: str, header: list[str], rows: list[list], step: int = 0) -> None:
+    def table(self, title: str, series: str, header: list[str], rows: list[list]) -> None:
         """A table of text and numbers, shown among the plots; what is not finite is left empty."""
         cells = [["" if isinstance(v, float) and not _is_finite(v) else v for v in row] for row in rows]
-        self._log("report_table", title, series, iteration=step, table_plot=[list(header), *cells])
+        self._log("report_table", title, series, iteration=0, table_plot=[list(header), *cells])
 
     def bars(self, title: str, series: str, labels: Sequence[str], values: dict[str, Sequence[float]]) -> None:
         """Grouped bars, one group a label and one colour a key of `values`, among the plots; drawn by the viewer."""
@@ -164,9 +164,8 @@ def open_tracker(
     tags: Sequence[str] = (),
     task_id: str | None = None,
     resume_step: int | None = None,
-    say: Callable[[str], None] = print,
 ) -> Tracker:
-    """Open RUN/metrics.jsonl and, by mode, a ClearML task; `say` gets one line on where the numbers go.
+    """Open RUN/metrics.jsonl and, by mode, a ClearML task; prints one line on where the numbers go.
 
     mode: "clearml" (the configured server, or an error), "offline" (a session, to be imported later), "none",
     or "auto": the server if one is configured and answers, else offline, else none. config: nested dicts,
@@ -188,7 +187,7 @@ def open_tracker(
         raise
     tracker = Tracker(lines, config, clearml, Path(run_dir))
     where = {"clearml": "ClearML and ", "offline": "ClearML offline and ", "none": ""}[tracker.mode]
-    say(f"tracking: {where}{lines.name}" + "".join(f" ({reason})" for reason in dict.fromkeys(reasons)))
+    print(f"tracking: {where}{lines.name}" + "".join(f" ({reason})" for reason in dict.fromkeys(reasons)))
     if clearml:
         _remember(Path(run_dir), clearml, whole=False)
     if resume_step is not None:
@@ -196,9 +195,7 @@ def open_tracker(
     return tracker
 
 
-def open_evaluation(
-    mode: str, run_dir: Path, config: dict, *, name: str, tags: Sequence[str] = (), say: Callable[[str], None] = print
-) -> Tracker:
+def open_evaluation(mode: str, run_dir: Path, config: dict, *, name: str, tags: Sequence[str] = ()) -> Tracker:
     """A tracker for a later evaluation of the run in `run_dir`: a task of its own under that of the training.
 
     mode: "clearml" (the configured server, or an error), "none", or "auto": the server where the training's task is on
@@ -213,7 +210,7 @@ def open_evaluation(
         parent = online[-1]["task_id"] if online else None
         clearml, reasons = _first_task(("clearml",), mode == "auto", config, name, list(tags), None, "testing", parent)
     if clearml or reasons:
-        say("tracking: " + ("ClearML" if clearml else f"none ({reasons[0]})"))
+        print("tracking: " + ("ClearML" if clearml else f"none ({reasons[0]})"))
     tracker = Tracker(open(os.devnull, "w"), config, clearml)  # noqa: SIM115 - the tracker closes it
     if clearml and not (online and online[-1].get("whole")):
         tracker.sends_again = True

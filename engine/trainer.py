@@ -40,7 +40,8 @@ BAR_SECONDS = 0.5  # between two looks at the running loss, each of which waits 
 class Trainer:
     """Trains a VisionMoE on a FeatureBank, validates it after every epoch and keeps the best and the last state.
 
-    identity: what engine.pipeline.identity describes, stored in every checkpoint.
+    identity: what engine.pipeline.identity describes, stored in every checkpoint. Raises errors.UserError for a batch
+    larger than the training set, or a routing warm-up that never ends.
     """
 
     def __init__(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from archives import check_archive
-from errors import EnvironmentFault, UserError
+from errors import EnvironmentFault, UserError, one_line
 from model.fast_vit import fast_copy
 from network import reachable
 
@@ -75,6 +75,7 @@ class Backbone(nn.Module):
     forward: normalised images (B, 3, S, S) -> float32 features (B, F), or tokens (B, T, D) for `tokens:BLOCK`.
     Each block's tokens pass the ViT's final norm, as DINOv2's `get_intermediate_layers(norm=True)` does.
     dtype: arithmetic of the forward pass. Where it is not float32, a `fast_copy` of `vit` in it does the work.
+    Raises errors.UserError for a block or a class token that the ViT has not.
     """
 
     def __init__(self, vit: nn.Module, features: list[str], dtype: torch.dtype = torch.float32):
@@ -209,10 +210,10 @@ def _create(config: BackboneConfig, **options) -> nn.Module:
     try:
         return timm.create_model(config.name, num_classes=0, **options)
     except (RuntimeError, TypeError, ValueError, AssertionError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         raise UserError(f"backbone {config.name} cannot be built: {reason}") from error
     except OSError as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise EnvironmentFault(f"backbone {config.name}: its weights could not be loaded: {reason}") from error
 
 
@@ -225,7 +226,7 @@ def _load_converted(vit: nn.Module, state: dict[str, Tensor], config: BackboneCo
     try:
         missing, _ = vit.load_state_dict(convert(state, vit) if convert else state, strict=False)
     except (RuntimeError, KeyError, AttributeError, IndexError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         raise UserError(f"backbone.weights {config.weights} does not fit {config.name}: {reason}") from error
     if missing:
         raise UserError(

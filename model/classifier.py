@@ -125,7 +125,10 @@ class VisionMoE(nn.Module):
     def forward(
         self, features: Tensor, warmup: bool = False, allowed_E: Tensor | None = None
     ) -> tuple[Tensor, Routing]:
-        """Logits (B, C) in float32 and the routing; `warmup` routes at random, `allowed_E` bars experts."""
+        """Logits (B, C) in float32 and the routing.
+
+        warmup: route at random. allowed_E: bool, the experts that may be chosen (None: all).
+        """
         x_BD = self.dropout(self.neck(features.float()))
         return self.moe(x_BD, warmup, allowed_E)
 

@@ -39,7 +39,10 @@ class MixtureOfExperts(nn.Module):
         self.register_buffer("warmup_usage_E", torch.zeros(num_experts, dtype=torch.int64))
 
     def forward(self, x_BD: Tensor, warmup: bool = False, allowed_E: Tensor | None = None) -> tuple[Tensor, Routing]:
-        """Logits (B, C) in float32 and the routing; `warmup` routes at random, `allowed_E` bars experts."""
+        """Logits (B, C) in float32 and the routing.
+
+        warmup: route at random. allowed_E: bool, the experts that may be chosen (None: all).
+        """
         routing = self.router(x_BD, warmup, allowed_E)
         if self.training:
             self._count(routing)

@@ -54,10 +54,10 @@ def vit_micro(drop_path_rate: float = 0.0) -> VisionTransformer:
     return model
 
 
-def load_vit_micro(path: Path = WEIGHTS, sha256: str = WEIGHTS_SHA256) -> VisionTransformer:
+def load_vit_micro(path: Path = WEIGHTS) -> VisionTransformer:
     """The distilled model: float32 weights, evaluation mode, on the CPU.
 
-    path: a safetensors state dict (stored as float16). sha256: the 64 hexadecimal digits it must hash to.
+    path: a safetensors state dict (stored as float16), which must hash to WEIGHTS_SHA256.
     Raises UserError if the file cannot be read or is another one; nothing of it is parsed before that.
     """
     advice = f"restore it with `git checkout -- {_shown(path)}`"
@@ -66,8 +66,8 @@ def load_vit_micro(path: Path = WEIGHTS, sha256: str = WEIGHTS_SHA256) -> Vision
     except OSError as error:
         raise UserError(f"cannot read the weights {path} ({error.strerror}): {advice}") from error
     found = hashlib.sha256(content).hexdigest()
-    if found != sha256:
-        raise UserError(f"the weights {path} have SHA-256 {found}, expected {sha256}: {advice}")
+    if found != WEIGHTS_SHA256:
+        raise UserError(f"the weights {path} have SHA-256 {found}, expected {WEIGHTS_SHA256}: {advice}")
     model = vit_micro()
     state = {name: tensor.float() for name, tensor in load_safetensors(content).items()}
     model.load_state_dict(state, strict=True)

@@ -148,37 +148,32 @@ def test_losses_have_the_gradient_of_finite_differences(name):
     assert torch.autograd.gradcheck(loss, (torch.randn(5, 3, dtype=torch.float64, requires_grad=True),))
 
 
+def load_after_minimising(target="even", **weights):
+    """Load of three experts, of work 1, 2 and 3, after a gate has learned nothing but the loss of these weights."""
+    torch.manual_seed(0)
+    config = RouterConfig(kind="noisy_topk", top_k=1, target_load=target)
+    router = build_router(config, 8, 3, work=[1.0, 2.0, 3.0]).train()
+    balance = BalanceConfig(**{"switch": 0.0, **weights})
+    optimizer = torch.optim.Adam(router.parameters(), lr=0.05)
+    x = torch.randn(256, 8)
+    for _ in range(100):
+        optimizer.zero_grad()
+        weighted_sum(balance_losses(router(x), balance), balance).backward()
+        optimizer.step()
+    counts = sum(router(x).counts_E for _ in range(20))
+    return (counts / counts.sum()).tolist()
+
+
 @pytest.mark.parametrize(
     ("target", "expected"), [("size", [1 / 6, 2 / 6, 3 / 6]), ("inverse_size", [6 / 11, 3 / 11, 2 / 11])]
 )
 @pytest.mark.parametrize("name", ["switch", "importance", "load", "entropy_global"])
 def test_minimising_a_loss_brings_the_load_to_its_target(name, target, expected):
-    torch.manual_seed(0)
-    config = RouterConfig(kind="noisy_topk", top_k=1, target_load=target)
-    router = build_router(config, 8, 3, work=[1.0, 2.0, 3.0]).train()
-    balance = BalanceConfig(**{"switch": 0.0, name: 1.0})
-    optimizer = torch.optim.Adam(router.parameters(), lr=0.05)
-    x = torch.randn(256, 8)
-    for _ in range(100):
-        optimizer.zero_grad()
-        weighted_sum(balance_losses(router(x), balance), balance).backward()
-        optimizer.step()
-    counts = sum(router(x).counts_E for _ in range(20))
-    assert (counts / counts.sum()).tolist() == pytest.approx(expected, abs=0.06)
+    assert load_after_minimising(target, **{name: 1.0}) == pytest.approx(expected, abs=0.06)
 
 
 def test_the_parameter_penalty_prefers_small_experts():
-    torch.manual_seed(0)
-    router = build_router(RouterConfig(kind="noisy_topk", top_k=1), 8, 3, work=[1.0, 2.0, 3.0]).train()
-    balance = BalanceConfig(switch=0.0, p_penalty=1.0)
-    optimizer = torch.optim.Adam(router.parameters(), lr=0.05)
-    x = torch.randn(256, 8)
-    for _ in range(100):
-        optimizer.zero_grad()
-        weighted_sum(balance_losses(router(x), balance), balance).backward()
-        optimizer.step()
-    counts = sum(router(x).counts_E for _ in range(20))
-    assert (counts / counts.sum()).tolist() == pytest.approx([6 / 11, 3 / 11, 2 / 11], abs=0.06)  # equal work
+    assert load_after_minimising(p_penalty=1.0) == pytest.approx([6 / 11, 3 / 11, 2 / 11], abs=0.06)  # equal work
 
 
 def test_which_losses_reach_the_gate():

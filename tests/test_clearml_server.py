@@ -180,17 +180,16 @@ for attempt in (start, lambda: fetch_run("0" * 32)):
         assert error.exit_code == 2 and "refused the login; correct the access and secret key" in str(error)
     else:
         raise AssertionError
-said = []
-tracker = open_tracker("auto", run, CONFIG, name="n", say=said.append)
+tracker = open_tracker("auto", run, CONFIG, name="n")
 tracker.scalars({"loss/train": 0.5}, step=10)
 tracker.close()
-assert tracker.mode == "offline" and "refused the login" in said[0], said
+assert tracker.mode == "offline"
 assert [task["mode"] for task in tasks_of(run)] == ["offline"]
 assert open_evaluation("auto", run, CONFIG, name="n").mode == "none"
 """
     with StandIn(refuse=True) as server:
-        run_python(workplace, tmp_path, OPEN + code, **server.environment())
-    assert server.tasks == {}
+        done = run_python(workplace, tmp_path, OPEN + code, **server.environment())
+    assert server.tasks == {} and "refused the login" in done.stdout
 
 
 @pytest.mark.parametrize("how", ["refuse", "hang"])

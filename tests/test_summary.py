@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from engine.summary import cost
+from engine.summary import cost, head_cost
 from model.classifier import NeckConfig, VisionMoE
 from model.experts import ExpertsConfig
 from model.routers import RouterConfig
@@ -23,10 +23,10 @@ class Eye(nn.Module):
         return images
 
 
-def cost_of(router, sizes, shared=(), shape=(10,), neck="pooled", load=None):
+def cost_of(router, sizes, shared=(), shape=(10,), neck="pooled"):
     experts = ExpertsConfig(sizes=[list(size) for size in sizes], shared=[list(size) for size in shared])
     model = VisionMoE(shape, 3, NeckConfig(kind=neck, norm="none"), router, experts)
-    return cost(model, Eye(), shape, load), model
+    return cost(model, Eye(), shape), model
 
 
 # An expert of h units on 10 features and 3 classes: 10 h + h weights and biases, 2 h of its norm, 3 h + 3 of the
@@ -62,8 +62,8 @@ def test_active_cost_is_that_of_the_experts_a_sample_sees_and_the_shared_ones(ro
 
 
 def test_a_measured_load_weights_the_experts():
-    found, _ = cost_of(RouterConfig(kind="vmoe", top_k=1), [[4], [8]], load=[0.25, 0.75])
-    assert found.head_flops == GATE / 2 + expert_flops(7)
+    _, model = cost_of(RouterConfig(kind="vmoe", top_k=1), [[4], [8]])
+    assert head_cost(model, (10,), [0.25, 0.75]).flops == GATE / 2 + expert_flops(7)
 
 
 def test_soft_routing_runs_every_slot_and_reads_every_weight_once():

@@ -39,7 +39,7 @@ assert "clearml" not in sys.modules
 def test_resume_drops_later_and_torn_lines(tmp_path):
     lines = [json.dumps({"step": step, "epoch": None, "loss/train": 0.5}) + "\n" for step in (10, 20, 30)]
     (tmp_path / "metrics.jsonl").write_text("".join(lines) + '{"step": 20, "lo')
-    tracker = open_tracker("none", tmp_path, {}, name="n", resume_step=20, say=lambda line: None)
+    tracker = open_tracker("none", tmp_path, {}, name="n", resume_step=20)
     tracker.scalars({"loss/train": 0.25}, step=25)
     tracker.close()
     assert [record["step"] for record in records(tmp_path)] == [10, 20, 25]
@@ -48,7 +48,7 @@ def test_resume_drops_later_and_torn_lines(tmp_path):
 
 def test_without_resume_step_only_a_torn_line_goes(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 10}\n{"step": 20}')
-    open_tracker("none", tmp_path, {}, name="n", say=lambda line: None).close()
+    open_tracker("none", tmp_path, {}, name="n").close()
     assert records(tmp_path) == [{"step": 10}]
 
 
@@ -78,8 +78,8 @@ values = {"loss/train": 0.5, "loss/validation": float("nan"), "accuracy/test": 0
 tracker.scalars(values, step=100, epoch=1)
 tracker.scalars({"loss/train": 0.125}, step=200, epoch=2)
 tracker.summary({"accuracy": 0.75, "bad": float("inf")})
-tracker.table("per class", "test", ["class", "f1"], [["apple", 0.5], ["bear", float("nan")]], step=200)
-tracker.figure("load", "validation", run / "figure.png", step=200)
+tracker.table("per class", "test", ["class", "f1"], [["apple", 0.5], ["bear", float("nan")]])
+tracker.figure("load", "validation", run / "figure.png")
 tracker.artifact("best", run / "best.json")
 tracker.artifact("missing", run / "missing")
 tracker.figure("missing", "too", run / "missing.png")
@@ -144,7 +144,7 @@ def test_offline_session_holds_files_and_table(session):
         "vision-moe",
     }
     image = next(event for event in events(files) if event["type"] == "training_debug_image")
-    assert (image["metric"], image["variant"], image["iter"]) == ("load", "validation", 200)
+    assert (image["metric"], image["variant"], image["iter"]) == ("load", "validation", 0)
     plot = next(event for event in events(files) if event["type"] == "plot")
     assert "apple" in plot["plot_str"] and "NaN" not in plot["plot_str"]
 

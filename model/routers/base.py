@@ -76,10 +76,10 @@ class Routing:
 
 
 class Router(nn.Module):
-    """Base of the rules: a gate in float32 that reads its features, and random routing in warm-up.
+    """Base of the rules: a gate in float32 that reads features (B, in_features), and random routing in warm-up.
 
-    work: relative cost of each expert, which target_load refers to (None: equal). Raises ValueError where the
-    configuration does not fit the number of experts.
+    work: relative cost of each expert, which target_load refers to (None: equal). num_groups: equally wide groups of
+    features, which router.inputs names. Raises ValueError where the configuration does not fit the number of experts.
     """
 
     token_choice = True  # each sample chooses k experts
