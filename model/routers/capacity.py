@@ -8,8 +8,7 @@ from torch.nn import functional as F
 def expert_capacity(batch: int, per_sample: float, target_E: Tensor) -> Tensor:
     """Places of each expert: ceil(batch * per_sample * target share), int64; 1 at the least.
 
-    per_sample: k times the capacity factor. With even targets V-MoE's B k c / E (Riquelme 2021, eq. 4),
-    rounded up instead of to the nearest.
+    per_sample: k times the capacity factor. With even targets this is ceil(B k c / E), as in V-MoE (Riquelme 2021).
     """
     places_E = batch * per_sample * target_E.double()
     # The shares are float32: 192 * 1/3 must not give 65.
