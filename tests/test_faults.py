@@ -21,6 +21,7 @@ import train
 from data.datasets import DataConfig, ImageSet, load_splits
 from data.image_file import read_picture
 from engine.checkpoint import export_model, load_checkpoint, save_checkpoint
+from engine.config import Config, write_config
 from engine.health import RoutingWatch
 from engine.optim import OptimConfig
 from engine.run_folder import RunFolder, write_json
@@ -177,6 +178,31 @@ def test_a_run_folder_serves_one_process_at_a_time(tmp_path):
         assert code == 2 and "is in use by another process" in line
         assert run.metrics.exists()  # the one that was refused has not touched what the first has written
     assert in_a_fork(second)[0] == 0
+
+
+def test_a_folder_that_cannot_be_used_is_told_before_any_work(tmp_path, monkeypatch):
+    run = RunFolder.create(tmp_path / "run", "test")
+    monkeypatch.setattr(train, "load_inputs", lambda config: pytest.fail("has begun to load"))
+
+    def told(*words):
+        monkeypatch.setattr("sys.argv", ["train.py", "--config", "configs/digits.yaml", *map(str, words)])
+        return in_a_fork(train.main)
+
+    with run.claimed():
+        assert told("--run_dir", run.path) == (2, f"error: {busy(run)}\n")
+        write_config(Config(), run.config)
+        monkeypatch.setattr("sys.argv", ["train.py", "--resume", str(run.path)])
+        assert in_a_fork(train.main) == (2, f"error: {busy(run)}\n")
+        write_json(run.model, {})
+    code, line = told("--run_dir", run.path)
+    assert code == 2 and "already holds a run" in line
+    run.refuse_busy()  # the first look has claimed nothing
+    with run.claimed(), pytest.raises(UserError, match="in use"):
+        run.refuse_busy()
+
+
+def busy(run):
+    return f"{run.path} is in use by another process: wait for it, or choose another --run_dir"
 
 
 @pytest.mark.parametrize("mine", [False, True])
