@@ -13,8 +13,8 @@ if __name__ == "__main__":
 import argparse
 from pathlib import Path
 
+from arguments import Parser
 from data.datasets import load_splits
-from engine.arguments import Parser
 from engine.checkpoint import check_inputs, load_exported
 from engine.compare import compare
 from engine.evaluation import evaluate, table

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from analysis.plots.pictures import explanation
+from arguments import Parser
 from data.image_file import Picture, find_images, read_picture
-from engine.arguments import Parser
 from engine.classify import Answer, classify
 from engine.loading import TrainedRun, load_trained
 from engine.run_folder import write_atomically

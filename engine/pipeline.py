@@ -39,7 +39,7 @@ def build_bank(config: Config, splits: Splits, backbone: Backbone, device: torch
     images = views_run * len(splits.train) + len(splits.validation) + len(splits.test)
     cache, source = None, {}
     if features.mode == "cached" and features.cache_dir is not None:
-        cache = FeatureCache(features.cache_dir)
+        cache = FeatureCache(features.cache_dir, config.data.name)
         source = {
             "backbone": config.backbone.name,
             "weights": backbone.fingerprint(),
