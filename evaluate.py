@@ -94,4 +94,4 @@ def score(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    leave(exit_code_of(main))
+    leave(exit_code_of(main, lasting=True))

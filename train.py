@@ -145,4 +145,4 @@ def announce(run: RunFolder, config: Config, splits: Splits, model, backbone: Ba
 
 
 if __name__ == "__main__":
-    leave(exit_code_of(main))
+    leave(exit_code_of(main, lasting=True))

@@ -350,6 +350,49 @@ def test_a_system_error_names_its_file(monkeypatch, capsys, tmp_path):
     errors.say("lost")
 
 
+def full_disk():
+    return open("/dev/full", "w")  # noqa: SIM115, closed by who asked for it
+
+
+def unread_pipe():
+    read, write = os.pipe()
+    os.close(read)
+    return os.fdopen(write, "w")
+
+
+@pytest.mark.parametrize("lasting", [False, True])
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [(full_disk, "standard output cannot be written: No space"), (unread_pipe, "")],
+)
+def test_output_that_no_one_takes_ends_no_work_that_is_in_files(monkeypatch, capsys, tmp_path, output, words, lasting):
+    def work():
+        print("begun", flush=True)
+        (tmp_path / "result").write_text("whole")
+        print("done")
+
+    with monkeypatch.context() as patch, output() as stream:
+        patch.setattr("sys.argv", ["train.py"])
+        patch.setattr(sys, "stdout", stream)
+        assert exit_code_of(work, lasting) == 1
+        assert sys.stdout is stream
+        stream.flush()  # as Python does when it ends: nothing is left that could fail
+    line = capsys.readouterr().err
+    assert words in line and line.count("\n") == bool(words)
+    assert (tmp_path / "result").exists() == lasting
+
+
+def test_buffered_lines_that_are_lost_at_the_end_are_an_error(monkeypatch, capsys):
+    for main in (lambda: print("all"), lambda: evaluate.parse(["--help"])):
+        with monkeypatch.context() as patch, open("/dev/full", "w") as stream:
+            patch.setattr(sys, "stdout", stream)
+            assert exit_code_of(main) == 1
+        assert capsys.readouterr().err.count("standard output cannot be written") == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", None)  # closed before the program began
+        assert exit_code_of(lambda: print("nothing")) == exit_code_of(lambda: evaluate.parse(["--help"])) == 0
+
+
 # Data
 
 
