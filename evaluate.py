@@ -84,7 +84,7 @@ def score(options: argparse.Namespace) -> None:
     with blaming_files():
         check_inputs(described, identity(config, splits, backbone, feature_shape), run.weights)
         model = build_model(config, feature_shape, splits.test.num_classes)
-        load_exported(run, model)
+        load_exported(run, model, described.get("weights_sha256"))
     tags = [config.data.name, config.backbone.name, config.router.kind]
     with open_evaluation(options.tracking, run.path, config.to_dict(), name=run.path.name, tags=tags) as tracker:
         if tracker.sends_again:

@@ -351,7 +351,7 @@ def test_a_system_error_names_its_file(monkeypatch, capsys, tmp_path):
 
 
 def full_disk():
-    return open("/dev/full", "w")  # noqa: SIM115, closed by who asked for it
+    return open("/dev/full", "w")
 
 
 def unread_pipe():
