@@ -18,7 +18,7 @@ from model.classifier import VisionMoE
 
 
 def pick_device(name: str) -> torch.device:
-    """The torch device for `device`. Raises errors.UserError for a GPU that is not there."""
+    """The torch device for `device`, a GPU made the current one. Raises errors.UserError for one that is not there."""
     if not re.fullmatch(DEVICES, name):
         raise UserError(f"device is '{name}': use auto, cpu, cuda or cuda:N")
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
@@ -28,7 +28,9 @@ def pick_device(name: str) -> torch.device:
     seen = torch.cuda.device_count()
     if index >= seen:
         raise UserError(f"device {name} is not there: PyTorch sees {seen} GPU(s); use --device cpu")
-    return torch.device("cuda", index)
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)  # where graphs, streams and memory figures of no named device land
+    return device
 
 
 def build_bank(config: Config, splits: Splits, backbone: Backbone, device: torch.device) -> FeatureBank:
