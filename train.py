@@ -140,6 +140,8 @@ def announce(run: RunFolder, config: Config, splits: Splits, model, backbone: Ba
     print(f"backbone     {config.backbone.name}{random_weights}, frozen; features {' '.join(config.backbone.features)}")
     seen = f"{model.moe.router.experts_per_sample:g} a sample by {config.router.kind}"
     print(f"experts      {', '.join(config.experts.labels())}; {seen}")
+    if shared := config.experts.shared_labels():
+        print(f"shared       {', '.join(shared)}; every sample passes all of them")
     print("\n".join(cost(model, backbone, feature_shape).lines()))
     print(f"run folder   {run.path}", flush=True)
 

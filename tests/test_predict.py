@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -246,6 +247,17 @@ def test_the_picture_says_what_it_was_given():
     for words in ("cat", "90.0%", "2 · 64, alone: cat (50%)", "0.75", "0 · 16, alone: cow (12%)", "0.25"):
         assert words in texts
     assert [axes.get_title() for axes in figure.axes[::3]] == [r"a\$.png", "b.png"]
+    figure = explanation([image], ["a.png"], [[("cat", 0.9)]], [votes], shared=True)
+    texts = [text.get_text() for axes in figure.axes for text in axes.texts]
+    assert "2 · 64 + shared: cat (50%)" in texts and not [text for text in texts if "alone" in text]
+    assert "with the shared experts" in figure.axes[2].get_title()
+
+
+def test_an_answer_given_with_shared_experts_is_called_so(trained, digits):
+    (answer,) = classify(trained, digits.images_NCHW[:1])
+    shown = [predict.text("a.png", Namespace(notes=()), answer, shared) for shared in (False, True)]
+    assert "alone: " in shown[0] and "with the shared" not in shown[0]
+    assert shown[1] == shown[0].replace("alone: ", "with the shared: ")
 
 
 def test_a_folder_gives_its_images_in_order(tmp_path):
