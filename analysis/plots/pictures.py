@@ -38,7 +38,7 @@ def explanation(
         _bars(right, bars, [_vote(" + shared" if shared else ", alone", *vote) for vote in experts])
     grid[0, 1].set_title("class, probability", fontsize=9)
     grid[0, 2].set_title(
-        f"expert · hidden units, its answer {'with the shared experts' if shared else 'alone'}, gate weight", fontsize=9
+        f"expert · hidden units, its answer {'+ shared' if shared else 'alone'}, gate weight", fontsize=9
     )
     return figure
 
