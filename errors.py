@@ -6,7 +6,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import NoReturn
+from typing import Any, NoReturn, TextIO
 
 MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
@@ -71,19 +71,80 @@ def warn(message: str) -> None:
     say(f"warning: {message}")
 
 
-def exit_code_of(main: Callable[[], None]) -> int:
+class _Output:
+    """Standard output that may be full, or a pipe that no one reads any more.
+
+    lasting: what cannot be written is dropped and the program goes on; `finish` raises what was in the way. Else
+    that is raised at once.
+    """
+
+    def __init__(self, stream: TextIO | None, lasting: bool):
+        self.stream, self.lasting = stream, lasting  # None: it was closed from the start, and nobody asked for lines
+        self._lost: Exception | None = None
+
+    def write(self, text: str) -> int:
+        self._attempt("write", text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._attempt("flush")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def _attempt(self, method: str, *arguments: str) -> None:
+        if self.stream is None:
+            return
+        try:
+            getattr(self.stream, method)(*arguments)
+        except OSError as error:
+            with suppress(OSError):  # what is still buffered would fail again when Python ends
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            remedy = "all else was done" if self.lasting else "send it elsewhere"
+            full = EnvironmentFault(f"standard output cannot be written: {error.strerror}; {remedy}")
+            self._lost = self._lost or (error if isinstance(error, BrokenPipeError) else full)
+            if not self.lasting:
+                raise self._lost from error
+
+    def finish(self) -> None:
+        """Flush; raises what was in the way of any line."""
+        self.flush()
+        if self._lost is not None:
+            raise self._lost
+
+    def drop(self) -> None:
+        """Flush what can be written, and raise nothing: the program ends for another reason."""
+        self.lasting = True
+        self.flush()
+
+
+def exit_code_of(main: Callable[[], None], lasting: bool = False) -> int:
     """Run a program: 0, or the code of what ended it, said in one line on standard error.
 
-    With --debug among the arguments the traceback comes first.
+    With --debug among the arguments the traceback comes first. lasting: a standard output that is full or closed
+    does not end it, because its work is in files; the code is 1 all the same.
     """
+    sys.stdout = output = _Output(sys.stdout, lasting)
+    try:
+        return _run(main, output)
+    finally:
+        output.drop()
+        sys.stdout = output.stream
+
+
+def _run(main: Callable[[], None], output: _Output) -> int:
     debug = "--debug" in sys.argv[1:]
     try:
-        main()
+        try:
+            main()
+        except SystemExit as ended:  # of --help, whose lines may be lost as well
+            if ended.code:
+                raise
+        output.finish()
     except KeyboardInterrupt as error:
         say(str(error) or "interrupted by SIGINT")
         return getattr(error, "exit_code", 128 + signal.SIGINT)
     except BrokenPipeError:  # who read the output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
         if debug:

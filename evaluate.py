@@ -13,8 +13,8 @@ if __name__ == "__main__":
 import argparse
 from pathlib import Path
 
+from arguments import Parser
 from data.datasets import load_splits
-from engine.arguments import Parser
 from engine.checkpoint import check_inputs, load_exported
 from engine.compare import compare
 from engine.evaluation import evaluate, table
@@ -83,7 +83,7 @@ def score(options: argparse.Namespace) -> None:
     with blaming_files():
         check_inputs(described, identity(config, splits, backbone, bank.feature_shape), run.weights)
         model = build_model(config, bank.feature_shape, splits.test.num_classes)
-        load_exported(run, model)
+        load_exported(run, model, described.get("weights_sha256"))
     tags = [config.data.name, config.backbone.name, config.router.kind]
     with open_evaluation(options.tracking, run.path, config.to_dict(), name=run.path.name, tags=tags) as tracker:
         if tracker.sends_again:
@@ -93,4 +93,4 @@ def score(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    leave(exit_code_of(main))
+    leave(exit_code_of(main, lasting=True))

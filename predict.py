@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from analysis.plots.pictures import explanation
+from arguments import Parser
 from data.image_file import Picture, find_images, read_picture
-from engine.arguments import Parser
 from engine.classify import Answer, classify
 from engine.loading import TrainedRun, load_trained
 from engine.run_folder import write_atomically
@@ -72,11 +72,11 @@ def main() -> None:
         if len(shown) < EXPLAINED:
             shown.append((path, picture, answer))
         if not options.json:
-            print(text(path, picture, answer), flush=True)
+            print(text(path, picture, answer, bool(trained.config.experts.shared)), flush=True)
     if options.json:
         print(json.dumps(document(trained, rows, failed), indent=2, ensure_ascii=False))
     if options.explain and shown:
-        draw(options.explain, shown)
+        draw(options.explain, shown, bool(trained.config.experts.shared))
         say(f"drawn in {options.explain}" + (f", the first {EXPLAINED}" if len(rows) > EXPLAINED else ""))
     if failed:
         raise EnvironmentFault(f"{len(failed)} of {len(failed) + len(rows)} could not be read")
@@ -120,13 +120,16 @@ def answers(
                 yield path, picture, answer
 
 
-def text(path: Path, picture: Picture, answer: Answer) -> str:
-    """An answer as lines: the file, its classes, its experts and what each would have said alone."""
+def text(path: Path, picture: Picture, answer: Answer, shared: bool) -> str:
+    """An answer as lines: the file, its classes, its experts and what each would have said alone.
+
+    shared: there are experts that every sample passes, so alone means: with these only.
+    """
     lines = [f"{path}" + "".join(f" ({note})" for note in picture.notes)]
     lines += [f"{100 * score.probability:7.1f} %  {score.name}" for score in answer.classes]
     lines += [
         f"  expert {vote.name:<24} weight {vote.weight:.2f}, "
-        f"alone: {vote.alone.name} {100 * vote.alone.probability:.1f} %"
+        f"{'with the shared' if shared else 'alone'}: {vote.alone.name} {100 * vote.alone.probability:.1f} %"
         for vote in answer.experts
     ]
     return "\n".join(lines) + "\n"
@@ -143,7 +146,7 @@ def document(trained: TrainedRun, rows: list[dict[str, Any]], failed: list[dict[
     }
 
 
-def draw(path: Path, shown: list[tuple[Path, Picture, Answer]]) -> None:
+def draw(path: Path, shown: list[tuple[Path, Picture, Answer]], shared: bool) -> None:
     """Write the picture of --explain. Raises errors.EnvironmentFault where it cannot be written."""
     figure = explanation(
         [picture.pixels_CHW.permute(1, 2, 0).numpy() for _, picture, _ in shown],
@@ -153,6 +156,7 @@ def draw(path: Path, shown: list[tuple[Path, Picture, Answer]]) -> None:
             [(vote.name, vote.weight, vote.alone.name, vote.alone.probability) for vote in answer.experts]
             for _, _, answer in shown
         ],
+        shared,
     )
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
 

@@ -12,6 +12,8 @@ from errors import leave_on_signal
 if __name__ == "__main__":
     leave_on_signal()  # before the imports, which take seconds
 
+from pathlib import Path
+
 import torch
 
 from data.datasets import Splits, load_splits
@@ -35,8 +37,11 @@ def main() -> None:
     with stoppable():
         invocation = parse_command_line()
         checkpoint = None
-        if invocation.resume is not None:
+        if invocation.resume is None:
+            refuse_taken(invocation.config.run_dir)
+        else:
             run = RunFolder(invocation.resume)
+            run.refuse_busy()
             checkpoint = load_resumable(run, invocation)
             if checkpoint and finished(run, invocation.config, checkpoint):
                 print(f"{run.path} is finished: raise --train.epochs to train on, or python evaluate.py {run.path}")
@@ -60,6 +65,13 @@ def go(run: RunFolder, config: Config, inputs: Inputs, checkpoint: dict | None) 
             if run.last.exists():
                 say(f"python train.py --resume {run.path} goes on from the last checkpoint")
             raise
+
+
+def refuse_taken(run_dir: Path | None) -> None:
+    """Say before the seconds that data and backbone take what `open_run` and `RunFolder.claimed` would say after."""
+    if run_dir is not None:
+        RunFolder(run_dir).refuse_busy()
+        RunFolder(run_dir).refuse_run()
 
 
 def load_inputs(config: Config) -> Inputs:
@@ -116,9 +128,11 @@ def announce(config: Config, backbone: Backbone, trainer: Trainer) -> None:
     print(f"backbone     {config.backbone.name}{random_weights}, frozen; features {' '.join(config.backbone.features)}")
     seen = f"{trainer.model.moe.router.experts_per_sample:g} a sample by {config.router.kind}"
     print(f"experts      {', '.join(config.experts.labels())}; {seen}")
+    if shared := config.experts.shared_labels():
+        print(f"shared       {', '.join(shared)}; every sample passes all of them")
     print("\n".join(cost(trainer.model, backbone, trainer.bank.feature_shape).lines()))
     print(f"run folder   {trainer.run.path}", flush=True)
 
 
 if __name__ == "__main__":
-    leave(exit_code_of(main))
+    leave(exit_code_of(main, lasting=True))

@@ -28,10 +28,10 @@ def disagreements(
 ) -> dict[tuple[int, int], dict[str, IntArray]]:
     """Where two experts that both serve a sample would answer differently.
 
-    alone_EN: the class that each expert would name by itself. Returns, for each pair (a, b), a < b, the samples that
-    they share (`shared`), those of them with two answers (`disagree`), and of these those that only a is right on
-    (`first`), only b (`second`), or none (`neither`), each in ascending order. Raises ValueError on an index out of
-    range or tables that do not fit.
+    alone_EN: the class that each expert would name by itself, or with the shared ones. Returns, for each pair (a, b),
+    a < b, the samples that they share (`shared`), those of them with two answers (`disagree`), and of these those that
+    only a is right on (`first`), only b (`second`), or none (`neither`), each in ascending order. Raises ValueError on
+    an index out of range or tables that do not fit.
     """
     alone_EN = np.asarray(alone_EN)
     num_experts, num_samples = alone_EN.shape

@@ -28,7 +28,7 @@ from benchmarks.common import (
     write,
 )
 from benchmarks.step import on_batches, step_of
-from data.feature_cache import gigabytes
+from data.feature_file import gigabytes
 from engine.graph import worth_capturing
 from engine.summary import parameters
 from errors import exit_code_of

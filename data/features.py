@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from data.augment import AugmentConfig, View, apply_view, draw_view
 from data.datasets import Splits
-from data.feature_cache import DEFAULT_FOLDER, FeatureCache, gigabytes
+from data.feature_cache import DEFAULT_FOLDER, FeatureCache
+from data.feature_file import gigabytes
 from data.placement import DeviceMemory, HostCopy, Stored, fetch_ahead
 
 STORAGE = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}

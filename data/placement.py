@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from data.feature_cache import Draft
+from data.feature_file import Draft
 
 
 class DeviceMemory:

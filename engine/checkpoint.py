@@ -1,5 +1,6 @@
 """Save and resume: checkpoints hold the trained part only, plus the name and fingerprint of the backbone."""
 
+import hashlib
 import json
 import os
 import random
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import nn
 
 from archives import check_archive
@@ -19,7 +20,6 @@ from engine.run_folder import RunFolder, write_atomically, write_json
 from errors import UserError, one_line, warn
 
 FORMAT_VERSION = 1
-REWRITE = "delete model.json, and evaluate.py will write it and the weights again from checkpoints/best.pt"
 
 
 # What every checkpoint and model.json must have, and what a checkpoint to resume from must have besides.
@@ -172,7 +172,8 @@ def export_model(run: RunFolder) -> None:
     best = load_checkpoint(run.best)
     weights = {name: value.contiguous() for name, value in best["model"].items()}
     write_atomically(run.weights, lambda temporary: save_file(weights, temporary, metadata={"format": "pt"}))
-    write_json(run.model, {key: value for key, value in best.items() if key != "model"})
+    described = {key: value for key, value in best.items() if key != "model"}
+    write_json(run.model, described | {"weights_sha256": hashlib.sha256(run.weights.read_bytes()).hexdigest()})
 
 
 def read_description(run: RunFolder) -> dict[str, Any]:
@@ -180,20 +181,37 @@ def read_description(run: RunFolder) -> dict[str, Any]:
     try:
         described = json.loads(run.model.read_text())
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{run.model} is not readable JSON: {REWRITE}") from error
+        raise UserError(f"{run.model} is not readable JSON: {_remedy(run)}") from error
     if not isinstance(described, dict) or described.get("format_version") != FORMAT_VERSION:
-        raise UserError(f"{run.model} is not of format {FORMAT_VERSION}: {REWRITE}")
+        raise UserError(f"{run.model} is not of format {FORMAT_VERSION}: {_remedy(run)}")
     require_like(described, IDENTITY, run.model)
     return described
 
 
-def load_exported(run: RunFolder, model: nn.Module) -> None:
-    """Load model.safetensors into `model`. Raises errors.UserError where it is unreadable or does not fit."""
+def load_exported(run: RunFolder, model: nn.Module, sha256: str | None = None) -> None:
+    """Load model.safetensors into `model`.
+
+    sha256: what model.json says of the file; of a run of an earlier version it says nothing. Raises errors.UserError
+    where the file is unreadable or altered, or does not fit.
+    """
     try:
-        weights = load_file(run.weights)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{run.weights} is truncated or no safetensors file ({error}): {REWRITE}") from error
-    load_weights(model, weights, run.weights)
+        content = run.weights.read_bytes()
+        if sha256 not in (None, hashlib.sha256(content).hexdigest()):
+            raise UserError(f"{run.weights} is damaged: it is not the file that {run.model.name} was written with")
+        load_weights(model, load(content), run.weights)
+    except OSError as error:
+        raise UserError(f"{run.weights} cannot be read ({error.strerror}): {_remedy(run)}") from error
+    except (SafetensorError, ValueError) as error:
+        raise UserError(f"{run.weights} is truncated or no safetensors file ({error}): {_remedy(run)}") from error
+    except UserError as error:
+        raise UserError(f"{error}; {_remedy(run)}") from error
+
+
+def _remedy(run: RunFolder) -> str:
+    """What to do about a damaged model.safetensors or model.json."""
+    if run.best.is_file():
+        return f"delete {run.model} and run this again, which writes it and the weights anew from {run.best}"
+    return f"there is no {run.best} to write it anew from, so bring the folder again from where it is whole"
 
 
 def random_state(device: torch.device) -> dict[str, Any]:

@@ -28,7 +28,8 @@ class Vote:
     """What one expert contributed to an answer.
 
     expert: its index. name: index and hidden units. weight: of the gate, what its output counted. alone: the
-    likeliest class if this expert had answered by itself.
+    likeliest class if this expert had answered by itself, or with the shared experts where there are any: these see
+    every image and cannot be left out.
     """
 
     expert: int
@@ -84,7 +85,10 @@ def _votes(trained: TrainedRun, features: Tensor, routing: Routing) -> list[list
 
 @torch.no_grad()
 def alone_probabilities(model: VisionMoE, features: Tensor) -> Tensor:
-    """Class probabilities (E, B, C) where the gate may choose one expert only; `model` in evaluation mode."""
+    """Class probabilities (E, B, C) where the gate may choose one expert only; `model` in evaluation mode.
+
+    Shared experts, which no gate chooses, take part in all of them.
+    """
     each_EE = torch.eye(len(model.moe.experts), dtype=torch.bool, device=features.device)
     return torch.stack([model(features, allowed_E=allowed_E)[0].softmax(dim=-1) for allowed_E in each_EE])
 

@@ -1,13 +1,13 @@
 """Config: the components' own dataclasses put together, read from YAML and the command line."""
 
-import difflib
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, NoReturn, get_args
+from typing import Any, Literal, get_args
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
@@ -15,6 +15,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_s
 from data.augment import AugmentConfig
 from data.datasets import DataConfig
 from data.features import FeaturesConfig
+from engine.config_errors import explain, misfit, option_types
 from engine.optim import OptimConfig
 from engine.run_folder import write_atomically
 from engine.train_config import TrainConfig
@@ -116,30 +117,40 @@ def parse_command_line(argv: list[str] | None = None) -> Invocation:
     Raises errors.UserError for an unknown key, a wrong type or an impossible value.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    given = {word.split("=")[0] for word in argv}
+    options = {word.split("=")[0] for word in argv}
     resume = _value_of("--resume", argv)
     if resume is not None:
         for option in ("--config", "--run_dir"):
-            if option in given:
+            if option in options:
                 raise UserError(f"--resume takes both from the run it names: leave out {option}")
         argv = ["--config", str(_run_config(Path(resume).expanduser())), *argv]
-    elif "--config" not in given:
+    elif "--config" not in options:
         argv = ["--config", str(DEFAULT_CONFIG), *argv]
     argv = _files_first(argv)
-    parser, source = _parser(), _value_of("--config", argv, last=True)
-    _parse(parser, lambda: _check_size(Path(source)), source)
-    values = _parse(parser, lambda: parser.parse_args(argv), source)
+    parser, source = _parser(), _value_of("--config", argv)
+    if not source or not Path(source).expanduser().exists():
+        raise UserError(f"--config {source or 'names nothing'}: no such file; name one with options in YAML")
+
+    def given(key: str) -> tuple[str, Any]:
+        return _given(parser, argv, key)
+
+    _parse(lambda: _check_size(Path(source)), source, given)
+    values = _parse(lambda: parser.parse_args(argv), source, given)
     config = _build(parser, values)
     if resume is not None:
         config.run_dir = Path(resume).expanduser()
         return Invocation(config, config.run_dir.name, config.run_dir)
-    return Invocation(config, Path(_value_of("--config", argv, last=True)).stem, None)
+    return Invocation(config, Path(source).stem, None)
 
 
 def config_from_dict(values: dict[str, Any]) -> Config:
     """The Config that `Config.to_dict` described. Raises errors.UserError where it does not fit."""
-    parser = _parser()
-    return _build(parser, _parse(parser, lambda: parser.parse_object(values), "the stored configuration"))
+    parser, source = _parser(), "the stored configuration"
+
+    def given(key: str) -> tuple[str, Any]:
+        return f"{key} in {source}", _at(values, key)
+
+    return _build(parser, _parse(lambda: parser.parse_object(values), source, given))
 
 
 def write_config(config: Config, path: Path) -> None:
@@ -180,7 +191,7 @@ def _parser() -> ArgumentParser:
 
 
 def _build(parser: ArgumentParser, values: Namespace) -> Config:
-    _refuse_null(values)
+    _refuse_misfits(values)
     try:
         built = parser.instantiate(values)
         return Config(**{item.name: built[item.name] for item in fields(Config)})
@@ -188,15 +199,13 @@ def _build(parser: ArgumentParser, values: Namespace) -> Config:
         raise UserError(one_line(error)) from error
 
 
-def _refuse_null(values: Namespace) -> None:
-    """Raise errors.UserError for a null where the type has none, which the parser lets pass."""
-    for item in fields(Config):
-        given = {item.name: item.type}
-        if is_dataclass(item.type) and values[item.name] is not None:
-            given = {f"{item.name}.{inner.name}": inner.type for inner in fields(item.type)}
-        for name, kind in given.items():
-            if values.get(name, "") is None and NoneType not in get_args(kind):
-                raise UserError(f"{name} is null: give it a value, or leave it out")
+def _refuse_misfits(values: Namespace) -> None:
+    """Raise errors.UserError for what the parser lets pass: a null where the type has none, a section that is none."""
+    for name, kind in option_types(Config).items():
+        if (found := values.get(name, "")) is None and NoneType not in get_args(kind):
+            raise UserError(f"{name} is null: give it a value, or leave it out")
+        if is_dataclass(kind) and not isinstance(found, Namespace):
+            raise misfit(name, found, kind)
 
 
 def _files_first(argv: list[str]) -> list[str]:
@@ -231,51 +240,42 @@ def _check_size(path: Path) -> None:
         raise ValueError(f"Unable to load: it is larger than any configuration, {MAX_CONFIG:,} bytes or values")
 
 
-def _parse(parser: ArgumentParser, parse, source: str | None) -> Namespace:
+def _parse(parse: Callable[[], Any], source: str | None, given: Callable[[str], tuple[str, Any]]) -> Any:
+    """What `parse` returns, its errors in the user's words; source, given: as `engine.config_errors.explain`."""
     try:
         return parse()
     except RecursionError as error:
         raise UserError(f"{source} refers to itself, or is nested without end: remove the YAML alias") from error
     except (ArgumentError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-        _explain(parser, one_line(error), source, error)
+        raise explain(error, option_types(Config), source, given) from error
 
 
-def _explain(parser: ArgumentParser, message: str, source: str | None, error: Exception) -> NoReturn:
-    """Turn the parser's message into one line: what, where, what to do."""
-    known = [action.dest for action in parser._actions if "." in action.dest or action.dest in vars(Config())]
-    if found := re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message):
-        name = f"{found[1]}.{found[2]}"
-    elif found := re.search(r"[Uu]nrecognized arguments: (?:--)?([\w.]+)", message) or re.search(
-        r"[Oo]ption '([\w.]+)' is not accepted|does not accept option '([\w.]+)'|Key '([\w.]+)'", message
-    ):
-        name = next(group for group in found.groups() if group)
-    else:
-        name = None
-    if name is not None:
-        close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]}?" if close else "--help lists all options"
-        raise UserError(f"unknown option {name}: {hint}") from error
-    if found := re.search(r'Parser key "([\w.]+)": (.*)', message):
-        raise UserError(f"{found[1]}: {_shorten(found[2])}") from error
-    if re.match(r"Unexpected config|Problems parsing config|'utf-8'|Unable to load", message):
-        reason = message.split(": ", 1)[-1] if ": " in message else "it is empty"
-        raise UserError(f"{source} is not a YAML configuration: {reason}") from error
-    raise UserError(message) from error
+def _given(parser: ArgumentParser, argv: list[str], key: str) -> tuple[str, Any]:
+    """Where the parser took the value of a refused option from: a file that it refuses by itself, or the words."""
+    for file in _values_of("--config", argv):
+        try:
+            parser.parse_args(["--config", file])
+        except ArgumentError:
+            return f"{key} in {file}", _at(yaml.safe_load(Path(file).read_text()), key)
+    return f"--{key}", _value_of(f"--{key}", argv)
 
 
-def _shorten(reason: str) -> str:
-    """jsonargparse's reasons for a wrong type, without the class representations."""
-    if found := re.search(r"Subtypes: (\[.*?\]) Errors:.*Given value: (.*)", reason):
-        return f"'{found[2]}' fits none of {found[1].replace('typing.', '')}"
-    reason = re.sub(r"<class '(\w+)'>", r"\1", reason).replace("typing.", "")
-    return re.sub(r"Expected an? (.*)\. Got value: (.*)", r"expected \1, got '\2'", reason)
+def _at(values: Any, key: str) -> Any:
+    """values["train"]["epochs"], or values["train.epochs"], for train.epochs; None where there is neither."""
+    for name in [key] if isinstance(values, dict) and key in values else key.split("."):
+        values = values.get(name) if isinstance(values, dict) else None
+    return values
 
 
-def _value_of(option: str, argv: list[str], last: bool = False) -> str | None:
-    """The value of `--option VALUE` or `--option=VALUE` in argv."""
-    values = [argv[i + 1] for i, word in enumerate(argv[:-1]) if word == option]
-    values += [word.split("=", 1)[1] for word in argv if word.startswith(f"{option}=")]
-    return (values[-1] if last else values[0]) if values else None
+def _value_of(option: str, argv: list[str]) -> str | None:
+    """The value of the last `--option VALUE` or `--option=VALUE` in argv."""
+    return next(reversed(_values_of(option, argv)), None)
+
+
+def _values_of(option: str, argv: list[str]) -> list[str]:
+    values = [argv[i + 1 : i + 2] if word == option else [] for i, word in enumerate(argv)]
+    joined = [[word.partition("=")[2]] if word.startswith(f"{option}=") else [] for word in argv]
+    return [value for pair in zip(values, joined, strict=True) for found in pair for value in found]
 
 
 def _plain(value: Any) -> Any:

@@ -33,7 +33,7 @@ def load_trained(
 ) -> TrainedRun:
     """Rebuild the model of the run in `path`; its data set need not be there.
 
-    weights: the backbone's file, if it has moved. say: gets a line where the run was not trained to its end.
+    weights: the backbone's file, if it has moved. say: gets a line where the weights are written first.
     Raises errors.UserError for what is no folder, and a GPU that is not there; errors.EnvironmentFault for a run of
     another version, a file that is missing or does not fit, or a backbone other than that of training.
     """
@@ -47,7 +47,7 @@ def load_trained(
         check_inputs(described, {**described, "backbone": here}, run.weights)
         class_names = tuple(described["class_names"])
         model = build_model(config, tuple(described["feature_shape"]), len(class_names))
-        load_exported(run, model)
+        load_exported(run, model, described.get("weights_sha256"))
     return TrainedRun(run, config, device, backbone, model.to(device).eval(), class_names)
 
 
@@ -66,8 +66,9 @@ def describe(run: RunFolder, say: Callable[[str], None] = print) -> dict[str, An
 def _described(run: RunFolder, say: Callable[[str], None]) -> dict[str, Any]:
     if run.best.is_file():
         best = load_checkpoint(run.best)
-        if not run.model.is_file() or read_description(run).get("epoch") != best["epoch"]:
-            say(f"{run.path} was not trained to its end: its best epoch so far, {best['epoch']}, is used")
+        kept = read_description(run).get("epoch") if run.model.is_file() else None
+        if not isinstance(kept, int) or kept < best["epoch"]:  # later: best.pt is damaged, and the one before it read
+            say(f"{run.weights} is written from {run.best}: the best epoch so far is {best['epoch']}")
             export_model(run)
     elif not run.model.is_file():
         raise UserError(f"{run.path} holds neither model.json nor checkpoints/best.pt: name a run that train.py wrote")

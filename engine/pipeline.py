@@ -22,7 +22,7 @@ from model.classifier import VisionMoE
 
 
 def pick_device(name: str) -> torch.device:
-    """The torch device for `device`. Raises errors.UserError for a GPU that is not there."""
+    """The torch device for `device`, a GPU made the current one. Raises errors.UserError for one that is not there."""
     if not re.fullmatch(DEVICES, name):
         raise UserError(f"device is '{name}': use auto, cpu, cuda or cuda:N")
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
@@ -32,7 +32,9 @@ def pick_device(name: str) -> torch.device:
     seen = torch.cuda.device_count()
     if index >= seen:
         raise UserError(f"device {name} is not there: PyTorch sees {seen} GPU(s); use --device cpu")
-    return torch.device("cuda", index)
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)  # where graphs, streams and memory figures of no named device land
+    return device
 
 
 def build_bank(config: Config, splits: Splits, backbone: Backbone, device: torch.device) -> FeatureBank:
@@ -43,7 +45,7 @@ def build_bank(config: Config, splits: Splits, backbone: Backbone, device: torch
     images = views_run * len(splits.train) + len(splits.validation) + len(splits.test)
     cache, source = None, {}
     if features.mode == "cached" and features.cache_dir is not None:
-        cache = FeatureCache(features.cache_dir)
+        cache = FeatureCache(features.cache_dir, config.data.name)
         source = {
             "backbone": config.backbone.name,
             "weights": backbone.fingerprint(),

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from datetime import datetime
 from itertools import count
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from safetensors import SafetensorError
 
 from errors import EnvironmentFault, UserError, one_line
+from locks import try_lock
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,7 @@ class RunFolder:
         """
         try:
             path = run_dir or _new_folder(Path("runs"), f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
-            if any((path / "checkpoints").glob("*.pt")) or (path / "model.json").exists():
-                raise UserError(
-                    f"{path} already holds a run: choose another --run_dir, or go on with it by --resume {path}"
-                )
+            cls(path).refuse_run()
             made = run_dir is None or not path.exists()
             (path / "checkpoints").mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -81,6 +79,19 @@ class RunFolder:
                 f"run folder {error.filename or run_dir} cannot be made: {error.strerror}; choose another --run_dir"
             ) from error
         return cls(path, made)
+
+    def refuse_run(self) -> None:
+        """Raise errors.UserError where the folder holds a run already."""
+        if any(self.last.parent.glob("*.pt")) or self.model.exists():
+            raise UserError(
+                f"{self.path} already holds a run: choose another --run_dir, or go on with it by --resume {self.path}"
+            )
+
+    def refuse_busy(self) -> None:
+        """Raise errors.UserError where another process has claimed the folder: a first look, which claims nothing."""
+        with suppress(OSError), (self.path / ".lock").open() as file:  # none: no one has
+            if not try_lock(file, shared=True):
+                raise _in_use(self.path)
 
     def require(self) -> None:
         """Raise errors.EnvironmentFault where the folder has been removed, or its disk has gone."""
@@ -104,7 +115,8 @@ class RunFolder:
         except OSError as error:
             raise EnvironmentFault(f"{lock} cannot be written: {error.strerror}; choose another --run_dir") from error
         with file:
-            _lock(file, self.path)
+            if not try_lock(file):
+                raise _in_use(self.path)
             if self.made is not None:
                 self.metrics.unlink(missing_ok=True)  # of a run that ended before its first checkpoint
             for unfinished in self.path.rglob(".*.partial"):
@@ -152,17 +164,8 @@ def _new_folder(parent: Path, name: str) -> Path:
             return path
 
 
-def _lock(file: TextIO, folder: Path) -> None:
-    try:
-        import fcntl
-    except ImportError:  # where there is none, two processes in one folder must be avoided by their user
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(f"{folder} is in use by another process: wait for it, or choose another --run_dir") from error
-    except OSError:  # a network disk without locks
-        return
+def _in_use(folder: Path) -> UserError:
+    return UserError(f"{folder} is in use by another process: wait for it, or choose another --run_dir")
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any], kept: str = "", previous: Path | None = None) -> None:

@@ -82,7 +82,14 @@ class ExpertsConfig:
 
     def labels(self) -> list[str]:
         """A name for each routed expert in figures: its index and hidden sizes."""
-        return [f"{e} · {'-'.join(map(str, self.hidden(e))) or 'linear'}" for e in range(len(self.sizes))]
+        return [f"{e} · {self._units(e)}" for e in range(len(self.sizes))]
+
+    def shared_labels(self) -> list[str]:
+        """The hidden sizes of each shared expert."""
+        return [self._units(len(self.sizes) + e) for e in range(len(self.shared))]
+
+    def _units(self, expert: int) -> str:
+        return "-".join(map(str, self.hidden(expert))) or "linear"
 
     def work(self, in_features: int, num_classes: int, num_groups: int = 1) -> list[float]:
         """Multiply-adds of each routed expert on one sample: what `router.target_load size` goes by."""

@@ -1,9 +1,14 @@
 """Experts: sizes, dropout of each, shared ones, and the features that each reads."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
+import train
+from data.datasets import ImageSet, Splits
+from engine.config import Config
 from model.classifier import NeckConfig, VisionMoE
 from model.experts import ExpertsConfig, build_experts
 from model.moe import MixtureOfExperts
@@ -105,3 +110,19 @@ def test_a_feature_that_is_not_there_is_named():
     experts = ExpertsConfig(sizes=[[4], [4]], inputs=[[0], [3]])
     with pytest.raises(ValueError, match=r"inputs \[3\] are not among the 3 feature groups of 12 features"):
         VisionMoE((12,), 3, NeckConfig(), RouterConfig(), experts, num_groups=3)
+
+
+def test_shared_experts_are_announced_beside_the_routed_ones(monkeypatch, capsys):
+    monkeypatch.setattr(train, "cost", lambda *parts: SimpleNamespace(lines=lambda: []))
+    images = ImageSet(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 0, 1]), ("a", "b"))
+    splits = Splits(images, images, images)
+    model = SimpleNamespace(moe=SimpleNamespace(router=SimpleNamespace(experts_per_sample=2)))
+    for shared, line in (
+        ([[2048], "small"], "shared       2048, 256-128; every sample passes all of them"),
+        ([], None),
+    ):
+        config = Config(experts=ExpertsConfig(sizes=[[64], [128]], shared=shared))
+        train.announce(SimpleNamespace(path="run"), config, splits, model, None, (1,))
+        printed = capsys.readouterr().out
+        assert "experts      0 · 64, 1 · 128; 2 a sample by noisy_topk" in printed
+        assert (line in printed) if line else ("shared" not in printed)

@@ -26,6 +26,7 @@ from data.feature_cache import FeatureCache
 from data.image_file import read_picture
 from engine import evaluation
 from engine.checkpoint import export_model, load_checkpoint, save_checkpoint
+from engine.config import Config, write_config
 from engine.health import RoutingWatch
 from engine.optim import OptimConfig
 from engine.run_folder import RunFolder, write_json
@@ -228,6 +229,31 @@ def test_two_runs_that_fill_one_feature_cache_end_with_the_same_bits(tmp_path, m
         assert FeatureCache(features).load(key) is not None
 
 
+def test_a_folder_that_cannot_be_used_is_told_before_any_work(tmp_path, monkeypatch):
+    run = RunFolder.create(tmp_path / "run", "test")
+    monkeypatch.setattr(train, "load_inputs", lambda config: pytest.fail("has begun to load"))
+
+    def told(*words):
+        monkeypatch.setattr("sys.argv", ["train.py", "--config", "configs/digits.yaml", *map(str, words)])
+        return in_a_fork(train.main)
+
+    with run.claimed():
+        assert told("--run_dir", run.path) == (2, f"error: {busy(run)}\n")
+        write_config(Config(), run.config)
+        monkeypatch.setattr("sys.argv", ["train.py", "--resume", str(run.path)])
+        assert in_a_fork(train.main) == (2, f"error: {busy(run)}\n")
+        write_json(run.model, {})
+    code, line = told("--run_dir", run.path)
+    assert code == 2 and "already holds a run" in line
+    run.refuse_busy()  # the first look has claimed nothing
+    with run.claimed(), pytest.raises(UserError, match="in use"):
+        run.refuse_busy()
+
+
+def busy(run):
+    return f"{run.path} is in use by another process: wait for it, or choose another --run_dir"
+
+
 @pytest.mark.parametrize("mine", [False, True])
 def test_a_run_that_keeps_nothing_leaves_nothing(tmp_path, mine):
     path = tmp_path / "run"
@@ -371,6 +397,49 @@ def test_a_system_error_names_its_file(monkeypatch, capsys, tmp_path):
     assert f"error: {tmp_path}/none: No such file or directory" in capsys.readouterr().err
     monkeypatch.setattr(sys, "stderr", open("/dev/full", "w"))  # noqa: SIM115, a terminal that takes nothing any more
     errors.say("lost")
+
+
+def full_disk():
+    return open("/dev/full", "w")
+
+
+def unread_pipe():
+    read, write = os.pipe()
+    os.close(read)
+    return os.fdopen(write, "w")
+
+
+@pytest.mark.parametrize("lasting", [False, True])
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [(full_disk, "standard output cannot be written: No space"), (unread_pipe, "")],
+)
+def test_output_that_no_one_takes_ends_no_work_that_is_in_files(monkeypatch, capsys, tmp_path, output, words, lasting):
+    def work():
+        print("begun", flush=True)
+        (tmp_path / "result").write_text("whole")
+        print("done")
+
+    with monkeypatch.context() as patch, output() as stream:
+        patch.setattr("sys.argv", ["train.py"])
+        patch.setattr(sys, "stdout", stream)
+        assert exit_code_of(work, lasting) == 1
+        assert sys.stdout is stream
+        stream.flush()  # as Python does when it ends: nothing is left that could fail
+    line = capsys.readouterr().err
+    assert words in line and line.count("\n") == bool(words)
+    assert (tmp_path / "result").exists() == lasting
+
+
+def test_buffered_lines_that_are_lost_at_the_end_are_an_error(monkeypatch, capsys):
+    for main in (lambda: print("all"), lambda: evaluate.parse(["--help"])):
+        with monkeypatch.context() as patch, open("/dev/full", "w") as stream:
+            patch.setattr(sys, "stdout", stream)
+            assert exit_code_of(main) == 1
+        assert capsys.readouterr().err.count("standard output cannot be written") == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", None)  # closed before the program began
+        assert exit_code_of(lambda: print("nothing")) == exit_code_of(lambda: evaluate.parse(["--help"])) == 0
 
 
 # Data

@@ -4,16 +4,21 @@ import json
 import multiprocessing
 import os
 import pickle
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
+from conftest import ROOT
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from data import feature_cache
+from data import feature_cache, feature_file
 from data.augment import AugmentConfig
 from data.datasets import ImageSet, Splits
-from data.feature_cache import FeatureCache, gigabytes
+from data.feature_cache import FeatureCache
+from data.feature_file import gigabytes
 from data.features import FeatureBank, FeaturesConfig
 from data.placement import fetch_ahead
 from engine.extraction import Extractor, worth_compiling
@@ -106,7 +111,7 @@ def test_a_stored_view_comes_back_as_it_was_and_says_in_its_header_what_it_is(tm
     loaded = cache.load(KEY)
     assert loaded.dtype == torch.float16 and torch.equal(loaded, torch.full((5, 3), 1.5).half())
     with safe_open(path, "pt") as file:
-        assert json.loads(file.metadata()["key"]) == {"format": feature_cache.FORMAT, **KEY}
+        assert json.loads(file.metadata()["key"]) == {"format": feature_file.FORMAT, **KEY}
     assert [item.name for item in tmp_path.iterdir()] == [path.name]
 
 
@@ -149,7 +154,7 @@ def test_features_of_something_else_are_neither_used_nor_deleted(tmp_path, chang
 
 def test_another_version_is_left_alone(tmp_path, monkeypatch):
     _, path = stored_file(tmp_path)
-    monkeypatch.setattr(feature_cache, "FORMAT", feature_cache.FORMAT + 1)
+    monkeypatch.setattr(feature_file, "FORMAT", feature_file.FORMAT + 1)
     assert FeatureCache(tmp_path).load(KEY) is None
     assert stored_file(tmp_path)[1] != path
     assert path.exists()
@@ -250,7 +255,7 @@ def test_a_disk_that_fills_up_or_cannot_be_written_ends_nothing(tmp_path, monkey
     def full(descriptor, start, size):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(feature_cache, "_take_space", full)
+    monkeypatch.setattr(feature_file, "_take_space", full)
     assert torch.equal(everything(bank(FeatureCache(tmp_path)))[0], expected)
     assert "No space left on device" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
@@ -278,7 +283,7 @@ def test_the_size_is_said_before_it_is_written(tmp_path, capsys):
 
 def test_list_and_clear(tmp_path, capsys):
     stored_file(tmp_path)
-    _, path = stored_file(tmp_path, key={**KEY, "view": None})
+    path = stored_file(tmp_path, key={**KEY, "view": None})[1]
     path.rename(tmp_path / f".{path.name}.12-34.partial")
     save_file({"x": torch.zeros(2)}, tmp_path / "model.safetensors")
     feature_cache.main(["list", "--dir", str(tmp_path)])
@@ -289,6 +294,57 @@ def test_list_and_clear(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
     with pytest.raises(UserError, match="is not a folder"):
         feature_cache.main(["clear", "--dir", str(tmp_path / "nowhere")])
+
+
+def test_clear_deletes_what_it_was_asked_to_and_shows_it_first(tmp_path, capsys):
+    paths = {}
+    for view, (dataset, backbone) in enumerate([("digits", "vit"), ("digits", "other"), ("cifar100", "vit")]):
+        cache = FeatureCache(tmp_path, dataset)
+        draft = cache.draft({**KEY, "view": view, "backbone": backbone}, (5, 3), torch.float16)
+        assert draft.finish()
+        paths[dataset, backbone] = draft.path
+    month_ago = time.time() - 30 * 86400
+    os.utime(paths["digits", "other"], (month_ago, month_ago))
+    del cache, draft  # and with them the lock on the last file
+
+    def clear(*words):
+        before = set(tmp_path.iterdir())
+        feature_cache.main(["clear", *words, "--dir", str(tmp_path), "--dry_run"])
+        shown = capsys.readouterr().out
+        assert set(tmp_path.iterdir()) == before and "would delete" in shown
+        feature_cache.main(["clear", *words, "--dir", str(tmp_path)])
+        assert capsys.readouterr().out == shown.replace("would delete", "deleted")
+        return sorted(name for name, path in paths.items() if path in before and not path.exists())
+
+    feature_cache.main(["list", "--dir", str(tmp_path)])
+    shown = next(line for line in capsys.readouterr().out.splitlines() if "cifar100" in line)
+    assert clear("0" * 12) == clear("--older_than", "31") == clear("--data.name", "vit") == []
+    assert clear("--data.name", "digits", "--older_than", "29") == [("digits", "other")]
+    assert clear("--backbone.name", "vit", "--data.name", "digits") == [("digits", "vit")]
+    assert clear(shown.split()[0]) == [("cifar100", "vit")]
+    for words in (["clear", "--older_than", "x"], ["clean"], ["list", "--dry_run"]):
+        with pytest.raises(UserError) as caught:
+            feature_cache.main(words)
+        assert "\n" not in str(caught.value)
+
+
+def test_clear_keeps_what_a_running_process_reads_or_writes(tmp_path, capsys):
+    reader = FeatureCache(tmp_path)
+    path = stored_file(tmp_path)[1]
+    features = reader.load(KEY)
+    draft = reader.draft({**KEY, "view": 2}, (5, 3), torch.float16)
+    draft.tensor.fill_(2.5)
+    stored_file(tmp_path, key={**KEY, "view": 3})
+    clear = [sys.executable, "-m", "data.feature_cache", "clear", "--dir", str(tmp_path)]
+    out = subprocess.run(clear, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert out.count("kept, a running process uses it") == 2 and "deleted 1 files" in out
+    assert path.exists() and torch.all(features == 1.5)
+    assert draft.finish() and torch.all(FeatureCache(tmp_path).load({**KEY, "view": 2}) == 2.5)
+    feature_cache.main(["clear", "--dir", str(tmp_path)])
+    assert "deleted 0 files" in capsys.readouterr().out
+    del reader, draft
+    feature_cache.main(["clear", "--dir", str(tmp_path)])
+    assert "deleted 2 files" in capsys.readouterr().out
 
 
 def test_sizes_are_said_in_plain_units():

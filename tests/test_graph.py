@@ -5,7 +5,9 @@ import torch
 
 from engine.graph import GraphedStep, worth_capturing
 from engine.optim import OptimConfig, build_optimizer, set_learning_rate
+from engine.pipeline import pick_device
 from engine.step import TrainingStep
+from errors import UserError
 from model.balance import BalanceConfig
 from model.classifier import NeckConfig, VisionMoE
 from model.experts import ExpertsConfig
@@ -54,3 +56,16 @@ def test_captured_steps_train_as_steps_do(kind):
     assert graphed == pytest.approx(losses, rel=1e-4)
     for name, value in weights.items():
         assert torch.allclose(value.float(), graphed_weights[name].float(), rtol=1e-3, atol=1e-5), name
+
+
+@pytest.mark.parametrize(("name", "index"), [("cuda:1", 1), ("cuda", 0), ("auto", 0)])
+def test_the_gpu_that_is_chosen_becomes_the_current_one(monkeypatch, name, index):
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert pick_device(name) == torch.device("cuda", index)
+    assert current == [torch.device("cuda", index)]
+    with pytest.raises(UserError, match="PyTorch sees 2"):
+        pick_device("cuda:2")
+    assert pick_device("cpu") == torch.device("cpu") and len(current) == 1

@@ -7,6 +7,7 @@ import nbformat
 import pytest
 from conftest import ROOT
 from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
 
 NOTEBOOK = ROOT / "notebooks" / "expert_assignments.ipynb"
 
@@ -46,6 +47,19 @@ def test_it_runs_on_a_run_and_agrees_with_its_evaluation(executed, tiny_run):
         assert f"| {label} | {change}" in shown
     assert "| 0 and 1 |" in shown or "| 2 and 3 |" in shown
     assert images(executed) >= 2
+
+
+def test_a_run_that_was_interrupted_ends_in_one_line(tmp_path):
+    (tmp_path / "config.yaml").write_text("{}")
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    client = NotebookClient(notebook, timeout=200, resources={"metadata": {"path": str(NOTEBOOK.parent)}})
+    with pytest.raises(CellExecutionError):
+        client.execute(env=os.environ | {"VISION_MOE_RUN": str(tmp_path), "OMP_NUM_THREADS": "1"})
+    outputs = [output for cell in notebook.cells[:3] for output in cell.get("outputs", [])]
+    (said,) = [output for output in outputs if output.output_type == "error"]
+    assert said.ename == "SystemExit" and said.evalue.count("\n") == 0
+    assert f"python train.py --resume {tmp_path}" in said.evalue and "cell" in said.evalue
+    assert "Traceback" not in "".join(said.traceback)
 
 
 def test_it_is_committed_with_the_outputs_of_a_real_run():

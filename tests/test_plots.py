@@ -276,3 +276,24 @@ def test_save_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
         plots.save(figure, path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_superclasses_that_are_never_confused_leave_a_blank_cell():
+    figure = plots.superclass_confusion([[9, 0, 1], [0, 4, 0], [0, 0, 0]], list("abc"))
+    (image,) = figure.axes[0].images
+    colours = image.to_rgba(image.get_array())
+    assert [tuple(colours[cell]) == (1, 1, 1, 1) for cell in ((0, 1), (1, 0), (0, 2), (0, 0))] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+    assert tuple(colours[2, 0]) != (1, 1, 1, 1)  # no samples: not known
+    assert sorted(text.get_text() for text in figure.axes[0].texts) == ["10", "100", "90"]
+
+
+def test_the_numbers_of_a_few_compared_runs_are_printed():
+    values = {"score": {"macro-F1": [91.25, np.nan], "accuracy": [92.5, 93.5]}}
+    assert {text.get_text() for text in plots.comparison(list("ab"), values).axes[0].texts} == {"91.25", "92.5", "93.5"}
+    many = {"score": {"macro-F1": np.arange(20.0)}}
+    assert not plots.comparison([str(run) for run in range(20)], many).axes[0].texts

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -246,6 +247,17 @@ def test_the_picture_says_what_it_was_given():
     for words in ("cat", "90.0%", "2 · 64, alone: cat (50%)", "0.75", "0 · 16, alone: cow (12%)", "0.25"):
         assert words in texts
     assert [axes.get_title() for axes in figure.axes[::3]] == [r"a\$.png", "b.png"]
+    figure = explanation([image], ["a.png"], [[("cat", 0.9)]], [votes], shared=True)
+    texts = [text.get_text() for axes in figure.axes for text in axes.texts]
+    assert "2 · 64 + shared: cat (50%)" in texts and not [text for text in texts if "alone" in text]
+    assert "its answer + shared" in figure.axes[2].get_title()
+
+
+def test_an_answer_given_with_shared_experts_is_called_so(trained, digits):
+    (answer,) = classify(trained, digits.images_NCHW[:1])
+    shown = [predict.text("a.png", Namespace(notes=()), answer, shared) for shared in (False, True)]
+    assert "alone: " in shown[0] and "with the shared" not in shown[0]
+    assert shown[1] == shown[0].replace("alone: ", "with the shared: ")
 
 
 def test_a_folder_gives_its_images_in_order(tmp_path):
@@ -292,9 +304,53 @@ def test_mistakes_are_one_line(tiny_run, tmp_path, monkeypatch, capsys):
     assert "fingerprint 000000000000" in mistake(other, image, expected=1)
     describe()
     (other / "model.safetensors").write_bytes(b"cut")
+    assert "model.safetensors is damaged" in mistake(other, image, expected=1)
+    describe(weights_sha256=None)  # as a run of an earlier version
     assert "is truncated or no safetensors file" in mistake(other, image, expected=1)
     (other / "model.safetensors").unlink()
     assert "model.safetensors" in mistake(other, image, expected=1)
+
+
+def cut(content):
+    return content[:1000]
+
+
+def flipped_weight(content):
+    return content[:-1000] + bytes([content[-1000] ^ 64]) + content[-999:]
+
+
+def flipped_name(content):
+    return content.replace(b"num_batches_tracked", b"oum_batches_tracked", 1)
+
+
+@pytest.mark.parametrize("damage", [cut, flipped_weight, flipped_name])
+def test_what_is_advised_about_damaged_weights_mends_them(tiny_run, tmp_path, monkeypatch, capsys, damage):
+    copy, image = tmp_path / "copy", tmp_path / "a.png"
+    shutil.copytree(tiny_run, copy)
+    square().save(image)
+    whole = (copy / "model.safetensors").read_bytes()
+    (copy / "model.safetensors").write_bytes(damage(whole))
+    code, _, (line,) = run(monkeypatch, capsys, copy, image)
+    assert code == 1 and "model.safetensors is damaged" in line
+    assert f"delete {copy}/model.json and run this again" in line
+    (copy / "model.json").unlink()
+    assert run(monkeypatch, capsys, copy, image)[0] == 0
+    assert (copy / "model.safetensors").read_bytes() == whole
+    (copy / "model.safetensors").write_bytes(damage(whole))
+    shutil.rmtree(copy / "checkpoints")
+    code, _, (line,) = run(monkeypatch, capsys, copy, image)
+    assert code == 1 and "bring the folder again" in line and "delete" not in line
+
+
+def test_a_damaged_best_checkpoint_does_not_replace_the_weights_by_older_ones(tiny_run, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_run, copy)
+    best, before = copy / "checkpoints" / "best.pt", (copy / "model.safetensors").read_bytes()
+    older = torch.load(best, weights_only=True)
+    torch.save(older | {"epoch": older["epoch"] - 1, "model": {}}, best.with_name("best.previous.pt"))
+    best.write_bytes(cut(best.read_bytes()))
+    load_trained(copy, "cpu")
+    assert (copy / "model.safetensors").read_bytes() == before
 
 
 def test_a_folder_without_images_does_not_keep_the_others_from_an_answer(tmp_path, capsys):

@@ -31,14 +31,16 @@ Chosen = Sequence[tuple[str, float]]  # expert labels and gate weights of one sa
 def superclass_confusion(confusion_GG: ArrayLike, names: Names) -> Figure:
     """Confusion map, rows (true) divided by their sum; colours on a square-root scale, for the small errors.
 
-    confusion_GG: counts, true by predicted; a row without samples is grey. Up to 25 names get printed values.
+    confusion_GG: counts, true by predicted; a row without samples is grey, a cell without them blank. Up to 25 names
+    get printed values.
     """
     confusion_GG = np.asarray(confusion_GG, dtype=float)
     total_G = confusion_GG.sum(1, keepdims=True)
     rate_GG = np.divide(confusion_GG, total_G, out=np.full_like(confusion_GG, np.nan), where=total_G > 0)
     figure = new_figure(7.4, "Confusion of the superclasses")
     ax = figure.subplots()
-    image = heat_map(ax, rate_GG, PowerNorm(0.5, 0, 1), values=len(names) <= 25)
+    blank_GG = np.where(rate_GG == 0, -1, rate_GG)  # below the scale, which is white
+    image = heat_map(ax, blank_GG, PowerNorm(0.5, 0, 1), values=len(names) <= 25)
     name_ticks(ax.yaxis, names, 5.0)
     name_ticks(ax.xaxis, names, 5.0)
     ax.tick_params(axis="x", rotation=90)

@@ -16,12 +16,14 @@ def explanation(
     names: Names,
     classes: Sequence[Sequence[tuple[str, float]]],
     votes: Sequence[Sequence[tuple[str, float, str, float]]],
+    shared: bool = False,
 ) -> Figure:
     """One row an image: pixels, probabilities of the likeliest classes, gate weights of the experts.
 
     images_MHWC: uint8 RGB. names: of the files. classes: (name, probability), likeliest first. votes: (expert,
     gate weight, class that the expert alone would name, its probability), heaviest first; an expert's label begins
-    with its index, which decides its colour.
+    with its index, which decides its colour. shared: what an expert alone would name is what it names with the shared
+    experts, which see every image.
     """
     bars = max(map(len, [*classes, *votes]))
     rows = len(images_MHWC)
@@ -33,9 +35,11 @@ def explanation(
         _show(picture, image)
         picture.set_title(_name(name, 24), fontsize=8)
         _bars(left, bars, [(score, BLUE, short(label, 28), f"{score:.1%}") for label, score in scores])
-        _bars(right, bars, [_vote(*vote) for vote in experts])
+        _bars(right, bars, [_vote(" + shared" if shared else ", alone", *vote) for vote in experts])
     grid[0, 1].set_title("class, probability", fontsize=9)
-    grid[0, 2].set_title("expert · hidden units, its answer alone, gate weight", fontsize=9)
+    grid[0, 2].set_title(
+        f"expert · hidden units, its answer {'+ shared' if shared else 'alone'}, gate weight", fontsize=9
+    )
     return figure
 
 
@@ -73,8 +77,8 @@ def _colour(label: str) -> str:
     return expert_colour(int(number)) if number.isdigit() else BLUE
 
 
-def _vote(label: str, weight: float, alone: str, probability: float) -> tuple[float, str, str, str]:
-    text = f"{short(label, 16)}, alone: {short(alone, 16)} ({probability:.0%})"
+def _vote(how: str, label: str, weight: float, alone: str, probability: float) -> tuple[float, str, str, str]:
+    text = f"{short(label, 16)}{how}: {short(alone, 16)} ({probability:.0%})"
     return weight, _colour(label), text, f"{weight:.2f}"
 
 

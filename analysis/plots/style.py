@@ -51,8 +51,8 @@ def expert_colour(expert: int) -> str:
 
 
 def heat_map(ax: Axes, table: np.ndarray, norm: Normalize, values: bool) -> matplotlib.image.AxesImage:
-    """Heat map, grey where nothing is known; `values` prints the percentages that do not round to 0."""
-    colours = matplotlib.colormaps["viridis"].with_extremes(bad="0.85")
+    """Heat map, grey where unknown, white below the scale; `values` prints the percentages that do not round to 0."""
+    colours = matplotlib.colormaps["viridis"].with_extremes(bad="0.85", under="white")
     image = ax.imshow(table, norm=norm, cmap=colours, aspect="auto", interpolation="nearest")
     for (row, column), value in np.ndenumerate(table) if values else ():
         if value > 0.005:
