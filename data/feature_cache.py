@@ -14,6 +14,7 @@ import re
 import shutil
 import sys
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -44,7 +45,8 @@ class FeatureCache:
 
     def __init__(self, folder: Path, dataset: str = ""):
         self.folder, self.dataset = folder.expanduser(), dataset
-        self._held: dict[Path, IO] = {}
+        self._held: dict[Path, int] = {}  # open descriptors, which nothing but this closes
+        weakref.finalize(self, _release, self._held)
         self._background = ThreadPoolExecutor(1, thread_name_prefix="feature-cache")
         self._last: Future | None = None
 
@@ -60,8 +62,8 @@ class FeatureCache:
         A file that is torn or altered, or that holds other features than its name says, is reported in one line.
         """
         path = self.path(key)
-        with suppress(OSError):
-            self._hold(path, path.open("rb"))
+        with suppress(OSError), path.open("rb") as file:
+            self._hold(path, file)
         if not path.exists():
             return None
         try:
@@ -116,16 +118,24 @@ class FeatureCache:
         self._last = self._background.submit(draft.finish)
 
     def _hold(self, path: Path, file: IO) -> None:
-        """Keep the lock on a file, in place of one on what had its name before, while this object lives."""
+        """Keep the lock on a file, in place of one on what had its name before, while this object lives.
+
+        A second descriptor has the same lock, so that the file may be closed.
+        """
         try_lock(file, shared=True)
-        before, self._held[path] = self._held.get(path), file
+        before, self._held[path] = self._held.get(path), os.dup(file.fileno())
         if before is not None:
-            before.close()
+            os.close(before)
 
     def wait(self) -> None:
         """Until the file that is being finished has its name."""
         if self._last is not None:
             self._last.result()
+
+
+def _release(held: dict[Path, int]) -> None:
+    for descriptor in held.values():
+        os.close(descriptor)
 
 
 def _is_of_another_key(path: Path, key: dict[str, Any]) -> bool:

@@ -28,8 +28,8 @@ NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}  # 
 class Draft:
     """A feature file under a temporary name: fill `tensor`, which is the mapped file itself, then `finish`.
 
-    dataset: a name for people, in the header beside the key. `file` is locked, shared, as long as it is open: what
-    a running process writes or uses is not to be deleted.
+    dataset: a name for people, in the header beside the key. `file` is locked, shared, until it is finished or
+    discarded: what a running process writes is not to be deleted.
     Raises OSError where the disk is full: all of its space is taken at once, since a mapped page that finds no
     room would end the process.
     """
@@ -49,7 +49,6 @@ class Draft:
             whole = torch.from_file(str(self.temporary), shared=True, size=len(header) + size, dtype=torch.uint8)
         except BaseException:  # Ctrl-C as well: nothing half made stays behind
             self.discard()
-            self.file.close()
             raise
         self.tensor = whole[len(header) :].view(dtype).view(shape)
 
@@ -73,6 +72,8 @@ class Draft:
         """Remove the temporary file; what is mapped stays readable."""
         with suppress(OSError):
             self.temporary.unlink()
+        with suppress(OSError):  # a full disk, which was said
+            self.file.close()
 
     def _header(self, checksums: list[str]) -> bytes:
         """The safetensors header: its length is the same whatever the checksums are."""

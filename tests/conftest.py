@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from errors import exit_code_of
+
 ROOT = Path(__file__).resolve().parent.parent
 # Small tensors are slower on two threads than on one, by far where another process wants the cores as well.
 torch.set_num_threads(1)
@@ -45,6 +47,24 @@ def run_program(*arguments, timeout=300, **environment):
     )
 
 
+def in_a_fork(function) -> tuple[int, str]:
+    """Exit code and standard error of a function that runs as a program in a process of its own."""
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        code = 99
+        try:
+            os.dup2(write, 2)
+            sys.stderr = os.fdopen(2, "w", closefd=False)
+            code = exit_code_of(function)
+        finally:
+            os._exit(code)
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        text = pipe.read()
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), text
+
+
 @pytest.fixture(scope="session")
 def assets() -> Path:
     """The folder with CIFAR-100 and the ViT-B/16, which VISION_MOE_ASSETS names."""
@@ -70,7 +90,6 @@ def tiny_run(tmp_path_factory) -> Path:
     from matplotlib.figure import Figure
 
     import train  # here, because most test files need none of what it imports
-    from errors import exit_code_of
 
     folder = tmp_path_factory.mktemp("tiny") / "run"
     with pytest.MonkeyPatch.context() as patch:

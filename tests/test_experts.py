@@ -115,14 +115,17 @@ def test_a_feature_that_is_not_there_is_named():
 def test_shared_experts_are_announced_beside_the_routed_ones(monkeypatch, capsys):
     monkeypatch.setattr(train, "cost", lambda *parts: SimpleNamespace(lines=lambda: []))
     images = ImageSet(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 0, 1]), ("a", "b"))
-    splits = Splits(images, images, images)
-    model = SimpleNamespace(moe=SimpleNamespace(router=SimpleNamespace(experts_per_sample=2)))
+    trainer = SimpleNamespace(
+        model=SimpleNamespace(moe=SimpleNamespace(router=SimpleNamespace(experts_per_sample=2))),
+        bank=SimpleNamespace(splits=Splits(images, images, images), feature_shape=(1,)),
+        run=SimpleNamespace(path="run"),
+    )
     for shared, line in (
         ([[2048], "small"], "shared       2048, 256-128; every sample passes all of them"),
         ([], None),
     ):
         config = Config(experts=ExpertsConfig(sizes=[[64], [128]], shared=shared))
-        train.announce(SimpleNamespace(path="run"), config, splits, model, None, (1,))
+        train.announce(config, None, trainer)
         printed = capsys.readouterr().out
         assert "experts      0 · 64, 1 · 128; 2 a sample by noisy_topk" in printed
         assert (line in printed) if line else ("shared" not in printed)

@@ -3,7 +3,6 @@
 FUZZ_EXAMPLES=20000 pytest tests/test_fuzz.py      longer, and with other inputs each time
 """
 
-import io
 import json
 import os
 import resource
@@ -16,11 +15,9 @@ import yaml
 from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from safetensors.torch import save_file
 from test_trainer import make_trainer, splits  # noqa: F401, a fixture
 
-from data.image_file import read_picture
 from engine.checkpoint import (
     export_model,
     load_checkpoint,
@@ -38,7 +35,10 @@ from errors import UserError
 from model.backbone import _read_weights
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))
+
+
 KILOBYTES = 500_000  # by which the process may grow; the inputs are smaller than a megabyte
+
 
 JUNK = st.one_of(
     st.none(),
@@ -51,6 +51,8 @@ JUNK = st.one_of(
     st.just([[2**40]]),
     st.recursive(st.integers(-9, 9), lambda inner: st.lists(inner, max_size=3), max_leaves=6),
 )
+
+
 TENSORS = st.sampled_from(
     [
         torch.zeros(()),
@@ -60,6 +62,8 @@ TENSORS = st.sampled_from(
         torch.zeros(0),
     ]
 )
+
+
 BYTES = st.lists(
     st.tuples(st.sampled_from(["set", "insert", "delete", "repeat", "cut"]), st.floats(0, 1), st.binary(max_size=12)),
     min_size=1,
@@ -120,7 +124,11 @@ def replaced(value, path, new):
 
 
 DROPPED = object()
+
+
 PLAIN = st.lists(st.tuples(st.floats(0, 0.999), st.one_of(st.just(DROPPED), JUNK)), min_size=1, max_size=2)
+
+
 ENTRIES = st.lists(st.tuples(st.floats(0, 0.999), st.one_of(st.just(DROPPED), JUNK, TENSORS)), min_size=1, max_size=2)
 
 
@@ -285,20 +293,3 @@ def test_metrics(whole, tmp_path_factory, changes):
     run.metrics.write_bytes(altered(whole.run.metrics.read_bytes(), changes))
     for line in run.history():
         assert line["step"] > 0 and line["epoch"] > 0
-
-
-def encoded(kind):
-    image = Image.linear_gradient("L").resize((24, 20)).convert("P" if kind == "GIF" else "RGB")
-    file = io.BytesIO()
-    image.save(file, kind)
-    return file.getvalue()
-
-
-IMAGES = {kind: encoded(kind) for kind in ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM")}
-
-
-@fuzz(150, kind=st.sampled_from(sorted(IMAGES)), changes=BYTES, header=st.booleans())
-def test_images(tmp_path_factory, kind, changes, header):
-    path = tmp_path_factory.getbasetemp() / "image.png"
-    path.write_bytes(altered(IMAGES[kind], changes, within=80 if header else None))
-    survives(lambda: read_picture(path, 16))
