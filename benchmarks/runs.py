@@ -13,7 +13,7 @@ from analysis.routing import expert_load, load_entropy
 from data.datasets import Splits
 from data.features import FeatureBank
 from engine.checkpoint import load_checkpoint
-from engine.config import Config
+from engine.config import Config, config_from_dict
 from engine.metrics import scores
 from engine.pipeline import build_trainer
 from engine.predict import predict
@@ -33,8 +33,10 @@ def train_once(
 ) -> dict:
     """Train with a seed, keep the best epoch by validation, score the test images.
 
-    bank: features to read (None: extracted in the run). `seconds` is the whole run, from images in memory to answers.
+    bank: features to read (None: extracted in the run). `seconds` is the whole run to its answers on the test
+    images, from images in memory, or from features where a bank has them.
     """
+    config = config_from_dict(config.to_dict())
     config.train.seed = seed
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         run = RunFolder.create(Path(folder) / "run", "benchmark")
@@ -54,6 +56,7 @@ def train_once(
         "loss": answers.loss(),
         "ece": float(calibration(answers.probs_NC, answers.labels_N)["error"]),
         "entropy": load_entropy(load_E) if len(load_E) > 1 else None,
+        "experts": len(load_E),
         "flops": head_cost(model, trainer.bank.feature_shape, load_E).flops,
         "best_epoch": best["epoch"],
         "seconds": seconds,

@@ -47,7 +47,9 @@ def main(argv: list[str] | None = None) -> None:
     labels_N = torch.randint(CLASSES, (samples,), device=device)
     rows = []
     for name, parts, how in contestants(config):
-        for captured in (False, True) if device.type == "cuda" else (False,):
+        # A captured step dispatches the dense way whatever it is told.
+        graphs = (False, True) if device.type == "cuda" and how in ("dense", "auto") else (False,)
+        for captured in graphs:
             run = attempt(
                 lambda parts=parts, how=how, captured=captured: measure(
                     parts, how, captured, stored, labels_N, groups, options.batch, options.seconds / 20

@@ -7,16 +7,21 @@ python -m benchmarks.study --tiny                                         a rehe
 routers: every rule that reads pooled features, and dense heads of equal active and of equal total size. tokens: Soft
 MoE, which mixes patch tokens. widths: dense heads against mixtures that cost a sample no more, from 16 to 4096 hidden
 units. All read the class tokens and patch means of the last four blocks in eight views, `tokens` the last block's
-tokens in four; options that are none of those below go to train.py's configuration, which is configs/cifar100.yaml.
+tokens in four. Options of the sections data, augment, backbone and features go to train.py's configuration.
 
 Each method chooses learning rate and dropout on validation images among the same settings, with one seed; then it is
 trained with its choice from several seeds, and scored on the test images. Heads of one seed see the same batches.
-Finished runs are kept in OUT and not done again: an interrupted study goes on.
+The validation images also choose the router and the dense head that get more seeds. Finished runs are kept in OUT,
+under a digest of what they read, and not done again: an interrupted study goes on.
 """
 
 import argparse
+import hashlib
+import json
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,26 +29,63 @@ import torch
 
 from benchmarks.common import Parser, environment, header, start, table, write
 from benchmarks.study_curve import draw_curve
-from benchmarks.study_heads import Features, Job, grid, router_methods, token_methods, width_methods
+from benchmarks.study_heads import SETTINGS, Features, Job, grid, router_methods, token_methods, width_methods
 from benchmarks.study_runs import Results, Workers
 from benchmarks.study_tables import COLUMNS, cells, rows
-from data.datasets import load_splits
-from engine.config import parse_command_line
+from data.datasets import Splits, load_splits
+from data.features import FeatureBank
+from engine.config import Config, parse_command_line
+from engine.interrupt import stoppable
 from engine.pipeline import build_bank
 from errors import exit_code_of
 from model.backbone import load_backbone
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDTHS = [16, 32, 64, 128, 256, 512, 1024, 2048, 4096]
-POOLED = [f"{pool}:{block}" for pool in ("cls", "mean") for block in (-4, -3, -2, -1)]
-READS = {"routers": (POOLED, 8), "widths": (POOLED, 8), "tokens": (["tokens:-1"], 4)}  # features, views
+SECTIONS = ("--data.", "--augment.", "--backbone.", "--features.")
+SELECTION_SEED = 1000
+
+
+@dataclass(frozen=True)
+class Part:
+    """features, views: what its heads read. methods: from the options and the features to heads by name."""
+
+    features: tuple[str, ...]
+    views: int
+    methods: Callable[[argparse.Namespace, Features], dict[str, dict]]
+    most_workers: int = 64
+
+
+POOLED = tuple(f"{pool}:{block}" for pool in ("cls", "mean") for block in (-4, -3, -2, -1))
+PARTS = {
+    "routers": Part(POOLED, 8, lambda options, features: router_methods(options.width)),
+    "widths": Part(POOLED, 8, lambda options, features: width_methods(options.widths, features.groups)),
+    # A step on tokens keeps a GPU's memory busy by itself, and takes gigabytes of it.
+    "tokens": Part(("tokens:-1",), 4, lambda options, features: token_methods(options.width, features), 2),
+}
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the parts that are asked for, in turn."""
+    """Run the parts that are asked for, in turn; each may take an equal share of the time that is left."""
+    options, rest = arguments(argv)
+    device = start(options)
+    where = environment(device)
+    end = time.perf_counter() + options.seconds
+    read: dict[str, Features] = {}
+    for index, name in enumerate(options.parts):
+        part = PARTS[name]
+        deadline = time.perf_counter() + (end - time.perf_counter()) / (len(options.parts) - index)
+        if index == 0 or part.features != PARTS[options.parts[index - 1]].features:
+            read.clear()  # before the next ones need the memory
+            read |= load_features(configuration(part, options, rest), part.views, options, device)
+        run_part(name, options, where, read, deadline)
+
+
+def arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """The study's options, and those for the configuration. Raises errors.UserError for others."""
     parser = Parser("study", __doc__, seconds=1500)
     parser.allow_abbrev = False
-    parser.add_argument("--parts", nargs="+", choices=list(READS), default=list(READS), help="default: all")
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="default: all")
     parser.add_argument("--width", type=int, default=256, help="hidden units of an expert of `routers` (default 256)")
     parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS, help="active hidden units of `widths`")
     parser.add_argument("--seeds", type=int, default=10, help="runs of each method (default 10)")
@@ -51,141 +93,173 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, default=32, help="of each run (default 32)")
     parser.add_argument("--workers", type=int, default=6, help="heads that train at once (default 6)")
     options, rest = parser.parse_known_args(argv)
+    for word in rest:
+        if word.startswith("-") and not word.startswith(SECTIONS):
+            parser.error(f"{word} is not an option of the study, whose heads have their own settings")
     if options.tiny:
-        options.width, options.widths, options.workers = 8, [8, 64], 2
-        options.seeds, options.more_seeds, options.epochs = 2, 3, 2
-    device = start(options)
-    where = environment(device)
-    deadline = time.perf_counter() + options.seconds
-    read: dict[str, Features] = {}
-    reads = None
-    for part in options.parts:
-        if READS[part] != reads:
-            reads = READS[part]
-            read.clear()  # before the next ones need the memory
-            read |= load_features(options, rest, device, *reads)
-        run_part(part, options, where, read, deadline)
+        options.width, options.workers = 8, min(2, options.workers)
+        options.widths = [8, 64] if options.widths == WIDTHS else options.widths
+        options.seeds, options.more_seeds, options.epochs = min(2, options.seeds), 3, 2
+    return options, rest
 
 
-def run_part(part: str, options: argparse.Namespace, where: dict, read: dict[str, Features], deadline: float) -> None:
-    """Select, train, score, print the table, write the JSON."""
-    methods = methods_of(part, options, read["test"].groups)
-    results = Results(options.out / f"study_{part}{'_tiny' if options.tiny else ''}")
-    with Workers(options.workers, read) as workers:
-        chosen = select(methods, options, results, workers, deadline)
-        jobs = [final(name, chosen[name], seed, options) for seed in range(options.seeds) for name in chosen]
-        workers.run(jobs, results, deadline)
-        if part == "routers":
-            top = best(results, jobs)
-            jobs += [final(name, chosen[name], seed, options) for seed in range(options.more_seeds) for name in top]
-            workers.run(jobs, results, deadline)
-    report(part, options, where, results, jobs, chosen)
-
-
-def methods_of(part: str, options: argparse.Namespace, groups: int) -> dict[str, dict]:
-    """The heads of a part, by name."""
-    if part == "routers":
-        return router_methods(options.width)
-    if part == "tokens":
-        return token_methods(options.width)
-    return {name: head for width in options.widths for name, head in width_methods(width, groups).items()}
-
-
-def load_features(
-    options: argparse.Namespace, rest: list[str], device: torch.device, names: list[str], views: int
-) -> dict[str, Features]:
-    """The same training views with the validation images, for selection, and with the test images held out."""
+def configuration(part: Part, options: argparse.Namespace, rest: list[str]) -> Config:
+    """What decides the features of a part; the head of it is nobody's."""
     recipe = ROOT / "configs" / ("digits.yaml" if options.tiny else "cifar100.yaml")
-    tokens = names == READS["tokens"][0]
-    words = ["--config", str(recipe), "--neck.kind", "tokens" if tokens else "pooled"]
-    words += ["--router.kind", "soft_moe" if tokens else "noisy_topk", "--balance.switch", "0"]
+    tokens = part.features == PARTS["tokens"].features
+    names = part.features
+    if options.tiny:  # a ViT of two blocks
+        names = dict.fromkeys(name.replace("-4", "-2").replace("-3", "-1") for name in names)
+    words = ["--config", str(recipe), "--backbone.features", f"[{','.join(names)}]", "--balance.switch", "0"]
+    words += ["--neck.kind", "tokens" if tokens else "pooled", "--router.hidden", "[]"]
+    words += ["--router.kind", "soft_moe" if tokens else "noisy_topk"]
     # A study selects, and needs more validation images for it than a recipe that has been selected. The views are
     # kept here and not in the bank.
     words += ["--data.validation", "0.1", "--features.mode", "live", "--features.compile", "never"]
-    names = [name.replace("-4", "-2").replace("-3", "-1") for name in names] if options.tiny else names
-    words += ["--backbone.features", f"[{','.join(dict.fromkeys(names))}]"]
-    config = parse_command_line([*words, *rest]).config
-    splits = load_splits(config.data)
-    bank = build_bank(config, splits, load_backbone(config.backbone, device), device)
+    return parse_command_line([*words, *rest]).config
+
+
+def run_part(name: str, options: argparse.Namespace, where: dict, read: dict[str, Features], deadline: float) -> None:
+    """Select, train, score, print the table, write the JSON."""
+    methods = PARTS[name].methods(options, read["test"])
+    results = Results(options.out / f"study_{name}{'_tiny' if options.tiny else ''}_{read['test'].digest}")
+    with Workers(min(options.workers, PARTS[name].most_workers), read) as workers:
+        chosen = select(methods, options, results, workers, deadline)
+        jobs = [job for seed in range(options.seeds) for job in finals(chosen, seed, options)]
+        workers.run(jobs, results, deadline)
+        more, top = [], best(chosen) if name == "routers" else {}
+        for seed in range(options.more_seeds if top else 0):
+            more += finals({method: chosen[method] for method in top.values()}, seed, options)
+        workers.run(more, results, deadline)
+    report(name, options, where, results, (jobs, more), chosen, top)
+
+
+def load_features(config: Config, views: int, options: argparse.Namespace, device) -> dict[str, Features]:
+    """The same training views with the validation images, for selection, and with the test images held out."""
+    splits, backbone = load_splits(config.data), load_backbone(config.backbone, device)
+    bank = build_bank(config, splits, backbone, device)
     views = min(views, options.epochs) if config.augment.active else 1
-    shape, dtype = bank.feature_shape, torch.float16 if device.type == "cuda" else torch.float32
-
-    def whole(split: str, number: int) -> torch.Tensor:
-        found = torch.empty(number, len(splits[split]), *shape, dtype=dtype, device=device)
-        for view in range(number):
-            begun = 0
-            for features_B, _ in bank.batches(split, 4096, view=view if split == "train" else None):
-                found[view, begun : begun + len(features_B)] = features_B
-                begun += len(features_B)
-        return found
-
-    train_VNF, labels_N = whole("train", views), splits.train.labels_N.to(device)
-    common = {"groups": len(config.backbone.features), "classes": splits.train.num_classes}
-    return {
-        stage: Features(train_VNF, labels_N, whole(name, 1)[0], splits[name].labels_N.to(device), **common)
+    train_VNF, labels_N = whole(bank, "train", views), splits.train.labels_N.to(device)
+    common = {
+        "groups": len(config.backbone.features),
+        "classes": splits.train.num_classes,
+        "digest": digest(config, splits, backbone.fingerprint(), views),
+    }
+    found = {
+        stage: Features(train_VNF, labels_N, whole(bank, name, 1)[0], splits[name].labels_N.to(device), **common)
         for stage, name in (("selection", "validation"), ("test", "test"))
     }
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return found
+
+
+def digest(config: Config, splits: Splits, backbone: str, views: int) -> str:
+    """Eight digits that change with anything that a head reads or is trained by, beside its own settings."""
+    data = [splits[name].fingerprint() for name in ("train", "validation", "test")]
+    parts = [data, backbone, vars(config.augment), views, SETTINGS]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def whole(bank: FeatureBank, split: str, views: int) -> torch.Tensor:
+    """All features of so many views of the training images, or of a split as it is: (V, N, ...)."""
+    dtype = torch.float16 if bank.device.type == "cuda" else torch.float32
+    shape = (views, len(bank.splits[split]), *bank.feature_shape)
+    found = torch.empty(shape, dtype=dtype, device=bank.device)
+    for view in range(views):
+        begun = 0
+        for features_B, _ in bank.batches(split, 4096, view=view if split == "train" else None):
+            found[view, begun : begun + len(features_B)] = features_B
+            begun += len(features_B)
+    return found
 
 
 def select(
     methods: dict[str, dict], options: argparse.Namespace, results: Results, workers: Workers, deadline: float
 ) -> dict[str, dict]:
-    """Each method with the settings of its best validation macro-F1."""
+    """Each method with the settings of its best validation macro-F1; one that failed with them all is left out."""
     candidates = {
-        name: [Job(name, head, 1000, "selection", options.epochs, settings) for settings in grid(head)]
+        name: [Job(name, head, SELECTION_SEED, "selection", options.epochs, settings) for settings in grid(head)]
         for name, head in methods.items()
     }
-    workers.run([job for jobs in candidates.values() for job in jobs], results, deadline)
+    # Setting by setting: time that runs out takes it from all methods alike.
+    workers.run([job for jobs in zip(*candidates.values(), strict=True) for job in jobs], results, deadline)
     chosen = {}
     for name, jobs in candidates.items():
-        done = [job for job in jobs if job.key in results.scores]
-        if len(done) == len(jobs):  # with fewer, its budget would not have been that of the others
-            top = max(done, key=lambda job: results.scores[job.key]["macro_f1"])
-            chosen[name] = {"head": top.head, "settings": top.settings}
+        scored = [job for job in jobs if job.key in results.scores]
+        if scored and all(map(results.knows, jobs)):  # with fewer, its budget would not have been that of the others
+            top = max(scored, key=lambda job: results.scores[job.key]["macro_f1"])
+            score = results.scores[top.key]["macro_f1"]
+            chosen[name] = {"head": top.head, "settings": top.settings, "validation": score}
     return chosen
 
 
-def final(name: str, chosen: dict, seed: int, options: argparse.Namespace) -> Job:
-    """A run that the test images score."""
-    return Job(name, chosen["head"], seed, "test", options.epochs, chosen["settings"])
+def finals(chosen: dict[str, dict], seed: int, options: argparse.Namespace) -> list[Job]:
+    """A run of each method that the test images score; without a seed, logistic regression has a single one."""
+    return [
+        Job(name, choice["head"], seed, "test", options.epochs, choice["settings"])
+        for name, choice in chosen.items()
+        if seed == 0 or "logistic" not in choice["head"]
+    ]
 
 
-def best(results: Results, jobs: list[Job]) -> list[str]:
-    """The method of the highest mean macro-F1 among the dense ones, and among the others."""
-    by_method: dict[str, list[float]] = {}
-    for job in jobs:
-        if job.key in results.scores:
-            by_method.setdefault(job.method, []).append(results.scores[job.key]["macro_f1"])
-    means = {name: float(np.mean(values)) for name, values in by_method.items()}
-    dense = {name for name in means if name.startswith("dense")}
-    means = {name: mean for name, mean in means.items() if name not in ("logistic regression", "linear head")}
-    return [max(group, key=means.get) for group in (dense, means.keys() - dense) if group]
+def best(chosen: dict[str, dict]) -> dict[str, str]:
+    """The dense head and the router of the highest validation macro-F1; none where one of them is missing."""
+    scores = {name: choice["validation"] for name, choice in chosen.items()}
+    dense = {name: score for name, score in scores.items() if name.startswith("dense")}
+    sizes = {name: choice["head"].get("experts", {}).get("sizes", []) for name, choice in chosen.items()}
+    routers = {name: score for name, score in scores.items() if len(sizes[name]) > 1}
+    if not dense or not routers:
+        return {}
+    return {"dense": max(dense, key=dense.get), "router": max(routers, key=routers.get)}
 
 
 def report(
-    part: str, options: argparse.Namespace, where: dict, results: Results, jobs: list[Job], chosen: dict
+    name: str,
+    options: argparse.Namespace,
+    where: dict,
+    results: Results,
+    jobs: tuple[list[Job], list[Job]],
+    chosen: dict,
+    top: dict[str, str],
 ) -> None:
-    """The table on the screen, everything as JSON, and the curve as a picture."""
+    """The tables on the screen, everything as JSON, and the curve as a picture."""
+    print(header(f"Heads on frozen features, test scores, paired with a dense head: {name}", where))
+    partner = {method: choice["head"].get("against") for method, choice in chosen.items()}
+    found = rows(*runs_of(jobs[0], results, options.seeds), partner)
+    if name == "widths":
+        found.sort(key=lambda row: int(row["method"].rpartition(" ")[2]))
+    print(table(COLUMNS, [cells(row) for row in found]))
+    settled = rows(*runs_of(jobs[1], results, options.more_seeds), {top["router"]: top["dense"]}) if top else []
+    if settled:
+        print("\nThe router and the dense head that validation puts first:\n")
+        print(table(COLUMNS, [cells(row) for row in settled]))
+    for job in (*jobs[0], *jobs[1]):
+        if job.key in results.failed:
+            print(f"- {job.method}, seed {job.seed}: {results.failed[job.key]}")
+    settings = {"epochs": options.epochs, **SETTINGS}
+    write(options, f"study_{name}", where, rows=found, settled=settled, chosen=chosen, settings=settings)
+    if name == "widths" and found:
+        print(f"written to {draw_curve(found, options.out / 'study_widths.png')}")
+
+
+def runs_of(jobs: list[Job], results: Results, seeds: int) -> tuple[dict, dict]:
+    """Scores and routings by method and seed. What has no seed stands beside every seed of the others."""
     runs: dict[str, dict[int, dict]] = {}
     routings: dict[str, dict[int, np.ndarray]] = {}
     for job in jobs:
         if job.key in results.scores:
-            runs.setdefault(job.method, {})[job.seed] = results.scores[job.key]
+            for seed in range(seeds) if "logistic" in job.head else [job.seed]:
+                runs.setdefault(job.method, {})[seed] = results.scores[job.key]
             routings.setdefault(job.method, {})[job.seed] = results.routings[job.key]
-    title = f"Heads on frozen features, test macro-F1, paired with the dense head of equal cost: {part}"
-    print(header(title, where))
-    widths = options.widths if part == "widths" else [None]
-    found = []
-    for width in widths:
-        names = [name for name in runs if width is None or name.endswith(f" {width}")]
-        dense = [name for name in names if name.startswith("dense")]
-        if dense:
-            found += rows({name: runs[name] for name in names}, routings, against=dense[0])
-    print(table(COLUMNS, [cells(row) for row in found]))
-    if part == "widths" and found:
-        print(f"written to {draw_curve(found, results.path.with_name('widths.png'))}")
-    write(options, f"study_{part}", where, rows=found, chosen=chosen, settings={"epochs": options.epochs})
+    return runs, routings
+
+
+def program() -> None:
+    """`main`, which a signal ends in order, its workers first."""
+    with stoppable():
+        main()
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code_of(main))
+    sys.exit(exit_code_of(program))

@@ -27,7 +27,11 @@ def draw_curve(rows: list[dict[str, Any]], path: Path) -> Path:
         scores.errorbar(widths, [100 * row["macro_f1"] for row in found], spread, capsize=2, label=family, **look)
         if family == "dense":
             continue
-        paired = [(width, *(100 * v for v in row["paired"])) for width, row in zip(widths, found, strict=True)]
+        paired = [
+            (width, *(100 * (row["paired"][0] if v is None else v) for v in row["paired"]))
+            for width, row in zip(widths, found, strict=True)
+            if "paired" in row
+        ]
         shifted = [width * 1.06 ** (index - 2) for width, *_ in paired]  # side by side, or the bars would overlap
         middle = [mean for _, mean, _, _ in paired]
         ends = [[mean - low for _, mean, low, _ in paired], [high - mean for _, mean, _, high in paired]]

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -17,20 +18,22 @@ from engine.graph import GraphedStep, worth_capturing
 from engine.metrics import scores
 from engine.optim import OptimConfig, build_optimizer, set_learning_rate
 from engine.step import TrainingStep
-from engine.summary import head_cost
+from engine.summary import flops, head_cost
 from model.balance import BalanceConfig
 from model.classifier import NeckConfig, VisionMoE
 from model.experts import ExpertsConfig
 from model.routers import RouterConfig
 
-BATCH, EMA, SMOOTHING, PERMUTATIONS = 1024, 0.999, 0.1, 200
+BATCH, EMA, SMOOTHING, WARMUP = 1024, 0.999, 0.1, 0.125  # the last: share of the steps that route at random
+SETTINGS = {"batch": BATCH, "ema": EMA, "smoothing": SMOOTHING, "warmup": WARMUP}
+PERMUTATIONS = 200
 
 
 @dataclass(frozen=True)
 class Features:
     """What every head reads: train_VNF of V views, one evaluation split, labels, and the groups that F is made of.
 
-    F stands for (T, D) where they are tokens.
+    F stands for (T, D) where they are tokens. digest: changes with any of them.
     """
 
     train_VNF: Tensor
@@ -39,6 +42,7 @@ class Features:
     held_labels_M: Tensor
     groups: int
     classes: int
+    digest: str = ""
 
 
 @dataclass
@@ -58,53 +62,66 @@ class Job:
         return json.dumps(asdict(self), sort_keys=True)
 
 
-def dense(*width: int) -> dict[str, Any]:
-    """One MLP with a hidden layer of `width` units; without a width a linear head."""
-    return {"router": {"kind": "noisy_topk", "top_k": 1}, "experts": {"sizes": [list(width)]}, "warmup": 0}
+def dense(*width: int, against: str | None = None) -> dict[str, Any]:
+    """One MLP with a hidden layer of `width` units; without a width a linear head. against: whom it is paired with."""
+    return {
+        "router": {"kind": "noisy_topk", "top_k": 1, "warmup_steps": 0},
+        "experts": {"sizes": [list(width)]},
+        "against": against,
+    }
 
 
-def mixture(kind: str, sizes: list[int], top_k: int, switch: float = 0.01, shared: int = 0, **router) -> dict[str, Any]:
-    """A mixture of experts with one hidden layer each."""
+def mixture(
+    against: str, kind: str, sizes: list[int], top_k: int, switch: float = 0.01, shared: int = 0, **router
+) -> dict[str, Any]:
+    """A mixture of experts with one hidden layer each, paired with the dense head `against`."""
     experts = {"sizes": [[width] for width in sizes], "shared": [[shared]] if shared else []}
-    return {"router": {"kind": kind, "top_k": top_k, **router}, "experts": experts, "balance": {"switch": switch}}
+    router |= {"kind": kind, "top_k": top_k}
+    return {"router": router, "experts": experts, "balance": {"switch": switch}, "against": against}
 
 
 def router_methods(width: int) -> dict[str, dict[str, Any]]:
     """Every routing rule with eight experts of `width` units, two of them active; dense heads matched to both."""
     equal, half = [width] * 8, [2 * width] * 4
     unequal = [width // 4, width // 2, width, 9 * width // 4] * 2
+    active = f"dense, {2 * width} units (active)"
+    noisy = mixture(active, "noisy_topk", equal, 2)
     return {
-        "logistic regression": {"logistic": True},
-        "linear head": dense(),
-        f"dense, {2 * width} units (active)": dense(2 * width),
-        f"dense, {8 * width} units (total)": dense(8 * width),
-        "article": mixture("article", equal, 2, switch=0.0),
-        "noisy_topk": mixture("noisy_topk", equal, 2),
-        "noisy_topk, unequal": mixture("noisy_topk", unequal, 2),
-        "noisy_topk, probabilities": {**mixture("noisy_topk", equal, 2), "combine": "probabilities"},
-        "vmoe": mixture("vmoe", equal, 2),
-        "switch, 4 experts": mixture("switch", half, 1, capacity_factor=1.25),
-        "gshard": mixture("gshard", equal, 2, capacity_factor=2.0),
-        "mixtral": mixture("mixtral", equal, 2),
-        "deepseek, shared": mixture("deepseek", equal, 1, switch=0.0, shared=width),
-        "hierarchical": mixture("hierarchical", equal, 2),
-        "expert_choice": mixture("expert_choice", equal, 2, switch=0.0),
-        "hash": mixture("hash", equal, 2, switch=0.0),
-        "shared + 16 small": mixture("noisy_topk", [width // 4] * 16, 2, shared=3 * width // 2, inputs=[-1]),
+        "logistic regression": {"logistic": True, "against": active},
+        "linear head": dense(against=active),
+        active: dense(2 * width),
+        f"dense, {8 * width} units (total)": dense(8 * width, against=active),
+        "article": mixture(active, "article", equal, 2, switch=0.0),
+        "noisy_topk": noisy,
+        "noisy_topk, unequal": mixture(active, "noisy_topk", unequal, 2),
+        "noisy_topk, probabilities": {**noisy, "combine": "probabilities"},
+        "vmoe": mixture(active, "vmoe", equal, 2),
+        "switch, 4 experts": mixture(active, "switch", half, 1, capacity_factor=1.25),
+        "gshard": mixture(active, "gshard", equal, 2, capacity_factor=2.0),
+        "mixtral": mixture(active, "mixtral", equal, 2),
+        "deepseek, shared": mixture(active, "deepseek", equal, 1, switch=0.0, shared=width),
+        "hierarchical": mixture(active, "hierarchical", equal, 2),
+        "expert_choice": mixture(active, "expert_choice", equal, 2, switch=0.0),
+        "hash": mixture(active, "hash", equal, 2, switch=0.0),
+        "shared + 16 small": mixture(active, "noisy_topk", [width // 4] * 16, 2, shared=3 * width // 2, inputs=[-1]),
     }
 
 
-def token_methods(width: int) -> dict[str, dict[str, Any]]:
-    """Soft MoE with as many hidden units as `router_methods`, and one dense head behind the same attention pooling."""
-    return {
-        f"dense behind one slot, {8 * width} units": mixture("soft_moe", [8 * width], 1, switch=0.0),
-        "soft_moe, 8 experts": mixture("soft_moe", [width] * 8, 1, switch=0.0),
-        "soft_moe, 8 experts, 4 slots": mixture("soft_moe", [width] * 8, 1, switch=0.0, slots=4),
-    }
+def token_methods(width: int, features: Features) -> dict[str, dict[str, Any]]:
+    """Soft MoE with as many experts as `router_methods`, and a dense head behind one slot that costs the same."""
+
+    def one_slot(units: int) -> dict[str, Any]:
+        return {**mixture("", "soft_moe", [units], 1, switch=0.0), "against": None}
+
+    soft = mixture("", "soft_moe", [width] * 8, 1, switch=0.0)
+    one, two, goal = (flops_of(build(head, features, 0.0), features) for head in (one_slot(1), one_slot(2), soft))
+    units = 1 + round((goal - one) / (two - one))
+    name = f"dense behind one slot, {units} units"
+    return {name: one_slot(units), "soft_moe, 8 experts": {**soft, "against": name}}
 
 
-def width_methods(width: int, groups: int) -> dict[str, dict[str, Any]]:
-    """A dense head of `width` units, and mixtures that cost a sample no more, their gates included.
+def width_methods(widths: list[int], groups: int) -> dict[str, dict[str, Any]]:
+    """For each width a dense head, and mixtures that cost a sample no more, their gates included.
 
     The gate reads one of so many feature groups, and so costs its number of experts over theirs in hidden units. A
     quarter of the units, 128 at most, is routed beside a shared expert; or all of them, to one of eight experts (four
@@ -114,17 +131,21 @@ def width_methods(width: int, groups: int) -> dict[str, dict[str, Any]]:
     def gate(experts: int) -> int:
         return math.ceil(experts / groups)
 
-    found = {f"dense {width}": dense(width)}
-    number = 8 if width <= 512 else 4
-    if width <= 2048:
-        found[f"all routed, top-1 {width}"] = mixture("noisy_topk", [width - gate(number)] * number, 1, inputs=[-1])
-    routed = max(4, min(width // 4, 128))
-    for experts, top_k in ((16, 1), (32, 2)):
-        shared = width - routed - gate(experts)
-        if shared > 0:
-            found[f"shared + top-{top_k} of {experts} {width}"] = mixture(
-                "noisy_topk", [routed // top_k] * experts, top_k, shared=shared, inputs=[-1]
-            )
+    found: dict[str, dict[str, Any]] = {}
+    for width in widths:
+        name = f"dense {width}"
+        found[name] = dense(width)
+        number = 8 if width <= 512 else 4
+        if width <= 2048:
+            sizes = [width - gate(number)] * number
+            found[f"all routed, top-1 {width}"] = mixture(name, "noisy_topk", sizes, 1, inputs=[-1])
+        routed = max(4, min(width // 4, 128))
+        for experts, top_k in ((16, 1), (32, 2)):
+            shared, sizes = width - routed - gate(experts), [routed // top_k] * experts
+            if shared > 0:
+                found[f"shared + top-{top_k} of {experts} {width}"] = mixture(
+                    name, "noisy_topk", sizes, top_k, shared=shared, inputs=[-1]
+                )
     return found
 
 
@@ -151,8 +172,8 @@ def build(head: dict[str, Any], features: Features, dropout: float) -> VisionMoE
 def train_head(job: Job, features: Features) -> tuple[dict[str, Any], np.ndarray]:
     """Train a head and score its moving average on the held-out images.
 
-    The order of the samples depends on seed and epoch alone, so that heads of one seed see the same batches. Returns
-    the scores, and the expert of largest weight of each held-out image, int16 (-1 where none is).
+    Returns the scores, and the expert of largest weight of each held-out image, int16 (-1 where none is). Raises
+    ValueError where a number is not finite.
     """
     from timm.utils import ModelEmaV3
 
@@ -170,21 +191,24 @@ def train_head(job: Job, features: Features) -> tuple[dict[str, Any], np.ndarray
     batch = min(BATCH, samples)
     train_step = GraphedStep(step, batch) if worth_capturing("auto", model) else step
     total = job.epochs * (samples // batch)
-    warmup_steps = job.head.get("warmup", total // 8) if model.moe.router.learns else 0
-    done = 0
+    warms = RouterConfig(**job.head["router"]).random_steps > 0
     model.train()
-    for epoch in range(job.epochs):
-        generator = torch.Generator().manual_seed(job.seed * 1_000_003 + epoch)
-        order_N = torch.randperm(samples, generator=generator).to(device)
-        view_NF = features.train_VNF[epoch % len(features.train_VNF)]
-        for index_B in order_N[: samples // batch * batch].split(batch):
-            set_learning_rate(optimizer, done, total, optim)
-            train_step(view_NF[index_B], features.labels_N[index_B], done < warmup_steps)
-            done += 1
-            ema.update(model, step=done)
+    for done, (view, index_B) in enumerate(order(job.seed, job.epochs, samples, batch, device)):
+        set_learning_rate(optimizer, done, total, optim)
+        x_BF = features.train_VNF[view % len(features.train_VNF)][index_B]
+        train_step(x_BF, features.labels_N[index_B], warms and done < WARMUP * total)
+        ema.update(model, step=done + 1)
     if found := step.numbers.look():
         raise ValueError(f"the {found[1]} is not finite after {found[0]} steps")
     return score(ema.module, features)
+
+
+def order(seed: int, epochs: int, samples: int, batch: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:
+    """The view and the samples of each step: of the seed alone, so that heads of one seed see the same batches."""
+    for epoch in range(epochs):
+        order_N = torch.randperm(samples, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+        for index_B in order_N[: samples // batch * batch].to(device).split(batch):
+            yield epoch, index_B
 
 
 def logistic(features: Features, decay: float) -> VisionMoE:
@@ -229,15 +253,16 @@ def score(model: VisionMoE, features: Features) -> tuple[dict[str, Any], np.ndar
     sample_A, expert_A, weight_A = (torch.cat(parts).cpu().numpy() for parts in (samples, experts, weights))
     labels_M = features.held_labels_M.cpu().numpy()
     number = len(model.moe.experts)
-    load_E = expert_load(expert_A, number)
+    routes = number > 1 and len(expert_A) < number * len(labels_M)  # else every expert serves every image
     found = {
         **scores(labels_M, logits_MC.argmax(dim=-1).cpu().numpy(), features.classes),
         "loss": float(F.cross_entropy(logits_MC, features.held_labels_M)),
         "ece": float(calibration(logits_MC.softmax(dim=-1).cpu().numpy(), labels_M)["error"]),
-        "entropy": load_entropy(load_E) if number > 1 else None,
-        "flops": head_cost(model, tuple(features.held_MF.shape[1:]), load_E).flops,
+        "entropy": load_entropy(expert_load(expert_A, number)) if routes else None,
+        "flops": flops_of(model, features, np.bincount(expert_A, minlength=number) / len(labels_M)),
+        "experts": number,
     }
-    if number > 1:
+    if routes:
         found["specialisation"] = specialisation(
             labels_M, sample_A, expert_A, features.classes, number, permutations=PERMUTATIONS
         )
@@ -245,3 +270,13 @@ def score(model: VisionMoE, features: Features) -> tuple[dict[str, Any], np.ndar
     order_A = np.argsort(weight_A, kind="stable")  # the largest weight of a sample is written last
     first_M[sample_A[order_A]] = expert_A[order_A]
     return found, first_M
+
+
+def flops_of(model: VisionMoE, features: Features, visits_E: np.ndarray | None = None) -> int:
+    """FLOPs of a sample that visits each expert so often on average (None: evenly); one expert needs no gate."""
+    shape = tuple(features.held_MF.shape[1:])
+    router = model.moe.router
+    cost = head_cost(model, shape, None if visits_E is None else visits_E / router.experts_per_sample).flops
+    if len(model.moe.experts) == 1 and not router.reads_tokens:
+        cost -= flops(router, torch.zeros(1, *shape, device=features.held_MF.device))
+    return cost

@@ -1,9 +1,11 @@
 """The runs of a study: kept in a file when they are done, trained by several processes on the same features."""
 
 import json
-import queue
+import os
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor, TimeoutError, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,14 @@ import torch
 import torch.multiprocessing as multiprocessing
 
 from benchmarks.study_heads import Features, Job, train_head
+from errors import EnvironmentFault, one_line
 
 
 class Results:
-    """Finished jobs in FOLDER/runs.jsonl, their routings included; what is there already is not done again."""
+    """Finished jobs in FOLDER/runs.jsonl, their routings included; what is there already is not done again.
+
+    failed: why a job has no scores, such as a loss that was not finite.
+    """
 
     def __init__(self, folder: Path):
         self.path = folder / "runs.jsonl"
@@ -23,19 +29,33 @@ class Results:
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         self.scores: dict[str, dict[str, Any]] = {}
         self.routings: dict[str, np.ndarray] = {}
+        self.failed: dict[str, str] = {}
         for line in lines:
             try:
                 found = json.loads(line)
             except ValueError:  # torn by a kill: that run is done again
                 continue
-            self.scores[found["key"]] = found["scores"]
-            self.routings[found["key"]] = np.array(found["first"], dtype=np.int16)
+            self._take(**found)
 
-    def add(self, job: Job, scores: dict[str, Any], first_M: np.ndarray) -> None:
-        """Keep a run."""
-        self.scores[job.key], self.routings[job.key] = scores, first_M
+    def add(self, job: Job, outcome: "tuple[dict[str, Any], np.ndarray] | str") -> None:
+        """Keep a run: its scores and the first expert of each image, or why it failed."""
+        if isinstance(outcome, str):
+            found = {"key": job.key, "failed": outcome}
+        else:
+            found = {"key": job.key, "scores": outcome[0], "first": outcome[1].tolist()}
+        self._take(**found)
         with open(self.path, "a") as file:
-            file.write("\n" + json.dumps({"key": job.key, "scores": scores, "first": first_M.tolist()}))
+            file.write("\n" + json.dumps(found))
+
+    def _take(self, key: str, scores: dict | None = None, first: list | None = None, failed: str = "") -> None:
+        if scores is None:
+            self.failed[key] = failed
+        else:
+            self.scores[key], self.routings[key] = scores, np.array(first, dtype=np.int16)
+
+    def knows(self, job: Job) -> bool:
+        """Whether it is done, well or badly."""
+        return job.key in self.scores or job.key in self.failed
 
 
 class Workers:
@@ -43,42 +63,55 @@ class Workers:
 
     def __init__(self, number: int, features: dict[str, Features]):
         context = multiprocessing.get_context("spawn")
-        self.todo, self.done = context.Queue(), context.Queue()
-        arguments = (self.todo, self.done, features)
-        self.processes = [context.Process(target=_work, args=arguments) for _ in range(number)]
+        self.pool = ProcessPoolExecutor(number, mp_context=context, initializer=_read, initargs=(features,))
 
     def __enter__(self) -> "Workers":
-        for process in self.processes:
-            process.start()
         return self
 
     def __exit__(self, *_) -> None:
-        for process in self.processes:
-            process.terminate()
-            process.join()
+        # They end by themselves, after the heads under way: memory that was shared is freed by those who leave.
+        self.pool.shutdown(cancel_futures=True)
 
     def run(self, jobs: list[Job], results: Results, deadline: float) -> None:
-        """Train the heads that are not there yet, until the deadline; one that fails is said and left out."""
-        left = {job.key: job for job in jobs if job.key not in results.scores}
-        for job in left.values():
-            self.todo.put(job)
-        while left and time.perf_counter() < deadline and any(p.is_alive() for p in self.processes):
-            try:
-                job, outcome = self.done.get(timeout=1)
-            except queue.Empty:
-                continue
-            left.pop(job.key, None)
-            if isinstance(outcome, str):
-                print(f"{job.method}, seed {job.seed}: {outcome}", file=sys.stderr)
-            else:
-                results.add(job, *outcome)
+        """Train the heads that are not there yet, until the deadline.
 
-
-def _work(todo, done, features: dict[str, Features]) -> None:
-    torch.set_num_threads(1)
-    while True:
-        job = todo.get()
+        Raises errors.EnvironmentFault where a process ends that should not.
+        """
+        left = {job.key: job for job in jobs if not results.knows(job)}
+        seconds = deadline - time.perf_counter()
+        if seconds <= 0:
+            return
+        futures = {self.pool.submit(_train, job): job for job in left.values()}
         try:
-            done.put((job, train_head(job, features[job.stage])))
-        except Exception as error:  # one head must not end the others
-            done.put((job, " ".join(f"{type(error).__name__}: {error}".split())[:200]))
+            for future in as_completed(futures, timeout=seconds):
+                results.add(futures[future], future.result())
+        except TimeoutError:
+            for future in futures:
+                future.cancel()
+        except BrokenProcessPool as error:
+            raise EnvironmentFault(
+                "a process that trains heads has ended before its time, out of memory perhaps: try fewer --workers; "
+                f"finished runs are kept in {results.path}, and the same command goes on from there"
+            ) from error
+
+
+_features: dict[str, Features] = {}  # of a worker
+
+
+def _read(features: dict[str, Features]) -> None:
+    torch.set_num_threads(1)
+    _features.update(features)
+
+
+def _train(job: Job) -> "tuple[dict[str, Any], np.ndarray] | str":
+    try:
+        return train_head(job, _features[job.stage])
+    except (ValueError, torch.OutOfMemoryError) as error:  # of this head alone
+        print(f"{job.method}, seed {job.seed}: {one_line(error)}", file=sys.stderr)
+        return one_line(error)
+    except Exception as error:  # after many an error a GPU does no more work for this process
+        print(f"{job.method}, seed {job.seed}: {type(error).__name__}: {one_line(error)}", file=sys.stderr, flush=True)
+        os._exit(1)
+    finally:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

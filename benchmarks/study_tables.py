@@ -10,14 +10,16 @@ import numpy as np
 AGREEMENT_SEEDS = 5  # whose pairs are compared
 
 
-def paired_interval(values: list[float], others: list[float], confidence: float = 0.95) -> tuple[float, float, float]:
-    """Mean of values - others, and the ends of its Student-t interval over the pairs; nan ends for a single pair."""
+def paired_interval(
+    values: list[float], others: list[float], confidence: float = 0.95
+) -> tuple[float, float | None, float | None]:
+    """Mean of values - others, and the ends of its Student-t interval over the pairs (None for a single pair)."""
     from scipy.stats import t
 
     differences = [a - b for a, b in zip(values, others, strict=True)]
     mean, n = statistics.fmean(differences), len(differences)
     if n < 2:
-        return mean, math.nan, math.nan
+        return mean, None, None
     half = t.ppf((1 + confidence) / 2, n - 1) * statistics.stdev(differences) / math.sqrt(n)
     return mean, mean - half, mean + half
 
@@ -34,8 +36,10 @@ def agreement(first_SM: list[np.ndarray]) -> float | None:
     return statistics.fmean(adjusted_mutual_info_score(a, b) for a, b in pairs) if pairs else None
 
 
-def rows(runs: dict[str, dict[int, dict]], routings: dict[str, dict[int, np.ndarray]], against: str) -> list[dict]:
-    """One row a method, best first. runs: method -> seed -> scores; `against` is what the others are paired with."""
+def rows(
+    runs: dict[str, dict[int, dict]], routings: dict[str, dict[int, np.ndarray]], partner: dict[str, str | None]
+) -> list[dict]:
+    """One row a method, best first. runs: method -> seed -> scores. partner: whom a method is paired with."""
     found = []
     for method, by_seed in runs.items():
         seeds = sorted(by_seed)
@@ -45,14 +49,15 @@ def rows(runs: dict[str, dict[int, dict]], routings: dict[str, dict[int, np.ndar
             known = None not in values
             row[name] = statistics.fmean(values) if known else None
             row[f"{name}_deviation"] = statistics.stdev(values) if known and len(values) > 1 else None
-        paired = [seed for seed in seeds if seed in runs.get(against, {})]
-        if method != against and paired:
-            ours, theirs = ([runs[name][seed]["macro_f1"] for seed in paired] for name in (method, against))
-            row["paired"], row["pairs"] = paired_interval(ours, theirs), len(paired)
+        theirs = runs.get(partner.get(method) or "", {})
+        if paired := [seed for seed in seeds if seed in theirs]:
+            pairs = ([scores[seed]["macro_f1"] for seed in paired] for scores in (by_seed, theirs))
+            row["paired"], row["pairs"], row["against"] = paired_interval(*pairs), len(paired), partner[method]
         special = [by_seed[seed]["specialisation"] for seed in seeds if "specialisation" in by_seed[seed]]
         if special:
             row["specialisation"] = statistics.fmean(value["normalised"] for value in special)
-            row["null"] = statistics.fmean(value["null_mean"] for value in special) / _log_experts(special)
+            null = statistics.fmean(value["null_mean"] for value in special)
+            row["null"] = null / math.log(by_seed[seeds[0]]["experts"])
             row["agreement"] = agreement([routings[method][seed] for seed in seeds if seed in routings.get(method, {})])
         found.append(row)
     return sorted(found, key=lambda row: -row["macro_f1"])
@@ -76,8 +81,9 @@ def cells(row: dict[str, Any]) -> list[str]:
     """A row as the table shows it; scores in per cent."""
     paired = "-"
     if "paired" in row:
-        mean, low, high = (100 * value for value in row["paired"])
-        paired = f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"
+        mean, *ends = row["paired"]
+        interval = "one pair" if None in ends else " to ".join(f"{100 * end:+.2f}" for end in ends)
+        paired = f"{100 * mean:+.2f} ({interval})"
     special = f"{row['specialisation']:.3f} ({row['null']:.3f})" if "specialisation" in row else "-"
     return [
         row["method"],
@@ -96,9 +102,3 @@ def cells(row: dict[str, Any]) -> list[str]:
 def _percent(row: dict[str, Any], name: str) -> str:
     deviation = row[f"{name}_deviation"]
     return f"{100 * row[name]:.2f}" + ("" if deviation is None else f" ± {100 * deviation:.2f}")
-
-
-def _log_experts(special: list[dict]) -> float:
-    """Log E, from a mutual information and the same over log E; 1 where both are 0."""
-    value = special[0]
-    return value["mutual_information"] / value["normalised"] if value["normalised"] else 1.0

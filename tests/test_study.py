@@ -1,19 +1,19 @@
 """The study's arithmetic by hand, its methods' costs, and a head trained on features that give the class away."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
 
-from benchmarks.study import best
+from benchmarks import study
 from benchmarks.study_curve import draw_curve
 from benchmarks.study_heads import (
     Features,
     Job,
     build,
     dense,
+    flops_of,
     grid,
+    order,
     router_methods,
     token_methods,
     train_head,
@@ -21,7 +21,7 @@ from benchmarks.study_heads import (
 )
 from benchmarks.study_runs import Results
 from benchmarks.study_tables import agreement, cells, paired_interval, rows
-from engine.summary import head_cost
+from errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def test_the_paired_interval_by_hand():
     # Differences 1, 2, 3: mean 2, deviation 1; t(0.975, 2) = 4.302653, so 2 -+ 4.302653 / sqrt(3) = 2 -+ 2.484138.
     mean, low, high = paired_interval([2.0, 4.0, 6.0], [1.0, 2.0, 3.0])
     assert (mean, low, high) == pytest.approx((2.0, -0.484138, 4.484138), abs=1e-5)
-    assert math.isnan(paired_interval([1.0], [0.0])[1])
+    assert paired_interval([1.0], [0.0]) == (1.0, None, None)
 
 
 def test_agreement_ignores_the_experts_names():
@@ -51,7 +51,7 @@ def test_agreement_ignores_the_experts_names():
 
 
 def test_every_method_has_the_same_number_of_settings_and_can_be_built(features):
-    methods = router_methods(16) | width_methods(64, features.groups)
+    methods = router_methods(16) | width_methods([64], features.groups)
     assert {len(grid(head)) for head in methods.values()} == {4}
     for name, head in methods.items():
         if "logistic" not in head:
@@ -59,22 +59,72 @@ def test_every_method_has_the_same_number_of_settings_and_can_be_built(features)
 
 
 @pytest.mark.parametrize("groups", [8, 16])
-@pytest.mark.parametrize("width", [16, 128, 1024])
-def test_mixtures_of_the_curve_cost_no_more_than_the_dense_head(groups, width):
+@pytest.mark.parametrize("width", [16, 128, 1024, 4096])
+def test_mixtures_of_the_curve_cost_what_the_dense_head_does(groups, width):
     size, none_N = groups * 48, torch.zeros(2).long()
     wide = Features(torch.zeros(1, 2, size), none_N, torch.zeros(2, size), none_N, groups, 4)
-    costs = {n: head_cost(build(h, wide, 0.0), (size,)).flops for n, h in width_methods(width, groups).items()}
-    assert len(costs) == 4
-    assert all(value <= 1.005 * costs[f"dense {width}"] for value in costs.values()), costs
+    costs = {n: flops_of(build(h, wide, 0.0), wide) for n, h in width_methods([width], groups).items()}
+    assert len(costs) == (3 if width == 4096 else 4)
+    # By hand: 2 * width * (inputs + classes). A gate costs a whole number of units, and little is left over.
+    assert costs.pop(f"dense {width}") == 2 * width * (size + 4)
+    assert all(2 * (width - 2) * (size + 4) <= cost <= 2 * width * (size + 4) for cost in costs.values()), costs
 
 
-def test_tokens_go_through_soft_moe():
+def test_tokens_go_through_soft_moe_next_to_a_dense_head_of_its_cost():
     tokens = Features(
         torch.randn(1, 40, 5, 16), torch.arange(40) % 4, torch.randn(12, 5, 16), torch.arange(12) % 4, 1, 4
     )
-    for name, head in token_methods(8).items():
+    methods = token_methods(8, tokens)
+    dense_head, soft = (flops_of(build(head, tokens, 0.0), tokens) for head in methods.values())
+    assert dense_head == pytest.approx(soft, rel=0.02)
+    assert list(methods)[1] == "soft_moe, 8 experts" and methods["soft_moe, 8 experts"]["against"] == next(
+        iter(methods)
+    )
+    for name, head in methods.items():
         found, first_M = train_head(Job(name, head, 0, "test", 2, grid(head)[0]), tokens)
-        assert 0 <= found["macro_f1"] <= 1 and first_M.shape == (12,), name
+        assert found["entropy"] is None and "specialisation" not in found  # every expert serves every image
+        assert first_M.shape == (12,), name
+
+
+def test_heads_of_one_seed_see_the_same_batches():
+    runs = [list(order(seed, 3, 10, 4, torch.device("cpu"))) for seed in (1, 1, 2)]
+    assert [view for view, _ in runs[0]] == [0, 0, 1, 1, 2, 2]
+    steps = [[index_B.tolist() for _, index_B in run] for run in runs]
+    assert steps[0] == steps[1] != steps[2]
+    assert len({*steps[0][0], *steps[0][1]}) == 8 and steps[0][0] != steps[0][2]
+
+
+def test_the_flops_of_expert_choice_are_those_of_the_visits_that_it_made(features):
+    model = build(router_methods(16)["expert_choice"], features, 0.0)
+    even = flops_of(model, features)
+    expert = 2 * 16 * (32 + 4)
+    assert flops_of(model, features, np.full(8, 3 / 8)) - even == expert  # three experts a sample and not two
+
+
+@pytest.mark.parametrize("name", list(study.PARTS))
+@pytest.mark.parametrize("tiny", [False, True])
+def test_every_part_reads_a_configuration_that_is_one(name, tiny):
+    options, rest = study.arguments([*(["--tiny"] if tiny else []), "--data.root", "elsewhere"])
+    config = study.configuration(study.PARTS[name], options, rest)
+    assert config.features.mode == "live" and str(config.data.root) == "elsewhere"
+    assert config.backbone.features == list(study.PARTS[name].features) or tiny
+    with pytest.raises(UserError, match="optim"):
+        study.arguments(["--optim.lr", "1"])
+
+
+def test_the_study_runs_to_its_end_and_goes_on_where_it_was(tmp_path, capsys):
+    words = ["--tiny", "--parts", "widths", "--widths", "8", "--seeds", "1", "--workers", "1", "--out", str(tmp_path)]
+    words += ["--data.max_per_class", "20"]
+    study.main(words)
+    first = capsys.readouterr().out
+    assert "all routed, top-1 8" in first and "one pair" in first and (tmp_path / "study_widths.png").is_file()
+    (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    done = (folder / "runs.jsonl").read_text()
+    study.main(words)
+    assert (folder / "runs.jsonl").read_text() == done
+    study.main([*words[:-1], "25", "--seconds", "0"])  # other data: no run is known, and no time
+    assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 2
+    assert "top-1" not in capsys.readouterr().out.rpartition("Heads on frozen")[2]
 
 
 @pytest.mark.parametrize("head", [dense(8), {"logistic": True}, router_methods(8)["noisy_topk"]], ids=str)
@@ -92,13 +142,31 @@ def test_finished_runs_are_known_again_and_make_a_table(tmp_path, features):
     results = Results(tmp_path)
     jobs = [Job(name, dense(8), seed, "test", 5, grid({})[0]) for name in ("dense 8", "other") for seed in (0, 1)]
     for job in jobs:
-        results.add(job, *train_head(job, features))
+        results.add(job, train_head(job, features))
+    results.add(Job("other", dense(8), 2, "test", 5, {}), "the task loss is not finite")
     again = Results(tmp_path)
-    assert again.scores == results.scores and best(again, jobs) == ["dense 8", "other"]
+    assert again.scores == results.scores and list(again.failed.values()) == ["the task loss is not finite"]
+    assert all(map(again.knows, jobs)) and not again.knows(Job("new", dense(8), 0, "test", 5, {}))
     runs = {name: {j.seed: again.scores[j.key] for j in jobs if j.method == name} for name in ("dense 8", "other")}
-    table = {row["method"]: row for row in rows(runs, {}, "dense 8")}
+    table = {row["method"]: row for row in rows(runs, {}, {"other": "dense 8", "dense 8": None})}
     assert table["other"]["paired"] == pytest.approx((0.0, 0.0, 0.0)) and "paired" not in table["dense 8"]
     assert len(cells(table["other"])) == 10
+
+
+def test_validation_chooses_who_gets_more_seeds():
+    def choice(head, score):
+        return {"head": head, "settings": {}, "validation": score}
+
+    chosen = {
+        "logistic regression": choice({"logistic": True}, 0.99),
+        "linear head": choice(dense(), 0.98),
+        "dense, a": choice(dense(8), 0.5),
+        "dense, b": choice(dense(9), 0.6),
+        "vmoe": choice(router_methods(8)["vmoe"], 0.4),
+        "hash": choice(router_methods(8)["hash"], 0.3),
+    }
+    assert study.best(chosen) == {"dense": "dense, b", "router": "vmoe"}
+    assert study.best({name: chosen[name] for name in ("dense, a", "linear head")}) == {}
 
 
 def test_the_curve_is_drawn(tmp_path):
