@@ -79,7 +79,9 @@ class _Output:
     """
 
     def __init__(self, stream: TextIO | None, lasting: bool):
-        self.stream, self.lasting = stream, lasting  # None: it was closed from the start, and nobody asked for lines
+        # None: it was closed from the start, and nobody asked for lines.
+        self.stream = open(os.devnull, "w") if stream is None else stream  # noqa: SIM115
+        self.lasting = lasting
         self._lost: Exception | None = None
 
     def write(self, text: str) -> int:
@@ -93,8 +95,6 @@ class _Output:
         return getattr(self.stream, name)
 
     def _attempt(self, method: str, *arguments: str) -> None:
-        if self.stream is None:
-            return
         try:
             getattr(self.stream, method)(*arguments)
         except OSError as error:

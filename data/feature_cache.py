@@ -9,6 +9,7 @@ python -m data.feature_cache clear                                delete everyth
 import argparse
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -102,9 +103,7 @@ class FeatureCache:
             return None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            draft = Draft(path, key, shape, dtype, self.dataset)
-            self._hold(path, draft.file)
-            return draft
+            return Draft(path, key, shape, dtype, self.dataset)
         except (OSError, RuntimeError) as error:
             say(f"{path} cannot be written ({reason(error)}): going on without it; see --features.cache_dir")
             return None
@@ -115,6 +114,7 @@ class FeatureCache:
         A failure is reported, and ends nothing. Python waits for the last file before it exits.
         """
         self.wait()
+        self._hold(draft.path, draft.file)  # beyond its end, when the file is closed
         self._last = self._background.submit(draft.finish)
 
     def _hold(self, path: Path, file: IO) -> None:
@@ -123,9 +123,10 @@ class FeatureCache:
         A second descriptor has the same lock, so that the file may be closed.
         """
         try_lock(file, shared=True)
-        before, self._held[path] = self._held.get(path), os.dup(file.fileno())
-        if before is not None:
-            os.close(before)
+        with suppress(OSError):  # no descriptor left: then it is not held
+            before, self._held[path] = self._held.get(path), os.dup(file.fileno())
+            if before is not None:
+                os.close(before)
 
     def wait(self) -> None:
         """Until the file that is being finished has its name."""
@@ -193,20 +194,20 @@ def _entries(folder: Path) -> Iterator[Entry]:
             yield Entry(path, path.stat().st_size, path.stat().st_mtime, metadata)
 
 
-def _list(folder: Path) -> None:
-    total = 0
-    for entry in _entries(folder):
-        total += entry.size
+def _list(folder: Path, entries: list[Entry]) -> None:
+    for entry in entries:
         print(entry.line())
-    print(f"{gigabytes(total)} in {folder}")
+    print(f"{gigabytes(sum(entry.size for entry in entries))} in {folder}")
 
 
-def _clear(folder: Path, options: argparse.Namespace) -> None:
-    """Delete, or only show, what fits and no process holds."""
+def _clear(folder: Path, entries: list[Entry], options: argparse.Namespace) -> None:
+    """Delete, or only show, what no process holds."""
     count = total = 0
-    for entry in [entry for entry in _entries(folder) if entry.fits(options)]:
+    for entry in entries:
         try:
             deleted = _delete(entry.path, options.dry_run)
+        except FileNotFoundError:  # finished under its own name, or deleted, meanwhile
+            continue
         except OSError as error:
             raise EnvironmentFault(f"{entry.path} cannot be deleted: {error.strerror}") from error
         print(entry.line() + ("" if deleted else "; kept, a running process uses it"))
@@ -232,16 +233,17 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", choices=("list", "clear"), metavar="list, clear", help="show, or delete")
-    parser.add_argument("keys", nargs="*", metavar="KEY", help="clear only this: a key that list shows, or its start")
-    parser.add_argument("--data.name", dest="dataset", metavar="NAME", help="clear only features of this data set")
-    parser.add_argument("--backbone.name", dest="backbone", metavar="NAME", help="clear only those of this backbone")
-    parser.add_argument("--older_than", type=float, metavar="DAYS", help="clear only what was written before that")
+    parser.add_argument("keys", nargs="*", metavar="KEY", help="only this: a key that list shows, or its start")
+    parser.add_argument("--data.name", dest="dataset", metavar="NAME", help="only features of this data set")
+    parser.add_argument("--backbone.name", dest="backbone", metavar="NAME", help="only those of this backbone")
+    parser.add_argument("--older_than", type=float, metavar="DAYS", help="only what was written before that")
     parser.add_argument("--dry_run", action="store_true", help="show what clear would delete, and delete nothing")
     parser.add_argument("--dir", type=Path, default=DEFAULT_FOLDER, help=f"default: {DEFAULT_FOLDER}")
     options = parser.parse_args(argv)
-    chosen = (options.keys, options.dataset, options.backbone, options.older_than)
-    if options.command == "list" and (any(chosen) or options.dry_run):
-        raise UserError("list shows everything: KEY, --data.name, --backbone.name, --older_than belong to clear")
+    if options.older_than is not None and not 0 <= options.older_than < math.inf:
+        raise UserError(f"--older_than is {options.older_than:g}: it is a number of days, 0 or more")
+    if "" in (*options.keys, options.dataset, options.backbone):
+        raise UserError("an empty KEY or name selects nothing: name what list shows, or leave it out to select all")
     return options
 
 
@@ -251,10 +253,14 @@ def main(argv: list[str] | None = None) -> None:
     folder = options.dir.expanduser()
     if options.dir != DEFAULT_FOLDER and not folder.is_dir():
         raise UserError(f"--dir {folder} is not a folder: name the one that --features.cache_dir names")
+    entries = [entry for entry in _entries(folder) if entry.fits(options)]
+    selected = any((options.keys, options.dataset, options.backbone, options.older_than is not None))
+    if selected and not entries:
+        raise UserError(f"no stored features in {folder} are what was asked for: list, with nothing else, shows all")
     if options.command == "list":
-        _list(folder)
+        _list(folder, entries)
     else:
-        _clear(folder, options)
+        _clear(folder, entries, options)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+import errors
 from locks import try_lock
 
 # Part of every key: raise it when the file format changes, or the arithmetic between images and stored features.
@@ -62,7 +62,7 @@ class Draft:
             os.fsync(self.file.fileno())
             os.replace(self.temporary, self.path)
             return True
-        except OSError as error:
+        except Exception as error:  # no disk, no memory, no thread: none of them is a reason to end the training
             say(f"{self.path} could not be kept ({reason(error)}): its features will be extracted again next time")
             return False
         finally:
@@ -129,4 +129,4 @@ def reason(error: Exception) -> str:
 
 def say(message: str) -> None:
     """One line on standard error about the stored features."""
-    print(f"features: {message}", file=sys.stderr, flush=True)
+    errors.say(f"features: {message}")

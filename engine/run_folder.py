@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -115,7 +116,7 @@ class RunFolder:
         except OSError as error:
             raise EnvironmentFault(f"{lock} cannot be written: {error.strerror}; choose another --run_dir") from error
         with file:
-            if not try_lock(file):
+            if not any(try_lock(file) or time.sleep(0.05) for _ in range(4)):  # another may be having its first look
                 raise _in_use(self.path)
             if self.made is not None:
                 self.metrics.unlink(missing_ok=True)  # of a run that ended before its first checkpoint

@@ -233,11 +233,15 @@ def test_clear_deletes_what_it_was_asked_to_and_shows_it_first(tmp_path, capsys)
 
     feature_cache.main(["list", "--dir", str(tmp_path)])
     shown = next(line for line in capsys.readouterr().out.splitlines() if "cifar100" in line)
-    assert clear("0" * 12) == clear("--older_than", "31") == clear("--data.name", "vit") == []
+    for words in (["0" * 12], ["--older_than", "31"], ["--data.name", "vit"]):
+        with pytest.raises(UserError, match="no stored features"):
+            feature_cache.main(["clear", *words, "--dir", str(tmp_path)])
+    feature_cache.main(["list", "--backbone.name", "other", "--dir", str(tmp_path)])
+    assert len(capsys.readouterr().out.splitlines()) == 2
     assert clear("--data.name", "digits", "--older_than", "29") == [("digits", "other")]
     assert clear("--backbone.name", "vit", "--data.name", "digits") == [("digits", "vit")]
     assert clear(shown.split()[0]) == [("cifar100", "vit")]
-    for words in (["clear", "--older_than", "x"], ["clean"], ["list", "--dry_run"]):
+    for words in (["clear", "--older_than", "x"], ["clear", "--older_than", "-1"], ["clear", ""], ["clean"]):
         with pytest.raises(UserError) as caught:
             feature_cache.main(words)
         assert "\n" not in str(caught.value)
@@ -254,7 +258,9 @@ def test_clear_keeps_what_a_running_process_reads_or_writes(tmp_path, capsys):
     out = subprocess.run(clear, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert out.count("kept, a running process uses it") == 2 and "deleted 1 files" in out
     assert path.exists() and torch.all(features == 1.5)
-    assert draft.finish() and torch.all(FeatureCache(tmp_path).load({**KEY, "view": 2}) == 2.5)
+    reader.commit(draft)
+    reader.wait()
+    assert torch.all(FeatureCache(tmp_path).load({**KEY, "view": 2}) == 2.5)
     feature_cache.main(["clear", "--dir", str(tmp_path)])
     assert "deleted 0 files" in capsys.readouterr().out
     del reader, draft
