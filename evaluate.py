@@ -57,6 +57,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("name one RUN to score, or two or more after --compare")
     if options.out is not None and options.compare is None:
         parser.error("--out belongs to --compare; the files of a single run go to RUN/evaluation")
+    if options.out is not None and options.out.exists() and not options.out.is_dir():
+        parser.error(f"--out {options.out} is not a folder")
     return options
 
 

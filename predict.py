@@ -55,6 +55,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         raise UserError(f"--top is {options.top}: name at least one class")
     if options.explain and options.explain.suffix.lower() != ".png":
         raise UserError(f"--explain {options.explain}: it is a PNG, give it that ending")
+    if options.explain and not options.explain.parent.is_dir():
+        raise UserError(f"--explain {options.explain}: {options.explain.parent} is not a folder")
     return options
 
 

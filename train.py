@@ -26,7 +26,7 @@ from engine.resume import best_kept, finished, load_resumable, metrics_step
 from engine.run_folder import RunFolder
 from engine.summary import cost
 from engine.tracking import Tracker, open_tracker
-from engine.trainer import Trainer
+from engine.trainer import Trainer, steps_an_epoch
 from errors import Interrupted, exit_code_of, leave, say
 from model.backbone import Backbone, load_backbone
 
@@ -76,8 +76,9 @@ def refuse_taken(run_dir: Path | None) -> None:
 
 def load_inputs(config: Config) -> Inputs:
     """Device, data and backbone: what can be missing, before anything is written."""
-    device = pick_device(config.device)
-    return device, load_splits(config.data), load_backbone(config.backbone, device)
+    device, splits = pick_device(config.device), load_splits(config.data)
+    steps_an_epoch(config.train, config.router.random_steps, len(splits.train))  # raises for what cannot be trained
+    return device, splits, load_backbone(config.backbone, device)
 
 
 def train(run: RunFolder, config: Config, inputs: Inputs, tracker: Tracker, checkpoint: dict | None) -> None:

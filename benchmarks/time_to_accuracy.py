@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.common import Failure, Parser, attempt, environment, header, start, synchronise, table, write
+from benchmarks.common import Failure, Parser, Timing, attempt, environment, header, start, synchronise, table, write
 from benchmarks.layers import article_loop
 from benchmarks.runs import train_once
 from data.datasets import Splits, load_splits
@@ -192,12 +192,11 @@ def _line(name: str, runs: list) -> list[str]:
     done = [run for run in runs if not isinstance(run, Failure)]
     if not done:
         return [name, "-", "-", "0"]
-    seconds, f1 = (sorted(run[key] for run in done) for key in ("seconds", "macro_f1"))
-    middle = len(done) // 2
+    seconds, f1 = (Timing.of([run[key] for run in done]) for key in ("seconds", "macro_f1"))
     return [
         name,
-        f"{seconds[middle]:.1f} ({seconds[0]:.1f}-{seconds[-1]:.1f})",
-        f"{100 * f1[middle]:.2f} ({100 * f1[0]:.2f}-{100 * f1[-1]:.2f})",
+        f"{seconds.median:.1f} ({seconds.low:.1f}-{seconds.high:.1f})",
+        f"{100 * f1.median:.2f} ({100 * f1.low:.2f}-{100 * f1.high:.2f})",
         str(len(done)),
     ]
 
@@ -216,6 +215,7 @@ def goal(runs: dict[str, list]) -> str:
     other = [run for run in runs.get("article as written", []) if not isinstance(run, Failure)]
     if not mine or not other:
         return "goal: not measured"
+    # Of an even number the slower one of the middle: the goal is not made easier.
     run, article = sorted(mine, key=lambda run: run["seconds"])[len(mine) // 2], other[0]
     return (
         f"goal: ours {100 * run['macro_f1']:.2f} % in {run['seconds']:.1f} s; the article's best of the epochs run "

@@ -210,7 +210,7 @@ def stratified_split(images: ImageSet, fraction: float, seed: int, option: str) 
         )
     except ValueError as error:
         raise UserError(
-            f"{option} {fraction} of {len(images)} images cannot hold all {images.num_classes} classes: "
-            f"use a larger fraction or more images ({error})"
+            f"{option} {fraction} of {len(images)} images cannot hold all {images.num_classes} classes: use a larger "
+            f"fraction, from {images.num_classes / len(images):.2g} up, or more images"
         ) from error
     return images.subset(torch.from_numpy(np.sort(rest))), images.subset(torch.from_numpy(np.sort(held_out)))

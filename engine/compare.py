@@ -63,7 +63,7 @@ def compare(sources: Sequence[str], out: Path) -> str:
     Returns the table for the terminal. Raises errors.UserError where a source is neither, or has no figures.
     """
     if len(sources) < 2:
-        raise UserError("--compare needs two runs or more: evaluate.py --compare RUN RUN ...")
+        raise UserError(f"--compare needs two runs or more, not {len(sources)}: evaluate.py --compare RUN RUN ...")
     runs = _named([load(source) for source in sources])
     differing = differences(runs)
     rows = _rows(runs, differing)

@@ -70,6 +70,11 @@ def _described(run: RunFolder, say: Callable[[str], None]) -> dict[str, Any]:
         if not isinstance(kept, int) or kept < best["epoch"]:  # later: best.pt is damaged, and the one before it read
             say(f"{run.weights} is written from {run.best}: the best epoch so far is {best['epoch']}")
             export_model(run)
+    elif not run.model.is_file() and run.config.is_file():
+        raise UserError(
+            f"{run.path} has no checkpoint yet: wait for its first epoch, or where it was interrupted before that, "
+            f"python train.py --resume {run.path}"
+        )
     elif not run.model.is_file():
         raise UserError(f"{run.path} holds neither model.json nor checkpoints/best.pt: name a run that train.py wrote")
     return read_description(run)

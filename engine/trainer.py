@@ -37,6 +37,25 @@ from model.classifier import VisionMoE
 BAR_SECONDS = 0.5  # between two looks at the running loss, each of which waits for the device
 
 
+def steps_an_epoch(config: TrainConfig, warmup_steps: int, images: int) -> int:
+    """Steps of an epoch of so many training images.
+
+    Raises errors.UserError for a batch larger than them, and for a routing warm-up that never ends.
+    """
+    steps = math.ceil(images / min(config.batch_size, images))
+    misfits = []
+    if config.batch_size > images:
+        misfits.append(f"train.batch_size {config.batch_size} is larger than the {images} training images: lower it")
+    if warmup_steps >= steps * config.epochs:
+        misfits.append(
+            f"router.warmup_steps {warmup_steps} routes all {steps * config.epochs} steps at random and never trains "
+            "the gate: lower it, or raise train.epochs"
+        )
+    if misfits:
+        raise UserError("; ".join(misfits))
+    return steps
+
+
 class Trainer:
     """Trains a VisionMoE on a FeatureBank, validates it after every epoch and keeps the best and the last state.
 
@@ -62,18 +81,8 @@ class Trainer:
         self.config, self.optim, self.balance = config, optim, balance
         self.routing_warmup_steps, self.identity = routing_warmup_steps, identity
         self.device = bank.device
-        images = len(bank.splits.train)
-        if config.batch_size > images:
-            raise UserError(
-                f"train.batch_size {config.batch_size} is larger than the {images} training images: lower it"
-            )
-        self.steps_per_epoch = math.ceil(images / config.batch_size)
+        self.steps_per_epoch = steps_an_epoch(config, routing_warmup_steps, len(bank.splits.train))
         self.total_steps = self.steps_per_epoch * config.epochs
-        if routing_warmup_steps >= self.total_steps:
-            raise UserError(
-                f"router.warmup_steps {routing_warmup_steps} routes all {self.total_steps} steps at random and never "
-                "trains the gate: lower it, or raise train.epochs"
-            )
         self.optimizer = build_optimizer(model, optim)
         self.ema = ModelEmaV3(model, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
         step = TrainingStep(model, self.optimizer, balance, config.label_smoothing, optim.clip_norm, config.precision)

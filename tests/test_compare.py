@@ -217,7 +217,7 @@ def checkpoint_of_another_version(path):
 @pytest.mark.parametrize(
     "prepare, words",
     [
-        (only_a_configuration, "neither model.json nor checkpoints/best.pt"),
+        (only_a_configuration, "has no checkpoint yet"),
         (torn_checkpoint, "truncated or no checkpoint"),
         (checkpoint_of_another_version, "checkpoint format 0, this version reads 1"),
         (lambda path: describe(path, format_version=0), "not of format 1"),

@@ -210,6 +210,7 @@ def test_mistakes_are_one_line(tiny_run, tmp_path, monkeypatch, capsys):
     assert "required: IMAGE" in mistake(tiny_run)
     assert "--top is 0" in mistake(tiny_run, image, "--top", "0")
     assert "give it that ending" in mistake(tiny_run, image, "--explain", "out.jpg")
+    assert "is not a folder" in mistake(tiny_run, image, "--explain", tmp_path / "gone" / "out.png")
     describe(format_version=0)
     assert "is not of format" in mistake(other, image, expected=1)
     moved = {"weights": "/gone/vit.safetensors", "name": "vit_tiny_patch16_224"}

@@ -286,3 +286,11 @@ def test_flops_by_hand():
     # Projections of 4 matrices: 2 * 65 * 192 * 768. Scores and their sum: 2 * (2 * 65 * 65 * 192).
     assert flops(attention, torch.zeros(1, 65, 192)) == 2 * 65 * 192 * 768 + 4 * 65 * 65 * 192
     assert flops(torch.nn.Linear(10, 7), torch.zeros(1, 10)) == 140
+
+
+def test_all_misfits_of_the_sizes_are_said_at_once():
+    assert steps_an_epoch(TrainConfig(epochs=2, batch_size=4), 5, 10) == 3
+    with pytest.raises(
+        UserError, match=r"batch_size 1024 is larger than the 80 .*; router\.warmup_steps 500 routes all"
+    ):
+        steps_an_epoch(TrainConfig(epochs=2, batch_size=1024), 500, 80)
