@@ -24,7 +24,7 @@ from engine.predict import predict
 from engine.run_folder import RunFolder, write_json
 from engine.summary import flops
 from engine.tracking import open_tracker
-from engine.trainer import TrainConfig, Trainer
+from engine.trainer import TrainConfig, Trainer, steps_an_epoch
 from errors import EnvironmentFault, UserError
 from model.balance import BalanceConfig
 from model.classifier import AttentionNeck, NeckConfig, VisionMoE
