@@ -44,7 +44,8 @@ def main() -> None:
             run.refuse_busy()
             checkpoint = load_resumable(run, invocation)
             if checkpoint and finished(run, invocation.config, checkpoint):
-                print(f"{run.path} is finished: raise --train.epochs to train on, or python evaluate.py {run.path}")
+                done = checkpoint["epoch"]
+                print(f"{run.path} is finished: raise --train.epochs above {done}, or python evaluate.py {run.path}")
                 return
         inputs = load_inputs(invocation.config)
         run = open_run(invocation)

@@ -1,6 +1,7 @@
 """Image sets and their splits: CIFAR-100, scikit-learn's digits, a folder of images."""
 
 import hashlib
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -18,7 +19,7 @@ class DataConfig:
 
     name: Literal["cifar100", "digits", "folder"] = "cifar100"
     """cifar100 (downloaded by torchvision), digits (comes with scikit-learn), or folder (ROOT/train/CLASS/*.png)."""
-    root: Path = field(default_factory=lambda: Path("~/.cache/vision_moe/data"))
+    root: Path = field(default_factory=lambda: Path(os.environ.get("VISION_MOE_CACHE", "~/.cache/vision_moe")) / "data")
     """Where the data set lies or is downloaded to; for folder, what holds train/ and maybe val/, test/."""
     download: bool = True
     """Download CIFAR-100 where it is missing."""
