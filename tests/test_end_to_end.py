@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import time
 
 import pytest
 import torch
@@ -124,7 +123,6 @@ def test_mistakes_of_evaluate_are_one_line(tmp_path, monkeypatch, capsys):
 
 def test_missing_data_ends_in_one_line_and_leaves_no_run(tmp_path):
     run_dir = tmp_path / "run"
-    started = time.perf_counter()
     result = run_program(
         "train.py", "--data.root", tmp_path, "--data.download", "false", "--run_dir", run_dir, "--tracking", "none"
     )
@@ -132,7 +130,6 @@ def test_missing_data_ends_in_one_line_and_leaves_no_run(tmp_path):
     assert len(result.stderr.strip().splitlines()) == 1
     assert "CIFAR-100 is not complete" in result.stderr and "--data.root" in result.stderr
     assert not run_dir.exists()
-    assert time.perf_counter() - started < 60
 
 
 def test_ten_real_classes_on_a_real_vit(assets, tmp_path, monkeypatch):
