@@ -13,19 +13,21 @@ from typing import Any
 
 import torch
 
+import arguments
 from engine.environment import device_name, versions
 from engine.pipeline import pick_device
-from errors import UserError, one_line
+from errors import one_line
 
 PACKAGES = ("torch", "timm", "transformers", "mixture-of-experts", "st-moe-pytorch")
 
 
-class Parser(argparse.ArgumentParser):
-    """The options of every benchmark; a complaint is one line."""
+class Parser(arguments.Parser):
+    """The options of every benchmark."""
 
     def __init__(self, name: str, description: str, seconds: float):
         super().__init__(
-            prog=f"python -m benchmarks.{name}",
+            prog=f"-m benchmarks.{name}",
+            usage="python %(prog)s [options]",
             description=description,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
@@ -33,9 +35,6 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="folder of the JSON")
         self.add_argument("--seconds", type=float, default=seconds, help=f"time to spend, about (default {seconds:g})")
         self.add_argument("--tiny", action="store_true", help="a rehearsal of every step on tiny inputs")
-
-    def error(self, message: str):
-        raise UserError(f"{message}; see {self.prog} --help")
 
 
 @dataclass(frozen=True)
@@ -127,12 +126,15 @@ def memory_rate(device: torch.device) -> float:
     return 2 * size / timed(lambda: b.copy_(a), device, 0.5).median
 
 
+def width_of_cost(cost: Callable[[int], int], goal: int) -> int:
+    """The hidden units at which a cost that grows evenly with them comes nearest to `goal`."""
+    one, two = cost(1), cost(2)
+    return 1 + round((goal - one) / (two - one))
+
+
 def start(options: argparse.Namespace) -> torch.device:
     """The device of the options. Raises errors.UserError for one that is not there."""
-    device = pick_device(options.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device
+    return pick_device(options.device)
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import json
 import sys
 import time
 
-from benchmarks.common import Failure, Parser, attempt, environment, header, start, table, write
+from benchmarks.common import Failure, Parser, attempt, environment, header, start, table, width_of_cost, write
 from benchmarks.runs import train_once
 from benchmarks.study_tables import COLUMNS, cells, rows
 from data.datasets import load_splits
@@ -70,8 +70,7 @@ def heads(config: Config, shape: tuple[int, ...], classes: int) -> dict[str, Con
     def flops(one: Config) -> int:
         return head_cost(build_model(one, shape, classes), shape).flops
 
-    one, two = (flops(dense(config, width)) for width in (1, 2))
-    width = 1 + round((flops(config) - one) / (two - one))
+    width = width_of_cost(lambda width: flops(dense(config, width)), flops(config))
     lighter = dense(config, width)
     lighter.experts.dropout = LIGHTER["dropout"]
     lighter.optim.lr, lighter.optim.weight_decay = LIGHTER["lr"], LIGHTER["weight_decay"]

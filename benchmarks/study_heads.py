@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from analysis.answers import calibration
 from analysis.routing import expert_load, load_entropy, specialisation
+from benchmarks.common import width_of_cost
 from engine.checkpoint import seed_everything
 from engine.graph import GraphedStep, worth_capturing
 from engine.metrics import scores
@@ -114,8 +115,8 @@ def token_methods(width: int, features: Features) -> dict[str, dict[str, Any]]:
         return {**mixture("", "soft_moe", [units], 1, switch=0.0), "against": None}
 
     soft = mixture("", "soft_moe", [width] * 8, 1, switch=0.0)
-    one, two, goal = (flops_of(build(head, features, 0.0), features) for head in (one_slot(1), one_slot(2), soft))
-    units = 1 + round((goal - one) / (two - one))
+    goal = flops_of(build(soft, features, 0.0), features)
+    units = width_of_cost(lambda units: flops_of(build(one_slot(units), features, 0.0), features), goal)
     name = f"dense behind one slot, {units} units"
     return {name: one_slot(units), "soft_moe, 8 experts": {**soft, "against": name}}
 

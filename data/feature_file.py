@@ -5,7 +5,7 @@ import os
 import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +41,14 @@ class Draft:
         self._shape, self._dtype, self._size = shape, dtype, size
         header = self._header(["0" * 8] * (-(-size // CHUNK)))
         self.file = open(self.temporary, "wb+")  # noqa: SIM115, stays open for its lock
-        try:
+        with ExitStack() as unless_whole:  # an error, or Ctrl-C: nothing half made stays behind
+            unless_whole.callback(self.discard)
             try_lock(self.file, shared=True)
             self.file.write(header)
             self.file.flush()
             _take_space(self.file.fileno(), len(header), size)
             whole = torch.from_file(str(self.temporary), shared=True, size=len(header) + size, dtype=torch.uint8)
-        except BaseException:  # Ctrl-C as well: nothing half made stays behind
-            self.discard()
-            raise
+            unless_whole.pop_all()
         self.tensor = whole[len(header) :].view(dtype).view(shape)
 
     def finish(self) -> bool:
@@ -62,7 +61,7 @@ class Draft:
             os.fsync(self.file.fileno())
             os.replace(self.temporary, self.path)
             return True
-        except Exception as error:  # no disk, no memory, no thread: none of them is a reason to end the training
+        except (OSError, MemoryError, RuntimeError) as error:  # no disk, no memory, no thread: training can go on
             say(f"{self.path} could not be kept ({reason(error)}): its features will be extracted again next time")
             return False
         finally:
@@ -124,7 +123,7 @@ def _take_space(descriptor: int, start: int, size: int) -> None:
 
 def reason(error: Exception) -> str:
     """Why something failed, in a few words."""
-    return getattr(error, "strerror", None) or " ".join(str(error).split())[:160]
+    return getattr(error, "strerror", None) or errors.one_line(error, 160)
 
 
 def say(message: str) -> None:

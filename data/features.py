@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -217,19 +217,18 @@ class FeatureBank:
             return self._extract(images, index_B, drawn).to(self._dtype)
 
         label = f"features: {split}" + ("" if view is None else f", view {view + 1} of {self.config.views}")
-        try:
-            with tqdm(total=total, desc=label, unit="image", leave=False, disable=None) as bar:
-                batches = torch.arange(total, device=images.device).split(self.config.batch_size)
-                with _batch_by_core(self.device) as each:
-                    starts = range(0, total, self.config.batch_size)
-                    for start, features in zip(starts, each(extract, batches), strict=True):
-                        stored.put(start, features, host_copy)
-                        bar.update(len(features))
-                host_copy.finish()
-        except BaseException:  # Ctrl-C as well: nothing half made stays behind
+        with ExitStack() as unless_whole:  # an error, or Ctrl-C: nothing half made stays behind
             if stored.draft is not None:
-                stored.draft.discard()
-            raise
+                unless_whole.callback(stored.draft.discard)
+            bar = tqdm(total=total, desc=label, unit="image", leave=False, disable=None)
+            batches = torch.arange(total, device=images.device).split(self.config.batch_size)
+            with bar, _batch_by_core(self.device) as each:
+                starts = range(0, total, self.config.batch_size)
+                for start, features in zip(starts, each(extract, batches), strict=True):
+                    stored.put(start, features, host_copy)
+                    bar.update(len(features))
+            host_copy.finish()
+            unless_whole.pop_all()
         return self._settle(stored)
 
     def _allocate(self, split: str, view: int | None) -> Stored:

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import ArrayLike
 
+from analysis.arrays import ratio
 from analysis.plots.style import (
     BLUE,
     ORANGE,
@@ -35,8 +36,7 @@ def superclass_confusion(confusion_GG: ArrayLike, names: Names) -> Figure:
     get printed values.
     """
     confusion_GG = np.asarray(confusion_GG, dtype=float)
-    total_G = confusion_GG.sum(1, keepdims=True)
-    rate_GG = np.divide(confusion_GG, total_G, out=np.full_like(confusion_GG, np.nan), where=total_G > 0)
+    rate_GG = ratio(confusion_GG, confusion_GG.sum(1, keepdims=True), np.nan)
     figure = new_figure(7.4, "Confusion of the superclasses")
     ax = figure.subplots()
     blank_GG = np.where(rate_GG == 0, -1, rate_GG)  # below the scale, which is white

@@ -1,6 +1,7 @@
-"""Routing: who sees whom, with what weight; and Router, the base of the rules that decide it."""
+"""Routing: who sees whom, with what weight; Router, the base of the rules that decide it, and of those with a gate."""
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -75,8 +76,8 @@ class Routing:
         return replace(self, sample_A=rows_A, logits_BE=self.logits_BE[self.sample_A], load_BE=None, rows_AD=None)
 
 
-class Router(nn.Module):
-    """Base of the rules: a gate in float32 that reads features (B, in_features), and random routing in warm-up.
+class Router(nn.Module, ABC):
+    """Base of the rules: a gate that reads features (B, in_features), and what its options say of every rule.
 
     work: relative cost of each expert, which target_load refers to (None: equal). num_groups: equally wide groups of
     features, which router.inputs names. Raises ValueError where the configuration does not fit the number of experts.
@@ -86,6 +87,7 @@ class Router(nn.Module):
     learns = True  # has a gate that the task loss trains
     has_load = False  # gives load_BE while training
     reads_tokens = False  # reads (B, T, D) instead of (B, D)
+    only_top_k: int | None = None  # the one number of experts a sample that the rule is for
 
     def __init__(
         self,
@@ -119,6 +121,12 @@ class Router(nn.Module):
     @classmethod
     def check(cls, config: RouterConfig, num_experts: int) -> None:
         """Raise ValueError where this rule cannot work with that many experts or those options."""
+        if cls.only_top_k not in (None, config.top_k):
+            number = {1: "one expert", 2: "two experts"}[cls.only_top_k]
+            raise ValueError(
+                f"router.kind {config.kind} sends each sample to {number}: set router.top_k {cls.only_top_k}, not "
+                f"{config.top_k}"
+            )
         if config.top_k > num_experts:
             raise ValueError(f"router.top_k {config.top_k} is larger than the number of experts {num_experts}")
         if isinstance(config.target_load, list):
@@ -143,6 +151,17 @@ class Router(nn.Module):
         """Whether the number of assignments of a training step is the same whatever is in the batch."""
         return True
 
+    @abstractmethod
+    def forward(self, x_BD: Tensor, warmup: bool = False, allowed_E: Tensor | None = None) -> Routing:
+        """Route a batch. warmup: at random. allowed_E: bool, the experts that may be chosen (None: all)."""
+
+    def after_step(self, routing: Routing) -> None:
+        """Called once after each optimizer step with the routing of its batch."""
+
+
+class GatedRouter(Router):
+    """A rule on the logits of a gate: one number a sample and expert, (B, E)."""
+
     def forward(self, x_BD: Tensor, warmup: bool = False, allowed_E: Tensor | None = None) -> Routing:
         """Route a batch; `warmup` draws k distinct experts a sample at random and weights them 1/k.
 
@@ -161,17 +180,15 @@ class Router(nn.Module):
         routing.target_E, routing.work_E = self.target_E, self.work_E
         return routing
 
-    def after_step(self, routing: Routing) -> None:
-        """Called once after each optimizer step with the routing of its batch."""
-
     def _perturb(self, x_BD: Tensor) -> Tensor:
         return x_BD
 
     def _logits(self, hidden_BH: Tensor) -> Tensor:
         return self.gate(hidden_BH)
 
+    @abstractmethod
     def _route(self, logits_BE: Tensor, hidden_BH: Tensor) -> Routing:
-        raise NotImplementedError(f"{type(self).__name__} has no routing rule")
+        """The rule: from clean logits (B, E), and the gate's last hidden layer (B, H), to a Routing."""
 
     def _route_at_random(self, logits_BE: Tensor) -> Routing:
         draw_BE = torch.rand_like(logits_BE).masked_fill(logits_BE == -math.inf, -1.0)

@@ -5,11 +5,11 @@ import math
 import torch
 from torch import Tensor
 
-from model.routers.base import Router, Routing
+from model.routers.base import GatedRouter, Routing
 from model.routers.config import RouterConfig
 
 
-class ExpertChoiceRouter(Router):
+class ExpertChoiceRouter(GatedRouter):
     """Expert choice (Zhou 2022, "Mixture-of-experts with expert choice routing", eq. 1-2).
 
     The gate is a softmax over the experts; expert i takes the C_i = ceil(B c t_i) samples of a batch that it has the

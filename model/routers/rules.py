@@ -90,13 +90,7 @@ class SwitchRouter(SoftmaxFirstRouter):
     At training time each input of the gate is multiplied by a number drawn evenly from 1 - jitter to 1 + jitter.
     """
 
-    @classmethod
-    def check(cls, config: RouterConfig, num_experts: int) -> None:
-        if config.top_k != 1:
-            raise ValueError(
-                f"router.kind switch sends each sample to one expert: set router.top_k 1, not {config.top_k}"
-            )
-        super().check(config, num_experts)
+    only_top_k = 1
 
     def _build_gate(self, width: int, config: RouterConfig) -> None:
         super()._build_gate(width, config)
@@ -115,13 +109,7 @@ class GShardRouter(TokenChoiceRouter):
     its weight. Evaluation uses both.
     """
 
-    @classmethod
-    def check(cls, config: RouterConfig, num_experts: int) -> None:
-        if config.top_k != 2:
-            raise ValueError(
-                f"router.kind gshard sends each sample to two experts: set router.top_k 2, not {config.top_k}"
-            )
-        super().check(config, num_experts)
+    only_top_k = 2
 
     def _wanted(self, weight_BK: Tensor) -> Tensor:
         second_B = 2 * weight_BK[:, 1].detach() > torch.rand_like(weight_BK[:, 1])

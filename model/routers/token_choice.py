@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from model.routers.base import Router, Routing, assignments
+from model.routers.base import GatedRouter, Routing, assignments
 from model.routers.capacity import expert_capacity, place
 from model.routers.config import RouterConfig
 
 
-class TokenChoiceRouter(Router):
+class TokenChoiceRouter(GatedRouter):
     """Top-k of scores, a loss-free bias on the choice, capacities while training.
 
     A rule says what is ranked (`_scores`) and what a chosen expert weighs (`_weights`); the rest is here:
