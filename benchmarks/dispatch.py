@@ -82,7 +82,7 @@ def measure(options, device: torch.device, rate: float) -> list[dict]:
             label = f"{len(shape.hidden)} {kind}"
             rows.append({"experts": label, "k": shape.top_k, "batch": batch, "limit": flops / rate})
             rows[-1]["contestants"] = results
-            print(f"{label}, k {shape.top_k}, batch {batch}", file=sys.stderr, flush=True)
+            print("; ".join(_line(rows[-1], list(results))), file=sys.stderr, flush=True)
         del layers
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -175,7 +175,7 @@ def _line(row: dict, names: list[str]) -> list[str]:
     best = _best(row)
     share = "-" if best is None else f"{100 * row['limit'] / best:.0f} %"
     shown = [show(row["contestants"].get(name)) for name in names]
-    return [row["experts"], row["k"], row["batch"], f"{1e3 * row['limit']:.3g}", share, *shown]
+    return [row["experts"], str(row["k"]), str(row["batch"]), f"{1e3 * row['limit']:.3g}", share, *shown]
 
 
 def _best(row: dict, ours_only: bool = True) -> float | None:

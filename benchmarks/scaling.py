@@ -92,7 +92,7 @@ def measure(samples: int, experts: int, features: int, options, device: torch.de
     with torch.device(device):
         router, pooled = RouterConfig(top_k=2), NeckConfig()
         model = VisionMoE((features,), CLASSES, pooled, router, ExpertsConfig(sizes=sizes)).train()
-    train = step_of(model, BalanceConfig(), options.batch, worth_capturing("auto", model))
+    train = step_of(model, BalanceConfig(), options.batch, worth_capturing("auto", model, options.batch))
     timing = timed(on_batches(train, stored_NF, labels_N, options.batch), device, seconds, warm=4, most=300)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     per_expert = sum(parameters(expert) for expert in model.moe.experts) / experts

@@ -54,6 +54,7 @@ class Part:
     views: int
     methods: Callable[[argparse.Namespace, Features], dict[str, dict]]
     most_workers: int = 64
+    most_heads: int = 64
 
 
 POOLED = tuple(f"{pool}:{block}" for pool in ("cls", "mean") for block in (-4, -3, -2, -1))
@@ -61,7 +62,7 @@ PARTS = {
     "routers": Part(POOLED, 8, lambda options, features: router_methods(options.width)),
     "widths": Part(POOLED, 8, lambda options, features: width_methods(options.widths, features.groups)),
     # A step on tokens keeps a GPU's memory busy by itself, and takes gigabytes of it.
-    "tokens": Part(("tokens:-1",), 4, lambda options, features: token_methods(options.width, features), 2),
+    "tokens": Part(("tokens:-1",), 4, lambda options, features: token_methods(options.width, features), 2, 1),
 }
 
 
@@ -91,7 +92,8 @@ def arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--seeds", type=int, default=10, help="runs of each method (default 10)")
     parser.add_argument("--more-seeds", type=int, default=30, help="of the best router and the best dense head")
     parser.add_argument("--epochs", type=int, default=32, help="of each run (default 32)")
-    parser.add_argument("--workers", type=int, default=6, help="heads that train at once (default 6)")
+    parser.add_argument("--workers", type=int, default=6, help="processes that train at once (default 6)")
+    parser.add_argument("--heads", type=int, default=5, help="heads that each of them trains in one pass (default 5)")
     options, rest = parser.parse_known_args(argv)
     for word in rest:
         if word.startswith("-") and not word.startswith(SECTIONS):
@@ -121,9 +123,10 @@ def configuration(part: Part, options: argparse.Namespace, rest: list[str]) -> C
 
 def run_part(name: str, options: argparse.Namespace, where: dict, read: dict[str, Features], deadline: float) -> None:
     """Select, train, score, print the table, write the JSON."""
-    methods = PARTS[name].methods(options, read["test"])
+    part = PARTS[name]
+    methods = part.methods(options, read["test"])
     results = Results(options.out / f"study_{name}{'_tiny' if options.tiny else ''}_{read['test'].digest}")
-    with Workers(min(options.workers, PARTS[name].most_workers), read) as workers:
+    with Workers(min(options.workers, part.most_workers), min(options.heads, part.most_heads), read) as workers:
         chosen = select(methods, options, results, workers, deadline)
         jobs = [job for seed in range(options.seeds) for job in finals(chosen, seed, options)]
         workers.run(jobs, results, deadline)

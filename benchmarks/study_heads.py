@@ -1,33 +1,22 @@
-"""The heads that the study compares, and the training of one of them on features in memory."""
+"""The heads that the study compares: what they are, what they read, what they cost."""
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from analysis.answers import calibration
-from analysis.routing import expert_load, load_entropy, specialisation
 from benchmarks.common import width_of_cost
-from engine.checkpoint import seed_everything
-from engine.graph import GraphedStep, worth_capturing
-from engine.metrics import scores
-from engine.optim import OptimConfig, build_optimizer, set_learning_rate
-from engine.step import TrainingStep
 from engine.summary import flops, head_cost
-from model.balance import BalanceConfig
 from model.classifier import NeckConfig, VisionMoE
 from model.experts import ExpertsConfig
 from model.routers import RouterConfig
 
-BATCH, EMA, SMOOTHING, WARMUP = 1024, 0.999, 0.1, 0.125  # the last: share of the steps that route at random
-SETTINGS = {"batch": BATCH, "ema": EMA, "smoothing": SMOOTHING, "warmup": WARMUP}
-PERMUTATIONS = 200
+SETTINGS = {"batch": 1024, "ema": 0.999, "smoothing": 0.1, "warmup": 0.125}
+"""Of every head; warmup: share of the steps that route at random."""
 
 
 @dataclass(frozen=True)
@@ -125,8 +114,8 @@ def width_methods(widths: list[int], groups: int) -> dict[str, dict[str, Any]]:
     """For each width a dense head, and mixtures that cost a sample no more, their gates included.
 
     The gate reads one of so many feature groups, and so costs its number of experts over theirs in hidden units. A
-    quarter of the units, 128 at most, is routed beside a shared expert; or all of them, to one of eight experts (four
-    above 512 units).
+    quarter of the units, 128 at most, is routed beside a shared expert; or, up to 512, all of them to one of eight
+    experts.
     """
 
     def gate(experts: int) -> int:
@@ -136,9 +125,8 @@ def width_methods(widths: list[int], groups: int) -> dict[str, dict[str, Any]]:
     for width in widths:
         name = f"dense {width}"
         found[name] = dense(width)
-        number = 8 if width <= 512 else 4
-        if width <= 2048:
-            sizes = [width - gate(number)] * number
+        if width <= 512:
+            sizes = [width - gate(8)] * 8
             found[f"all routed, top-1 {width}"] = mixture(name, "noisy_topk", sizes, 1, inputs=[-1])
         routed = max(4, min(width // 4, 128))
         for experts, top_k in ((16, 1), (32, 2)):
@@ -168,109 +156,6 @@ def build(head: dict[str, Any], features: Features, dropout: float) -> VisionMoE
     shape = tuple(features.train_VNF.shape[2:])
     neck = NeckConfig(kind="pooled" if len(shape) == 1 else "tokens", norm=head.get("norm", "layer"))
     return VisionMoE(shape, features.classes, neck, RouterConfig(**router), experts, features.groups)
-
-
-def train_head(job: Job, features: Features) -> tuple[dict[str, Any], np.ndarray]:
-    """Train a head and score its moving average on the held-out images.
-
-    Returns the scores, and the expert of largest weight of each held-out image, int16 (-1 where none is). Raises
-    ValueError where a number is not finite.
-    """
-    from timm.utils import ModelEmaV3
-
-    device, samples = features.labels_N.device, len(features.labels_N)
-    seed_everything(job.seed)
-    if "logistic" in job.head:
-        return score(logistic(features, job.settings["weight_decay"]), features)
-    settings = dict(job.settings)
-    model = build(job.head, features, settings.pop("dropout")).to(device)
-    optim = OptimConfig(**settings)
-    balance = BalanceConfig(**job.head.get("balance", {"switch": 0.0}))
-    optimizer = build_optimizer(model, optim)
-    ema = ModelEmaV3(model, decay=EMA, use_warmup=True)
-    step = TrainingStep(model, optimizer, balance, SMOOTHING, optim.clip_norm, "auto")
-    batch = min(BATCH, samples)
-    train_step = GraphedStep(step, batch) if worth_capturing("auto", model) else step
-    total = job.epochs * (samples // batch)
-    warms = RouterConfig(**job.head["router"]).random_steps > 0
-    model.train()
-    for done, (view, index_B) in enumerate(order(job.seed, job.epochs, samples, batch, device)):
-        set_learning_rate(optimizer, done, total, optim)
-        x_BF = features.train_VNF[view % len(features.train_VNF)][index_B]
-        train_step(x_BF, features.labels_N[index_B], warms and done < WARMUP * total)
-        ema.update(model, step=done + 1)
-    if found := step.numbers.look():
-        raise ValueError(f"the {found[1]} is not finite after {found[0]} steps")
-    return score(ema.module, features)
-
-
-def order(seed: int, epochs: int, samples: int, batch: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:
-    """The view and the samples of each step: of the seed alone, so that heads of one seed see the same batches."""
-    for epoch in range(epochs):
-        order_N = torch.randperm(samples, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-        for index_B in order_N[: samples // batch * batch].to(device).split(batch):
-            yield epoch, index_B
-
-
-def logistic(features: Features, decay: float) -> VisionMoE:
-    """Multinomial logistic regression on the first view, standardised, to convergence by L-BFGS: no seed matters.
-
-    decay: weight of half the squared norm of the weights beside the mean loss.
-    """
-    model = build({**dense(), "norm": "batch"}, features, dropout=0.0).to(features.labels_N.device)
-    x_NF = features.train_VNF[0].float()
-    with torch.no_grad():
-        model.neck.norm.running_mean.copy_(x_NF.mean(dim=0))
-        model.neck.norm.running_var.copy_(x_NF.var(dim=0))
-    linear = model.moe.experts[0][0]
-    with torch.no_grad():
-        x_NF = model.eval().neck(x_NF)
-        linear.weight.zero_()
-    optimizer = torch.optim.LBFGS(linear.parameters(), max_iter=200, history_size=20, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = F.cross_entropy(linear(x_NF), features.labels_N) + decay / 2 * linear.weight.square().sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    return model
-
-
-@torch.no_grad()
-def score(model: VisionMoE, features: Features) -> tuple[dict[str, Any], np.ndarray]:
-    """Scores, balance, specialisation and cost of a trained head on the held-out images."""
-    model.eval()
-    logits, experts, weights, samples, seen = [], [], [], [], 0
-    for x_BF in features.held_MF.split(BATCH):
-        logits_BC, routing = model(x_BF)
-        logits.append(logits_BC)
-        samples.append(routing.sample_A + seen)
-        experts.append(routing.expert_A)
-        weights.append(routing.weight_A)
-        seen += len(x_BF)
-    logits_MC = torch.cat(logits)
-    sample_A, expert_A, weight_A = (torch.cat(parts).cpu().numpy() for parts in (samples, experts, weights))
-    labels_M = features.held_labels_M.cpu().numpy()
-    number = len(model.moe.experts)
-    routes = number > 1 and len(expert_A) < number * len(labels_M)  # else every expert serves every image
-    found = {
-        **scores(labels_M, logits_MC.argmax(dim=-1).cpu().numpy(), features.classes),
-        "loss": float(F.cross_entropy(logits_MC, features.held_labels_M)),
-        "ece": float(calibration(logits_MC.softmax(dim=-1).cpu().numpy(), labels_M)["error"]),
-        "entropy": load_entropy(expert_load(expert_A, number)) if routes else None,
-        "flops": flops_of(model, features, np.bincount(expert_A, minlength=number) / len(labels_M)),
-        "experts": number,
-    }
-    if routes:
-        found["specialisation"] = specialisation(
-            labels_M, sample_A, expert_A, features.classes, number, permutations=PERMUTATIONS
-        )
-    first_M = np.full(len(labels_M), -1, dtype=np.int16)
-    order_A = np.argsort(weight_A, kind="stable")  # the largest weight of a sample is written last
-    first_M[sample_A[order_A]] = expert_A[order_A]
-    return found, first_M
 
 
 def flops_of(model: VisionMoE, features: Features, visits_E: np.ndarray | None = None) -> int:

@@ -6,6 +6,7 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, TimeoutError, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import numpy as np
 import torch
 import torch.multiprocessing as multiprocessing
 
-from benchmarks.study_heads import Features, Job, train_head
+from benchmarks.study_heads import Features, Job
+from benchmarks.study_training import Outcome, train_heads
 from errors import EnvironmentFault, one_line
 
 
@@ -37,7 +39,7 @@ class Results:
                 continue
             self._take(**found)
 
-    def add(self, job: Job, outcome: "tuple[dict[str, Any], np.ndarray] | str") -> None:
+    def add(self, job: Job, outcome: Outcome) -> None:
         """Keep a run: its scores and the first expert of each image, or why it failed."""
         if isinstance(outcome, str):
             found = {"key": job.key, "failed": outcome}
@@ -58,11 +60,21 @@ class Results:
         return job.key in self.scores or job.key in self.failed
 
 
+def passes(jobs: list[Job], heads: int) -> list[list[Job]]:
+    """The jobs in passes of so many heads of one method; each method has its first pass before any has its second."""
+    of_method: dict[str, list[Job]] = {}
+    for job in jobs:
+        of_method.setdefault(job.method, []).append(job)
+    cut = [[found[i : i + heads] for i in range(0, len(found), heads)] for found in of_method.values()]
+    return [part for turn in zip_longest(*cut) for part in turn if part]
+
+
 class Workers:
     """Processes that train heads on the same features in memory. features: what each stage of a job reads."""
 
-    def __init__(self, number: int, features: dict[str, Features]):
+    def __init__(self, number: int, heads: int, features: dict[str, Features]):
         context = multiprocessing.get_context("spawn")
+        self.heads = heads
         self.pool = ProcessPoolExecutor(number, mp_context=context, initializer=_read, initargs=(features,))
 
     def __enter__(self) -> "Workers":
@@ -81,10 +93,11 @@ class Workers:
         seconds = deadline - time.perf_counter()
         if seconds <= 0:
             return
-        futures = {self.pool.submit(_train, job): job for job in left.values()}
+        futures = {self.pool.submit(_train, part): part for part in passes(list(left.values()), self.heads)}
         try:
             for future in as_completed(futures, timeout=seconds):
-                results.add(futures[future], future.result())
+                for job, outcome in zip(futures[future], future.result(), strict=True):
+                    results.add(job, outcome)
         except TimeoutError:
             for future in futures:
                 future.cancel()
@@ -103,15 +116,15 @@ def _read(features: dict[str, Features]) -> None:
     _features.update(features)
 
 
-def _train(job: Job) -> "tuple[dict[str, Any], np.ndarray] | str":
+def _train(jobs: list[Job]) -> list[Outcome]:
     try:
-        return train_head(job, _features[job.stage])
-    except (ValueError, torch.OutOfMemoryError) as error:  # of this head alone
-        print(f"{job.method}, seed {job.seed}: {one_line(error)}", file=sys.stderr)
-        return one_line(error)
+        return train_heads(jobs, _features[jobs[0].stage])
+    except (ValueError, torch.OutOfMemoryError) as error:  # of one of these heads
+        reason = one_line(error)
     except Exception as error:  # after many an error a GPU does no more work for this process
-        print(f"{job.method}, seed {job.seed}: {type(error).__name__}: {one_line(error)}", file=sys.stderr, flush=True)
+        print(f"{jobs[0].method}: {type(error).__name__}: {one_line(error)}", file=sys.stderr, flush=True)
         os._exit(1)
     finally:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+    return [_train([job])[0] for job in jobs] if len(jobs) > 1 else [reason]

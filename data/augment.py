@@ -139,29 +139,39 @@ def prepare(images_BCHW: Tensor, size: int, mean: tuple[float, ...], std: tuple[
     """uint8 images as the backbone's float32 input (B, 3, size, size).
 
     Bicubic and antialiased, clamped to [0, 1] where bicubic overshoots, then normalised: the one path that
-    training, evaluation and prediction share. Resizing is linear and separable, so it is two matrix
-    products.
+    training, evaluation and prediction share.
     """
+    sides = (*images_BCHW.shape[-2:], size)
+    return resize_and_normalise(images_BCHW, preparation(sides, tuple(mean), tuple(std), images_BCHW.device))
+
+
+def resize_and_normalise(images_BCHW: Tensor, preparation: tuple[Tensor | None, ...]) -> Tensor:
+    """The arithmetic of `prepare`. Resizing is linear and separable, so it is two matrix products."""
+    rows_SH, columns_SW, shift_C11, scale_C11 = preparation
     x_BCHW = images_BCHW.float() / 255
-    height, width = x_BCHW.shape[-2:]
-    device = x_BCHW.device
-    shift_C11, scale_C11 = _normalisation(tuple(mean), tuple(std), device)
-    if (height, width) != (size, size):
-        rows_SH, columns_SW = _resize_matrix(height, size, device), _resize_matrix(width, size, device)
-        with torch.autocast(device.type, enabled=False):
+    if rows_SH is not None:
+        with torch.autocast(x_BCHW.device.type, enabled=False):
             x_BCHW = (rows_SH @ (x_BCHW @ columns_SW.T)).clamp_(0, 1)
     return torch.addcmul(shift_C11, x_BCHW, scale_C11)
 
 
 @lru_cache(maxsize=64)
-def _normalisation(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """(shift, scale) that normalise; kept on the device, as the matrices below, because a copy makes it wait."""
+def preparation(
+    sides: tuple[int, int, int], mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+) -> tuple[Tensor | None, ...]:
+    """(rows, columns, shift, scale): what resizes images of (height, width) to a side, None if none, and normalises.
+
+    Kept on the device, because a copy makes it wait.
+    """
+    height, width, size = sides
     scale_C11 = 1 / torch.tensor(std)[:, None, None]
-    return (-torch.tensor(mean)[:, None, None] * scale_C11).to(device), scale_C11.to(device)
+    shift_C11 = -torch.tensor(mean)[:, None, None] * scale_C11
+    resizes = (height, width) != (size, size)
+    rows_SH, columns_SW = (_resize_matrix(side, size).to(device) if resizes else None for side in (height, width))
+    return rows_SH, columns_SW, shift_C11.to(device), scale_C11.to(device)
 
 
-@lru_cache(maxsize=64)
-def _resize_matrix(before: int, after: int, device: torch.device) -> Tensor:
+def _resize_matrix(before: int, after: int) -> Tensor:
     """The matrix (after, before) that resizes a column of pixels as F.interpolate does: its effect on unit vectors."""
     identity = torch.eye(before)[None, None]
-    return F.interpolate(identity, (after, before), mode="bicubic", antialias=True)[0, 0].to(device)
+    return F.interpolate(identity, (after, before), mode="bicubic", antialias=True)[0, 0]

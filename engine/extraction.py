@@ -2,12 +2,13 @@
 
 import sys
 import threading
+import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from data.augment import prepare
+from data.augment import preparation, resize_and_normalise
 from errors import one_line
 from model.backbone import Backbone
 
@@ -32,29 +33,35 @@ class Extractor:
 
     def __init__(self, backbone: Backbone, batch_size: int, compiled: bool = False, mode: str = COMPILE_MODE):
         self.backbone, self.batch_size, self.mode = backbone, batch_size, mode
-        self._run: Callable[[Tensor], Tensor] | None = None if compiled else backbone
+        self._run: Callable[..., Tensor] | None = None if compiled else self._eager
         self.failed = ""
         self._compiling = threading.Lock()  # batches may come from several threads
 
     def __call__(self, images_BCHW: Tensor) -> Tensor:
         backbone = self.backbone
-        images_BCHW = prepare(images_BCHW, backbone.image_size, backbone.mean, backbone.std)
+        sides = (*images_BCHW.shape[-2:], backbone.image_size)
+        constants = preparation(sides, backbone.mean, backbone.std, images_BCHW.device)
         if len(images_BCHW) != self.batch_size:
-            return backbone(images_BCHW)
+            return self._eager(images_BCHW, constants)
         if self._run is None:
             with self._compiling:
-                self._run = self._run or self._compile(images_BCHW)
-        return self._run(images_BCHW)
+                self._run = self._run or self._compile(images_BCHW, constants)
+        return self._run(images_BCHW, constants)
 
-    def _compile(self, images_BCHW: Tensor) -> Callable[[Tensor], Tensor]:
-        self.backbone.runner(images_BCHW.device)  # made outside of what is traced
+    def _eager(self, images_BCHW: Tensor, constants: tuple[Tensor | None, ...]) -> Tensor:
+        return self.backbone(resize_and_normalise(images_BCHW, constants))
+
+    def _compile(self, *batch) -> Callable[..., Tensor]:
+        self.backbone.runner(batch[0].device)  # made outside of what is traced
         try:
-            run = torch.compile(self.backbone, mode=self.mode, dynamic=False)
-            run(images_BCHW)
+            run = torch.compile(self._eager, mode=self.mode, dynamic=False)
+            with warnings.catch_warnings():  # resizing is exact, and not in the TensorFloat32 that it recommends
+                warnings.filterwarnings("ignore", "TensorFloat32")
+                run(*batch)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # a compiler fails in every way there is
             self.failed = one_line(error, 160)
             print(f"features: the backbone cannot be compiled ({self.failed}): going on without", file=sys.stderr)
-            return self.backbone
+            return self._eager
         return run

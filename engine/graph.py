@@ -5,23 +5,24 @@ from torch import Tensor
 
 from engine.step import StepResult, TrainingStep
 from model.classifier import VisionMoE
-from model.dispatch import DENSE_UP_TO
 
-# Above so many parameters the kernels of a step of a thousand samples take longer than their launches.
-PARAMETERS = 100_000_000
+# Above so many parameters, or parameters times samples, the kernels of a step take longer than its launches (estimates
+# from benchmarks/scaling.py).
+PARAMETERS, WORK = 500_000_000, 500_000_000_000
 EAGER_STEPS = 3  # before a capture, so that kernels are loaded and the optimizer has its moments
 
 
-def worth_capturing(choice: str, model: VisionMoE) -> bool:
+def worth_capturing(choice: str, model: VisionMoE, batch_size: int) -> bool:
     """Whether train.graph (auto, off) asks for captured steps: a small head on a GPU, with shapes that stay.
 
     Not where dispatch would wait for the device, or deterministic algorithms may.
     """
     parameters, moe = list(model.parameters()), model.moe
-    small = sum(parameter.numel() for parameter in parameters) <= PARAMETERS
-    never_waits = moe.how == "dense" or (moe.how == "auto" and len(moe.experts) <= DENSE_UP_TO)
-    possible = moe.router.static_shapes and never_waits and not torch.are_deterministic_algorithms_enabled()
-    return choice == "auto" and parameters[0].is_cuda and small and possible
+    number = sum(parameter.numel() for parameter in parameters)
+    small = number <= PARAMETERS and number * batch_size <= WORK
+    possible = moe.router.static_shapes and not torch.are_deterministic_algorithms_enabled()
+    never_waits = moe.how in ("auto", "dense")
+    return choice == "auto" and parameters[0].is_cuda and small and possible and never_waits
 
 
 class GraphedStep:

@@ -87,7 +87,8 @@ class Trainer:
         self.ema = ModelEmaV3(model, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
         step = TrainingStep(model, self.optimizer, balance, config.label_smoothing, optim.clip_norm, config.precision)
         self.numbers = step.numbers
-        self.train_step = GraphedStep(step, config.batch_size) if worth_capturing(config.graph, model) else step
+        captured = worth_capturing(config.graph, model, config.batch_size)
+        self.train_step = GraphedStep(step, config.batch_size) if captured else step
         self.routing = RoutingWatch(model.moe.router.top_k, balance, getattr(model.moe.router, "bias_rate", 0.0))
         self.epoch, self.step = 0, 0  # epochs begun, steps done
         self.progress: Progress | None = None  # None: the epoch is over

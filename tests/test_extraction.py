@@ -54,7 +54,7 @@ def test_a_backbone_is_compiled_for_whole_batches_and_a_failure_is_survived(vit_
 
     def compile(module, **options):
         compiled.append(options)
-        return lambda batch: module(batch) + 1
+        return lambda *batch: module(*batch) + 1
 
     monkeypatch.setattr(torch, "compile", compile)
     batch = SPLITS.train.images_NCHW[:4]

@@ -29,7 +29,7 @@ def test_shapes_that_depend_on_the_batch_are_not_static():
 
 
 def test_nothing_is_captured_on_a_cpu():
-    assert not worth_capturing("auto", model())
+    assert not worth_capturing("auto", model(), 1)
 
 
 @ON_GPU

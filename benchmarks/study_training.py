@@ -1,0 +1,212 @@
+"""Training the heads of a study on features in memory, several of them in one pass."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from analysis.answers import calibration
+from analysis.routing import expert_load, load_entropy, specialisation
+from benchmarks.study_heads import SETTINGS, Features, Job, build, dense, flops_of
+from engine.checkpoint import seed_everything
+from engine.graph import EAGER_STEPS, worth_capturing
+from engine.metrics import scores
+from engine.optim import OptimConfig, build_optimizer, set_learning_rate
+from engine.step import TrainingStep
+from model.balance import BalanceConfig
+from model.classifier import VisionMoE
+from model.routers import RouterConfig
+
+PERMUTATIONS = 200
+Outcome = tuple[dict[str, Any], np.ndarray] | str
+"""Scores and the expert of largest weight of each held-out image (int16, -1: none), or why there are none."""
+
+
+def train_heads(jobs: list[Job], features: Features) -> list[Outcome]:
+    """Train heads of one method side by side and score their moving averages on the held-out images.
+
+    Weights and batches of a head are those of its seed whatever trains beside it; its dropout and noise are not.
+    """
+    if "logistic" in jobs[0].head:
+        return [score(logistic(features, job.settings["weight_decay"]), features) for job in jobs]
+    batch = min(SETTINGS["batch"], len(features.labels_N))
+    steps = jobs[0].epochs * (len(features.labels_N) // batch)
+    heads = [Head(job, features, steps) for job in jobs]
+    seed_everything(jobs[0].seed)
+    train = Pass(heads, features, batch)
+    for indices in zip(*(order(job.seed, job.epochs, features, batch) for job in jobs), strict=True):
+        train(indices)
+    return [head.outcome(features) for head in heads]
+
+
+class Head:
+    """A job's model while it trains: what happens to it before, in and after a step."""
+
+    def __init__(self, job: Job, features: Features, steps: int):
+        from timm.utils import ModelEmaV3
+
+        seed_everything(job.seed)
+        settings = dict(job.settings)
+        self.model = build(job.head, features, settings.pop("dropout")).to(features.labels_N.device).train()
+        self.optim, self.steps, self.done = OptimConfig(**settings), steps, 0
+        self.optimizer = build_optimizer(self.model, self.optim)
+        self.ema = ModelEmaV3(self.model, decay=SETTINGS["ema"], use_warmup=True)
+        balance = BalanceConfig(**job.head.get("balance", {"switch": 0.0}))
+        smoothing, clip = SETTINGS["smoothing"], self.optim.clip_norm
+        self.step = TrainingStep(self.model, self.optimizer, balance, smoothing, clip, "auto")
+        self.random = RouterConfig(**job.head["router"]).random_steps > 0
+
+    @property
+    def warms(self) -> bool:
+        """Whether the next step routes at random."""
+        return self.random and self.done < SETTINGS["warmup"] * self.steps
+
+    def before(self) -> None:
+        """Set the learning rate of the next step."""
+        set_learning_rate(self.optimizer, self.done, self.steps, self.optim)
+
+    def after(self) -> None:
+        """Count a step and move the average."""
+        self.done += 1
+        self.ema.update(self.model, step=self.done)
+
+    def outcome(self, features: Features) -> Outcome:
+        """The scores of the trained head, or the term that was not finite."""
+        if found := self.step.numbers.look():
+            return f"the {found[1]} is not finite after {found[0]} steps"
+        return score(self.ema.module, features)
+
+
+class Pass:
+    """A step of several heads of one method: where their shapes allow it one CUDA graph, each on a stream of its own.
+
+    The kernels of a small head leave most of a GPU idle; those of several run at once. What cannot be captured, and
+    all on a CPU, runs one head after the other.
+    """
+
+    def __init__(self, heads: list[Head], features: Features, batch: int):
+        self.heads, self.labels_N, self.device = heads, features.labels_N, features.labels_N.device
+        self.rows = features.train_VNF.flatten(0, 1)
+        self.captures = all(worth_capturing("auto", head.model, batch) for head in heads)
+        self.index_SB = torch.zeros(len(heads), batch, dtype=torch.int64, device=self.device)
+        self.streams = [torch.cuda.Stream(self.device) for _ in heads] if self.captures else []
+        self.stream = torch.cuda.Stream(self.device) if self.captures else None
+        self.seen = {True: 0, False: 0}  # steps by warmup
+        self.graphs: dict[bool, torch.cuda.CUDAGraph] = {}
+
+    def __call__(self, indices: tuple[Tensor, ...]) -> None:
+        """Train each head on its rows of the views, (B,) into V * N."""
+        warmup = self.heads[0].warms
+        for head in self.heads:
+            head.before()
+        torch.stack(indices, out=self.index_SB)
+        if not self.captures:
+            for head, index_B in zip(self.heads, self.index_SB, strict=True):
+                self._train(head, index_B, warmup)
+        elif warmup in self.graphs:
+            self.graphs[warmup].replay()
+        else:
+            self._first(warmup)
+        for head in self.heads:
+            head.after()
+
+    def _train(self, head: Head, index_B: Tensor, warmup: bool) -> None:
+        labels_B = self.labels_N.index_select(0, index_B % len(self.labels_N))
+        head.step(self.rows.index_select(0, index_B), labels_B, warmup)
+
+    def _first(self, warmup: bool) -> None:
+        """A few steps as they are, then the capture, whose step is replayed at once."""
+        self.seen[warmup] += 1
+        if self.seen[warmup] <= EAGER_STEPS:
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(self.stream):
+                self._side_by_side(warmup)
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+            return
+        graph = torch.cuda.CUDAGraph()
+        pool = next(iter(self.graphs.values())).pool() if self.graphs else None
+        with torch.cuda.graph(graph, pool=pool, stream=self.stream):
+            self._side_by_side(warmup)
+        self.graphs[warmup] = graph
+        graph.replay()
+
+    def _side_by_side(self, warmup: bool) -> None:
+        for head, stream, index_B in zip(self.heads, self.streams, self.index_SB, strict=True):
+            stream.wait_stream(self.stream)
+            with torch.cuda.stream(stream):
+                self._train(head, index_B, warmup)
+        for stream in self.streams:
+            self.stream.wait_stream(stream)
+
+
+def order(seed: int, epochs: int, features: Features, batch: int) -> Iterator[Tensor]:
+    """The rows of each step, (B,) into V * N: of the seed alone, so that heads of one seed see the same batches."""
+    views, samples = features.train_VNF.shape[:2]
+    for epoch in range(epochs):
+        order_N = torch.randperm(samples, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+        rows_N = order_N[: samples // batch * batch] + epoch % views * samples
+        yield from rows_N.to(features.labels_N.device).split(batch)
+
+
+def logistic(features: Features, decay: float) -> VisionMoE:
+    """Multinomial logistic regression on the first view, standardised, to convergence by L-BFGS: no seed matters.
+
+    decay: weight of half the squared norm of the weights beside the mean loss.
+    """
+    model = build({**dense(), "norm": "batch"}, features, dropout=0.0).to(features.labels_N.device)
+    x_NF = features.train_VNF[0].float()
+    with torch.no_grad():
+        model.neck.norm.running_mean.copy_(x_NF.mean(dim=0))
+        model.neck.norm.running_var.copy_(x_NF.var(dim=0))
+    linear = model.moe.experts[0][0]
+    with torch.no_grad():
+        x_NF = model.eval().neck(x_NF)
+        linear.weight.zero_()
+    optimizer = torch.optim.LBFGS(linear.parameters(), max_iter=200, history_size=20, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(linear(x_NF), features.labels_N) + decay / 2 * linear.weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return model
+
+
+@torch.no_grad()
+def score(model: VisionMoE, features: Features) -> tuple[dict[str, Any], np.ndarray]:
+    """Scores, balance, specialisation and cost of a trained head on the held-out images."""
+    model.eval()
+    logits, experts, weights, samples, seen = [], [], [], [], 0
+    for x_BF in features.held_MF.split(SETTINGS["batch"]):
+        logits_BC, routing = model(x_BF)
+        logits.append(logits_BC)
+        samples.append(routing.sample_A + seen)
+        experts.append(routing.expert_A)
+        weights.append(routing.weight_A)
+        seen += len(x_BF)
+    logits_MC = torch.cat(logits)
+    sample_A, expert_A, weight_A = (torch.cat(parts).cpu().numpy() for parts in (samples, experts, weights))
+    labels_M = features.held_labels_M.cpu().numpy()
+    number = len(model.moe.experts)
+    routes = number > 1 and len(expert_A) < number * len(labels_M)  # else every expert serves every image
+    found = {
+        **scores(labels_M, logits_MC.argmax(dim=-1).cpu().numpy(), features.classes),
+        "loss": float(F.cross_entropy(logits_MC, features.held_labels_M)),
+        "ece": float(calibration(logits_MC.softmax(dim=-1).cpu().numpy(), labels_M)["error"]),
+        "entropy": load_entropy(expert_load(expert_A, number)) if routes else None,
+        "flops": flops_of(model, features, np.bincount(expert_A, minlength=number) / len(labels_M)),
+        "experts": number,
+    }
+    if routes:
+        found["specialisation"] = specialisation(
+            labels_M, sample_A, expert_A, features.classes, number, permutations=PERMUTATIONS
+        )
+    first_M = np.full(len(labels_M), -1, dtype=np.int16)
+    order_A = np.argsort(weight_A, kind="stable")  # the largest weight of a sample is written last
+    first_M[sample_A[order_A]] = expert_A[order_A]
+    return found, first_M
