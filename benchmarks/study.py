@@ -41,33 +41,37 @@ from errors import exit_code_of
 from model.backbone import load_backbone
 
 ROOT = Path(__file__).resolve().parent.parent
-WIDTHS = [16, 32, 64, 128, 256, 512, 1024, 2048, 4096]
+WIDTHS = [16, 32, 64, 128, 256, 512, 2048, 4096]
 SECTIONS = ("--data.", "--augment.", "--backbone.", "--features.")
 SELECTION_SEED = 1000
 
 
 @dataclass(frozen=True)
 class Part:
-    """features, views: what its heads read. methods: from the options and the features to heads by name."""
+    """features, views: what its heads read. methods: from the options and the features to heads by name.
+
+    share: of the time, next to the other parts. epochs: share of the epochs of the others.
+    """
 
     features: tuple[str, ...]
     views: int
     methods: Callable[[argparse.Namespace, Features], dict[str, dict]]
+    share: float = 1.0
+    epochs: float = 1.0
     most_workers: int = 64
-    most_heads: int = 64
 
 
 POOLED = tuple(f"{pool}:{block}" for pool in ("cls", "mean") for block in (-4, -3, -2, -1))
 PARTS = {
     "routers": Part(POOLED, 8, lambda options, features: router_methods(options.width)),
     "widths": Part(POOLED, 8, lambda options, features: width_methods(options.widths, features.groups)),
-    # A step on tokens keeps a GPU's memory busy by itself, and takes gigabytes of it.
-    "tokens": Part(("tokens:-1",), 4, lambda options, features: token_methods(options.width, features), 2, 1),
+    # A step on tokens costs ten times as much, keeps a GPU's memory busy by itself, and takes gigabytes of it.
+    "tokens": Part(("tokens:-1",), 4, lambda options, features: token_methods(options.width, features), 0.3, 1 / 3, 2),
 }
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the parts that are asked for, in turn; each may take an equal share of the time that is left."""
+    """Run the parts that are asked for, in turn; each may take its share of the time that is left."""
     options, rest = arguments(argv)
     device = start(options)
     where = environment(device)
@@ -75,7 +79,8 @@ def main(argv: list[str] | None = None) -> None:
     read: dict[str, Features] = {}
     for index, name in enumerate(options.parts):
         part = PARTS[name]
-        deadline = time.perf_counter() + (end - time.perf_counter()) / (len(options.parts) - index)
+        share = part.share / sum(PARTS[other].share for other in options.parts[index:])
+        deadline = time.perf_counter() + share * (end - time.perf_counter())
         if index == 0 or part.features != PARTS[options.parts[index - 1]].features:
             read.clear()  # before the next ones need the memory
             read |= load_features(configuration(part, options, rest), part.views, options, device)
@@ -91,8 +96,8 @@ def arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS, help="active hidden units of `widths`")
     parser.add_argument("--seeds", type=int, default=10, help="runs of each method (default 10)")
     parser.add_argument("--more-seeds", type=int, default=30, help="of the best router and the best dense head")
-    parser.add_argument("--epochs", type=int, default=32, help="of each run (default 32)")
-    parser.add_argument("--workers", type=int, default=6, help="processes that train at once (default 6)")
+    parser.add_argument("--epochs", type=int, default=24, help="of each run (default 24)")
+    parser.add_argument("--workers", type=int, default=8, help="processes that train at once (default 8)")
     parser.add_argument("--heads", type=int, default=5, help="heads that each of them trains in one pass (default 5)")
     options, rest = parser.parse_known_args(argv)
     for word in rest:
@@ -124,9 +129,10 @@ def configuration(part: Part, options: argparse.Namespace, rest: list[str]) -> C
 def run_part(name: str, options: argparse.Namespace, where: dict, read: dict[str, Features], deadline: float) -> None:
     """Select, train, score, print the table, write the JSON."""
     part = PARTS[name]
+    options = argparse.Namespace(**{**vars(options), "epochs": max(1, round(part.epochs * options.epochs))})
     methods = part.methods(options, read["test"])
     results = Results(options.out / f"study_{name}{'_tiny' if options.tiny else ''}_{read['test'].digest}")
-    with Workers(min(options.workers, part.most_workers), min(options.heads, part.most_heads), read) as workers:
+    with Workers(min(options.workers, part.most_workers), options.heads, read) as workers:
         chosen = select(methods, options, results, workers, deadline)
         jobs = [job for seed in range(options.seeds) for job in finals(chosen, seed, options)]
         workers.run(jobs, results, deadline)

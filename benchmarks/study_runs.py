@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, TimeoutError, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from itertools import zip_longest
@@ -15,7 +16,7 @@ import torch
 import torch.multiprocessing as multiprocessing
 
 from benchmarks.study_heads import Features, Job
-from benchmarks.study_training import Outcome, train_heads
+from benchmarks.study_training import Outcome, side_by_side, train_heads
 from errors import EnvironmentFault, one_line
 
 
@@ -60,21 +61,27 @@ class Results:
         return job.key in self.scores or job.key in self.failed
 
 
-def passes(jobs: list[Job], heads: int) -> list[list[Job]]:
-    """The jobs in passes of so many heads of one method; each method has its first pass before any has its second."""
+def passes(jobs: list[Job], heads: Callable[[Job], int]) -> list[list[Job]]:
+    """The jobs, as many heads of a method in a pass as it says; all methods have a pass before any has its next."""
     of_method: dict[str, list[Job]] = {}
     for job in jobs:
         of_method.setdefault(job.method, []).append(job)
-    cut = [[found[i : i + heads] for i in range(0, len(found), heads)] for found in of_method.values()]
+    cut = []
+    for found in of_method.values():
+        number = heads(found[0])
+        cut.append([found[i : i + number] for i in range(0, len(found), number)])
     return [part for turn in zip_longest(*cut) for part in turn if part]
 
 
 class Workers:
-    """Processes that train heads on the same features in memory. features: what each stage of a job reads."""
+    """Processes that train so many heads each, in passes, on the same features in memory.
+
+    features: what each stage of a job reads.
+    """
 
     def __init__(self, number: int, heads: int, features: dict[str, Features]):
         context = multiprocessing.get_context("spawn")
-        self.heads = heads
+        self.heads, self.features = heads, features
         self.pool = ProcessPoolExecutor(number, mp_context=context, initializer=_read, initargs=(features,))
 
     def __enter__(self) -> "Workers":
@@ -93,7 +100,11 @@ class Workers:
         seconds = deadline - time.perf_counter()
         if seconds <= 0:
             return
-        futures = {self.pool.submit(_train, part): part for part in passes(list(left.values()), self.heads)}
+
+        def heads(job: Job) -> int:
+            return self.heads if side_by_side(job.head, self.features[job.stage]) else 1
+
+        futures = {self.pool.submit(_train, part): part for part in passes(list(left.values()), heads)}
         try:
             for future in as_completed(futures, timeout=seconds):
                 for job, outcome in zip(futures[future], future.result(), strict=True):
@@ -119,12 +130,21 @@ def _read(features: dict[str, Features]) -> None:
 def _train(jobs: list[Job]) -> list[Outcome]:
     try:
         return train_heads(jobs, _features[jobs[0].stage])
-    except (ValueError, torch.OutOfMemoryError) as error:  # of one of these heads
-        reason = one_line(error)
-    except Exception as error:  # after many an error a GPU does no more work for this process
-        print(f"{jobs[0].method}: {type(error).__name__}: {one_line(error)}", file=sys.stderr, flush=True)
-        os._exit(1)
+    except Exception as error:
+        reason = one_line(f"{type(error).__name__}: {error}")
+        print(f"{jobs[0].method}: {reason}", file=sys.stderr, flush=True)
     finally:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+    if not _works():  # after many an error a GPU does no more for this process
+        os._exit(1)
+    # In a pass one may have failed by the others, for want of memory say.
     return [_train([job])[0] for job in jobs] if len(jobs) > 1 else [reason]
+
+
+def _works() -> bool:
+    try:
+        device = next(iter(_features.values())).labels_N.device
+        return bool(torch.ones(1, device=device) == 1)
+    except RuntimeError:
+        return False

@@ -25,6 +25,14 @@ Outcome = tuple[dict[str, Any], np.ndarray] | str
 """Scores and the expert of largest weight of each held-out image (int16, -1: none), or why there are none."""
 
 
+def side_by_side(head: dict[str, Any], features: Features) -> bool:
+    """Whether the steps of several such heads can be one CUDA graph; tokens fill a GPU by themselves."""
+    if "logistic" in head or not features.labels_N.is_cuda or features.held_MF.ndim > 2:
+        return False
+    with torch.device("meta"):
+        return build(head, features, 0.0).moe.router.static_shapes
+
+
 def train_heads(jobs: list[Job], features: Features) -> list[Outcome]:
     """Train heads of one method side by side and score their moving averages on the held-out images.
 

@@ -95,6 +95,7 @@ class Trainer:
         self.kept_at, self.kept = (0, True), "none yet"  # (step, epoch is over) and name of the last checkpoint
         self.best: dict[str, float] = {"epoch": 0, "macro_f1": -1.0}
         self.improved = 0  # the last epoch that was better than all before it, not merely as good
+        self.unsaved: dict[str, Any] | None = None  # what best.pt will be when the next checkpoint is due
 
     @property
     def evaluated(self) -> torch.nn.Module:
@@ -216,19 +217,22 @@ class Trainer:
         return {"loss/validation": loss, **{f"{key}/validation": v for key, v in values.items()}, **loads}
 
     def _save(self, better: bool) -> None:
-        """Write best.pt where this epoch is the best so far, and last.pt when it is due."""
+        """Take a copy of the weights where this epoch is the best so far, and write what is due."""
         if better:
-            state = {"model": self.evaluated.state_dict(), **self.best, **self.identity}
-            save_checkpoint(self.run.best, state, self.kept)
+            weights = {name: value.clone() for name, value in self.evaluated.state_dict().items()}
+            self.unsaved = {"model": weights, **self.best, **self.identity}
         due = self.epoch == 1 or self.epoch % self.config.save_every == 0
         if due or self.epoch == self.config.epochs or self._out_of_patience():
             self._keep()
 
     def _keep(self) -> None:
-        """Write last.pt, unless it is of this step already or there is no step to keep."""
+        """Write best.pt where it has changed, and last.pt, unless that is of this step or there is no step to keep."""
         if self.step == 0 or self.kept_at == (self.step, self.progress is None):
             return
         self._require_finite()
+        if self.unsaved:
+            save_checkpoint(self.run.best, self.unsaved, self.kept)
+            self.unsaved = None
         save_checkpoint(self.run.last, self.state_dict(), self.kept)
         self._kept()
 

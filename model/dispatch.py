@@ -15,10 +15,11 @@ from model.experts import Experts
 from model.grouped import GroupedExperts, after_first, fits, has_kernel
 from model.routers import Routing
 
-# Estimates, which benchmarks/dispatch.py can check: samples an expert sees from which one expert after the other is the
-# fastest way, and the number of experts up to which every expert on every sample is, below that.
-SORTED_FROM = 1024
-DENSE_UP_TO = 8
+# By benchmarks/dispatch.py on an H200. Samples times the experts' parameters up to which every expert on every sample
+# takes less time than the launches of any other way; and samples an expert sees from which experts of several shapes
+# are faster one after the other than grouped.
+DENSE_WORK = 400_000_000_000
+SORTED_FROM = 2048
 
 
 def dispatch(x_BD: Tensor, routing: Routing, experts: Experts, how: str = "auto") -> tuple[Tensor, Tensor]:
@@ -39,17 +40,21 @@ def dispatch(x_BD: Tensor, routing: Routing, experts: Experts, how: str = "auto"
 
 def choose(assignments: int, experts: Experts, x_BD: Tensor) -> str:
     """The way for so many assignments on this device; inside a CUDA graph one that never waits."""
-    if len(experts) == 1:
+    samples, shapes = x_BD.shape[0], len(experts.groups)
+    if assignments == samples * len(experts):
         return "dense"
     if not x_BD.is_cuda:
         return "sorted"
+    if samples * experts.num_parameters <= DENSE_WORK:
+        return "dense"
     capturing = torch.cuda.is_current_stream_capturing()
-    if not capturing and assignments >= SORTED_FROM * len(experts):
-        return "sorted"
-    grouped = has_kernel(x_BD) and 2 * len(experts.groups) <= max(2, len(experts))
-    if grouped and fits(experts) and experts.read_all(x_BD.shape[1]):
-        return "grouped"
-    return "dense" if capturing or len(experts) <= DENSE_UP_TO else "sorted"
+    if has_kernel(x_BD) and fits(experts) and experts.read_all(x_BD.shape[1]):
+        # Each shape gets as many rows as it can have at most.
+        rows = sum(min(assignments, samples * len(group)) for group in experts.groups)
+        fewer = 2 * rows <= samples * len(experts)
+        if shapes == 1 or (fewer and (capturing or assignments < SORTED_FROM * len(experts))):
+            return "grouped"
+    return "dense" if capturing else "sorted"
 
 
 def run_sorted(x_BD: Tensor, routing: Routing, experts: Experts) -> tuple[Tensor, Tensor]:

@@ -185,6 +185,11 @@ class Experts(nn.ModuleList):
             groups.setdefault((*expert.widths, *drops), []).append(index)
         return tuple(map(tuple, groups.values()))
 
+    @cached_property
+    def num_parameters(self) -> int:
+        """Weights and biases of all of them."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
     def read_all(self, features: int) -> bool:
         """Whether every expert reads all of so many features."""
         return all(expert.columns is None and expert[0].in_features == features for expert in self)

@@ -124,10 +124,10 @@ def test_recipe_pairs_heads_of_equal_cost(tmp_path, capsys):
     assert "paired difference" in capsys.readouterr().out
     found = read(tmp_path, "recipe")
     runs = {name: by_seed["0"] for name, by_seed in found["runs"].items()}
-    assert len(runs) == 3 and all(len(by_seed) == 2 for by_seed in found["runs"].values())
+    assert len(runs) == 2 and all(len(by_seed) == 2 for by_seed in found["runs"].values())
     config, shape = parse_command_line([*recipe.TINY, "--experts.shared", "[[40]]"]).config, (384,)
     costs = [head_cost(build_model(head, shape, 10), shape).flops for head in recipe.heads(config, shape, 10).values()]
-    assert costs[1] == costs[2] == pytest.approx(costs[0], rel=0.01)
+    assert costs[1] == pytest.approx(costs[0], rel=0.01)
     assert all(0 <= run["macro_f1"] <= 1 and run["best_epoch"] in (1, 2) for run in runs.values())
 
 

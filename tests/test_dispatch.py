@@ -204,29 +204,47 @@ def test_the_watch_for_waiting_sees_the_way_that_waits():
 class OnGpu:
     """What `choose` asks of a tensor."""
 
-    is_cuda, dtype, device, shape = True, torch.bfloat16, None, (2, 8)
+    is_cuda, dtype, device, shape = True, torch.bfloat16, None, (1000, 8)
 
 
 @pytest.mark.parametrize(
-    ("sizes", "assignments", "capturing", "kernel_there", "expected"),
+    ("sizes", "top_k", "work", "capturing", "kernel_there", "expected"),
     [
-        (EQUAL, 100, False, True, "grouped"),
-        (EQUAL, 100, False, False, "dense"),
-        (EQUAL, 10**6, False, True, "sorted"),
-        (EQUAL, 10**6, True, True, "grouped"),
-        (UNEQUAL, 100, False, True, "dense"),
-        (UNEQUAL, 10**6, True, True, "dense"),
-        ([[8], [16]] * 8, 100, False, True, "grouped"),
-        ([[8 * (e + 1)] for e in range(16)], 100, False, True, "sorted"),
-        ([[9]] * 4, 100, False, True, "dense"),
+        (EQUAL, 1, 1e18, False, True, "dense"),  # little work
+        (UNEQUAL, 2, 1e18, True, True, "dense"),
+        (EQUAL, len(EQUAL), 0, False, True, "dense"),  # all of them are chosen
+        (EQUAL, 1, 0, False, True, "grouped"),
+        (EQUAL, 1, 0, False, False, "sorted"),
+        (EQUAL, 1, 0, True, False, "dense"),
+        ([[9]] * 4, 1, 0, False, True, "sorted"),  # no size for the kernel
+        (UNEQUAL, 1, 0, False, True, "sorted"),
+        (UNEQUAL, 1, 0, True, True, "dense"),  # each shape could get all rows
+        ([[8], [16]] * 8, 1, 0, False, True, "grouped"),
+        ([[8], [16]] * 8, 1, 0, True, True, "grouped"),
+        ([[8], [16]] * 8, 6, 0, True, True, "dense"),
+        ([[8], [16]], 1, 0, False, True, "sorted"),
     ],
 )
-def test_the_way_follows_size_and_device(monkeypatch, sizes, assignments, capturing, kernel_there, expected):
+def test_the_way_follows_size_and_device(monkeypatch, sizes, top_k, work, capturing, kernel_there, expected):
     experts = build_experts(ExpertsConfig(sizes=sizes), 8, 5)[0]
-    assert choose(assignments, experts, torch.randn(2, 8)) == "sorted"  # a CPU has nothing to wait for
+    if top_k < len(sizes):
+        assert choose(2 * top_k, experts, torch.randn(2, 8)) == "sorted"  # a CPU has nothing to wait for
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     monkeypatch.setattr(module, "has_kernel", lambda x_BD: kernel_there)
-    assert choose(assignments, experts, OnGpu()) == expected
+    monkeypatch.setattr(module, "DENSE_WORK", work)
+    assert choose(1000 * top_k, experts, OnGpu()) == expected
+
+
+def test_experts_of_several_shapes_that_see_many_samples_run_one_after_the_other(monkeypatch):
+    experts = build_experts(ExpertsConfig(sizes=[[8], [16]] * 8), 8, 5)[0]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(module, "has_kernel", lambda x_BD: True)
+    monkeypatch.setattr(module, "DENSE_WORK", 0)
+    found = []
+    for samples in (10_000, 100_000):
+        monkeypatch.setattr(OnGpu, "shape", (samples, 8))
+        found.append(choose(samples, experts, OnGpu()))
+    assert found == ["grouped", "sorted"]
 
 
 def test_a_way_can_be_forced(monkeypatch):

@@ -160,7 +160,7 @@ def test_a_head_that_diverges_is_told_and_does_not_end_the_others(features):
 
 def test_every_method_has_its_first_pass_before_any_has_its_second():
     jobs = [Job(name, {}, seed, "test", 1) for seed in range(5) for name in ("a", "b")]
-    cut = [[(job.method, job.seed) for job in part] for part in passes(jobs, 2)]
+    cut = [[(job.method, job.seed) for job in part] for part in passes(jobs, lambda job: 2)]
     assert cut == [
         [("a", 0), ("a", 1)],
         [("b", 0), ("b", 1)],
