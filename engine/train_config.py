@@ -23,7 +23,7 @@ class TrainConfig:
     seed: int = 0
     """Seed of the weights, the order of the samples, dropout and routing noise."""
     save_every: int = 5
-    """Epochs between two writes of checkpoints/{last,best}.pt, all that a killed run loses; a signal writes them too."""
+    """Epochs between two writes of checkpoints/{last,best}.pt, all that a killed run loses; signals write them too."""
     graph: Literal["auto", "off"] = "auto"
     """auto: on a GPU a small head's steps replay a CUDA graph, since launching their kernels takes longer than running
     them; off: never."""
