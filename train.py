@@ -92,8 +92,8 @@ def train(run: RunFolder, config: Config, inputs: Inputs, tracker: Tracker, chec
         run.results.unlink(missing_ok=True)  # of weights that are about to change
         print(f"resuming     {run.path} after {trainer.position} of {config.train.epochs}")
     announce(config, inputs[-1], trainer)
-    best = trainer.fit()
-    print(f"best epoch   {best['epoch']}, validation macro-F1 {100 * best['macro_f1']:.2f} %")
+    kept = trainer.fit()
+    print(f"{config.train.keep} epoch   {kept['epoch']}, validation macro-F1 {100 * kept['macro_f1']:.2f} %")
     export_model(run)
     load_exported(run, trainer.model)
     tracker.model(run.weights, name=run.path.name)

@@ -18,6 +18,9 @@ class TrainConfig:
     """Decay of the moving average of the weights, which is what is validated and kept; 0: no average."""
     patience: int = 0
     """Stop after so many epochs without a better validation macro-F1; 0: run all epochs."""
+    keep: Literal["best", "last"] = "best"
+    """Whose weights are scored and exported: the epoch of the best validation macro-F1, or the last one, where a cosine
+    schedule has come to its end and the validation images are too few to tell epochs apart."""
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
     """Arithmetic of the experts while training (the gate is always float32); auto: bfloat16 on a GPU."""
     seed: int = 0
@@ -40,5 +43,10 @@ class TrainConfig:
             raise ValueError(f"train.ema_decay is {self.ema_decay}: it must be at least 0 and below 1 (0: off)")
         if self.patience < 0:
             raise ValueError(f"train.patience is {self.patience}: it is a number of epochs, 0 for no early stopping")
+        if self.patience and self.keep == "last":
+            raise ValueError(
+                f"train.patience {self.patience} stops after the best epoch, train.keep last keeps a later one: set "
+                "patience to 0, or keep to best"
+            )
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"train.seed is {self.seed}: it must be at least 0 and below 2^32")

@@ -103,7 +103,7 @@ class Trainer:
         return self.ema.module if self.ema else self.model
 
     def fit(self) -> dict[str, float]:
-        """Train to the last epoch or the end of patience. Returns the best epoch and its validation macro-F1.
+        """Train to the last epoch or the end of patience. Returns the epoch that is kept and its validation macro-F1.
 
         errors.Interrupted, which a signal raises under engine.interrupt.stoppable, leaves a checkpoint of the last
         whole step. Raises errors.UserError where a number is not finite, errors.EnvironmentFault where the run
@@ -142,15 +142,16 @@ class Trainer:
         """Log and keep an epoch."""
         self.run.require()
         macro_f1 = values["macro_f1/validation"]
-        better = macro_f1 >= self.best["macro_f1"]  # of equals the later, which learned longer
+        last = self.config.keep == "last"
+        better = macro_f1 >= self.best["macro_f1"] and not last  # of equals the later, which learned longer
         self.improved = self.epoch if macro_f1 > self.best["macro_f1"] else self.improved
-        if better:
+        if better or last:
             self.best = {"epoch": self.epoch, "macro_f1": macro_f1}
         print(epoch_line(values, self.epoch, self.config.epochs, better), flush=True)
         # Before the checkpoint: a resumed run drops lines that come after its checkpoint, but cannot add one.
         self.tracker.scalars(values, step=self.step, epoch=self.epoch)
         self.progress = None
-        self._save(better)
+        self._save(better or last)
 
     def _out_of_patience(self) -> bool:
         return 0 < self.config.patience <= self.epoch - self.improved
@@ -216,9 +217,9 @@ class Trainer:
         loads = {f"expert_load_validation/expert_{e}": float(share) for e, share in enumerate(load_E)}
         return {"loss/validation": loss, **{f"{key}/validation": v for key, v in values.items()}, **loads}
 
-    def _save(self, better: bool) -> None:
-        """Take a copy of the weights where this epoch is the best so far, and write what is due."""
-        if better:
+    def _save(self, keep: bool) -> None:
+        """Take a copy of the weights where this epoch is the one to keep so far, and write what is due."""
+        if keep:
             weights = {name: value.clone() for name, value in self.evaluated.state_dict().items()}
             self.unsaved = {"model": weights, **self.best, **self.identity}
         due = self.epoch == 1 or self.epoch % self.config.save_every == 0

@@ -1,0 +1,51 @@
+"""Which epoch's weights a run keeps, and when they are written."""
+
+import pytest
+import torch
+from test_trainer import equal_states, make_trainer, splits  # noqa: F401
+
+from engine.checkpoint import load_checkpoint
+from engine.train_config import TrainConfig
+
+
+def scripted(trainer, scores):
+    """Validation macro-F1 as listed, one an epoch, whatever the model does."""
+    left = iter(scores)
+    zeros = {"loss/validation": 1.0, "accuracy/validation": 0.5}
+    trainer._validate = lambda: {**zeros, "macro_f1/validation": next(left)}
+    return trainer
+
+
+@pytest.mark.parametrize(("keep", "epoch", "score"), [("best", 2, 0.7), ("last", 4, 0.6)])
+def test_the_best_epoch_is_kept_or_the_last(tmp_path, splits, capsys, keep, epoch, score):  # noqa: F811
+    trainer = scripted(make_trainer(tmp_path, splits, keep=keep, save_every=1), [0.5, 0.7, 0.4, 0.6])
+    assert trainer.fit() == {"epoch": epoch, "macro_f1": score}
+    kept, last = load_checkpoint(trainer.run.best), load_checkpoint(trainer.run.last)
+    assert (kept["epoch"], kept["macro_f1"]) == (epoch, score)
+    assert equal_states(kept["model"], last["ema"]) == (keep == "last")
+    starred = [line.endswith("*") for line in capsys.readouterr().out.splitlines() if line.startswith("epoch")]
+    assert starred == ([True, True, False, False] if keep == "best" else [False] * 4)
+
+
+def test_the_last_epoch_cannot_be_kept_with_patience():
+    with pytest.raises(ValueError, match=r"train\.patience 3 .* train\.keep last"):
+        TrainConfig(keep="last", patience=3)
+
+
+def test_the_best_weights_are_written_with_the_checkpoint(tmp_path, splits):  # noqa: F811
+    trainer = scripted(make_trainer(tmp_path, splits, epochs=5, save_every=3), [0.1, 0.4, 0.3, 0.5, 0.2])
+    held, seen = {}, []
+    save = trainer._save
+
+    def watched(keep):
+        if keep:  # a copy: later steps must not change it
+            held[trainer.epoch] = {name: value.clone() for name, value in trainer.evaluated.state_dict().items()}
+        save(keep)
+        kept = load_checkpoint(trainer.run.best)
+        assert equal_states(kept["model"], held[kept["epoch"]])
+        seen.append((kept["epoch"], load_checkpoint(trainer.run.last)["epoch"]))
+
+    trainer._save = watched
+    trainer.fit()
+    assert seen == [(1, 1), (1, 1), (2, 3), (2, 3), (4, 5)]
+    assert not torch.equal(*(next(iter(held[epoch].values())) for epoch in (2, 4)))
