@@ -60,12 +60,39 @@ def choose(assignments: int, experts: Experts, x_BD: Tensor) -> str:
 def run_sorted(x_BD: Tensor, routing: Routing, experts: Experts) -> tuple[Tensor, Tensor]:
     """One expert after the other, each once and on just its samples; one without samples does not run."""
     order_A = torch.argsort(routing.expert_A, stable=True)
-    sorted_AD = x_BD.index_select(0, routing.sample_A.index_select(0, order_A))
+    sorted_AD = _gather(x_BD, routing, order_A)
     # The sizes of the slices must be known to the host: the one place a step waits for the device.
     counts = routing.counts_E.tolist()
     slices = sorted_AD.split(counts)
     outputs = [expert(part) for expert, part, count in zip(experts, slices, counts, strict=True) if count]
     return torch.cat(outputs), order_A
+
+
+def _gather(x_BD: Tensor, routing: Routing, order_A: Tensor) -> Tensor:
+    """What each assignment reads, (A, D), in the order given."""
+    if routing.per_sample is None:
+        return x_BD.index_select(0, routing.sample_A.index_select(0, order_A))
+    return _Gather.apply(x_BD, order_A, routing.per_sample)
+
+
+class _Gather(torch.autograd.Function):
+    """Assignment a reads sample a // k. Its gradient is gathered as well, and summed over the k assignments of a
+    sample: adding them up one by one, as PyTorch's own does, takes atomic additions and is in no fixed order."""
+
+    @staticmethod
+    def forward(ctx, x_BD: Tensor, order_A: Tensor, per_sample: int) -> Tensor:
+        ctx.save_for_backward(order_A)
+        ctx.per_sample = per_sample
+        return x_BD.index_select(0, order_A // per_sample)
+
+    @staticmethod
+    def backward(ctx, grad_AD: Tensor):
+        (order_A,) = ctx.saved_tensors
+        place_A = torch.empty_like(order_A).scatter_(0, order_A, torch.arange(len(order_A), device=order_A.device))
+        if ctx.per_sample == 1:
+            return grad_AD.index_select(0, place_A), None, None
+        place_BK = place_A.view(-1, ctx.per_sample)
+        return F.embedding_bag(place_BK, grad_AD.contiguous(), mode="sum"), None, None
 
 
 def run_dense(x_BD: Tensor, routing: Routing, experts: Experts) -> tuple[Tensor, Tensor]:
@@ -99,11 +126,11 @@ def run_grouped(x_BD: Tensor, routing: Routing, experts: Experts) -> tuple[Tenso
     rank_E, expert_E = experts.rank_E, experts.expert_E
     key_A = rank_E.index_select(0, routing.expert_A)
     order_A = torch.argsort(key_A, stable=True)
-    sorted_key_A, sample_A = key_A.index_select(0, order_A), routing.sample_A.index_select(0, order_A)
+    sorted_key_A = key_A.index_select(0, order_A)
     ends_E = routing.counts_E.index_select(0, expert_E).cumsum(0)
     if len(groups) == 1:
-        rows_AD = x_BD.index_select(0, sample_A)
-        return GroupedExperts(list(experts))(rows_AD, ends_E, sorted_key_A), order_A
+        return GroupedExperts(list(experts))(_gather(x_BD, routing, order_A), ends_E, sorted_key_A), order_A
+    sample_A = routing.sample_A.index_select(0, order_A)
     position_A = torch.arange(len(order_A), device=device)
     outputs, row_A = [], torch.zeros_like(position_A)
     first = before = 0

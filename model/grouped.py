@@ -62,8 +62,10 @@ class GroupedExperts:
                 h_RD = h_RD + _rows(_stack(layers, "bias", h_RD), key_R, ends_G, kernel)
             elif isinstance(layers[0], nn.LayerNorm):
                 h_RD = F.layer_norm(h_RD, h_RD.shape[1:], eps=layers[0].eps)
-                h_RD = h_RD * _rows(_stack(layers, "weight", h_RD), key_R, ends_G, kernel)
-                h_RD = h_RD + _rows(_stack(layers, "bias", h_RD), key_R, ends_G, kernel)
+                weight_RD, bias_RD = (
+                    _rows(_stack(layers, name, h_RD), key_R, ends_G, kernel) for name in ("weight", "bias")
+                )
+                h_RD = torch.addcmul(bias_RD, h_RD, weight_RD)
             else:
                 h_RD = layers[0](h_RD)  # ReLU and Dropout are alike in all of them
         return h_RD

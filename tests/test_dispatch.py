@@ -1,5 +1,7 @@
 """The three ways of dispatch: equal values and gradients, and no wait for the device in those that promise it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -26,7 +28,8 @@ def routing_of(batch, experts, top_k, seed=0, drop=0.0):
     sample_A = torch.arange(batch).repeat_interleave(top_k)
     kept_A = torch.rand(len(sample_A), generator=generator) >= drop
     weight_A = torch.rand(len(sample_A), generator=generator) + 0.1
-    return Routing(sample_A[kept_A], expert_A[kept_A], weight_A[kept_A], logits_BE)
+    per_sample = None if drop else top_k
+    return Routing(sample_A[kept_A], expert_A[kept_A], weight_A[kept_A], logits_BE, per_sample=per_sample)
 
 
 def run(how, x_BD, routing, experts, combine="logits"):
@@ -34,7 +37,7 @@ def run(how, x_BD, routing, experts, combine="logits"):
     experts.zero_grad()
     x_BD = x_BD.detach().requires_grad_()
     weight_A = routing.weight_A.detach().requires_grad_()
-    routing = Routing(routing.sample_A, routing.expert_A, weight_A, routing.logits_BE)
+    routing = replace(routing, weight_A=weight_A)
     out = COMBINE[combine](*dispatch(x_BD, routing, experts, how), routing)
     target = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
     (out * target).sum().backward()

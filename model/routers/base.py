@@ -24,7 +24,7 @@ class Routing:
     expert took; int64 scalar on the device, None for none. residual_B: weight of the choices that a linear
     head stands in for. rows_AD: what each assignment reads, where that is not its sample's features.
     target_E: the load to aim at, summing to 1 (None: even). work_E: cost of each expert over their mean
-    (None: equal).
+    (None: equal). per_sample: k, where each sample in turn has k assignments (None: another number or order).
     """
 
     sample_A: Tensor
@@ -40,6 +40,7 @@ class Routing:
     rows_AD: Tensor | None = None
     target_E: Tensor | None = None
     work_E: Tensor | None = None
+    per_sample: int | None = None
 
     @property
     def num_samples(self) -> int:
@@ -73,7 +74,8 @@ class Routing:
     def by_row(self) -> "Routing":
         """The same assignments with each row of rows_AD as a sample of its own, as `dispatch` reads it."""
         rows_A = torch.arange(len(self.sample_A), device=self.sample_A.device)
-        return replace(self, sample_A=rows_A, logits_BE=self.logits_BE[self.sample_A], load_BE=None, rows_AD=None)
+        logits_AE = self.logits_BE[self.sample_A]
+        return replace(self, sample_A=rows_A, logits_BE=logits_AE, load_BE=None, rows_AD=None, per_sample=1)
 
 
 class Router(nn.Module, ABC):
@@ -222,4 +224,5 @@ def assignments(expert_BK: Tensor, weight_BK: Tensor, logits_BE: Tensor, load_BE
     """The Routing in which each sample has its k experts in the order given."""
     batch, top_k = expert_BK.shape
     sample_A = torch.arange(batch, device=expert_BK.device).repeat_interleave(top_k)
-    return Routing(sample_A, expert_BK.flatten(), weight_BK.flatten(), logits_BE, load_BE, learned)
+    flat = (sample_A, expert_BK.flatten(), weight_BK.flatten())
+    return Routing(*flat, logits_BE, load_BE, learned, per_sample=top_k)
