@@ -4,9 +4,10 @@ python -m benchmarks.scaling            about 90 s on a GPU
 python -m benchmarks.scaling --tiny     a rehearsal on a CPU
 
 A step is forward, backward, clipping and AdamW of the default kind of head on stored float16 features, bfloat16 on a
-GPU; samples are repeated to make more of them. The limit is the largest of three parts of a step: its matrix products
-at the measured matrix rate, the traffic of weights, gradients and optimizer state at the measured memory rate, and
-the rest: launches, the wait of the dispatch, norms and activations.
+GPU, as a CUDA graph where train.py would make one; samples are repeated to make more of them. The limit is the largest
+of three parts of a step: the matrix products that it does (of all experts in a graph) at the measured matrix rate, the
+traffic of weights, gradients and optimizer state at the measured memory rate, and the rest: launches, the wait of the
+dispatch, norms and activations.
 """
 
 import sys
@@ -92,18 +93,20 @@ def measure(samples: int, experts: int, features: int, options, device: torch.de
     with torch.device(device):
         router, pooled = RouterConfig(top_k=2), NeckConfig()
         model = VisionMoE((features,), CLASSES, pooled, router, ExpertsConfig(sizes=sizes)).train()
-    train = step_of(model, BalanceConfig(), options.batch, worth_capturing("auto", model, options.batch))
+    captured = worth_capturing("auto", model, options.batch)
+    train = step_of(model, BalanceConfig(), options.batch, captured)
     timing = timed(on_batches(train, stored_NF, labels_N, options.batch), device, seconds, warm=4, most=300)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     per_expert = sum(parameters(expert) for expert in model.moe.experts) / experts
-    active = parameters(model) - per_expert * (experts - 2)
+    used = parameters(model) - (0 if captured else per_expert * (experts - 2))
     return {
         "timing": timing,
         "epoch_seconds": timing.median * samples / options.batch,
         "stored_bytes": stored_NF.nbytes,
         "peak_bytes": peak,
         "parameters": parameters(model),
-        "flops": 6 * active * options.batch,
+        "flops": 6 * used * options.batch,
+        "graph": captured,
         "seconds": time.perf_counter() - began,
     }
 
@@ -126,7 +129,7 @@ def _line(row: dict) -> list[str]:
     share = row["parts"][row["limit"]] / sum(row["parts"].values())
     return [
         *sizes,
-        row["timing"].milliseconds(),
+        row["timing"].milliseconds() + (", graph" if row["graph"] else ""),
         f"{row['epoch_seconds']:.3g}",
         gigabytes(row["stored_bytes"]),
         peak,
