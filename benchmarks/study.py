@@ -97,8 +97,8 @@ def arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--seeds", type=int, default=10, help="runs of each method (default 10)")
     parser.add_argument("--more-seeds", type=int, default=30, help="of the best router and the best dense head")
     parser.add_argument("--epochs", type=int, default=24, help="of each run (default 24)")
-    parser.add_argument("--workers", type=int, default=8, help="processes that train at once (default 8)")
-    parser.add_argument("--heads", type=int, default=5, help="heads that each of them trains in one pass (default 5)")
+    parser.add_argument("--workers", type=int, default=6, help="processes that train at once (default 6)")
+    parser.add_argument("--heads", type=int, default=10, help="heads that each of them trains in one pass (default 10)")
     options, rest = parser.parse_known_args(argv)
     for word in rest:
         if word.startswith("-") and not word.startswith(SECTIONS):

@@ -51,21 +51,28 @@ def train_heads(jobs: list[Job], features: Features) -> list[Outcome]:
 
 
 class Head:
-    """A job's model while it trains: what happens to it before, in and after a step."""
+    """A job's model while it trains: what happens to it before and in a step."""
 
     def __init__(self, job: Job, features: Features, steps: int):
-        from timm.utils import ModelEmaV3
-
         seed_everything(job.seed)
         settings = dict(job.settings)
         self.model = build(job.head, features, settings.pop("dropout")).to(features.labels_N.device).train()
         self.optim, self.steps, self.done = OptimConfig(**settings), steps, 0
         self.optimizer = build_optimizer(self.model, self.optim)
-        self.ema = ModelEmaV3(self.model, decay=SETTINGS["ema"], use_warmup=True)
+        self.average = Average(self.model, SETTINGS["ema"])
         balance = BalanceConfig(**job.head.get("balance", {"switch": 0.0}))
         smoothing, clip = SETTINGS["smoothing"], self.optim.clip_norm
         self.step = TrainingStep(self.model, self.optimizer, balance, smoothing, clip, "auto")
         self.random = RouterConfig(**job.head["router"]).random_steps > 0
+        self.leads = True
+
+    def follow(self, leader: "Head") -> None:
+        """Read what changes from step to step where the leader writes it, if that is the same for both."""
+        if self.optim != leader.optim or not isinstance(self.optimizer.param_groups[0]["lr"], Tensor):
+            return
+        for group, theirs in zip(self.optimizer.param_groups, leader.optimizer.param_groups, strict=True):
+            group["lr"] = theirs["lr"]
+        self.average.weight, self.leads = leader.average.weight, False
 
     @property
     def warms(self) -> bool:
@@ -73,19 +80,52 @@ class Head:
         return self.random and self.done < SETTINGS["warmup"] * self.steps
 
     def before(self) -> None:
-        """Set the learning rate of the next step."""
-        set_learning_rate(self.optimizer, self.done, self.steps, self.optim)
-
-    def after(self) -> None:
-        """Count a step and move the average."""
+        """Set the learning rate and the weight of the average for the next step."""
+        if self.leads:
+            set_learning_rate(self.optimizer, self.done, self.steps, self.optim)
+            self.average.before(self.done + 1)
         self.done += 1
-        self.ema.update(self.model, step=self.done)
+
+    def train(self, x_BF: Tensor, labels_B: Tensor, warmup: bool) -> None:
+        """One step on a batch."""
+        self.step(x_BF, labels_B, warmup)
+        self.average.update()
 
     def outcome(self, features: Features) -> Outcome:
         """The scores of the trained head, or the term that was not finite."""
         if found := self.step.numbers.look():
             return f"the {found[1]} is not finite after {found[0]} steps"
-        return score(self.ema.module, features)
+        return score(self.average.model, features)
+
+
+class Average:
+    """timm's moving average of a model with its warm-up, by a weight on the device, which a CUDA graph reads again.
+
+    model: the averaged one.
+    """
+
+    def __init__(self, model: VisionMoE, decay: float):
+        from timm.utils import ModelEmaV3
+
+        self.timm = ModelEmaV3(model, decay=decay, use_warmup=True)
+        self.model = self.timm.module
+        self.weight = torch.zeros((), device=next(model.parameters()).device)
+        pairs = list(zip(self.model.state_dict().values(), model.state_dict().values(), strict=True))
+        self.averages, self.values = map(list, zip(*(p for p in pairs if p[0].is_floating_point()), strict=True))
+        self.counters = [pair for pair in pairs if not pair[0].is_floating_point()]
+
+    def before(self, step: int) -> None:
+        """Set what the weights after so many steps will count."""
+        self.weight.fill_(1 - self.timm.get_decay(step))
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the average towards the model."""
+        differences = torch._foreach_sub(self.values, self.averages)
+        torch._foreach_mul_(differences, self.weight)
+        torch._foreach_add_(self.averages, differences)
+        for mine, theirs in self.counters:
+            mine.copy_(theirs)
 
 
 class Pass:
@@ -104,6 +144,8 @@ class Pass:
         self.stream = torch.cuda.Stream(self.device) if self.captures else None
         self.seen = {True: 0, False: 0}  # steps by warmup
         self.graphs: dict[bool, torch.cuda.CUDAGraph] = {}
+        for head in heads[1:]:
+            head.follow(heads[0])
 
     def __call__(self, indices: tuple[Tensor, ...]) -> None:
         """Train each head on its rows of the views, (B,) into V * N."""
@@ -118,12 +160,10 @@ class Pass:
             self.graphs[warmup].replay()
         else:
             self._first(warmup)
-        for head in self.heads:
-            head.after()
 
     def _train(self, head: Head, index_B: Tensor, warmup: bool) -> None:
         labels_B = self.labels_N.index_select(0, index_B % len(self.labels_N))
-        head.step(self.rows.index_select(0, index_B), labels_B, warmup)
+        head.train(self.rows.index_select(0, index_B), labels_B, warmup)
 
     def _first(self, warmup: bool) -> None:
         """A few steps as they are, then the capture, whose step is replayed at once."""

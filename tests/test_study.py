@@ -19,7 +19,7 @@ from benchmarks.study_heads import (
 )
 from benchmarks.study_runs import Results, passes
 from benchmarks.study_tables import agreement, cells, paired_interval, rows
-from benchmarks.study_training import order, train_heads
+from benchmarks.study_training import Average, order, train_heads
 from errors import UserError
 
 
@@ -51,7 +51,7 @@ def test_agreement_ignores_the_experts_names():
 
 def test_every_method_has_the_same_number_of_settings_and_can_be_built(features):
     methods = router_methods(16) | width_methods([64], features.groups)
-    assert {len(grid(head)) for head in methods.values()} == {4}
+    assert {len(grid(head)) for head in methods.values()} == {6}
     for name, head in methods.items():
         if "logistic" not in head:
             assert build(head, features, 0.0)(features.held_MF)[0].shape == (60, 4), name
@@ -149,6 +149,25 @@ def test_heads_of_a_pass_are_as_good_as_alone(features):
         ((alone, first_alone_M),) = train_heads([job], features)
         assert found == alone and (first_M == first_alone_M).all()
     assert len({found["loss"] for found, _ in together}) == 3
+
+
+def test_the_average_is_that_of_timm():
+    from timm.utils import ModelEmaV3
+
+    torch.manual_seed(0)
+    model = build(router_methods(8)["noisy_topk"], Features(*[torch.zeros(1, 1, 32)] * 4, 2, 4), 0.0).train()
+    ours, theirs = Average(model, 0.9), ModelEmaV3(model, decay=0.9, use_warmup=True)
+    for step in range(1, 60):  # past the warm-up of the decay
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter))
+            model.moe.usage_E += 1
+        ours.before(step)
+        ours.update()
+        theirs.update(model, step=step)
+    assert theirs.get_decay(59) == 0.9 > theirs.get_decay(9)
+    for name, value in theirs.module.state_dict().items():
+        torch.testing.assert_close(ours.model.state_dict()[name], value, msg=name)
 
 
 def test_a_head_that_diverges_is_told_and_does_not_end_the_others(features):
