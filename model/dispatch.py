@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from model.experts import Experts
-from model.grouped import GroupedExperts, after_first, fits, has_kernel
+from model.grouped import GroupedExperts, after_first, fits, has_kernel, joined
 from model.routers import Routing
 
 # By benchmarks/dispatch.py on an H200. Samples times the experts' parameters up to which every expert on every sample
@@ -107,8 +107,7 @@ def run_dense(x_BD: Tensor, routing: Routing, experts: Experts) -> tuple[Tensor,
     if not experts.read_all(x_BD.shape[1]):
         outputs_EBC = torch.stack([expert(x_BD) for expert in placed])
         return outputs_EBC.flatten(0, 1).index_select(0, row_A), order_A
-    weight_HD = torch.cat([expert[0].weight.to(x_BD.dtype) for expert in placed])
-    bias_H = torch.cat([expert[0].bias.to(x_BD.dtype) for expert in placed])
+    weight_HD, bias_H = (joined([getattr(expert[0], n) for expert in placed], x_BD.dtype) for n in ("weight", "bias"))
     widths = [len(members) * members[0][0].out_features for members in shapes]
     hidden = F.linear(x_BD, weight_HD, bias_H).split(widths, dim=1)
     outputs_EBC = torch.cat([after_first(members, h_BH) for members, h_BH in zip(shapes, hidden, strict=True)])

@@ -85,7 +85,31 @@ class GroupedExperts:
 
 
 def _stack(layers, name: str, like: Tensor) -> Tensor:
-    return torch.stack([getattr(layer, name).to(like.dtype) for layer in layers])
+    tensors = [getattr(layer, name) for layer in layers]
+    return joined(tensors, like.dtype).unflatten(0, (len(tensors), -1))
+
+
+def joined(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """The tensors one after the other along their first dimension, in `dtype`; one pass over them all, and one back."""
+    return _Joined.apply(dtype, *tensors)
+
+
+class _Joined(torch.autograd.Function):
+    """Casting and copying at once: a kernel or two for any number of weights, and half the traffic of cast and cat."""
+
+    @staticmethod
+    def forward(ctx, dtype: torch.dtype, *tensors: Tensor) -> Tensor:
+        ctx.rows, ctx.dtype = [len(tensor) for tensor in tensors], tensors[0].dtype
+        out = tensors[0].new_empty((sum(ctx.rows), *tensors[0].shape[1:]), dtype=dtype)
+        torch._foreach_copy_(list(out.split(ctx.rows)), list(tensors))
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        parts = list(grad.split(ctx.rows))
+        found = [torch.empty(part.shape, dtype=ctx.dtype, device=part.device) for part in parts]
+        torch._foreach_copy_(found, parts)
+        return None, *found
 
 
 def _one_by_one(h_RD: Tensor, weight_GND: Tensor, ends_G: Tensor) -> Tensor:
