@@ -40,7 +40,9 @@ def load_resumable(run: RunFolder, invocation: Invocation) -> dict[str, Any] | N
     require_like(checkpoint, RESUMABLE, run.last)
     if checkpoint.get("progress") is not None:
         require_like(checkpoint, {"progress": {"batches": int}}, run.last)
-    before, now = flatten(checkpoint["config"]), flatten(invocation.config.to_dict())
+    # A run of a version that had no such option did what is its default.
+    before = flatten(Config().to_dict()) | flatten(checkpoint["config"])
+    now = flatten(invocation.config.to_dict())
     for key, value in now.items():
         if key not in CHANGEABLE and repr(before.get(key)) != repr(value):
             raise UserError(

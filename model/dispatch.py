@@ -15,9 +15,9 @@ from model.experts import Experts
 from model.grouped import GroupedExperts, after_first, fits, has_kernel, joined
 from model.routers import Routing
 
-# By benchmarks/dispatch.py on an H200. Samples times the experts' parameters up to which every expert on every sample
-# takes less time than the launches of any other way; and samples an expert sees from which experts of several shapes
-# are faster one after the other than grouped.
+# Set by benchmarks/dispatch.py on an H200; the ways are within its noise of one another near these numbers. Samples
+# times the experts' parameters up to which every expert on every sample takes no longer than the launches of any other
+# way; and samples an expert sees from which experts of several shapes are faster one after the other than grouped.
 DENSE_WORK = 400_000_000_000
 SORTED_FROM = 2048
 
@@ -70,9 +70,9 @@ def run_sorted(x_BD: Tensor, routing: Routing, experts: Experts) -> tuple[Tensor
 
 def _gather(x_BD: Tensor, routing: Routing, order_A: Tensor) -> Tensor:
     """What each assignment reads, (A, D), in the order given."""
-    if routing.per_sample is None:
+    if routing.top_k is None:
         return x_BD.index_select(0, routing.sample_A.index_select(0, order_A))
-    return _Gather.apply(x_BD, order_A, routing.per_sample)
+    return _Gather.apply(x_BD, order_A, routing.top_k)
 
 
 class _Gather(torch.autograd.Function):
@@ -80,18 +80,18 @@ class _Gather(torch.autograd.Function):
     sample: adding them up one by one, as PyTorch's own does, takes atomic additions and is in no fixed order."""
 
     @staticmethod
-    def forward(ctx, x_BD: Tensor, order_A: Tensor, per_sample: int) -> Tensor:
+    def forward(ctx, x_BD: Tensor, order_A: Tensor, top_k: int) -> Tensor:
         ctx.save_for_backward(order_A)
-        ctx.per_sample = per_sample
-        return x_BD.index_select(0, order_A // per_sample)
+        ctx.top_k = top_k
+        return x_BD.index_select(0, order_A // top_k)
 
     @staticmethod
     def backward(ctx, grad_AD: Tensor):
         (order_A,) = ctx.saved_tensors
         place_A = torch.empty_like(order_A).scatter_(0, order_A, torch.arange(len(order_A), device=order_A.device))
-        if ctx.per_sample == 1:
+        if ctx.top_k == 1:
             return grad_AD.index_select(0, place_A), None, None
-        place_BK = place_A.view(-1, ctx.per_sample)
+        place_BK = place_A.view(-1, ctx.top_k)
         return F.embedding_bag(place_BK, grad_AD.contiguous(), mode="sum"), None, None
 
 

@@ -28,8 +28,8 @@ def routing_of(batch, experts, top_k, seed=0, drop=0.0):
     sample_A = torch.arange(batch).repeat_interleave(top_k)
     kept_A = torch.rand(len(sample_A), generator=generator) >= drop
     weight_A = torch.rand(len(sample_A), generator=generator) + 0.1
-    per_sample = None if drop else top_k
-    return Routing(sample_A[kept_A], expert_A[kept_A], weight_A[kept_A], logits_BE, per_sample=per_sample)
+    regular = None if drop else top_k
+    return Routing(sample_A[kept_A], expert_A[kept_A], weight_A[kept_A], logits_BE, top_k=regular)
 
 
 def run(how, x_BD, routing, experts, combine="logits"):

@@ -52,6 +52,24 @@ def inputs_of(kind, batch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("capacity", [None, 0.5])
+def test_a_routing_that_claims_k_assignments_a_sample_has_them_in_order(kind, capacity):
+    torch.manual_seed(0)
+    for experts, top_k, batch in shapes(12):
+        options = {} if capacity is None else {"capacity_factor": capacity}
+        config = config_of(kind, experts, top_k, **options) if ROUTERS[kind].token_choice or not options else None
+        if config is None:
+            continue
+        router = sharpened(build_router(config, WIDTH, experts)).train()
+        for warmup in (False, True):
+            routing = router(inputs_of(kind, batch), warmup)
+            if routing.top_k is not None:
+                index_A = torch.arange(len(routing.sample_A))
+                assert torch.equal(routing.sample_A, index_A // routing.top_k), (kind, experts, top_k, batch)
+                assert len(index_A) == batch * routing.top_k
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_routing_is_a_list_of_distinct_experts_with_sensible_weights(kind):
     torch.manual_seed(1)
     tried = 0

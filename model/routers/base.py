@@ -24,7 +24,7 @@ class Routing:
     expert took; int64 scalar on the device, None for none. residual_B: weight of the choices that a linear
     head stands in for. rows_AD: what each assignment reads, where that is not its sample's features.
     target_E: the load to aim at, summing to 1 (None: even). work_E: cost of each expert over their mean
-    (None: equal). per_sample: k, where each sample in turn has k assignments (None: another number or order).
+    (None: equal). top_k: k where assignment a is of sample a // k (None: where some have been left out).
     """
 
     sample_A: Tensor
@@ -40,7 +40,7 @@ class Routing:
     rows_AD: Tensor | None = None
     target_E: Tensor | None = None
     work_E: Tensor | None = None
-    per_sample: int | None = None
+    top_k: int | None = None
 
     @property
     def num_samples(self) -> int:
@@ -75,7 +75,7 @@ class Routing:
         """The same assignments with each row of rows_AD as a sample of its own, as `dispatch` reads it."""
         rows_A = torch.arange(len(self.sample_A), device=self.sample_A.device)
         logits_AE = self.logits_BE[self.sample_A]
-        return replace(self, sample_A=rows_A, logits_BE=logits_AE, load_BE=None, rows_AD=None, per_sample=1)
+        return replace(self, sample_A=rows_A, logits_BE=logits_AE, load_BE=None, rows_AD=None, top_k=1)
 
 
 class Router(nn.Module, ABC):
@@ -225,4 +225,4 @@ def assignments(expert_BK: Tensor, weight_BK: Tensor, logits_BE: Tensor, load_BE
     batch, top_k = expert_BK.shape
     sample_A = torch.arange(batch, device=expert_BK.device).repeat_interleave(top_k)
     flat = (sample_A, expert_BK.flatten(), weight_BK.flatten())
-    return Routing(*flat, logits_BE, load_BE, learned, per_sample=top_k)
+    return Routing(*flat, logits_BE, load_BE, learned, top_k=top_k)

@@ -1,6 +1,7 @@
 """What the rules share in which each sample chooses its experts: ranking, loss-free bias, capacities."""
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -74,11 +75,10 @@ class TokenChoiceRouter(GatedRouter):
         if self.training and self.capacity_factor is not None:
             return self._route_to_places(logits_BE, scores_BE, ranked_BE, expert_BK, weight_BK, wanted_BK, load_BE)
         routing = assignments(expert_BK, weight_BK, logits_BE, load_BE)
-        if wanted_BK is not None:
-            kept_A = wanted_BK.flatten()
-            for name in ("sample_A", "expert_A", "weight_A"):
-                setattr(routing, name, getattr(routing, name)[kept_A])
-        return routing
+        if wanted_BK is None:
+            return routing
+        kept = {name: getattr(routing, name)[wanted_BK.flatten()] for name in ("sample_A", "expert_A", "weight_A")}
+        return replace(routing, **kept, top_k=None)
 
     def _route_to_places(self, logits_BE, scores_BE, ranked_BE, expert_BK, weight_BK, wanted_BK, load_BE) -> Routing:
         """The assignments that find a place under the capacities."""
