@@ -191,7 +191,6 @@ def select(
         name: [Job(name, head, SELECTION_SEED, "selection", options.epochs, settings) for settings in grid(head)]
         for name, head in methods.items()
     }
-    # Setting by setting: time that runs out takes it from all methods alike.
     workers.run([job for jobs in zip(*candidates.values(), strict=True) for job in jobs], results, deadline)
     chosen = {}
     for name, jobs in candidates.items():
@@ -243,9 +242,9 @@ def report(
     if settled:
         print("\nThe router and the dense head that validation puts first:\n")
         print(table(COLUMNS, [cells(row) for row in settled]))
-    for job in (*jobs[0], *jobs[1]):
-        if job.key in results.failed:
-            print(f"- {job.method}, seed {job.seed}: {results.failed[job.key]}")
+    for key, reason in results.failed.items():
+        job = json.loads(key)
+        print(f"- {job['method']}, {job['stage']}, seed {job['seed']}, {job['settings']}: {reason}")
     settings = {"epochs": options.epochs, **SETTINGS}
     write(options, f"study_{name}", where, rows=found, settled=settled, chosen=chosen, settings=settings)
     if name == "widths" and found:

@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, TimeoutError, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, TimeoutError, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from itertools import zip_longest
 from pathlib import Path
@@ -23,7 +23,8 @@ from errors import EnvironmentFault, one_line
 class Results:
     """Finished jobs in FOLDER/runs.jsonl, their routings included; what is there already is not done again.
 
-    failed: why a job has no scores, such as a loss that was not finite.
+    failed: why a job has no scores, such as a loss that was not finite; an error that should not have been is not in
+    the file, and the job is done again next time.
     """
 
     def __init__(self, folder: Path):
@@ -40,8 +41,11 @@ class Results:
                 continue
             self._take(**found)
 
-    def add(self, job: Job, outcome: Outcome) -> None:
+    def add(self, job: Job, outcome: Outcome | Exception) -> None:
         """Keep a run: its scores and the first expert of each image, or why it failed."""
+        if isinstance(outcome, Exception):
+            self.failed[job.key] = one_line(f"{type(outcome).__name__}: {outcome}")
+            return
         if isinstance(outcome, str):
             found = {"key": job.key, "failed": outcome}
         else:
@@ -61,16 +65,19 @@ class Results:
         return job.key in self.scores or job.key in self.failed
 
 
-def passes(jobs: list[Job], heads: Callable[[Job], int]) -> list[list[Job]]:
-    """The jobs, as many heads of a method in a pass as it says; all methods have a pass before any has its next."""
+def passes(jobs: list[Job], heads: int, side_by_side: Callable[[Job], bool]) -> list[list[Job]]:
+    """The jobs as passes: so many heads of a method in one, or each alone where they cannot be side by side.
+
+    Every method has its turn of so many heads before any has its next: time that runs out takes it from all alike.
+    """
     of_method: dict[str, list[Job]] = {}
     for job in jobs:
         of_method.setdefault(job.method, []).append(job)
-    cut = []
+    turns = []
     for found in of_method.values():
-        number = heads(found[0])
-        cut.append([found[i : i + number] for i in range(0, len(found), number)])
-    return [part for turn in zip_longest(*cut) for part in turn if part]
+        cut = [found[i : i + heads] for i in range(0, len(found), heads)]
+        turns.append([[turn] if side_by_side(turn[0]) else [[job] for job in turn] for turn in cut])
+    return [part for turn in zip_longest(*turns, fillvalue=[]) for parts in turn for part in parts]
 
 
 class Workers:
@@ -96,27 +103,31 @@ class Workers:
 
         Raises errors.EnvironmentFault where a process ends that should not.
         """
-        left = {job.key: job for job in jobs if not results.knows(job)}
+        left = [job for job in jobs if not results.knows(job)]
         seconds = deadline - time.perf_counter()
-        if seconds <= 0:
+        if seconds <= 0 or not left:
             return
 
-        def heads(job: Job) -> int:
-            return self.heads if side_by_side(job.head, self.features[job.stage]) else 1
+        def captured(job: Job) -> bool:
+            return side_by_side(job.head, self.features[job.stage])
 
-        futures = {self.pool.submit(_train, part): part for part in passes(list(left.values()), heads)}
+        futures = {self.pool.submit(_train, part): part for part in passes(left, self.heads, captured)}
         try:
-            for future in as_completed(futures, timeout=seconds):
-                for job, outcome in zip(futures[future], future.result(), strict=True):
-                    results.add(job, outcome)
-        except TimeoutError:
-            for future in futures:
-                future.cancel()
+            self._collect(futures, results, seconds)
+        except TimeoutError:  # what has begun is finished
+            self._collect({f: part for f, part in futures.items() if not f.cancel()}, results, None)
         except BrokenProcessPool as error:
             raise EnvironmentFault(
                 "a process that trains heads has ended before its time, out of memory perhaps: try fewer --workers; "
                 f"finished runs are kept in {results.path}, and the same command goes on from there"
             ) from error
+
+    @staticmethod
+    def _collect(futures: dict[Future, list[Job]], results: Results, seconds: float | None) -> None:
+        for future in as_completed(futures, timeout=seconds):
+            for job, outcome in zip(futures[future], future.result(), strict=True):
+                if not results.knows(job):
+                    results.add(job, outcome)
 
 
 _features: dict[str, Features] = {}  # of a worker
@@ -127,24 +138,25 @@ def _read(features: dict[str, Features]) -> None:
     _features.update(features)
 
 
-def _train(jobs: list[Job]) -> list[Outcome]:
+def _train(jobs: list[Job]) -> list[Outcome | Exception]:
     try:
         return train_heads(jobs, _features[jobs[0].stage])
+    except torch.OutOfMemoryError as error:
+        failure: str | Exception = one_line(error)
     except Exception as error:
-        reason = one_line(f"{type(error).__name__}: {error}")
-        print(f"{jobs[0].method}: {reason}", file=sys.stderr, flush=True)
-    finally:
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        failure = RuntimeError(one_line(f"{type(error).__name__}: {error}"))  # one that can be sent on
+        print(f"{jobs[0].method}: {failure}", file=sys.stderr, flush=True)
     if not _works():  # after many an error a GPU does no more for this process
         os._exit(1)
     # In a pass one may have failed by the others, for want of memory say.
-    return [_train([job])[0] for job in jobs] if len(jobs) > 1 else [reason]
+    return [_train([job])[0] for job in jobs] if len(jobs) > 1 else [failure]
 
 
 def _works() -> bool:
     try:
         device = next(iter(_features.values())).labels_N.device
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
         return bool(torch.ones(1, device=device) == 1)
     except RuntimeError:
         return False

@@ -47,7 +47,11 @@ def train_heads(jobs: list[Job], features: Features) -> list[Outcome]:
     train = Pass(heads, features, batch)
     for indices in zip(*(order(job.seed, job.epochs, features, batch) for job in jobs), strict=True):
         train(indices)
-    return [head.outcome(features) for head in heads]
+    outcomes = [head.outcome(features) for head in heads]
+    del heads, train
+    if features.labels_N.is_cuda:
+        torch.cuda.empty_cache()  # for the other processes on this GPU
+    return outcomes
 
 
 class Head:

@@ -115,6 +115,9 @@ class Trainer:
         except Interrupted:
             self._keep()
             raise
+        except UserError:  # a number that is not finite, in an epoch after the best
+            self._keep_best()
+            raise
         return self.best
 
     def _epoch(self) -> None:
@@ -230,12 +233,15 @@ class Trainer:
         """Write best.pt where it has changed, and last.pt, unless that is of this step or there is no step to keep."""
         if self.step == 0 or self.kept_at == (self.step, self.progress is None):
             return
+        self._keep_best()
         self._require_finite()
+        save_checkpoint(self.run.last, self.state_dict(), self.kept)
+        self._kept()
+
+    def _keep_best(self) -> None:
         if self.unsaved:
             save_checkpoint(self.run.best, self.unsaved, self.kept)
             self.unsaved = None
-        save_checkpoint(self.run.last, self.state_dict(), self.kept)
-        self._kept()
 
     @property
     def position(self) -> str:

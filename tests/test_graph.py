@@ -1,5 +1,7 @@
 """Captured training steps: when they are worth it, and that they do what the steps do that they stand for."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -30,6 +32,25 @@ def test_shapes_that_depend_on_the_batch_are_not_static():
 
 def test_nothing_is_captured_on_a_cpu():
     assert not worth_capturing("auto", model(), 1)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "batch", "how", "static", "expected"),
+    [
+        (40_000_000, 1024, "auto", True, True),
+        (40_000_000, 1024, "dense", True, True),
+        (40_000_000, 1024, "sorted", True, False),  # waits for the device
+        (40_000_000, 1024, "auto", False, False),
+        (40_000_000, 65_536, "auto", True, False),  # its kernels take longer than their launches
+        (600_000_000, 128, "auto", True, False),
+    ],
+)
+def test_a_small_head_with_shapes_that_stay_is_captured_on_a_gpu(parameters, batch, how, static, expected):
+    weight = SimpleNamespace(numel=lambda: parameters, is_cuda=True)
+    moe = SimpleNamespace(how=how, router=SimpleNamespace(static_shapes=static))
+    head = SimpleNamespace(parameters=lambda: [weight], moe=moe)
+    assert worth_capturing("auto", head, batch) is expected
+    assert not worth_capturing("off", head, batch)
 
 
 @ON_GPU

@@ -1,11 +1,20 @@
 """Which epoch's weights a run keeps, and when they are written."""
 
+import signal
+
 import pytest
 import torch
-from test_trainer import equal_states, make_trainer, splits  # noqa: F401
+from test_trainer import equal_states, make_trainer
 
+from data.datasets import DataConfig, load_splits
 from engine.checkpoint import load_checkpoint
 from engine.train_config import TrainConfig
+from errors import Interrupted, UserError
+
+
+@pytest.fixture(scope="module")
+def splits():
+    return load_splits(DataConfig(name="digits", max_per_class=40))
 
 
 def scripted(trainer, scores):
@@ -17,7 +26,7 @@ def scripted(trainer, scores):
 
 
 @pytest.mark.parametrize(("keep", "epoch", "score"), [("best", 2, 0.7), ("last", 4, 0.6)])
-def test_the_best_epoch_is_kept_or_the_last(tmp_path, splits, capsys, keep, epoch, score):  # noqa: F811
+def test_the_best_epoch_is_kept_or_the_last(tmp_path, splits, capsys, keep, epoch, score):
     trainer = scripted(make_trainer(tmp_path, splits, keep=keep, save_every=1), [0.5, 0.7, 0.4, 0.6])
     assert trainer.fit() == {"epoch": epoch, "macro_f1": score}
     kept, last = load_checkpoint(trainer.run.best), load_checkpoint(trainer.run.last)
@@ -32,7 +41,7 @@ def test_the_last_epoch_cannot_be_kept_with_patience():
         TrainConfig(keep="last", patience=3)
 
 
-def test_the_best_weights_are_written_with_the_checkpoint(tmp_path, splits):  # noqa: F811
+def test_the_best_weights_are_written_with_the_checkpoint(tmp_path, splits):
     trainer = scripted(make_trainer(tmp_path, splits, epochs=5, save_every=3), [0.1, 0.4, 0.3, 0.5, 0.2])
     held, seen = {}, []
     save = trainer._save
@@ -49,3 +58,21 @@ def test_the_best_weights_are_written_with_the_checkpoint(tmp_path, splits):  # 
     trainer.fit()
     assert seen == [(1, 1), (1, 1), (2, 3), (2, 3), (4, 5)]
     assert not torch.equal(*(next(iter(held[epoch].values())) for epoch in (2, 4)))
+
+
+@pytest.mark.parametrize("error", [Interrupted(signal.SIGTERM), UserError("the task loss is not finite")], ids=str)
+def test_what_ends_training_early_does_not_lose_the_best_weights(tmp_path, splits, error):
+    trainer = scripted(make_trainer(tmp_path, splits, epochs=9, save_every=9), [0.1, 0.4, 0.6, 0.5])
+    train_epoch = trainer._train_epoch
+
+    def ended(progress):
+        if trainer.epoch == 5:
+            raise error
+        return train_epoch(progress)
+
+    trainer._train_epoch = ended
+    with pytest.raises(type(error)):
+        trainer.fit()
+    kept = load_checkpoint(trainer.run.best)
+    assert (kept["epoch"], kept["macro_f1"]) == (3, 0.6)
+    assert load_checkpoint(trainer.run.last)["epoch"] == (5 if isinstance(error, Interrupted) else 1)
