@@ -68,7 +68,7 @@ def _described(run: RunFolder, say: Callable[[str], None]) -> dict[str, Any]:
         best = load_checkpoint(run.best)
         kept = read_description(run).get("epoch") if run.model.is_file() else None
         if not isinstance(kept, int) or kept < best["epoch"]:  # later: best.pt is damaged, and the one before it read
-            say(f"{run.weights} is written from {run.best}: the best epoch so far is {best['epoch']}")
+            say(f"{run.weights} is written from {run.best}: the epoch kept so far is {best['epoch']}")
             export_model(run)
     elif not run.model.is_file() and run.config.is_file():
         raise UserError(

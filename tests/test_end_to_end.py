@@ -170,7 +170,7 @@ def test_an_unfinished_run_is_scored_by_its_best_epoch_so_far(digits_run, tmp_pa
     monkeypatch.setattr("engine.evaluation.draw", lambda *_: [])  # seconds, and drawn above
     monkeypatch.setattr("sys.argv", ["evaluate.py", str(moved), "--device", "cpu"])
     assert exit_code_of(evaluate.main) == 0
-    assert "the best epoch so far is" in capsys.readouterr().out
+    assert "the epoch kept so far is" in capsys.readouterr().out
     assert (moved / "model.safetensors").is_file()
     monkeypatch.setattr("sys.argv", ["evaluate.py", str(moved), "--device", "gpu"])
     assert exit_code_of(evaluate.main) == 2
