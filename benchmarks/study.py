@@ -247,8 +247,9 @@ def report(
         print(f"- {job['method']}, {job['stage']}, seed {job['seed']}, {job['settings']}: {reason}")
     settings = {"epochs": options.epochs, **SETTINGS}
     write(options, f"study_{name}", where, rows=found, settled=settled, chosen=chosen, settings=settings)
+    suffix = "_tiny" if options.tiny else ""
     if name == "widths" and found:
-        print(f"written to {draw_curve(found, options.out / 'study_widths.png')}")
+        print(f"written to {draw_curve(found, options.out / f'study_widths{suffix}.png')}")
 
 
 def runs_of(jobs: list[Job], results: Results, seeds: int) -> tuple[dict, dict]:

@@ -19,6 +19,7 @@ from errors import UserError, one_line
 
 # Where a run lies and what it ran on: not what it is.
 INCIDENTAL = {"run_dir", "tracking", "device", "data.root", "data.download", "backbone.weights"}
+INCIDENTAL |= {"features.cache_dir", "train.save_every"}
 WIDE = 6  # runs up to which each has a column of the printed table; of more, each has a row
 CELL = 40  # letters of a printed value of the configuration
 

@@ -122,7 +122,9 @@ def parse_command_line(argv: list[str] | None = None) -> Invocation:
     if resume is not None:
         for option in ("--config", "--run_dir"):
             if option in options:
-                raise UserError(f"--resume takes both from the run it names: leave out {option}")
+                raise UserError(
+                    f"--resume takes configuration and folder from the run that it names: leave out {option}"
+                )
         argv = ["--config", str(_run_config(Path(resume).expanduser())), *argv]
     elif "--config" not in options:
         argv = ["--config", str(DEFAULT_CONFIG), *argv]

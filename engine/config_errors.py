@@ -55,7 +55,9 @@ def explain(
     for pattern in UNKNOWN:
         if found := re.search(pattern, message):
             name = ".".join(part for part in (found.groupdict().get("group"), found["name"]) if part)
-            close = difflib.get_close_matches(name, [key for key in types if not is_dataclass(types[key])], 1, 0.5)
+            options = [key for key in types if not is_dataclass(types[key])]
+            same_word = [key for key in options if key.split(".")[-1] == name.split(".")[-1]]
+            close = same_word or difflib.get_close_matches(name, options, 1, 0.5)
             hint = f"did you mean {close[0]}?" if close else "--help lists all options"
             return UserError(f"unknown option {name}: {hint}")
     if (found := re.match(r"argument --([\w.]+): expected one argument", message)) and found[1] in types:

@@ -167,6 +167,7 @@ def table(results: dict[str, Any], hardest: int = 5) -> str:
         shown = "-" if accuracy is None else f"{100 * accuracy:.1f} %"
         change = f"{100 * worth['macro_f1_change']:+.2f}" if "macro_f1_change" in worth else "-"
         lines.append(f"{label:<28}{100 * load:>6.1f} %{100 * weight:>6.1f} %{shown:>10}{change:>21}")
-    worst = sorted(results["per_class"].items(), key=lambda item: item[1]["f1"])[:hardest]
-    lines += ["", "lowest F1    " + ", ".join(f"{name} {100 * values['f1']:.0f} %" for name, values in worst)]
+    imperfect = [(name, values["f1"]) for name, values in results["per_class"].items() if values["f1"] < 1]
+    worst = sorted(imperfect, key=lambda item: item[1])[:hardest]
+    lines += ["", "lowest F1    " + (", ".join(f"{name} {100 * f1:.0f} %" for name, f1 in worst) or "100 % for all")]
     return "\n".join(lines)

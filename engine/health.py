@@ -76,15 +76,24 @@ class RoutingWatch:
 
     def look(self, usage_E: np.ndarray, epoch: int) -> None:
         """usage_E: samples that each expert received from the learned gate in an epoch without random routing."""
+        if not self.collapsed(usage_E, f"in epoch {epoch} all samples"):
+            self._look_for_unused(usage_E, epoch)
+
+    def collapsed(self, usage_E: np.ndarray, who: str) -> bool:
+        """Whether as few experts as one sample sees have all of the usage; says so, of `who`, the first time."""
         if len(usage_E) <= self.top_k or not usage_E.sum():
-            return
-        remedy = self.remedy
+            return False
         used = np.sort(usage_E)[::-1][: self.top_k].sum() / usage_E.sum()
-        unused = np.flatnonzero(usage_E == 0).tolist()
         if used >= COLLAPSED and "collapse" not in self.said:
             self.said += ["collapse", "unused"]  # which follows from it
             busy = sorted(np.argsort(usage_E)[::-1][: self.top_k].tolist())
-            warn(f"routing has collapsed: in epoch {epoch} all samples went to the experts {busy}; {remedy}")
-        elif unused and "unused" not in self.said:
-            self.said.append("unused")
-            warn(f"no sample of epoch {epoch} went to the expert(s) {unused}; {remedy}, or more --router.warmup_steps")
+            warn(f"routing has collapsed: {who} went to the experts {busy}; {self.remedy}")
+        return bool(used >= COLLAPSED)
+
+    def _look_for_unused(self, usage_E: np.ndarray, epoch: int) -> None:
+        unused = np.flatnonzero(usage_E == 0).tolist()
+        if len(usage_E) <= self.top_k or not usage_E.sum() or not unused or "unused" in self.said:
+            return
+        self.said.append("unused")
+        remedy = f"{self.remedy}, or more --router.warmup_steps"
+        warn(f"no sample of epoch {epoch} went to the expert(s) {unused}; {remedy}")

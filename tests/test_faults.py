@@ -158,6 +158,20 @@ def test_collapse_and_unused_experts_are_said_once_with_the_remedy(capsys):
     assert lines[1].startswith("warning: routing has collapsed: in epoch 4 all samples went to the experts [1, 3]")
 
 
+def test_a_gate_that_has_collapsed_without_its_noise_is_noticed_on_the_validation_images(tmp_path, splits, capsys):  # noqa: F811
+    trainer = make_trainer(tmp_path, splits, epochs=2, optim=OptimConfig(lr=1e-9, warmup_steps=0))
+    router = trainer.model.moe.router
+    with torch.no_grad():
+        for weight in (router.gate.weight, router.noise.weight):  # noise of softplus(0) = 0.69
+            weight.zero_()
+        router.gate.bias.copy_(torch.tensor([0.2, 0.1, 0.0]))
+    trainer.ema.module.load_state_dict(trainer.model.state_dict())
+    trainer.fit()
+    lines = [line for line in capsys.readouterr().err.splitlines() if "collapsed" in line]
+    assert len(lines) == 1
+    assert "routing has collapsed: after epoch 2 all validation images went to the experts [0, 1]" in lines[0]
+
+
 def test_a_collapsed_gate_is_noticed_while_training_and_not_again_after_a_resumption(tmp_path, splits, capsys):  # noqa: F811
     optim = OptimConfig(lr=1e-9, warmup_steps=0)
     trainer = make_trainer(tmp_path, splits, optim=optim, batch_size=48, epochs=3)

@@ -102,7 +102,7 @@ def test_the_study_runs_to_its_end_and_goes_on_where_it_was(tmp_path, capsys):
     words += ["--data.max_per_class", "20"]
     study.main(words)
     first = capsys.readouterr().out
-    assert "all routed, top-1 8" in first and "one pair" in first and (tmp_path / "study_widths.png").is_file()
+    assert "all routed, top-1 8" in first and "one pair" in first and (tmp_path / "study_widths_tiny.png").is_file()
     (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
     done = (folder / "runs.jsonl").read_text()
     study.main(words)
