@@ -217,7 +217,8 @@ class Trainer:
             raise not_finite("validation loss", self.step, self.epoch, self.kept)
         values = scores(predictions.labels_N, predictions.predicted_N, self.bank.splits.train.num_classes)
         load_E = expert_load(predictions.expert_A, self.model.moe.router.num_experts)
-        if self.step > self.routing_warmup_steps:  # noise in training may hide what it does without
+        if self.step - self.steps_per_epoch >= self.routing_warmup_steps:
+            # After an epoch of the learned gate, whose noise may have hidden what it does without.
             self.routing.collapsed(load_E, f"after epoch {self.epoch} all validation images")
         loads = {f"expert_load_validation/expert_{e}": float(share) for e, share in enumerate(load_E)}
         return {"loss/validation": loss, **{f"{key}/validation": v for key, v in values.items()}, **loads}
