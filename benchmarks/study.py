@@ -66,7 +66,14 @@ PARTS = {
     "routers": Part(POOLED, 8, lambda options, features: router_methods(options.width)),
     "widths": Part(POOLED, 8, lambda options, features: width_methods(options.widths, features.groups)),
     # A step on tokens costs ten times as much, keeps a GPU's memory busy by itself, and takes gigabytes of it.
-    "tokens": Part(("tokens:-1",), 4, lambda options, features: token_methods(options.width, features), 0.3, 1 / 3, 2),
+    "tokens": Part(
+        ("tokens:-1",),
+        4,
+        lambda options, features: token_methods(options.width, features),
+        share=0.3,
+        epochs=1 / 3,
+        most_workers=2,
+    ),
 }
 
 
@@ -191,7 +198,7 @@ def select(
         name: [Job(name, head, SELECTION_SEED, "selection", options.epochs, settings) for settings in grid(head)]
         for name, head in methods.items()
     }
-    workers.run([job for jobs in zip(*candidates.values(), strict=True) for job in jobs], results, deadline)
+    workers.run([job for jobs in candidates.values() for job in jobs], results, deadline)
     chosen = {}
     for name, jobs in candidates.items():
         scored = [job for job in jobs if job.key in results.scores]

@@ -34,7 +34,7 @@ def side_by_side(head: dict[str, Any], features: Features) -> bool:
 
 
 def train_heads(jobs: list[Job], features: Features) -> list[Outcome]:
-    """Train heads of one method side by side and score their moving averages on the held-out images.
+    """Train heads of one method side by side and score their moving averages on the held-out images, in their order.
 
     Weights and batches of a head are those of its seed whatever trains beside it; its dropout and noise are not.
     """

@@ -146,7 +146,10 @@ def prepare(images_BCHW: Tensor, size: int, mean: tuple[float, ...], std: tuple[
 
 
 def resize_and_normalise(images_BCHW: Tensor, preparation: tuple[Tensor | None, ...]) -> Tensor:
-    """The arithmetic of `prepare`. Resizing is linear and separable, so it is two matrix products."""
+    """The arithmetic of `prepare`: uint8 (B, 3, H, W) -> float32 (B, 3, S, S).
+
+    Resizing is linear and separable, so it is two matrix products.
+    """
     rows_SH, columns_SW, shift_C11, scale_C11 = preparation
     x_BCHW = images_BCHW.float() / 255
     if rows_SH is not None:
@@ -159,9 +162,10 @@ def resize_and_normalise(images_BCHW: Tensor, preparation: tuple[Tensor | None, 
 def preparation(
     sides: tuple[int, int, int], mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
 ) -> tuple[Tensor | None, ...]:
-    """(rows, columns, shift, scale): what resizes images of (height, width) to a side, None if none, and normalises.
+    """What resizes images of `sides` (H, W) to a side S, the third of them, and normalises them.
 
-    Kept on the device, because a copy makes it wait.
+    Returns rows (S, H) and columns (S, W), None where nothing is to be resized, and shift and scale (3, 1, 1). Kept on
+    the device, because a copy makes it wait.
     """
     height, width, size = sides
     scale_C11 = 1 / torch.tensor(std)[:, None, None]

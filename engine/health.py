@@ -80,7 +80,10 @@ class RoutingWatch:
             self._look_for_unused(usage_E, epoch)
 
     def collapsed(self, usage_E: np.ndarray, who: str) -> bool:
-        """Whether as few experts as one sample sees have all of the usage; says so, of `who`, the first time."""
+        """Whether as few experts as one sample sees have all of the usage; says so, of `who`, the first time.
+
+        usage_E: assignments of each expert, or shares.
+        """
         if len(usage_E) <= self.top_k or not usage_E.sum():
             return False
         used = np.sort(usage_E)[::-1][: self.top_k].sum() / usage_E.sum()

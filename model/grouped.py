@@ -90,7 +90,7 @@ def _stack(layers, name: str, like: Tensor) -> Tensor:
 
 
 def joined(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """The tensors one after the other along their first dimension, in `dtype`; one pass over them all, and one back."""
+    """Tensors (N_i, ...) one after the other in `dtype`, (sum of N_i, ...); one pass over them all, and one back."""
     return _Joined.apply(dtype, *tensors)
 
 
