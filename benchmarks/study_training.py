@@ -12,7 +12,7 @@ from analysis.answers import calibration
 from analysis.routing import expert_load, load_entropy, specialisation
 from benchmarks.study_heads import SETTINGS, Features, Job, build, dense, flops_of
 from engine.checkpoint import seed_everything
-from engine.graph import EAGER_STEPS, worth_capturing
+from engine.graph import Captured, worth_capturing
 from engine.metrics import scores
 from engine.optim import OptimConfig, build_optimizer, set_learning_rate
 from engine.step import TrainingStep
@@ -142,12 +142,11 @@ class Pass:
     def __init__(self, heads: list[Head], features: Features, batch: int):
         self.heads, self.labels_N, self.device = heads, features.labels_N, features.labels_N.device
         self.rows = features.train_VNF.flatten(0, 1)
-        self.captures = all(worth_capturing("auto", head.model, batch) for head in heads)
         self.index_SB = torch.zeros(len(heads), batch, dtype=torch.int64, device=self.device)
-        self.streams = [torch.cuda.Stream(self.device) for _ in heads] if self.captures else []
-        self.stream = torch.cuda.Stream(self.device) if self.captures else None
-        self.seen = {True: 0, False: 0}  # steps by warmup
-        self.graphs: dict[bool, torch.cuda.CUDAGraph] = {}
+        self.captured: Captured | None = None
+        if all(worth_capturing("auto", head.model, batch) for head in heads):
+            self.captured = Captured(self.device)
+            self.streams = [torch.cuda.Stream(self.device) for _ in heads]
         for head in heads[1:]:
             head.follow(heads[0])
 
@@ -157,41 +156,24 @@ class Pass:
         for head in self.heads:
             head.before()
         torch.stack(indices, out=self.index_SB)
-        if not self.captures:
-            for head, index_B in zip(self.heads, self.index_SB, strict=True):
-                self._train(head, index_B, warmup)
-        elif warmup in self.graphs:
-            self.graphs[warmup].replay()
-        else:
-            self._first(warmup)
+        if self.captured:
+            self.captured(self._side_by_side, warmup)
+            return
+        for head, index_B in zip(self.heads, self.index_SB, strict=True):
+            self._train(head, index_B, warmup)
 
     def _train(self, head: Head, index_B: Tensor, warmup: bool) -> None:
         labels_B = self.labels_N.index_select(0, index_B % len(self.labels_N))
         head.train(self.rows.index_select(0, index_B), labels_B, warmup)
 
-    def _first(self, warmup: bool) -> None:
-        """A few steps as they are, then the capture, whose step is replayed at once."""
-        self.seen[warmup] += 1
-        if self.seen[warmup] <= EAGER_STEPS:
-            self.stream.wait_stream(torch.cuda.current_stream(self.device))
-            with torch.cuda.stream(self.stream):
-                self._side_by_side(warmup)
-            torch.cuda.current_stream(self.device).wait_stream(self.stream)
-            return
-        graph = torch.cuda.CUDAGraph()
-        pool = next(iter(self.graphs.values())).pool() if self.graphs else None
-        with torch.cuda.graph(graph, pool=pool, stream=self.stream):
-            self._side_by_side(warmup)
-        self.graphs[warmup] = graph
-        graph.replay()
-
     def _side_by_side(self, warmup: bool) -> None:
-        for head, stream, index_B in zip(self.heads, self.streams, self.index_SB, strict=True):
-            stream.wait_stream(self.stream)
-            with torch.cuda.stream(stream):
+        stream = torch.cuda.current_stream(self.device)
+        for head, own, index_B in zip(self.heads, self.streams, self.index_SB, strict=True):
+            own.wait_stream(stream)
+            with torch.cuda.stream(own):
                 self._train(head, index_B, warmup)
-        for stream in self.streams:
-            self.stream.wait_stream(stream)
+        for own in self.streams:
+            stream.wait_stream(own)
 
 
 def order(seed: int, epochs: int, features: Features, batch: int) -> Iterator[Tensor]:

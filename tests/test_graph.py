@@ -1,11 +1,12 @@
 """Captured training steps: when they are worth it, and that they do what the steps do that they stand for."""
 
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from engine.graph import GraphedStep, worth_capturing
+from engine.graph import EAGER_STEPS, Captured, GraphedStep, worth_capturing
 from engine.optim import OptimConfig, build_optimizer, set_learning_rate
 from engine.pipeline import pick_device
 from engine.step import TrainingStep
@@ -51,6 +52,68 @@ def test_a_small_head_with_shapes_that_stay_is_captured_on_a_gpu(parameters, bat
     head = SimpleNamespace(parameters=lambda: [weight], moe=moe)
     assert worth_capturing("auto", head, batch) is expected
     assert not worth_capturing("off", head, batch)
+
+
+class Pretended:
+    """What stands for streams and graphs on a CPU: a graph does again what was done while it was captured."""
+
+    def __init__(self, monkeypatch):
+        self.log = []
+        for name, value in (("Stream", lambda device: self), ("current_stream", lambda device: self)):
+            monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=None, pool=lambda: "pool"))
+        monkeypatch.setattr(torch.cuda, "graph", self.graph)
+
+    def wait_stream(self, stream):
+        self.log.append("wait")
+
+    @contextmanager
+    def graph(self, graph, pool, stream):
+        self.log.append(f"capture in {pool}")
+        yield
+        graph.replay = lambda: self.log.append("replay")
+
+
+def test_a_call_is_captured_after_a_few_and_replayed_once_for_each_kind(monkeypatch):
+    pretended = Pretended(monkeypatch)
+    captured = Captured(torch.device("cpu"))
+
+    def run(warmup):
+        pretended.log.append(f"run {warmup}")
+        return f"of {warmup}"
+
+    eager = ["wait", "run True", "wait"]
+    assert [captured(run, True) for _ in range(5)] == ["of True"] * 5
+    assert pretended.log == [*eager * EAGER_STEPS, "capture in None", "run True", "replay", "replay"]
+    pretended.log.clear()
+    assert [captured(run, False) for _ in range(4)] == ["of False"] * 4
+    eager = ["wait", "run False", "wait"]
+    assert pretended.log == [*eager * EAGER_STEPS, "capture in pool", "run False", "replay"]
+
+
+class Recorded:
+    """What a step was called with, and where that lay."""
+
+    def __init__(self):
+        self.model, self.device, self.read = model(), torch.device("cpu"), []
+
+    def __call__(self, features, labels_B, warmup):
+        self.read.append((features.data_ptr(), features.clone(), labels_B.clone()))
+
+
+def test_a_graphed_step_reads_every_whole_batch_from_the_same_place(monkeypatch):
+    Pretended(monkeypatch)
+    step = Recorded()
+    run = GraphedStep(step, 4)
+    batches = [(torch.full((n, 2), float(n + i)), torch.arange(n) + i) for i, n in enumerate((4, 3, 4))]
+    for features, labels_B in batches:
+        run(features, labels_B, False)
+    for (_, features, labels_B), batch in zip(step.read, batches, strict=True):
+        assert torch.equal(features, batch[0]) and torch.equal(labels_B, batch[1])
+    places = [place for place, *_ in step.read]
+    assert places[0] == places[2] != places[1]
+    assert step.model.moe.how == "dense"
 
 
 @ON_GPU

@@ -147,7 +147,7 @@ def test_a_captured_pass_trains_as_steps_do(features, monkeypatch):
     for kind in ("mixtral", "noisy_topk"):
         head = router_methods(16)[kind]
         jobs = [Job("x", head, seed, "test", 60, settings) for seed in range(4)]
-        assert Pass([Head(job, there, 60) for job in jobs], there, 200).captures
+        assert Pass([Head(job, there, 60) for job in jobs], there, 200).captured
         together = [found for found, _ in train_heads(jobs, there)]
         assert min(found["macro_f1"] for found in together) > 0.9
         if kind == "mixtral":  # the noise of the other depends on who draws beside
