@@ -17,6 +17,20 @@ def splits():
     return load_splits(DataConfig(name="digits", max_per_class=40))
 
 
+@pytest.fixture
+def make(tmp_path, splits):
+    """Trainers whose trackers are closed."""
+    made = []
+
+    def trainer(**options):
+        made.append(make_trainer(tmp_path, splits, **options))
+        return made[-1]
+
+    yield trainer
+    for one in made:
+        one.tracker.close()
+
+
 def scripted(trainer, scores):
     """Validation macro-F1 as listed, one an epoch, whatever the model does."""
     left = iter(scores)
@@ -26,8 +40,8 @@ def scripted(trainer, scores):
 
 
 @pytest.mark.parametrize(("keep", "epoch", "score"), [("best", 2, 0.7), ("last", 4, 0.6)])
-def test_the_best_epoch_is_kept_or_the_last(tmp_path, splits, capsys, keep, epoch, score):
-    trainer = scripted(make_trainer(tmp_path, splits, keep=keep, save_every=1), [0.5, 0.7, 0.4, 0.6])
+def test_the_best_epoch_is_kept_or_the_last(make, capsys, keep, epoch, score):
+    trainer = scripted(make(keep=keep, save_every=1), [0.5, 0.7, 0.4, 0.6])
     assert trainer.fit() == {"epoch": epoch, "macro_f1": score}
     kept, last = load_checkpoint(trainer.run.best), load_checkpoint(trainer.run.last)
     assert (kept["epoch"], kept["macro_f1"]) == (epoch, score)
@@ -41,8 +55,8 @@ def test_the_last_epoch_cannot_be_kept_with_patience():
         TrainConfig(keep="last", patience=3)
 
 
-def test_the_best_weights_are_written_with_the_checkpoint(tmp_path, splits):
-    trainer = scripted(make_trainer(tmp_path, splits, epochs=5, save_every=3), [0.1, 0.4, 0.3, 0.5, 0.2])
+def test_the_best_weights_are_written_with_the_checkpoint(make):
+    trainer = scripted(make(epochs=5, save_every=3), [0.1, 0.4, 0.3, 0.5, 0.2])
     held, seen = {}, []
     save = trainer._save
 
@@ -61,8 +75,8 @@ def test_the_best_weights_are_written_with_the_checkpoint(tmp_path, splits):
 
 
 @pytest.mark.parametrize("error", [Interrupted(signal.SIGTERM), UserError("the task loss is not finite")], ids=str)
-def test_what_ends_training_early_does_not_lose_the_best_weights(tmp_path, splits, error):
-    trainer = scripted(make_trainer(tmp_path, splits, epochs=9, save_every=9), [0.1, 0.4, 0.6, 0.5])
+def test_what_ends_training_early_does_not_lose_the_best_weights(make, error):
+    trainer = scripted(make(epochs=9, save_every=9), [0.1, 0.4, 0.6, 0.5])
     train_epoch = trainer._train_epoch
 
     def ended(progress):

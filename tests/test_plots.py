@@ -9,7 +9,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from analysis import plots
 
-pytestmark = pytest.mark.filterwarnings("error")
+# What garbage of other tests says when it is collected in one of these is not theirs.
+pytestmark = pytest.mark.filterwarnings(
+    "error", "ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning"
+)
 
 CIFAR_100_SUPERCLASSES = """aquatic mammals, fish, flowers, food containers, fruit and vegetables,
 household electrical devices, household furniture, insects, large carnivores, large man-made outdoor things,

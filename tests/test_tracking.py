@@ -173,7 +173,12 @@ tracker = open_tracker("auto", run, CONFIG, name="n")
 assert tracker.mode == "offline"
 for step in range(10):
     tracker.scalars({f"load/expert_{i}": 0.5 for i in range(20)}, step=step)
-children = [child.cmdline() for child in psutil.Process().children() if "python" in child.name()]
+children = []
+for child in psutil.Process().children():
+    try:
+        children += [child.cmdline()] if "python" in child.name() else []
+    except psutil.NoSuchProcess:  # it has ended, if only just now
+        pass
 assert not children, children
 tracker.close()
 if os.environ.get("CLEARML_OFFLINE_MODE"):
