@@ -141,8 +141,9 @@ def width_methods(widths: list[int], groups: int) -> dict[str, dict[str, Any]]:
 def grid(head: dict[str, Any]) -> list[dict[str, Any]]:
     """The settings that every method may choose among on validation images: the same number for all."""
     if "logistic" in head:
-        return [{"weight_decay": decay} for decay in (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)]
-    return [{"lr": lr, "weight_decay": 1.0, "dropout": dropout} for lr in (2e-3, 4e-3, 8e-3) for dropout in (0.0, 0.2)]
+        return [{"weight_decay": 10.0**exponent} for exponent in range(-7, 3)]
+    rates = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
+    return [{"lr": lr, "weight_decay": 1.0, "dropout": dropout} for lr in rates for dropout in (0.0, 0.2)]
 
 
 def build(head: dict[str, Any], features: Features, dropout: float) -> VisionMoE:

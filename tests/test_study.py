@@ -45,7 +45,7 @@ def test_agreement_ignores_the_experts_names():
 
 def test_every_method_has_the_same_number_of_settings_and_can_be_built(features):
     methods = router_methods(16) | width_methods([64], features.groups)
-    assert {len(grid(head)) for head in methods.values()} == {6}
+    assert {len(grid(head)) for head in methods.values()} == {10}
     for name, head in methods.items():
         if "logistic" not in head:
             assert build(head, features, 0.0)(features.held_MF)[0].shape == (60, 4), name
