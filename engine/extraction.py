@@ -12,7 +12,7 @@ from data.augment import preparation, resize_and_normalise
 from errors import one_line
 from model.backbone import Backbone
 
-# By benchmarks/extraction.py on an H200. Images in a run from which compiling repays its 15 to 22 s on a GPU, by 10
+# By benchmarks/extraction.py on an H200. Images in a run from which compiling repays its 14 to 22 s on a GPU, by 10
 # microseconds an image; and the mode of torch.compile: max-autotune takes three times as long and gains one per cent.
 COMPILE_FROM = 2_000_000
 COMPILE_MODE = "default"
