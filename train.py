@@ -27,7 +27,7 @@ from engine.run_folder import RunFolder
 from engine.summary import cost
 from engine.tracking import Tracker, open_tracker
 from engine.trainer import Trainer, steps_an_epoch
-from errors import Interrupted, exit_code_of, leave, say
+from errors import Interrupted, exit_code_of, leave, say, warn
 from model.backbone import Backbone, load_backbone
 
 Inputs = tuple[torch.device, Splits, Backbone]
@@ -47,6 +47,8 @@ def main() -> None:
                 done = checkpoint["epoch"]
                 print(f"{run.path} is finished: raise --train.epochs above {done}, or python evaluate.py {run.path}")
                 return
+        for line in invocation.config.router.idle:
+            warn(line)
         inputs = load_inputs(invocation.config)
         run = open_run(invocation)
         with run.claimed():

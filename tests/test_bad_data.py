@@ -7,9 +7,10 @@ import torch
 from PIL import Image
 from test_trainer import equal_states, make_trainer, splits  # noqa: F401, a fixture
 
+import train
 from data.datasets import DataConfig, ImageSet, load_splits
 from data.image_file import read_picture
-from errors import UserError
+from errors import UserError, exit_code_of
 
 
 def folder_of_images(root, counts):
@@ -73,3 +74,12 @@ def test_images_that_would_fill_the_memory_do_not(tmp_path):
     (tmp_path / "code.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
     with pytest.raises(UserError, match=r"code\.png cannot be read"):  # PostScript is a program: no interpreter is run
         read_picture(tmp_path / "code.png", 8)
+
+
+def test_an_option_that_does_nothing_is_told_before_the_data_is_read(tmp_path, monkeypatch, capsys):
+    words = ["--config", "configs/digits.yaml", "--router.jitter", "0.5", "--data.name", "folder"]
+    monkeypatch.setattr("sys.argv", ["train.py", *words, "--data.root", str(tmp_path / "none")])
+    assert exit_code_of(train.main) == 2
+    warning, error = capsys.readouterr().err.splitlines()
+    assert warning == "warning: router.jitter 0.5 does nothing under router.kind noisy_topk: only switch reads it"
+    assert error.startswith("error: ")

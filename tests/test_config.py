@@ -23,6 +23,7 @@ def test_every_shipped_configuration_is_valid_and_documented(path):
     invocation = parse_command_line(["--config", str(path)])
     assert invocation.name == path.stem
     assert path.read_text().startswith("#")
+    assert invocation.config.router.idle == []
 
 
 def test_a_config_file_stands_alone_and_the_command_line_wins():

@@ -7,6 +7,7 @@ from model.balance import BalanceConfig, balance_losses, weighted_sum
 from model.experts import ExpertsConfig
 from model.moe import MixtureOfExperts
 from model.routers import ROUTERS, RouterConfig, build_router
+from model.routers.config import READ_BY
 
 KINDS = sorted(ROUTERS)
 CHOOSING = [kind for kind in KINDS if ROUTERS[kind].token_choice]
@@ -240,3 +241,22 @@ def test_the_gate_is_float32_under_autocast(kind):
     with torch.autocast("cpu", torch.bfloat16):
         routing = router.train()(inputs_of(kind, 5).bfloat16())
     assert routing.logits_BE.dtype == routing.weight_A.dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "option, value",
+    [("noise_std", 3.0), ("jitter", 0.9), ("scores", "softmax"), ("groups", 4), ("top_groups", 2), ("slots", 2)],
+)
+def test_an_option_that_is_said_to_do_nothing_does_nothing(kind, option, value):
+    def route(**options):
+        torch.manual_seed(0)
+        config = RouterConfig(kind=kind, top_k={"switch": 1}.get(kind, 2), norm="none", **options)
+        router = sharpened(build_router(config, WIDTH, 8)).train()
+        routing = router(inputs_of(kind, 40))
+        return config.idle, (routing.sample_A.tolist(), routing.expert_A.tolist(), routing.weight_A.tolist())
+
+    (told, plain), (changed, other) = route(), route(**{option: value})
+    assert told == []
+    assert (plain == other) == (kind not in READ_BY[option])
+    assert [f"router.{option} {value}" in line for line in changed] == ([] if kind in READ_BY[option] else [True])

@@ -1,8 +1,18 @@
 """RouterConfig: the options of every routing rule."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
+
+READ_BY = {
+    "noise_std": ("article", "vmoe"),
+    "jitter": ("switch",),
+    "scores": ("deepseek",),
+    "groups": ("hierarchical",),
+    "top_groups": ("hierarchical",),
+    "slots": ("soft_moe",),
+}
+"""Options of some rules alone, and the kinds that read them."""
 
 
 @dataclass
@@ -101,6 +111,17 @@ class RouterConfig:
             raise ValueError(f"router.inputs is {self.inputs}: name at least one feature, each once")
         if isinstance(self.target_load, list) and not all(0 < share < math.inf for share in self.target_load):
             raise ValueError(f"router.target_load is {self.target_load}: every share must be finite and above 0")
+
+    @property
+    def idle(self) -> list[str]:
+        """What has been set to no effect, a line each: options of other rules than this one."""
+        defaults = {option.name: option.default for option in fields(self)}
+        return [
+            f"router.{name} {getattr(self, name)} does nothing under router.kind {self.kind}: only "
+            f"{' and '.join(kinds)} {'reads' if len(kinds) == 1 else 'read'} it"
+            for name, kinds in READ_BY.items()
+            if self.kind not in kinds and getattr(self, name) != defaults[name]
+        ]
 
     @property
     def random_steps(self) -> int:
