@@ -43,13 +43,19 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--backbone.weights", dest="weights", type=Path, metavar="FILE", help="the backbone's, if it has moved"
     )
+    parser.add_argument(
+        "--features.cache_dir",
+        dest="cache_dir",
+        metavar="DIR",
+        help="where features are stored; null: in memory only",
+    )
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, or cuda:1")
     parser.add_argument(
         "--tracking",
         choices=("auto", "clearml", "none"),
         default="auto",
         metavar="MODE",
-        help="auto (default): to ClearML where the training is there; clearml; none",
+        help="auto (default): to the training's server; clearml; none",
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(argv)
@@ -77,6 +83,8 @@ def score(options: argparse.Namespace) -> None:
     run = RunFolder(options.run)
     described = describe(run)
     config = configure(described["config"], options.device, options.root, options.weights)
+    if options.cache_dir is not None:
+        config.features.cache_dir = None if options.cache_dir == "null" else Path(options.cache_dir)
     device = pick_device(config.device)
     splits = load_splits(config.data)
     with blaming_files():

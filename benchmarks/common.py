@@ -79,14 +79,14 @@ def attempt(run: Callable[[], Any]) -> Any:
 def timed(run: Callable[[], Any], device: torch.device, seconds: float, warm: int = 2, most: int = 100) -> Timing:
     """Time `run` alone, again and again for about `seconds`, after `warm` runs that are not counted.
 
-    One that takes longer than that is timed once, after its first run, which loads kernels.
+    Three times at the least; what takes longer than that is warm after its first run, which loads kernels.
     """
     _once(run, device)
-    if (second := _once(run, device)) > seconds:
-        return Timing.of([second])
-    for _ in range(warm - 2):
+    second = _once(run, device)
+    samples = [second] if second > seconds else []
+    for _ in range(0 if samples else warm - 2):
         _once(run, device)
-    samples, started = [], time.perf_counter()
+    started = time.perf_counter()
     while len(samples) < 3 or (time.perf_counter() - started < seconds and len(samples) < most):
         samples.append(_once(run, device))
     return Timing.of(samples)

@@ -32,7 +32,7 @@ from benchmarks.step import on_batches, step_of
 from data.feature_file import gigabytes
 from engine.graph import worth_capturing
 from engine.summary import parameters
-from errors import exit_code_of
+from errors import UserError, exit_code_of
 from model.balance import BalanceConfig
 from model.classifier import NeckConfig, VisionMoE
 from model.experts import ExpertsConfig
@@ -55,6 +55,8 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if options.tiny:
         options.samples, options.experts, options.features, options.batch = [200, 400], [4, 8], [32, 64], 64
+    if options.batch > min(options.samples):
+        raise UserError(f"--batch {options.batch} is larger than the {min(options.samples)} of --samples: lower it")
     device = start(options)
     where = environment(device)
     (matrices, said), memory = matrix_rate(device, 1.0), memory_rate(device)

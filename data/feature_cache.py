@@ -57,6 +57,14 @@ class FeatureCache:
         digest = hashlib.sha256(canonical(key).encode()).hexdigest()
         return self.folder / f"{key.get('split', 'features')}-{view}-{digest[:24]}.safetensors"
 
+    def has(self, key: dict[str, Any]) -> bool:
+        """Whether there is a file of that name that can be read; its checksum is not verified."""
+        try:
+            read(self.path(key))
+        except UNREADABLE:
+            return False
+        return True
+
     def load(self, key: dict[str, Any]) -> Tensor | None:
         """The features, memory-mapped, after their checksum was verified; None where there are none to use.
 
@@ -74,7 +82,8 @@ class FeatureCache:
             say(f"{path} is torn ({type(error).__name__}): extracting its features again")
             return None
         if metadata.get("key") != canonical(key):
-            say(f"{path} holds other features than its name says: not used, and left as it is")
+            clear = f"python -m data.feature_cache clear {Entry.digest(path)} --dir {self.folder}"
+            say(f"{path} holds other features than its name says: not used, and left as it is; {clear} deletes it")
             return None
         if not intact:
             say(f"{path} is altered (its checksum differs): extracting its features again")
@@ -103,10 +112,18 @@ class FeatureCache:
             return None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            self._remove_abandoned(path)
             return Draft(path, key, shape, dtype, self.dataset)
         except (OSError, RuntimeError) as error:
             say(f"{path} cannot be written ({reason(error)}): going on without it; see --features.cache_dir")
             return None
+
+    def _remove_abandoned(self, path: Path) -> None:
+        """Remove what a killed process has left of this file: a minute old, lest another is about to lock its own."""
+        for left in self.folder.glob(f".{path.name}.*.partial"):
+            with suppress(OSError):
+                if time.time() - left.stat().st_mtime > 60:
+                    _delete(left, dry_run=False)
 
     def commit(self, draft: "Draft") -> None:
         """Give a filled draft its name, in the background: training need not wait for a disk.
@@ -158,7 +175,12 @@ class Entry:
     @property
     def key(self) -> str:
         """What `list` shows, and `clear` takes: the digest in the file's name."""
-        return OWN_NAME.fullmatch(self.path.name)[2]
+        return self.digest(self.path)
+
+    @staticmethod
+    def digest(path: Path) -> str:
+        """The digest in the name of a file that the cache named."""
+        return OWN_NAME.fullmatch(path.name)[2]
 
     def fits(self, options: argparse.Namespace) -> bool:
         """Whether everything that was asked for is true of it."""

@@ -1,7 +1,7 @@
 """FeatureBank: what the frozen backbone sees in each view of each split, computed once and reused."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from data.announcement import Announcement
 from data.augment import AugmentConfig, View, apply_view, draw_view
 from data.datasets import Splits
 from data.feature_cache import DEFAULT_FOLDER, FeatureCache
-from data.feature_file import gigabytes
 from data.placement import DeviceMemory, HostCopy, Stored, fetch_ahead
 
 STORAGE = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -77,7 +77,7 @@ class FeatureBank:
     mode nothing is kept. views_used: views that the run will come to (None: all), for the size that is announced.
     memory: the GPU's memory, found from `device` unless given.
 
-    Raises errors.EnvironmentFault where the disk of `cache` is too small.
+    Raises errors.EnvironmentFault where the disk of `cache`, or without one host memory, is too small.
     """
 
     def __init__(
@@ -168,36 +168,24 @@ class FeatureBank:
         return {**key, "storage": self.config.storage, **self.source}
 
     def _announce(self, split: str, view: int | None) -> None:
-        """Say once what a split's features weigh and where they go; the disk must have room for all of them."""
+        """Say once what a split's features weigh and where they go; the disk must have room for all of the run's."""
         if split in self._announced:
             return
         self._announced.add(split)
         views = [None] if view is None else range(self.views_used)
-        size = len(self.splits[split]) * math.prod(self.feature_shape) * self._dtype.itemsize
-        what = f"features     {split}: {gigabytes(size * len(views))}"
-        what += f" ({len(views)} views of {gigabytes(size)})" if len(views) > 1 else ""
-        what += f", kept {self._where(size, len(views))}"
-        if self.cache is not None:
-            missing = [v for v in views if not self.cache.path(self._key(split, v)).exists()]
-            stored, needed = len(views) - len(missing), size * len(missing)
-            what += f"; {stored} of {len(views)} in {self.cache.folder}"
-            if missing:
-                what += f", {gigabytes(needed)} to be written there ({gigabytes(self.cache.free())} free)"
-                advice = "choose another --features.cache_dir, or null to keep them in memory only"
-                advice += ", or lower --features.views" if len(views) > 1 else ""
-                print(what, flush=True)
-                self.cache.require_space(needed, advice)
-                return
-        print(what, flush=True)
+        others = () if split != "train" else {"validation", "test"} - self._announced
+        later = sum(self._size(other) * self._missing(other, [None]) for other in others)
+        missing, device = self._missing(split, views), self.device if self.memory else None
+        line = Announcement(split, self._size(split), len(views), missing, later, device, self._budget)
+        line.make(self.cache)
 
-    def _where(self, size: int, views: int) -> str:
-        if self.memory is None:
-            return "in host memory"
-        fitting = min(views, self._budget // max(1, size))
-        if fitting == 0:
-            return f"in host memory and fetched ahead ({gigabytes(self._budget)} of {self.device} may be used)"
-        rest = "" if fitting == views else f" as far as {fitting} of them fit, else in host memory and fetched ahead"
-        return f"on {self.device}{rest} ({gigabytes(self._budget)} of it may be used)"
+    def _size(self, split: str) -> int:
+        """Bytes of a view."""
+        return len(self.splits[split]) * math.prod(self.feature_shape) * self._dtype.itemsize
+
+    def _missing(self, split: str, views: Iterable[int | None]) -> int:
+        """How many of the views have yet to be written to the cache."""
+        return 0 if self.cache is None else sum(not self.cache.has(self._key(split, view)) for view in views)
 
     def _extract_view(self, split: str, view: int | None) -> Stored:
         total, images = len(self.splits[split]), self.splits[split].images_NCHW

@@ -43,6 +43,7 @@ def build_bank(config: Config, splits: Splits, backbone: Backbone, device: torch
     views = min(features.views, config.train.epochs) if config.augment.active else 1
     views_run = views if features.mode == "cached" else config.train.epochs
     images = views_run * len(splits.train) + len(splits.validation) + len(splits.test)
+    compiled = worth_compiling(features.compile, images, device)
     cache, source = None, {}
     if features.mode == "cached" and features.cache_dir is not None:
         cache = FeatureCache(features.cache_dir, config.data.name)
@@ -51,8 +52,8 @@ def build_bank(config: Config, splits: Splits, backbone: Backbone, device: torch
             "weights": backbone.fingerprint(),
             "precision": str(backbone.dtype),
             "features": list(config.backbone.features),
-        }
-    extractor = Extractor(backbone, features.batch_size, worth_compiling(features.compile, images, device))
+        } | ({"compiled": True} if compiled else {})  # it rounds differently
+    extractor = Extractor(backbone, features.batch_size, compiled)
     return FeatureBank(splits, extractor, config.augment, features, device, cache, source, views)
 
 

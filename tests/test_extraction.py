@@ -4,7 +4,9 @@ import pytest
 import torch
 from feature_helpers import SPLITS
 
+from engine.config import parse_command_line
 from engine.extraction import Extractor, worth_compiling
+from engine.pipeline import build_bank
 from model.backbone import Backbone, BackboneConfig, load_backbone
 from model.fast_vit import PatchProjection, fast_copy
 
@@ -77,3 +79,12 @@ def test_compiling_must_repay_itself():
     assert worth_compiling("auto", 10**8, gpu) and not worth_compiling("auto", 1000, gpu)
     assert not worth_compiling("auto", 10**8, CPU)
     assert worth_compiling("always", 1, CPU) and not worth_compiling("never", 10**8, gpu)
+
+
+def test_features_of_a_compiled_backbone_are_stored_as_others_than_those_of_the_same_as_it_is(vit_micro, tmp_path):
+    sources = []
+    for choice in ("never", "auto", "always"):  # auto: not on a CPU
+        config = parse_command_line(["--config", "configs/digits.yaml", "--features.compile", choice]).config
+        config.features.cache_dir = tmp_path
+        sources.append(build_bank(config, SPLITS, vit_micro, CPU).source)
+    assert sources[0] == sources[1] and sources[2] == {**sources[0], "compiled": True}

@@ -155,7 +155,7 @@ def test_a_disk_that_is_too_small_is_an_error_before_anything_is_extracted(tmp_p
     monkeypatch.setattr(FeatureCache, "free", lambda self: 1000)
     calls = []
     with pytest.raises(
-        EnvironmentFault, match=r"need 8 kB in .*, where 1 kB are free: choose another --features\.cache_dir"
+        EnvironmentFault, match=r"need 10 kB in .*, where 1 kB are free: choose another --features\.cache_dir"
     ):
         everything(bank(FeatureCache(tmp_path), calls=calls))
     assert calls == [] and not list(tmp_path.iterdir())
@@ -176,6 +176,32 @@ def test_a_disk_that_fills_up_or_cannot_be_written_ends_nothing(tmp_path, monkey
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_a_torn_file_counts_as_one_that_is_to_be_written(tmp_path, capsys):
+    first = bank(FeatureCache(tmp_path), views=1)
+    everything(first)
+    first.cache.wait()
+    (path,) = tmp_path.iterdir()
+    torn(path)
+    capsys.readouterr()
+    everything(bank(FeatureCache(tmp_path), views=1))
+    assert f"0 of 1 in {tmp_path}, 4 kB to be written" in capsys.readouterr().out
+
+
+def test_what_a_killed_process_left_is_removed_and_what_another_writes_is_not(tmp_path):
+    cache, path = stored_file(tmp_path)
+    path.unlink()
+    writing = cache.draft(KEY, (5, 3), torch.float16)
+    left, fresh = (tmp_path / f".{path.name}.{process}.partial" for process in ("12-34", "12-35"))
+    for partial in (left, fresh):
+        partial.write_bytes(b"half")
+    for partial in (left, writing.temporary):
+        os.utime(partial, (time.time() - 100,) * 2)
+    other = FeatureCache(tmp_path).draft(KEY, (500, 3), torch.float16)
+    assert not left.exists() and fresh.exists() and writing.temporary.exists()
+    other.discard()
+    writing.discard()
+
+
 def test_an_interrupted_extraction_leaves_nothing_behind(tmp_path):
     features = bank(FeatureCache(tmp_path), fail=(2,))
     with pytest.raises(torch.OutOfMemoryError):
@@ -190,8 +216,9 @@ def test_the_size_is_said_before_it_is_written(tmp_path, capsys):
     features.cache.wait()
     out = capsys.readouterr().out
     assert out.count("features     train") == 1
-    # 40 images of 48 numbers in float16 are 3,840 bytes a view.
+    # 40 images of 48 numbers in float16 are 3,840 bytes a view; 10 of validation and 12 of test 960 and 1,152.
     assert "12 kB (3 views of 4 kB), kept in host memory; 0 of 3 in" in out
+    assert "12 kB to be written there, and 2 kB of other splits (" in out
     everything(bank(FeatureCache(tmp_path), views=3))
     assert f"2 of 3 in {tmp_path}, 4 kB to be written" in capsys.readouterr().out
 

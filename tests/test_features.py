@@ -1,13 +1,17 @@
 """Stored features: on disk whole or not at all, on a device while they fit, and extracted no more than once."""
 
+import os
+
 import pytest
 import torch
 from feature_helpers import SPLITS, Memory, bank, everything
 
+from data.announcement import available_memory
 from data.augment import AugmentConfig
 from data.feature_cache import FeatureCache
 from data.features import FeatureBank, FeaturesConfig
 from data.placement import fetch_ahead
+from errors import EnvironmentFault
 
 CPU = torch.device("cpu")
 
@@ -92,3 +96,19 @@ def test_fetching_ahead_passes_errors_on_and_can_be_left():
     fetching = fetch_ahead(source, (torch.tensor([1]),) * 5, Memory())
     next(fetching)
     fetching.close()
+
+
+def test_features_that_host_memory_cannot_take_are_refused_before_they_are_extracted(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("data.announcement.available_memory", lambda: 7_000)
+    calls = []
+    with pytest.raises(EnvironmentFault, match="need 8 kB of host memory, of which 7 kB are available: lower --feat"):
+        everything(bank(calls=calls))
+    assert calls == []
+    everything(bank(memory=Memory(free=8_000)))  # a GPU takes one of the two views
+    everything(bank(FeatureCache(tmp_path)))  # and a disk takes all
+    assert "kept in host memory" in capsys.readouterr().out
+
+
+def test_the_host_memory_that_is_available_is_between_none_and_all_of_it():
+    pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 0 < available_memory() <= pages
