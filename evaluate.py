@@ -55,7 +55,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         choices=("auto", "clearml", "none"),
         default="auto",
         metavar="MODE",
-        help="auto (default): to the training's server; clearml; none",
+        help="auto (default): as the training; clearml; none",
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(argv)

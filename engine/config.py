@@ -88,10 +88,11 @@ class Config:
     def _check_balance(self) -> None:
         """Losses that the rule gives nothing to act on."""
         rule = ROUTERS[self.router.kind]
-        if self.balance.load > 0 and not (rule.has_load and self.router.noise_std != 0):
+        silent = self.router.kind == "vmoe" and self.router.noise_std == 0
+        if self.balance.load > 0 and (silent or not rule.has_load):
             raise ValueError(
                 f"balance.load needs noise on the logits, which router.kind {self.router.kind} does not have here: "
-                "set it to 0, or router.kind noisy_topk"
+                f"set it to 0, or {'router.noise_std above it' if silent else 'router.kind noisy_topk'}"
             )
         if self.balance.z_loss > 0 and (rule.reads_tokens or not rule.learns):
             raise ValueError(f"balance.z_loss has no logits to act on with router.kind {self.router.kind}: set it to 0")

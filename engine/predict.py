@@ -74,7 +74,7 @@ def predict(model: VisionMoE, bank: FeatureBank, split: str, removals: bool = Fa
     for features, labels_B in bank.batches(split, BATCH_SIZE):
         logits_BC, routing = model(features)
         flat = (routing.sample_A + seen, routing.expert_A, routing.weight_A)
-        batches.append((logits_BC, labels_B, *flat, routing.logits_BE))
+        batches.append((logits_BC, labels_B, *flat, routing.gate_logits_BE))
         if removals and num_experts > 1:
             without.append(_without_each(model, features, logits_BC, routing))
         seen += len(labels_B)

@@ -25,6 +25,7 @@ class Routing:
     head stands in for. rows_AD: what each assignment reads, where that is not its sample's features.
     target_E: the load to aim at, summing to 1 (None: even). work_E: cost of each expert over their mean
     (None: equal). top_k: k where assignment a is of sample a // k (None: where some have been left out).
+    tempered_BE: logits at the gate's temperature, where that is not 1.
     """
 
     sample_A: Tensor
@@ -41,6 +42,7 @@ class Routing:
     target_E: Tensor | None = None
     work_E: Tensor | None = None
     top_k: int | None = None
+    tempered_BE: Tensor | None = None
 
     @property
     def num_samples(self) -> int:
@@ -52,8 +54,13 @@ class Routing:
 
     @property
     def probs_BE(self) -> Tensor:
-        """Softmax of the clean logits over all experts."""
-        return self.logits_BE.softmax(dim=-1)
+        """The clean gate: softmax over all experts, at its temperature."""
+        return self.gate_logits_BE.softmax(dim=-1)
+
+    @property
+    def gate_logits_BE(self) -> Tensor:
+        """Clean logits at the gate's temperature."""
+        return self.logits_BE if self.tempered_BE is None else self.tempered_BE
 
     @cached_property
     def counts_E(self) -> Tensor:
@@ -75,7 +82,8 @@ class Routing:
         """The same assignments with each row of rows_AD as a sample of its own, as `dispatch` reads it."""
         rows_A = torch.arange(len(self.sample_A), device=self.sample_A.device)
         logits_AE = self.logits_BE[self.sample_A]
-        return replace(self, sample_A=rows_A, logits_BE=logits_AE, load_BE=None, rows_AD=None, top_k=1)
+        parts = {"logits_BE": logits_AE, "load_BE": None, "rows_AD": None, "tempered_BE": None}
+        return replace(self, sample_A=rows_A, top_k=1, **parts)
 
 
 class Router(nn.Module, ABC):
@@ -179,6 +187,8 @@ class GatedRouter(Router):
             if allowed_E is not None:
                 logits_BE = logits_BE.masked_fill(~allowed_E, -math.inf)
             routing = self._route_at_random(logits_BE) if warmup else self._route(logits_BE, hidden_BH)
+            if self.temperature != 1:
+                routing.tempered_BE = self._tempered(logits_BE)
         routing.target_E, routing.work_E = self.target_E, self.work_E
         return routing
 
@@ -187,6 +197,10 @@ class GatedRouter(Router):
 
     def _logits(self, hidden_BH: Tensor) -> Tensor:
         return self.gate(hidden_BH)
+
+    def _tempered(self, logits_BE: Tensor) -> Tensor:
+        """Logits whose softmax the gate is."""
+        return logits_BE / self.temperature
 
     @abstractmethod
     def _route(self, logits_BE: Tensor, hidden_BH: Tensor) -> Routing:

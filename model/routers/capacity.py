@@ -15,13 +15,19 @@ def expert_capacity(batch: int, per_sample: float, target_E: Tensor) -> Tensor:
     return (places_E * (1 - 1e-6)).ceil().clamp_min(1).long()
 
 
-def place(expert_BR: Tensor, wanted_BK: Tensor, capacity_E: Tensor, priority_B: Tensor | None = None) -> Tensor:
+def place(
+    expert_BR: Tensor,
+    wanted_BK: Tensor,
+    capacity_E: Tensor,
+    priority_B: Tensor | None = None,
+    spare_BS: Tensor | None = None,
+) -> Tensor:
     """Give out the places round by round: all first choices before any second one.
 
     expert_BR: each sample's experts in the order of its preference. wanted_BK: which of the first k it asks for.
     A sample whose choice was full goes on, from round k on, with the rest of its row (none for R = k) until it has
-    as many experts as it asked for. priority_B: within a round larger ones come first; None: the order of the batch.
-    Returns placed_BR: which of expert_BR the sample got.
+    as many experts as it asked for; spare_BS: which of them it may get (None: all). priority_B: within a round larger
+    ones come first; None: the order of the batch. Returns placed_BR: which of expert_BR the sample got.
     """
     rounds, k = expert_BR.shape[1], wanted_BK.shape[1]
     num_experts = len(capacity_E)
@@ -31,6 +37,8 @@ def place(expert_BR: Tensor, wanted_BK: Tensor, capacity_E: Tensor, priority_B: 
     placed = []
     for turn in range(rounds):
         asks_B = wanted_BK[:, turn] if turn < k else missing_B > 0
+        if turn >= k and spare_BS is not None:
+            asks_B = asks_B & spare_BS[:, turn - k]
         asks_BE = F.one_hot(expert_BR[:, turn], num_experts) * asks_B[:, None]
         if order_B is None:
             place_BE = asks_BE.cumsum(dim=0)

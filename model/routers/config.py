@@ -114,9 +114,12 @@ class RouterConfig:
 
     @property
     def idle(self) -> list[str]:
-        """What has been set to no effect, a line each: options of other rules than this one."""
+        """What has been set to no effect, a line each: options of other rules, or of capacities without any."""
         defaults = {option.name: option.default for option in fields(self)}
-        return [
+        found = []
+        if self.capacity_order == "priority" and self.capacity_factor is None:
+            found.append("router.capacity_order priority does nothing without router.capacity_factor")
+        return found + [
             f"router.{name} {getattr(self, name)} does nothing under router.kind {self.kind}: only "
             f"{' and '.join(kinds)} {'reads' if len(kinds) == 1 else 'read'} it"
             for name, kinds in READ_BY.items()

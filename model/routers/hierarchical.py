@@ -73,14 +73,23 @@ class HierarchicalRouter(TokenChoiceRouter):
     def _scores(self, logits_BE: Tensor, hidden_BH: Tensor) -> tuple[Tensor, Tensor | None]:
         if not self.training:
             return logits_BE, None
-        noisy, loads = [], []
-        sigmas = self._split(F.softplus(self.noise(hidden_BH)) + 1e-6)
-        for clean, sigma, top_k in zip(
-            self._levels(logits_BE), sigmas, (self.top_groups, self.top_within), strict=True
-        ):
-            noisy.append(clean + torch.randn_like(clean) * sigma)
-            loads.append(load_probability(clean, noisy[-1], sigma, top_k))
-        return self._join(*noisy), (loads[0][..., None] * loads[1]).flatten(1)
+        levels, sigmas = self._levels(logits_BE), self._split(F.softplus(self.noise(hidden_BH)) + 1e-6)
+        noisy = [clean + torch.randn_like(clean) * sigma for clean, sigma in zip(levels, sigmas, strict=True)]
+        shifts = (0.0, 0.0)
+        if self.bias_rate:  # a bias of the experts moves their group too
+            bias_GM = self.bias_E.unflatten(0, (self.groups, -1))
+            shifts = ((noisy[1].log_softmax(dim=-1) + bias_GM).logsumexp(dim=-1), bias_GM)
+        load_BG, load_BGM = (
+            load_probability(clean + shift, drawn + shift, sigma, top_k)
+            for clean, drawn, shift, sigma, top_k in zip(
+                levels, noisy, shifts, sigmas, (self.top_groups, self.top_within), strict=True
+            )
+        )
+        return self._join(*noisy), (load_BG[..., None] * load_BGM).flatten(1)
+
+    def _tempered(self, logits_BE: Tensor) -> Tensor:
+        group_BG, expert_BGM = self._levels(logits_BE)
+        return self._join(group_BG / self.temperature, expert_BGM / self.temperature)
 
     def _choose(self, ranked_BE: Tensor) -> Tensor:
         group_BG, expert_BGM = self._levels(ranked_BE)

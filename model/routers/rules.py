@@ -47,7 +47,7 @@ class NoisyTopKRouter(TokenChoiceRouter):
             return logits_BE, None
         sigma_BE = F.softplus(self.noise(hidden_BH)) + 1e-6
         noisy_BE = logits_BE + torch.randn_like(logits_BE) * sigma_BE
-        return noisy_BE, load_probability(logits_BE, noisy_BE, sigma_BE, self.top_k)
+        return noisy_BE, load_probability(self._biased(logits_BE), self._biased(noisy_BE), sigma_BE, self.top_k)
 
 
 class SoftmaxFirstRouter(TokenChoiceRouter):
@@ -76,11 +76,11 @@ class VMoERouter(SoftmaxFirstRouter):
             return logits_BE, None
         noisy_BE = logits_BE + torch.randn_like(logits_BE) * self.noise_std
         sigma_BE = torch.full_like(logits_BE, self.noise_std, requires_grad=False)
-        return noisy_BE, load_probability(logits_BE, noisy_BE, sigma_BE, self.top_k)
+        return noisy_BE, load_probability(self._biased(logits_BE), self._biased(noisy_BE), sigma_BE, self.top_k)
 
     def _route(self, logits_BE: Tensor, hidden_BH: Tensor) -> Routing:
         routing = super()._route(logits_BE, hidden_BH)
-        routing.gates_BE = (logits_BE / self.temperature).softmax(dim=-1)
+        routing.gates_BE = self._tempered(logits_BE).softmax(dim=-1)
         return routing
 
 

@@ -41,6 +41,10 @@ class TokenChoiceRouter(GatedRouter):
         """What is ranked, noise included, and load_BE where the rule has it."""
         return logits_BE, None
 
+    def _biased(self, scores_BE: Tensor) -> Tensor:
+        """What decides the choice: the scores, and the loss-free bias where there is one."""
+        return scores_BE + self.bias_E if self.bias_rate else scores_BE
+
     def _choose(self, ranked_BE: Tensor) -> Tensor:
         """The k experts of each sample, (B, k), the first choice first."""
         return ranked_BE.topk(self.top_k, dim=-1).indices
@@ -68,7 +72,7 @@ class TokenChoiceRouter(GatedRouter):
         ranked_BE = scores_BE
         if self.bias_rate:
             # A barred expert's score is finite under some rules, and the bias could lift it over the others.
-            ranked_BE = (scores_BE + self.bias_E).masked_fill(logits_BE == -math.inf, -math.inf)
+            ranked_BE = self._biased(scores_BE).masked_fill(logits_BE == -math.inf, -math.inf)
         expert_BK = self._choose(ranked_BE)
         weight_BK = self._weights(scores_BE, expert_BK)
         wanted_BK = self._wanted(weight_BK) if self.training else None
@@ -86,16 +90,19 @@ class TokenChoiceRouter(GatedRouter):
         wanted_BK = torch.ones_like(expert_BK, dtype=torch.bool) if wanted_BK is None else wanted_BK
         capacity_E = expert_capacity(batch, k * self.capacity_factor, self.target_E)
         # Probabilities, never logits, which do not compare between samples.
-        priority_B = logits_BE.detach().softmax(dim=-1).amax(dim=-1) if self.prioritised else None
+        gate_BE = self._tempered(logits_BE.detach()).softmax(dim=-1)
+        priority_B = gate_BE.amax(dim=-1) if self.prioritised else None
+        expert_BR, weight_BR, spare_BS = expert_BK, weight_BK, None
         if self.overflow == "next_best":
-            expert_BR = ranked_BE.argsort(dim=-1, descending=True, stable=True)
-            expert_BR = torch.cat([expert_BK, _without(expert_BR, expert_BK)], dim=-1)
-            placed_BR = place(expert_BR, wanted_BK, capacity_E, priority_B)
-            unwanted_BR = F.pad(~wanted_BK, (0, expert_BR.shape[1] - k))
+            order_BE = ranked_BE.argsort(dim=-1, descending=True, stable=True)
+            expert_BR = torch.cat([expert_BK, expert_BK, _without(order_BE, expert_BK)], dim=-1)
+            # The best of the others may be a choice that the rule did not keep.
+            spare_BS = F.pad(~wanted_BK, (0, expert_BR.shape[1] - 2 * k), value=True)
+        placed_BR = place(expert_BR, wanted_BK, capacity_E, priority_B, spare_BS)
+        if self.overflow == "next_best":
+            unwanted_BK = ~wanted_BK & ~placed_BR[:, k : 2 * k]
+            unwanted_BR = F.pad(unwanted_BK, (0, expert_BR.shape[1] - k))
             weight_BR = self._weights(scores_BE, expert_BR, placed_BR | unwanted_BR)
-        else:
-            expert_BR, weight_BR = expert_BK, weight_BK
-            placed_BR = place(expert_BK, wanted_BK, capacity_E, priority_B)
         asked_E = torch.zeros_like(self.target_E, dtype=torch.int64)
         asked_E.scatter_add_(0, expert_BK.flatten(), wanted_BK.flatten().long())
         residual_B = None
@@ -109,6 +116,7 @@ class TokenChoiceRouter(GatedRouter):
             logits_BE,
             load_BE,
             asked_E=asked_E,
+            gates_BE=torch.zeros_like(logits_BE).scatter(1, expert_BK, weight_BK * wanted_BK),
             dropped=wanted_BK.sum() - placed_BR.sum(),
             residual_B=residual_B,
         )
