@@ -29,7 +29,7 @@ from benchmarks.common import (
     write,
 )
 from benchmarks.runs import train_once
-from benchmarks.study_tables import COLUMNS, cells, rows
+from benchmarks.study_tables import rows, shown
 from data.datasets import load_splits
 from engine.config import Config, config_from_dict, parse_command_line
 from engine.pipeline import build_bank, build_model
@@ -109,7 +109,7 @@ def report(
     """The table, the dense head paired with the recipe, the times, and everything as JSON."""
     found = rows(runs, {}, dict.fromkeys(runs.keys() - {"recipe"}, "recipe"))
     print(header("A recipe and a dense head of equal FLOPs: test scores, paired with the recipe", where))
-    print(table(COLUMNS, [cells(row) for row in found]))
+    print(table(*shown(found)))
     print(
         f"\nfeatures of all images and views: {extracted:.1f} s, then seconds a run, to its answers on the test images:"
     )

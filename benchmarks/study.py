@@ -6,8 +6,9 @@ python -m benchmarks.study --tiny                                         a rehe
 
 routers: every rule that reads pooled features, and dense heads of equal active and of equal total size. tokens: Soft
 MoE, which mixes patch tokens. widths: dense heads against mixtures that cost a sample no more, from 16 to 4096 hidden
-units. All read the class tokens and patch means of the last four blocks in eight views, `tokens` the last block's
-tokens in four. Options of the sections data, augment, backbone and features go to train.py's configuration.
+units. All read the class tokens and patch means of the last four blocks in eight views (logistic regression: of the
+images as they are), `tokens` the last block's tokens in four. Options of the sections data, augment, backbone and
+features go to train.py's configuration.
 
 Each method chooses learning rate and dropout on validation images among the same settings, with one seed; then it is
 trained with its choice from several seeds, and scored on the test images. Heads of one seed see the same batches.
@@ -20,7 +21,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,9 +30,19 @@ import torch
 
 from benchmarks.common import Parser, environment, header, start, table, write
 from benchmarks.study_curve import draw_curve
-from benchmarks.study_heads import SETTINGS, Features, Job, grid, router_methods, token_methods, width_methods
+from benchmarks.study_heads import (
+    SETTINGS,
+    Features,
+    Job,
+    grid,
+    is_mixture,
+    router_methods,
+    token_methods,
+    totals,
+    width_methods,
+)
 from benchmarks.study_runs import Results, Workers
-from benchmarks.study_tables import COLUMNS, cells, rows
+from benchmarks.study_tables import rows, shown
 from data.datasets import Splits, load_splits
 from data.features import FeatureBank
 from engine.config import Config, parse_command_line
@@ -155,14 +166,15 @@ def load_features(config: Config, views: int, options: argparse.Namespace, devic
     splits, backbone = load_splits(config.data), load_backbone(config.backbone, device)
     bank = build_bank(config, splits, backbone, device)
     views = min(views, options.epochs) if config.augment.active else 1
-    train_VNF, labels_N = whole(bank, "train", views), splits.train.labels_N.to(device)
+    train_VNF, labels_N = whole(bank, "train", range(views)), splits.train.labels_N.to(device)
     common = {
+        "plain_NF": whole(bank, "train", [None])[0] if train_VNF.ndim == 3 else None,
         "groups": len(config.backbone.features),
         "classes": splits.train.num_classes,
         "digest": digest(config, splits, backbone.fingerprint(), views),
     }
     found = {
-        stage: Features(train_VNF, labels_N, whole(bank, name, 1)[0], splits[name].labels_N.to(device), **common)
+        stage: Features(train_VNF, labels_N, whole(bank, name, [None])[0], splits[name].labels_N.to(device), **common)
         for stage, name in (("selection", "validation"), ("test", "test"))
     }
     if device.type == "cuda":
@@ -177,15 +189,15 @@ def digest(config: Config, splits: Splits, backbone: str, views: int) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def whole(bank: FeatureBank, split: str, views: int) -> torch.Tensor:
-    """All features of so many views of the training images, or of a split as it is: (V, N, ...)."""
+def whole(bank: FeatureBank, split: str, views: Sequence[int | None]) -> torch.Tensor:
+    """All features of a split in these views, None being the images as they are: (V, N, ...)."""
     dtype = torch.float16 if bank.device.type == "cuda" else torch.float32
-    shape = (views, len(bank.splits[split]), *bank.feature_shape)
+    shape = (len(views), len(bank.splits[split]), *bank.feature_shape)
     found = torch.empty(shape, dtype=dtype, device=bank.device)
-    for view in range(views):
+    for place, view in enumerate(views):
         begun = 0
-        for features_B, _ in bank.batches(split, 4096, view=view if split == "train" else None):
-            found[view, begun : begun + len(features_B)] = features_B
+        for features_B, _ in bank.batches(split, 4096, view=view):
+            found[place, begun : begun + len(features_B)] = features_B
             begun += len(features_B)
     return found
 
@@ -222,8 +234,7 @@ def best(chosen: dict[str, dict]) -> dict[str, str]:
     """The dense head and the router of the highest validation macro-F1; none where one of them is missing."""
     scores = {name: choice["validation"] for name, choice in chosen.items()}
     dense = {name: score for name, score in scores.items() if name.startswith("dense")}
-    sizes = {name: choice["head"].get("experts", {}).get("sizes", []) for name, choice in chosen.items()}
-    routers = {name: score for name, score in scores.items() if len(sizes[name]) > 1}
+    routers = {name: score for name, score in scores.items() if is_mixture(chosen[name]["head"])}
     if not dense or not routers:
         return {}
     return {"dense": max(dense, key=dense.get), "router": max(routers, key=routers.get)}
@@ -241,14 +252,15 @@ def report(
     """The tables on the screen, everything as JSON, and the curve as a picture."""
     print(header(f"Heads on frozen features, test scores, paired with a dense head: {name}", where))
     partner = {method: choice["head"].get("against") for method, choice in chosen.items()}
-    found = rows(*runs_of(jobs[0], results, options.seeds), partner)
+    total = totals({method: choice["head"] for method, choice in chosen.items()})
+    found = rows(*runs_of(jobs[0], results, options.seeds), partner, total)
     if name == "widths":
         found.sort(key=lambda row: int(row["method"].rpartition(" ")[2]))
-    print(table(COLUMNS, [cells(row) for row in found]))
+    print(table(*shown(found)))
     settled = rows(*runs_of(jobs[1], results, options.more_seeds), {top["router"]: top["dense"]}) if top else []
     if settled:
         print("\nThe router and the dense head that validation puts first:\n")
-        print(table(COLUMNS, [cells(row) for row in settled]))
+        print(table(*shown(settled)))
     for key, reason in results.failed.items():
         job = json.loads(key)
         print(f"- {job['method']}, {job['stage']}, seed {job['seed']}, {job['settings']}: {reason}")

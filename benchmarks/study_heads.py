@@ -23,7 +23,8 @@ SETTINGS = {"batch": 1024, "ema": 0.999, "smoothing": 0.1, "warmup": 0.125}
 class Features:
     """What every head reads: train_VNF of V views, one evaluation split, labels, and the groups that F is made of.
 
-    F stands for (T, D) where they are tokens. digest: changes with any of them.
+    F stands for (T, D) where they are tokens. digest: changes with any of them. plain_NF: the training images as they
+    are, for logistic regression (None: the first view).
     """
 
     train_VNF: Tensor
@@ -33,6 +34,7 @@ class Features:
     groups: int
     classes: int
     digest: str = ""
+    plain_NF: Tensor | None = None
 
 
 @dataclass
@@ -71,16 +73,18 @@ def mixture(
 
 
 def router_methods(width: int) -> dict[str, dict[str, Any]]:
-    """Every routing rule with eight experts of `width` units, two of them active; dense heads matched to both."""
+    """Every routing rule with eight experts of `width` units, two of them active; dense heads matched to both.
+
+    Those of equal total size have as many hidden units as all experts of a mixture.
+    """
     equal, half = [width] * 8, [2 * width] * 4
     unequal = [width // 4, width // 2, width, 9 * width // 4] * 2
     active = f"dense, {2 * width} units (active)"
     noisy = mixture(active, "noisy_topk", equal, 2)
-    return {
-        "logistic regression": {"logistic": True, "against": active},
+    found = {
+        "logistic regression": {"logistic": "plain images", "against": active},
         "linear head": dense(against=active),
         active: dense(2 * width),
-        f"dense, {8 * width} units (total)": dense(8 * width, against=active),
         "article": mixture(active, "article", equal, 2, switch=0.0),
         "noisy_topk": noisy,
         "noisy_topk, unequal": mixture(active, "noisy_topk", unequal, 2),
@@ -95,19 +99,48 @@ def router_methods(width: int) -> dict[str, dict[str, Any]]:
         "hash": mixture(active, "hash", equal, 2, switch=0.0),
         "shared + 16 small": mixture(active, "noisy_topk", [width // 4] * 16, 2, shared=3 * width // 2, inputs=[-1]),
     }
+    sums = sorted({units_of(head) for head in found.values() if is_mixture(head)})
+    return found | {f"dense, {units} units (total)": dense(units, against=active) for units in sums}
+
+
+def is_mixture(head: dict[str, Any]) -> bool:
+    """Whether a head has experts to choose among."""
+    return len(head.get("experts", {}).get("sizes", [])) > 1
+
+
+def units_of(head: dict[str, Any]) -> int:
+    """Hidden units of all experts, the shared ones too."""
+    return sum(sum(size) for size in head["experts"]["sizes"] + head["experts"].get("shared", []))
+
+
+def totals(heads: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """For each mixture the dense head of as many hidden units in all, where there is one."""
+    dense_heads = {name.rpartition(", ")[2]: name for name in heads if name.endswith("units (total)")}
+    wanted = {name: f"{units_of(head)} units (total)" for name, head in heads.items() if is_mixture(head)}
+    return {name: dense_heads[units] for name, units in wanted.items() if units in dense_heads}
 
 
 def token_methods(width: int, features: Features) -> dict[str, dict[str, Any]]:
-    """Soft MoE with as many experts as `router_methods`, and a dense head behind one slot that costs the same."""
+    """Soft MoE with as many experts as `router_methods`, and heads behind one slot.
 
-    def one_slot(units: int) -> dict[str, Any]:
-        return {**mixture("", "soft_moe", [units], 1, switch=0.0), "against": None}
+    A slot is a weighted mean of the tokens. Their dense heads cost what Soft MoE does, or are as large as its experts
+    together; one is linear.
+    """
+
+    def one_slot(*units: int) -> dict[str, Any]:
+        head = mixture("", "soft_moe", [], 1, switch=0.0)
+        return {**head, "experts": {"sizes": [list(units)], "shared": []}, "against": None}
 
     soft = mixture("", "soft_moe", [width] * 8, 1, switch=0.0)
     goal = flops_of(build(soft, features, 0.0), features)
     units = width_of_cost(lambda units: flops_of(build(one_slot(units), features, 0.0), features), goal)
     name = f"dense behind one slot, {units} units"
-    return {name: one_slot(units), "soft_moe, 8 experts": {**soft, "against": name}}
+    return {
+        name: one_slot(units),
+        "soft_moe, 8 experts": {**soft, "against": name},
+        f"dense behind one slot, {8 * width} units (total)": {**one_slot(8 * width), "against": name},
+        "linear behind one slot": {**one_slot(), "against": name},
+    }
 
 
 def width_methods(widths: list[int], groups: int) -> dict[str, dict[str, Any]]:

@@ -7,8 +7,6 @@ from typing import Any
 
 import numpy as np
 
-AGREEMENT_SEEDS = 5  # whose pairs are compared
-
 
 def paired_interval(
     values: list[float], others: list[float], confidence: float = 0.95
@@ -32,14 +30,21 @@ def agreement(first_SM: list[np.ndarray]) -> float | None:
     """
     from sklearn.metrics import adjusted_mutual_info_score
 
-    pairs = list(combinations(first_SM[:AGREEMENT_SEEDS], 2))
+    pairs = list(combinations(first_SM, 2))
     return statistics.fmean(adjusted_mutual_info_score(a, b) for a, b in pairs) if pairs else None
 
 
 def rows(
-    runs: dict[str, dict[int, dict]], routings: dict[str, dict[int, np.ndarray]], partner: dict[str, str | None]
+    runs: dict[str, dict[int, dict]],
+    routings: dict[str, dict[int, np.ndarray]],
+    partner: dict[str, str | None],
+    total: dict[str, str] | None = None,
 ) -> list[dict]:
-    """One row a method, best first. runs: method -> seed -> scores. partner: whom a method is paired with."""
+    """One row a method, best first.
+
+    runs: method -> seed -> scores. partner: whom a method is paired with; total: the dense head of as many hidden
+    units as all of its experts have.
+    """
     found = []
     for method, by_seed in runs.items():
         seeds = sorted(by_seed)
@@ -49,10 +54,11 @@ def rows(
             known = None not in values
             row[name] = statistics.fmean(values) if known else None
             row[f"{name}_deviation"] = statistics.stdev(values) if known and len(values) > 1 else None
-        theirs = runs.get(partner.get(method) or "", {})
-        if paired := [seed for seed in seeds if seed in theirs]:
-            pairs = ([scores[seed]["macro_f1"] for seed in paired] for scores in (by_seed, theirs))
-            row["paired"], row["pairs"], row["against"] = paired_interval(*pairs), len(paired), partner[method]
+        for name, rival in (("paired", partner.get(method)), ("paired_total", (total or {}).get(method))):
+            theirs = runs.get(rival or "", {})
+            if shared := [seed for seed in seeds if seed in theirs]:
+                pairs = ([scores[seed]["macro_f1"] for seed in shared] for scores in (by_seed, theirs))
+                row[name], row[f"{name}_with"] = paired_interval(*pairs), {"method": rival, "seeds": len(shared)}
         special = [by_seed[seed]["specialisation"] for seed in seeds if "specialisation" in by_seed[seed]]
         if special:
             row["specialisation"] = statistics.fmean(value["normalised"] for value in special)
@@ -69,7 +75,8 @@ COLUMNS = [
     "accuracy",
     "macro-F1",
     "paired difference (95 %)",
-    "ECE",
+    "to equal total (95 %)",
+    "calibration error",
     "MFLOP",
     "balance",
     "specialisation (null)",
@@ -77,26 +84,36 @@ COLUMNS = [
 ]
 
 
-def cells(row: dict[str, Any]) -> list[str]:
-    """A row as the table shows it; scores in per cent."""
-    paired = "-"
-    if "paired" in row:
-        mean, *ends = row["paired"]
-        interval = "one pair" if None in ends else " to ".join(f"{100 * end:+.2f}" for end in ends)
-        paired = f"{100 * mean:+.2f} ({interval})"
+def shown(found: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Names and cells of the table's columns, but for those that no row has anything for; scores in per cent."""
+    lines = [_cells(row) for row in found]
+    kept = [i for i in range(len(COLUMNS)) if any(line[i] != "-" for line in lines)]
+    return [COLUMNS[i] for i in kept], [[line[i] for i in kept] for line in lines]
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
     special = f"{row['specialisation']:.3f} ({row['null']:.3f})" if "specialisation" in row else "-"
     return [
         row["method"],
         str(row["seeds"]),
         _percent(row, "accuracy"),
         _percent(row, "macro_f1"),
-        paired,
+        _interval(row.get("paired")),
+        _interval(row.get("paired_total")),
         f"{100 * row['ece']:.1f}",
         f"{row['flops'] / 1e6:.2f}",
         "-" if row["entropy"] is None else f"{row['entropy']:.2f}",
         special,
         "-" if row.get("agreement") is None else f"{row['agreement']:.2f}",
     ]
+
+
+def _interval(paired: tuple[float, float | None, float | None] | None) -> str:
+    if paired is None:
+        return "-"
+    mean, *ends = paired
+    interval = "one pair" if None in ends else " to ".join(f"{100 * end:+.2f}" for end in ends)
+    return f"{100 * mean:+.2f} ({interval})"
 
 
 def _percent(row: dict[str, Any], name: str) -> str:

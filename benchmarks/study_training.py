@@ -186,12 +186,12 @@ def order(seed: int, epochs: int, features: Features, batch: int) -> Iterator[Te
 
 
 def logistic(features: Features, decay: float) -> VisionMoE:
-    """Multinomial logistic regression on the first view, standardised, to convergence by L-BFGS: no seed matters.
+    """Multinomial logistic regression on images as they are, standardised, to convergence by L-BFGS: no seed matters.
 
     decay: weight of half the squared norm of the weights beside the mean loss.
     """
     model = build({**dense(), "norm": "batch"}, features, dropout=0.0).to(features.labels_N.device)
-    x_NF = features.train_VNF[0].float()
+    x_NF = (features.train_VNF[0] if features.plain_NF is None else features.plain_NF).float()
     with torch.no_grad():
         model.neck.norm.running_mean.copy_(x_NF.mean(dim=0))
         model.neck.norm.running_var.copy_(x_NF.var(dim=0))

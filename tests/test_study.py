@@ -16,6 +16,7 @@ from benchmarks.study_heads import (
     grid,
     router_methods,
     token_methods,
+    totals,
     width_methods,
 )
 from benchmarks.study_tables import agreement, paired_interval
@@ -51,6 +52,17 @@ def test_every_method_has_the_same_number_of_settings_and_can_be_built(features)
             assert build(head, features, 0.0)(features.held_MF)[0].shape == (60, 4), name
 
 
+def test_every_rule_has_a_dense_head_of_its_total_size():
+    heads = router_methods(16)
+    rivals = totals(heads)
+    assert set(rivals) == {name for name, head in heads.items() if len(head.get("experts", {}).get("sizes", [])) > 1}
+    # Eight of 16; eight of 16 and one that is shared; sixteen of 4 and a shared one of 24.
+    assert {rivals[name] for name in ("vmoe", "switch, 4 experts")} == {"dense, 128 units (total)"}
+    assert rivals["deepseek, shared"] == "dense, 144 units (total)"
+    assert rivals["shared + 16 small"] == "dense, 88 units (total)"
+    assert heads["dense, 88 units (total)"]["experts"]["sizes"] == [[88]]
+
+
 @pytest.mark.parametrize("groups", [8, 16])
 @pytest.mark.parametrize("width", [16, 128, 1024, 4096])
 def test_mixtures_of_the_curve_cost_what_the_dense_head_does(groups, width):
@@ -68,8 +80,9 @@ def test_tokens_go_through_soft_moe_next_to_a_dense_head_of_its_cost():
         torch.randn(1, 40, 5, 16), torch.arange(40) % 4, torch.randn(12, 5, 16), torch.arange(12) % 4, 1, 4
     )
     methods = token_methods(8, tokens)
-    dense_head, soft = (flops_of(build(head, tokens, 0.0), tokens) for head in methods.values())
-    assert dense_head == pytest.approx(soft, rel=0.02)
+    costs = [flops_of(build(head, tokens, 0.0), tokens) for head in methods.values()]
+    assert costs[0] == pytest.approx(costs[1], rel=0.02) and costs[0] > costs[2] > costs[3]
+    assert totals(methods) == {"soft_moe, 8 experts": "dense behind one slot, 64 units (total)"}
     assert list(methods)[1] == "soft_moe, 8 experts" and methods["soft_moe, 8 experts"]["against"] == next(
         iter(methods)
     )

@@ -12,7 +12,7 @@ from study_helpers import telling_features
 from benchmarks import study
 from benchmarks.study_heads import SETTINGS, Features, Job, build, dense, grid, mixture
 from benchmarks.study_runs import Results
-from benchmarks.study_tables import cells, rows
+from benchmarks.study_tables import rows, shown
 from benchmarks.study_training import Head, score, train_heads
 
 
@@ -115,7 +115,7 @@ def test_the_null_of_specialisation_is_in_the_unit_of_specialisation():
 
     (row,) = rows({"vmoe": {0: run(0.3, 0.2), 1: run(0.5, 0.4)}}, {}, {})
     assert (row["specialisation"], row["null"]) == pytest.approx((0.4, 0.144270), abs=1e-6)
-    assert "0.400 (0.144)" in cells(row)
+    assert "0.400 (0.144)" in shown([row])[1][0]
 
 
 def test_the_first_expert_of_an_image_is_that_of_its_largest_weight():

@@ -11,7 +11,7 @@ from study_helpers import telling_features
 from benchmarks import study_runs, study_training
 from benchmarks.study_heads import Features, Job, build, dense, grid, router_methods
 from benchmarks.study_runs import Results, passes
-from benchmarks.study_tables import cells, rows
+from benchmarks.study_tables import rows, shown
 from benchmarks.study_training import Average, Head, Pass, order, side_by_side, train_heads
 
 
@@ -169,4 +169,11 @@ def test_finished_runs_are_known_again_and_make_a_table(tmp_path, features):
     runs = {name: {j.seed: again.scores[j.key] for j in jobs if j.method == name} for name in ("dense 8", "other")}
     table = {row["method"]: row for row in rows(runs, {}, {"other": "dense 8", "dense 8": None})}
     assert table["other"]["paired"] == pytest.approx((0.0, 0.0, 0.0)) and "paired" not in table["dense 8"]
-    assert len(cells(table["other"])) == 10
+    assert [len(line) for line in shown(list(table.values()))[1]] == [7, 7]
+
+
+def test_logistic_regression_reads_the_images_as_they_are(features):
+    noise_VNF = torch.rand(features.train_VNF.shape, generator=torch.Generator().manual_seed(0))
+    there = replace(features, train_VNF=noise_VNF, plain_NF=features.train_VNF[0])
+    ((found, _),) = train_heads([Job("x", {"logistic": "plain images"}, 0, "test", 1, {"weight_decay": 1e-3})], there)
+    assert found["macro_f1"] > 0.9
