@@ -106,6 +106,21 @@ def test_every_figure_is_written_and_whole(evaluated):
             image.verify()
 
 
+def test_the_star_is_at_the_epoch_of_the_exported_weights(tmp_path, monkeypatch):
+    run = RunFolder(tmp_path)
+    lines = [{"step": t, "epoch": t, "macro_f1/validation": 0.5 - 0.1 * t} for t in (1, 2, 3)]
+    run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def label():
+        figure = figures._over_time(run, Config(), ["0"])["training_curves"]
+        return figure.axes[1].get_legend_handles_labels()[1][-1]
+
+    assert label() == "best epoch, 1: 0.4"
+    run.model.write_text("{}")
+    monkeypatch.setattr("engine.figures.read_description", lambda run: {"epoch": 2})
+    assert label() == "kept epoch, 2: 0.3"
+
+
 def test_what_an_expert_is_worth_agrees_with_asking_the_model_sample_by_sample(evaluated):
     _, results, model, bank = evaluated
     predictions = predict(model, bank, "test", removals=True)
