@@ -208,9 +208,9 @@ def test_the_folder_of_cifar_in_place_of_its_parent_is_said(tmp_path):
     folder.mkdir()
     for name in ("train", "test", "meta"):
         (folder / name).touch()
-    with pytest.raises(UserError, match=f"holds the files of CIFAR-100 itself: name its parent, --data.root {tmp_path}$"):
+    with pytest.raises(UserError, match=f"files of CIFAR-100 itself: name its parent, --data.root {tmp_path}$"):
         load_splits(DataConfig(root=folder))
-    with pytest.raises(UserError, match="move them to .*mine/cifar-100-python$"):
+    with pytest.raises(UserError, match=r"move them to .*mine/cifar-100-python$"):
         load_splits(DataConfig(root=folder.rename(tmp_path / "mine")))
 
 
