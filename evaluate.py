@@ -55,10 +55,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         choices=("auto", "clearml", "none"),
         default="auto",
         metavar="MODE",
-        help="auto (default): as the training; clearml; none",
+        help="auto (default): the training's server; clearml; none",
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    options = parser.parse_args(argv)
+    options, rest = parser.parse_known_args(argv)
+    if options.run is not None and rest and not rest[0].startswith("-"):
+        parser.error(f"one RUN is scored at a time, several are compared: --compare {options.run} {' '.join(rest)}")
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if (options.run is None) == (options.compare is None):
         parser.error("name one RUN to score, or two or more after --compare")
     if options.out is not None and options.compare is None:

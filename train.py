@@ -20,6 +20,7 @@ from data.datasets import Splits, load_splits
 from engine.checkpoint import check_inputs, export_model, load_exported
 from engine.config import Config, Invocation, config_from_dict, parse_command_line, write_config
 from engine.evaluation import evaluate, table
+from engine.extraction import warn_of_hours
 from engine.interrupt import stoppable
 from engine.pipeline import build_trainer, pick_device
 from engine.resume import best_kept, finished, load_resumable, metrics_step
@@ -134,7 +135,9 @@ def announce(config: Config, backbone: Backbone, trainer: Trainer) -> None:
     print(f"experts      {', '.join(config.experts.labels())}; {seen}")
     if shared := config.experts.shared_labels():
         print(f"shared       {', '.join(shared)}; every sample passes all of them")
-    print("\n".join(cost(trainer.model, backbone, trainer.bank.feature_shape).lines()))
+    costs = cost(trainer.model, backbone, trainer.bank.feature_shape)
+    print("\n".join(costs.lines()))
+    warn_of_hours(trainer.bank, costs.backbone_flops, config.train.epochs)
     print(f"run folder   {trainer.run.path}", flush=True)
 
 

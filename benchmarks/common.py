@@ -22,9 +22,12 @@ PACKAGES = ("torch", "timm", "transformers", "mixture-of-experts", "st-moe-pytor
 
 
 class Parser(arguments.Parser):
-    """The options of every benchmark."""
+    """The options of every benchmark.
 
-    def __init__(self, name: str, description: str, seconds: float):
+    tiny: the options that have another default with --tiny, and that default.
+    """
+
+    def __init__(self, name: str, description: str, seconds: float, tiny: dict[str, Any] | None = None):
         super().__init__(
             prog=f"-m benchmarks.{name}",
             usage="python %(prog)s [options]",
@@ -32,9 +35,18 @@ class Parser(arguments.Parser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         self.add_argument("--device", default="auto", help="auto (default), cpu, cuda, or cuda:1")
-        self.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="folder of the JSON")
+        out = Path("runs/benchmarks")
+        self.add_argument("--out", type=Path, default=out, help=f"folder of the JSON (default {out})")
         self.add_argument("--seconds", type=float, default=seconds, help=f"time to spend, about (default {seconds:g})")
-        self.add_argument("--tiny", action="store_true", help="a rehearsal of every step on tiny inputs")
+        self.add_argument("--tiny", action="store_true", help="a rehearsal: what is not given is tiny")
+        self.tiny = tiny or {}
+
+    def parse_known_args(self, args=None, namespace=None):
+        options, rest = super().parse_known_args(args, namespace)
+        if options.tiny:
+            self.set_defaults(**self.tiny)
+            options, rest = super().parse_known_args(args, namespace)
+        return options, rest
 
 
 @dataclass(frozen=True)
@@ -69,6 +81,8 @@ def attempt(run: Callable[[], Any]) -> Any:
     except Exception as error:
         if isinstance(error, torch.OutOfMemoryError):
             reason = "out of memory"
+        elif isinstance(error, ModuleNotFoundError) and (package := str(error.name).replace("_", "-")) in PACKAGES:
+            reason = f"not installed: pip install {package}"
         else:
             reason = one_line(f"{type(error).__name__}: {error}", 160)
     if torch.cuda.is_available():

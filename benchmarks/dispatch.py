@@ -30,22 +30,24 @@ from benchmarks.layers import Shape, contestants, ours
 from errors import exit_code_of
 
 GRAPH = "ours: CUDA graph"
+TINY = {"features": 32, "hidden": 16, "classes": 10, "batch": [16, 64], "experts": [4, 8], "top_k": [1, 2]}
 UNEQUAL = (0.25, 0.5, 1.0, 2.25)  # times the hidden units of equal experts: the mean is 1
 
 
 def main(argv: list[str] | None = None) -> None:
     """Measure the grid, print the table and the goals, write the JSON."""
-    parser = Parser("dispatch", __doc__, seconds=150)
+    parser = Parser("dispatch", __doc__, seconds=150, tiny=TINY)
     parser.add_argument("--features", type=int, default=4608, help="numbers a sample (default 4608)")
     parser.add_argument("--hidden", type=int, default=2048, help="hidden units of an expert, on average (default 2048)")
-    parser.add_argument("--classes", type=int, default=100, help="default 100")
-    parser.add_argument("--batch", type=int, nargs="+", default=[256, 1024, 4096, 16384, 65536])
-    parser.add_argument("--experts", type=int, nargs="+", default=[4, 16, 64])
-    parser.add_argument("--top-k", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--classes", type=int, default=100, help="numbers an expert gives (default 100)")
+    for name, default, what in (
+        ("--batch", [256, 1024, 4096, 16384, 65536], "samples at once"),
+        ("--experts", [4, 16, 64], "experts of a layer"),
+        ("--top-k", [1, 2, 4], "experts of a sample"),
+    ):
+        shown = f"{what}, each in turn (default {' '.join(map(str, default))})"
+        parser.add_argument(name, type=int, nargs="+", default=default, metavar="N", help=shown)
     options = parser.parse_args(argv)
-    if options.tiny:
-        options.features, options.hidden, options.classes = 32, 16, 10
-        options.batch, options.experts, options.top_k = [16, 64], [4, 8], [1, 2]
     device = start(options)
     where = environment(device)
     rate, said = matrix_rate(device, min(2.0, options.seconds / 20))

@@ -40,18 +40,17 @@ from model.backbone import Backbone, BackboneConfig, load_backbone
 
 BACKBONES = ["vit_base_patch16_clip_quickgelu_224.openai", "vit_small_patch16_224", "vit_large_patch16_224"]
 FEATURES = ["cls:-1", "mean:-1"]
+TINY = {"backbones": ["test_vit"], "batch": 4, "pixels": 8, "modes": []}
 
 
 def main(argv: list[str] | None = None) -> None:
     """Measure every contestant on every backbone, print the table, write the JSON."""
-    parser = Parser("extraction", __doc__, seconds=150)
-    parser.add_argument("--backbones", nargs="+", default=BACKBONES, help="timm ViTs")
+    parser = Parser("extraction", __doc__, seconds=150, tiny=TINY)
+    parser.add_argument("--backbones", nargs="+", default=BACKBONES, help=f"timm ViTs (default {' '.join(BACKBONES)})")
     parser.add_argument("--batch", type=int, default=1024, help="images at once (default 1024)")
     parser.add_argument("--pixels", type=int, default=32, help="side of the images as they come (default 32)")
     parser.add_argument("--modes", nargs="*", default=["default"], help="of torch.compile, for ours (default: default)")
     options = parser.parse_args(argv)
-    if options.tiny:
-        options.backbones, options.batch, options.pixels, options.modes = ["test_vit"], 4, 8, []
     device = start(options)
     where = environment(device)
     rate, said = matrix_rate(device, min(2.0, options.seconds / 20))

@@ -47,12 +47,12 @@ DENSE = {"dropout": 0.3, "lr": 2e-3, "weight_decay": 0.5}
 
 def main(argv: list[str] | None = None) -> None:
     """Train, print the table, write the JSON."""
-    parser = Parser("recipe", __doc__, seconds=900)
+    parser = Parser("recipe", __doc__, seconds=900, tiny={"seeds": 2})
     parser.allow_abbrev = False
     parser.add_argument("--seeds", type=int, default=10, help="runs of each head: seeds 0, 1, ... (default 10)")
     options, rest = parser.parse_known_args(argv)
     if options.tiny:
-        options.seeds, rest = 2, [*TINY, *rest]
+        rest = [*TINY, *rest]
     device = start(options)
     where = environment(device)
     config = parse_command_line([*rest, "--features.cache_dir", "null", "--train.save_every", "1000"]).config

@@ -40,6 +40,7 @@ from model.routers import RouterConfig
 
 SIZES = (256, 512, 1024, 2048)  # hidden units, repeated for more experts
 CLASSES = 100
+TINY = {"samples": [200, 400], "experts": [4, 8], "features": [32, 64], "batch": 64}
 # Bytes of a weight in a step: cast to bfloat16 (6), its gradient written in it and cast back (8), clipped (12),
 # AdamW's four reads and three writes (28).
 TRAFFIC = 54
@@ -47,14 +48,16 @@ TRAFFIC = 54
 
 def main(argv: list[str] | None = None) -> None:
     """Measure the three sweeps, print one table, write the JSON."""
-    parser = Parser("scaling", __doc__, seconds=90)
+    parser = Parser("scaling", __doc__, seconds=90, tiny=TINY)
     parser.add_argument("--batch", type=int, default=1024, help="samples a step (default 1024)")
-    parser.add_argument("--samples", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
-    parser.add_argument("--experts", type=int, nargs="+", default=[4, 16, 64, 256])
-    parser.add_argument("--features", type=int, nargs="+", default=[1536, 4608, 36_864, 151_296])
+    for name, default, what in (
+        ("--samples", [10_000, 100_000, 1_000_000], "samples that are stored"),
+        ("--experts", [4, 16, 64, 256], "experts of the head"),
+        ("--features", [1536, 4608, 36_864, 151_296], "numbers a sample"),
+    ):
+        shown = f"{what}; the first while the other two vary (default {' '.join(map(str, default))})"
+        parser.add_argument(name, type=int, nargs="+", default=default, metavar="N", help=shown)
     options = parser.parse_args(argv)
-    if options.tiny:
-        options.samples, options.experts, options.features, options.batch = [200, 400], [4, 8], [32, 64], 64
     if options.batch > min(options.samples):
         raise UserError(f"--batch {options.batch} is larger than the {min(options.samples)} of --samples: lower it")
     device = start(options)

@@ -31,14 +31,14 @@ CLASSES, SAMPLES = 100, 50_000
 
 def main(argv: list[str] | None = None) -> None:
     """Time every contestant, print the table, write the JSON."""
-    parser = Parser("step", __doc__, seconds=30)
+    parser = Parser("step", __doc__, seconds=30, tiny={"batch": 32})
     parser.add_argument("--batch", type=int, default=1024, help="samples a step (default 1024)")
     options = parser.parse_args(argv)
     config = parse_command_line([]).config
     groups = len(config.backbone.features)
     features = 768 * groups
     if options.tiny:
-        options.batch, features = 32, 4 * groups
+        features = 4 * groups
         config.router.hidden, config.experts.sizes, config.experts.shared = [8], [[4], [8], [8], [16]], [[16]]
     device = start(options)
     where = environment(device)

@@ -72,25 +72,22 @@ def main(argv: list[str] | None = None) -> None:
 
 def arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """The benchmark's options, and those for the configuration."""
-    parser = Parser("time_to_accuracy", __doc__, seconds=300)
+    parser = Parser(
+        "time_to_accuracy", __doc__, seconds=300, tiny={"repeats": 2, "live_epochs": 1, "article_epochs": 1}
+    )
     parser.allow_abbrev = False
     parser.add_argument("--repeats", type=int, default=3, help="runs of our recipe, seeds 0, 1, ... (default 3)")
     parser.add_argument("--live-epochs", type=int, default=5, help="of our recipe with a live backbone (default 5)")
     parser.add_argument("--article-epochs", type=int, default=2, help="of the article's (default 2); 0: leave it out")
-    options, rest = parser.parse_known_args(argv)
-    if options.tiny:
-        options.repeats, options.live_epochs = min(2, options.repeats), min(1, options.live_epochs)
-        options.article_epochs = min(1, options.article_epochs)
-    return options, rest
+    return parser.parse_known_args(argv)
 
 
 def configurations(options: argparse.Namespace, rest: list[str]) -> tuple[Config, Config]:
     """Ours and the article's, on the same data and backbone."""
     name = "digits.yaml" if options.tiny else "cifar100.yaml"
     limits = LIMITS if options.tiny else []
-    ours = parse_command_line(["--config", str(CONFIGS / name), "--features.cache_dir", "null", *limits, *rest]).config
-    if options.tiny:
-        ours.train.epochs, ours.router.warmup_steps = 3, 2
+    brief = ["--train.epochs", "3", "--router.warmup_steps", "2", *limits] if options.tiny else []
+    ours = parse_command_line(["--config", str(CONFIGS / name), "--features.cache_dir", "null", *brief, *rest]).config
     shared = [word for word in rest if word.startswith(("--data.", "--backbone.weights", "--backbone.name"))]
     values = {word: rest[rest.index(word) + 1] for word in shared if "=" not in word}
     words = [part for pair in values.items() for part in pair] + [word for word in shared if "=" in word]

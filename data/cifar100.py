@@ -2,6 +2,7 @@
 
 import hashlib
 import pickle
+from collections.abc import Iterable
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -26,10 +27,19 @@ def load_cifar100(root: Path, download: bool = True) -> tuple[ImageSet, ImageSet
     files = dict([*CIFAR100.train_list, *CIFAR100.test_list, (CIFAR100.meta["filename"], CIFAR100.meta["md5"])])
     missing = [name for name in files if not (folder / name).is_file()]
     if missing:
+        _refuse_the_folder_itself(root, folder, files)
         _download(root, folder, missing, download)
     contents = {name: _verified(folder / name, md5) for name, md5 in files.items()}
     meta = pickle.loads(contents["meta"], encoding="latin1")
     return _image_set(contents["train"], meta), _image_set(contents["test"], meta)
+
+
+def _refuse_the_folder_itself(root: Path, folder: Path, files: Iterable[str]) -> None:
+    """Raise errors.UserError where the files lie in `root`, not in the folder of theirs in it."""
+    if all((root / name).is_file() for name in files):
+        at_home = root.absolute().name == folder.name
+        remedy = f"name its parent, --data.root {root.absolute().parent}" if at_home else f"move them to {folder}"
+        raise UserError(f"--data.root {root} holds the files of CIFAR-100 itself: {remedy}")
 
 
 def _download(root: Path, folder: Path, missing: list[str], download: bool) -> None:

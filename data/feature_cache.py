@@ -254,8 +254,11 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("command", choices=("list", "clear"), metavar="list, clear", help="show, or delete")
-    parser.add_argument("keys", nargs="*", metavar="KEY", help="only this: a key that list shows, or its start")
+    parser.add_argument("command", choices=("list", "clear"), metavar="list|clear", help="show, or delete")
+    # Without a default argparse would call it required.
+    parser.add_argument(
+        "keys", nargs="*", default=[], metavar="KEY", help="only this: a key that list shows, or its start"
+    )
     parser.add_argument("--data.name", dest="dataset", metavar="NAME", help="only features of this data set")
     parser.add_argument("--backbone.name", dest="backbone", metavar="NAME", help="only those of this backbone")
     parser.add_argument("--older_than", type=float, metavar="DAYS", help="only what was written before that")

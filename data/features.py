@@ -132,6 +132,13 @@ class FeatureBank:
         """Shape of one sample's features, found with the first training image."""
         return tuple(self._extract(self.splits.train.images_NCHW, torch.tensor([0]), None).shape[1:])
 
+    def images_left(self) -> int:
+        """Images that have yet to pass the backbone before all of the run's features are kept, each in every view."""
+        drawn = range(self.views_used) if self.augment.active else [None]
+        views = {"train": drawn, "validation": [None], "test": [None]}
+        left = {name: len(of) if self.cache is None else self._missing(name, of) for name, of in views.items()}
+        return sum(len(self.splits[name]) * count for name, count in left.items())
+
     def _resolve(self, view: int | None) -> int | None:
         if view is None or not self.augment.active:
             return None

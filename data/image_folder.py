@@ -18,6 +18,9 @@ def load_image_folder(root: Path, size: int) -> tuple[ImageSet, ImageSet | None,
     """
     train_folder = root / "train"
     if not train_folder.is_dir():
+        parent, name = root.absolute().parent, root.absolute().name
+        if name in ("train", "val", "test") and (parent / "train").is_dir():
+            raise UserError(f"--data.root {root} is the {name} folder of a data set: name its parent, {parent}")
         raise UserError(f"{train_folder} is not a folder: --data.root needs train/CLASS/IMAGE (and maybe val/, test/)")
     names = tuple(sorted(path.name for path in train_folder.iterdir() if path.is_dir()))
     if len(names) < 2:

@@ -52,6 +52,8 @@ def explain(
     the line: ("--train.epochs", "many").
     """
     message = one_line(error)
+    if (found := re.search(r"nrecognized arguments: ([^-\s]\S*\.ya?ml)\b", message)) and Path(found[1]).is_file():
+        return UserError(f"{found[1]} is a configuration file: write --config {found[1]}")
     for pattern in UNKNOWN:
         if found := re.search(pattern, message):
             name = ".".join(part for part in (found.groupdict().get("group"), found["name"]) if part)

@@ -160,14 +160,14 @@ def table(results: dict[str, Any], hardest: int = 5) -> str:
         f"macro-F1     {100 * results['macro_f1']:.2f} %",
         f"balance      entropy {results['entropy']:.3f} (1 is even), CV {results['cv']:.3f} (0 is even)",
         "",
-        f"{'expert':<28}{'load':>8}{'weight':>8}{'accuracy':>10}{'macro-F1 without it':>21}",
+        f"{'expert':<26}{'load':>8}{'weight':>8}{'accuracy':>10}{'macro-F1 change without it':>28}",
     ]
     columns = ("experts", "expert_load", "expert_importance", "expert_accuracy", "expert_worth")
     for label, load, weight, accuracy, worth in zip(*(results[column] for column in columns), strict=True):
         shown = "-" if accuracy is None else f"{100 * accuracy:.1f} %"
         change = f"{100 * worth['macro_f1_change']:+.2f}" if "macro_f1_change" in worth else "-"
-        lines.append(f"{label:<28}{100 * load:>6.1f} %{100 * weight:>6.1f} %{shown:>10}{change:>21}")
+        lines.append(f"{label:<26}{100 * load:>6.1f} %{100 * weight:>6.1f} %{shown:>10}{change:>28}")
     imperfect = [(name, values["f1"]) for name, values in results["per_class"].items() if values["f1"] < 1]
     worst = sorted(imperfect, key=lambda item: item[1])[:hardest]
-    lines += ["", "lowest F1    " + (", ".join(f"{name} {100 * f1:.0f} %" for name, f1 in worst) or "100 % for all")]
+    lines += ["", "lowest F1    " + (", ".join(f"{name}: {100 * f1:.0f} %" for name, f1 in worst) or "100 % for all")]
     return "\n".join(lines)

@@ -9,18 +9,33 @@ import torch
 from torch import Tensor
 
 from data.augment import preparation, resize_and_normalise
-from errors import one_line
+from data.features import FeatureBank
+from errors import one_line, warn
 from model.backbone import Backbone
 
 # By benchmarks/extraction.py on an H200. Images in a run from which compiling repays its 14 to 22 s on a GPU, by 10
 # microseconds an image; and the mode of torch.compile: max-autotune takes three times as long and gains one per cent.
 COMPILE_FROM = 2_000_000
 COMPILE_MODE = "default"
+HOURS = 1e15  # FLOPs that take a CPU hours
 
 
 def worth_compiling(choice: str, images: int, device: torch.device) -> bool:
     """Whether features.compile (auto, always, never) asks for a compiled backbone for so many images."""
     return choice == "always" or (choice == "auto" and device.type == "cuda" and images >= COMPILE_FROM)
+
+
+def warn_of_hours(bank: FeatureBank, flops: int, epochs: int) -> None:
+    """Warn where a CPU is about to spend hours on the frozen backbone, of so many FLOPs an image."""
+    live, splits = bank.config.mode == "live", bank.splits
+    each_epoch = len(splits.train) + len(splits.validation)
+    images = epochs * each_epoch + len(splits.test) if live else bank.images_left()
+    if bank.device.type == "cpu" and flops * images > HOURS:
+        less = ", or --features.mode cached" if live else ", or fewer --features.views" if bank.views_used > 1 else ""
+        warn(
+            f"{images:,} images, each view counted, are to pass the backbone on a CPU, which takes hours: use a GPU, "
+            f"or --config configs/cifar100_cpu.yaml{less}"
+        )
 
 
 class Extractor:

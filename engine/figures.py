@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from analysis import plots, routing
 from data.datasets import ImageSet
 from data.features import FeatureBank
+from engine.checkpoint import read_description
 from engine.config import Config
 from engine.predict import Predictions
 from engine.run_folder import RunFolder
@@ -78,7 +79,7 @@ def draw(
         "confused_pairs": _confused_pairs(results),
         **worth(results),
         **_feature_map(predictions, bank, labels),
-        **_over_time(run.history(), config, labels),
+        **_over_time(run, config, labels),
     }
     if "superclass_confusion" in results:
         figures["superclass_confusion"] = plots.superclass_confusion(results["superclass_confusion"], test.coarse_names)
@@ -101,11 +102,13 @@ def _one_batch(predictions: Predictions, labels: list[str]) -> Figure:
     )
 
 
-def _over_time(history: list[dict], config: Config, labels: list[str]) -> dict[str, Figure]:
+def _over_time(run: RunFolder, config: Config, labels: list[str]) -> dict[str, Figure]:
     """The figures of the training, where metrics.jsonl tells of it."""
+    history = run.history()
     if not history:
         return {}
-    figures = {"training_curves": plots.training_curves(history, best_by="macro_f1/validation")}
+    kept = read_description(run).get("epoch") if run.model.is_file() else None
+    figures = {"training_curves": plots.training_curves(history, best_by="macro_f1/validation", kept=kept)}
     keys = [f"expert_load_validation/expert_{e}" for e in range(len(labels))]
     lines = [line for line in history if all(key in line for key in keys)]
     if lines:

@@ -139,8 +139,8 @@ def _expert_table(results: dict[str, Any]) -> Table:
                 percent(results["expert_importance"][expert]),
                 percent(results["expert_accuracy"][expert]),
                 percent(results["expert_confidence"][expert]),
-                ", ".join(f"{name} {percent(share, 0)}" for name, share in favourites),
-                ", ".join(f"{row['class']} {percent(row['accuracy'], 0)}" for row in hardest),
+                ", ".join(f"{name}: {percent(share, 0)}" for name, share in favourites),
+                ", ".join(f"{row['class']}: {percent(row['accuracy'], 0)}" for row in hardest),
             ]
         )
     return Table(
@@ -168,17 +168,18 @@ def _worth_table(results: dict[str, Any]) -> Table:
                     f"{row['bytes'] / 2**20:.2f} MiB",
                     si(row["flops"]),
                     si(row["flops_saved"]),
-                    ", ".join(f"expert {heir} {percent(share, 0)}" for heir, share in heirs if share > 0),
+                    ", ".join(f"expert {heir}: {percent(share, 0)}" for heir, share in heirs if share > 0),
                 ]
             )
     return Table(
         title="What each expert is worth",
         note="Each expert removed in turn, its images sent to the gate's next choice, nothing trained again. "
-        "macro-F1 in points, ± one standard deviation over bootstrap resamples of the test images. "
+        "Change of macro-F1 in points, below 0 where the expert is of use, ± one standard deviation over bootstrap "
+        "resamples of the test images. "
         "FLOPs saved below 0: its images go to larger experts.",
         header=[
             "without expert",
-            "macro-F1",
+            "macro-F1 change",
             "answers changed",
             "parameters saved",
             "memory saved",

@@ -37,7 +37,7 @@ def _report_experts(results: dict[str, Any], tracker: Tracker) -> None:
     changes = [row.get("macro_f1_change") for row in worth]
     if None not in changes:  # a single expert cannot be removed
         tracker.bars("macro-F1 without the expert", "test", experts, {"change": changes})
-    header = ["expert", "samples", "load", "gate weight", "accuracy", "parameters", "macro-F1 without it"]
+    header = ["expert", "samples", "load", "gate weight", "accuracy", "parameters", "macro-F1 change without it"]
     columns = ("experts", "expert_samples", "expert_load", "expert_importance", "expert_accuracy")
     rows = [list(row) for row in zip(*(results[column] for column in columns), strict=True)]
     for row, values, change in zip(rows, worth, changes, strict=True):

@@ -223,16 +223,27 @@ def _load_converted(vit: nn.Module, state: dict[str, Tensor], config: BackboneCo
     timm lets weights be missing; a backbone that is random in part must not pass for a pretrained one.
     """
     convert = getattr(sys.modules[type(vit).__module__], "checkpoint_filter_fn", None)
+    place = f"backbone.weights {config.weights} does not fit {config.name}"
+    remedy = f"give weights of {config.name}, or with --backbone.name the model that the file belongs to"
+    own = {name: value.shape for name, value in vit.state_dict().items()}
     try:
-        missing, _ = vit.load_state_dict(convert(state, vit) if convert else state, strict=False)
+        state = convert(state, vit) if convert else state
+        for name, shape in own.items():
+            if name in state and state[name].shape != shape:
+                shapes = f"{name} is {_by(state[name].shape)} in the file and {_by(shape)} in the model"
+                raise UserError(f"{place}: it belongs to another model ({shapes}); {remedy}")
+        missing, _ = vit.load_state_dict(state, strict=False)
     except (RuntimeError, KeyError, AttributeError, IndexError, ValueError, TypeError) as error:
-        reason = one_line(error)
-        raise UserError(f"backbone.weights {config.weights} does not fit {config.name}: {reason}") from error
+        raise UserError(f"{place}: it belongs to another model ({one_line(error, 120)}); {remedy}") from error
     if missing:
         raise UserError(
-            f"backbone.weights {config.weights} does not fit {config.name}: {len(missing)} of its weights are missing "
-            f"from the file, {missing[0]} the first"
+            f"{place}: {len(missing)} of its weights are missing from the file, {missing[0]} the first; {remedy}"
         )
+
+
+def _by(shape: torch.Size) -> str:
+    """A shape as 192x3x16x16."""
+    return "x".join(map(str, shape)) or "a single number"
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:

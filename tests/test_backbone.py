@@ -135,11 +135,15 @@ def test_mistakes_are_named(options, words):
 def test_weights_of_another_model_are_refused(tmp_path):
     path = tmp_path / "weights.safetensors"
     save_file({"x": torch.zeros(2)}, path)
-    with pytest.raises(UserError, match=r"does not fit test_vit: \d+ of its weights are missing"):
+    with pytest.raises(UserError, match=r"fit test_vit: \d+ of its weights are missing .* --backbone\.name"):
         load_backbone(config(weights=path), CPU)
-    save_file(timm.create_model("test_vit2", num_classes=0, img_size=32).state_dict(), path)
-    with pytest.raises(UserError, match="does not fit test_vit"):
+    save_file(timm.create_model("vit_tiny_patch16_224", num_classes=0, depth=1, img_size=32).state_dict(), path)
+    with pytest.raises(UserError) as caught:
         load_backbone(config(weights=path), CPU)
+    assert str(caught.value) == (
+        f"backbone.weights {path} does not fit test_vit: it belongs to another model (cls_token is 1x1x192 in the file "
+        "and 1x1x64 in the model); give weights of test_vit, or with --backbone.name the model that the file belongs to"
+    )
 
 
 def test_weights_that_cannot_be_downloaded_are_said_at_once(monkeypatch):

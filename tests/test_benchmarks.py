@@ -1,6 +1,7 @@
 """The benchmarks: every contestant of ours computes the same, the limits are right, each command runs to its end."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -75,6 +76,12 @@ def test_timing_takes_the_median_and_a_failure_its_reason():
 
     assert attempt(full) == Failure("out of memory")
     assert attempt(lambda: 1 / 0).reason == "ZeroDivisionError: division by zero"
+
+    def lacks(name):
+        raise ModuleNotFoundError(f"No module named '{name}'", name=name)
+
+    assert attempt(lambda: lacks("st_moe_pytorch")).reason == "not installed: pip install st-moe-pytorch"
+    assert attempt(lambda: lacks("transformers.gone")).reason.startswith("ModuleNotFoundError")
     assert table(["a", "b"], [[1, "long"]]) == "| a | b    |\n|---|------|\n| 1 | long |"
 
 
@@ -107,6 +114,26 @@ def test_scaling_runs_to_its_end(tmp_path, capsys):
     scaling.main([*TINY, str(tmp_path)])
     assert "launches" in capsys.readouterr().out
     assert [row["sweep"] for row in read(tmp_path, "scaling")["rows"]] == ["samples", "samples", "experts", "features"]
+
+
+def test_tiny_leaves_what_was_given_as_it_is(tmp_path):
+    scaling.main([*TINY, str(tmp_path), "--samples", "100", "--experts", "2", "--features", "16"])
+    (row,) = read(tmp_path, "scaling")["rows"]
+    assert (row["samples"], row["experts"], row["features"]) == (100, 2, 16)
+    assert read(tmp_path, "scaling")["batch"] == scaling.TINY["batch"]
+    options, rest = time_to_accuracy.arguments(["--tiny", "--repeats", "5", "--train.epochs", "4", "--device", "cpu"])
+    assert (options.repeats, options.live_epochs, options.article_epochs) == (5, 1, 1)
+    ours, _ = time_to_accuracy.configurations(options, rest)
+    assert (ours.train.epochs, ours.router.warmup_steps) == (4, 2)
+
+
+@pytest.mark.parametrize("benchmark", [dispatch, extraction, recipe, scaling, step, time_to_accuracy])
+def test_help_explains_every_option_and_its_default(benchmark, capsys):
+    with pytest.raises(SystemExit):
+        benchmark.main(["--tiny", "--help"])
+    text = " ".join(capsys.readouterr().out.partition("options:")[2].split())
+    for option in re.split(r" (?=--[a-z])", text)[1:]:
+        assert "default" in option or option.startswith(("--help", "--tiny")), option
 
 
 def test_step_runs_to_its_end(tmp_path, capsys):

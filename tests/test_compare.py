@@ -181,6 +181,9 @@ def test_the_command_line_is_explained_in_one_screen(call):
         (["--compare", "a"], "two runs or more"),
         (["a", "--compare", "b", "c"], "name one RUN"),
         (["a", "--out", "b"], "--out belongs to --compare"),
+        (["a", "b", "c"], "several are compared: --compare a b c"),
+        (["a", "--device", "cpu", "b"], "several are compared: --compare a b"),
+        (["a", "--colour", "red"], "unrecognized arguments: --colour red"),
     ):
         code, _, err = call(*arguments)
         assert (code, err.count("\n")) == (2, 1)

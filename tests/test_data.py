@@ -203,6 +203,17 @@ def test_missing_cifar_says_where_it_looked_and_what_to_run(tmp_path, monkeypatc
         load_splits(DataConfig(root=tmp_path, download=False))
 
 
+def test_the_folder_of_cifar_in_place_of_its_parent_is_said(tmp_path):
+    folder = tmp_path / "cifar-100-python"
+    folder.mkdir()
+    for name in ("train", "test", "meta"):
+        (folder / name).touch()
+    with pytest.raises(UserError, match=f"files of CIFAR-100 itself: name its parent, --data.root {tmp_path}$"):
+        load_splits(DataConfig(root=folder))
+    with pytest.raises(UserError, match=r"move them to .*mine/cifar-100-python$"):
+        load_splits(DataConfig(root=folder.rename(tmp_path / "mine")))
+
+
 def test_altered_cifar_files_are_refused_before_they_are_unpickled(tmp_path):
     folder = tmp_path / "cifar-100-python"
     folder.mkdir()

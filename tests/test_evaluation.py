@@ -1,5 +1,6 @@
 """evaluate() on a small synthetic run: the numbers, the files, the page, and what each expert is worth."""
 
+import copy
 import json
 import os
 import shutil
@@ -106,6 +107,21 @@ def test_every_figure_is_written_and_whole(evaluated):
             image.verify()
 
 
+def test_the_star_is_at_the_epoch_of_the_exported_weights(tmp_path, monkeypatch):
+    run = RunFolder(tmp_path)
+    lines = [{"step": t, "epoch": t, "macro_f1/validation": 0.5 - 0.1 * t} for t in (1, 2, 3)]
+    run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def label():
+        figure = figures._over_time(run, Config(), ["0"])["training_curves"]
+        return figure.axes[1].get_legend_handles_labels()[1][-1]
+
+    assert label() == "best epoch, 1: 0.4"
+    run.model.write_text("{}")
+    monkeypatch.setattr("engine.figures.read_description", lambda run: {"epoch": 2})
+    assert label() == "kept epoch, 2: 0.3"
+
+
 def test_what_an_expert_is_worth_agrees_with_asking_the_model_sample_by_sample(evaluated):
     _, results, model, bank = evaluated
     predictions = predict(model, bank, "test", removals=True)
@@ -138,6 +154,18 @@ def test_who_takes_over_and_what_it_saves(evaluated):
     # 48 x 4 + 4 weights and biases, LayerNorm 2 x 4, 4 x 6 + 6; a multiply-add is two operations.
     first = results["expert_worth"][0]
     assert (first["parameters"], first["bytes"], first["flops"]) == (196 + 8 + 30, 4 * 234, 2 * (48 * 4 + 4 * 6))
+
+
+def test_the_closing_table_says_which_way_a_change_goes_and_sets_scores_off_from_names(evaluated):
+    run, results = evaluated[0], copy.deepcopy(evaluated[1])
+    for expert, row in enumerate(results["expert_worth"]):
+        row["macro_f1_change"] = -0.01 * expert
+    results["per_class"] = {"8": {"f1": 0.97}, "3": {"f1": 0.99}, "1": {"f1": 1.0}}
+    lines = table(results).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[5].endswith("  macro-F1 change without it") and lines[8].endswith(" -2.00")
+    assert lines[-1] == "lowest F1    8: 97 %, 3: 99 %"
+    assert "<th>macro-F1 change</th>" in run.report.read_text()
 
 
 def test_one_expert_cannot_be_removed(tmp_path, monkeypatch):

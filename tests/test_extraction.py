@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from feature_helpers import SPLITS
+from feature_helpers import SPLITS, bank, everything
 
+from data.feature_cache import FeatureCache
 from engine.config import parse_command_line
-from engine.extraction import Extractor, worth_compiling
+from engine.extraction import HOURS, Extractor, warn_of_hours, worth_compiling
 from engine.pipeline import build_bank
+from engine.summary import flops
 from model.backbone import Backbone, BackboneConfig, load_backbone
 from model.fast_vit import PatchProjection, fast_copy
 
@@ -79,6 +81,35 @@ def test_compiling_must_repay_itself():
     assert worth_compiling("auto", 10**8, gpu) and not worth_compiling("auto", 1000, gpu)
     assert not worth_compiling("auto", 10**8, CPU)
     assert worth_compiling("always", 1, CPU) and not worth_compiling("never", 10**8, gpu)
+
+
+def test_hours_on_a_cpu_are_said_before_they_begin(tmp_path, capsys):
+    def said(flops, **options):
+        features = bank(**options)
+        warn_of_hours(features, flops, epochs=3)
+        return capsys.readouterr().err
+
+    # 2 views of 40 images, 10 of validation and 12 of test; live, 3 epochs of 40 + 10, and 12.
+    assert said(HOURS / 102) == ""
+    assert said(HOURS / 101).startswith("warning: 102 images, each view counted,")
+    assert "or --config configs/cifar100_cpu.yaml, or fewer --features.views" in said(HOURS)
+    assert "or --config configs/cifar100_cpu.yaml\n" in said(HOURS, augment=False, views=1)
+    live = said(HOURS, mode="live")
+    assert "162 images" in live and "--features.mode cached" in live
+    cache = FeatureCache(tmp_path)
+    stored = bank(cache)
+    everything(stored)
+    cache.wait()
+    assert stored.images_left() == 62 and "62 images" in said(HOURS, cache=cache)
+    stored.device = torch.device("cuda", 0)
+    warn_of_hours(stored, HOURS, epochs=3)
+    assert capsys.readouterr().err == ""
+
+
+def test_the_configuration_for_a_cpu_takes_no_hours(vit_micro):
+    config = parse_command_line(["--config", "configs/cifar100_cpu.yaml"]).config
+    images = 50_000 * config.features.views + 10_000
+    assert images * flops(vit_micro, torch.zeros(1, 3, vit_micro.image_size, vit_micro.image_size)) < HOURS / 2
 
 
 def test_features_of_a_compiled_backbone_are_stored_as_others_than_those_of_the_same_as_it_is(vit_micro, tmp_path):

@@ -234,8 +234,9 @@ def test_list_and_clear(tmp_path, capsys):
     feature_cache.main(["clear", "--dir", str(tmp_path)])
     assert "deleted 2 files" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
-    with pytest.raises(UserError, match="is not a folder"):
-        feature_cache.main(["clear", "--dir", str(tmp_path / "nowhere")])
+    for words, said in ((["list", "--dir", "/nowhere"], "not a folder"), ([], r"required: list\|clear; see")):
+        with pytest.raises(UserError, match=said):
+            feature_cache.main(words)
 
 
 def test_clear_deletes_what_it_was_asked_to_and_shows_it_first(tmp_path, capsys):
@@ -245,8 +246,7 @@ def test_clear_deletes_what_it_was_asked_to_and_shows_it_first(tmp_path, capsys)
         draft = cache.draft({**KEY, "view": view, "backbone": backbone}, (5, 3), torch.float16)
         assert draft.finish()
         paths[dataset, backbone] = draft.path
-    month_ago = time.time() - 30 * 86400
-    os.utime(paths["digits", "other"], (month_ago, month_ago))
+    os.utime(paths["digits", "other"], (time.time() - 30 * 86400,) * 2)  # a month ago
     del cache, draft  # and with them the lock on the last file
 
     def clear(*words):

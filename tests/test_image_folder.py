@@ -47,6 +47,12 @@ def test_image_folder_errors_name_the_place(tmp_path):
     write_images(tmp_path / "test" / "bird", 1, (1, 2, 3))
     with pytest.raises(UserError, match="class folder 'bird'"):
         load_splits(config)
+    for name in ("train", "test"):
+        with pytest.raises(UserError, match=f"is the {name} folder of a data set: name its parent, {tmp_path}$"):
+            load_splits(DataConfig(name="folder", root=tmp_path / name))
+    (tmp_path / "train" / "val").mkdir()  # a class of that name, and no data set above it
+    with pytest.raises(UserError, match="val/train is not a folder"):
+        load_splits(DataConfig(name="folder", root=tmp_path / "train" / "val"))
 
 
 def test_sixteen_bits_are_scaled_and_cameras_that_were_turned_are_turned_back(tmp_path):

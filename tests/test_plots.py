@@ -233,17 +233,18 @@ def test_edge_sizes_are_drawn_without_warnings(name):
     FigureCanvasAgg(EDGE[name]()).draw()
 
 
-def test_best_epoch_is_marked():
+def test_the_epoch_that_is_kept_is_marked_or_else_the_best():
     rows = [{"epoch": 1, "loss/validation": 2.0, "accuracy/validation": 0.6}]
     rows += [{"epoch": 2, "loss/validation": 1.0, "accuracy/validation": 0.5}]
 
     def marked(**kwargs):
         figure = plots.training_curves(rows, **kwargs)
-        return [label for ax in figure.axes for label in ax.get_legend_handles_labels()[1] if "best" in label]
+        return [label for ax in figure.axes for label in ax.get_legend_handles_labels()[1] if "epoch" in label]
 
     assert marked() == ["best epoch, 1: 0.6"]
     assert marked(best_by="loss/validation") == ["best epoch, 2: 1"]
     assert marked(best_by="accuracy/test") == []
+    assert marked(kept=2) == ["kept epoch, 2: 0.5"]
 
 
 def test_classes_are_ordered_by_superclass_then_by_dominant_expert():
@@ -285,12 +286,8 @@ def test_superclasses_that_are_never_confused_leave_a_blank_cell():
     figure = plots.superclass_confusion([[9, 0, 1], [0, 4, 0], [0, 0, 0]], list("abc"))
     (image,) = figure.axes[0].images
     colours = image.to_rgba(image.get_array())
-    assert [tuple(colours[cell]) == (1, 1, 1, 1) for cell in ((0, 1), (1, 0), (0, 2), (0, 0))] == [
-        True,
-        True,
-        False,
-        False,
-    ]
+    blank = [tuple(colours[cell]) == (1, 1, 1, 1) for cell in ((0, 1), (1, 0), (0, 2), (0, 0))]
+    assert blank == [True, True, False, False]
     assert tuple(colours[2, 0]) != (1, 1, 1, 1)  # no samples: not known
     assert sorted(text.get_text() for text in figure.axes[0].texts) == ["10", "100", "90"]
 

@@ -17,12 +17,13 @@ BEST_BY = ("macro_f1/validation", "accuracy/validation", "loss/validation")
 CURVE_COLOURS = {"macro_f1/validation": GREEN, "train": BLUE, "validation": ORANGE, "test": PINK}
 
 
-def training_curves(history: Sequence[dict], best_by: str | None = None) -> Figure:
-    """Losses on the left, scores on the right, the best epoch (of equals the last) marked.
+def training_curves(history: Sequence[dict], best_by: str | None = None, kept: int | None = None) -> Figure:
+    """Losses on the left, scores on the right, the epoch that was kept or else the best (of equals the last) marked.
 
     history: a dict per epoch, of "epoch" and keys such as "loss/train" or "accuracy/validation" (0 to 1);
     missing and non-finite values leave gaps, other keys are ignored. best_by: the key that decides the best
-    epoch; left out, the first that was recorded of macro-F1, accuracy and loss on validation.
+    epoch, and whose curve has the star; left out, the first that was recorded of macro-F1, accuracy and loss on
+    validation. kept: the epoch whose weights were kept, where that is known.
     """
     epoch_T = [row.get("epoch", index + 1) for index, row in enumerate(history)]
     curves = {}
@@ -34,17 +35,21 @@ def training_curves(history: Sequence[dict], best_by: str | None = None) -> Figu
         if not np.isnan(curve_T).all():
             curves[key] = curve_T
     best_by = best_by or next((key for key in BEST_BY if key in curves), None)
-    pick = np.nanmin if "loss" in str(best_by) else np.nanmax
-    best = int(np.flatnonzero(curves[best_by] == pick(curves[best_by]))[-1]) if best_by in curves else None
+    starred, what = None, "best epoch"
+    if kept in epoch_T:
+        starred, what = epoch_T.index(kept), "kept epoch"
+    elif best_by in curves:
+        pick = np.nanmin if "loss" in best_by else np.nanmax
+        starred = int(np.flatnonzero(curves[best_by] == pick(curves[best_by]))[-1])
     figure = new_figure(3.5, "Training")
     for ax, kind in zip(figure.subplots(1, 2), ("loss", "score"), strict=True):
         panel = {key: curve_T for key, curve_T in curves.items() if ("loss" in key) == (kind == "loss")}
         _curves(ax, kind, epoch_T, panel)
-        if best is not None:
-            ax.axvline(epoch_T[best], color="0.4", linewidth=1, linestyle=":")
+        if starred is not None:
+            ax.axvline(epoch_T[starred], color="0.4", linewidth=1, linestyle=":")
         if best_by in panel:
-            label = f"best epoch, {epoch_T[best]:g}: {panel[best_by][best]:.4g}"
-            ax.plot(epoch_T[best], panel[best_by][best], "k*", markersize=9, label=label)
+            label = f"{what}, {epoch_T[starred]:g}: {panel[best_by][starred]:.4g}"
+            ax.plot(epoch_T[starred], panel[best_by][starred], "k*", markersize=9, label=label)
         if panel:
             ax.legend(fontsize=7.5)
     return figure
