@@ -113,7 +113,8 @@ def test_a_feature_that_is_not_there_is_named():
 
 
 def test_shared_experts_are_announced_beside_the_routed_ones(monkeypatch, capsys):
-    monkeypatch.setattr(train, "cost", lambda *parts: SimpleNamespace(lines=lambda: []))
+    monkeypatch.setattr(train, "cost", lambda *parts: SimpleNamespace(lines=lambda: [], backbone_flops=1))
+    monkeypatch.setattr(train, "warn_of_hours", lambda *parts: None)
     images = ImageSet(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 0, 1]), ("a", "b"))
     trainer = SimpleNamespace(
         model=SimpleNamespace(moe=SimpleNamespace(router=SimpleNamespace(experts_per_sample=2))),
