@@ -17,9 +17,10 @@ from model.routers import Routing
 
 # Set by benchmarks/dispatch.py on an H200; the ways are within its noise of one another near these numbers. Samples
 # times the experts' parameters up to which every expert on every sample takes no longer than the launches of any other
-# way; and samples an expert sees from which experts of several shapes are faster one after the other than grouped.
-DENSE_WORK = 400_000_000_000
-SORTED_FROM = 2048
+# way, and for experts of one shape in a CUDA graph than its kernels; and samples an expert sees from which experts of
+# one shape, and of several, are faster one after the other than grouped.
+DENSE_WORK, DENSE_WORK_IN_A_GRAPH = 400_000_000_000, 80_000_000_000
+SORTED_EQUAL_FROM, SORTED_FROM = 16_384, 2048
 
 
 def dispatch(x_BD: Tensor, routing: Routing, experts: Experts, how: str = "auto") -> tuple[Tensor, Tensor]:
@@ -45,14 +46,15 @@ def choose(assignments: int, experts: Experts, x_BD: Tensor) -> str:
         return "dense"
     if not x_BD.is_cuda:
         return "sorted"
-    if samples * experts.num_parameters <= DENSE_WORK:
-        return "dense"
     capturing = torch.cuda.is_current_stream_capturing()
+    bound = DENSE_WORK_IN_A_GRAPH if capturing and shapes == 1 else DENSE_WORK
+    if samples * experts.num_parameters <= bound:
+        return "dense"
     if has_kernel(x_BD) and fits(experts) and experts.read_all(x_BD.shape[1]):
         # Each shape gets as many rows as it can have at most.
         rows = sum(min(assignments, samples * len(group)) for group in experts.groups)
-        fewer = 2 * rows <= samples * len(experts)
-        if shapes == 1 or (fewer and (capturing or assignments < SORTED_FROM * len(experts))):
+        few = assignments < (SORTED_EQUAL_FROM if shapes == 1 else SORTED_FROM) * len(experts)
+        if (capturing or few) and (shapes == 1 or 2 * rows <= samples * len(experts)):
             return "grouped"
     return "dense" if capturing else "sorted"
 

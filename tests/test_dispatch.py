@@ -234,17 +234,31 @@ def test_the_way_follows_size_and_device(monkeypatch, sizes, top_k, work, captur
         assert choose(2 * top_k, experts, torch.randn(2, 8)) == "sorted"  # a CPU has nothing to wait for
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     monkeypatch.setattr(module, "has_kernel", lambda x_BD: kernel_there)
-    monkeypatch.setattr(module, "DENSE_WORK", work)
+    for name in ("DENSE_WORK", "DENSE_WORK_IN_A_GRAPH"):
+        monkeypatch.setattr(module, name, work)
     assert choose(1000 * top_k, experts, OnGpu()) == expected
 
 
-def test_experts_of_several_shapes_that_see_many_samples_run_one_after_the_other(monkeypatch):
-    experts = build_experts(ExpertsConfig(sizes=[[8], [16]] * 8), 8, 5)[0]
+def test_in_a_graph_equal_experts_are_grouped_from_less_work_on(monkeypatch):
+    monkeypatch.setattr(module, "has_kernel", lambda x_BD: True)
+    monkeypatch.setattr(module, "DENSE_WORK_IN_A_GRAPH", 0)
+    found = []
+    for sizes in ([[8]] * 16, [[8], [16]] * 8):
+        experts = build_experts(ExpertsConfig(sizes=sizes), 8, 5)[0]
+        for capturing in (False, True):
+            monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
+            found.append(choose(1000, experts, OnGpu()))
+    assert found == ["dense", "grouped", "dense", "dense"]
+
+
+@pytest.mark.parametrize(("sizes", "many"), [([[8], [16]] * 8, 100_000), ([[8]] * 16, 300_000)])
+def test_experts_that_see_many_samples_run_one_after_the_other(monkeypatch, sizes, many):
+    experts = build_experts(ExpertsConfig(sizes=sizes), 8, 5)[0]
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(module, "has_kernel", lambda x_BD: True)
     monkeypatch.setattr(module, "DENSE_WORK", 0)
     found = []
-    for samples in (10_000, 100_000):
+    for samples in (many // 10, many):
         monkeypatch.setattr(OnGpu, "shape", (samples, 8))
         found.append(choose(samples, experts, OnGpu()))
     assert found == ["grouped", "sorted"]
