@@ -34,15 +34,15 @@ from benchmarks.study_heads import (
     SETTINGS,
     Features,
     Job,
+    family_and_width,
     grid,
-    is_mixture,
     router_methods,
     token_methods,
     totals,
     width_methods,
 )
 from benchmarks.study_runs import Results, Workers
-from benchmarks.study_tables import rows, shown
+from benchmarks.study_tables import best, preferred, rows, shown
 from data.datasets import Splits, load_splits
 from data.features import FeatureBank
 from engine.config import Config, parse_command_line
@@ -230,16 +230,6 @@ def finals(chosen: dict[str, dict], seed: int, options: argparse.Namespace) -> l
     ]
 
 
-def best(chosen: dict[str, dict]) -> dict[str, str]:
-    """The dense head and the router of the highest validation macro-F1; none where one of them is missing."""
-    scores = {name: choice["validation"] for name, choice in chosen.items()}
-    dense = {name: score for name, score in scores.items() if name.startswith("dense")}
-    routers = {name: score for name, score in scores.items() if is_mixture(chosen[name]["head"])}
-    if not dense or not routers:
-        return {}
-    return {"dense": max(dense, key=dense.get), "router": max(routers, key=routers.get)}
-
-
 def report(
     name: str,
     options: argparse.Namespace,
@@ -255,7 +245,7 @@ def report(
     total = totals({method: choice["head"] for method, choice in chosen.items()})
     found = rows(*runs_of(jobs[0], results, options.seeds), partner, total)
     if name == "widths":
-        found.sort(key=lambda row: int(row["method"].rpartition(" ")[2]))
+        found.sort(key=lambda row: family_and_width(row["method"])[1])
     print(table(*shown(found)))
     settled = rows(*runs_of(jobs[1], results, options.more_seeds), {top["router"]: top["dense"]}) if top else []
     if settled:
@@ -268,7 +258,7 @@ def report(
     write(options, f"study_{name}", where, rows=found, settled=settled, chosen=chosen, settings=settings)
     suffix = "_tiny" if options.tiny else ""
     if name == "widths" and found:
-        print(f"written to {draw_curve(found, options.out / f'study_widths{suffix}.png')}")
+        print(f"written to {draw_curve(found, preferred(chosen), options.out / f'study_widths{suffix}.png')}")
 
 
 def runs_of(jobs: list[Job], results: Results, seeds: int) -> tuple[dict, dict]:

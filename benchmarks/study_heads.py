@@ -143,6 +143,16 @@ def token_methods(width: int, features: Features) -> dict[str, dict[str, Any]]:
     }
 
 
+FAMILIES = ("dense", "all routed, top-1 of 8", "shared + top-1 of 16", "shared + top-2 of 32")
+"""Of `width_methods`, each with a head of every width."""
+
+
+def family_and_width(method: str) -> tuple[str, int]:
+    """The two parts of a name such as `dense, 64 units`."""
+    family, _, width = method.removesuffix(" units").rpartition(", ")
+    return family, int(width)
+
+
 def width_methods(widths: list[int], groups: int) -> dict[str, dict[str, Any]]:
     """For each width a dense head, and mixtures that cost a sample no more, their gates included.
 
@@ -156,18 +166,17 @@ def width_methods(widths: list[int], groups: int) -> dict[str, dict[str, Any]]:
 
     found: dict[str, dict[str, Any]] = {}
     for width in widths:
-        name = f"dense {width}"
+        name = f"{FAMILIES[0]}, {width} units"
         found[name] = dense(width)
         if width <= 512:
             sizes = [width - gate(8)] * 8
-            found[f"all routed, top-1 {width}"] = mixture(name, "noisy_topk", sizes, 1, inputs=[-1])
+            found[f"{FAMILIES[1]}, {width} units"] = mixture(name, "noisy_topk", sizes, 1, inputs=[-1])
         routed = max(4, min(width // 4, 128))
-        for experts, top_k in ((16, 1), (32, 2)):
+        for family, experts, top_k in ((FAMILIES[2], 16, 1), (FAMILIES[3], 32, 2)):
             shared, sizes = width - routed - gate(experts), [routed // top_k] * experts
             if shared > 0:
-                found[f"shared + top-{top_k} of {experts} {width}"] = mixture(
-                    name, "noisy_topk", sizes, top_k, shared=shared, inputs=[-1]
-                )
+                mixed = mixture(name, "noisy_topk", sizes, top_k, shared=shared, inputs=[-1])
+                found[f"{family}, {width} units"] = mixed
     return found
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.study_heads import family_and_width, is_mixture
+
 
 def paired_interval(
     values: list[float], others: list[float], confidence: float = 0.95
@@ -119,3 +121,23 @@ def _interval(paired: tuple[float, float | None, float | None] | None) -> str:
 def _percent(row: dict[str, Any], name: str) -> str:
     deviation = row[f"{name}_deviation"]
     return f"{100 * row[name]:.2f}" + ("" if deviation is None else f" ± {100 * deviation:.2f}")
+
+
+def best(chosen: dict[str, dict]) -> dict[str, str]:
+    """The dense head and the router of the highest validation macro-F1; none where one of them is missing."""
+    scores = {name: choice["validation"] for name, choice in chosen.items()}
+    dense = {name: score for name, score in scores.items() if name.startswith("dense")}
+    routers = {name: score for name, score in scores.items() if is_mixture(chosen[name]["head"])}
+    if not dense or not routers:
+        return {}
+    return {"dense": max(dense, key=dense.get), "router": max(routers, key=routers.get)}
+
+
+def preferred(chosen: dict[str, dict]) -> set[str]:
+    """Of the mixtures of each width the one of the highest validation macro-F1."""
+    best: dict[int, str] = {}
+    for method, choice in chosen.items():
+        family, width = family_and_width(method)
+        if family != "dense" and choice["validation"] > chosen.get(best.get(width), {"validation": 0})["validation"]:
+            best[width] = method
+    return set(best.values())

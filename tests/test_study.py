@@ -8,6 +8,7 @@ from study_helpers import telling_features
 from benchmarks import study
 from benchmarks.study_curve import draw_curve
 from benchmarks.study_heads import (
+    FAMILIES,
     Features,
     Job,
     build,
@@ -71,7 +72,7 @@ def test_mixtures_of_the_curve_cost_what_the_dense_head_does(groups, width):
     costs = {n: flops_of(build(h, wide, 0.0), wide) for n, h in width_methods([width], groups).items()}
     assert len(costs) == (4 if width <= 512 else 3)
     # By hand: 2 * width * (inputs + classes). A gate costs a whole number of units, and little is left over.
-    assert costs.pop(f"dense {width}") == 2 * width * (size + 4)
+    assert costs.pop(f"dense, {width} units") == 2 * width * (size + 4)
     assert all(2 * (width - 2) * (size + 4) <= cost <= 2 * width * (size + 4) for cost in costs.values()), costs
 
 
@@ -115,7 +116,11 @@ def test_the_study_runs_to_its_end_and_goes_on_where_it_was(tmp_path, capsys):
     words += ["--data.max_per_class", "20"]
     study.main(words)
     first = capsys.readouterr().out
-    assert "all routed, top-1 8" in first and "one pair" in first and (tmp_path / "study_widths_tiny.png").is_file()
+    assert (
+        "all routed, top-1 of 8, 8 units" in first
+        and "one pair" in first
+        and (tmp_path / "study_widths_tiny.png").is_file()
+    )
     (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
     done = (folder / "runs.jsonl").read_text()
     study.main(words)
@@ -142,9 +147,18 @@ def test_validation_chooses_who_gets_more_seeds():
 
 
 def test_the_curve_is_drawn(tmp_path):
-    def row(method, score):
-        paired = {} if method.startswith("dense") else {"paired": (0.001, -0.002, 0.004)}
+    def row(method, score, ends):
+        paired = {} if method.startswith("dense") else {"paired": (0.001, *ends)}
         return {"method": method, "seeds": 3, "macro_f1": score, "macro_f1_deviation": 0.002, **paired}
 
-    found = [row(f"{family} {width}", 0.8) for family in ("dense", "shared", "alone") for width in (16, 32)]
-    assert draw_curve(found[:-1], tmp_path / "curve.png").stat().st_size > 10_000
+    found = [row(f"{family}, {width} units", 0.8, (-0.002, 0.004)) for family in FAMILIES[:3] for width in (16, 32)]
+    found.append(row(f"{FAMILIES[3]}, 32 units", 0.7, (None, None)))  # one pair
+    assert draw_curve(found[:-2], {f"{FAMILIES[1]}, 16 units"}, tmp_path / "some.png").stat().st_size > 10_000
+    assert draw_curve(found, (), tmp_path / "all.png").stat().st_size > 10_000
+
+
+def test_validation_prefers_a_mixture_at_each_width():
+    scores = {"dense, 16 units": 0.9, f"{FAMILIES[1]}, 16 units": 0.7, f"{FAMILIES[2]}, 16 units": 0.8}
+    scores[f"{FAMILIES[1]}, 32 units"] = 0.6
+    found = study.preferred({method: {"validation": score} for method, score in scores.items()})
+    assert found == {f"{FAMILIES[2]}, 16 units", f"{FAMILIES[1]}, 32 units"}
