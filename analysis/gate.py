@@ -1,7 +1,8 @@
 """How sure the gate is of its choice: entropy, and the samples near the routing boundary.
 
-The gate's clean logits logits_NE, of N samples and E experts, are compared with the flat list of assignments
-(`analysis.routing`), so that any rule that chooses by them, and any number of experts a sample, reads alike.
+The gate's clean logits at its temperature, logits_NE, of N samples and E experts, are compared with the flat list of
+assignments (`analysis.routing`), so that any rule that chooses by them, and any number of experts a sample, reads
+alike.
 """
 
 from __future__ import annotations

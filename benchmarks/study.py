@@ -53,6 +53,7 @@ from model.backbone import load_backbone
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDTHS = [16, 32, 64, 128, 256, 512, 2048, 4096]
+TINY = {"width": 8, "widths": [8, 64], "workers": 2, "seeds": 2, "more_seeds": 3, "epochs": 2}
 SECTIONS = ("--data.", "--augment.", "--backbone.", "--features.")
 SELECTION_SEED = 1000
 
@@ -107,13 +108,14 @@ def main(argv: list[str] | None = None) -> None:
 
 def arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """The study's options, and those for the configuration. Raises errors.UserError for others."""
-    parser = Parser("study", __doc__, seconds=1500)
+    parser = Parser("study", __doc__, seconds=1500, tiny=TINY)
     parser.allow_abbrev = False
-    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="default: all")
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="default: all of them")
     parser.add_argument("--width", type=int, default=256, help="hidden units of an expert of `routers` (default 256)")
-    parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS, help="active hidden units of `widths`")
+    words = " ".join(map(str, WIDTHS))
+    parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS, help=f"units of `widths` (default {words})")
     parser.add_argument("--seeds", type=int, default=10, help="runs of each method (default 10)")
-    parser.add_argument("--more-seeds", type=int, default=30, help="of the best router and the best dense head")
+    parser.add_argument("--more-seeds", type=int, default=30, help="of the best router and dense head (default 30)")
     parser.add_argument("--epochs", type=int, default=24, help="of each run (default 24)")
     parser.add_argument("--workers", type=int, default=6, help="processes that train at once (default 6)")
     parser.add_argument("--heads", type=int, default=10, help="heads that each of them trains in one pass (default 10)")
@@ -121,10 +123,6 @@ def arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     for word in rest:
         if word.startswith("-") and not word.startswith(SECTIONS):
             parser.error(f"{word} is not an option of the study, whose heads have their own settings")
-    if options.tiny:
-        options.width, options.workers = 8, min(2, options.workers)
-        options.widths = [8, 64] if options.widths == WIDTHS else options.widths
-        options.seeds, options.more_seeds, options.epochs = min(2, options.seeds), 3, 2
     return options, rest
 
 

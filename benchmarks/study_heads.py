@@ -144,7 +144,7 @@ def token_methods(width: int, features: Features) -> dict[str, dict[str, Any]]:
 
 
 FAMILIES = ("dense", "all routed, top-1 of 8", "shared + top-1 of 16", "shared + top-2 of 32")
-"""Of `width_methods`, each with a head of every width."""
+"""Of `width_methods`, each with a head of every width that leaves room for it."""
 
 
 def family_and_width(method: str) -> tuple[str, int]:

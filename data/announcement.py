@@ -1,6 +1,7 @@
 """What features weigh and where they go: said before they are made, and refused where there is no room for them."""
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,14 +39,14 @@ class Announcement:
             return
         what += f"; {self.views - self.missing} of {self.views} in {cache.folder}"
         needed = self.size * self.missing
-        if needed:
+        if needed or self.later:
             what += f", {gigabytes(needed)} to be written there"
             what += f", and {gigabytes(self.later)} of other splits" if self.later else ""
             what += f" ({gigabytes(cache.free())} free)"
         print(what, flush=True)
         if needed + self.later:
             advice = "choose another --features.cache_dir, or null to keep them in memory only"
-            advice += ", or lower --features.views" if self.views > 1 else ""
+            advice += ", or lower --features.views" if self.missing > 1 else ""
             cache.require_space(needed + self.later, advice)
 
     @property
@@ -73,16 +74,20 @@ class Announcement:
             )
 
 
-def available_memory() -> int | None:
+def available_memory(root: Path = Path("/")) -> int | None:
     """Bytes of host memory that can be taken without swapping, as Linux estimates them; elsewhere all there are.
 
-    None where it cannot be told.
+    At most what a container (control groups, version 2) has left. None where it cannot be told.
     """
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return 1024 * int(line.split()[1])
-    except (OSError, ValueError, IndexError):
-        pass
-    names = ("SC_PAGE_SIZE", "SC_PHYS_PAGES")
-    return os.sysconf(names[0]) * os.sysconf(names[1]) if hasattr(os, "sysconf") else None
+    names, found = ("SC_PAGE_SIZE", "SC_PHYS_PAGES"), []
+    with suppress(OSError, ValueError, IndexError):
+        lines = (root / "proc/meminfo").read_text().splitlines()
+        found += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    if not found and hasattr(os, "sysconf"):
+        found = [os.sysconf(names[0]) * os.sysconf(names[1])]
+    with suppress(OSError, ValueError, KeyError):  # there, and a number, where a limit is set
+        group = root / "sys/fs/cgroup"
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        parts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        found.append(max(0, limit - used + int(parts["inactive_file"])))  # of files, which can be dropped
+    return min(found, default=None)

@@ -119,10 +119,10 @@ class FeatureCache:
             return None
 
     def _remove_abandoned(self, path: Path) -> None:
-        """Remove what a killed process has left of this file: a minute old, lest another is about to lock its own."""
+        """Remove what a killed process has left of this file: a day old, for a disk whose locks do not work."""
         for left in self.folder.glob(f".{path.name}.*.partial"):
             with suppress(OSError):
-                if time.time() - left.stat().st_mtime > 60:
+                if time.time() - left.stat().st_mtime > 86400:
                     _delete(left, dry_run=False)
 
     def commit(self, draft: "Draft") -> None:

@@ -92,7 +92,7 @@ class Config:
         if self.balance.load > 0 and (silent or not rule.has_load):
             raise ValueError(
                 f"balance.load needs noise on the logits, which router.kind {self.router.kind} does not have here: "
-                f"set it to 0, or {'router.noise_std above it' if silent else 'router.kind noisy_topk'}"
+                f"set it to 0, or {'router.noise_std above 0' if silent else 'router.kind noisy_topk'}"
             )
         if self.balance.z_loss > 0 and (rule.reads_tokens or not rule.learns):
             raise ValueError(f"balance.z_loss has no logits to act on with router.kind {self.router.kind}: set it to 0")

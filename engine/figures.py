@@ -25,8 +25,8 @@ MAP_NUMBERS = 50_000_000  # and at most so many features of them in memory
 MAP_NAMES = 20  # classes that are named there
 
 CAPTIONS = {
-    "training_curves": "Losses and scores by epoch. The star is the epoch whose weights were kept. Training has dropout "
-    "and smoothed labels, where they are on, and so a higher loss than validation.",
+    "training_curves": "Losses and scores by epoch. The star is the epoch whose weights were kept. Training has "
+    "dropout and smoothed labels, where they are on, and so a higher loss than validation.",
     "expert_by_class": "How the assignments of each class are spread over the experts; a column sums to 100 %.",
     "expert_load": "Load: share of the assignments. Importance: share of the gate's weight.",
     "expert_load_one_batch": f"The same for the first {BATCH} test images alone: how even a single batch is.",

@@ -41,7 +41,9 @@ def build_bank(config: Config, splits: Splits, backbone: Backbone, device: torch
     """The features of `splits` under `backbone`, kept where config.features says."""
     features = config.features
     views = min(features.views, config.train.epochs) if config.augment.active else 1
-    views_run = views if features.mode == "cached" else config.train.epochs
+    # Not the views that a short run comes to: a longer one is to find its features.
+    views_kept = features.views if config.augment.active else 1
+    views_run = views_kept if features.mode == "cached" else config.train.epochs
     images = views_run * len(splits.train) + len(splits.validation) + len(splits.test)
     compiled = worth_compiling(features.compile, images, device)
     cache, source = None, {}

@@ -33,7 +33,7 @@ class Predictions:
     """A model's answers on N samples, in the order of the split, and its routing as a flat list of A assignments.
 
     logits_NC: float32. labels_N, sample_A, expert_A: int64. weight_A: float32 gate weights. gate_NE: float32, the
-    router's clean logits. removals: where they were asked for and there are two experts or more.
+    router's clean logits at its temperature. removals: where they were asked for and there are two experts or more.
     """
 
     logits_NC: np.ndarray

@@ -75,8 +75,8 @@ def load_loss(routing: Routing) -> Tensor:
 def switch_balance(probs_BE: Tensor, counts_E: Tensor, target_E: Tensor | None = None) -> Tensor:
     """Load-balancing loss of Switch Transformers (Fedus 2021, eq. 4-6), for any k; 1.0 at perfect balance.
 
-    probs_BE: softmax of the clean router logits. counts_E: samples sent to each expert before any capacity
-    drop; carries no gradient. Load is counted as a share of all assignments, so that k does not matter.
+    probs_BE: softmax of the clean router logits at their temperature. counts_E: samples sent to each expert before any
+    capacity drop; carries no gradient. Load is counted as a share of all assignments, so that k does not matter.
     target_E: the load to aim at instead of 1 / E each: sum_i share_i * probability_i / t_i, 1.0 where both are the
     target.
     """

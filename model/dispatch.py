@@ -18,7 +18,7 @@ from model.routers import Routing
 # Set by benchmarks/dispatch.py on an H200; the ways are within its noise of one another near these numbers. Samples
 # times the experts' parameters up to which every expert on every sample takes no longer than the launches of any other
 # way, and for experts of one shape in a CUDA graph than its kernels; and samples an expert sees from which experts of
-# one shape, and of several, are faster one after the other than grouped.
+# one shape, and of several, are faster one after the other than grouped. engine/graph.py captures the dense way alone.
 DENSE_WORK, DENSE_WORK_IN_A_GRAPH = 400_000_000_000, 80_000_000_000
 SORTED_EQUAL_FROM, SORTED_FROM = 16_384, 2048
 

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from benchmarks import dispatch, extraction, recipe, scaling, step, time_to_accuracy
+from benchmarks import dispatch, extraction, recipe, scaling, step, study, time_to_accuracy
 from benchmarks.common import Failure, Timing, attempt, table, timed
 from benchmarks.layers import Shape, contestants
 from engine.config import parse_command_line
@@ -127,7 +127,7 @@ def test_tiny_leaves_what_was_given_as_it_is(tmp_path):
     assert (ours.train.epochs, ours.router.warmup_steps) == (4, 2)
 
 
-@pytest.mark.parametrize("benchmark", [dispatch, extraction, recipe, scaling, step, time_to_accuracy])
+@pytest.mark.parametrize("benchmark", [dispatch, extraction, recipe, scaling, step, study, time_to_accuracy])
 def test_help_explains_every_option_and_its_default(benchmark, capsys):
     with pytest.raises(SystemExit):
         benchmark.main(["--tiny", "--help"])

@@ -83,7 +83,9 @@ def test_compiling_must_repay_itself():
     assert worth_compiling("always", 1, CPU) and not worth_compiling("never", 10**8, gpu)
 
 
-def test_hours_on_a_cpu_are_said_before_they_begin(tmp_path, capsys):
+def test_hours_on_a_cpu_are_said_before_they_begin(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+
     def said(flops, **options):
         features = bank(**options)
         warn_of_hours(features, flops, epochs=3)
@@ -92,8 +94,11 @@ def test_hours_on_a_cpu_are_said_before_they_begin(tmp_path, capsys):
     # 2 views of 40 images, 10 of validation and 12 of test; live, 3 epochs of 40 + 10, and 12.
     assert said(HOURS / 102) == ""
     assert said(HOURS / 101).startswith("warning: 102 images, each view counted,")
-    assert "or --config configs/cifar100_cpu.yaml, or fewer --features.views" in said(HOURS)
-    assert "or --config configs/cifar100_cpu.yaml\n" in said(HOURS, augment=False, views=1)
+    assert "configs/cifar100_cpu.yaml), or fewer --features.views" in said(HOURS)
+    assert "configs/cifar100_cpu.yaml)\n" in said(HOURS, augment=False, views=1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    assert said(HOURS / 101) == ""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     live = said(HOURS, mode="live")
     assert "162 images" in live and "--features.mode cached" in live
     cache = FeatureCache(tmp_path)

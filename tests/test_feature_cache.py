@@ -195,7 +195,7 @@ def test_what_a_killed_process_left_is_removed_and_what_another_writes_is_not(tm
     for partial in (left, fresh):
         partial.write_bytes(b"half")
     for partial in (left, writing.temporary):
-        os.utime(partial, (time.time() - 100,) * 2)
+        os.utime(partial, (time.time() - 90_000,) * 2)
     other = FeatureCache(tmp_path).draft(KEY, (500, 3), torch.float16)
     assert not left.exists() and fresh.exists() and writing.temporary.exists()
     other.discard()

@@ -103,10 +103,23 @@ def test_features_that_host_memory_cannot_take_are_refused_before_they_are_extra
     calls = []
     with pytest.raises(EnvironmentFault, match="need 8 kB of host memory, of which 7 kB are available: lower --feat"):
         everything(bank(calls=calls))
-    assert calls == []
+    assert calls == [] and "kept in host memory" in capsys.readouterr().out
     everything(bank(memory=Memory(free=8_000)))  # a GPU takes one of the two views
     everything(bank(FeatureCache(tmp_path)))  # and a disk takes all
-    assert "kept in host memory" in capsys.readouterr().out
+    assert "as far as 1 of them fit" in capsys.readouterr().out
+
+
+def test_the_host_memory_of_a_container_is_what_its_limit_leaves(tmp_path):
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc" / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable: 4000 kB\n")
+    assert available_memory(tmp_path) == 4_096_000
+    group = tmp_path / "sys" / "fs" / "cgroup"
+    group.mkdir(parents=True)
+    (group / "memory.current").write_text("1300000\n")
+    (group / "memory.stat").write_text("anon 900000\ninactive_file 300000\n")
+    for limit, expected in (("max", 4_096_000), ("3000000", 2_000_000), ("9000000", 4_096_000), ("500", 0)):
+        (group / "memory.max").write_text(limit + "\n")
+        assert available_memory(tmp_path) == expected
 
 
 def test_the_host_memory_that_is_available_is_between_none_and_all_of_it():

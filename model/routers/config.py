@@ -117,8 +117,9 @@ class RouterConfig:
         """What has been set to no effect, a line each: options of other rules, or of capacities without any."""
         defaults = {option.name: option.default for option in fields(self)}
         found = []
-        if self.capacity_order == "priority" and self.capacity_factor is None:
-            found.append("router.capacity_order priority does nothing without router.capacity_factor")
+        if self.capacity_order == "priority" and (self.capacity_factor is None or self.kind == "expert_choice"):
+            there = "without router.capacity_factor" if self.capacity_factor is None else f"under {self.kind}"
+            found.append(f"router.capacity_order priority does nothing {there}")
         return found + [
             f"router.{name} {getattr(self, name)} does nothing under router.kind {self.kind}: only "
             f"{' and '.join(kinds)} {'reads' if len(kinds) == 1 else 'read'} it"

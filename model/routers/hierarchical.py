@@ -89,7 +89,8 @@ class HierarchicalRouter(TokenChoiceRouter):
 
     def _tempered(self, logits_BE: Tensor) -> Tensor:
         group_BG, expert_BGM = self._levels(logits_BE)
-        return self._join(group_BG / self.temperature, expert_BGM / self.temperature)
+        least = torch.finfo(logits_BE.dtype).min / 4
+        return self._join(*((level / self.temperature).clamp_min(least) for level in (group_BG, expert_BGM)))
 
     def _choose(self, ranked_BE: Tensor) -> Tensor:
         group_BG, expert_BGM = self._levels(ranked_BE)

@@ -90,8 +90,9 @@ class TokenChoiceRouter(GatedRouter):
         wanted_BK = torch.ones_like(expert_BK, dtype=torch.bool) if wanted_BK is None else wanted_BK
         capacity_E = expert_capacity(batch, k * self.capacity_factor, self.target_E)
         # Probabilities, never logits, which do not compare between samples.
-        gate_BE = self._tempered(logits_BE.detach()).softmax(dim=-1)
-        priority_B = gate_BE.amax(dim=-1) if self.prioritised else None
+        priority_B = None
+        if self.prioritised:
+            priority_B = self._tempered(logits_BE.detach()).softmax(dim=-1).amax(dim=-1)
         expert_BR, weight_BR, spare_BS = expert_BK, weight_BK, None
         if self.overflow == "next_best":
             order_BE = ranked_BE.argsort(dim=-1, descending=True, stable=True)
