@@ -41,6 +41,11 @@ class Parser(arguments.Parser):
         self.add_argument("--tiny", action="store_true", help="a rehearsal: what is not given is tiny")
         self.tiny = tiny or {}
 
+    def add_numbers(self, name: str, default: list[int], what: str) -> None:
+        """An option of several whole numbers, whose help ends with the default."""
+        shown = f"{what} (default {' '.join(map(str, default))})"
+        self.add_argument(name, type=int, nargs="+", default=default, metavar="N", help=shown)
+
     def parse_known_args(self, args=None, namespace=None):
         options, rest = super().parse_known_args(args, namespace)
         if options.tiny:

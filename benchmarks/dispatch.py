@@ -40,13 +40,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--features", type=int, default=4608, help="numbers a sample (default 4608)")
     parser.add_argument("--hidden", type=int, default=2048, help="hidden units of an expert, on average (default 2048)")
     parser.add_argument("--classes", type=int, default=100, help="numbers an expert gives (default 100)")
-    for name, default, what in (
-        ("--batch", [256, 1024, 4096, 16384, 65536], "samples at once"),
-        ("--experts", [4, 16, 64], "experts of a layer"),
-        ("--top-k", [1, 2, 4], "experts of a sample"),
-    ):
-        shown = f"{what}, each in turn (default {' '.join(map(str, default))})"
-        parser.add_argument(name, type=int, nargs="+", default=default, metavar="N", help=shown)
+    parser.add_numbers("--batch", [256, 1024, 4096, 16384, 65536], "samples at once, each in turn")
+    parser.add_numbers("--experts", [4, 16, 64], "experts of a layer, each in turn")
+    parser.add_numbers("--top-k", [1, 2, 4], "experts of a sample, each in turn")
     options = parser.parse_args(argv)
     device = start(options)
     where = environment(device)

@@ -50,13 +50,10 @@ def main(argv: list[str] | None = None) -> None:
     """Measure the three sweeps, print one table, write the JSON."""
     parser = Parser("scaling", __doc__, seconds=90, tiny=TINY)
     parser.add_argument("--batch", type=int, default=1024, help="samples a step (default 1024)")
-    for name, default, what in (
-        ("--samples", [10_000, 100_000, 1_000_000], "samples that are stored"),
-        ("--experts", [4, 16, 64, 256], "experts of the head"),
-        ("--features", [1536, 4608, 36_864, 151_296], "numbers a sample"),
-    ):
-        shown = f"{what}; the first while the other two vary (default {' '.join(map(str, default))})"
-        parser.add_argument(name, type=int, nargs="+", default=default, metavar="N", help=shown)
+    others = "the first while the other two vary"
+    parser.add_numbers("--samples", [10_000, 100_000, 1_000_000], f"samples that are stored; {others}")
+    parser.add_numbers("--experts", [4, 16, 64, 256], f"experts of the head; {others}")
+    parser.add_numbers("--features", [1536, 4608, 36_864, 151_296], f"numbers a sample; {others}")
     options = parser.parse_args(argv)
     if options.batch > min(options.samples):
         raise UserError(f"--batch {options.batch} is larger than the {min(options.samples)} of --samples: lower it")

@@ -112,8 +112,7 @@ def arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.allow_abbrev = False
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="default: all of them")
     parser.add_argument("--width", type=int, default=256, help="hidden units of an expert of `routers` (default 256)")
-    words = " ".join(map(str, WIDTHS))
-    parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS, help=f"units of `widths` (default {words})")
+    parser.add_numbers("--widths", WIDTHS, "units of `widths`")
     parser.add_argument("--seeds", type=int, default=10, help="runs of each method (default 10)")
     parser.add_argument("--more-seeds", type=int, default=30, help="of the best router and dense head (default 30)")
     parser.add_argument("--epochs", type=int, default=24, help="of each run (default 24)")

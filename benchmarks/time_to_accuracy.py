@@ -1,6 +1,6 @@
 """Seconds from uint8 arrays in memory to a test macro-F1: our recipe, the same with a live backbone, the article's.
 
-python -m benchmarks.time_to_accuracy --data.root DATA --backbone.weights FILE        about 300 s on a GPU
+python -m benchmarks.time_to_accuracy --data.root DATA --backbone.weights FILE        two epochs of the article
 python -m benchmarks.time_to_accuracy --article-epochs 7 --seconds 900                until the article is at its best
 python -m benchmarks.time_to_accuracy --tiny                                          a rehearsal on a CPU, with digits
 

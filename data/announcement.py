@@ -1,15 +1,13 @@
 """What features weigh and where they go: said before they are made, and refused where there is no room for them."""
 
-import os
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from data.feature_cache import FeatureCache
 from data.feature_file import gigabytes
 from errors import EnvironmentFault
+from memory import available_memory
 
 
 @dataclass(frozen=True)
@@ -72,22 +70,3 @@ class Announcement:
                 f"the features need {gigabytes(needed)} of host memory, of which {gigabytes(available)} are available: "
                 f"{lower}keep them on disk with --features.cache_dir DIR, or nowhere with --features.mode live"
             )
-
-
-def available_memory(root: Path = Path("/")) -> int | None:
-    """Bytes of host memory that can be taken without swapping, as Linux estimates them; elsewhere all there are.
-
-    At most what a container (control groups, version 2) has left. None where it cannot be told.
-    """
-    names, found = ("SC_PAGE_SIZE", "SC_PHYS_PAGES"), []
-    with suppress(OSError, ValueError, IndexError):
-        lines = (root / "proc/meminfo").read_text().splitlines()
-        found += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
-    if not found and hasattr(os, "sysconf"):
-        found = [os.sysconf(names[0]) * os.sysconf(names[1])]
-    with suppress(OSError, ValueError, KeyError):  # there, and a number, where a limit is set
-        group = root / "sys/fs/cgroup"
-        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
-        parts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        found.append(max(0, limit - used + int(parts["inactive_file"])))  # of files, which can be dropped
-    return min(found, default=None)

@@ -14,20 +14,9 @@ import yaml
 from analysis import plots
 from engine.config import flatten
 from engine.figures import save_figure
-from engine.run_folder import RunFolder, write_atomically, write_json
+from engine.run_folder import INCIDENTAL, RunFolder, write_atomically, write_json
 from errors import UserError, one_line
 
-# Where a run lies, what it ran on and how often it was saved: not what it is.
-INCIDENTAL = {
-    "run_dir",
-    "tracking",
-    "device",
-    "data.root",
-    "data.download",
-    "backbone.weights",
-    "features.cache_dir",
-    "train.save_every",
-}
 WIDE = 6  # runs up to which each has a column of the printed table; of more, each has a row
 CELL = 40  # letters of a printed value of the configuration
 

@@ -1,7 +1,5 @@
 """From a configuration to its parts: device, features, model, and the trainer of them."""
 
-import math
-import os
 import re
 from typing import Any
 
@@ -17,6 +15,7 @@ from engine.run_folder import RunFolder
 from engine.tracking import Tracker
 from engine.trainer import Trainer
 from errors import EnvironmentFault, UserError, one_line
+from memory import installed_memory
 from model.backbone import Backbone
 from model.classifier import VisionMoE
 
@@ -72,8 +71,8 @@ def build_model(config: Config, feature_shape: tuple[int, ...], num_classes: int
             parameters = sum(value.numel() for value in VisionMoE(*parts).parameters())
     except (ValueError, RuntimeError, TypeError, OverflowError) as error:
         raise UserError(f"this model cannot be built: {one_line(error)}") from error
-    present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
-    if 4 * parameters > present:
+    present = installed_memory()
+    if present is not None and 4 * parameters > present:
         raise EnvironmentFault(
             f"the weights of this model need {4 * parameters / 1e9:,.0f} GB, the machine has {present / 1e9:,.0f} GB: "
             "use fewer or smaller experts.sizes, or a pooled neck"

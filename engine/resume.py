@@ -6,25 +6,17 @@ import torch
 
 from engine.checkpoint import RESUMABLE, load_checkpoint, previous, require_like
 from engine.config import Config, Invocation, flatten
-from engine.run_folder import RunFolder
+from engine.run_folder import INCIDENTAL, RunFolder
 from errors import UserError, one_line, say, warn
 
 # What a resumed run may change: the rest would make it another experiment, or a torn one.
-CHANGEABLE = {
-    "run_dir",
-    "tracking",
-    "device",
-    "data.root",
-    "data.download",
-    "backbone.weights",
+CHANGEABLE = INCIDENTAL | {
     "features.batch_size",
-    "features.cache_dir",
     "features.compile",
     "experts.dispatch",
     "train.epochs",
     "train.graph",
     "train.patience",
-    "train.save_every",
 }
 
 

@@ -16,6 +16,18 @@ from safetensors import SafetensorError
 from errors import EnvironmentFault, UserError, one_line
 from locks import try_lock
 
+# Where a run lies, what it ran on and how often it was saved: not what it is.
+INCIDENTAL = {
+    "run_dir",
+    "tracking",
+    "device",
+    "data.root",
+    "data.download",
+    "backbone.weights",
+    "features.cache_dir",
+    "train.save_every",
+}
+
 
 @dataclass(frozen=True)
 class RunFolder:

@@ -6,12 +6,12 @@ import pytest
 import torch
 from feature_helpers import SPLITS, Memory, bank, everything
 
-from data.announcement import available_memory
 from data.augment import AugmentConfig
 from data.feature_cache import FeatureCache
 from data.features import FeatureBank, FeaturesConfig
 from data.placement import fetch_ahead
 from errors import EnvironmentFault
+from memory import available_memory
 
 CPU = torch.device("cpu")
 

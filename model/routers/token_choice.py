@@ -95,14 +95,17 @@ class TokenChoiceRouter(GatedRouter):
             priority_B = self._tempered(logits_BE.detach()).softmax(dim=-1).amax(dim=-1)
         expert_BR, weight_BR, spare_BS = expert_BK, weight_BK, None
         if self.overflow == "next_best":
+            # In the order of preference whatever the sample does not ask for; a choice not kept may be among it.
             order_BE = ranked_BE.argsort(dim=-1, descending=True, stable=True)
-            expert_BR = torch.cat([expert_BK, expert_BK, _without(order_BE, expert_BK)], dim=-1)
-            # The best of the others may be a choice that the rule did not keep.
-            spare_BS = F.pad(~wanted_BK, (0, expert_BR.shape[1] - 2 * k), value=True)
+            expert_BR = torch.cat([expert_BK, order_BE], dim=-1)
+            spare_BS = ~torch.zeros_like(ranked_BE, dtype=torch.bool).scatter(1, expert_BK, wanted_BK).gather(
+                1, order_BE
+            )
         placed_BR = place(expert_BR, wanted_BK, capacity_E, priority_B, spare_BS)
         if self.overflow == "next_best":
-            unwanted_BK = ~wanted_BK & ~placed_BR[:, k : 2 * k]
-            unwanted_BR = F.pad(unwanted_BK, (0, expert_BR.shape[1] - k))
+            spared_BE = torch.zeros_like(ranked_BE, dtype=torch.bool).scatter(1, order_BE, placed_BR[:, k:])
+            unwanted_BK = ~wanted_BK & ~spared_BE.gather(1, expert_BK)
+            unwanted_BR = F.pad(unwanted_BK, (0, order_BE.shape[1]))
             weight_BR = self._weights(scores_BE, expert_BR, placed_BR | unwanted_BR)
         asked_E = torch.zeros_like(self.target_E, dtype=torch.int64)
         asked_E.scatter_add_(0, expert_BK.flatten(), wanted_BK.flatten().long())
@@ -128,9 +131,3 @@ class TokenChoiceRouter(GatedRouter):
         if self.bias_rate and routing.learned:
             demand_E = routing.demand_E.float()
             self.bias_E += self.bias_rate * (self.target_E * demand_E.sum() - demand_E).sign()
-
-
-def _without(order_BE: Tensor, expert_BK: Tensor) -> Tensor:
-    """The rest of each row of expert indices, in its order, once the chosen ones are taken out: (B, E - k)."""
-    taken_BE = torch.zeros_like(order_BE, dtype=torch.bool).scatter_(1, expert_BK, True).gather(1, order_BE)
-    return order_BE.gather(1, taken_BE.long().argsort(dim=-1, stable=True))[:, : order_BE.shape[1] - expert_BK.shape[1]]

@@ -1,0 +1,31 @@
+"""How much memory this machine has, and how much of it can be taken."""
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+
+def installed_memory() -> int | None:
+    """Bytes of host memory; None where it cannot be told."""
+    if not hasattr(os, "sysconf"):
+        return None
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def available_memory(root: Path = Path("/")) -> int | None:
+    """Bytes of host memory that can be taken without swapping, as Linux estimates them; elsewhere all there are.
+
+    At most what a container (control groups, version 2) has left. None where it cannot be told.
+    """
+    found = []
+    with suppress(OSError, ValueError, IndexError):
+        lines = (root / "proc/meminfo").read_text().splitlines()
+        found += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    if not found and (installed := installed_memory()) is not None:
+        found.append(installed)
+    with suppress(OSError, ValueError, KeyError):  # there, and a number, where a limit is set
+        group = root / "sys/fs/cgroup"
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        parts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        found.append(max(0, limit - used + int(parts["inactive_file"])))  # of files, which can be dropped
+    return min(found, default=None)
