@@ -26,10 +26,9 @@ from benchmarks.common import (
     timed,
     write,
 )
-from benchmarks.layers import Shape, contestants, ours
+from benchmarks.layers import GRAPH, Shape, contestants, ours
 from errors import exit_code_of
 
-GRAPH = "ours: CUDA graph"
 TINY = {"features": 32, "hidden": 16, "classes": 10, "batch": [16, 64], "experts": [4, 8], "top_k": [1, 2]}
 UNEQUAL = (0.25, 0.5, 1.0, 2.25)  # times the hidden units of equal experts: the mean is 1
 
@@ -73,8 +72,6 @@ def measure(options, device: torch.device, rate: float) -> list[dict]:
     rows = []
     for kind, shape in shapes:
         layers = [(name, attempt(make)) for name, make in contestants(shape, device)]
-        if device.type == "cuda":
-            layers.append((GRAPH, layers[0][1]))
         for batch in options.batch:
             results = {name: _time(name, layer, shape, batch, device, each) for name, layer in layers}
             flops = active_flops(shape, batch)
@@ -130,14 +127,10 @@ def _step(module, forward, x_BD: torch.Tensor):
 
 
 def _captured(run, module, x_BD: torch.Tensor):
-    """The step as a CUDA graph, in which the way of dispatch is one that never waits."""
+    """The step as a CUDA graph."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for how in ("grouped", "dense"):
-            module.how = how
-            attempt(run)
-        module.how = "auto"
         run()
     torch.cuda.current_stream().wait_stream(side)
     module.zero_grad(set_to_none=True)

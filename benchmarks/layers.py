@@ -11,6 +11,7 @@ from model.experts import ExpertsConfig
 from model.moe import MixtureOfExperts
 from model.routers import RouterConfig
 
+GRAPH = "ours: CUDA graph"
 GROUP = 1024  # samples that the libraries with a dispatch tensor route together: it grows with their square
 
 
@@ -48,12 +49,15 @@ def ours(shape: Shape, how: str = "auto") -> MixtureOfExperts:
 def contestants(shape: Shape, device: torch.device) -> Iterator[tuple[str, Callable[[], Layer]]]:
     """Name and maker of each layer; a maker raises where its library is missing or cannot do this shape.
 
+    GRAPH dispatches as the steps do that train.py captures, and is for the caller to capture.
     Where a library's layer returns as many numbers as it takes, its hidden layers are sized for equal FLOPs.
     """
     with torch.device(device):
         layer = ours(shape)
     for how in ("auto", *WAYS):
         yield f"ours: {how}", lambda how=how: (layer, _forced(layer, how))
+    if device.type == "cuda":
+        yield GRAPH, lambda: (layer, _forced(layer, "static"))
     yield "article loop", lambda: (layer, lambda x_BD: article_loop(layer.experts, x_BD, *_gate(layer, x_BD)))
     yield "dense oracle", lambda: (layer, lambda x_BD: dense_oracle(layer, x_BD))
     yield "mixture-of-experts", lambda: mixture_of_experts(shape, device)

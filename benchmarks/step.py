@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     labels_N = torch.randint(CLASSES, (samples,), device=device)
     rows = []
     for name, parts, how in contestants(config):
-        # A captured step dispatches the dense way whatever it is told.
+        # What train.py captures: not a way that waits, nor one that may not have its kernel.
         graphs = (False, True) if device.type == "cuda" and how in ("dense", "auto") else (False,)
         for captured in graphs:
             run = attempt(

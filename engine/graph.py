@@ -70,14 +70,15 @@ class Captured:
 class GraphedStep:
     """A TrainingStep on a GPU whose batches of `batch_size` samples replay a CUDA graph.
 
-    Smaller batches run as they are. All of them dispatch the dense way, so that a run that is resumed draws the same
-    random numbers whichever of its steps are captured. The tensors of a result are overwritten by the next step: add
-    them up first.
+    Smaller batches run as they are. Captured or not, steps of one size dispatch in the same way, so that a run that is
+    resumed draws the same random numbers whichever of its steps are captured. The tensors of a result are overwritten
+    by the next step: add them up first.
     """
 
     def __init__(self, step: TrainingStep, batch_size: int):
         self.step, self.batch_size = step, batch_size
-        step.model.moe.how = "dense"
+        if step.model.moe.how == "auto":
+            step.model.moe.how = "static"
         self.captured = Captured(step.device)
         self.features: Tensor | None = None
         self.labels_B: Tensor | None = None

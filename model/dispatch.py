@@ -18,7 +18,7 @@ from model.routers import Routing
 # Set by benchmarks/dispatch.py on an H200; the ways are within its noise of one another near these numbers. Samples
 # times the experts' parameters up to which every expert on every sample takes no longer than the launches of any other
 # way, and for experts of one shape in a CUDA graph than its kernels; and samples an expert sees from which experts of
-# one shape, and of several, are faster one after the other than grouped. engine/graph.py captures the dense way alone.
+# one shape, and of several, are faster one after the other than grouped.
 DENSE_WORK, DENSE_WORK_IN_A_GRAPH = 400_000_000_000, 80_000_000_000
 SORTED_EQUAL_FROM, SORTED_FROM = 16_384, 2048
 
@@ -26,37 +26,36 @@ SORTED_EQUAL_FROM, SORTED_FROM = 16_384, 2048
 def dispatch(x_BD: Tensor, routing: Routing, experts: Experts, how: str = "auto") -> tuple[Tensor, Tensor]:
     """Run the experts on the samples assigned to them, in autocast's number format where that is on.
 
-    how: sorted, grouped, dense, or auto. Returns (outputs (A, C), order_A): row i of the outputs belongs to
-    assignment order_A[i] of the routing. An expert without samples does not run when sorted, and has a gradient of
-    zero otherwise.
+    how: sorted, grouped, dense, auto, or static: the way that suits a CUDA graph. Returns (outputs (A, C), order_A):
+    row i of the outputs belongs to assignment order_A[i] of the routing. An expert without samples does not run when
+    sorted, and has a gradient of zero otherwise.
     """
     device = x_BD.device.type
     if torch.is_autocast_enabled(device):
         x_BD = x_BD.to(torch.get_autocast_dtype(device))
-    if how == "auto":
-        how = choose(len(routing.sample_A), experts, x_BD)
+    if how in ("auto", "static"):
+        how = choose(len(routing.sample_A), experts, x_BD, static=how == "static")
     with torch.autocast(device, enabled=False):
         return WAYS[how](x_BD, routing, experts)
 
 
-def choose(assignments: int, experts: Experts, x_BD: Tensor) -> str:
-    """The way for so many assignments on this device; inside a CUDA graph one that never waits."""
+def choose(assignments: int, experts: Experts, x_BD: Tensor, static: bool = False) -> str:
+    """The way for so many assignments on this device; static: one that never waits, and whose launches cost nothing."""
     samples, shapes = x_BD.shape[0], len(experts.groups)
     if assignments == samples * len(experts):
         return "dense"
     if not x_BD.is_cuda:
-        return "sorted"
-    capturing = torch.cuda.is_current_stream_capturing()
-    bound = DENSE_WORK_IN_A_GRAPH if capturing and shapes == 1 else DENSE_WORK
+        return "dense" if static else "sorted"
+    bound = DENSE_WORK_IN_A_GRAPH if static and shapes == 1 else DENSE_WORK
     if samples * experts.num_parameters <= bound:
         return "dense"
     if has_kernel(x_BD) and fits(experts) and experts.read_all(x_BD.shape[1]):
         # Each shape gets as many rows as it can have at most.
         rows = sum(min(assignments, samples * len(group)) for group in experts.groups)
         few = assignments < (SORTED_EQUAL_FROM if shapes == 1 else SORTED_FROM) * len(experts)
-        if (capturing or few) and (shapes == 1 or 2 * rows <= samples * len(experts)):
+        if (static or few) and (shapes == 1 or 2 * rows <= samples * len(experts)):
             return "grouped"
-    return "dense" if capturing else "sorted"
+    return "dense" if static else "sorted"
 
 
 def run_sorted(x_BD: Tensor, routing: Routing, experts: Experts) -> tuple[Tensor, Tensor]:

@@ -211,7 +211,7 @@ class OnGpu:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "top_k", "work", "capturing", "kernel_there", "expected"),
+    ("sizes", "top_k", "work", "static", "kernel_there", "expected"),
     [
         (EQUAL, 1, 1e18, False, True, "dense"),  # little work
         (UNEQUAL, 2, 1e18, True, True, "dense"),
@@ -228,15 +228,15 @@ class OnGpu:
         ([[8], [16]], 1, 0, False, True, "sorted"),
     ],
 )
-def test_the_way_follows_size_and_device(monkeypatch, sizes, top_k, work, capturing, kernel_there, expected):
+def test_the_way_follows_size_and_device(monkeypatch, sizes, top_k, work, static, kernel_there, expected):
     experts = build_experts(ExpertsConfig(sizes=sizes), 8, 5)[0]
     if top_k < len(sizes):
-        assert choose(2 * top_k, experts, torch.randn(2, 8)) == "sorted"  # a CPU has nothing to wait for
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+        on_cpu = choose(2 * top_k, experts, torch.randn(2, 8), static)
+        assert on_cpu == ("dense" if static else "sorted")  # a CPU has nothing to wait for
     monkeypatch.setattr(module, "has_kernel", lambda x_BD: kernel_there)
     for name in ("DENSE_WORK", "DENSE_WORK_IN_A_GRAPH"):
         monkeypatch.setattr(module, name, work)
-    assert choose(1000 * top_k, experts, OnGpu()) == expected
+    assert choose(1000 * top_k, experts, OnGpu(), static) == expected
 
 
 def test_in_a_graph_equal_experts_are_grouped_from_less_work_on(monkeypatch):
@@ -245,16 +245,13 @@ def test_in_a_graph_equal_experts_are_grouped_from_less_work_on(monkeypatch):
     found = []
     for sizes in ([[8]] * 16, [[8], [16]] * 8):
         experts = build_experts(ExpertsConfig(sizes=sizes), 8, 5)[0]
-        for capturing in (False, True):
-            monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
-            found.append(choose(1000, experts, OnGpu()))
+        found += [choose(1000, experts, OnGpu(), static) for static in (False, True)]
     assert found == ["dense", "grouped", "dense", "dense"]
 
 
 @pytest.mark.parametrize(("sizes", "many"), [([[8], [16]] * 8, 100_000), ([[8]] * 16, 300_000)])
 def test_experts_that_see_many_samples_run_one_after_the_other(monkeypatch, sizes, many):
     experts = build_experts(ExpertsConfig(sizes=sizes), 8, 5)[0]
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(module, "has_kernel", lambda x_BD: True)
     monkeypatch.setattr(module, "DENSE_WORK", 0)
     found = []

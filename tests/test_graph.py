@@ -11,6 +11,7 @@ from engine.optim import OptimConfig, build_optimizer, set_learning_rate
 from engine.pipeline import pick_device
 from engine.step import TrainingStep
 from errors import UserError
+from model import dispatch
 from model.balance import BalanceConfig
 from model.classifier import NeckConfig, VisionMoE
 from model.experts import ExpertsConfig
@@ -113,7 +114,7 @@ def test_a_graphed_step_reads_every_whole_batch_from_the_same_place(monkeypatch)
         assert torch.equal(features, batch[0]) and torch.equal(labels_B, batch[1])
     places = [place for place, *_ in step.read]
     assert places[0] == places[2] != places[1]
-    assert step.model.moe.how == "dense"
+    assert step.model.moe.how == "static"
 
 
 @ON_GPU
@@ -140,6 +141,25 @@ def test_captured_steps_train_as_steps_do(kind):
     assert graphed == pytest.approx(losses, rel=1e-4)
     for name, value in weights.items():
         assert torch.allclose(value.float(), graphed_weights[name].float(), rtol=1e-3, atol=1e-5), name
+
+
+@ON_GPU
+def test_captured_steps_group_many_experts_and_train_as_steps_do(monkeypatch):
+    used = []
+    monkeypatch.setattr(dispatch, "DENSE_WORK_IN_A_GRAPH", 0)
+    monkeypatch.setitem(dispatch.WAYS, "grouped", lambda *args: used.append("grouped") or dispatch.run_grouped(*args))
+    x_BF, labels_B = torch.randn(64, 24, device="cuda"), torch.randint(5, (64,), device="cuda")
+    losses = []
+    for captured in (False, True):
+        torch.manual_seed(0)
+        experts = ExpertsConfig(sizes=[[16]] * 8, dropout=0.0, dispatch="auto" if captured else "sorted")
+        head = VisionMoE((24,), 5, NeckConfig(), RouterConfig(kind="mixtral"), experts).to("cuda").train()
+        optimizer = build_optimizer(head, OptimConfig())
+        step = TrainingStep(head, optimizer, BalanceConfig(), 0.1, 1.0, "bfloat16")
+        run = GraphedStep(step, 64) if captured else step
+        losses.append([float(run(x_BF, labels_B, warmup=False).loss) for _ in range(12)])
+    assert used == ["grouped"] * (EAGER_STEPS + 1)
+    assert losses[1] == pytest.approx(losses[0], rel=2e-2) and losses[1][-1] < losses[1][0]
 
 
 @pytest.mark.parametrize(("name", "index"), [("cuda:1", 1), ("cuda", 0), ("auto", 0)])
