@@ -182,7 +182,12 @@ def table(columns: list[str], rows: list[list[Any]]) -> str:
 
 def write(options: argparse.Namespace, name: str, where: dict[str, Any], **values: Any) -> None:
     """Write the figures as JSON beside the others, and say where."""
+    print(f"\nwritten to {save(options, name, where, **values)}")
+
+
+def save(options: argparse.Namespace, name: str, where: dict[str, Any], **values: Any) -> Path:
+    """Write the figures as JSON beside the others. Returns the path."""
     path = options.out / f"{name}{'_tiny' if options.tiny else ''}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**where, **values}, indent=1, default=vars) + "\n")
-    print(f"\nwritten to {path}")
+    return path

@@ -14,13 +14,14 @@ from torch.nn import functional as F
 from model.experts import Experts
 from model.grouped import GroupedExperts, after_first, fits, has_kernel, joined
 from model.routers import Routing
+from model.rows import gather, inverse, pick
 
 # Set by benchmarks/dispatch.py on an H200; the ways are within its noise of one another near these numbers. Samples
 # times the experts' parameters up to which every expert on every sample takes no longer than the launches of any other
-# way, and for experts of one shape in a CUDA graph than its kernels; and samples an expert sees from which experts of
-# one shape, and of several, are faster one after the other than grouped.
-DENSE_WORK, DENSE_WORK_IN_A_GRAPH = 400_000_000_000, 80_000_000_000
-SORTED_EQUAL_FROM, SORTED_FROM = 16_384, 2048
+# way, or in a CUDA graph than their kernels; and samples an expert sees from which one after the other is faster than
+# grouped. For experts of one shape, and of several.
+DENSE_WORK, DENSE_WORK_IN_A_GRAPH = (400_000_000_000, 700_000_000_000), (20_000_000_000, 100_000_000_000)
+SORTED_FROM = 16_384, 4096
 
 
 def dispatch(x_BD: Tensor, routing: Routing, experts: Experts, how: str = "auto") -> tuple[Tensor, Tensor]:
@@ -41,59 +42,29 @@ def dispatch(x_BD: Tensor, routing: Routing, experts: Experts, how: str = "auto"
 
 def choose(assignments: int, experts: Experts, x_BD: Tensor, static: bool = False) -> str:
     """The way for so many assignments on this device; static: one that never waits, and whose launches cost nothing."""
-    samples, shapes = x_BD.shape[0], len(experts.groups)
+    samples, several = x_BD.shape[0], len(experts.groups) > 1
     if assignments == samples * len(experts):
         return "dense"
     if not x_BD.is_cuda:
         return "dense" if static else "sorted"
-    bound = DENSE_WORK_IN_A_GRAPH if static and shapes == 1 else DENSE_WORK
-    if samples * experts.num_parameters <= bound:
+    if samples * experts.num_parameters <= (DENSE_WORK_IN_A_GRAPH if static else DENSE_WORK)[several]:
         return "dense"
-    if has_kernel(x_BD) and fits(experts) and experts.read_all(x_BD.shape[1]):
-        # Each shape gets as many rows as it can have at most.
-        rows = sum(min(assignments, samples * len(group)) for group in experts.groups)
-        few = assignments < (SORTED_EQUAL_FROM if shapes == 1 else SORTED_FROM) * len(experts)
-        if (static or few) and (shapes == 1 or 2 * rows <= samples * len(experts)):
-            return "grouped"
+    shared = 2 * len(experts.groups) <= len(experts)  # shapes, on average by two experts or more
+    few = assignments < SORTED_FROM[several] * len(experts)
+    if (static or (shared and few)) and has_kernel(x_BD) and fits(experts) and experts.read_all(x_BD.shape[1]):
+        return "grouped"
     return "dense" if static else "sorted"
 
 
 def run_sorted(x_BD: Tensor, routing: Routing, experts: Experts) -> tuple[Tensor, Tensor]:
     """One expert after the other, each once and on just its samples; one without samples does not run."""
     order_A = torch.argsort(routing.expert_A, stable=True)
-    sorted_AD = _gather(x_BD, routing, order_A)
+    sorted_AD = gather(x_BD, routing.sample_A.index_select(0, order_A), inverse(order_A), routing)
     # The sizes of the slices must be known to the host: the one place a step waits for the device.
     counts = routing.counts_E.tolist()
     slices = sorted_AD.split(counts)
     outputs = [expert(part) for expert, part, count in zip(experts, slices, counts, strict=True) if count]
     return torch.cat(outputs), order_A
-
-
-def _gather(x_BD: Tensor, routing: Routing, order_A: Tensor) -> Tensor:
-    """What each assignment reads, (A, D), in the order given."""
-    if routing.top_k is None:
-        return x_BD.index_select(0, routing.sample_A.index_select(0, order_A))
-    return _Gather.apply(x_BD, order_A, routing.top_k)
-
-
-class _Gather(torch.autograd.Function):
-    """Assignment a reads sample a // k. Its gradient is gathered as well, and summed over the k assignments of a
-    sample: adding them up one by one, as PyTorch's own does, takes atomic additions and is in no fixed order."""
-
-    @staticmethod
-    def forward(ctx, x_BD: Tensor, order_A: Tensor, top_k: int) -> Tensor:
-        ctx.save_for_backward(order_A)
-        ctx.top_k = top_k
-        return x_BD.index_select(0, order_A // top_k)
-
-    @staticmethod
-    def backward(ctx, grad_AD: Tensor):
-        (order_A,) = ctx.saved_tensors
-        place_A = torch.empty_like(order_A).scatter_(0, order_A, torch.arange(len(order_A), device=order_A.device))
-        if ctx.top_k == 1:
-            return grad_AD.index_select(0, place_A), None, None
-        place_BK = place_A.view(-1, ctx.top_k)
-        return F.embedding_bag(place_BK, grad_AD.contiguous(), mode="sum"), None, None
 
 
 def run_dense(x_BD: Tensor, routing: Routing, experts: Experts) -> tuple[Tensor, Tensor]:
@@ -107,12 +78,12 @@ def run_dense(x_BD: Tensor, routing: Routing, experts: Experts) -> tuple[Tensor,
     placed = [expert for members in shapes for expert in members]
     if not experts.read_all(x_BD.shape[1]):
         outputs_EBC = torch.stack([expert(x_BD) for expert in placed])
-        return outputs_EBC.flatten(0, 1).index_select(0, row_A), order_A
+        return pick(outputs_EBC.flatten(0, 1), row_A), order_A
     weight_HD, bias_H = (joined([getattr(expert[0], n) for expert in placed], x_BD.dtype) for n in ("weight", "bias"))
     widths = [len(members) * members[0][0].out_features for members in shapes]
     hidden = F.linear(x_BD, weight_HD, bias_H).split(widths, dim=1)
     outputs_EBC = torch.cat([after_first(members, h_BH) for members, h_BH in zip(shapes, hidden, strict=True)])
-    return outputs_EBC.flatten(0, 1).index_select(0, row_A), order_A
+    return pick(outputs_EBC.flatten(0, 1), row_A), order_A
 
 
 def run_grouped(x_BD: Tensor, routing: Routing, experts: Experts) -> tuple[Tensor, Tensor]:
@@ -122,33 +93,34 @@ def run_grouped(x_BD: Tensor, routing: Routing, experts: Experts) -> tuple[Tenso
     """
     if not experts.read_all(x_BD.shape[1]):
         return run_dense(x_BD, routing, experts)
-    groups, device = experts.groups, x_BD.device
-    rank_E, expert_E = experts.rank_E, experts.expert_E
-    key_A = rank_E.index_select(0, routing.expert_A)
+    groups = experts.groups
+    key_A = experts.rank_E.index_select(0, routing.expert_A)
     order_A = torch.argsort(key_A, stable=True)
-    sorted_key_A = key_A.index_select(0, order_A)
-    ends_E = routing.counts_E.index_select(0, expert_E).cumsum(0)
+    sorted_key_A, sample_A = key_A.index_select(0, order_A), routing.sample_A.index_select(0, order_A)
+    ends_E = routing.counts_E.index_select(0, experts.expert_E).cumsum(0)
     if len(groups) == 1:
-        return GroupedExperts(list(experts))(_gather(x_BD, routing, order_A), ends_E, sorted_key_A), order_A
-    sample_A = routing.sample_A.index_select(0, order_A)
-    position_A = torch.arange(len(order_A), device=device)
-    outputs, row_A = [], torch.zeros_like(position_A)
-    first = before = 0
+        rows_AD = gather(x_BD, sample_A, inverse(order_A), routing)
+        return GroupedExperts(list(experts))(rows_AD, ends_E, sorted_key_A), order_A
+    position_A = torch.arange(len(order_A), device=x_BD.device)
+    row_A = torch.zeros_like(position_A)
+    windows, first, before = [], 0, 0
     for group in groups:
         last = first + len(group)
         start = ends_E[first - 1] if first else ends_E.new_zeros(())
-        # As many rows as the group can have at most; those that it does not have are masked.
+        # As many rows as the group can have at most; what comes out of those that it does not have is not read.
         most = min(len(order_A), len(x_BD) * len(group))
         taken_R = (position_A[:most] + start).clamp_max(len(order_A) - 1)
-        valid_R1 = (position_A[:most] < ends_E[last - 1] - start)[:, None]
         key_R = (sorted_key_A.index_select(0, taken_R) - first).clamp(0, len(group) - 1)
-        rows_RD = x_BD.index_select(0, sample_A.index_select(0, taken_R))
-        members = [experts[e] for e in group]
-        outputs.append(GroupedExperts(members)(rows_RD, ends_E[first:last] - start, key_R, valid_R1))
+        windows.append((taken_R, ends_E[first:last] - start, key_R))
         mine_A = (sorted_key_A >= first) & (sorted_key_A < last)
         row_A = torch.where(mine_A, position_A - start + before, row_A)
         first, before = last, before + most
-    return torch.cat(outputs).index_select(0, row_A), order_A
+    taken, ends, keys = zip(*windows, strict=True)
+    row_A = torch.empty_like(row_A).scatter_(0, order_A, row_A)  # in the order of the routing
+    rows = gather(x_BD, sample_A.index_select(0, torch.cat(taken)), row_A, routing).split([len(t) for t in taken])
+    members = [GroupedExperts([experts[e] for e in group]) for group in groups]
+    outputs = [run(*window) for run, *window in zip(members, rows, ends, keys, strict=True)]
+    return pick(torch.cat(outputs), row_A), position_A
 
 
 WAYS = {"sorted": run_sorted, "grouped": run_grouped, "dense": run_dense}

@@ -44,21 +44,19 @@ def after_first(experts: list[Expert], h_BN: Tensor) -> Tensor:
 class GroupedExperts:
     """G experts of one shape: rows sorted by expert (R, D) -> outputs (R, C).
 
-    Called with ends_G, where each expert's rows end (int64, on the device); key_R, the expert of each row in
-    [0, G); and valid_R1, False for rows behind the last end, which get zeros (None: there are none).
+    Called with ends_G, where each expert's rows end (int64, on the device), and key_R, the expert of each row in
+    [0, G). What comes out of rows behind the last end may be any number, as may their gradients: not to be read.
     """
 
     def __init__(self, experts: list[Expert]):
         self.experts = experts
 
-    def __call__(self, h_RD: Tensor, ends_G: Tensor, key_R: Tensor, valid_R1: Tensor | None = None) -> Tensor:
+    def __call__(self, h_RD: Tensor, ends_G: Tensor, key_R: Tensor) -> Tensor:
         kernel = has_kernel(h_RD) and fits(self.experts)
-        if valid_R1 is not None:
-            h_RD = torch.where(valid_R1, h_RD, 0)
         ends_G = ends_G.to(torch.int32)
         for layers in zip(*self.experts, strict=True):
             if isinstance(layers[0], nn.Linear):
-                h_RD = self._linear(layers, h_RD, ends_G, kernel, valid_R1)
+                h_RD = self._linear(layers, h_RD, ends_G, kernel)
                 h_RD = h_RD + _rows(_stack(layers, "bias", h_RD), key_R, ends_G, kernel)
             elif isinstance(layers[0], nn.LayerNorm):
                 h_RD = F.layer_norm(h_RD, h_RD.shape[1:], eps=layers[0].eps)
@@ -71,17 +69,14 @@ class GroupedExperts:
         return h_RD
 
     @staticmethod
-    def _linear(layers, h_RD: Tensor, ends_G: Tensor, kernel: bool, valid_R1: Tensor | None) -> Tensor:
+    def _linear(layers, h_RD: Tensor, ends_G: Tensor, kernel: bool) -> Tensor:
         weight_GND = _stack(layers, "weight", h_RD)
         if not kernel:
             return _one_by_one(h_RD, weight_GND, ends_G)
         width = weight_GND.shape[1]
         if width % ALIGNMENT:
             weight_GND = F.pad(weight_GND, (0, 0, 0, -width % ALIGNMENT))
-        out_RN = F.grouped_mm(h_RD, weight_GND.transpose(1, 2), offs=ends_G)
-        if valid_R1 is not None:  # the kernel leaves these rows, and their gradients, as it found them
-            out_RN = torch.where(valid_R1, out_RN, 0)
-        return out_RN[:, :width]
+        return F.grouped_mm(h_RD, weight_GND.transpose(1, 2), offs=ends_G)[:, :width]
 
 
 def _stack(layers, name: str, like: Tensor) -> Tensor:
@@ -122,9 +117,10 @@ def _one_by_one(h_RD: Tensor, weight_GND: Tensor, ends_G: Tensor) -> Tensor:
 
 def _rows(table_GN: Tensor, key_R: Tensor, ends_G: Tensor, kernel: bool) -> Tensor:
     """table_GN[key_R], whose gradient is summed by a grouped product where there is one: rows come in order."""
-    if kernel and table_GN.shape[1] % ALIGNMENT == 0:
-        return _SortedRows.apply(table_GN, key_R, ends_G)
-    return table_GN.index_select(0, key_R)
+    if not kernel:
+        return table_GN.index_select(0, key_R)
+    width = table_GN.shape[1]
+    return _SortedRows.apply(F.pad(table_GN, (0, -width % ALIGNMENT)), key_R, ends_G)[:, :width]
 
 
 class _SortedRows(torch.autograd.Function):

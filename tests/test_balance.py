@@ -196,7 +196,7 @@ def test_minimising_a_balance_loss_evens_the_load(name):
     torch.manual_seed(0)
     router = build_router(RouterConfig(kind="noisy_topk", top_k=1), 8, 4).train()
     with torch.no_grad():
-        router.gate.bias.copy_(torch.tensor([4.0, 0.0, 0.0, 0.0]))
+        router.gate.bias.copy_(torch.tensor([2.0, 0.0, 0.0, 0.0]))
     config = BalanceConfig(**{"switch": 0.0, name: 1.0})
     optimizer = torch.optim.Adam(router.parameters(), lr=0.05)
     x = torch.randn(256, 8)

@@ -123,8 +123,15 @@ def test_tiny_leaves_what_was_given_as_it_is(tmp_path):
     assert read(tmp_path, "scaling")["batch"] == scaling.TINY["batch"]
     options, rest = time_to_accuracy.arguments(["--tiny", "--repeats", "5", "--train.epochs", "4", "--device", "cpu"])
     assert (options.repeats, options.live_epochs, options.article_epochs) == (5, 1, 1)
-    ours, _ = time_to_accuracy.configurations(options, rest)
-    assert (ours.train.epochs, ours.router.warmup_steps) == (4, 2)
+    recipes, _ = time_to_accuracy.configurations(options, rest)
+    assert (recipes["ours"].train.epochs, recipes["ours"].router.warmup_steps) == (4, 2)
+    options, rest = time_to_accuracy.arguments(["--train.seed", "3"])
+    recipes, _ = time_to_accuracy.configurations(options, rest)
+    assert list(recipes) == ["ours, cifar100.yaml", "ours, cifar100_fast.yaml"]
+    assert all(recipe.train.seed == 3 for recipe in recipes.values())
+    options, rest = time_to_accuracy.arguments(["--config=configs/cifar100_fast.yaml"])
+    recipes, _ = time_to_accuracy.configurations(options, rest)
+    assert recipes["ours"].train.epochs == 8
 
 
 @pytest.mark.parametrize("benchmark", [dispatch, extraction, recipe, scaling, step, study, time_to_accuracy])

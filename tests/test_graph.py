@@ -146,7 +146,7 @@ def test_captured_steps_train_as_steps_do(kind):
 @ON_GPU
 def test_captured_steps_group_many_experts_and_train_as_steps_do(monkeypatch):
     used = []
-    monkeypatch.setattr(dispatch, "DENSE_WORK_IN_A_GRAPH", 0)
+    monkeypatch.setattr(dispatch, "DENSE_WORK_IN_A_GRAPH", (0, 0))
     monkeypatch.setitem(dispatch.WAYS, "grouped", lambda *args: used.append("grouped") or dispatch.run_grouped(*args))
     x_BF, labels_B = torch.randn(64, 24, device="cuda"), torch.randint(5, (64,), device="cuda")
     losses = []

@@ -183,10 +183,10 @@ class GatedRouter(Router):
         """
         with torch.autocast(x_BD.device.type, enabled=False):
             hidden_BH = self.trunk(self._perturb(x_BD.float()))
-            logits_BE = self._logits(hidden_BH)
+            logits_BE, sigma_BE = self._logits(hidden_BH, noisy=self.training and not warmup)
             if allowed_E is not None:
                 logits_BE = logits_BE.masked_fill(~allowed_E, -math.inf)
-            routing = self._route_at_random(logits_BE) if warmup else self._route(logits_BE, hidden_BH)
+            routing = self._route_at_random(logits_BE) if warmup else self._route(logits_BE, sigma_BE)
             if self.temperature != 1:
                 routing.tempered_BE = self._tempered(logits_BE)
         routing.target_E, routing.work_E = self.target_E, self.work_E
@@ -195,16 +195,17 @@ class GatedRouter(Router):
     def _perturb(self, x_BD: Tensor) -> Tensor:
         return x_BD
 
-    def _logits(self, hidden_BH: Tensor) -> Tensor:
-        return self.gate(hidden_BH)
+    def _logits(self, hidden_BH: Tensor, noisy: bool) -> tuple[Tensor, Tensor | None]:
+        """Clean logits, and the standard deviation of learned noise where that is to be added and the rule has it."""
+        return self.gate(hidden_BH), None
 
     def _tempered(self, logits_BE: Tensor) -> Tensor:
         """Logits whose softmax the gate is."""
         return logits_BE / self.temperature
 
     @abstractmethod
-    def _route(self, logits_BE: Tensor, hidden_BH: Tensor) -> Routing:
-        """The rule: from clean logits (B, E), and the gate's last hidden layer (B, H), to a Routing."""
+    def _route(self, logits_BE: Tensor, sigma_BE: Tensor | None) -> Routing:
+        """The rule: from clean logits (B, E), and the deviation of learned noise (None: none), to a Routing."""
 
     def _route_at_random(self, logits_BE: Tensor) -> Routing:
         draw_BE = torch.rand_like(logits_BE).masked_fill(logits_BE == -math.inf, -1.0)

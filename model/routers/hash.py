@@ -30,8 +30,8 @@ class HashRouter(TokenChoiceRouter):
         return super().forward(x_BD, warmup=False, allowed_E=allowed_E)
 
     @torch.no_grad()
-    def _logits(self, hidden_BH: Tensor) -> Tensor:
-        return self.scale(hidden_BH @ self.projection_DE)
+    def _logits(self, hidden_BH: Tensor, noisy: bool) -> tuple[Tensor, None]:
+        return self.scale(hidden_BH @ self.projection_DE), None
 
     def _weights(self, scores_BE: Tensor, expert_BK: Tensor, placed_BK: Tensor | None = None) -> Tensor:
         allowed_BK = scores_BE.gather(-1, expert_BK).isfinite()

@@ -1,15 +1,13 @@
 """Hierarchical routing: groups of experts, then experts in them."""
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from model.routers.config import RouterConfig
-from model.routers.rules import load_probability
-from model.routers.token_choice import TokenChoiceRouter
+from model.routers.rules import LearnedNoiseRouter, load_probability
 
 
-class HierarchicalRouter(TokenChoiceRouter):
+class HierarchicalRouter(LearnedNoiseRouter):
     """A noisy gate chooses groups, and one for each group chooses experts in it (Shazeer 2017, appendix B).
 
     The experts form `groups` groups of equal number; `top_groups` groups see a sample, and top_k / top_groups
@@ -18,8 +16,6 @@ class HierarchicalRouter(TokenChoiceRouter):
     are joint: their softmax is P(group) P(expert | group), and their logsumexp, which the z-loss reads, that of the
     groups. A bias is added to the joint score and so moves both choices.
     """
-
-    has_load = True
 
     @classmethod
     def check(cls, config: RouterConfig, num_experts: int) -> None:
@@ -45,15 +41,15 @@ class HierarchicalRouter(TokenChoiceRouter):
     def _build_gate(self, width: int, config: RouterConfig) -> None:
         self.groups, self.top_groups = config.groups, config.top_groups
         self.top_within = config.top_k // config.top_groups
-        self.gate = nn.Linear(width, self.groups + self.num_experts)
-        self.noise = nn.Linear(width, self.groups + self.num_experts, bias=False)
-        for layer in (self.gate, self.noise):
-            nn.init.zeros_(layer.weight)
-        nn.init.zeros_(self.gate.bias)
+        super()._build_gate(width, config)
 
-    def _logits(self, hidden_BH: Tensor) -> Tensor:
-        group_BG, expert_BGM = self._split(self.gate(hidden_BH))
-        return self._join(group_BG, expert_BGM)
+    @property
+    def _outputs(self) -> int:
+        return self.groups + self.num_experts
+
+    def _logits(self, hidden_BH: Tensor, noisy: bool) -> tuple[Tensor, Tensor | None]:
+        values, sigma = super()._logits(hidden_BH, noisy)
+        return self._join(*self._split(values)), sigma
 
     def _split(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """What a layer gives for the groups and for the experts in each."""
@@ -70,10 +66,10 @@ class HierarchicalRouter(TokenChoiceRouter):
         expert_BGM = joint_BE.clamp_min(torch.finfo(joint_BE.dtype).min / 4).unflatten(1, (self.groups, -1))
         return expert_BGM.logsumexp(dim=-1), expert_BGM
 
-    def _scores(self, logits_BE: Tensor, hidden_BH: Tensor) -> tuple[Tensor, Tensor | None]:
-        if not self.training:
+    def _scores(self, logits_BE: Tensor, sigma: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if sigma is None:
             return logits_BE, None
-        levels, sigmas = self._levels(logits_BE), self._split(F.softplus(self.noise(hidden_BH)) + 1e-6)
+        levels, sigmas = self._levels(logits_BE), self._split(sigma)
         noisy = [clean + torch.randn_like(clean) * sigma for clean, sigma in zip(levels, sigmas, strict=True)]
         shifts = (0.0, 0.0)
         if self.bias_rate:  # a bias of the experts moves their group too

@@ -19,33 +19,51 @@ class ArticleRouter(TokenChoiceRouter):
         super()._build_gate(width, config)
         self.noise_std = 0.5 if config.noise_std is None else config.noise_std
 
-    def _scores(self, logits_BE: Tensor, hidden_BH: Tensor) -> tuple[Tensor, None]:
+    def _scores(self, logits_BE: Tensor, sigma_BE: None) -> tuple[Tensor, None]:
         if not self.training or self.noise_std == 0 or self.num_experts == 1:
             return logits_BE, None
         spread_B1 = logits_BE.detach().std(dim=-1, keepdim=True).clamp_min(1e-3)
         return logits_BE + torch.randn_like(logits_BE) * self.noise_std * spread_B1, None
 
 
-class NoisyTopKRouter(TokenChoiceRouter):
-    """Noisy top-k gating with learned noise (Shazeer 2017, "Outrageously large neural networks", eq. 3-5).
+class LearnedNoiseRouter(TokenChoiceRouter):
+    """A gate whose noise has a learned standard deviation, softplus(x W_noise) (Shazeer 2017, eq. 4).
 
-    H = x W_g + eps * softplus(x W_noise), eps ~ N(0, 1) at training time; softmax over the k largest of H.
     Both matrices start at zero, so that the first choices are even (ibid., appendix A).
     """
 
     has_load = True
 
     def _build_gate(self, width: int, config: RouterConfig) -> None:
-        super()._build_gate(width, config)
-        self.noise = nn.Linear(width, self.num_experts, bias=False)
+        self.gate = nn.Linear(width, self._outputs)
+        self.noise = nn.Linear(width, self._outputs, bias=False)
         for layer in (self.gate, self.noise):
             nn.init.zeros_(layer.weight)
         nn.init.zeros_(self.gate.bias)
 
-    def _scores(self, logits_BE: Tensor, hidden_BH: Tensor) -> tuple[Tensor, Tensor | None]:
-        if not self.training:
+    @property
+    def _outputs(self) -> int:
+        return self.num_experts
+
+    def _logits(self, hidden_BH: Tensor, noisy: bool) -> tuple[Tensor, Tensor | None]:
+        if not noisy:
+            return self.gate(hidden_BH), None
+        # As one product the two read the features once.
+        weight = torch.cat([self.gate.weight, self.noise.weight])
+        bias = torch.cat([self.gate.bias, torch.zeros_like(self.gate.bias)])
+        logits, noise = F.linear(hidden_BH, weight, bias).chunk(2, dim=1)
+        return logits, F.softplus(noise) + 1e-6
+
+
+class NoisyTopKRouter(LearnedNoiseRouter):
+    """Noisy top-k gating with learned noise (Shazeer 2017, "Outrageously large neural networks", eq. 3-5).
+
+    H = x W_g + eps * softplus(x W_noise), eps ~ N(0, 1) at training time; softmax over the k largest of H.
+    """
+
+    def _scores(self, logits_BE: Tensor, sigma_BE: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if sigma_BE is None:
             return logits_BE, None
-        sigma_BE = F.softplus(self.noise(hidden_BH)) + 1e-6
         noisy_BE = logits_BE + torch.randn_like(logits_BE) * sigma_BE
         return noisy_BE, load_probability(self._biased(logits_BE), self._biased(noisy_BE), sigma_BE, self.top_k)
 
@@ -71,15 +89,15 @@ class VMoERouter(SoftmaxFirstRouter):
         super()._build_gate(width, config)
         self.noise_std = 1 / self.num_experts if config.noise_std is None else config.noise_std
 
-    def _scores(self, logits_BE: Tensor, hidden_BH: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _scores(self, logits_BE: Tensor, sigma_BE: None) -> tuple[Tensor, Tensor | None]:
         if not self.training or self.noise_std == 0:
             return logits_BE, None
         noisy_BE = logits_BE + torch.randn_like(logits_BE) * self.noise_std
         sigma_BE = torch.full_like(logits_BE, self.noise_std, requires_grad=False)
         return noisy_BE, load_probability(self._biased(logits_BE), self._biased(noisy_BE), sigma_BE, self.top_k)
 
-    def _route(self, logits_BE: Tensor, hidden_BH: Tensor) -> Routing:
-        routing = super()._route(logits_BE, hidden_BH)
+    def _route(self, logits_BE: Tensor, sigma_BE: None) -> Routing:
+        routing = super()._route(logits_BE, sigma_BE)
         routing.gates_BE = self._tempered(logits_BE).softmax(dim=-1)
         return routing
 
@@ -143,7 +161,7 @@ class DeepSeekRouter(TokenChoiceRouter):
         super()._build_gate(width, config)
         self.sigmoid = config.scores == "sigmoid"
 
-    def _scores(self, logits_BE: Tensor, hidden_BH: Tensor) -> tuple[Tensor, None]:
+    def _scores(self, logits_BE: Tensor, sigma_BE: None) -> tuple[Tensor, None]:
         logits_BE = logits_BE / self.temperature
         return (logits_BE.sigmoid() if self.sigmoid else logits_BE.softmax(dim=-1)), None
 

@@ -37,7 +37,7 @@ class TokenChoiceRouter(GatedRouter):
     def static_shapes(self) -> bool:
         return self.capacity_factor is None and type(self)._wanted is TokenChoiceRouter._wanted
 
-    def _scores(self, logits_BE: Tensor, hidden_BH: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _scores(self, logits_BE: Tensor, sigma_BE: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """What is ranked, noise included, and load_BE where the rule has it."""
         return logits_BE, None
 
@@ -67,8 +67,8 @@ class TokenChoiceRouter(GatedRouter):
         """Which of the choices the rule keeps (None: all)."""
         return None
 
-    def _route(self, logits_BE: Tensor, hidden_BH: Tensor) -> Routing:
-        scores_BE, load_BE = self._scores(logits_BE, hidden_BH)
+    def _route(self, logits_BE: Tensor, sigma_BE: Tensor | None) -> Routing:
+        scores_BE, load_BE = self._scores(logits_BE, sigma_BE)
         ranked_BE = scores_BE
         if self.bias_rate:
             # A barred expert's score is finite under some rules, and the bias could lift it over the others.

@@ -1,0 +1,56 @@
+"""Rows of samples on their way to experts and back: copies whose gradients are copies too.
+
+PyTorch's own gradient of a selection adds up row by row, atomically, which is slow and in no fixed order: a selection
+may name a row twice. These know which of their rows count, and how often.
+"""
+
+import torch
+from torch import Tensor
+
+from model.routers import Routing
+
+
+def gather(x_BD: Tensor, sample_R: Tensor, row_A: Tensor, routing: Routing) -> Tensor:
+    """x_BD[sample_R], (R, D). row_A: which of these rows assignment a reads; the gradients of others are not."""
+    return _Gather.apply(x_BD, sample_R, row_A, routing.sample_A, routing.top_k)
+
+
+def pick(rows_RC: Tensor, row_A: Tensor) -> Tensor:
+    """rows_RC[row_A], (A, C), where row_A names no row twice."""
+    return _Pick.apply(rows_RC, row_A)
+
+
+def inverse(order_A: Tensor) -> Tensor:
+    """Where each number of a permutation stands."""
+    return torch.empty_like(order_A).scatter_(0, order_A, torch.arange(len(order_A), device=order_A.device))
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_BD: Tensor, sample_R: Tensor, row_A: Tensor, sample_A: Tensor, top_k: int | None) -> Tensor:
+        ctx.save_for_backward(row_A, sample_A)
+        ctx.samples, ctx.top_k = len(x_BD), top_k
+        return x_BD.index_select(0, sample_R)
+
+    @staticmethod
+    def backward(ctx, grad_RD: Tensor):
+        row_A, sample_A = ctx.saved_tensors
+        grad_AD = grad_RD.index_select(0, row_A)
+        if ctx.top_k is None:
+            grad_BD = grad_AD.new_zeros(ctx.samples, grad_AD.shape[1]).index_add_(0, sample_A, grad_AD)
+        else:  # assignment a is of sample a // k
+            grad_BD = grad_AD if ctx.top_k == 1 else grad_AD.unflatten(0, (ctx.samples, ctx.top_k)).sum(1)
+        return grad_BD, None, None, None, None
+
+
+class _Pick(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows_RC: Tensor, row_A: Tensor) -> Tensor:
+        ctx.save_for_backward(row_A)
+        ctx.rows = len(rows_RC)
+        return rows_RC.index_select(0, row_A)
+
+    @staticmethod
+    def backward(ctx, grad_AC: Tensor):
+        (row_A,) = ctx.saved_tensors
+        return grad_AC.new_zeros(ctx.rows, grad_AC.shape[1]).index_copy_(0, row_A, grad_AC), None
