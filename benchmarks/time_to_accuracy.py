@@ -190,6 +190,7 @@ def as_written(config: Config, splits: Splits, device: torch.device, options: ar
         seconds += time.perf_counter() - began
         whole = done / len(data)
         curve.append({"epoch": epoch - 1 + whole, "seconds": seconds, "macro_f1": _test(model, splits, device)})
+        print(f"article: {_points(curve[-1:])}", file=sys.stderr, flush=True)
         if whole < 1:
             break
         began = time.perf_counter()
@@ -220,10 +221,14 @@ def _line(name: str, runs: list) -> list[str]:
 
 def _curve(run: dict) -> str:
     if "curve" in run:
-        points = (f"{p['epoch']:.3g} epochs {p['seconds']:.0f} s {100 * p['macro_f1']:.2f} %" for p in run["curve"])
-        return "; ".join(points)
+        return _points(run["curve"])
     epochs = run["epoch_seconds"]
     return f"best epoch {run['best_epoch']}; first epoch {epochs[0]:.2f} s, last {epochs[-1]:.2f} s of {len(epochs)}"
+
+
+def _points(curve: list[dict]) -> str:
+    points = (f"{p['epoch']:.3g} epochs {p['seconds']:.0f} s {100 * p['macro_f1']:.2f} %" for p in curve)
+    return "; ".join(points)
 
 
 def goal(runs: dict[str, list]) -> list[str]:
