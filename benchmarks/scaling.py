@@ -5,9 +5,9 @@ python -m benchmarks.scaling --tiny     a rehearsal on a CPU
 
 A step is forward, backward, clipping and AdamW of the default kind of head on stored float16 features, bfloat16 on a
 GPU, as a CUDA graph where train.py would make one; samples are repeated to make more of them. The limit is the largest
-of three parts of a step: the matrix products that it does (of all experts in a graph) at the measured matrix rate, the
-traffic of weights, gradients and optimizer state at the measured memory rate, and the rest: launches, the wait of the
-dispatch, norms and activations.
+of three parts of a step: the matrix products that it does (of all experts where it dispatches the dense way) at the
+measured matrix rate, the traffic of weights, gradients and optimizer state at the measured memory rate, and the rest:
+launches, the wait of the dispatch, norms and activations.
 """
 
 import sys
@@ -35,6 +35,7 @@ from engine.summary import parameters
 from errors import UserError, exit_code_of
 from model.balance import BalanceConfig
 from model.classifier import NeckConfig, VisionMoE
+from model.dispatch import choose
 from model.experts import ExpertsConfig
 from model.routers import RouterConfig
 
@@ -69,7 +70,16 @@ def main(argv: list[str] | None = None) -> None:
         row = {"sweep": sweep, "samples": samples, "experts": experts, "features": features}
         run = attempt(lambda cell=(samples, experts, features): measure(*cell, options, device, each))
         rows.append(row | ({"failure": run.reason} if isinstance(run, Failure) else limits(run, matrices, memory)))
-    columns = ["samples", "experts", "features", "ms a step (range)", "s an epoch", "stored", "peak memory", "limit"]
+    columns = [
+        "samples",
+        "experts",
+        "features",
+        "ms a step (range), dispatch",
+        "s an epoch",
+        "stored",
+        "peak memory",
+        "limit",
+    ]
     print(table(columns, [_line(row) for row in rows]))
     write(options, "scaling", where, matrix_rate=matrices, memory_rate=memory, batch=options.batch, rows=rows)
 
@@ -100,7 +110,12 @@ def measure(samples: int, experts: int, features: int, options, device: torch.de
     timing = timed(on_batches(train, stored_NF, labels_N, options.batch), device, seconds, warm=4, most=300)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     per_expert = sum(parameters(expert) for expert in model.moe.experts) / experts
-    used = parameters(model) - (0 if captured else per_expert * (experts - 2))
+    # What dispatch sees: features in autocast's number format.
+    x_BD = torch.empty(
+        options.batch, features, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32
+    )
+    way = choose(2 * options.batch, model.moe.experts, x_BD, static=captured)
+    used = parameters(model) - (0 if way == "dense" else per_expert * (experts - 2))
     return {
         "timing": timing,
         "epoch_seconds": timing.median * samples / options.batch,
@@ -108,6 +123,7 @@ def measure(samples: int, experts: int, features: int, options, device: torch.de
         "peak_bytes": peak,
         "parameters": parameters(model),
         "flops": 6 * used * options.batch,
+        "dispatch": way,
         "graph": captured,
         "seconds": time.perf_counter() - began,
     }
@@ -131,7 +147,7 @@ def _line(row: dict) -> list[str]:
     share = row["parts"][row["limit"]] / sum(row["parts"].values())
     return [
         *sizes,
-        row["timing"].milliseconds() + (", graph" if row["graph"] else ""),
+        f"{row['timing'].milliseconds()}, {row['dispatch']}" + (", graph" if row["graph"] else ""),
         f"{row['epoch_seconds']:.3g}",
         gigabytes(row["stored_bytes"]),
         peak,

@@ -50,12 +50,13 @@ def rows(
     found = []
     for method, by_seed in runs.items():
         seeds = sorted(by_seed)
-        row: dict[str, Any] = {"method": method, "seeds": len(seeds)}
+        # What has no seed is one outcome beside every seed of the others.
+        row: dict[str, Any] = {"method": method, "seeds": len({id(by_seed[seed]) for seed in seeds})}
         for name in ("accuracy", "macro_f1", "ece", "loss", "entropy", "flops"):
             values = [by_seed[seed][name] for seed in seeds]
             known = None not in values
             row[name] = statistics.fmean(values) if known else None
-            row[f"{name}_deviation"] = statistics.stdev(values) if known and len(values) > 1 else None
+            row[f"{name}_deviation"] = statistics.stdev(values) if known and row["seeds"] > 1 else None
         for name, rival in (("paired", partner.get(method)), ("paired_total", (total or {}).get(method))):
             theirs = runs.get(rival or "", {})
             if shared := [seed for seed in seeds if seed in theirs]:

@@ -18,9 +18,9 @@ from model.rows import gather, inverse, pick
 
 # Set by benchmarks/dispatch.py on an H200; the ways are within its noise of one another near these numbers. Samples
 # times the experts' parameters up to which every expert on every sample takes no longer than the launches of any other
-# way, or in a CUDA graph than their kernels; and samples an expert sees from which one after the other is faster than
-# grouped. For experts of one shape, and of several.
-DENSE_WORK, DENSE_WORK_IN_A_GRAPH = (400_000_000_000, 700_000_000_000), (20_000_000_000, 100_000_000_000)
+# way, and in a CUDA graph, for experts of one shape and of several, than their kernels; and samples an expert sees from
+# which one after the other is faster than grouped, likewise.
+DENSE_WORK, DENSE_WORK_IN_A_GRAPH = 500_000_000_000, (20_000_000_000, 100_000_000_000)
 SORTED_FROM = 16_384, 4096
 
 
@@ -47,11 +47,12 @@ def choose(assignments: int, experts: Experts, x_BD: Tensor, static: bool = Fals
         return "dense"
     if not x_BD.is_cuda:
         return "dense" if static else "sorted"
-    if samples * experts.num_parameters <= (DENSE_WORK_IN_A_GRAPH if static else DENSE_WORK)[several]:
+    if samples * experts.num_parameters <= (DENSE_WORK_IN_A_GRAPH[several] if static else DENSE_WORK):
         return "dense"
-    shared = 2 * len(experts.groups) <= len(experts)  # shapes, on average by two experts or more
+    # Rows are copied once for each shape: that pays where two experts or more have it, on average.
+    shared = 2 * len(experts.groups) <= len(experts)
     few = assignments < SORTED_FROM[several] * len(experts)
-    if (static or (shared and few)) and has_kernel(x_BD) and fits(experts) and experts.read_all(x_BD.shape[1]):
+    if shared and (static or few) and has_kernel(x_BD) and fits(experts) and experts.read_all(x_BD.shape[1]):
         return "grouped"
     return "dense" if static else "sorted"
 

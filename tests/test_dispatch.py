@@ -242,10 +242,10 @@ class OnGpu:
         (EQUAL, 1, 0, True, False, "dense"),
         ([[9]] * 4, 1, 0, False, True, "sorted"),  # no size for the kernel
         (UNEQUAL, 1, 0, False, True, "sorted"),
-        (UNEQUAL, 1, 0, True, True, "grouped"),
-        (UNEQUAL, 1, 0, True, False, "dense"),
+        (UNEQUAL, 1, 0, True, True, "dense"),  # no two of one shape
         ([[8], [16]] * 8, 1, 0, False, True, "grouped"),
         ([[8], [16]] * 8, 1, 0, True, True, "grouped"),
+        ([[8], [16]] * 8, 1, 0, True, False, "dense"),
         ([[8], [16]], 1, 0, False, True, "sorted"),
     ],
 )
@@ -255,8 +255,8 @@ def test_the_way_follows_size_and_device(monkeypatch, sizes, top_k, work, static
         on_cpu = choose(2 * top_k, experts, torch.randn(2, 8), static)
         assert on_cpu == ("dense" if static else "sorted")  # a CPU has nothing to wait for
     monkeypatch.setattr(module, "has_kernel", lambda x_BD: kernel_there)
-    for name in ("DENSE_WORK", "DENSE_WORK_IN_A_GRAPH"):
-        monkeypatch.setattr(module, name, (work, work))
+    monkeypatch.setattr(module, "DENSE_WORK", work)
+    monkeypatch.setattr(module, "DENSE_WORK_IN_A_GRAPH", (work, work))
     assert choose(1000 * top_k, experts, OnGpu(), static) == expected
 
 
@@ -274,7 +274,7 @@ def test_in_a_graph_equal_experts_are_grouped_from_less_work_on(monkeypatch):
 def test_experts_that_see_many_samples_run_one_after_the_other(monkeypatch, sizes, many):
     experts = build_experts(ExpertsConfig(sizes=sizes), 8, 5)[0]
     monkeypatch.setattr(module, "has_kernel", lambda x_BD: True)
-    monkeypatch.setattr(module, "DENSE_WORK", (0, 0))
+    monkeypatch.setattr(module, "DENSE_WORK", 0)
     found = []
     for samples in (many - 2000, many):
         monkeypatch.setattr(OnGpu, "shape", (samples, 8))
