@@ -201,7 +201,11 @@ class Entry:
             view = "plain" if known.get("view") is None else f"view {known['view']}"
             data = " ".join(part for part in (known["dataset"], str(known.get("data"))[:8]) if part)
             backbone = f"{known.get('backbone')} {str(known.get('weights'))[:8]}"
-            about = f"{known.get('split')}, {view}, data {data}, {backbone}, {known.get('storage')}"
+            blocks = known.get("features") or ["?"]
+            blocks = " ".join(blocks) if len(blocks) < 3 else f"{blocks[0]} to {blocks[-1]} ({len(blocks)})"
+            about = f"{known.get('split')}, {view}, data {data}, {backbone}, {blocks}, {known.get('storage')}"
+            changes = [f"{name} {value}" for name, value in (known.get("augment") or {}).items() if value]
+            about += ", " + " ".join(changes) if changes else ""
         return f"{self.key[:10]}  {gigabytes(self.size):>9}  {written}  {about}"
 
 

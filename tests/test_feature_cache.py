@@ -243,7 +243,8 @@ def test_clear_deletes_what_it_was_asked_to_and_shows_it_first(tmp_path, capsys)
     paths = {}
     for view, (dataset, backbone) in enumerate([("digits", "vit"), ("digits", "other"), ("cifar100", "vit")]):
         cache = FeatureCache(tmp_path, dataset)
-        draft = cache.draft({**KEY, "view": view, "backbone": backbone}, (5, 3), torch.float16)
+        key = {**KEY, "view": view, "backbone": backbone, "features": ["cls:-1", "mean:-2", "mean:-1"][: 1 + view]}
+        draft = cache.draft({**key, "augment": {"flip": True, "crop": 3, "seed": 0}}, (5, 3), torch.float16)
         assert draft.finish()
         paths[dataset, backbone] = draft.path
     os.utime(paths["digits", "other"], (time.time() - 30 * 86400,) * 2)  # a month ago
@@ -259,7 +260,10 @@ def test_clear_deletes_what_it_was_asked_to_and_shows_it_first(tmp_path, capsys)
         return sorted(name for name, path in paths.items() if path in before and not path.exists())
 
     feature_cache.main(["list", "--dir", str(tmp_path)])
-    shown = next(line for line in capsys.readouterr().out.splitlines() if "cifar100" in line)
+    lines = capsys.readouterr().out.splitlines()
+    shown = next(line for line in lines if "cifar100" in line)
+    assert "cls:-1 to mean:-1 (3), " in shown and shown.endswith(", flip True crop 3")
+    assert any(", cls:-1, " in line for line in lines) and any(", cls:-1 mean:-2, " in line for line in lines)
     for words in (["0" * 12], ["--older_than", "31"], ["--data.name", "vit"]):
         with pytest.raises(UserError, match="no stored features"):
             feature_cache.main(["clear", *words, "--dir", str(tmp_path)])
