@@ -111,9 +111,8 @@ def measure(samples: int, experts: int, features: int, options, device: torch.de
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     per_expert = sum(parameters(expert) for expert in model.moe.experts) / experts
     # What dispatch sees: features in autocast's number format.
-    x_BD = torch.empty(
-        options.batch, features, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32
-    )
+    number_format = torch.bfloat16 if device.type == "cuda" else torch.float32
+    x_BD = torch.empty(1, features, device=device, dtype=number_format).expand(options.batch, -1)
     way = choose(2 * options.batch, model.moe.experts, x_BD, static=captured)
     used = parameters(model) - (0 if way == "dense" else per_expert * (experts - 2))
     return {

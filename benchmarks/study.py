@@ -240,7 +240,8 @@ def report(
     print(header(f"Heads on frozen features, test scores, paired with a dense head: {name}", where))
     partner = {method: choice["head"].get("against") for method, choice in chosen.items()}
     total = totals({method: choice["head"] for method, choice in chosen.items()})
-    found = rows(*runs_of(jobs[0], results, options.seeds), partner, total)
+    seedless = [method for method, choice in chosen.items() if "logistic" in choice["head"]]
+    found = rows(*runs_of(jobs[0], results, options.seeds), partner, total, seedless)
     if name == "widths":
         found.sort(key=lambda row: family_and_width(row["method"])[1])
     print(table(*shown(found)))

@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from collections.abc import Collection
 from itertools import combinations
 from typing import Any
 
@@ -41,17 +42,17 @@ def rows(
     routings: dict[str, dict[int, np.ndarray]],
     partner: dict[str, str | None],
     total: dict[str, str] | None = None,
+    seedless: Collection[str] = (),
 ) -> list[dict]:
     """One row a method, best first.
 
     runs: method -> seed -> scores. partner: whom a method is paired with; total: the dense head of as many hidden
-    units as all of its experts have.
+    units as all of its experts have. seedless: methods of one outcome, which stands beside every seed of the others.
     """
     found = []
     for method, by_seed in runs.items():
         seeds = sorted(by_seed)
-        # What has no seed is one outcome beside every seed of the others.
-        row: dict[str, Any] = {"method": method, "seeds": len({id(by_seed[seed]) for seed in seeds})}
+        row: dict[str, Any] = {"method": method, "seeds": 1 if method in seedless else len(seeds)}
         for name in ("accuracy", "macro_f1", "ece", "loss", "entropy", "flops"):
             values = [by_seed[seed][name] for seed in seeds]
             known = None not in values

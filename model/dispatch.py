@@ -49,10 +49,11 @@ def choose(assignments: int, experts: Experts, x_BD: Tensor, static: bool = Fals
         return "dense" if static else "sorted"
     if samples * experts.num_parameters <= (DENSE_WORK_IN_A_GRAPH[several] if static else DENSE_WORK):
         return "dense"
-    # Rows are copied once for each shape: that pays where two experts or more have it, on average.
-    shared = 2 * len(experts.groups) <= len(experts)
+    # Each shape gets as many rows as it can have at most: that pays where two experts or more have it, on average, and
+    # a sample goes to less than half of all.
+    pays = not several or (2 * len(experts.groups) <= len(experts) and 2 * assignments < samples * len(experts))
     few = assignments < SORTED_FROM[several] * len(experts)
-    if shared and (static or few) and has_kernel(x_BD) and fits(experts) and experts.read_all(x_BD.shape[1]):
+    if pays and (static or few) and has_kernel(x_BD) and fits(experts) and experts.read_all(x_BD.shape[1]):
         return "grouped"
     return "dense" if static else "sorted"
 
@@ -103,7 +104,7 @@ def run_grouped(x_BD: Tensor, routing: Routing, experts: Experts) -> tuple[Tenso
         rows_AD = gather(x_BD, sample_A, inverse(order_A), routing)
         return GroupedExperts(list(experts))(rows_AD, ends_E, sorted_key_A), order_A
     position_A = torch.arange(len(order_A), device=x_BD.device)
-    row_A = torch.zeros_like(position_A)
+    place_A = torch.zeros_like(position_A)  # row of each assignment, sorted as they are
     windows, first, before = [], 0, 0
     for group in groups:
         last = first + len(group)
@@ -114,13 +115,15 @@ def run_grouped(x_BD: Tensor, routing: Routing, experts: Experts) -> tuple[Tenso
         key_R = (sorted_key_A.index_select(0, taken_R) - first).clamp(0, len(group) - 1)
         windows.append((taken_R, ends_E[first:last] - start, key_R))
         mine_A = (sorted_key_A >= first) & (sorted_key_A < last)
-        row_A = torch.where(mine_A, position_A - start + before, row_A)
+        place_A = torch.where(mine_A, position_A - start + before, place_A)
         first, before = last, before + most
     taken, ends, keys = zip(*windows, strict=True)
-    row_A = torch.empty_like(row_A).scatter_(0, order_A, row_A)  # in the order of the routing
+    row_A = torch.empty_like(place_A).scatter_(0, order_A, place_A)
     rows = gather(x_BD, sample_A.index_select(0, torch.cat(taken)), row_A, routing).split([len(t) for t in taken])
-    members = [GroupedExperts([experts[e] for e in group]) for group in groups]
-    outputs = [run(*window) for run, *window in zip(members, rows, ends, keys, strict=True)]
+    outputs = [
+        GroupedExperts([experts[e] for e in group])(rows_RD, ends_G, key_R)
+        for group, rows_RD, ends_G, key_R in zip(groups, rows, ends, keys, strict=True)
+    ]
     return pick(torch.cat(outputs), row_A), position_A
 
 

@@ -74,7 +74,7 @@ class GroupedExperts:
         if not kernel:
             return _one_by_one(h_RD, weight_GND, ends_G)
         width = weight_GND.shape[1]
-        if width % ALIGNMENT:
+        if width % ALIGNMENT:  # padding by nothing would copy
             weight_GND = F.pad(weight_GND, (0, 0, 0, -width % ALIGNMENT))
         return F.grouped_mm(h_RD, weight_GND.transpose(1, 2), offs=ends_G)[:, :width]
 
@@ -120,7 +120,9 @@ def _rows(table_GN: Tensor, key_R: Tensor, ends_G: Tensor, kernel: bool) -> Tens
     if not kernel:
         return table_GN.index_select(0, key_R)
     width = table_GN.shape[1]
-    return _SortedRows.apply(F.pad(table_GN, (0, -width % ALIGNMENT)), key_R, ends_G)[:, :width]
+    if width % ALIGNMENT:
+        table_GN = F.pad(table_GN, (0, -width % ALIGNMENT))
+    return _SortedRows.apply(table_GN, key_R, ends_G)[:, :width]
 
 
 class _SortedRows(torch.autograd.Function):

@@ -34,6 +34,7 @@ class MixtureOfExperts(nn.Module):
         self.router = build_router(router, in_features, num_experts, work, num_groups)
         self.experts, self.shared = build_experts(experts, in_features, num_classes, num_groups)
         self.skip = nn.Linear(in_features, num_classes) if router.overflow == "residual" else None
+        # To be captured in a CUDA graph, `auto` becomes `static`.
         self.combine, self.how = COMBINE[experts.combine], experts.dispatch
         self.register_buffer("usage_E", torch.zeros(num_experts, dtype=torch.int64))
         self.register_buffer("warmup_usage_E", torch.zeros(num_experts, dtype=torch.int64))

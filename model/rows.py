@@ -1,7 +1,7 @@
-"""Rows of samples on their way to experts and back: copies whose gradients are copies too.
+"""Rows of samples on their way to experts and back: copies whose gradients are copies and sums too.
 
 PyTorch's own gradient of a selection adds up row by row, atomically, which is slow and in no fixed order: a selection
-may name a row twice. These know which of their rows count, and how often.
+may name a row twice. These know which of their rows count, and how often, unless some choices have been dropped.
 """
 
 import torch

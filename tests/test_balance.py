@@ -141,7 +141,7 @@ def test_losses_have_the_gradient_of_finite_differences(name):
 
     def loss(logits):
         torch.manual_seed(1)  # the same noise each time
-        routing = router._route(logits, logits)
+        routing = router._route(logits, torch.nn.functional.softplus(logits))
         routing.target_E, routing.work_E = router.target_E, router.work_E
         return balance_losses(routing, config)[name]
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from argparse import Namespace
 
 import pytest
 import torch
@@ -129,9 +130,13 @@ def test_tiny_leaves_what_was_given_as_it_is(tmp_path):
     recipes, _ = time_to_accuracy.configurations(options, rest)
     assert list(recipes) == ["ours, cifar100.yaml", "ours, cifar100_fast.yaml"]
     assert all(recipe.train.seed == 3 for recipe in recipes.values())
-    options, rest = time_to_accuracy.arguments(["--config=configs/cifar100_fast.yaml"])
-    recipes, _ = time_to_accuracy.configurations(options, rest)
-    assert recipes["ours"].train.epochs == 8
+    file = "configs/digits.yaml"
+    for words in ([f"--config={file}"], ["--config", file]):
+        recipes, article = time_to_accuracy.configurations(*time_to_accuracy.arguments(words))
+        expected = parse_command_line(["--config", file, "--features.cache_dir", "null"]).config
+        assert [recipe.to_dict() for recipe in recipes.values()] == [expected.to_dict()]
+        assert (article.data, article.backbone.name) == (expected.data, "bundled/vit_micro")
+        assert article.backbone.features == ["tokens:-1"]
 
 
 @pytest.mark.parametrize("benchmark", [dispatch, extraction, recipe, scaling, step, study, time_to_accuracy])
@@ -184,6 +189,46 @@ def test_time_to_accuracy_runs_to_its_end(tmp_path, capsys):
     runs = read(tmp_path, "time_to_accuracy")["runs"]
     assert runs["ours"][0]["seconds"] > 0 and len(runs["ours"][0]["epoch_seconds"]) == 3
     assert 0 < runs["article as written"][0]["curve"][0]["epoch"] < 1  # stopped by --seconds
+
+
+def test_what_is_done_is_kept_when_the_rest_is_interrupted(tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(time_to_accuracy, "as_written", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        time_to_accuracy.main([*TINY, str(tmp_path), "--repeats", "1", "--live-epochs", "0"])
+    assert list(read(tmp_path, "time_to_accuracy")["runs"]) == ["ours"]
+
+
+def test_the_goal_is_judged_by_the_slower_of_the_middle_and_not_by_a_live_run():
+    run = {"macro_f1": 0.8, "seconds": 2.0}
+    article = {"macro_f1": 0.7, "seconds": 100.0}
+    runs = {
+        "ours": [run, {**run, "seconds": 4.0}],
+        "ours, live backbone, 2 epochs": [run],
+        time_to_accuracy.ARTICLE: [article],
+    }
+    (line,) = time_to_accuracy.goal(runs, ["ours"])
+    assert "80.00 % in 4.0 s" in line and "25.0 times" in line
+    assert time_to_accuracy.goal({"ours": [run]}, ["ours"]) == ["goal: not measured"]
+
+
+def test_a_live_run_of_fewer_epochs_has_its_warm_ups_in_proportion():
+    config = parse_command_line(["--train.epochs", "10", "--router.warmup_steps", "50", "--optim.warmup_steps", "20"])
+    live = time_to_accuracy.short(config.config, 2)
+    assert (live.train.epochs, live.router.warmup_steps, live.optim.warmup_steps) == (2, 10, 4)
+    assert live.features.mode == "live"
+
+
+@pytest.mark.parametrize(("way", "counted"), [("dense", 8), ("sorted", 2)])
+def test_products_are_counted_of_the_experts_that_run(monkeypatch, way, counted):
+    options = Namespace(batch=16, tiny=True)
+    monkeypatch.setattr(scaling, "choose", lambda *_, static: way)
+    found = scaling.measure(32, 8, 16, options, CPU, 0.01)
+    expert = 16 * 8 + 8 + 2 * 8 + 8 * scaling.CLASSES + scaling.CLASSES
+    assert found["dispatch"] == way
+    assert found["flops"] == 6 * 16 * (found["parameters"] - (8 - counted) * expert)
 
 
 def test_a_wrong_option_is_one_line(capsys):

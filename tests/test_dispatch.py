@@ -7,11 +7,10 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import dispatch as module
 from model import grouped
 from model.balance import BalanceConfig, balance_losses, weighted_sum
 from model.classifier import NeckConfig, VisionMoE
-from model.dispatch import COMBINE, WAYS, choose, dispatch
+from model.dispatch import COMBINE, WAYS, dispatch
 from model.experts import Expert, Experts, ExpertsConfig, build_experts
 from model.routers import RouterConfig, Routing
 
@@ -223,70 +222,3 @@ def test_the_watch_for_waiting_sees_the_way_that_waits():
     model = VisionMoE((8,), 5, NeckConfig(), RouterConfig(), ExpertsConfig(sizes=MIXED, dispatch="sorted")).train()
     with NoWaiting(), pytest.raises(AssertionError, match="tolist waits for the device"):
         step(model, torch.randn(16, 8), torch.randint(5, (16,)), False)
-
-
-class OnGpu:
-    """What `choose` asks of a tensor."""
-
-    is_cuda, dtype, device, shape = True, torch.bfloat16, None, (1000, 8)
-
-
-@pytest.mark.parametrize(
-    ("sizes", "top_k", "work", "static", "kernel_there", "expected"),
-    [
-        (EQUAL, 1, 1e18, False, True, "dense"),  # little work
-        (UNEQUAL, 2, 1e18, True, True, "dense"),
-        (EQUAL, len(EQUAL), 0, False, True, "dense"),  # all of them are chosen
-        (EQUAL, 1, 0, False, True, "grouped"),
-        (EQUAL, 1, 0, False, False, "sorted"),
-        (EQUAL, 1, 0, True, False, "dense"),
-        ([[9]] * 4, 1, 0, False, True, "sorted"),  # no size for the kernel
-        (UNEQUAL, 1, 0, False, True, "sorted"),
-        (UNEQUAL, 1, 0, True, True, "dense"),  # no two of one shape
-        ([[8], [16]] * 8, 1, 0, False, True, "grouped"),
-        ([[8], [16]] * 8, 1, 0, True, True, "grouped"),
-        ([[8], [16]] * 8, 1, 0, True, False, "dense"),
-        ([[8], [16]], 1, 0, False, True, "sorted"),
-    ],
-)
-def test_the_way_follows_size_and_device(monkeypatch, sizes, top_k, work, static, kernel_there, expected):
-    experts = build_experts(ExpertsConfig(sizes=sizes), 8, 5)[0]
-    if top_k < len(sizes):
-        on_cpu = choose(2 * top_k, experts, torch.randn(2, 8), static)
-        assert on_cpu == ("dense" if static else "sorted")  # a CPU has nothing to wait for
-    monkeypatch.setattr(module, "has_kernel", lambda x_BD: kernel_there)
-    monkeypatch.setattr(module, "DENSE_WORK", work)
-    monkeypatch.setattr(module, "DENSE_WORK_IN_A_GRAPH", (work, work))
-    assert choose(1000 * top_k, experts, OnGpu(), static) == expected
-
-
-def test_in_a_graph_equal_experts_are_grouped_from_less_work_on(monkeypatch):
-    monkeypatch.setattr(module, "has_kernel", lambda x_BD: True)
-    monkeypatch.setattr(module, "DENSE_WORK_IN_A_GRAPH", (0, 1e18))
-    found = []
-    for sizes in ([[8]] * 16, [[8], [16]] * 8):
-        experts = build_experts(ExpertsConfig(sizes=sizes), 8, 5)[0]
-        found += [choose(1000, experts, OnGpu(), static) for static in (False, True)]
-    assert found == ["dense", "grouped", "dense", "dense"]
-
-
-@pytest.mark.parametrize(("sizes", "many"), [([[8], [16]] * 8, 66_000), ([[8]] * 16, 263_000)])
-def test_experts_that_see_many_samples_run_one_after_the_other(monkeypatch, sizes, many):
-    experts = build_experts(ExpertsConfig(sizes=sizes), 8, 5)[0]
-    monkeypatch.setattr(module, "has_kernel", lambda x_BD: True)
-    monkeypatch.setattr(module, "DENSE_WORK", 0)
-    found = []
-    for samples in (many - 2000, many):
-        monkeypatch.setattr(OnGpu, "shape", (samples, 8))
-        found.append(choose(samples, experts, OnGpu()))
-    assert found == ["grouped", "sorted"]
-
-
-def test_a_way_can_be_forced(monkeypatch):
-    used = []
-    for how in WAYS:
-        monkeypatch.setitem(WAYS, how, lambda *args, how=how, way=WAYS[how]: used.append(how) or way(*args))
-    for how in ("dense", "grouped", "sorted", "auto"):
-        experts = ExpertsConfig(sizes=UNEQUAL, dispatch=how)
-        VisionMoE((8,), 5, NeckConfig(), RouterConfig(), experts)(torch.randn(4, 8))
-    assert used == ["dense", "grouped", "sorted", "sorted"]

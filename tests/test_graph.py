@@ -41,6 +41,7 @@ def test_nothing_is_captured_on_a_cpu():
     [
         (40_000_000, 1024, "auto", True, True),
         (40_000_000, 1024, "dense", True, True),
+        (40_000_000, 1024, "static", True, True),  # as a step leaves it that has been captured before
         (40_000_000, 1024, "sorted", True, False),  # waits for the device
         (40_000_000, 1024, "auto", False, False),
         (40_000_000, 65_536, "auto", True, False),  # its kernels take longer than their launches
@@ -115,6 +116,8 @@ def test_a_graphed_step_reads_every_whole_batch_from_the_same_place(monkeypatch)
     places = [place for place, *_ in step.read]
     assert places[0] == places[2] != places[1]
     assert step.model.moe.how == "static"
+    step.model.moe.how = "dense"
+    assert GraphedStep(step, 4).step.model.moe.how == "dense"  # what is forced stays
 
 
 @ON_GPU

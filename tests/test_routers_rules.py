@@ -168,3 +168,26 @@ def test_every_kind_is_explained(kind):
     text = inspect.getsource(config.RouterConfig).split('= "noisy_topk"\n')[1].split('"""')[1]
     assert f"{kind}: " in " ".join(text.split())
     assert len(ROUTERS[kind].__doc__.split()) > 12
+
+
+@pytest.mark.parametrize("kind", ["noisy_topk", "hierarchical"])
+def test_the_learned_noise_is_even_at_first_has_its_own_layer_and_learns_nothing_in_warm_up(kind):
+    torch.manual_seed(0)
+    router = build_router(RouterConfig(kind=kind, top_k=2, norm="none"), 6, 4).train()
+    assert not any(parameter.any() for parameter in (*router.gate.parameters(), *router.noise.parameters()))
+    with torch.no_grad():
+        for parameter in router.parameters():
+            parameter.normal_()
+    x_BD = torch.randn(5, 6)
+    clean, sigma = router._logits(x_BD, noisy=True)
+    torch.testing.assert_close(sigma, torch.nn.functional.softplus(router.noise(x_BD)) + 1e-6)
+    torch.testing.assert_close(clean, router._logits(x_BD, noisy=False)[0])
+    router(x_BD, warmup=True).logits_BE.square().sum().backward()
+    assert router.gate.weight.grad is not None and router.noise.weight.grad is None
+
+
+def test_the_learned_noise_never_vanishes():
+    router = identity_router("noisy_topk", 4, 2).train()
+    with torch.no_grad():
+        router.noise.weight.fill_(-1e4)  # softplus: 0
+    assert router._logits(torch.ones(1, 4), noisy=True)[1].tolist() == [pytest.approx([1e-6] * 4)]

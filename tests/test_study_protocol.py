@@ -107,6 +107,17 @@ def test_a_method_whose_settings_have_not_all_been_tried_is_left_out(tmp_path):
     assert list(study.select(methods, argparse.Namespace(epochs=2), results, all_but_one, math.inf)) == ["dense, a"]
 
 
+def test_what_has_no_seed_is_one_outcome_beside_every_seed():
+    names = ("accuracy", "macro_f1", "ece", "loss", "entropy", "flops")
+    runs = {
+        method: dict.fromkeys(range(3), dict.fromkeys(names, f1)) for method, f1 in (("dense", 0.5), ("logistic", 0.4))
+    }
+    first, second = rows(runs, {}, {"logistic": "dense", "dense": None}, seedless=["logistic"])
+    assert (first["method"], first["seeds"], first["macro_f1_deviation"]) == ("dense", 3, 0.0)
+    assert (second["seeds"], second["macro_f1_deviation"]) == (1, None)
+    assert second["paired_with"] == {"method": "dense", "seeds": 3} and second["paired"][0] == pytest.approx(-0.1)
+
+
 def test_the_null_of_specialisation_is_in_the_unit_of_specialisation():
     # Nulls of 0.2 and 0.4 nats, mean 0.3, where 1 would be log 8 = 2.079442: 0.144270.
     def run(normalised, null):

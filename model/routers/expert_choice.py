@@ -44,7 +44,7 @@ class ExpertChoiceRouter(GatedRouter):
     def experts_per_sample(self) -> float:
         return self.per_sample
 
-    def _route(self, logits_BE: Tensor, sigma_BE: None) -> Routing:
+    def _route(self, logits_BE: Tensor, sigma_BE: Tensor | None) -> Routing:
         gate_BE = (logits_BE / self.temperature).softmax(dim=-1)
         if self.training:
             return self._take_best(logits_BE, gate_BE)

@@ -66,10 +66,10 @@ class HierarchicalRouter(LearnedNoiseRouter):
         expert_BGM = joint_BE.clamp_min(torch.finfo(joint_BE.dtype).min / 4).unflatten(1, (self.groups, -1))
         return expert_BGM.logsumexp(dim=-1), expert_BGM
 
-    def _scores(self, logits_BE: Tensor, sigma: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        if sigma is None:
+    def _scores(self, logits_BE: Tensor, sigma_BE: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if sigma_BE is None:
             return logits_BE, None
-        levels, sigmas = self._levels(logits_BE), self._split(sigma)
+        levels, sigmas = self._levels(logits_BE), self._split(sigma_BE)  # of the groups and of the experts
         noisy = [clean + torch.randn_like(clean) * sigma for clean, sigma in zip(levels, sigmas, strict=True)]
         shifts = (0.0, 0.0)
         if self.bias_rate:  # a bias of the experts moves their group too

@@ -19,7 +19,7 @@ class ArticleRouter(TokenChoiceRouter):
         super()._build_gate(width, config)
         self.noise_std = 0.5 if config.noise_std is None else config.noise_std
 
-    def _scores(self, logits_BE: Tensor, sigma_BE: None) -> tuple[Tensor, None]:
+    def _scores(self, logits_BE: Tensor, sigma_BE: Tensor | None) -> tuple[Tensor, None]:
         if not self.training or self.noise_std == 0 or self.num_experts == 1:
             return logits_BE, None
         spread_B1 = logits_BE.detach().std(dim=-1, keepdim=True).clamp_min(1e-3)
@@ -89,14 +89,14 @@ class VMoERouter(SoftmaxFirstRouter):
         super()._build_gate(width, config)
         self.noise_std = 1 / self.num_experts if config.noise_std is None else config.noise_std
 
-    def _scores(self, logits_BE: Tensor, sigma_BE: None) -> tuple[Tensor, Tensor | None]:
+    def _scores(self, logits_BE: Tensor, sigma_BE: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if not self.training or self.noise_std == 0:
             return logits_BE, None
         noisy_BE = logits_BE + torch.randn_like(logits_BE) * self.noise_std
-        sigma_BE = torch.full_like(logits_BE, self.noise_std, requires_grad=False)
-        return noisy_BE, load_probability(self._biased(logits_BE), self._biased(noisy_BE), sigma_BE, self.top_k)
+        fixed_BE = torch.full_like(logits_BE, self.noise_std, requires_grad=False)
+        return noisy_BE, load_probability(self._biased(logits_BE), self._biased(noisy_BE), fixed_BE, self.top_k)
 
-    def _route(self, logits_BE: Tensor, sigma_BE: None) -> Routing:
+    def _route(self, logits_BE: Tensor, sigma_BE: Tensor | None) -> Routing:
         routing = super()._route(logits_BE, sigma_BE)
         routing.gates_BE = self._tempered(logits_BE).softmax(dim=-1)
         return routing
@@ -161,7 +161,7 @@ class DeepSeekRouter(TokenChoiceRouter):
         super()._build_gate(width, config)
         self.sigmoid = config.scores == "sigmoid"
 
-    def _scores(self, logits_BE: Tensor, sigma_BE: None) -> tuple[Tensor, None]:
+    def _scores(self, logits_BE: Tensor, sigma_BE: Tensor | None) -> tuple[Tensor, None]:
         logits_BE = logits_BE / self.temperature
         return (logits_BE.sigmoid() if self.sigmoid else logits_BE.softmax(dim=-1)), None
 
