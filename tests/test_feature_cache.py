@@ -262,7 +262,7 @@ def test_clear_deletes_what_it_was_asked_to_and_shows_it_first(tmp_path, capsys)
     feature_cache.main(["list", "--dir", str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()
     shown = next(line for line in lines if "cifar100" in line)
-    assert "cls:-1 to mean:-1 (3), " in shown and shown.endswith(", flip True crop 3")
+    assert "cls:-1 to mean:-1 (3), " in shown and shown.endswith(", crop 3 flip True")
     assert any(", cls:-1, " in line for line in lines) and any(", cls:-1 mean:-2, " in line for line in lines)
     for words in (["0" * 12], ["--older_than", "31"], ["--data.name", "vit"]):
         with pytest.raises(UserError, match="no stored features"):
