@@ -36,6 +36,7 @@ from benchmarks.study_heads import (
     Job,
     family_and_width,
     grid,
+    has_seed,
     router_methods,
     token_methods,
     totals,
@@ -223,7 +224,7 @@ def finals(chosen: dict[str, dict], seed: int, options: argparse.Namespace) -> l
     return [
         Job(name, choice["head"], seed, "test", options.epochs, choice["settings"])
         for name, choice in chosen.items()
-        if seed == 0 or "logistic" not in choice["head"]
+        if seed == 0 or has_seed(choice["head"])
     ]
 
 
@@ -240,7 +241,7 @@ def report(
     print(header(f"Heads on frozen features, test scores, paired with a dense head: {name}", where))
     partner = {method: choice["head"].get("against") for method, choice in chosen.items()}
     total = totals({method: choice["head"] for method, choice in chosen.items()})
-    seedless = [method for method, choice in chosen.items() if "logistic" in choice["head"]]
+    seedless = [method for method, choice in chosen.items() if not has_seed(choice["head"])]
     found = rows(*runs_of(jobs[0], results, options.seeds), partner, total, seedless)
     if name == "widths":
         found.sort(key=lambda row: family_and_width(row["method"])[1])
@@ -265,7 +266,7 @@ def runs_of(jobs: list[Job], results: Results, seeds: int) -> tuple[dict, dict]:
     routings: dict[str, dict[int, np.ndarray]] = {}
     for job in jobs:
         if job.key in results.scores:
-            for seed in range(seeds) if "logistic" in job.head else [job.seed]:
+            for seed in [job.seed] if has_seed(job.head) else range(seeds):
                 runs.setdefault(job.method, {})[seed] = results.scores[job.key]
             routings.setdefault(job.method, {})[job.seed] = results.routings[job.key]
     return runs, routings

@@ -108,6 +108,11 @@ def is_mixture(head: dict[str, Any]) -> bool:
     return len(head.get("experts", {}).get("sizes", [])) > 1
 
 
+def has_seed(head: dict[str, Any]) -> bool:
+    """Whether a seed matters: not for logistic regression, which is trained to convergence."""
+    return "logistic" not in head
+
+
 def units_of(head: dict[str, Any]) -> int:
     """Hidden units of all experts, the shared ones too."""
     return sum(sum(size) for size in head["experts"]["sizes"] + head["experts"].get("shared", []))

@@ -23,7 +23,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.common import Failure, Parser, Timing, attempt, environment, header, save, start, synchronise, table
+from benchmarks.common import (
+    Failure,
+    Parser,
+    Timing,
+    attempt,
+    environment,
+    header,
+    save,
+    start,
+    synchronise,
+    table,
+    write,
+)
 from benchmarks.layers import article_loop
 from benchmarks.runs import train_once
 from data.datasets import Splits, load_splits
@@ -54,34 +66,34 @@ def main(argv: list[str] | None = None) -> None:
     warm_up(backbone, device)
     runs: dict[str, list] = {}
     configs = {name: recipe.to_dict() for name, recipe in recipes.items()}
-    for name, run, seed in contestants(recipes, article, splits, backbone, device, options):
-        runs.setdefault(name, []).append(attempt(partial(run, seed)))
-        reached = goal(runs, recipes)
-        path = save(options, "time_to_accuracy", where, runs=runs, goal=reached, configs=configs)
+    for name, run in contestants(recipes, article, splits, backbone, device, options):
+        runs.setdefault(name, []).append(attempt(run))
+        save(options, "time_to_accuracy", where, runs=runs, goal=goal(runs, recipes), configs=configs)
     print(header("Time from uint8 arrays to the test macro-F1", where))
     columns = ["contestant", "seconds (range)", "test macro-F1 (range)", "runs"]
     print(table(columns, [_line(name, found) for name, found in runs.items()]))
     for name, found in runs.items():
         for run in found:
             print(f"- {name}: {run.reason}" if isinstance(run, Failure) else f"- {name}: {_curve(run)}")
+    reached = goal(runs, recipes)
     print("\n".join(reached))
-    print(f"\nwritten to {path}")
+    write(options, "time_to_accuracy", where, runs=runs, goal=reached, configs=configs)
 
 
 def contestants(
     recipes: dict[str, Config], article: Config, splits: Splits, backbone: Backbone, device: torch.device, options
-) -> Iterator[tuple[str, Callable[[int], dict], int]]:
-    """Name, run with a seed, and seed of each run; live is the first of our recipes."""
+) -> Iterator[tuple[str, Callable[[], dict]]]:
+    """Name and call of each run; live is the first of our recipes."""
     for name, recipe in recipes.items():
         for seed in range(options.repeats):
-            yield name, partial(train_once, recipe, splits, backbone, device), seed
+            yield name, partial(train_once, recipe, splits, backbone, device, seed)
     if options.live_epochs:
         name, recipe = next(iter(recipes.items()))
         live = short(recipe, options.live_epochs)
         name = f"{name}, live backbone, {options.live_epochs} epochs"
-        yield name, partial(train_once, live, splits, backbone, device), 0
+        yield name, partial(train_once, live, splits, backbone, device, seed=0)
     if options.article_epochs:
-        yield ARTICLE, lambda seed: as_written(article, splits, device, options), 0
+        yield ARTICLE, partial(as_written, article, splits, device, options)
 
 
 def arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:

@@ -201,8 +201,8 @@ class Entry:
             view = "plain" if known.get("view") is None else f"view {known['view']}"
             data = " ".join(part for part in (known["dataset"], str(known.get("data"))[:8]) if part)
             backbone = f"{known.get('backbone')} {str(known.get('weights'))[:8]}"
-            blocks = known.get("features") or ["?"]
-            blocks = " ".join(blocks) if len(blocks) < 3 else f"{blocks[0]} to {blocks[-1]} ({len(blocks)})"
+            read_of = known.get("features") or ["?"]
+            blocks = " ".join(read_of) if len(read_of) < 3 else f"{read_of[0]} to {read_of[-1]} ({len(read_of)})"
             about = f"{known.get('split')}, {view}, data {data}, {backbone}, {blocks}, {known.get('storage')}"
             changes = [f"{name} {value}" for name, value in (known.get("augment") or {}).items() if value]
             about += ", " + " ".join(changes) if changes else ""

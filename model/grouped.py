@@ -73,10 +73,8 @@ class GroupedExperts:
         weight_GND = _stack(layers, "weight", h_RD)
         if not kernel:
             return _one_by_one(h_RD, weight_GND, ends_G)
-        width = weight_GND.shape[1]
-        if width % ALIGNMENT:  # padding by nothing would copy
-            weight_GND = F.pad(weight_GND, (0, 0, 0, -width % ALIGNMENT))
-        return F.grouped_mm(h_RD, weight_GND.transpose(1, 2), offs=ends_G)[:, :width]
+        out_RN = F.grouped_mm(h_RD, _aligned(weight_GND).transpose(1, 2), offs=ends_G)
+        return out_RN[:, : weight_GND.shape[1]]
 
 
 def _stack(layers, name: str, like: Tensor) -> Tensor:
@@ -119,10 +117,13 @@ def _rows(table_GN: Tensor, key_R: Tensor, ends_G: Tensor, kernel: bool) -> Tens
     """table_GN[key_R], whose gradient is summed by a grouped product where there is one: rows come in order."""
     if not kernel:
         return table_GN.index_select(0, key_R)
-    width = table_GN.shape[1]
-    if width % ALIGNMENT:
-        table_GN = F.pad(table_GN, (0, -width % ALIGNMENT))
-    return _SortedRows.apply(table_GN, key_R, ends_G)[:, :width]
+    return _SortedRows.apply(_aligned(table_GN), key_R, ends_G)[:, : table_GN.shape[1]]
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """(G, N) or (G, N, D) with zeros behind the N, up to a multiple of ALIGNMENT."""
+    lacking = -tensor.shape[1] % ALIGNMENT  # to pad by nothing would copy
+    return F.pad(tensor, (0, 0) * (tensor.ndim - 2) + (0, lacking)) if lacking else tensor
 
 
 class _SortedRows(torch.autograd.Function):

@@ -11,7 +11,7 @@ from model.routers import Routing
 
 
 def gather(x_BD: Tensor, sample_R: Tensor, row_A: Tensor, routing: Routing) -> Tensor:
-    """x_BD[sample_R], (R, D). row_A: which of these rows assignment a reads; the gradients of others are not."""
+    """x_BD[sample_R], (R, D). row_A: which of these rows each assignment reads; gradients of others do not count."""
     return _Gather.apply(x_BD, sample_R, row_A, routing.sample_A, routing.top_k)
 
 
@@ -21,7 +21,7 @@ def pick(rows_RC: Tensor, row_A: Tensor) -> Tensor:
 
 
 def inverse(order_A: Tensor) -> Tensor:
-    """Where each number of a permutation stands."""
+    """Where each number of a permutation (A,) stands, (A,), int64."""
     return torch.empty_like(order_A).scatter_(0, order_A, torch.arange(len(order_A), device=order_A.device))
 
 

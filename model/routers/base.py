@@ -196,7 +196,7 @@ class GatedRouter(Router):
         return x_BD
 
     def _logits(self, hidden_BH: Tensor, noisy: bool) -> tuple[Tensor, Tensor | None]:
-        """Clean logits, and the standard deviation of learned noise where that is to be added and the rule has it."""
+        """Clean logits (B, E), and the standard deviation of learned noise, where the rule has it and it is wanted."""
         return self.gate(hidden_BH), None
 
     def _tempered(self, logits_BE: Tensor) -> Tensor:
