@@ -100,6 +100,29 @@ def test_random_weights_are_the_same_every_time_and_leave_the_generator_alone():
     assert load_backbone(config(), CPU).fingerprint() == first
 
 
+def test_every_weight_and_all_that_features_depend_on_counts_in_the_fingerprint():
+    backbone = load_backbone(config(features=["cls:-1"]), CPU)
+    seen = {backbone.fingerprint()}
+    state = backbone.vit.state_dict()
+    assert any(name.startswith("blocks.") for name in state)
+    for name, value in state.items():
+        value.view(-1)[-1] += 1.0
+        seen.add(backbone.fingerprint())
+        assert len(seen) == 2, name
+        value.view(-1)[-1] -= 1.0
+        seen = {backbone.fingerprint()}
+    for name, value in [
+        ("mean", (0.1, 0.2, 0.3)),
+        ("std", (1.0, 1.0, 1.0)),
+        ("features", [("mean", 3)]),
+        ("image_size", 48),
+    ]:
+        before = getattr(backbone, name)
+        setattr(backbone, name, value)
+        assert backbone.fingerprint() not in seen, name
+        setattr(backbone, name, before)
+
+
 def test_a_weights_file_cannot_run_code(tmp_path):
     class Bomb:
         def __reduce__(self):
