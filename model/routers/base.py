@@ -114,9 +114,9 @@ class Router(nn.Module, ABC):
         self.num_experts, self.top_k, self.temperature = num_experts, config.top_k, config.temperature
         work = [1.0] * num_experts if work is None else work
         self.work = [cost * num_experts / sum(work) for cost in work]
-        self.target = config.target_shares(self.work)
+        self.shares = config.target_shares(work)
         self.register_buffer("work_E", torch.tensor(self.work), persistent=False)
-        self.register_buffer("target_E", torch.tensor(self.target), persistent=False)
+        self.register_buffer("target_E", torch.tensor([float(share) for share in self.shares]), persistent=False)
         layers: list[nn.Module] = []
         if config.inputs is not None:
             layers.append(FeatureGroups(in_features, num_groups, config.inputs))
@@ -149,6 +149,14 @@ class Router(nn.Module, ABC):
             raise ValueError(f"router.kind {config.kind} has no choices to move or replace: set router.overflow drop")
         if not cls.learns and config.hidden:
             raise ValueError(f"router.kind {config.kind} has no gate network: set router.hidden []")
+
+    @classmethod
+    def only_scales(cls, config: RouterConfig, num_experts: int) -> str | None:
+        """The options by which one gate does no more than scale all weights of a sample alike (None: none does).
+
+        Where the experts' probabilities are mixed, such a scale is divided out again and that gate learns nothing.
+        """
+        return "router.top_k 1" if cls.learns and cls.token_choice and config.top_k == 1 < num_experts else None
 
     def _build_gate(self, width: int, config: RouterConfig) -> None:
         self.gate = nn.Linear(width, self.num_experts)
