@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.augment import prepare
 from data.features import FeatureBank
 from engine.loading import TrainedRun
 from engine.predict import BATCH_SIZE
 from model.classifier import VisionMoE
+from model.preparation import prepare
 from model.routers import Routing
 
 

@@ -8,10 +8,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from data.augment import preparation, resize_and_normalise
 from data.features import FeatureBank
 from errors import one_line, warn
 from model.backbone import Backbone
+from model.preparation import preparation, resize_and_normalise
 
 # By benchmarks/extraction.py on an H200. Images in a run from which compiling repays its 14 to 22 s on a GPU, by 10
 # microseconds an image; and the mode of torch.compile: max-autotune takes three times as long and gains one per cent.

@@ -134,7 +134,9 @@ class VisionMoE(nn.Module):
 
 
 def check_parts(neck: NeckConfig, router: RouterConfig, experts: ExpertsConfig) -> None:
-    """Raise ValueError where neck, router and experts do not fit each other."""
+    """Raise ValueError where neck, router and experts do not fit each other, behind the ViT."""
+    if experts.place != "head":
+        raise ValueError(f"experts.place {experts.place} is not behind the ViT: MoEViT has experts inside it")
     rule = ROUTERS[router.kind]
     rule.check(router, len(experts.sizes))
     if rule.reads_tokens and neck.kind != "tokens":

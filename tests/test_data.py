@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from data.augment import AugmentConfig, View, apply_view, draw_view, prepare
+from data.augment import AugmentConfig, View, apply_view, draw_view
 from data.datasets import DataConfig, ImageSet, load_splits, stratified_split
 from data.features import FeatureBank, FeaturesConfig
 from errors import EnvironmentFault, UserError
+from model.preparation import prepare
 
 CPU = torch.device("cpu")
 

@@ -2,8 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +42,7 @@ class Routing:
     work_E: Tensor | None = None
     top_k: int | None = None
     tempered_BE: Tensor | None = None
+    _counts_E: Tensor | None = field(default=None, init=False, repr=False)
 
     @property
     def num_samples(self) -> int:
@@ -62,11 +62,13 @@ class Routing:
         """Clean logits at the gate's temperature."""
         return self.logits_BE if self.tempered_BE is None else self.tempered_BE
 
-    @cached_property
+    @property
     def counts_E(self) -> Tensor:
-        """Assignments of each expert, int64, no gradient; on a GPU without waiting for it."""
-        zeros_E = torch.zeros(self.num_experts, dtype=torch.int64, device=self.expert_A.device)
-        return zeros_E.scatter_add_(0, self.expert_A, torch.ones_like(self.expert_A))
+        """Assignments of each expert, int64, no gradient; on a GPU without waiting for it. Counted once."""
+        if self._counts_E is None:  # not a cached_property, whose lock cannot be compiled
+            zeros_E = torch.zeros(self.num_experts, dtype=torch.int64, device=self.expert_A.device)
+            self._counts_E = zeros_E.scatter_add_(0, self.expert_A, torch.ones_like(self.expert_A))
+        return self._counts_E
 
     @property
     def demand_E(self) -> Tensor:

@@ -47,6 +47,9 @@ class RouterConfig:
     tokens (Puigcerver 2023)."""
     top_k: int = 2
     """Experts that see each sample; expert_choice: on average, unless capacity_factor says otherwise."""
+    level: Literal["token", "image"] = "token"
+    """experts.place blocks: whether each token chooses its experts, or each image for all its tokens, by its class
+    token (where the ViT has none, by the mean of its patch tokens)."""
     norm: Literal["batch", "none"] = "batch"
     """Normalisation of what the gate reads. batch: each feature centred and scaled over the training samples, so that
     what all samples share cannot send them all to the same experts. soft_moe scales its tokens in its own way."""
