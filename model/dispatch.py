@@ -30,8 +30,9 @@ def dispatch(x_BD: Tensor, routing: Routing, experts: Experts, how: str = "auto"
     """Run the experts on the samples assigned to them, in autocast's number format where that is on.
 
     how: sorted, grouped, dense, auto, or static: the way that suits a CUDA graph. Returns (outputs (A, C), order_A):
-    row i of the outputs belongs to assignment order_A[i] of the routing. An expert without samples does not run when
-    sorted, and has a gradient of zero otherwise.
+    row i of the outputs belongs to assignment order_A[i] of the routing. An expert without samples has a gradient of
+    zero in every way, since those that never wait for the device cannot know that it has none: the optimizer applies
+    weight decay to it, and lets its moments decay.
     """
     device = x_BD.device.type
     if torch.is_autocast_enabled(device):
@@ -61,14 +62,12 @@ def choose(assignments: int, experts: Experts, x_BD: Tensor, static: bool = Fals
 
 
 def run_sorted(x_BD: Tensor, routing: Routing, experts: Experts) -> tuple[Tensor, Tensor]:
-    """One expert after the other, each once and on just its samples; one without samples does not run."""
+    """One expert after the other, each once and on just its samples, be they none."""
     order_A = torch.argsort(routing.expert_A, stable=True)
     sorted_AD = gather(x_BD, routing.sample_A.index_select(0, order_A), inverse(order_A), routing)
     # The sizes of the slices must be known to the host: the one place a step waits for the device.
-    counts = routing.counts_E.tolist()
-    slices = sorted_AD.split(counts)
-    outputs = [expert(part) for expert, part, count in zip(experts, slices, counts, strict=True) if count]
-    return torch.cat(outputs), order_A
+    slices = sorted_AD.split(routing.counts_E.tolist())
+    return torch.cat([expert(part) for expert, part in zip(experts, slices, strict=True)]), order_A
 
 
 def run_dense(x_BD: Tensor, routing: Routing, experts: Experts) -> tuple[Tensor, Tensor]:
