@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.backbone import Backbone
@@ -91,13 +92,17 @@ def parameters(module: nn.Module) -> int:
 
 @torch.no_grad()
 def flops(module: nn.Module, inputs: torch.Tensor) -> int:
-    """FLOPs of one forward pass in evaluation mode: matrix products and attention, as PyTorch counts them."""
+    """FLOPs of one forward pass in evaluation mode: matrix products, convolutions and those of attention.
+
+    Attention is counted as the two matrix products that it is, on every device: PyTorch's counter knows its fused
+    kernels on a GPU, and misses those on a CPU.
+    """
     was_training = module.training
     module.eval()
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # its one fused kernel is unknown to the counter
     try:
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             module(inputs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)

@@ -46,7 +46,9 @@ def draw_case(kind, draw):
 def build(config, experts, combine, dispatch):
     """The mixture with a gate that passes its input on, and without noise."""
     width = experts + config.groups if config.kind == "hierarchical" else experts
-    moe = MixtureOfExperts(width, CLASSES, config, ExpertsConfig([[]] * experts, combine=combine, dispatch=dispatch))
+    moe = MixtureOfExperts(
+        width, CLASSES, config, ExpertsConfig(sizes=[[]] * experts, combine=combine, dispatch=dispatch)
+    )
     with torch.no_grad():
         if config.kind == "hash":
             moe.router.projection_DE.copy_(torch.eye(experts))

@@ -1,10 +1,12 @@
 """Parameters and FLOPs of a sample under every routing rule, against counts by hand."""
 
 import pytest
+import timm
 import torch
 from torch import nn
 
-from engine.summary import cost, head_cost
+from engine.summary import cost, flops, head_cost
+from model.backbone import Backbone
 from model.classifier import NeckConfig, VisionMoE
 from model.experts import ExpertsConfig
 from model.routers import RouterConfig
@@ -85,3 +87,25 @@ def test_the_gate_costs_what_it_reads():
     experts = ExpertsConfig(sizes=[[4], [4]])
     model = VisionMoE((10,), 3, NeckConfig(norm="none"), RouterConfig(top_k=1, kind="vmoe", inputs=[0]), experts, 2)
     assert cost(model, Eye(), (10,)).head_flops == 2 * 5 * 2 + expert_flops(4)
+
+
+@pytest.mark.parametrize(
+    ("options", "tokens", "hidden"),
+    [
+        ({"depth": 2, "num_heads": 2, "mlp_ratio": 4}, 5, 96),
+        ({"depth": 3, "num_heads": 4, "mlp_ratio": 2, "class_token": False, "global_pool": "avg"}, 4, 48),
+        ({"depth": 1, "num_heads": 3, "mlp_ratio": 3, "reg_tokens": 4, "qk_norm": True, "init_values": 0.1}, 9, 72),
+    ],
+)
+def test_flops_of_a_vit_by_hand(options, tokens, hidden):
+    width = 24
+    vit = timm.models.VisionTransformer(img_size=32, patch_size=16, embed_dim=width, num_classes=0, **options)
+    # A block: queries, keys, values and output, the scores and what they mix, and the two layers of the MLP.
+    projections, attention = 4 * tokens * width * width, 2 * tokens * tokens * width
+    block = projections + attention + 2 * tokens * width * hidden
+    patches = 4 * (3 * 16 * 16) * width  # 2 x 2 of 16 x 16 pixels
+    expected = 2 * (patches + options["depth"] * block)
+    images = torch.zeros(1, 3, 32, 32)
+    assert flops(vit, images) == expected
+    backbone = Backbone(vit, ["mean:0"])  # what lies behind the last block that is read does not run
+    assert flops(backbone, images) == 2 * (patches + block)
