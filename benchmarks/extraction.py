@@ -32,10 +32,10 @@ from benchmarks.common import (
     timed,
     write,
 )
+from common.errors import exit_code_of
 from data.augment import prepare
-from engine.extraction import Extractor
-from engine.summary import flops
-from errors import exit_code_of
+from evaluation.cost import flops
+from features.extraction import Extractor
 from model.backbone import Backbone, BackboneConfig, load_backbone
 
 BACKBONES = ["vit_base_patch16_clip_quickgelu_224.openai", "vit_small_patch16_224", "vit_large_patch16_224"]
