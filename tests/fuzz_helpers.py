@@ -2,19 +2,14 @@
 
 import os
 import resource
-import shutil
 import warnings
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from trainer_helpers import make_trainer
 
 from common.errors import UserError
-from config.config import Config
-from storage.checkpoint import previous, save_checkpoint
-from storage.export import export_model
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))
 
@@ -138,20 +133,3 @@ def no_blow_up():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     yield
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < KILOBYTES
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, splits):
-    """A run in small that stopped in the middle of its second epoch: its trainer and its folder."""
-    folder = tmp_path_factory.mktemp("whole")
-    trainer = make_trainer(folder, splits, epochs=2)
-    trainer.fit()
-    export_model(trainer.run)
-    trainer.tracker.close()
-    trainer._begin_epoch()
-    trainer.progress.batches, trainer.step = 2, 12
-    trainer.identity["config"] = Config().to_dict()
-    save_checkpoint(trainer.run.last, trainer.state_dict())
-    previous(trainer.run.last).unlink()  # which would be read instead
-    shutil.copy(trainer.run.last, folder / "good.pt")
-    return trainer

@@ -5,6 +5,7 @@ FUZZ_EXAMPLES=20000 pytest tests/test_fuzz.py      longer, and with other inputs
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -21,15 +22,33 @@ from fuzz_helpers import (
 )
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from trainer_helpers import make_trainer
 
 from assembly.pipeline import build_model
 from common.errors import UserError
 from config.config import Config, Invocation, config_from_dict, parse_command_line
 from model.backbone import _read_weights
-from storage.checkpoint import load_checkpoint, seed_everything
-from storage.export import load_exported, read_description
+from storage.checkpoint import load_checkpoint, previous, save_checkpoint, seed_everything
+from storage.export import export_model, load_exported, read_description
 from storage.folder import RunFolder
 from storage.resume import best_kept, finished, load_resumable, metrics_step
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, splits):
+    """A run in small that stopped in the middle of its second epoch: its trainer and its folder."""
+    folder = tmp_path_factory.mktemp("whole")
+    trainer = make_trainer(folder, splits, epochs=2)
+    trainer.fit()
+    export_model(trainer.run)
+    trainer.tracker.close()
+    trainer._begin_epoch()
+    trainer.progress.batches, trainer.step = 2, 12
+    trainer.identity["config"] = Config().to_dict()
+    save_checkpoint(trainer.run.last, trainer.state_dict())
+    previous(trainer.run.last).unlink()  # which would be read instead
+    shutil.copy(trainer.run.last, folder / "good.pt")
+    return trainer
 
 
 @fuzz(25, changes=BYTES)
