@@ -33,10 +33,10 @@ from benchmarks.common import (
     write,
 )
 from common.errors import exit_code_of
-from data.augment import prepare
 from evaluation.cost import flops
 from features.extraction import Extractor
 from model.backbone import Backbone, BackboneConfig, load_backbone
+from model.preparation import prepare
 
 BACKBONES = ["vit_base_patch16_clip_quickgelu_224.openai", "vit_small_patch16_224", "vit_large_patch16_224"]
 FEATURES = ["cls:-1", "mean:-1"]

@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.augment import prepare
 from evaluation.predict import BATCH_SIZE
 from evaluation.trained import TrainedRun
 from features.bank import FeatureBank
 from model.classifier import VisionMoE
+from model.preparation import prepare
 from model.routers import Routing
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from common.errors import one_line, warn
-from data.augment import preparation, resize_and_normalise
 from features.bank import FeatureBank
 from model.backbone import Backbone
+from model.preparation import preparation, resize_and_normalise
 
 # By benchmarks/extraction.py on an H200. Images in a run from which compiling repays its 14 to 22 s on a GPU, by 10
 # microseconds an image; and the mode of torch.compile: max-autotune takes three times as long and gains one per cent.

@@ -23,6 +23,8 @@ from model.rows import gather, inverse, pick
 DENSE_WORK, DENSE_WORK_IN_A_GRAPH = 500_000_000_000, (20_000_000_000, 100_000_000_000)
 SORTED_FROM = 16_384, 4096
 
+NO_WEIGHT = -1e3  # in place of log 0: below what logarithms of probabilities come to, and not far, for precision
+
 
 def dispatch(x_BD: Tensor, routing: Routing, experts: Experts, how: str = "auto") -> tuple[Tensor, Tensor]:
     """Run the experts on the samples assigned to them, in autocast's number format where that is on.
@@ -145,9 +147,11 @@ def combine_probabilities(outputs_AC: Tensor, order_A: Tensor, routing: Routing)
     that no expert saw.
     """
     sample_A = routing.sample_A.index_select(0, order_A)
-    # A softmax weight may underflow to 0, whose logarithm has no finite gradient.
-    weight_A1 = routing.weight_A.index_select(0, order_A)[:, None].clamp_min(torch.finfo(torch.float32).tiny)
-    log_AC = outputs_AC.float().log_softmax(dim=-1) + weight_A1.log()
+    weight_A1 = routing.weight_A.index_select(0, order_A)[:, None]
+    # A softmax weight may underflow, and the logarithm of 0 has no finite gradient. An expert of weight 0 counts for
+    # less than any other at any class, and alone where a sample has no other.
+    log_A1 = weight_A1.clamp_min(torch.finfo(torch.float32).tiny).log().masked_fill(weight_A1 == 0, NO_WEIGHT)
+    log_AC = outputs_AC.float().log_softmax(dim=-1) + log_A1
     index_AC = sample_A[:, None].expand_as(log_AC)
     zeros_BC = log_AC.new_zeros(routing.num_samples, log_AC.shape[1])
     peak_BC = zeros_BC.scatter_reduce(0, index_AC, log_AC.detach(), "amax", include_self=False)

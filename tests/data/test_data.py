@@ -8,10 +8,11 @@ import torch
 
 from common.errors import EnvironmentFault, UserError
 from config.features import FeaturesConfig
-from data.augment import AugmentConfig, View, apply_view, draw_view, prepare
+from data.augment import AugmentConfig, View, apply_view, draw_view
 from data.datasets import DataConfig, load_splits, stratified_split
 from data.image_set import ImageSet
 from features.bank import FeatureBank
+from model.preparation import prepare
 
 CPU = torch.device("cpu")
 

@@ -84,7 +84,7 @@ def test_an_expert_alone_is_the_answer_without_the_others(trained, digits):
 
 
 def predict_input(trained, images):
-    from data.augment import prepare
+    from model.preparation import prepare
 
     backbone = trained.backbone
     return prepare(images, backbone.image_size, backbone.mean, backbone.std)

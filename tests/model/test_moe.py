@@ -224,6 +224,16 @@ def test_a_weight_that_underflows_has_a_finite_gradient():
     assert torch.isfinite(scores.grad).all()
 
 
+def test_an_expert_without_weight_says_nothing_about_any_class():
+    sample_A, expert_A = torch.tensor([0, 0, 1]), torch.tensor([0, 1, 1])
+    routing = Routing(sample_A, expert_A, torch.tensor([1.0, 0.0, 0.0]), torch.zeros(2, 2))
+    outputs_AC = torch.tensor([[200.0, 0.0], [0.0, 200.0], [0.0, 3.0]])
+    mixed_BC = COMBINE["probabilities"](outputs_AC, torch.arange(3), routing)
+    assert mixed_BC[0].tolist() == [0.0, -200.0]
+    # The one expert that the other sample has decides alone, whatever its weight.
+    assert (mixed_BC[1, 1] - mixed_BC[1, 0]).item() == pytest.approx(3.0, abs=1e-3)
+
+
 def test_batch_norm_in_the_neck_takes_a_batch_of_one():
     model = VisionMoE((6,), 3, NeckConfig(norm="batch"), RouterConfig(), ExpertsConfig(sizes=UNEQUAL)).train()
     assert model(torch.randn(1, 6))[0].shape == (1, 3)

@@ -1,6 +1,7 @@
 """Capacity: who finds a place, in what order, and what becomes of the rest, by hand and against a slow loop."""
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from model.balance import BalanceConfig, balance_losses
 from model.experts import ExpertsConfig
 from model.moe import MixtureOfExperts
 from model.routers import RouterConfig, build_router
-from model.routers.capacity import expert_capacity, place
+from model.routers.capacity import exact, expert_capacity, place
 
 
 def identity_router(kind, num_experts, top_k, **options):
@@ -26,17 +27,49 @@ def pairs(routing):
     return sorted(zip(routing.sample_A.tolist(), routing.expert_A.tolist(), strict=True))
 
 
+def places(batch, factor, target, top_k=1):
+    """Places of each expert, as a router computes them from its options."""
+    router = build_router(RouterConfig(kind="vmoe", top_k=top_k, target_load=target, capacity_factor=factor), 4, 4)
+    return expert_capacity(batch, top_k * exact(router.capacity_factor), router.shares)
+
+
 @pytest.mark.parametrize(
-    ("batch", "per_sample", "target", "expected"),
+    ("batch", "top_k", "factor", "target", "expected"),
     [
-        (10, 1.25, [0.25] * 4, [4] * 4),  # 12.5 / 4 = 3.125, rounded up
-        (192, 1.0, [1 / 3] * 3, [64] * 3),  # though 192 * float32(1/3) is a little more than 64
-        (8, 1.0, [0.75, 0.25], [6, 2]),
-        (1, 0.1, [0.5, 0.5], [1, 1]),  # never none
+        (10, 1, 1.25, "even", [4] * 4),  # 12.5 / 4 = 3.125, rounded up
+        (30, 1, 1.0, [0.1, 0.2, 0.3, 0.4], [3, 6, 9, 12]),  # though the float 0.1 is more than a tenth
+        (192, 2, 1.1, [1, 1, 2, 2], [71, 71, 141, 141]),  # 422.4 / 6 = 70.4 and twice that
+        (8, 1, 1.0, [5, 1, 1, 1], [5, 1, 1, 1]),
+        (1, 1, 0.1, "even", [1] * 4),  # never none
+        (7, 4, 1e300, "even", [7] * 4),  # a sample comes to an expert once
+        (7, 4, 1e-300, "even", [1] * 4),
+        (4_000_000, 1, 1.0, "even", [1_000_000] * 4),
+        (4_000_000, 1, 1.25, "even", [1_250_000] * 4),
+        (4_000_000, 2, 0.75, "even", [1_500_000] * 4),
+        (3_999_999, 1, 1.0, "even", [1_000_000] * 4),
+        (4_000_001, 1, 1.0, "even", [1_000_001] * 4),
     ],
 )
-def test_capacity_by_hand(batch, per_sample, target, expected):
-    assert expert_capacity(batch, per_sample, torch.tensor(target)).tolist() == expected
+def test_capacity_by_hand(batch, top_k, factor, target, expected):
+    assert places(batch, factor, target, top_k) == expected
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.25, 1.5])
+def test_one_expert_has_a_place_for_each_of_a_million_samples(factor):
+    assert expert_capacity(1_000_000, exact(factor), [Fraction(1)]) == [1_000_000]
+    # Of two experts each takes half, times the factor.
+    assert expert_capacity(1_000_000, exact(factor), [Fraction(1, 2)] * 2) == [int(500_000 * factor)] * 2
+
+
+@pytest.mark.parametrize("kind", ["vmoe", "gshard", "expert_choice"])
+@pytest.mark.parametrize("factor", [1e300, 1e-300])
+def test_extreme_capacity_factors_limit_nothing_or_leave_one_place(kind, factor):
+    if kind == "expert_choice" and factor > 1:
+        with pytest.raises(ValueError, match="lower it"):
+            identity_router(kind, 3, 2, capacity_factor=factor)
+        return
+    counts_E = identity_router(kind, 3, 2, capacity_factor=factor)(torch.randn(6, 3)).counts_E
+    assert counts_E.max() == 1 if factor < 1 else 6 <= counts_E.sum() <= 12
 
 
 def slow_place(experts, wanted, capacity, priority):

@@ -8,7 +8,7 @@ from test_routers_capacity import identity_router, pairs
 
 from common.errors import UserError
 from config.config import parse_command_line
-from model.balance import importance_loss, local_entropy
+from model.balance import BalanceConfig, balance_losses, importance_loss, local_entropy, weighted_sum
 from model.routers import RouterConfig, build_router
 from model.routers.capacity import place
 
@@ -28,6 +28,59 @@ def test_the_load_estimate_is_of_what_the_bias_makes_the_router_choose(kind, opt
     chosen_E = routing.counts_E / 20_000
     assert chosen_E.max() - chosen_E.min() > 0.15
     assert routing.load_BE.mean(dim=0).tolist() == pytest.approx(chosen_E.tolist(), abs=0.02)
+
+
+@pytest.mark.parametrize("bias", [0.0, 0.5, 3.0])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("noisy_topk", {}),
+        ("vmoe", {"noise_std": 1.0}),
+        ("hierarchical", {"groups": 2}),
+        ("hierarchical", {"groups": 2, "top_groups": 2, "temperature": 0.2}),
+        ("hierarchical", {"groups": 4}),
+        ("hierarchical", {"groups": 3, "top_groups": 2}),
+    ],
+)
+def test_the_load_estimate_sums_to_k_and_is_each_experts_chance_to_be_chosen(kind, options, bias):
+    torch.manual_seed(1)
+    config = RouterConfig(kind=kind, top_k=2, norm="none", bias_rate=0.001, **options)
+    router = build_router(config, 4, 12).train()
+    torch.nn.init.normal_(router.gate.weight)
+    router.bias_E.copy_(bias * torch.randn(12))
+    routing = router(torch.full((20_000, 4), 0.5))
+    chosen_E, load_E = routing.counts_E / 20_000, routing.load_BE.mean(dim=0)
+    assert load_E.sum().item() == pytest.approx(2, abs=0.012)
+    assert load_E.tolist() == pytest.approx(chosen_E.tolist(), abs=0.012)
+
+
+def test_an_ablation_of_a_sharp_hierarchical_gate_has_weights():
+    # Two groups of one expert, both chosen: without expert 0 all weight is expert 1's.
+    config = RouterConfig(kind="hierarchical", top_k=2, groups=2, top_groups=2, temperature=0.2, norm="none")
+    router = build_router(config, 3, 2).eval()
+    torch.nn.init.normal_(router.gate.weight)
+    routing = router(torch.randn(5, 3), allowed_E=torch.tensor([False, True]))
+    assert routing.weight_A[routing.expert_A == 1].tolist() == [1.0] * 5
+    assert routing.weight_A[routing.expert_A == 0].tolist() == [0.0] * 5
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e6])
+@pytest.mark.parametrize("kind", ["noisy_topk", "vmoe", "deepseek", "hierarchical", "expert_choice"])
+def test_extreme_temperatures_give_finite_weights_and_gradients(kind, temperature):
+    torch.manual_seed(0)
+    router = build_router(RouterConfig(kind=kind, top_k=2, temperature=temperature), 4, 4).train()
+    torch.nn.init.normal_(router.gate.weight)
+    routing = router(torch.randn(16, 4))
+    config = BalanceConfig(**dict.fromkeys(vars(BalanceConfig()), 1.0))
+    (weighted_sum(balance_losses(routing, config), config) + routing.weight_A.sum()).backward()
+    assert routing.weight_A.isfinite().all() and router.gate.weight.grad.isfinite().all()
+
+
+def test_deepseek_weighs_by_ratio_where_all_scores_underflow():
+    # Scores sigmoid(-200) and sigmoid(-201), both 0 in float32: e : 1.
+    routing = identity_router("deepseek", 3, 2, bias_rate=0.0)(torch.tensor([[-201.0, -300.0, -200.0]]))
+    assert pairs(routing) == [(0, 0), (0, 2)]
+    assert sorted(routing.weight_A.tolist()) == pytest.approx([1 / (1 + math.e), math.e / (1 + math.e)])
 
 
 def test_a_replacement_may_be_a_choice_that_was_not_drawn():
@@ -66,7 +119,7 @@ def test_losses_read_the_gate_at_its_temperature():
         routing = identity_router(kind, 2, 1, temperature=2.0)(x)
         assert routing.probs_BE[0].tolist() == pytest.approx([0.8, 0.2])
         entropy = -(0.8 * math.log(0.8) + 0.2 * math.log(0.2))
-        assert local_entropy(routing.probs_BE).item() == pytest.approx(entropy)
+        assert local_entropy(routing.gate_logits_BE).item() == pytest.approx(entropy)
         assert routing.logits_BE[0].tolist() == x[0].tolist()  # the z-loss keeps these small
 
 
