@@ -32,9 +32,9 @@ from benchmarks.common import (
     timed,
     write,
 )
-from engine.extraction import Extractor
-from engine.summary import flops
-from errors import exit_code_of
+from common.errors import exit_code_of
+from evaluation.cost import flops
+from features.extraction import Extractor
 from model.backbone import Backbone, BackboneConfig, load_backbone
 from model.preparation import prepare
 
