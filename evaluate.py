@@ -5,7 +5,7 @@ python evaluate.py RUN --data.root DIR --backbone.weights FILE      where the fi
 python evaluate.py --compare RUN RUN ...    one table and one figure, of run folders and ClearML task ids
 """
 
-from errors import leave_on_signal
+from common.errors import leave_on_signal
 
 if __name__ == "__main__":
     leave_on_signal()  # before the imports, which take seconds
@@ -13,21 +13,22 @@ if __name__ == "__main__":
 import argparse
 from pathlib import Path
 
-from arguments import Parser
+from assembly.loading import configure, describe
+from assembly.pipeline import build_bank, build_model, identity, pick_device
+from common.arguments import Parser
+from common.errors import blaming_files, exit_code_of, leave
 from data.datasets import load_splits
-from engine.checkpoint import check_inputs, load_exported
-from engine.compare import compare
-from engine.evaluation import evaluate, table
-from engine.loading import configure, describe
-from engine.pipeline import build_bank, build_model, identity, pick_device
-from engine.run_folder import RunFolder
-from engine.tracking import open_evaluation
-from errors import blaming_files, exit_code_of, leave
+from evaluation.compare import compare
+from evaluation.evaluation import evaluate, table
 from model.backbone import load_backbone
+from storage.checkpoint import check_inputs
+from storage.export import load_exported
+from storage.folder import RunFolder
+from tracking.tracker import open_evaluation
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line. Raises errors.UserError."""
+    """Read the command line. Raises UserError."""
     parser = Parser(
         prog="evaluate.py",
         usage="%(prog)s [options] RUN | --compare RUN RUN ...",

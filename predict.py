@@ -5,7 +5,7 @@ python predict.py RUN cat.jpg --json                        one JSON document in
 python predict.py RUN cat.jpg dog.png --explain out.png     a picture of images, classes and experts
 """
 
-from errors import leave_on_signal
+from common.errors import leave_on_signal
 
 if __name__ == "__main__":
     leave_on_signal()  # before the imports, which take seconds
@@ -19,19 +19,20 @@ from typing import Any
 import torch
 
 from analysis.plots.pictures import explanation
-from arguments import Parser
+from assembly.loading import load_trained
+from common.arguments import Parser
+from common.errors import EnvironmentFault, UserError, exit_code_of, leave, say
+from common.files import write_atomically
 from data.image_file import Picture, find_images, read_picture
-from engine.classify import Answer, classify
-from engine.loading import TrainedRun, load_trained
-from engine.run_folder import write_atomically
-from errors import EnvironmentFault, UserError, exit_code_of, leave, say
+from evaluation.classify import Answer, classify
+from evaluation.trained import TrainedRun
 
 BATCH = 32  # images that are held at once
 EXPLAINED = 12  # images in one picture
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line. Raises errors.UserError."""
+    """Read the command line. Raises UserError."""
     parser = Parser(prog="predict.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, metavar="RUN", help="folder that train.py wrote")
     parser.add_argument(
@@ -87,7 +88,7 @@ def main() -> None:
 def gather(paths: list[Path]) -> tuple[list[Path], list[dict[str, str]]]:
     """The image files of all paths, and the folders without one, each of which is told at once.
 
-    Raises errors.UserError where no file is left.
+    Raises UserError where no file is left.
     """
     files, failed = [], []
     for path in paths:
@@ -149,7 +150,7 @@ def document(trained: TrainedRun, rows: list[dict[str, Any]], failed: list[dict[
 
 
 def draw(path: Path, shown: list[tuple[Path, Picture, Answer]], shared: bool) -> None:
-    """Write the picture of --explain. Raises errors.EnvironmentFault where it cannot be written."""
+    """Write the picture of --explain. Raises EnvironmentFault where it cannot be written."""
     figure = explanation(
         [picture.pixels_CHW.permute(1, 2, 0).numpy() for _, picture, _ in shown],
         [name.name for name, _, _ in shown],

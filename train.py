@@ -7,7 +7,7 @@ python train.py --router.top_k 1 --train.epochs 20     any field of the configur
 python train.py --resume runs/cifar100-20260101-120000 go on with an interrupted run
 """
 
-from errors import leave_on_signal
+from common.errors import leave_on_signal
 
 if __name__ == "__main__":
     leave_on_signal()  # before the imports, which take seconds
@@ -16,20 +16,22 @@ from pathlib import Path
 
 import torch
 
-from data.datasets import Splits, load_splits
-from engine.checkpoint import check_inputs, export_model, load_exported
-from engine.config import Config, Invocation, config_from_dict, parse_command_line, write_config
-from engine.evaluation import evaluate, table
-from engine.extraction import warn_of_hours
-from engine.interrupt import stoppable
-from engine.pipeline import build_trainer, pick_device
-from engine.resume import best_kept, finished, load_resumable, metrics_step
-from engine.run_folder import RunFolder
-from engine.summary import cost
-from engine.tracking import Tracker, open_tracker
-from engine.trainer import Trainer, steps_an_epoch
-from errors import Interrupted, exit_code_of, leave, say, warn
+from assembly.pipeline import build_trainer, pick_device
+from common.errors import Interrupted, exit_code_of, leave, say, warn
+from common.signals import stoppable
+from config.config import Config, Invocation, config_from_dict, parse_command_line, write_config
+from data.datasets import load_splits
+from data.image_set import Splits
+from evaluation.cost import cost
+from evaluation.evaluation import evaluate, table
+from features.extraction import warn_of_hours
 from model.backbone import Backbone, load_backbone
+from storage.checkpoint import check_inputs
+from storage.export import export_model, load_exported
+from storage.folder import RunFolder
+from storage.resume import best_kept, finished, load_resumable, metrics_step
+from tracking.tracker import Tracker, open_tracker
+from training.trainer import Trainer, steps_an_epoch
 
 Inputs = tuple[torch.device, Splits, Backbone]
 

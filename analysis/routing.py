@@ -193,3 +193,8 @@ def _table(cell_A: IntArray, rows: int, columns: int, weight_A: FloatArray | Non
 
 def _normalised(table: FloatArray) -> FloatArray:
     return ratio(table, table.sum(axis=-1, keepdims=True))
+
+
+def balance_figures(load_E: np.ndarray) -> dict[str, float]:
+    """Entropy of the load (1 at perfect balance) and its coefficient of variation (0 at perfect balance)."""
+    return {"balance/entropy": load_entropy(load_E), "balance/cv": coefficient_of_variation(load_E)}

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-import arguments
-from engine.environment import device_name, versions
-from engine.pipeline import pick_device
-from errors import one_line
+from assembly.pipeline import pick_device
+from common import arguments
+from common.environment import device_name, versions
+from common.errors import one_line
 
 PACKAGES = ("torch", "timm", "transformers", "mixture-of-experts", "st-moe-pytorch")
 
@@ -154,7 +154,7 @@ def width_of_cost(cost: Callable[[int], int], goal: int) -> int:
 
 
 def start(options: argparse.Namespace) -> torch.device:
-    """The device of the options. Raises errors.UserError for one that is not there."""
+    """The device of the options. Raises UserError for one that is not there."""
     return pick_device(options.device)
 
 

@@ -27,7 +27,7 @@ from benchmarks.common import (
     write,
 )
 from benchmarks.layers import GRAPH, Shape, contestants, ours
-from errors import exit_code_of
+from common.errors import exit_code_of
 
 TINY = {"features": 32, "hidden": 16, "classes": 10, "batch": [16, 64], "experts": [4, 8], "top_k": [1, 2]}
 UNEQUAL = (0.25, 0.5, 1.0, 2.25)  # times the hidden units of equal experts: the mean is 1

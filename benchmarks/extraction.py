@@ -32,11 +32,11 @@ from benchmarks.common import (
     timed,
     write,
 )
-from data.augment import prepare
-from engine.extraction import Extractor
-from engine.summary import flops
-from errors import exit_code_of
+from common.errors import exit_code_of
+from evaluation.cost import flops
+from features.extraction import Extractor
 from model.backbone import Backbone, BackboneConfig, load_backbone
+from model.preparation import prepare
 
 BACKBONES = ["vit_base_patch16_clip_quickgelu_224.openai", "vit_small_patch16_224", "vit_large_patch16_224"]
 FEATURES = ["cls:-1", "mean:-1"]

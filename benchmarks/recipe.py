@@ -15,6 +15,7 @@ import json
 import sys
 import time
 
+from assembly.pipeline import build_bank, build_model
 from benchmarks.common import (
     Failure,
     Parser,
@@ -30,11 +31,10 @@ from benchmarks.common import (
 )
 from benchmarks.runs import train_once
 from benchmarks.study_tables import rows, shown
+from common.errors import exit_code_of
+from config.config import Config, config_from_dict, parse_command_line
 from data.datasets import load_splits
-from engine.config import Config, config_from_dict, parse_command_line
-from engine.pipeline import build_bank, build_model
-from engine.summary import head_cost
-from errors import exit_code_of
+from evaluation.cost import head_cost
 from model.backbone import load_backbone
 from model.balance import BalanceConfig
 from model.routers import RouterConfig

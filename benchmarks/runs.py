@@ -10,17 +10,17 @@ import torch
 
 from analysis.answers import calibration
 from analysis.routing import expert_load, load_entropy
-from data.datasets import Splits
-from data.features import FeatureBank
-from engine.checkpoint import load_checkpoint
-from engine.config import Config, config_from_dict
-from engine.metrics import scores
-from engine.pipeline import build_trainer
-from engine.predict import predict
-from engine.run_folder import RunFolder
-from engine.summary import head_cost
-from engine.tracking import open_tracker
+from assembly.pipeline import build_trainer
+from config.config import Config, config_from_dict
+from data.image_set import Splits
+from evaluation.cost import head_cost
+from evaluation.metrics import scores
+from evaluation.predict import predict
+from features.bank import FeatureBank
 from model.backbone import Backbone
+from storage.checkpoint import load_checkpoint
+from storage.folder import RunFolder
+from tracking.tracker import open_tracker
 
 
 def train_once(

@@ -29,15 +29,15 @@ from benchmarks.common import (
     write,
 )
 from benchmarks.step import on_batches, step_of
-from data.feature_file import gigabytes
-from engine.graph import worth_capturing
-from engine.summary import parameters
-from errors import UserError, exit_code_of
+from common.errors import UserError, exit_code_of
+from evaluation.cost import parameters
+from features.file import gigabytes
 from model.balance import BalanceConfig
 from model.classifier import NeckConfig, VisionMoE
 from model.dispatch import choose
 from model.experts import ExpertsConfig
 from model.routers import RouterConfig
+from training.graph import worth_capturing
 
 SIZES = (256, 512, 1024, 2048)  # hidden units, repeated for more experts
 CLASSES = 100

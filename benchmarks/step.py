@@ -15,16 +15,17 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import Failure, Parser, attempt, environment, header, start, table, timed, write
-from engine.config import parse_command_line
-from engine.graph import GraphedStep
-from engine.optim import OptimConfig, build_optimizer, set_learning_rate
-from engine.step import TrainingStep
-from engine.summary import head_cost, parameters
-from errors import exit_code_of
+from common.errors import exit_code_of
+from config.config import parse_command_line
+from config.optim import OptimConfig
+from evaluation.cost import head_cost, parameters
 from model.balance import BalanceConfig
 from model.classifier import NeckConfig, VisionMoE
 from model.experts import ExpertsConfig
 from model.routers import RouterConfig
+from training.graph import GraphedStep
+from training.optim import build_optimizer, set_learning_rate
+from training.step import TrainingStep
 
 CLASSES, SAMPLES = 100, 50_000
 

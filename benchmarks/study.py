@@ -28,6 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from assembly.pipeline import build_bank
 from benchmarks.common import Parser, environment, header, start, table, write
 from benchmarks.study_curve import draw_curve
 from benchmarks.study_heads import (
@@ -44,12 +45,12 @@ from benchmarks.study_heads import (
 )
 from benchmarks.study_runs import Results, Workers
 from benchmarks.study_tables import best, preferred, rows, shown
-from data.datasets import Splits, load_splits
-from data.features import FeatureBank
-from engine.config import Config, parse_command_line
-from engine.interrupt import stoppable
-from engine.pipeline import build_bank
-from errors import exit_code_of
+from common.errors import exit_code_of
+from common.signals import stoppable
+from config.config import Config, parse_command_line
+from data.datasets import load_splits
+from data.image_set import Splits
+from features.bank import FeatureBank
 from model.backbone import load_backbone
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -108,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """The study's options, and those for the configuration. Raises errors.UserError for others."""
+    """The study's options, and those for the configuration. Raises UserError for others."""
     parser = Parser("study", __doc__, seconds=1500, tiny=TINY)
     parser.allow_abbrev = False
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="default: all of them")

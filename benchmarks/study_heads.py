@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import width_of_cost
-from engine.summary import flops, head_cost
+from evaluation.cost import flops, head_cost
 from model.classifier import NeckConfig, VisionMoE
 from model.experts import ExpertsConfig
 from model.routers import RouterConfig

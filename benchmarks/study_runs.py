@@ -17,7 +17,7 @@ import torch.multiprocessing as multiprocessing
 
 from benchmarks.study_heads import Features, Job
 from benchmarks.study_training import Outcome, side_by_side, train_heads
-from errors import EnvironmentFault, one_line
+from common.errors import EnvironmentFault, one_line
 
 
 class Results:
@@ -101,7 +101,7 @@ class Workers:
     def run(self, jobs: list[Job], results: Results, deadline: float) -> None:
         """Train the heads that are not there yet, until the deadline.
 
-        Raises errors.EnvironmentFault where a process ends that should not.
+        Raises EnvironmentFault where a process ends that should not.
         """
         left = [job for job in jobs if not results.knows(job)]
         seconds = deadline - time.perf_counter()

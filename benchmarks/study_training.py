@@ -11,14 +11,15 @@ from torch.nn import functional as F
 from analysis.answers import calibration
 from analysis.routing import expert_load, load_entropy, specialisation
 from benchmarks.study_heads import SETTINGS, Features, Job, build, dense, flops_of
-from engine.checkpoint import seed_everything
-from engine.graph import Captured, worth_capturing
-from engine.metrics import scores
-from engine.optim import OptimConfig, build_optimizer, set_learning_rate
-from engine.step import TrainingStep
+from config.optim import OptimConfig
+from evaluation.metrics import scores
 from model.balance import BalanceConfig
 from model.classifier import VisionMoE
 from model.routers import RouterConfig
+from storage.checkpoint import seed_everything
+from training.graph import Captured, worth_capturing
+from training.optim import build_optimizer, set_learning_rate
+from training.step import TrainingStep
 
 PERMUTATIONS = 200
 Outcome = tuple[dict[str, Any], np.ndarray] | str

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+from assembly.pipeline import build_model
 from benchmarks.common import (
     Failure,
     Parser,
@@ -38,14 +39,14 @@ from benchmarks.common import (
 )
 from benchmarks.layers import article_loop
 from benchmarks.runs import train_once
-from data.datasets import Splits, load_splits
-from engine.checkpoint import seed_everything
-from engine.config import Config, config_from_dict, parse_command_line
-from engine.metrics import scores
-from engine.pipeline import build_model
-from errors import exit_code_of
+from common.errors import exit_code_of
+from config.config import Config, config_from_dict, parse_command_line
+from data.datasets import load_splits
+from data.image_set import Splits
+from evaluation.metrics import scores
 from model.backbone import Backbone, load_backbone
 from model.balance import usage_variance
+from storage.checkpoint import seed_everything
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 ARTICLE = "article as written"

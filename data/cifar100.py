@@ -9,16 +9,16 @@ from urllib.parse import urlparse
 import numpy as np
 import torch
 
-from data.datasets import ImageSet
-from errors import EnvironmentFault, UserError
-from network import reachable
+from common.errors import EnvironmentFault, UserError
+from common.network import reachable
+from data.image_set import ImageSet
 
 
 def load_cifar100(root: Path, download: bool = True) -> tuple[ImageSet, ImageSet]:
     """The 50,000 training and 10,000 test images, from `root`/cifar-100-python.
 
     The files are unpickled only after their MD5 sums matched the official ones, so an altered file never
-    runs code. Raises errors.UserError for an altered file, errors.EnvironmentFault where the files are
+    runs code. Raises UserError for an altered file, EnvironmentFault where the files are
     missing and cannot be downloaded.
     """
     from torchvision.datasets import CIFAR100
@@ -35,7 +35,7 @@ def load_cifar100(root: Path, download: bool = True) -> tuple[ImageSet, ImageSet
 
 
 def _refuse_the_folder_itself(root: Path, folder: Path, files: Iterable[str]) -> None:
-    """Raise errors.UserError where the files lie in `root`, not in the folder of theirs in it."""
+    """Raise UserError where the files lie in `root`, not in the folder of theirs in it."""
     if all((root / name).is_file() for name in files):
         at_home = root.absolute().name == folder.name
         remedy = f"name its parent, --data.root {root.absolute().parent}" if at_home else f"move them to {folder}"

@@ -11,7 +11,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from errors import UserError, one_line
+from common.errors import UserError, one_line
 
 MIN_SIDE = 4
 PROGRAMS = {"EPS"}  # PostScript is code, for which Pillow starts an interpreter
@@ -33,7 +33,7 @@ def read_picture(path: Path, size: int, grey: bool = False) -> Picture:
     """The centre square of an image file, turned upright by its EXIF orientation and resized to `size` pixels.
 
     Bicubic and antialiased; the first frame of an animation; transparent parts on white; 16-bit grey scaled to
-    8 bits; CMYK without its colour profile; grey: without colour. Raises errors.UserError, in one line, for a file
+    8 bits; CMYK without its colour profile; grey: without colour. Raises UserError, in one line, for a file
     that Pillow cannot read, a side below MIN_SIDE, or more than MAX_PIXELS to decode.
     """
     try:
@@ -124,7 +124,7 @@ def _as_rgb(image: Image.Image) -> Image.Image:
 def find_images(paths: Sequence[Path]) -> list[Path]:
     """The files named, and of each folder, at any depth and in order, those with the ending of an image format.
 
-    Raises errors.UserError for a folder without an image. A file that is named need not exist: reading it tells.
+    Raises UserError for a folder without an image. A file that is named need not exist: reading it tells.
     """
     formats = set(_formats())
     endings = {ending for ending, name in Image.registered_extensions().items() if name in formats}

@@ -4,16 +4,16 @@ from pathlib import Path
 
 import torch
 
-from data.datasets import ImageSet
+from common.errors import UserError
 from data.image_file import read_picture
-from errors import UserError
+from data.image_set import ImageSet
 
 
 def load_image_folder(root: Path, size: int) -> tuple[ImageSet, ImageSet | None, ImageSet | None]:
     """Train, val (or None) and test (or None) under `root`; the classes are the folders of `root`/train.
 
     size: side in pixels; the shorter side is resized to it (bicubic, antialiased), then the centre cropped.
-    Raises errors.UserError for a missing train/, fewer than two classes, a class that train/ does not
+    Raises UserError for a missing train/, fewer than two classes, a class that train/ does not
     have, or a file that is not a readable image.
     """
     train_folder = root / "train"

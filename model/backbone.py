@@ -14,10 +14,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from archives import check_archive
-from errors import EnvironmentFault, UserError, one_line
+from common.archives import check_archive
+from common.errors import EnvironmentFault, UserError, one_line
+from common.network import reachable
 from model.fast_vit import fast_copy
-from network import reachable
 
 POOLS = ("cls", "mean", "tokens")
 BUNDLED = "bundled/vit_micro"
@@ -75,7 +75,7 @@ class Backbone(nn.Module):
     forward: normalised images (B, 3, S, S) -> float32 features (B, F), or tokens (B, T, D) for `tokens:BLOCK`.
     Each block's tokens pass the ViT's final norm, as DINOv2's `get_intermediate_layers(norm=True)` does.
     dtype: arithmetic of the forward pass. Where it is not float32, a `fast_copy` of `vit` in it does the work.
-    Raises errors.UserError for a block or a class token that the ViT has not.
+    Raises UserError for a block or a class token that the ViT has not.
     """
 
     def __init__(self, vit: nn.Module, features: list[str], dtype: torch.dtype = torch.float32):
@@ -154,8 +154,8 @@ class Backbone(nn.Module):
 def load_backbone(config: BackboneConfig, device: torch.device) -> Backbone:
     """Build the configured backbone on `device`.
 
-    Raises errors.UserError for an unknown name, a model that is no ViT, or weights that do not fit, and
-    errors.EnvironmentFault for weights that would have to be downloaded and cannot.
+    Raises UserError for an unknown name, a model that is no ViT, or weights that do not fit, and
+    EnvironmentFault for weights that would have to be downloaded and cannot.
     """
     vit = _load_vit(config)
     if not (hasattr(vit, "forward_intermediates") and hasattr(vit, "num_prefix_tokens") and hasattr(vit, "blocks")):
@@ -247,7 +247,7 @@ def _by(shape: torch.Size) -> str:
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a local file, read without running code. Raises errors.UserError."""
+    """The tensors of a local file, read without running code. Raises UserError."""
     from safetensors.torch import load_file
 
     if not path.is_file():

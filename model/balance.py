@@ -48,8 +48,8 @@ def squared_cv(values_E: Tensor, target_E: Tensor | None = None) -> Tensor:
         target_E = torch.full_like(values_E, 1 / len(values_E))
     ratio_E = values_E / target_E  # its mean under the target is the sum of the values
     total = values_E.sum()
-    variance = (target_E * (ratio_E - total).square()).sum()
-    return variance / (total * total).clamp_min(torch.finfo(values_E.dtype).tiny)
+    # Divided before it is squared, and never by less than this, or small sums would leave the range of float32.
+    return (target_E * ((ratio_E - total) / total.clamp_min(1e-30)).square()).sum()
 
 
 def importance_loss(routing: Routing) -> Tensor:
@@ -102,19 +102,32 @@ def z_loss(logits_BE: Tensor) -> Tensor:
     return logits_BE.logsumexp(dim=-1).square().mean()
 
 
-def local_entropy(probs_BE: Tensor) -> Tensor:
-    """Mean over samples of the entropy of the gate, in nats (Mustafa 2022, LIMoE); 0 where every choice is certain."""
-    return torch.special.entr(probs_BE).sum(dim=-1).mean()
+def log_gate(logits_BE: Tensor) -> Tensor:
+    """log_softmax over the experts, (B, E), with a very negative number for the minus infinity of a barred expert.
+
+    Entropies are computed from it: a probability that underflows to 0 has a logarithm, whose gradient is right.
+    """
+    return logits_BE.log_softmax(dim=-1).clamp_min(torch.finfo(logits_BE.dtype).min)
 
 
-def global_divergence(probs_BE: Tensor, target_E: Tensor | None = None) -> Tensor:
+def local_entropy(logits_BE: Tensor) -> Tensor:
+    """Mean over samples of the entropy of the gate, in nats (Mustafa 2022, LIMoE); 0 where every choice is certain.
+
+    logits_BE: clean logits at the gate's temperature.
+    """
+    log_BE = log_gate(logits_BE)
+    return -(log_BE.exp() * log_BE).sum(dim=-1).mean()
+
+
+def global_divergence(logits_BE: Tensor, target_E: Tensor | None = None) -> Tensor:
     """Divergence, in nats, of the mean gate from the target load; 0 at perfect balance.
 
-    For an even target log E less the entropy of the mean gate, which LIMoE (Mustafa 2022) maximises.
+    For an even target log E less the entropy of the mean gate, which LIMoE (Mustafa 2022) maximises. logits_BE: clean
+    logits at the gate's temperature.
     """
-    mean_E = probs_BE.mean(dim=0)
-    target_E = torch.full_like(mean_E, 1 / len(mean_E)) if target_E is None else target_E
-    return -torch.special.entr(mean_E).sum() - (mean_E * target_E.log()).sum()
+    log_mean_E = log_gate(logits_BE).logsumexp(dim=0) - math.log(len(logits_BE))
+    target_E = torch.full_like(log_mean_E, 1 / len(log_mean_E)) if target_E is None else target_E
+    return (log_mean_E.exp() * (log_mean_E - target_E.log())).sum()
 
 
 def usage_variance(counts_E: Tensor) -> Tensor:
@@ -137,8 +150,8 @@ def balance_losses(routing: Routing, config: BalanceConfig) -> dict[str, Tensor]
         "load": lambda: load_loss(routing),
         "p_penalty": lambda: parameter_penalty(routing.probs_BE, demand_E, routing.work_E),
         "z_loss": lambda: z_loss(routing.logits_BE),
-        "entropy_local": lambda: local_entropy(routing.probs_BE),
-        "entropy_global": lambda: global_divergence(routing.probs_BE, target_E),
+        "entropy_local": lambda: local_entropy(routing.gate_logits_BE),
+        "entropy_global": lambda: global_divergence(routing.gate_logits_BE, target_E),
         "usage_variance": lambda: usage_variance(demand_E),
     }
     names = functions if routing.learned else ["z_loss"]

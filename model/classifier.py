@@ -134,7 +134,9 @@ class VisionMoE(nn.Module):
 
 
 def check_parts(neck: NeckConfig, router: RouterConfig, experts: ExpertsConfig) -> None:
-    """Raise ValueError where neck, router and experts do not fit each other."""
+    """Raise ValueError where neck, router and experts do not fit each other, behind the ViT."""
+    if experts.place != "head":
+        raise ValueError(f"experts.place {experts.place} is not behind the ViT: MoEViT has experts inside it")
     rule = ROUTERS[router.kind]
     rule.check(router, len(experts.sizes))
     if rule.reads_tokens and neck.kind != "tokens":
@@ -151,15 +153,11 @@ def check_parts(neck: NeckConfig, router: RouterConfig, experts: ExpertsConfig) 
         raise ValueError(
             f"router.inputs and experts.inputs choose among pooled features, which neck.kind {neck.kind} does not give"
         )
-    if (
-        router.top_k == 1 < len(experts.sizes)
-        and experts.combine == "probabilities"
-        and rule.token_choice
-        and rule.learns
-    ):
+    scale = rule.only_scales(router, len(experts.sizes))
+    if experts.combine == "probabilities" and scale is not None:
         raise ValueError(
-            "experts.combine probabilities with router.top_k 1 gives the gate no gradient, since a single weight "
-            "scales all probabilities alike: use logits, or top_k 2"
+            f"experts.combine probabilities with {scale} gives the gate no gradient, since a single weight scales all "
+            f"probabilities alike: use logits, or {scale.replace('1', '2')}"
         )
     if experts.combine == "probabilities" and router.overflow == "residual":
         raise ValueError("router.overflow residual adds logits: set experts.combine logits, or another overflow")

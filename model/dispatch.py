@@ -23,13 +23,16 @@ from model.rows import gather, inverse, pick
 DENSE_WORK, DENSE_WORK_IN_A_GRAPH = 500_000_000_000, (20_000_000_000, 100_000_000_000)
 SORTED_FROM = 16_384, 4096
 
+NO_WEIGHT = -1e3  # in place of log 0: below what logarithms of probabilities come to, and not far, for precision
+
 
 def dispatch(x_BD: Tensor, routing: Routing, experts: Experts, how: str = "auto") -> tuple[Tensor, Tensor]:
     """Run the experts on the samples assigned to them, in autocast's number format where that is on.
 
     how: sorted, grouped, dense, auto, or static: the way that suits a CUDA graph. Returns (outputs (A, C), order_A):
-    row i of the outputs belongs to assignment order_A[i] of the routing. An expert without samples does not run when
-    sorted, and has a gradient of zero otherwise.
+    row i of the outputs belongs to assignment order_A[i] of the routing. An expert without samples has a gradient of
+    zero in every way, since those that never wait for the device cannot know that it has none: the optimizer applies
+    weight decay to it, and lets its moments decay.
     """
     device = x_BD.device.type
     if torch.is_autocast_enabled(device):
@@ -59,14 +62,12 @@ def choose(assignments: int, experts: Experts, x_BD: Tensor, static: bool = Fals
 
 
 def run_sorted(x_BD: Tensor, routing: Routing, experts: Experts) -> tuple[Tensor, Tensor]:
-    """One expert after the other, each once and on just its samples; one without samples does not run."""
+    """One expert after the other, each once and on just its samples, be they none."""
     order_A = torch.argsort(routing.expert_A, stable=True)
     sorted_AD = gather(x_BD, routing.sample_A.index_select(0, order_A), inverse(order_A), routing)
     # The sizes of the slices must be known to the host: the one place a step waits for the device.
-    counts = routing.counts_E.tolist()
-    slices = sorted_AD.split(counts)
-    outputs = [expert(part) for expert, part, count in zip(experts, slices, counts, strict=True) if count]
-    return torch.cat(outputs), order_A
+    slices = sorted_AD.split(routing.counts_E.tolist())
+    return torch.cat([expert(part) for expert, part in zip(experts, slices, strict=True)]), order_A
 
 
 def run_dense(x_BD: Tensor, routing: Routing, experts: Experts) -> tuple[Tensor, Tensor]:
@@ -145,9 +146,11 @@ def combine_probabilities(outputs_AC: Tensor, order_A: Tensor, routing: Routing)
     that no expert saw.
     """
     sample_A = routing.sample_A.index_select(0, order_A)
-    # A softmax weight may underflow to 0, whose logarithm has no finite gradient.
-    weight_A1 = routing.weight_A.index_select(0, order_A)[:, None].clamp_min(torch.finfo(torch.float32).tiny)
-    log_AC = outputs_AC.float().log_softmax(dim=-1) + weight_A1.log()
+    weight_A1 = routing.weight_A.index_select(0, order_A)[:, None]
+    # A softmax weight may underflow, and the logarithm of 0 has no finite gradient. An expert of weight 0 counts for
+    # less than any other at any class, and alone where a sample has no other.
+    log_A1 = weight_A1.clamp_min(torch.finfo(torch.float32).tiny).log().masked_fill(weight_A1 == 0, NO_WEIGHT)
+    log_AC = outputs_AC.float().log_softmax(dim=-1) + log_A1
     index_AC = sample_A[:, None].expand_as(log_AC)
     zeros_BC = log_AC.new_zeros(routing.num_samples, log_AC.shape[1])
     peak_BC = zeros_BC.scatter_reduce(0, index_AC, log_AC.detach(), "amax", include_self=False)

@@ -27,8 +27,16 @@ LIST_DROPOUT = 0.3  # of an expert given as a list of hidden sizes, unless exper
 
 @dataclass
 class ExpertsConfig:
-    """Experts: how many, how large, and how their outputs are put together."""
+    """Experts: where they are, how many, how large, and how their outputs are put together."""
 
+    place: Literal["head", "blocks"] = "head"
+    """head: behind the frozen ViT, on its features; blocks: inside its blocks, beside each one's frozen FFN."""
+    blocks: Literal["all"] | list[int] = "all"
+    """place blocks: the blocks that have experts, counted from 0, negative ones from the end; all: every one that
+    backbone.features depend on."""
+    kind: Literal["mlp", "adapter", "ffn"] = "mlp"
+    """mlp: a class head (place head); adapter: down, GELU, up, of one hidden layer, which adds nothing at the start;
+    ffn: a copy of the block's own FFN (sparse upcycling, Komatsuzaki 2022), which starts as the dense ViT."""
     sizes: list[Size] = field(default_factory=lambda: ["small", "medium", "large", "very_large"])
     """One entry an expert: a named size, or its hidden layers such as [512, 256]; [] is a linear expert."""
     shared: list[Size] = field(default_factory=list)
@@ -48,6 +56,10 @@ class ExpertsConfig:
     def __post_init__(self):
         if not self.sizes:
             raise ValueError("experts.sizes is empty: name at least one expert")
+        if self.place == "head" and self.kind != "mlp":
+            raise ValueError(f"experts.kind {self.kind} is an expert inside the ViT: set experts.place blocks, or mlp")
+        if self.blocks == []:
+            raise ValueError("experts.blocks is empty: name at least one block, or all")
         for name in ("sizes", "shared"):
             for size in getattr(self, name):
                 _check_size(f"experts.{name}", size)

@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors.torch import load as load_safetensors
 from timm.models.vision_transformer import VisionTransformer
 
-from errors import UserError
+from common.errors import UserError
 
 WEIGHTS = Path(__file__).parent / "weights" / "vit_micro.safetensors"
 # What distillation/train_vit_micro.py prints as "sha256" for the file above.

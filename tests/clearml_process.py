@@ -25,9 +25,9 @@ CONFIG = {
 PREAMBLE = f"""
 import json, os, sys, time
 from pathlib import Path
-import engine.clearml_task as clearml_task
-from engine.tracking import open_tracker
-from errors import EnvironmentFault, UserError
+import tracking.clearml_task as clearml_task
+from tracking.tracker import open_tracker
+from common.errors import EnvironmentFault, UserError
 run = Path(sys.argv[1])
 CONFIG = {CONFIG!r}
 """

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from errors import exit_code_of
+from common.errors import exit_code_of
+from data.datasets import DataConfig, load_splits
 
 ROOT = Path(__file__).resolve().parent.parent
 # Small tensors are slower on two threads than on one, by far where another process wants the cores as well.
@@ -100,3 +101,8 @@ def tiny_run(tmp_path_factory) -> Path:
         patch.setattr("sys.argv", words)
         assert exit_code_of(train.main) == 0
     return folder
+
+
+@pytest.fixture(scope="module")
+def splits():
+    return load_splits(DataConfig(name="digits", max_per_class=40))

@@ -22,10 +22,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train
-from engine import evaluation, pipeline
-from engine.config import Invocation, parse_command_line
-from engine.interrupt import stoppable
-from errors import exit_code_of
+from assembly import pipeline
+from common.errors import exit_code_of
+from common.signals import stoppable
+from config.config import Invocation, parse_command_line
+from evaluation import evaluation
 
 EPOCHS, SAVE_EVERY = 18, 3
 ROOT = Path(__file__).resolve().parent.parent

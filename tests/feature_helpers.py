@@ -2,10 +2,11 @@
 
 import torch
 
+from config.features import FeaturesConfig
 from data.augment import AugmentConfig
-from data.datasets import ImageSet, Splits
-from data.feature_cache import FeatureCache
-from data.features import FeatureBank, FeaturesConfig
+from data.image_set import ImageSet, Splits
+from features.bank import FeatureBank
+from features.cache import FeatureCache
 
 CPU = torch.device("cpu")
 

@@ -2,8 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +42,7 @@ class Routing:
     work_E: Tensor | None = None
     top_k: int | None = None
     tempered_BE: Tensor | None = None
+    _counts_E: Tensor | None = field(default=None, init=False, repr=False)
 
     @property
     def num_samples(self) -> int:
@@ -62,11 +62,13 @@ class Routing:
         """Clean logits at the gate's temperature."""
         return self.logits_BE if self.tempered_BE is None else self.tempered_BE
 
-    @cached_property
+    @property
     def counts_E(self) -> Tensor:
-        """Assignments of each expert, int64, no gradient; on a GPU without waiting for it."""
-        zeros_E = torch.zeros(self.num_experts, dtype=torch.int64, device=self.expert_A.device)
-        return zeros_E.scatter_add_(0, self.expert_A, torch.ones_like(self.expert_A))
+        """Assignments of each expert, int64, no gradient; on a GPU without waiting for it. Counted once."""
+        if self._counts_E is None:  # not a cached_property, whose lock cannot be compiled
+            zeros_E = torch.zeros(self.num_experts, dtype=torch.int64, device=self.expert_A.device)
+            self._counts_E = zeros_E.scatter_add_(0, self.expert_A, torch.ones_like(self.expert_A))
+        return self._counts_E
 
     @property
     def demand_E(self) -> Tensor:
@@ -112,9 +114,9 @@ class Router(nn.Module, ABC):
         self.num_experts, self.top_k, self.temperature = num_experts, config.top_k, config.temperature
         work = [1.0] * num_experts if work is None else work
         self.work = [cost * num_experts / sum(work) for cost in work]
-        self.target = config.target_shares(self.work)
+        self.shares = config.target_shares(work)
         self.register_buffer("work_E", torch.tensor(self.work), persistent=False)
-        self.register_buffer("target_E", torch.tensor(self.target), persistent=False)
+        self.register_buffer("target_E", torch.tensor([float(share) for share in self.shares]), persistent=False)
         layers: list[nn.Module] = []
         if config.inputs is not None:
             layers.append(FeatureGroups(in_features, num_groups, config.inputs))
@@ -147,6 +149,14 @@ class Router(nn.Module, ABC):
             raise ValueError(f"router.kind {config.kind} has no choices to move or replace: set router.overflow drop")
         if not cls.learns and config.hidden:
             raise ValueError(f"router.kind {config.kind} has no gate network: set router.hidden []")
+
+    @classmethod
+    def only_scales(cls, config: RouterConfig, num_experts: int) -> str | None:
+        """The options by which one gate does no more than scale all weights of a sample alike (None: none does).
+
+        Where the experts' probabilities are mixed, such a scale is divided out again and that gate learns nothing.
+        """
+        return "router.top_k 1" if cls.learns and cls.token_choice and config.top_k == 1 < num_experts else None
 
     def _build_gate(self, width: int, config: RouterConfig) -> None:
         self.gate = nn.Linear(width, self.num_experts)

@@ -1,18 +1,24 @@
 """Capacity: which choices find a place where each expert takes only so many samples."""
 
+import math
+from fractions import Fraction
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 
-def expert_capacity(batch: int, per_sample: float, target_E: Tensor) -> Tensor:
-    """Places of each expert: ceil(batch * per_sample * target share), int64; 1 at the least.
+def exact(number: float) -> Fraction:
+    """A number as it is written: 0.1 is one tenth, which no float is, and no rounding gives a place too few or many."""
+    return Fraction(str(number))
 
-    per_sample: k times the capacity factor. With even targets this is ceil(B k c / E), as in V-MoE (Riquelme 2021).
+
+def expert_capacity(batch: int, per_sample: Fraction, shares: list[Fraction]) -> list[int]:
+    """Places of each expert: ceil(batch * per_sample * target share); 1 at the least, and the whole batch at most.
+
+    per_sample: k times the capacity factor. With even shares this is ceil(B k c / E), as in V-MoE (Riquelme 2021).
     """
-    places_E = batch * per_sample * target_E.double()
-    # The shares are float32: 192 * 1/3 must not give 65.
-    return (places_E * (1 - 1e-6)).ceil().clamp_min(1).long()
+    return [min(batch, max(1, math.ceil(batch * per_sample * share))) for share in shares]
 
 
 def place(

@@ -2,7 +2,13 @@
 
 import math
 from dataclasses import dataclass, field, fields
+from fractions import Fraction
 from typing import Literal
+
+from model.routers.capacity import exact
+
+LARGEST, SMALLEST = 1e6, 1e-6
+"""Bounds of what multiplies or divides logits, so that float32 holds the results."""
 
 READ_BY = {
     "noise_std": ("article", "vmoe"),
@@ -41,6 +47,9 @@ class RouterConfig:
     tokens (Puigcerver 2023)."""
     top_k: int = 2
     """Experts that see each sample; expert_choice: on average, unless capacity_factor says otherwise."""
+    level: Literal["token", "image"] = "token"
+    """experts.place blocks: whether each token chooses its experts, or each image for all its tokens, by its class
+    token (where the ViT has none, by the mean of its patch tokens)."""
     norm: Literal["batch", "none"] = "batch"
     """Normalisation of what the gate reads. batch: each feature centred and scaled over the training samples, so that
     what all samples share cannot send them all to the same experts. soft_moe scales its tokens in its own way."""
@@ -94,10 +103,14 @@ class RouterConfig:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"router.{name} is {getattr(self, name)}: it must be at least 0 and below 1")
         for name in ("noise_std", "bias_rate"):
-            if getattr(self, name) is not None and not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"router.{name} is {getattr(self, name)}: it must be finite and not negative")
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"router.temperature is {self.temperature}: it must be finite and above 0")
+            value = getattr(self, name)
+            if value is not None and value != 0 and not SMALLEST <= value <= LARGEST:
+                raise ValueError(f"router.{name} is {value}: it must be 0, or from {SMALLEST:g} to {LARGEST:g}")
+        if not SMALLEST <= self.temperature <= LARGEST:
+            raise ValueError(
+                f"router.temperature is {self.temperature}: it must be from {SMALLEST:g} to {LARGEST:g} (1 leaves the "
+                "logits as they are)"
+            )
         if self.warmup_steps < 0:
             raise ValueError(f"router.warmup_steps is {self.warmup_steps}: it cannot be negative")
         for name in ("groups", "top_groups", "slots"):
@@ -109,8 +122,13 @@ class RouterConfig:
             raise ValueError(f"router.overflow {self.overflow} does nothing without router.capacity_factor: set it too")
         if self.inputs is not None and (not self.inputs or len(set(self.inputs)) < len(self.inputs)):
             raise ValueError(f"router.inputs is {self.inputs}: name at least one feature, each once")
-        if isinstance(self.target_load, list) and not all(0 < share < math.inf for share in self.target_load):
-            raise ValueError(f"router.target_load is {self.target_load}: every share must be finite and above 0")
+        if isinstance(self.target_load, list):
+            if not all(0 < share < math.inf for share in self.target_load):
+                raise ValueError(f"router.target_load is {self.target_load}: every share must be finite and above 0")
+            if min(self.target_load) < SMALLEST * sum(self.target_load):
+                raise ValueError(
+                    f"router.target_load is {self.target_load}: every share must be at least {SMALLEST:g} of their sum"
+                )
 
     @property
     def idle(self) -> list[str]:
@@ -132,13 +150,15 @@ class RouterConfig:
         """Training steps with random routing: warmup_steps, but none for the rules that have no use for them."""
         return 0 if self.kind in ("hash", "soft_moe") else self.warmup_steps
 
-    def target_shares(self, work: list[float]) -> list[float]:
-        """The load that each expert should have, summing to 1. work: relative cost of each expert.
+    def target_shares(self, work: list[float]) -> list[Fraction]:
+        """The load that each expert should have, exactly, summing to 1. work: relative cost of each expert.
 
         Raises ValueError where target_load has another length.
         """
-        shares = {"even": [1.0] * len(work), "size": work, "inverse_size": [1 / cost for cost in work]}
-        chosen = self.target_load if isinstance(self.target_load, list) else shares[self.target_load]
+        costs = [exact(cost) for cost in work]
+        shares = {"even": [Fraction(1)] * len(work), "size": costs, "inverse_size": [1 / cost for cost in costs]}
+        listed = isinstance(self.target_load, list)
+        chosen = [exact(share) for share in self.target_load] if listed else shares[self.target_load]
         if len(chosen) != len(work):
             raise ValueError(f"router.target_load names {len(chosen)} shares, but there are {len(work)} experts")
         return [share / sum(chosen) for share in chosen]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from model.routers.base import GatedRouter, Routing
+from model.routers.capacity import exact, expert_capacity
 from model.routers.config import RouterConfig
 
 
@@ -55,7 +56,7 @@ class ExpertChoiceRouter(GatedRouter):
 
     def _take_best(self, logits_BE: Tensor, gate_BE: Tensor) -> Routing:
         batch = len(gate_BE)
-        places = [min(batch, max(1, math.ceil(batch * self.per_sample * share - 1e-6))) for share in self.target]
+        places = expert_capacity(batch, exact(self.per_sample), self.shares)
         value_PE, sample_PE = gate_BE.topk(max(places), dim=0)
         columns = range(self.num_experts)
         sample_A = torch.cat([sample_PE[: places[e], e] for e in columns])

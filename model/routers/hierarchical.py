@@ -38,6 +38,12 @@ class HierarchicalRouter(LearnedNoiseRouter):
                 "router.overflow next_best does not go with router.kind hierarchical: use drop or residual"
             )
 
+    @classmethod
+    def only_scales(cls, config: RouterConfig, num_experts: int) -> str | None:
+        """As for every rule; and where a single one of several groups sees a sample, whose gate is in every weight."""
+        single = "router.top_groups 1" if config.top_groups == 1 < config.groups else None
+        return super().only_scales(config, num_experts) or single
+
     def _build_gate(self, width: int, config: RouterConfig) -> None:
         self.groups, self.top_groups = config.groups, config.top_groups
         self.top_within = config.top_k // config.top_groups
@@ -60,33 +66,47 @@ class HierarchicalRouter(LearnedNoiseRouter):
         """Joint logits: their logsumexp over a group's experts is the group's logit."""
         return (group_BG[..., None] + expert_BGM.log_softmax(dim=-1)).flatten(1)
 
-    def _levels(self, joint_BE: Tensor) -> tuple[Tensor, Tensor]:
-        """The logits of the groups and, up to a constant a group, of the experts in each."""
-        # Finite, so that a group whose experts are all barred has weight 0 instead of 0/0.
-        expert_BGM = joint_BE.clamp_min(torch.finfo(joint_BE.dtype).min / 4).unflatten(1, (self.groups, -1))
-        return expert_BGM.logsumexp(dim=-1), expert_BGM
+    def _levels(self, joint_BE: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """The logits of the groups and, up to a constant a group, of the experts in each, at a temperature."""
+        # Finite at every temperature, so that a group whose experts are all barred has weight 0 instead of 0/0.
+        least = torch.finfo(joint_BE.dtype).min / 4
+        expert_BGM = joint_BE.clamp_min(least).unflatten(1, (self.groups, -1))
+        levels = expert_BGM.logsumexp(dim=-1), expert_BGM
+        return tuple((level / temperature).clamp_min(least) for level in levels)
 
     def _scores(self, logits_BE: Tensor, sigma_BE: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if sigma_BE is None:
             return logits_BE, None
         levels, sigmas = self._levels(logits_BE), self._split(sigma_BE)  # of the groups and of the experts
         noisy = [clean + torch.randn_like(clean) * sigma for clean, sigma in zip(levels, sigmas, strict=True)]
-        shifts = (0.0, 0.0)
-        if self.bias_rate:  # a bias of the experts moves their group too
-            bias_GM = self.bias_E.unflatten(0, (self.groups, -1))
-            shifts = ((noisy[1].log_softmax(dim=-1) + bias_GM).logsumexp(dim=-1), bias_GM)
         load_BG, load_BGM = (
             load_probability(clean + shift, drawn + shift, sigma, top_k)
             for clean, drawn, shift, sigma, top_k in zip(
-                levels, noisy, shifts, sigmas, (self.top_groups, self.top_within), strict=True
+                levels, noisy, self._shifts(logits_BE), sigmas, (self.top_groups, self.top_within), strict=True
             )
         )
         return self._join(*noisy), (load_BG[..., None] * load_BGM).flatten(1)
 
+    def _shifts(self, logits_BE: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """What the bias adds to the logits of the groups and of the experts.
+
+        A group rises by what the bias adds to the sum of its clean gates. Without the noise of its experts, whose
+        chances to be chosen are then independent of their group's: the load estimate is the product of the two.
+        """
+        if not self.bias_rate:
+            return 0.0, 0.0
+        bias_GM = self.bias_E.unflatten(0, (self.groups, -1))
+        _, expert_BGM = self._levels(logits_BE)
+        return (expert_BGM.log_softmax(dim=-1) + bias_GM).logsumexp(dim=-1), bias_GM
+
+    def _biased(self, scores_BE: Tensor, logits_BE: Tensor) -> Tensor:
+        if not self.bias_rate:
+            return scores_BE
+        levels = self._levels(scores_BE)
+        return self._join(*(level + shift for level, shift in zip(levels, self._shifts(logits_BE), strict=True)))
+
     def _tempered(self, logits_BE: Tensor) -> Tensor:
-        group_BG, expert_BGM = self._levels(logits_BE)
-        least = torch.finfo(logits_BE.dtype).min / 4
-        return self._join(*((level / self.temperature).clamp_min(least) for level in (group_BG, expert_BGM)))
+        return self._join(*self._levels(logits_BE, self.temperature))
 
     def _choose(self, ranked_BE: Tensor) -> Tensor:
         group_BG, expert_BGM = self._levels(ranked_BE)
@@ -96,13 +116,13 @@ class HierarchicalRouter(LearnedNoiseRouter):
         return (chosen_BQ[..., None] * expert_BGM.shape[-1] + best_BQW).flatten(1)
 
     def _weights(self, scores_BE: Tensor, expert_BK: Tensor, placed_BK: Tensor | None = None) -> Tensor:
-        group_BG, expert_BGM = self._levels(scores_BE)
+        group_BG, expert_BGM = self._levels(scores_BE, self.temperature)
         index_BQW = expert_BK.unflatten(1, (self.top_groups, self.top_within))
         chosen_BQ = index_BQW[..., 0] // expert_BGM.shape[-1]
         member_BQW = index_BQW % expert_BGM.shape[-1]
         expert_BQM = expert_BGM.gather(1, chosen_BQ[..., None].expand(-1, -1, expert_BGM.shape[-1]))
-        group_BQ = chosen_gates(group_BG / self.temperature, chosen_BQ)
-        return (group_BQ[..., None] * chosen_gates(expert_BQM / self.temperature, member_BQW)).flatten(1)
+        group_BQ = chosen_gates(group_BG, chosen_BQ)
+        return (group_BQ[..., None] * chosen_gates(expert_BQM, member_BQW)).flatten(1)
 
 
 def chosen_gates(logits: Tensor, chosen: Tensor) -> Tensor:

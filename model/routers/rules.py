@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from model.routers.base import Routing
 from model.routers.config import RouterConfig
-from model.routers.token_choice import TokenChoiceRouter
+from model.routers.token_choice import TokenChoiceRouter, renormalised
 
 
 class ArticleRouter(TokenChoiceRouter):
@@ -65,7 +65,8 @@ class NoisyTopKRouter(LearnedNoiseRouter):
         if sigma_BE is None:
             return logits_BE, None
         noisy_BE = logits_BE + torch.randn_like(logits_BE) * sigma_BE
-        return noisy_BE, load_probability(self._biased(logits_BE), self._biased(noisy_BE), sigma_BE, self.top_k)
+        biased = self._biased(logits_BE, logits_BE), self._biased(noisy_BE, logits_BE)
+        return noisy_BE, load_probability(*biased, sigma_BE, self.top_k)
 
 
 class SoftmaxFirstRouter(TokenChoiceRouter):
@@ -94,7 +95,8 @@ class VMoERouter(SoftmaxFirstRouter):
             return logits_BE, None
         noisy_BE = logits_BE + torch.randn_like(logits_BE) * self.noise_std
         fixed_BE = torch.full_like(logits_BE, self.noise_std, requires_grad=False)
-        return noisy_BE, load_probability(self._biased(logits_BE), self._biased(noisy_BE), fixed_BE, self.top_k)
+        biased = self._biased(logits_BE, logits_BE), self._biased(noisy_BE, logits_BE)
+        return noisy_BE, load_probability(*biased, fixed_BE, self.top_k)
 
     def _route(self, logits_BE: Tensor, sigma_BE: Tensor | None) -> Routing:
         routing = super()._route(logits_BE, sigma_BE)
@@ -162,15 +164,18 @@ class DeepSeekRouter(TokenChoiceRouter):
         self.sigmoid = config.scores == "sigmoid"
 
     def _scores(self, logits_BE: Tensor, sigma_BE: Tensor | None) -> tuple[Tensor, None]:
+        """Logarithms of the scores, which rank alike: a score itself underflows to 0, and is 1 from logits of 17 on."""
         logits_BE = logits_BE / self.temperature
-        return (logits_BE.sigmoid() if self.sigmoid else logits_BE.softmax(dim=-1)), None
+        return (F.logsigmoid(logits_BE) if self.sigmoid else logits_BE.log_softmax(dim=-1)), None
+
+    def _biased(self, scores_BE: Tensor, logits_BE: Tensor) -> Tensor:
+        return super()._biased(scores_BE.exp(), logits_BE)
 
     def _weights(self, scores_BE: Tensor, expert_BK: Tensor, placed_BK: Tensor | None = None) -> Tensor:
         chosen_BK = scores_BE.gather(-1, expert_BK)
         if not self.sigmoid or self.top_k == 1:
-            return chosen_BK
-        placed_BK = chosen_BK if placed_BK is None else chosen_BK * placed_BK
-        return placed_BK / placed_BK.sum(dim=-1, keepdim=True).clamp_min(1e-20)
+            return chosen_BK.exp()
+        return renormalised(chosen_BK, placed_BK)
 
 
 def load_probability(clean_BE: Tensor, noisy_BE: Tensor, sigma_BE: Tensor, top_k: int) -> Tensor:

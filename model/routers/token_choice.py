@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from model.routers.base import GatedRouter, Routing, assignments
-from model.routers.capacity import expert_capacity, place
+from model.routers.capacity import exact, expert_capacity, place
 from model.routers.config import RouterConfig
 
 
@@ -41,8 +41,8 @@ class TokenChoiceRouter(GatedRouter):
         """What is ranked, noise included, and load_BE where the rule has it."""
         return logits_BE, None
 
-    def _biased(self, scores_BE: Tensor) -> Tensor:
-        """What decides the choice: the scores, and the loss-free bias where there is one."""
+    def _biased(self, scores_BE: Tensor, logits_BE: Tensor) -> Tensor:
+        """What decides the choice: the scores, and the loss-free bias where there is one. logits_BE: the clean ones."""
         return scores_BE + self.bias_E if self.bias_rate else scores_BE
 
     def _choose(self, ranked_BE: Tensor) -> Tensor:
@@ -58,10 +58,7 @@ class TokenChoiceRouter(GatedRouter):
         scores_BE = scores_BE / self.temperature
         if self.top_k == 1:
             return scores_BE.softmax(dim=-1).gather(-1, expert_BK)
-        chosen_BK = scores_BE.gather(-1, expert_BK)
-        if placed_BK is not None:
-            chosen_BK = chosen_BK.masked_fill(~placed_BK, torch.finfo(chosen_BK.dtype).min)
-        return chosen_BK.softmax(dim=-1)
+        return renormalised(scores_BE.gather(-1, expert_BK), placed_BK)
 
     def _wanted(self, weight_BK: Tensor) -> Tensor | None:
         """Which of the choices the rule keeps (None: all)."""
@@ -72,7 +69,7 @@ class TokenChoiceRouter(GatedRouter):
         ranked_BE = scores_BE
         if self.bias_rate:
             # A barred expert's score is finite under some rules, and the bias could lift it over the others.
-            ranked_BE = self._biased(scores_BE).masked_fill(logits_BE == -math.inf, -math.inf)
+            ranked_BE = self._biased(scores_BE, logits_BE).masked_fill(logits_BE == -math.inf, -math.inf)
         expert_BK = self._choose(ranked_BE)
         weight_BK = self._weights(scores_BE, expert_BK)
         wanted_BK = self._wanted(weight_BK) if self.training else None
@@ -88,7 +85,8 @@ class TokenChoiceRouter(GatedRouter):
         """The assignments that find a place under the capacities."""
         batch, k = expert_BK.shape
         wanted_BK = torch.ones_like(expert_BK, dtype=torch.bool) if wanted_BK is None else wanted_BK
-        capacity_E = expert_capacity(batch, k * self.capacity_factor, self.target_E)
+        places = expert_capacity(batch, k * exact(self.capacity_factor), self.shares)
+        capacity_E = torch.tensor(places, device=expert_BK.device)
         # Probabilities, never logits, which do not compare between samples.
         priority_B = None
         if self.prioritised:
@@ -131,3 +129,10 @@ class TokenChoiceRouter(GatedRouter):
         if self.bias_rate and routing.learned:
             demand_E = routing.demand_E.float()
             self.bias_E += self.bias_rate * (self.target_E * demand_E.sum() - demand_E).sign()
+
+
+def renormalised(chosen_BK: Tensor, placed_BK: Tensor | None) -> Tensor:
+    """exp(chosen) over their sum for each sample; placed_BK leaves out those without a place (None: all have one)."""
+    if placed_BK is not None:
+        chosen_BK = chosen_BK.masked_fill(~placed_BK, torch.finfo(chosen_BK.dtype).min)
+    return chosen_BK.softmax(dim=-1)

@@ -1,0 +1,114 @@
+"""From a configuration to its parts: device, features, model, and the trainer of them."""
+
+import re
+from typing import Any
+
+import torch
+
+from common.errors import EnvironmentFault, UserError, one_line
+from common.memory import installed_memory
+from config.config import DEVICES, Config
+from data.image_set import Splits
+from evaluation.validation import validate
+from features.bank import FeatureBank
+from features.cache import FeatureCache
+from features.extraction import Extractor, worth_compiling
+from model.backbone import Backbone
+from model.classifier import VisionMoE
+from storage.checkpoint import seed_everything
+from storage.folder import RunFolder
+from tracking.tracker import Tracker
+from training.trainer import Trainer
+
+
+def pick_device(name: str) -> torch.device:
+    """The torch device for `device`, a GPU made the current one. Raises UserError for one that is not there."""
+    if not re.fullmatch(DEVICES, name):
+        raise UserError(f"device is '{name}': use auto, cpu, cuda or cuda:N")
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    # With its index, because tensors report cuda:0, which does not equal a plain cuda.
+    index = int(name.partition(":")[2] or 0)
+    seen = torch.cuda.device_count()
+    if index >= seen:
+        raise UserError(f"device {name} is not there: PyTorch sees {seen} GPU(s); use --device cpu")
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)  # where graphs, streams and memory figures of no named device land
+    return device
+
+
+def build_bank(config: Config, splits: Splits, backbone: Backbone, device: torch.device) -> FeatureBank:
+    """The features of `splits` under `backbone`, kept where config.features says."""
+    features = config.features
+    views = min(features.views, config.train.epochs) if config.augment.active else 1
+    # Not the views that a short run comes to: a longer one is to find its features.
+    views_kept = features.views if config.augment.active else 1
+    views_run = views_kept if features.mode == "cached" else config.train.epochs
+    images = views_run * len(splits.train) + len(splits.validation) + len(splits.test)
+    compiled = worth_compiling(features.compile, images, device)
+    cache, source = None, {}
+    if features.mode == "cached" and features.cache_dir is not None:
+        cache = FeatureCache(features.cache_dir, config.data.name)
+        source = {
+            "backbone": config.backbone.name,
+            "weights": backbone.fingerprint(),
+            "precision": str(backbone.dtype),
+            "features": list(config.backbone.features),
+        } | ({"compiled": True} if compiled else {})  # it rounds differently
+    extractor = Extractor(backbone, features.batch_size, compiled)
+    return FeatureBank(splits, extractor, config.augment, features, device, cache, source, views)
+
+
+def build_model(config: Config, feature_shape: tuple[int, ...], num_classes: int) -> VisionMoE:
+    """The trained part, on the CPU.
+
+    Raises UserError where the configured parts do not fit each other, EnvironmentFault where the
+    weights alone need more memory than the machine has.
+    """
+    groups = len(config.backbone.features)
+    parts = (feature_shape, num_classes, config.neck, config.router, config.experts, groups)
+    try:
+        with torch.device("meta"):  # takes no memory
+            parameters = sum(value.numel() for value in VisionMoE(*parts).parameters())
+    except (ValueError, RuntimeError, TypeError, OverflowError) as error:
+        raise UserError(f"this model cannot be built: {one_line(error)}") from error
+    present = installed_memory()
+    if present is not None and 4 * parameters > present:
+        raise EnvironmentFault(
+            f"the weights of this model need {4 * parameters / 1e9:,.0f} GB, the machine has {present / 1e9:,.0f} GB: "
+            "use fewer or smaller experts.sizes, or a pooled neck"
+        )
+    return VisionMoE(*parts)
+
+
+def identity(config: Config, splits: Splits, backbone: Backbone, feature_shape: tuple[int, ...]) -> dict[str, Any]:
+    """What weights mean nothing without, as plain values: it is stored beside them wherever they are."""
+    return {
+        "config": config.to_dict(),
+        "backbone": {"name": config.backbone.name, "fingerprint": backbone.fingerprint()},
+        "data": {name: splits[name].fingerprint() for name in ("train", "validation", "test")},
+        "class_names": list(splits.train.class_names),
+        "feature_shape": list(feature_shape),
+    }
+
+
+def build_trainer(
+    config: Config,
+    device: torch.device,
+    splits: Splits,
+    backbone: Backbone,
+    run: RunFolder,
+    tracker: Tracker,
+    bank: FeatureBank | None = None,
+) -> Trainer:
+    """A run at its beginning: seeds, features, model and trainer, which writes to `run` and `tracker`.
+
+    bank: features that several runs share (None: made here). To be called after the tracker was opened (see
+    seed_everything). Raises what `build_model` and `Trainer` do.
+    """
+    seed_everything(config.train.seed, config.train.deterministic)
+    bank = bank or build_bank(config, splits, backbone, device)
+    model = build_model(config, bank.feature_shape, splits.train.num_classes).to(device)
+    stored = identity(config, splits, backbone, bank.feature_shape)
+    parts = (config.train, config.optim, config.balance, config.router.random_steps)
+    return Trainer(model, bank, run, tracker, *parts, stored, lambda evaluated: validate(evaluated, bank))

@@ -1,0 +1,71 @@
+"""Ctrl-C, SIGTERM and a lost terminal: end at the next point where nothing is half done.
+
+    with stoppable():            # of a program: the signals now raise Interrupted
+        ...
+        with unbroken:           # what must not be torn: the signal waits until its end
+            ...
+
+A second signal ends the process at once. A signal that the caller chose to ignore stays ignored, so that a run
+under nohup, or in the background of a shell script, is not ended by what is meant for others.
+"""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from common.errors import Interrupted, say
+
+SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
+
+
+class _Unbroken:
+    """A block that signals wait for; one object for the process, as signals are its own. It may be nested."""
+
+    def __init__(self):
+        self.reset()
+
+    def __enter__(self) -> None:
+        self._depth += 1
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self._depth -= 1
+        if self._pending and not self._depth and not self._raised and kind is None:
+            self._raised = True
+            raise Interrupted(self._pending)
+
+    def receive(self, number: int, frame: object) -> None:
+        """The handler of all signals."""
+        if self._pending:
+            os._exit(128 + number)
+        self._pending = number
+        if self._depth:
+            say("finishing the step and saving; a second signal exits at once")
+        else:
+            self._raised = True
+            raise Interrupted(number)
+
+    def reset(self) -> None:
+        """Forget a signal that has been dealt with."""
+        self._depth, self._pending, self._raised = 0, 0, False
+
+
+unbroken = _Unbroken()
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Turn SIGINT, SIGTERM and SIGHUP into Interrupted inside the block; does nothing off the main thread."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
+        before = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) not in (signal.SIG_IGN, None)}
+    unbroken.reset()
+    for number in before:
+        signal.signal(number, unbroken.receive)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,77 @@
+"""ImageSet and Splits: labelled images in memory."""
+
+import hashlib
+from dataclasses import dataclass, replace
+
+import numpy as np
+from torch import Tensor
+
+from common.errors import UserError
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """N labelled images in memory.
+
+    images_NCHW: uint8 RGB. labels_N: int64 in [0, C). coarse_N: int64 superclass of each image, or None.
+    Raises UserError for a label that names no class.
+    """
+
+    images_NCHW: Tensor
+    labels_N: Tensor
+    class_names: tuple[str, ...]
+    coarse_N: Tensor | None = None
+    coarse_names: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if len(self.labels_N) != len(self.images_NCHW):
+            raise UserError(f"there are {len(self.images_NCHW)} images but {len(self.labels_N)} labels")
+        if len(self) and not 0 <= int(self.labels_N.min()) <= int(self.labels_N.max()) < self.num_classes:
+            low, high = int(self.labels_N.min()), int(self.labels_N.max())
+            raise UserError(
+                f"labels go from {low} to {high}: {self.num_classes} classes have 0 to {self.num_classes - 1}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.labels_N)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def subset(self, indices_M: Tensor) -> "ImageSet":
+        """The images at these positions, in this order."""
+        coarse_M = None if self.coarse_N is None else self.coarse_N[indices_M]
+        return replace(
+            self,
+            images_NCHW=self.images_NCHW[indices_M],
+            labels_N=self.labels_N[indices_M],
+            coarse_N=coarse_M,
+        )
+
+    def fingerprint(self) -> str:
+        """SHA-256 over images and labels: equal fingerprints, equal data in equal order."""
+        digest = hashlib.sha256(str(tuple(self.images_NCHW.shape)).encode())
+        digest.update(self.images_NCHW.contiguous().numpy())
+        digest.update(self.labels_N.numpy())
+        return digest.hexdigest()
+
+    def superclass_of_class(self) -> np.ndarray | None:
+        """The superclass of each class (C,), or None where the data set has no superclasses."""
+        if self.coarse_N is None:
+            return None
+        groups_C = np.zeros(self.num_classes, dtype=np.int64)
+        groups_C[self.labels_N.numpy()] = self.coarse_N.numpy()
+        return groups_C
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Train to learn from, validation to choose on, test to be touched once a run."""
+
+    train: ImageSet
+    validation: ImageSet
+    test: ImageSet
+
+    def __getitem__(self, name: str) -> ImageSet:
+        return getattr(self, name)

@@ -1,1 +1,0 @@
-"""How it is trained: configuration, loop, checkpoints, metrics, tracking."""

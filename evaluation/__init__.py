@@ -1,0 +1,1 @@
+"""Predictions, scores, what experts are worth, cost, report and comparison."""

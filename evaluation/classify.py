@@ -1,0 +1,100 @@
+"""Images of any source through a trained run: the likeliest classes, and the experts that decided."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from evaluation.predict import BATCH_SIZE
+from evaluation.trained import TrainedRun
+from features.bank import FeatureBank
+from model.classifier import VisionMoE
+from model.preparation import prepare
+from model.routers import Routing
+
+
+@dataclass(frozen=True)
+class ClassScore:
+    """A class and its probability."""
+
+    name: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class Vote:
+    """What one expert contributed to an answer.
+
+    expert: its index. name: index and hidden units. weight: of the gate, what its output counted. alone: the
+    likeliest class if this expert had answered by itself, or with the shared experts where there are any: these see
+    every image and cannot be left out.
+    """
+
+    expert: int
+    name: str
+    weight: float
+    alone: ClassScore
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The likeliest classes, likeliest first, and the experts that saw the image, heaviest first."""
+
+    classes: list[ClassScore]
+    experts: list[Vote]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain values, for JSON."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def classify(trained: TrainedRun, images_BCHW: Tensor, top: int = 5) -> list[Answer]:
+    """Answers for uint8 images (B, 3, H, W), prepared as in training; at most `top` classes each."""
+    backbone = trained.backbone
+    images_BCHW = prepare(images_BCHW.to(trained.device), backbone.image_size, backbone.mean, backbone.std)
+    features = backbone(images_BCHW)
+    logits_BC, routing = trained.model(features)
+    values_BT, classes_BT = logits_BC.softmax(dim=-1).topk(min(top, logits_BC.shape[1]))
+    answers = []
+    for values_T, classes_T, votes in zip(
+        values_BT.tolist(), classes_BT.tolist(), _votes(trained, features, routing), strict=True
+    ):
+        scores = [ClassScore(trained.class_names[c], value) for c, value in zip(classes_T, values_T, strict=True)]
+        answers.append(Answer(scores, votes))
+    return answers
+
+
+def _votes(trained: TrainedRun, features: Tensor, routing: Routing) -> list[list[Vote]]:
+    """The experts of each sample, heaviest first; one that sees a sample more than once has the sum of its weights."""
+    alone_EB, said_EB = (table.tolist() for table in alone_probabilities(trained.model, features).max(dim=-1))
+    weights: list[dict[int, float]] = [{} for _ in range(routing.num_samples)]
+    flat = (routing.sample_A.tolist(), routing.expert_A.tolist(), routing.weight_A.tolist())
+    for sample, expert, weight in zip(*flat, strict=True):
+        weights[sample][expert] = weights[sample].get(expert, 0.0) + weight
+    labels, names = trained.config.experts.labels(), trained.class_names
+    votes = []
+    for sample, chosen in enumerate(weights):
+        alone = {e: ClassScore(names[said_EB[e][sample]], alone_EB[e][sample]) for e in chosen}
+        order = sorted(chosen, key=lambda expert: -chosen[expert])
+        votes.append([Vote(e, labels[e], chosen[e], alone[e]) for e in order])
+    return votes
+
+
+@torch.no_grad()
+def alone_probabilities(model: VisionMoE, features: Tensor) -> Tensor:
+    """Class probabilities (E, B, C) where the gate may choose one expert only; `model` in evaluation mode.
+
+    Shared experts, which no gate chooses, take part in all of them.
+    """
+    each_EE = torch.eye(len(model.moe.experts), dtype=torch.bool, device=features.device)
+    return torch.stack([model(features, allowed_E=allowed_E)[0].softmax(dim=-1) for allowed_E in each_EE])
+
+
+def answers_alone(model: VisionMoE, bank: FeatureBank, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """What each expert would say to each image of a split by itself: classes (E, N) int64, probabilities (E, N)."""
+    parts = [alone_probabilities(model, features).max(dim=-1) for features, _ in bank.batches(split, BATCH_SIZE)]
+    values, classes = (torch.cat(column, dim=1).cpu().numpy() for column in zip(*parts, strict=True))
+    return classes, values

@@ -1,0 +1,118 @@
+"""What a model weighs and what a sample costs."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from model.backbone import Backbone
+from model.classifier import VisionMoE
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Parameters, and floating-point operations of one sample's forward pass (a multiply-add counts as two).
+
+    backbone_parameters are frozen, trainable_parameters are the rest. active_parameters are those trainable ones
+    that one sample passes, and head_flops what it costs, both as means under an even load of the experts.
+    """
+
+    backbone_parameters: int
+    trainable_parameters: int
+    active_parameters: int
+    backbone_flops: int
+    head_flops: int
+
+    @property
+    def total_parameters(self) -> int:
+        return self.backbone_parameters + self.trainable_parameters
+
+    def lines(self) -> list[str]:
+        """The summary that is printed when training starts."""
+        return [
+            f"parameters   {self.total_parameters:,} in total, {self.trainable_parameters:,} trainable, "
+            f"{self.active_parameters:,} of those active for a sample",
+            f"per sample   {_si(self.backbone_flops)} in the frozen backbone, {_si(self.head_flops)} in the head",
+        ]
+
+
+@dataclass(frozen=True)
+class HeadCost:
+    """Parameters that one sample passes, and floating-point operations of its forward pass, without the backbone."""
+
+    active_parameters: int
+    flops: int
+
+
+def head_cost(model: VisionMoE, feature_shape: tuple[int, ...], load_E: np.ndarray | None = None) -> HeadCost:
+    """What the trained part costs a sample, as means under the load: fractions of the assignments (None: even).
+
+    A linear head that stands in for dropped choices while training is not active.
+    """
+    moe = model.moe
+    num_experts = len(moe.experts)
+    load_E = np.full(num_experts, 1 / num_experts) if load_E is None else np.asarray(load_E)
+    per_expert_E = np.array([parameters(expert) for expert in moe.experts])
+    device = next(model.parameters()).device
+    features = torch.zeros(1, *feature_shape, device=device)
+    row_BD = torch.zeros(1, model.neck.out_features, device=device)
+    gate_input = torch.zeros(1, feature_shape[0], model.neck.out_features) if moe.router.reads_tokens else row_BD
+    expert_flops_E = np.array([flops(expert, row_BD) for expert in moe.experts])
+    always = flops(model.neck, features) + flops(moe.router, gate_input.to(device))
+    always += sum(flops(expert, row_BD) for expert in moe.shared)
+    # Assignments of a sample to each expert; soft routing's several slots of one expert use its weights again.
+    visits_E = moe.router.experts_per_sample * load_E
+    fixed = parameters(model) - per_expert_E.sum() - (parameters(moe.skip) if moe.skip else 0)
+    return HeadCost(
+        active_parameters=round(fixed + float(visits_E.clip(max=1) @ per_expert_E)),
+        flops=round(always + float(visits_E @ expert_flops_E)),
+    )
+
+
+def cost(model: VisionMoE, backbone: Backbone, feature_shape: tuple[int, ...]) -> Cost:
+    """Count parameters and FLOPs of backbone and head, the latter as `head_cost` does under an even load."""
+    size = backbone.image_size
+    head = head_cost(model, feature_shape)
+    return Cost(
+        backbone_parameters=parameters(backbone),
+        trainable_parameters=parameters(model),
+        active_parameters=head.active_parameters,
+        backbone_flops=flops(backbone, torch.zeros(1, 3, size, size, device=next(backbone.parameters()).device)),
+        head_flops=head.flops,
+    )
+
+
+def parameters(module: nn.Module) -> int:
+    """Number of parameters, frozen ones included."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@torch.no_grad()
+def flops(module: nn.Module, inputs: torch.Tensor) -> int:
+    """FLOPs of one forward pass in evaluation mode: matrix products, convolutions and those of attention.
+
+    Attention is counted as the two matrix products that it is, on every device: PyTorch's counter knows its fused
+    kernels on a GPU, and misses those on a CPU.
+    """
+    was_training = module.training
+    module.eval()
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # its one fused kernel is unknown to the counter
+    try:
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            module(inputs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+    module.train(was_training)
+    return counter.get_total_flops()
+
+
+def _si(value: float) -> str:
+    for unit in ("", "k", "M", "G"):
+        if value < 1000:
+            return f"{value:.3g} {unit}FLOP"
+        value /= 1000
+    return f"{value:.3g} TFLOP"

@@ -1,0 +1,175 @@
+"""Score the test set of a run once: numbers, tables, figures and a report under RUN/evaluation/."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from analysis import answers, experts, gate, routing
+from analysis.routing import balance_figures
+from common.environment import environment
+from common.files import write_json
+from config.config import Config
+from data.image_set import ImageSet
+from evaluation.cost import flops, parameters
+from evaluation.figures import draw
+from evaluation.metrics import per_class_scores, scores
+from evaluation.predict import Predictions, predict
+from evaluation.report import write_report
+from evaluation.reporting import report
+from features.bank import FeatureBank
+from model.classifier import VisionMoE
+from storage.folder import RunFolder
+from tracking.tracker import Tracker
+
+Rows = list[dict[str, Any]]
+
+
+def evaluate(
+    run: RunFolder, config: Config, model: VisionMoE, bank: FeatureBank, tracker: Tracker | None = None
+) -> dict[str, Any]:
+    """Score `model` on the test split, write evaluation/metrics.json, figures/*.png and report.html, and report to
+    `tracker`.
+
+    Returns what metrics.json holds.
+    """
+    predictions = predict(model, bank, "test", removals=True)
+    test = bank.splits.test
+    results = _results(predictions, test, config, model) | {"environment": environment(bank.device)}
+    write_json(run.results, results)
+    drawings = draw(run, config, predictions, bank, results)
+    write_report(run, config, results, drawings)
+    if tracker is not None:
+        report(run, results, tracker)
+    return results
+
+
+def _results(predictions: Predictions, test: ImageSet, config: Config, model: VisionMoE) -> dict[str, Any]:
+    num_classes, num_experts = test.num_classes, len(config.experts.sizes)
+    labels_N, predicted_N = predictions.labels_N, predictions.predicted_N
+    load_E = routing.expert_load(predictions.expert_A, num_experts)
+    confusion_CC = answers.confusion(labels_N, predicted_N, num_classes)
+    pairs = answers.confused_pairs(confusion_CC, test.class_names)
+    return {
+        **scores(labels_N, predicted_N, num_classes),
+        "loss": predictions.loss(),
+        **_calibration(predictions),
+        "images": len(labels_N),
+        "expert_load": load_E.tolist(),
+        "expert_importance": routing.expert_importance(
+            predictions.expert_A, predictions.weight_A, num_experts
+        ).tolist(),
+        **{key.removeprefix("balance/"): value for key, value in balance_figures(load_E).items()},
+        "specialisation": routing.specialisation(
+            labels_N, predictions.sample_A, predictions.expert_A, num_classes, num_experts
+        ),
+        **_experts(predictions, test, config, model),
+        "class_names": list(test.class_names),
+        **_class_tables(predictions, test, num_experts),
+        "confused_pairs": [
+            {"class": a, "other": b, "as_other": there, "other_as_class": back} for a, b, there, back in pairs
+        ],
+        "per_class": per_class_scores(labels_N, predicted_N, test.class_names),
+    }
+
+
+def _calibration(predictions: Predictions) -> dict[str, Any]:
+    bins = answers.calibration(predictions.probs_NC, predictions.labels_N)
+    columns = {name: bins[f"{name}_B"] for name in ("confidence", "accuracy", "count")}
+    columns["count"] = columns["count"].tolist()
+    return {
+        "expected_calibration_error": bins["error"],
+        "calibration": {name: _plain(column) for name, column in columns.items()},
+    }
+
+
+def _experts(predictions: Predictions, test: ImageSet, config: Config, model: VisionMoE) -> dict[str, Any]:
+    """What each expert does, and is worth."""
+    num_experts = len(config.experts.sizes)
+    labels_N, sample_A, expert_A = predictions.labels_N, predictions.sample_A, predictions.expert_A
+    correct_N = predictions.predicted_N == labels_N
+    accuracy_E, samples_E = routing.mean_by_expert(correct_N, sample_A, expert_A, num_experts)
+    confidence_E, _ = routing.mean_by_expert(predictions.probs_NC.max(axis=1), sample_A, expert_A, num_experts)
+    hardest = experts.hardest_classes(correct_N, labels_N, sample_A, expert_A, test.class_names, num_experts)
+    return {
+        "gate": gate.gate_summary(predictions.gate_NE, sample_A, expert_A, correct_N),
+        "experts": config.experts.labels(),
+        "expert_samples": samples_E.tolist(),
+        "expert_accuracy": _plain(accuracy_E),
+        "expert_confidence": _plain(confidence_E),
+        "expert_hardest_classes": [
+            [{"class": name, "accuracy": value, "samples": count} for name, value, count in rows] for rows in hardest
+        ],
+        "co_activation": experts.co_activation(sample_A, expert_A, len(labels_N), num_experts).tolist(),
+        "expert_worth": _worth(predictions, test, model),
+    }
+
+
+def _worth(predictions: Predictions, test: ImageSet, model: VisionMoE) -> Rows:
+    """For each expert what it costs and, of two or more, what happens to the test set without it."""
+    x_BD = torch.zeros(1, model.neck.out_features, device=next(model.parameters()).device)
+    modules = list(model.moe.experts)
+    flops_E = [flops(expert, x_BD) for expert in modules]
+    rows: Rows = [
+        {
+            "parameters": parameters(expert),
+            "bytes": sum(value.numel() * value.element_size() for value in expert.state_dict().values()),
+            "flops": cost,
+        }
+        for expert, cost in zip(modules, flops_E, strict=True)
+    ]
+    removals = predictions.removals
+    if removals is None:
+        return rows
+    columns: dict[str, np.ndarray] = experts.removal(
+        predictions.labels_N, predictions.predicted_N, removals.predicted_EN, test.num_classes
+    )
+    tables = (removals.before_EE, removals.after_EE)
+    columns["flops_saved"] = experts.cost_saved(*tables, flops_E, len(predictions.labels_N))
+    columns["taken_over_by"] = experts.taken_over(*tables)
+    return [row | {key: column[e].tolist() for key, column in columns.items()} for e, row in enumerate(rows)]
+
+
+def _class_tables(predictions: Predictions, test: ImageSet, num_experts: int) -> dict[str, Any]:
+    """How each class, and each superclass, is spread over the experts: by assignments and by gate weight."""
+    flat = (predictions.sample_A, predictions.expert_A)
+    group_C = test.superclass_of_class()
+    sets = {"class": (predictions.labels_N, test.num_classes)}
+    tables: dict[str, Any] = {}
+    if group_C is not None:
+        group_N, predicted_N = group_C[predictions.labels_N], group_C[predictions.predicted_N]
+        sets["superclass"] = (group_N, len(test.coarse_names))
+        tables["superclass_names"] = list(test.coarse_names)
+        tables["superclass_accuracy"] = float((group_N == predicted_N).mean())
+        tables["superclass_confusion"] = answers.confusion(group_N, predicted_N, len(test.coarse_names)).tolist()
+    for name, (labels_N, count) in sets.items():
+        for suffix, weight_A in (("", None), ("_weight", predictions.weight_A)):
+            table = routing.expert_by_class(labels_N, *flat, count, num_experts, weight_A)
+            tables[f"expert_by_{name}{suffix}"] = table.tolist()
+    return tables
+
+
+def _plain(values: np.ndarray) -> list[float | None]:
+    """JSON has no nan."""
+    return [None if np.isnan(value) else float(value) for value in values]
+
+
+def table(results: dict[str, Any], hardest: int = 5) -> str:
+    """The closing table: scores, the load, accuracy and worth of each expert, the classes with the lowest F1."""
+    lines = [
+        f"test images  {results['images']:,}",
+        f"accuracy     {100 * results['accuracy']:.2f} %",
+        f"macro-F1     {100 * results['macro_f1']:.2f} %",
+        f"balance      entropy {results['entropy']:.3f} (1 is even), CV {results['cv']:.3f} (0 is even)",
+        "",
+        f"{'expert':<26}{'load':>8}{'weight':>8}{'accuracy':>10}{'macro-F1 change without it':>28}",
+    ]
+    columns = ("experts", "expert_load", "expert_importance", "expert_accuracy", "expert_worth")
+    for label, load, weight, accuracy, worth in zip(*(results[column] for column in columns), strict=True):
+        shown = "-" if accuracy is None else f"{100 * accuracy:.1f} %"
+        change = f"{100 * worth['macro_f1_change']:+.2f}" if "macro_f1_change" in worth else "-"
+        lines.append(f"{label:<26}{100 * load:>6.1f} %{100 * weight:>6.1f} %{shown:>10}{change:>28}")
+    imperfect = [(name, values["f1"]) for name, values in results["per_class"].items() if values["f1"] < 1]
+    worst = sorted(imperfect, key=lambda item: item[1])[:hardest]
+    lines += ["", "lowest F1    " + (", ".join(f"{name}: {100 * f1:.0f} %" for name, f1 in worst) or "100 % for all")]
+    return "\n".join(lines)

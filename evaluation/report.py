@@ -1,0 +1,220 @@
+"""evaluation/report.html: one evaluation as a single page that opens offline, figures and all."""
+
+import base64
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from PIL import Image
+
+from analysis.routing import top_classes
+from common.files import write_atomically
+from config.config import Config
+from evaluation.figures import Drawing
+from storage.folder import RunFolder
+
+SPREAD_NOTE = "For each expert: share of the assignments / of the gate's weight."
+CO_ACTIVATION = 16  # experts up to which the table of pairs is shown
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the page. text: the columns, by their header, that hold words. folded: shown when clicked."""
+
+    title: str
+    note: str
+    header: list[str]
+    rows: list[list[str]]
+    text: tuple[str, ...] = ()
+    folded: bool = False
+
+
+def write_report(run: RunFolder, config: Config, results: dict[str, Any], drawings: list[Drawing]) -> Path:
+    """Write report.html from what metrics.json holds and the figures on the disk. Returns its path."""
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    page = templates.get_template("report.html.j2").render(
+        name=run.path.resolve().name,
+        subtitle=f"{config.data.name}, {config.backbone.name}, {config.router.kind} top-{config.router.top_k}",
+        headline=_headline(results),
+        figures=[_embed(drawing) for drawing in drawings],
+        tables=[table for table in _tables(results) if table.rows],
+        config=_sections(config.to_dict()),
+        environment=results["environment"],
+    )
+    write_atomically(run.report, lambda temporary: temporary.write_text(page, encoding="utf-8"))
+    return run.report
+
+
+def _embed(drawing: Drawing) -> dict[str, Any]:
+    """A figure as the page shows it, at 100 pixels an inch."""
+    data = drawing.path.read_bytes()
+    with Image.open(drawing.path) as image:
+        width = round(image.width * 100 / 150)
+    return {
+        "caption": drawing.caption,
+        "alt": f"{drawing.name.replace('_', ' ')}: {drawing.caption}",
+        "width": width,
+        "data": base64.b64encode(data).decode("ascii"),
+    }
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """0.1234 as "12.3 %", with a blank that does not break, and a dash for what is not known."""
+    return "–" if value is None else f"{100 * value:.{digits}f}\u00a0%"
+
+
+def si(value: float) -> str:
+    """1234567 as "1.23 M"."""
+    for unit in ("", " k", " M"):
+        if abs(value) < 999.5:
+            return f"{value:.3g}{unit}"
+        value /= 1000
+    return f"{value:.3g} G"
+
+
+def _headline(results: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """(what, value, how to read it) of the single figures."""
+    special, gate = results["specialisation"], results["gate"]
+    z_score = "" if special["z_score"] is None else f", {special['z_score']:.0f} s.d. above chance"
+    shown = [
+        ("macro-F1", percent(results["macro_f1"]), f"{results['images']:,} test images"),
+        ("accuracy", percent(results["accuracy"]), f"cross-entropy {results['loss']:.3f} nats"),
+        ("balance", f"{results['entropy']:.3f}", f"entropy of the load, 1 is even; CV {results['cv']:.2f}"),
+        (
+            "specialisation",
+            f"{special['normalised']:.3f}",
+            f"mutual information of class and expert over log E{z_score} (p {special['p_value']:.3f})",
+        ),
+        ("calibration error", percent(results["expected_calibration_error"]), "expected, 15 bins; 0 is best"),
+    ]
+    if gate["boundary_share"] is not None:
+        reading = "of the images nearly had another expert"
+        if gate["boundary_accuracy"] is not None and gate["elsewhere_accuracy"] is not None:
+            near, rest = percent(gate["boundary_accuracy"]), percent(gate["elsewhere_accuracy"])
+            reading += f"; {near} of them are right, {rest} of the others"
+        shown.append(("near the boundary", percent(gate["boundary_share"]), reading))
+    shown.append(("gate entropy", f"{gate['entropy_mean']:.2f}", "of a mean image; 1 is no preference, 0 is certain"))
+    if "superclass_accuracy" in results:
+        shown.insert(2, ("superclass accuracy", percent(results["superclass_accuracy"]), "right superclass, any class"))
+    return shown
+
+
+def _tables(results: dict[str, Any]) -> list[Table]:
+    tables = [_expert_table(results), _worth_table(results), _co_activation(results)]
+    if "superclass_names" in results:
+        rows = _spread(results["superclass_names"], results, "superclass")
+        tables.append(Table("Superclasses", SPREAD_NOTE, ["superclass", *results["experts"]], rows))
+    names = results["class_names"]
+    scored = zip((results["per_class"][name] for name in names), _spread(names, results, "class"), strict=True)
+    rows = [
+        [name, *(percent(score[key]) for key in ("f1", "precision", "recall")), str(score["support"]), *shares]
+        for score, (name, *shares) in sorted(scored, key=lambda pair: pair[0]["f1"])
+    ]
+    header = ["class", "F1", "precision", "recall", "images", *results["experts"]]
+    tables.append(Table("Classes", "The hardest first. " + SPREAD_NOTE, header, rows, folded=len(names) > 20))
+    return tables
+
+
+def _spread(names: list[str], results: dict[str, Any], kind: str) -> list[list[str]]:
+    """A row for each class or superclass: its name and its share at each expert."""
+    tables = (results[f"expert_by_{kind}"], results[f"expert_by_{kind}_weight"])
+    return [
+        [name, *(f"{100 * share:.0f} / {percent(weight, 0)}" for share, weight in zip(*shares, strict=True))]
+        for name, *shares in zip(names, *tables, strict=True)
+    ]
+
+
+def _expert_table(results: dict[str, Any]) -> Table:
+    rows = []
+    for expert, label in enumerate(results["experts"]):
+        favourites = top_classes(results["expert_by_class"], results["class_names"], expert, 5)
+        hardest = results["expert_hardest_classes"][expert]
+        rows.append(
+            [
+                label,
+                percent(results["expert_load"][expert]),
+                percent(results["expert_importance"][expert]),
+                percent(results["expert_accuracy"][expert]),
+                percent(results["expert_confidence"][expert]),
+                ", ".join(f"{name}: {percent(share, 0)}" for name, share in favourites),
+                ", ".join(f"{row['class']}: {percent(row['accuracy'], 0)}" for row in hardest),
+            ]
+        )
+    return Table(
+        title="Experts",
+        note="Accuracy and confidence are those of the whole mixture on the images that the expert had a part in. "
+        "Serves most: share of the class's assignments. Hardest: accuracy on the class, of 5 images or more.",
+        header=["expert", "load", "gate weight", "accuracy", "confidence", "serves most", "hardest"],
+        rows=rows,
+        text=("serves most", "hardest"),
+    )
+
+
+def _worth_table(results: dict[str, Any]) -> Table:
+    rows = []
+    for expert, row in enumerate(results["expert_worth"]):
+        if "macro_f1_change" in row:
+            heirs = sorted(enumerate(row["taken_over_by"]), key=lambda item: -item[1])[:3]
+            change = f"{100 * row['macro_f1_change']:+.2f} ± {100 * row['macro_f1_deviation']:.2f}"
+            rows.append(
+                [
+                    results["experts"][expert],
+                    change,
+                    percent(row["answers_changed"]),
+                    f"{row['parameters']:,}",
+                    f"{row['bytes'] / 2**20:.2f} MiB",
+                    si(row["flops"]),
+                    si(row["flops_saved"]),
+                    ", ".join(f"expert {heir}: {percent(share, 0)}" for heir, share in heirs if share > 0),
+                ]
+            )
+    return Table(
+        title="What each expert is worth",
+        note="Each expert removed in turn, its images sent to the gate's next choice, nothing trained again. "
+        "Change of macro-F1 in points, below 0 where the expert is of use, ± one standard deviation over bootstrap "
+        "resamples of the test images. "
+        "FLOPs saved below 0: its images go to larger experts.",
+        header=[
+            "without expert",
+            "macro-F1 change",
+            "answers changed",
+            "parameters saved",
+            "memory saved",
+            "FLOPs of the expert",
+            "FLOPs saved, mean image",
+            "taken over by",
+        ],
+        rows=rows,
+        text=("taken over by",),
+    )
+
+
+def _co_activation(results: dict[str, Any]) -> Table:
+    table, labels = results["co_activation"], results["experts"]
+    shown = 1 < len(labels) <= CO_ACTIVATION
+    return Table(
+        title="Experts that work together",
+        note="Of the images of the expert on the left, the share that the expert above sees as well.",
+        header=["expert", *labels],
+        rows=[
+            [label, *("" if e == other else percent(count / max(1, row[e]), 0) for other, count in enumerate(row))]
+            for e, (label, row) in enumerate(zip(labels, table, strict=True))
+            if shown
+        ],
+    )
+
+
+def _sections(config: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """The configuration as (section, [(field, value)]), the fields that have no section first."""
+    plain = [(key, _shown(value)) for key, value in config.items() if not isinstance(value, dict)]
+    nested = {key: value for key, value in config.items() if isinstance(value, dict)}
+    return [("run", plain)] + [(key, [(k, _shown(v)) for k, v in value.items()]) for key, value in nested.items()]
+
+
+def _shown(value: Any) -> str:
+    """A value as YAML and JSON write it."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

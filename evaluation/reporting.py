@@ -1,0 +1,63 @@
+"""What ClearML shows of an evaluation: single values, tables, and plots that it can lay side by side for many runs."""
+
+from typing import Any
+
+from storage.folder import RunFolder
+from tracking.tracker import Tracker
+
+SINGLE = ("accuracy", "macro_f1", "loss", "entropy", "cv", "expected_calibration_error")
+
+
+def report(run: RunFolder, results: dict[str, Any], tracker: Tracker) -> None:
+    """Send what evaluation/metrics.json holds, `results`, the figures and the report of `run` to `tracker`.
+
+    Titles and series are the same in every run. Experts are named by their index alone: runs that are compared
+    differ in the experts' sizes, which the configuration tells.
+    """
+    single = {f"test/{name}": results[name] for name in SINGLE}
+    tracker.summary(single | {"test/specialisation": results["specialisation"]["normalised"]})
+    _report_experts(results, tracker)
+    _report_classes(results, tracker)
+    bins = results["calibration"]
+    points = [(x, y) for x, y in zip(bins["confidence"], bins["accuracy"], strict=True) if None not in (x, y)]
+    tracker.lines("reliability", {"test": points, "calibrated": [(0.0, 0.0), (1.0, 1.0)]}, ("confidence", "accuracy"))
+    for path in sorted(run.figures.glob("*.png")):
+        tracker.figure("evaluation", path.stem, path)
+        tracker.artifact(f"figure {path.stem}", path)
+    tracker.artifact("evaluation", run.results)
+    tracker.artifact("report", run.report)
+
+
+def _report_experts(results: dict[str, Any], tracker: Tracker) -> None:
+    experts, worth = [str(index) for index in range(len(results["experts"]))], results["expert_worth"]
+    shares = {"load": results["expert_load"], "gate weight": results["expert_importance"]}
+    tracker.bars("expert load", "test", experts, shares)
+    quality = {"accuracy": results["expert_accuracy"], "confidence": results["expert_confidence"]}
+    tracker.bars("expert accuracy", "test", experts, quality)
+    changes = [row.get("macro_f1_change") for row in worth]
+    if None not in changes:  # a single expert cannot be removed
+        tracker.bars("macro-F1 without the expert", "test", experts, {"change": changes})
+    header = ["expert", "samples", "load", "gate weight", "accuracy", "parameters", "macro-F1 change without it"]
+    columns = ("experts", "expert_samples", "expert_load", "expert_importance", "expert_accuracy")
+    rows = [list(row) for row in zip(*(results[column] for column in columns), strict=True)]
+    for row, values, change in zip(rows, worth, changes, strict=True):
+        row += [values["parameters"], change]
+    tracker.table("experts", "test", header, rows)
+
+
+def _report_classes(results: dict[str, Any], tracker: Tracker) -> None:
+    experts = ("expert", [str(index) for index in range(len(results["experts"]))])
+    names = results["class_names"]
+    tracker.matrix("experts by class", "test", results["expert_by_class"], ("class", names), experts)
+    if "superclass_names" in results:
+        groups = results["superclass_names"]
+        tracker.matrix(
+            "experts by superclass", "test", results["expert_by_superclass"], ("superclass", groups), experts
+        )
+        confusion = results["superclass_confusion"]
+        tracker.matrix("superclass confusion", "test", confusion, ("true", groups), ("predicted", groups))
+    scores = results["per_class"]
+    tracker.bars("F1 by class", "test", list(scores), {"F1": [row["f1"] for row in scores.values()]})
+    columns = ("precision", "recall", "f1", "support")
+    rows = [[name, *(row[column] for column in columns)] for name, row in scores.items()]
+    tracker.table("scores by class", "test", ["class", *columns], rows)

@@ -1,0 +1,22 @@
+"""A trained run, ready to answer for images of any source."""
+
+from dataclasses import dataclass
+
+import torch
+
+from config.config import Config
+from model.backbone import Backbone
+from model.classifier import VisionMoE
+from storage.folder import RunFolder
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """What a run needs to answer for images of any source; `model` is in evaluation mode."""
+
+    run: RunFolder
+    config: Config
+    device: torch.device
+    backbone: Backbone
+    model: VisionMoE
+    class_names: tuple[str, ...]

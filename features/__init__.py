@@ -1,0 +1,1 @@
+"""The frozen part, run once: extraction, placement and cache of features."""

@@ -1,0 +1,261 @@
+"""FeatureBank: what the frozen backbone sees in each view of each split, computed once and reused."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from config.features import FeaturesConfig
+from data.augment import AugmentConfig, View, apply_view, draw_view
+from data.image_set import Splits
+from features.announcement import Announcement
+from features.cache import FeatureCache
+from features.placement import DeviceMemory, HostCopy, Stored, fetch_ahead
+
+STORAGE = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+DEVICE_SHARE = 0.5  # of a GPU's free memory that features may take; the rest is for the model and its optimizer
+IMAGE_SHARE = 1 / 16  # of it that a split's images may take while a view is extracted
+
+
+@contextmanager
+def _batch_by_core(device: torch.device) -> Iterator[Callable]:
+    """A `map` whose results come in order; on a CPU each core works on a batch of its own.
+
+    The small matrix products of one batch do not keep several cores busy.
+    """
+    cores = torch.get_num_threads()
+    if device.type != "cpu" or cores == 1:
+        yield map
+        return
+    torch.set_num_threads(1)
+    pool = ThreadPoolExecutor(cores)
+    try:
+        yield pool.map
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # or Ctrl-C would wait for the batches under way
+        torch.set_num_threads(cores)
+
+
+class FeatureBank:
+    """Serves batches of (features, labels) of a split; the training split comes in augmented views.
+
+    extract: turns uint8 images (B, 3, H, W) on `device` into features (B, ...) there, without gradients.
+    In cached mode a view is extracted when it is first asked for and then kept: on a GPU while half of its free
+    memory suffices, else in host memory, from where batches are fetched ahead; with `cache` also on disk, under
+    a key of the view, the data and `source`: what determines the features besides, as plain values. In live
+    mode nothing is kept. views_used: views that the run will come to (None: all), for the size that is announced.
+    memory: the GPU's memory, found from `device` unless given.
+
+    Raises EnvironmentFault where the disk of `cache`, or without one host memory, is too small.
+    """
+
+    def __init__(
+        self,
+        splits: Splits,
+        extract: Callable[[Tensor], Tensor],
+        augment: AugmentConfig,
+        config: FeaturesConfig,
+        device: torch.device,
+        cache: FeatureCache | None = None,
+        source: dict[str, Any] | None = None,
+        views_used: int | None = None,
+        memory: DeviceMemory | None = None,
+    ):
+        self.splits, self.extract, self.augment, self.config = splits, extract, augment, config
+        self.device, self.cache, self.source = device, cache, source or {}
+        self.views_used = min(config.views, views_used or config.views)
+        self.memory = memory or (DeviceMemory(device) if device.type == "cuda" else None)
+        self._budget = int(self.memory.free() * DEVICE_SHARE) if self.memory else 0
+        self._dtype = STORAGE[config.storage]
+        self._stored: dict[tuple[str, int | None], Stored] = {}
+        self._announced: set[str] = set()
+        self._data: dict[str, str] = {}
+        self._labels = {name: splits[name].labels_N.to(device) for name in ("train", "validation", "test")}
+
+    def batches(
+        self, split: str, batch_size: int, order_N: Tensor | None = None, view: int | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (features (B, ...) float, labels_B) on the device, in `order_N` (default: as stored).
+
+        view: number of the augmented view, taken modulo features.views where views are kept; None: the
+        images as they are.
+        """
+        total = len(self.splits[split])
+        order_N = torch.arange(total) if order_N is None else order_N.cpu()
+        if not len(order_N):
+            return
+        parts, labels = order_N.split(batch_size), self._labels[split]
+        on_device = order_N.to(self.device).split(batch_size)
+        view = self._resolve(view)
+        if self.config.mode == "live":
+            drawn = None if view is None else draw_view(total, self.augment, view)
+            images = self.splits[split].images_NCHW
+            features = (self._extract(images, index_B, drawn) for index_B in parts)
+        else:
+            features = self._fetch(self._view(split, view), parts, on_device)
+        for features_B, index_B in zip(features, on_device, strict=True):
+            yield features_B, labels.index_select(0, index_B)
+
+    @cached_property
+    def feature_shape(self) -> tuple[int, ...]:
+        """Shape of one sample's features, found with the first training image."""
+        return tuple(self._extract(self.splits.train.images_NCHW, torch.tensor([0]), None).shape[1:])
+
+    def images_left(self) -> int:
+        """Images that have yet to pass the backbone before all of the run's features are kept, each in every view."""
+        drawn = range(self.views_used) if self.augment.active else [None]
+        views = {"train": drawn, "validation": [None], "test": [None]}
+        left = {name: len(of) if self.cache is None else self._missing(name, of) for name, of in views.items()}
+        return sum(len(self.splits[name]) * count for name, count in left.items())
+
+    def _resolve(self, view: int | None) -> int | None:
+        if view is None or not self.augment.active:
+            return None
+        return view % self.config.views if self.config.mode == "cached" else view
+
+    def _fetch(self, stored: Stored, parts: tuple[Tensor, ...], on_device: tuple[Tensor, ...]) -> Iterator[Tensor]:
+        if stored.device is None and self.memory is not None:
+            return fetch_ahead(stored.host, parts, self.memory)
+        source = stored.host if stored.device is None else stored.device
+        return (source.index_select(0, index_B) for index_B in on_device)
+
+    def _extract(self, images_NCHW: Tensor, index_B: Tensor, drawn: View | None) -> Tensor:
+        chunks = []
+        for part in index_B.split(self.config.batch_size):
+            images = images_NCHW[part].to(self.device)
+            chunks.append(self.extract(images if drawn is None else apply_view(images, drawn[part])))
+        return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
+
+    def _view(self, split: str, view: int | None) -> Stored:
+        """The stored features of a whole view of a split, read or extracted now if it is their first use."""
+        name = (split, view)
+        if name not in self._stored:
+            self._announce(split, view)
+            found = self.cache.load(self._key(split, view)) if self.cache else None
+            self._stored[name] = self._extract_view(split, view) if found is None else self._place(found)
+        return self._stored[name]
+
+    def _key(self, split: str, view: int | None) -> dict[str, Any]:
+        """Everything that determines the features of a view."""
+        if split not in self._data:
+            self._data[split] = self.splits[split].fingerprint()
+        augment = None if view is None else asdict(self.augment)
+        key = {"split": split, "view": view, "data": self._data[split], "augment": augment}
+        return {**key, "storage": self.config.storage, **self.source}
+
+    def _announce(self, split: str, view: int | None) -> None:
+        """Say once what a split's features weigh and where they go; the disk must have room for all of the run's."""
+        if split in self._announced:
+            return
+        self._announced.add(split)
+        views = [None] if view is None else range(self.views_used)
+        others = () if split != "train" else {"validation", "test"} - self._announced
+        later = sum(self._size(other) * self._missing(other, [None]) for other in others)
+        missing, device = self._missing(split, views), self.device if self.memory else None
+        line = Announcement(split, self._size(split), len(views), missing, later, device, self._budget)
+        line.make(self.cache)
+
+    def _size(self, split: str) -> int:
+        """Bytes of a view."""
+        return len(self.splits[split]) * math.prod(self.feature_shape) * self._dtype.itemsize
+
+    def _missing(self, split: str, views: Iterable[int | None]) -> int:
+        """How many of the views have yet to be written to the cache."""
+        return 0 if self.cache is None else sum(not self.cache.has(self._key(split, view)) for view in views)
+
+    def _extract_view(self, split: str, view: int | None) -> Stored:
+        total, images = len(self.splits[split]), self.splits[split].images_NCHW
+        drawn = None if view is None else draw_view(total, self.augment, view)
+        if self.memory is not None and images.nbytes < self.memory.free() * IMAGE_SHARE:
+            images = images.to(self.device)
+            drawn = drawn and drawn.to(self.device)
+        stored, host_copy = self._allocate(split, view), HostCopy()
+
+        def extract(index_B: Tensor) -> Tensor:
+            try:
+                return self._extract(images, index_B, drawn).to(self._dtype)
+            except torch.OutOfMemoryError:
+                host_copy.finish()
+                if not self._make_room(stored):
+                    raise
+            return self._extract(images, index_B, drawn).to(self._dtype)
+
+        label = f"features: {split}" + ("" if view is None else f", view {view + 1} of {self.config.views}")
+        with ExitStack() as unless_whole:  # an error, or Ctrl-C: nothing half made stays behind
+            if stored.draft is not None:
+                unless_whole.callback(stored.draft.discard)
+            bar = tqdm(total=total, desc=label, unit="image", leave=False, disable=None)
+            batches = torch.arange(total, device=images.device).split(self.config.batch_size)
+            with bar, _batch_by_core(self.device) as each:
+                starts = range(0, total, self.config.batch_size)
+                for start, features in zip(starts, each(extract, batches), strict=True):
+                    stored.put(start, features, host_copy)
+                    bar.update(len(features))
+            host_copy.finish()
+            unless_whole.pop_all()
+        return self._settle(stored)
+
+    def _allocate(self, split: str, view: int | None) -> Stored:
+        shape = (len(self.splits[split]), *self.feature_shape)
+        stored = Stored(device=self._take(shape))
+        if self.cache is not None:
+            stored.draft = self.cache.draft(self._key(split, view), shape, self._dtype)
+        if stored.draft is not None:
+            stored.host = stored.draft.tensor
+        elif stored.device is None:
+            stored.host = torch.empty(shape, dtype=self._dtype)
+        return stored
+
+    def _settle(self, stored: Stored) -> Stored:
+        """A complete view: its file gets its name, and what is on a GPU is not kept in host memory too."""
+        if stored.draft is not None:
+            self.cache.commit(stored.draft)
+            stored.draft = None
+        if stored.device is not None:
+            stored.host = None
+        return stored
+
+    def _place(self, mapped: Tensor) -> Stored:
+        """A view that was read from disk: on the device where it fits, else the mapped file itself."""
+        device = self._take(tuple(mapped.shape))
+        if device is None:
+            return Stored(host=mapped)
+        device.copy_(mapped)
+        return Stored(device=device)
+
+    def _take(self, shape: tuple[int, ...]) -> Tensor | None:
+        """Memory of the device for a view, or None where it does not fit there."""
+        size = torch.Size(shape).numel() * self._dtype.itemsize
+        if self.memory is None or size > self._budget or size > self.memory.free():
+            return None
+        try:
+            taken = self.memory.empty(shape, self._dtype)
+        except torch.OutOfMemoryError:
+            self._fall_back()
+            return None
+        self._budget -= size
+        return taken
+
+    def _make_room(self, current: Stored) -> bool:
+        """Move the view that is being extracted, else the last one stored, to host memory; False if there is none."""
+        on_device = [stored for stored in (*self._stored.values(), current) if stored.device is not None]
+        if not on_device:
+            return False
+        moved = on_device[-1]
+        if moved.host is None:
+            moved.host = moved.device.cpu()
+        moved.device = None
+        self._fall_back()
+        return True
+
+    def _fall_back(self) -> None:
+        self._budget = 0
+        self.memory.release()
+        print(f"features     {self.device} is out of memory: host memory takes what it has no room for", flush=True)

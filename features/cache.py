@@ -1,0 +1,296 @@
+"""Stored features of whole views, each under a key of everything that determines them; a tool to list and delete them.
+
+python -m features.cache list                                 what is stored, each with its key
+python -m features.cache clear --dry_run                      what clear would delete, and its size
+python -m features.cache clear KEY ... --older_than 30        delete only what fits all of that
+python -m features.cache clear                                delete everything that no process is using
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import time
+import weakref
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from common.arguments import Parser
+from common.errors import EnvironmentFault, UserError, exit_code_of
+from common.locks import try_lock
+from config.features import DEFAULT_FOLDER
+from features.file import UNREADABLE, Draft, canonical, checksums, gigabytes, read, reason, say
+
+OWN_NAME = re.compile(r"\.?\w+-(plain|view\d+)-([0-9a-f]{24})\.safetensors(\.[\d-]+\.partial)?")
+
+
+class FeatureCache:
+    """Stored features of whole views, one safetensors file each, in `folder`.
+
+    A key is a dict of plain values: everything that determines the features. It names the file and stands in its
+    header, so features of another backbone, size, augmentation, data set or version are never taken for the ones
+    asked for, and stay where they are. Files that were read or written stay locked, so that no one deletes them.
+    dataset: a name for those who list the files.
+    """
+
+    def __init__(self, folder: Path, dataset: str = ""):
+        self.folder, self.dataset = folder.expanduser(), dataset
+        self._held: dict[Path, int] = {}  # open descriptors, which nothing but this closes
+        weakref.finalize(self, _release, self._held)
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="feature-cache")
+        self._last: Future | None = None
+
+    def path(self, key: dict[str, Any]) -> Path:
+        """The file that the features of this key have."""
+        view = "plain" if key.get("view") is None else f"view{key['view']}"
+        digest = hashlib.sha256(canonical(key).encode()).hexdigest()
+        return self.folder / f"{key.get('split', 'features')}-{view}-{digest[:24]}.safetensors"
+
+    def has(self, key: dict[str, Any]) -> bool:
+        """Whether there is a file of that name that can be read; its checksum is not verified."""
+        try:
+            read(self.path(key))
+        except UNREADABLE:
+            return False
+        return True
+
+    def load(self, key: dict[str, Any]) -> Tensor | None:
+        """The features, memory-mapped, after their checksum was verified; None where there are none to use.
+
+        A file that is torn or altered, or that holds other features than its name says, is reported in one line.
+        """
+        path = self.path(key)
+        with suppress(OSError), path.open("rb") as file:
+            self._hold(path, file)
+        if not path.exists():
+            return None
+        try:
+            features, metadata = read(path)
+            intact = metadata["crc32"] == checksums(features)
+        except Exception as error:  # bytes that are no safetensors file make the reader fail in every way there is
+            say(f"{path} is torn ({type(error).__name__}): extracting its features again")
+            return None
+        if metadata.get("key") != canonical(key):
+            clear = f"python -m features.cache clear {Entry.digest(path)} --dir {self.folder}"
+            say(f"{path} holds other features than its name says: not used, and left as it is; {clear} deletes it")
+            return None
+        if not intact:
+            say(f"{path} is altered (its checksum differs): extracting its features again")
+            return None
+        return features
+
+    def require_space(self, needed: int, advice: str) -> None:
+        """Raise EnvironmentFault unless the disk has room for `needed` more bytes."""
+        free = self.free()
+        if needed > free:
+            raise EnvironmentFault(
+                f"the features need {gigabytes(needed)} in {self.folder}, where {gigabytes(free)} are free: {advice}"
+            )
+
+    def free(self) -> int:
+        """Bytes free on the disk, which need not have the folder yet."""
+        folder = self.folder.absolute()
+        while not folder.exists():
+            folder = folder.parent
+        return shutil.disk_usage(folder).free
+
+    def draft(self, key: dict[str, Any], shape: tuple[int, ...], dtype: torch.dtype) -> "Draft | None":
+        """A new file to fill; None where it cannot be made, which is said, or where its name is taken."""
+        path = self.path(key)
+        if path.exists() and _is_of_another_key(path, key):
+            return None
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._remove_abandoned(path)
+            return Draft(path, key, shape, dtype, self.dataset)
+        except (OSError, RuntimeError) as error:
+            say(f"{path} cannot be written ({reason(error)}): going on without it; see --features.cache_dir")
+            return None
+
+    def _remove_abandoned(self, path: Path) -> None:
+        """Remove what a killed process has left of this file: a day old, for a disk whose locks do not work."""
+        for left in self.folder.glob(f".{path.name}.*.partial"):
+            with suppress(OSError):
+                if time.time() - left.stat().st_mtime > 86400:
+                    _delete(left, dry_run=False)
+
+    def commit(self, draft: "Draft") -> None:
+        """Give a filled draft its name, in the background: training need not wait for a disk.
+
+        A failure is reported, and ends nothing. Python waits for the last file before it exits.
+        """
+        self.wait()
+        self._hold(draft.path, draft.file)  # beyond its end, when the file is closed
+        self._last = self._background.submit(draft.finish)
+
+    def _hold(self, path: Path, file: IO) -> None:
+        """Keep the lock on a file, in place of one on what had its name before, while this object lives.
+
+        A second descriptor has the same lock, so that the file may be closed.
+        """
+        try_lock(file, shared=True)
+        with suppress(OSError):  # no descriptor left: then it is not held
+            before, self._held[path] = self._held.get(path), os.dup(file.fileno())
+            if before is not None:
+                os.close(before)
+
+    def wait(self) -> None:
+        """Until the file that is being finished has its name."""
+        if self._last is not None:
+            self._last.result()
+
+
+def _release(held: dict[Path, int]) -> None:
+    for descriptor in held.values():
+        os.close(descriptor)
+
+
+def _is_of_another_key(path: Path, key: dict[str, Any]) -> bool:
+    try:
+        return read(path)[1].get("key") != canonical(key)
+    except UNREADABLE:  # torn: it may be replaced
+        return False
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file that the cache named. metadata: of its header; None where it is torn."""
+
+    path: Path
+    size: int
+    written: float
+    metadata: dict[str, Any] | None
+
+    @property
+    def key(self) -> str:
+        """What `list` shows, and `clear` takes: the digest in the file's name."""
+        return self.digest(self.path)
+
+    @staticmethod
+    def digest(path: Path) -> str:
+        """The digest in the name of a file that the cache named."""
+        return OWN_NAME.fullmatch(path.name)[2]
+
+    def fits(self, options: argparse.Namespace) -> bool:
+        """Whether everything that was asked for is true of it."""
+        known = self.metadata or {}
+        return (
+            (not options.keys or any(self.key.startswith(key) for key in options.keys))
+            and options.dataset in (None, known.get("dataset"))
+            and options.backbone in (None, known.get("backbone"))
+            and (options.older_than is None or time.time() - self.written > 86400 * options.older_than)
+        )
+
+    def line(self) -> str:
+        """Key, size, date, and what it holds."""
+        written = time.strftime("%Y-%m-%d %H:%M", time.localtime(self.written))
+        about = "torn" if self.metadata is None else "unfinished"
+        if self.metadata is not None and self.path.suffix != ".partial":
+            known = self.metadata
+            view = "plain" if known.get("view") is None else f"view {known['view']}"
+            data = " ".join(part for part in (known["dataset"], str(known.get("data"))[:8]) if part)
+            backbone = f"{known.get('backbone')} {str(known.get('weights'))[:8]}"
+            read_of = known.get("features") or ["?"]
+            blocks = " ".join(read_of) if len(read_of) < 3 else f"{read_of[0]} to {read_of[-1]} ({len(read_of)})"
+            about = f"{known.get('split')}, {view}, data {data}, {backbone}, {blocks}, {known.get('storage')}"
+            changes = [f"{name} {value}" for name, value in (known.get("augment") or {}).items() if value]
+            about += ", " + " ".join(changes) if changes else ""
+        return f"{self.key[:10]}  {gigabytes(self.size):>9}  {written}  {about}"
+
+
+def _entries(folder: Path) -> Iterator[Entry]:
+    for path in sorted(path for path in folder.glob("*") if OWN_NAME.fullmatch(path.name)):
+        try:
+            header = read(path)[1]
+            metadata = {**json.loads(header["key"]), "dataset": header.get("dataset", "")}
+        except UNREADABLE:
+            metadata = None
+        with suppress(FileNotFoundError):  # finished, or deleted, meanwhile
+            yield Entry(path, path.stat().st_size, path.stat().st_mtime, metadata)
+
+
+def _list(folder: Path, entries: list[Entry]) -> None:
+    for entry in entries:
+        print(entry.line())
+    print(f"{gigabytes(sum(entry.size for entry in entries))} in {folder}")
+
+
+def _clear(folder: Path, entries: list[Entry], options: argparse.Namespace) -> None:
+    """Delete, or only show, what no process holds."""
+    count = total = 0
+    for entry in entries:
+        try:
+            deleted = _delete(entry.path, options.dry_run)
+        except FileNotFoundError:  # finished under its own name, or deleted, meanwhile
+            continue
+        except OSError as error:
+            raise EnvironmentFault(f"{entry.path} cannot be deleted: {error.strerror}") from error
+        print(entry.line() + ("" if deleted else "; kept, a running process uses it"))
+        count, total = count + deleted, total + deleted * entry.size
+    print(f"{'would delete' if options.dry_run else 'deleted'} {count} files, {gigabytes(total)}, from {folder}")
+
+
+def _delete(path: Path, dry_run: bool) -> bool:
+    """Remove a file, or do as if; returns False, and removes nothing, where a running process holds it."""
+    with path.open("rb+") as file:
+        if not try_lock(file):
+            return False
+        if not dry_run:
+            path.unlink()
+    return True
+
+
+def _options(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(
+        prog="-m features.cache",
+        usage="python %(prog)s {list,clear} [KEY ...] [options]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=("list", "clear"), metavar="list|clear", help="show, or delete")
+    # Without a default argparse would call it required.
+    parser.add_argument(
+        "keys", nargs="*", default=[], metavar="KEY", help="only this: a key that list shows, or its start"
+    )
+    parser.add_argument("--data.name", dest="dataset", metavar="NAME", help="only features of this data set")
+    parser.add_argument("--backbone.name", dest="backbone", metavar="NAME", help="only those of this backbone")
+    parser.add_argument("--older_than", type=float, metavar="DAYS", help="only what was written before that")
+    parser.add_argument("--dry_run", action="store_true", help="show what clear would delete, and delete nothing")
+    parser.add_argument("--dir", type=Path, default=DEFAULT_FOLDER, help=f"default: {DEFAULT_FOLDER}")
+    options = parser.parse_args(argv)
+    if options.older_than is not None and not 0 <= options.older_than < math.inf:
+        raise UserError(f"--older_than is {options.older_than:g}: it is a number of days, 0 or more")
+    if "" in (*options.keys, options.dataset, options.backbone):
+        raise UserError("an empty KEY or name selects nothing: name what list shows, or leave it out to select all")
+    return options
+
+
+def main(argv: list[str] | None = None) -> None:
+    """List or clear the stored features."""
+    options = _options(argv)
+    folder = options.dir.expanduser()
+    if options.dir != DEFAULT_FOLDER and not folder.is_dir():
+        raise UserError(f"--dir {folder} is not a folder: name the one that --features.cache_dir names")
+    entries = [entry for entry in _entries(folder) if entry.fits(options)]
+    selected = any((options.keys, options.dataset, options.backbone, options.older_than is not None))
+    if selected and not entries:
+        raise UserError(f"no stored features in {folder} are what was asked for: list, with nothing else, shows all")
+    if options.command == "list":
+        _list(folder, entries)
+    else:
+        _clear(folder, entries, options)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code_of(main))

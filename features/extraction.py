@@ -1,0 +1,84 @@
+"""From uint8 images to features: prepare, then the frozen backbone, compiled where that repays its time."""
+
+import sys
+import threading
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from common.errors import one_line, warn
+from features.bank import FeatureBank
+from model.backbone import Backbone
+from model.preparation import preparation, resize_and_normalise
+
+# By benchmarks/extraction.py on an H200. Images in a run from which compiling repays its 14 to 22 s on a GPU, by 10
+# microseconds an image; and the mode of torch.compile: max-autotune takes three times as long and gains one per cent.
+COMPILE_FROM = 2_000_000
+COMPILE_MODE = "default"
+HOURS = 5e14  # FLOPs that take a core hours
+
+
+def worth_compiling(choice: str, images: int, device: torch.device) -> bool:
+    """Whether features.compile (auto, always, never) asks for a compiled backbone for so many images."""
+    return choice == "always" or (choice == "auto" and device.type == "cuda" and images >= COMPILE_FROM)
+
+
+def warn_of_hours(bank: FeatureBank, flops: int, epochs: int) -> None:
+    """Warn where a CPU is about to spend hours on the frozen backbone, of so many FLOPs an image."""
+    if bank.device.type != "cpu":
+        return
+    live, splits = bank.config.mode == "live", bank.splits
+    each_epoch = len(splits.train) + len(splits.validation)
+    images = epochs * each_epoch + len(splits.test) if live else bank.images_left()
+    if flops * images > HOURS * torch.get_num_threads():
+        less = ", or --features.mode cached" if live else ", or fewer --features.views" if bank.views_used > 1 else ""
+        warn(
+            f"{images:,} images, each view counted, are to pass the backbone on a CPU, which takes hours: use a GPU, "
+            f"or --backbone.name bundled/vit_micro (for CIFAR-100 --config configs/cifar100_cpu.yaml){less}"
+        )
+
+
+class Extractor:
+    """uint8 images (B, 3, H, W) -> the backbone's features (B, ...), on the images' device.
+
+    compiled: compile the backbone for batches of `batch_size` images when the first one comes; other batches, such
+    as the last of a split, run as they are. Where compiling fails, that is said in one line and all of them do;
+    `failed` has the reason.
+    """
+
+    def __init__(self, backbone: Backbone, batch_size: int, compiled: bool = False, mode: str = COMPILE_MODE):
+        self.backbone, self.batch_size, self.mode = backbone, batch_size, mode
+        self._run: Callable[..., Tensor] | None = None if compiled else self._eager
+        self.failed = ""
+        self._compiling = threading.Lock()  # batches may come from several threads
+
+    def __call__(self, images_BCHW: Tensor) -> Tensor:
+        backbone = self.backbone
+        sides = (*images_BCHW.shape[-2:], backbone.image_size)
+        constants = preparation(sides, backbone.mean, backbone.std, images_BCHW.device)
+        if len(images_BCHW) != self.batch_size:
+            return self._eager(images_BCHW, constants)
+        if self._run is None:
+            with self._compiling:
+                self._run = self._run or self._compile(images_BCHW, constants)
+        return self._run(images_BCHW, constants)
+
+    def _eager(self, images_BCHW: Tensor, constants: tuple[Tensor | None, ...]) -> Tensor:
+        return self.backbone(resize_and_normalise(images_BCHW, constants))
+
+    def _compile(self, *batch) -> Callable[..., Tensor]:
+        self.backbone.runner(batch[0].device)  # made outside of what is traced
+        try:
+            run = torch.compile(self._eager, mode=self.mode, dynamic=False)
+            with warnings.catch_warnings():  # resizing is exact, and not in the TensorFloat32 that it recommends
+                warnings.filterwarnings("ignore", "TensorFloat32")
+                run(*batch)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a compiler fails in every way there is
+            self.failed = one_line(error, 160)
+            print(f"features: the backbone cannot be compiled ({self.failed}): going on without", file=sys.stderr)
+            return self._eager
+        return run

@@ -1,0 +1,60 @@
+"""Experts inside a frozen ViT's blocks, beside the FFN: bottleneck adapters of unequal widths."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model.experts import ExpertsConfig
+
+
+class Adapters(nn.Module):
+    """E adapters up(GELU(down(x))) (Houlsby 2019), beside the FFN as in AdaptFormer (Chen 2022), in two products.
+
+    The hidden units of all experts, H in total, stand side by side: down is (H, D), up (D, H). Each unit is multiplied
+    by the weight that the gate gives its expert, which is 0 for an expert that is not chosen, so that one product more
+    mixes the experts. For widths far below the FFN's this costs less than sending tokens to their experts would, and
+    the shapes never change. up is zero at the start, so that training begins at the pretrained ViT exactly.
+    """
+
+    def __init__(self, width: int, config: ExpertsConfig, ffn: nn.Module):
+        super().__init__()
+        self.check(config)
+        self.widths = [config.hidden(expert)[0] for expert in range(len(config.sizes))]
+        total = sum(self.widths)
+        self.down = nn.Linear(width, total)
+        self.up = nn.Parameter(torch.zeros(width, total))
+        self.dropout = nn.Dropout(config.dropout or 0.0)
+        owner_H = torch.arange(len(self.widths)).repeat_interleave(torch.tensor(self.widths))
+        units_EH = F.one_hot(owner_H, len(self.widths)).T.float()
+        self.register_buffer("units_EH", units_EH, persistent=False)
+
+    @classmethod
+    def check(cls, config: ExpertsConfig) -> None:
+        """Raise ValueError for sizes that are no single hidden layer."""
+        for expert, size in enumerate(config.sizes):
+            if len(config.hidden(expert)) != 1:
+                raise ValueError(
+                    f"experts.sizes has {size}: an adapter has one hidden layer, so give each expert a list of one "
+                    "width, such as [[16], [32], [64], [128]]"
+                )
+        if isinstance(config.dropout, list):
+            raise ValueError("experts.dropout is a list: adapters share one number")
+
+    def forward(self, x_BTD: Tensor, dense_BTD: Tensor, weights_BTE: Tensor) -> Tensor:
+        """dense + sum_e weight_e adapter_e(x), in the number format of x.
+
+        dense_BTD: the frozen FFN's output. weights_BTE: float32, 0 where an expert is not chosen; (B, 1, E) where all
+        tokens of an image share them.
+        """
+        dtype = x_BTD.dtype
+        hidden_BTH = F.gelu(F.linear(x_BTD, self.down.weight.to(dtype), self.down.bias.to(dtype)))
+        weights_BTH = weights_BTE.to(hidden_BTH.dtype) @ self.units_EH.to(hidden_BTH.dtype)
+        return dense_BTD + F.linear(self.dropout(hidden_BTH) * weights_BTH, self.up.to(dtype))
+
+    def parameters_of(self, expert: int) -> int:
+        """Weights and biases of one expert."""
+        return self.widths[expert] * (self.down.in_features + 1 + self.up.shape[0])
+
+    def flops_of(self, expert: int) -> int:
+        """Floating-point operations of one expert on one token; a multiply-add counts as two."""
+        return 2 * self.widths[expert] * (self.down.in_features + self.up.shape[0])

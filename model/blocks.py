@@ -1,0 +1,105 @@
+"""A mixture of experts inside one block of a frozen ViT, beside its FFN."""
+
+import torch
+from torch import Tensor, nn
+
+from model.adapters import Adapters
+from model.classifier import NeckConfig
+from model.experts import ExpertsConfig
+from model.routers import ROUTERS, RouterConfig, Routing, build_router
+from model.upcycled import UpcycledFFN
+
+BLOCK_EXPERTS: dict[str, type[nn.Module]] = {"adapter": Adapters, "ffn": UpcycledFFN}
+"""Kinds of experts inside a block. Built from (width, ExpertsConfig, the frozen FFN); called as Adapters is."""
+
+
+class BlockMixture(nn.Module):
+    """Tokens (B, T, D) and what the frozen FFN makes of them -> the same with the experts' part, and the routing.
+
+    router.level token: each token chooses its experts, and the samples of the routing are the N = B * T tokens. image:
+    the class token, or the mean of the patch tokens where there is none, chooses for all tokens of its image, and the
+    samples are the B images.
+
+    usage_E and warmup_usage_E count, as int64 buffers that are saved with the model, the training assignments of each
+    expert by the learned gate and by random warm-up.
+    """
+
+    def __init__(
+        self, width: int, router: RouterConfig, experts: ExpertsConfig, ffn: nn.Module, class_token: bool, prefix: int
+    ):
+        """ffn: the block's own. class_token: whether the first token is one. prefix: tokens before the patches."""
+        super().__init__()
+        num_experts = len(experts.sizes)
+        self.router = build_router(router, width, num_experts, experts.work(width, width))
+        self.experts = BLOCK_EXPERTS[experts.kind](width, experts, ffn)
+        self.by_image, self.class_token, self.prefix = router.level == "image", class_token, prefix
+        self.register_buffer("usage_E", torch.zeros(num_experts, dtype=torch.int64))
+        self.register_buffer("warmup_usage_E", torch.zeros(num_experts, dtype=torch.int64))
+
+    def forward(
+        self, x_BTD: Tensor, dense_BTD: Tensor, warmup: bool = False, allowed_E: Tensor | None = None
+    ) -> tuple[Tensor, Routing]:
+        """The FFN's output with the experts' part (B, T, D), and the routing.
+
+        x_BTD: normalised tokens, which FFN, gate and experts read. dense_BTD: the frozen FFN's output. warmup: route at
+        random. allowed_E: bool, the experts that may be chosen (None: all).
+        """
+        routing = self.router(self._read(x_BTD), warmup, allowed_E)
+        weights_BTE = weight_table(routing).view(len(x_BTD), -1, routing.num_experts)
+        return self.experts(x_BTD, dense_BTD, weights_BTE), routing
+
+    def _read(self, x_BTD: Tensor) -> Tensor:
+        """What the gate reads: (N, D)."""
+        if not self.by_image:
+            return x_BTD.flatten(0, 1)
+        return x_BTD[:, 0] if self.class_token else x_BTD[:, self.prefix :].float().mean(dim=1)
+
+    def after_step(self, routing: Routing) -> None:
+        """To be called once after each optimizer step: moves the loss-free bias, where there is one."""
+        self.router.after_step(routing)
+
+    @torch.no_grad()
+    def count(self, routing: Routing) -> None:
+        """Add a training batch to the counters."""
+        counter_E = self.usage_E if routing.learned else self.warmup_usage_E
+        counter_E += routing.counts_E
+
+
+def weight_table(routing: Routing) -> Tensor:
+    """The weight of each expert for each sample, float32 (N, E); 0 where it is not chosen. Differentiable."""
+    cell_A = routing.sample_A * routing.num_experts + routing.expert_A
+    zeros = routing.weight_A.new_zeros(routing.num_samples * routing.num_experts)
+    return zeros.scatter(0, cell_A, routing.weight_A).view(routing.num_samples, routing.num_experts)
+
+
+def check_block_parts(neck: NeckConfig, router: RouterConfig, experts: ExpertsConfig) -> None:
+    """Raise ValueError where neck, router and experts do not fit a mixture inside the ViT's blocks."""
+    rule = ROUTERS[router.kind]
+    rule.check(router, len(experts.sizes))
+    if experts.kind not in BLOCK_EXPERTS:
+        raise ValueError(
+            f"experts.kind {experts.kind} is a class head: with experts.place blocks set {' or '.join(BLOCK_EXPERTS)}"
+        )
+    BLOCK_EXPERTS[experts.kind].check(experts)
+    if not rule.token_choice:
+        raise ValueError(
+            f"router.kind {router.kind} does not go with experts.place blocks, where each token or image chooses its "
+            "experts: set a rule of that kind, such as noisy_topk or vmoe"
+        )
+    for name, given in (
+        ("experts.shared", experts.shared),
+        ("experts.inputs", experts.inputs is not None),
+        ("router.inputs", router.inputs is not None),
+    ):
+        if given:
+            why = "the frozen FFN is the shared expert" if name == "experts.shared" else "gate and experts read tokens"
+            raise ValueError(f"{name} has no meaning with experts.place blocks, where {why}: leave it out")
+    if experts.combine != "logits":
+        raise ValueError(f"experts.combine {experts.combine} is for a class head: with experts.place blocks set logits")
+    if router.overflow == "residual":
+        raise ValueError(
+            "router.overflow residual adds a linear head: with experts.place blocks the frozen FFN serves every token, "
+            "so set drop or next_best"
+        )
+    if neck.kind != "pooled":
+        raise ValueError(f"neck.kind {neck.kind} is for experts.place head: with blocks the head reads pooled features")

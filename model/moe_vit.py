@@ -1,0 +1,138 @@
+"""MoEViT: a frozen ViT with mixtures of experts in its blocks, and a linear head."""
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from model.backbone import Backbone
+from model.blocks import BlockMixture, check_block_parts
+from model.classifier import NECKS, NeckConfig
+from model.experts import ExpertsConfig
+from model.preparation import prepare
+from model.routers import RouterConfig, Routing
+from model.vit_parts import add_ffn, attend, check_vit, embed, pool
+
+
+class MoEViT(nn.Module):
+    """Images (B, 3, H, W) -> class logits (B, C), through a frozen ViT with experts in some of its blocks.
+
+    In each of experts.blocks a gate sends every token, or every image, to k of E experts beside the block's frozen
+    FFN, which stays and sees every token (V-MoE, Riquelme 2021, on a frozen ViT): y = x + ffn(norm x) +
+    sum_e g_e expert_e(norm x), with the ViT's layer scale on both parts. The head reads backbone.features, as the
+    final norm of the ViT gives them: neck, then one linear layer.
+
+    The ViT is the one of `backbone`, which all copies of this model share: it is not among the parameters, the buffers
+    or the state. Gradients flow down to the first block with experts. Raises ValueError where the parts do not fit.
+    """
+
+    def __init__(
+        self, backbone: Backbone, num_classes: int, neck: NeckConfig, router: RouterConfig, experts: ExpertsConfig
+    ):
+        super().__init__()
+        check_block_parts(neck, router, experts)
+        self._frozen = _Shared(backbone)
+        self.blocks = resolve_blocks(experts, backbone)
+        vit = backbone.vit
+        prefix = int(vit.num_prefix_tokens)
+        parts = (vit.embed_dim, router, experts)
+        self.mixtures = nn.ModuleList(
+            BlockMixture(*parts, vit.blocks[block].mlp, backbone.has_class_token, prefix) for block in self.blocks
+        )
+        self.neck = NECKS[neck.kind]((len(backbone.features) * vit.embed_dim,), neck)
+        self.dropout = nn.Dropout(neck.dropout)
+        self.head = nn.Linear(self.neck.out_features, num_classes)
+
+    @property
+    def backbone(self) -> Backbone:
+        """The frozen ViT and how images get into it."""
+        return self._frozen.part
+
+    def forward(
+        self, images_BCHW: Tensor, warmup: bool = False, allowed: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Routing, ...]]:
+        """Logits (B, C) in float32, and the routing of each of `blocks`.
+
+        images_BCHW: uint8 of any size, or floating-point numbers that `prepare` gave. warmup: route at random.
+        allowed: bool, the experts that may be chosen in all blocks (E,), or in each (L, E) (None: all).
+        """
+        images_BCHW = self.prepare(images_BCHW)
+        # Autocast would norm in float32; the ViT's own number format is for the experts too. Gates are always float32.
+        own = self.backbone.dtype != torch.float32
+        with torch.autocast(images_BCHW.device.type, enabled=False) if own else nullcontext():
+            features_BF, routings = self._features(images_BCHW, warmup, allowed)
+        if self.training:
+            for mixture, routing in zip(self.mixtures, routings, strict=True):
+                mixture.count(routing)
+        return self.head(self.dropout(self.neck(features_BF))).float(), routings
+
+    def prepare(self, images_BCHW: Tensor) -> Tensor:
+        """uint8 images resized and normalised for the ViT, float32; others as they are."""
+        if images_BCHW.dtype != torch.uint8:
+            return images_BCHW
+        return prepare(images_BCHW, self.backbone.image_size, self.backbone.mean, self.backbone.std)
+
+    def _features(
+        self, images_BCHW: Tensor, warmup: bool, allowed: Tensor | None
+    ) -> tuple[Tensor, tuple[Routing, ...]]:
+        """What the head reads, float32 (B, F), and the routings."""
+        backbone = self.backbone
+        vit = backbone.runner(images_BCHW.device)
+        x_BTD, ropes = embed(vit, images_BCHW.to(backbone.dtype))
+        mixtures = dict(zip(self.blocks, self.mixtures, strict=True))
+        routings, normed = [], {}
+        for index in range(backbone.blocks[-1] + 1):
+            block = vit.blocks[index]
+            x_BTD = attend(block, x_BTD, ropes[index])
+            h_BTD = block.norm2(x_BTD)
+            out_BTD = block.mlp(h_BTD)
+            if index in mixtures:
+                allowed_E = allowed if allowed is None or allowed.ndim == 1 else allowed[len(routings)]
+                out_BTD, routing = mixtures[index](h_BTD, out_BTD, warmup, allowed_E)
+                routings.append(routing)
+            x_BTD = add_ffn(block, x_BTD, out_BTD)
+            if index in backbone.blocks:
+                normed[index] = vit.norm(x_BTD)
+        prefix = int(vit.num_prefix_tokens)
+        pooled = [pool(how, normed[index], prefix) for how, index in backbone.features]
+        return torch.cat(pooled, dim=-1), tuple(routings)
+
+    def after_step(self, routings: tuple[Routing, ...]) -> None:
+        """To be called once after each optimizer step: moves the loss-free biases, where there are any."""
+        for mixture, routing in zip(self.mixtures, routings, strict=True):
+            mixture.after_step(routing)
+
+
+class _Shared:
+    """A frozen part that is no part of a model's state, and that copies of the model have in common."""
+
+    def __init__(self, part: Any):
+        self.part = part
+
+    def __deepcopy__(self, memo: dict) -> "_Shared":
+        return self
+
+
+def resolve_blocks(experts: ExpertsConfig, backbone: Backbone) -> list[int]:
+    """The blocks that experts.blocks names, counted from 0, in order.
+
+    Raises ValueError for a block that the ViT does not have, or whose output no feature reads.
+    """
+    check_vit(backbone.vit)
+    if any(how == "tokens" for how, _ in backbone.features):
+        raise ValueError("backbone.features tokens:BLOCK are for experts.place head: with blocks use cls and mean")
+    depth, last = len(backbone.vit.blocks), backbone.blocks[-1]
+    if experts.blocks == "all":
+        return list(range(last + 1))
+    for block in experts.blocks:
+        if not -depth <= block < depth:
+            raise ValueError(f"experts.blocks names block {block}: this ViT has blocks 0 to {depth - 1}")
+    blocks = sorted({block % depth for block in experts.blocks})
+    if len(blocks) < len(experts.blocks):
+        raise ValueError(f"experts.blocks {experts.blocks} names a block twice: this ViT has {depth}")
+    if blocks[-1] > last:
+        raise ValueError(
+            f"experts.blocks names block {blocks[-1]}, whose output nothing reads: backbone.features end at {last}"
+        )
+    return blocks

@@ -1,0 +1,54 @@
+"""A frozen timm ViT in parts: what comes before its blocks, and what a block does before and after its FFN.
+
+A frozen ViT is in evaluation mode, so that dropout and stochastic depth, which its blocks may have, do nothing.
+"""
+
+import torch
+from torch import Tensor, nn
+
+STANDARD = ("norm1", "attn", "ls1", "norm2", "mlp", "ls2")  # timm's Block: AugReg, DeiT, CLIP, DINOv2, SigLIP, ...
+EVA = ("norm1", "attn", "gamma_1", "norm2", "mlp", "gamma_2")  # timm's EvaBlock: EVA-02, DINOv3, ...
+
+
+def check_vit(vit: nn.Module) -> None:
+    """Raise ValueError where the blocks of a ViT are not made of attention, then an FFN, on a residual stream."""
+    for block in vit.blocks:
+        if not any(all(hasattr(block, name) for name in names) for names in (STANDARD, EVA)):
+            raise ValueError(
+                f"experts.place blocks needs blocks of attention and then an FFN, not {type(block).__name__}: choose "
+                "another backbone, or experts.place head"
+            )
+
+
+def embed(vit: nn.Module, images_BCHW: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+    """Tokens (B, T, D) that the first block reads, and the rotary embedding of each block (None: it has none)."""
+    x, ropes = vit._pos_embed(vit.patch_embed(images_BCHW)), None
+    if isinstance(x, tuple):
+        x, ropes = x
+    else:
+        x = vit.patch_drop(x)
+    depth = len(vit.blocks)
+    each = list(ropes) if ropes is not None and getattr(vit, "rope_mixed", False) else [ropes] * depth
+    return vit.norm_pre(x), each
+
+
+def attend(block: nn.Module, x_BTD: Tensor, rope: Tensor | None) -> Tensor:
+    """The first half of a block: the tokens with what attention adds to them."""
+    if hasattr(block, "ls1"):
+        return x_BTD + block.ls1(block.attn(block.norm1(x_BTD)))
+    added_BTD = block.attn(block.norm1(x_BTD), rope=rope)
+    return x_BTD + (added_BTD if block.gamma_1 is None else block.gamma_1 * added_BTD)
+
+
+def add_ffn(block: nn.Module, x_BTD: Tensor, out_BTD: Tensor) -> Tensor:
+    """The end of a block: the tokens with the output of the FFN, scaled as the block scales it."""
+    if hasattr(block, "ls2"):
+        return x_BTD + block.ls2(out_BTD)
+    return x_BTD + (out_BTD if block.gamma_2 is None else block.gamma_2 * out_BTD)
+
+
+def pool(how: str, x_BTD: Tensor, prefix_tokens: int) -> Tensor:
+    """One feature of a block's normalised tokens, float32 (B, D): cls (class token) or mean (of the patch tokens)."""
+    if how == "cls":
+        return x_BTD[:, 0].float()
+    return x_BTD[:, prefix_tokens:].mean(dim=1, dtype=torch.float32)

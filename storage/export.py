@@ -1,0 +1,64 @@
+"""The model for use: model.safetensors, and model.json with what the weights mean nothing without."""
+
+import hashlib
+import json
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
+from torch import nn
+
+from common.errors import UserError
+from common.files import write_atomically, write_json
+from storage.checkpoint import FORMAT_VERSION, IDENTITY, load_checkpoint, load_weights, require_like
+from storage.folder import RunFolder
+
+
+def export_model(run: RunFolder) -> None:
+    """Write the best checkpoint as model.safetensors, and as model.json what the weights mean nothing without.
+
+    Raises UserError where there is no best checkpoint that can be read.
+    """
+    best = load_checkpoint(run.best)
+    weights = {name: value.contiguous() for name, value in best["model"].items()}
+    write_atomically(run.weights, lambda temporary: save_file(weights, temporary, metadata={"format": "pt"}))
+    described = {key: value for key, value in best.items() if key != "model"}
+    write_json(run.model, described | {"weights_sha256": hashlib.sha256(run.weights.read_bytes()).hexdigest()})
+
+
+def read_description(run: RunFolder) -> dict[str, Any]:
+    """What model.json says. Raises UserError where it is unreadable, incomplete or of another version."""
+    try:
+        described = json.loads(run.model.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{run.model} is not readable JSON: {_remedy(run)}") from error
+    if not isinstance(described, dict) or described.get("format_version") != FORMAT_VERSION:
+        raise UserError(f"{run.model} is not of format {FORMAT_VERSION}: {_remedy(run)}")
+    require_like(described, IDENTITY, run.model)
+    return described
+
+
+def load_exported(run: RunFolder, model: nn.Module, sha256: str | None = None) -> None:
+    """Load model.safetensors into `model`.
+
+    sha256: what model.json says of the file; of a run of an earlier version it says nothing. Raises UserError
+    where the file is unreadable or altered, or does not fit.
+    """
+    try:
+        content = run.weights.read_bytes()
+        if sha256 not in (None, hashlib.sha256(content).hexdigest()):
+            raise UserError(f"{run.weights} is damaged: it is not the file that {run.model.name} was written with")
+        load_weights(model, load(content), run.weights)
+    except OSError as error:
+        raise UserError(f"{run.weights} cannot be read ({error.strerror}): {_remedy(run)}") from error
+    except (SafetensorError, ValueError) as error:
+        raise UserError(f"{run.weights} is truncated or no safetensors file ({error}): {_remedy(run)}") from error
+    except UserError as error:
+        raise UserError(f"{error}; {_remedy(run)}") from error
+
+
+def _remedy(run: RunFolder) -> str:
+    """What to do about a damaged model.safetensors or model.json."""
+    if run.best.is_file():
+        return f"delete {run.model} and run this again, which writes it and the weights anew from {run.best}"
+    return f"there is no {run.best} to write it anew from, so bring the folder again from where it is whole"

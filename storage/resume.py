@@ -1,0 +1,78 @@
+"""Going on with a run that was interrupted: what may change, where it stands, whether there is anything left to do."""
+
+from typing import Any
+
+import torch
+
+from common.errors import UserError, one_line, say, warn
+from config.config import Config, Invocation, flatten
+from storage.checkpoint import RESUMABLE, load_checkpoint, previous, require_like
+from storage.folder import INCIDENTAL, RunFolder
+
+# What a resumed run may change: the rest would make it another experiment, or a torn one.
+CHANGEABLE = INCIDENTAL | {
+    "features.batch_size",
+    "features.compile",
+    "experts.dispatch",
+    "train.epochs",
+    "train.graph",
+    "train.patience",
+}
+
+
+def load_resumable(run: RunFolder, invocation: Invocation) -> dict[str, Any] | None:
+    """The last checkpoint of a run, or None where it was killed before it had one.
+
+    Raises UserError where the configuration is no longer the run's own, or no checkpoint can be read.
+    """
+    if not run.last.exists() and not previous(run.last).exists():
+        say(f"{run.path} was ended before its first checkpoint: it starts anew")
+        return None
+    checkpoint = load_checkpoint(run.last)
+    require_like(checkpoint, RESUMABLE, run.last)
+    if checkpoint.get("progress") is not None:
+        require_like(checkpoint, {"progress": {"batches": int}}, run.last)
+    # A run of a version that had no such option did what is its default.
+    before = flatten(Config().to_dict()) | flatten(checkpoint["config"])
+    now = flatten(invocation.config.to_dict())
+    for key, value in now.items():
+        if key not in CHANGEABLE and repr(before.get(key)) != repr(value):
+            raise UserError(
+                f"--resume {run.path} cannot change {key} from {one_line(repr(before.get(key)), 60)} to {value!r}: "
+                "leave it out, or start a new run"
+            )
+    if (threads := checkpoint.get("threads")) != torch.get_num_threads():
+        warn(f"{run.path} used {threads} CPU threads, now {torch.get_num_threads()}: on a CPU rounding will differ")
+    return checkpoint
+
+
+def finished(run: RunFolder, config: Config, checkpoint: dict[str, Any]) -> bool:
+    """Whether the run has trained and scored all that `config` asks for."""
+    train, epoch = config.train, checkpoint["epoch"]
+    waited = 0 < train.patience <= epoch - checkpoint["improved"]
+    trained = checkpoint.get("progress") is None and (epoch >= train.epochs or waited)
+    return trained and run.results.is_file()
+
+
+def metrics_step(checkpoint: dict[str, Any] | None) -> int:
+    """The step up to which metrics.jsonl belongs to the checkpoint: the end of its last whole epoch."""
+    if checkpoint is None:
+        return 0
+    return checkpoint["step"] - (checkpoint["progress"]["batches"] if checkpoint.get("progress") else 0)
+
+
+def best_kept(run: RunFolder, config: Config, checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """The best epoch to go on from, of which best.pt (or the one before it) holds the weights.
+
+    A best.pt ahead of the checkpoint is of an epoch that is about to be repeated, and will be the best again when it
+    is; unless the plan has changed, which makes it another epoch: then what best.pt holds counts.
+    """
+    best = checkpoint["best"]
+    if best["epoch"] == 0:
+        return best
+    kept = load_checkpoint(run.best)
+    require_like(kept, {"macro_f1": float}, run.best)
+    same_plan = flatten(checkpoint["config"]).get("train.epochs") == config.train.epochs
+    if kept["epoch"] > best["epoch"] and same_plan:
+        return best
+    return {"epoch": kept["epoch"], "macro_f1": kept["macro_f1"]}

@@ -1,0 +1,278 @@
+"""evaluate() on a small synthetic run: the numbers, the files, the page, and what each expert is worth."""
+
+import copy
+import json
+import os
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.metrics import f1_score
+
+from assembly.pipeline import build_model
+from config.config import Config
+from config.features import FeaturesConfig
+from data.augment import AugmentConfig
+from data.image_set import ImageSet, Splits
+from evaluation import figures
+from evaluation.evaluation import evaluate, table
+from evaluation.predict import predict
+from features.bank import FeatureBank
+from model.experts import ExpertsConfig
+from model.routers import RouterConfig
+from storage.folder import RunFolder
+
+CPU = torch.device("cpu")
+NAMES = ("<script>alert(1)</script>", "a & b", '"quoted"', "$x^2$", "plain_name", "ünïcode")
+TRAINING = ("training_curves", "load_over_time")
+ROUTING = ("expert_by_class", "expert_load", "expert_load_one_batch", "expert_worth", "feature_map", "samples")
+FIGURES = (*TRAINING, *ROUTING, "superclass_confusion", "confused_pairs", "reliability")
+# What other programs read; names may be added, not changed.
+KEYS = {"accuracy", "macro_f1", "loss", "images", "entropy", "cv", "specialisation", "class_names", "per_class"}
+KEYS |= {"experts", "expert_load", "expert_importance", "expert_accuracy", "expert_samples", "expert_by_class"}
+
+
+class Counting:
+    """Raw pixels as features; counts the images that it is asked for."""
+
+    def __init__(self):
+        self.images = 0
+
+    def __call__(self, images_BCHW):
+        self.images += len(images_BCHW)
+        return images_BCHW.float().flatten(1) / 255
+
+
+def image_set(count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    labels_N = torch.arange(count) % len(NAMES)
+    images = torch.randint(0, 256, (count, 3, 4, 4), generator=generator, dtype=torch.uint8)
+    images[:, 0, 0, 0] = (labels_N * 40).to(torch.uint8)
+    return ImageSet(images, labels_N, NAMES, labels_N // 3, ("first three", "<b>last three</b>"))
+
+
+def build(sizes=((4,), (8,), (16,)), top_k=2, mode="cached", test_images=120):
+    """A model on synthetic images whose gate has a preference: (config, model, bank, extractor)."""
+    torch.manual_seed(0)
+    splits = Splits(image_set(30, 0), image_set(12, 1), image_set(test_images, 2))
+    config = Config(
+        router=RouterConfig(top_k=top_k, norm="none", warmup_steps=3), experts=ExpertsConfig([list(s) for s in sizes])
+    )
+    model = build_model(config, (48,), len(NAMES))
+    torch.nn.init.normal_(model.moe.router.gate.weight)
+    extract = Counting()
+    bank = FeatureBank(splits, extract, AugmentConfig(flip=False, crop=0), FeaturesConfig(mode=mode), CPU)
+    return config, model.eval(), bank, extract
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    """A run folder with history, evaluated: (run, results, model, bank)."""
+    run = RunFolder(tmp_path_factory.mktemp("run <b> & co"))
+    lines = [
+        {"step": 5 * t, "epoch": t, "loss/train": 2 / t, "accuracy/validation": 0.3 * t, "macro_f1/validation": 0.2 * t}
+        | {f"expert_load_validation/expert_{e}": 1 / 3 for e in range(3)}
+        for t in (1, 2)
+    ]
+    run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config, model, bank, _ = build()
+    return run, evaluate(run, config, model, bank), model, bank
+
+
+def test_the_numbers_are_complete_and_valid_json(evaluated):
+    run, results, _, _ = evaluated
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    assert json.loads((run.evaluation / "metrics.json").read_text(), parse_constant=refuse) == results
+    assert results.keys() >= KEYS
+    assert np.sum(results["expert_by_superclass_weight"], axis=1) == pytest.approx([1, 1])
+    assert sum(results["calibration"]["count"]) == results["images"] == 120
+    assert [results["co_activation"][e][e] for e in range(3)] == results["expert_samples"]
+    assert np.trace(results["superclass_confusion"]) / 120 == pytest.approx(results["superclass_accuracy"])
+    errors = sum(row["as_other"] + row["other_as_class"] for row in results["confused_pairs"])
+    assert errors == round(120 * (1 - results["accuracy"]))
+    assert results["environment"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+
+
+def test_every_figure_is_written_and_whole(evaluated):
+    run, *_ = evaluated
+    assert sorted(path.stem for path in run.figures.iterdir()) == sorted(FIGURES)
+    for path in run.figures.iterdir():
+        with Image.open(path) as image:
+            image.verify()
+
+
+def test_the_star_is_at_the_epoch_of_the_exported_weights(tmp_path, monkeypatch):
+    run = RunFolder(tmp_path)
+    lines = [{"step": t, "epoch": t, "macro_f1/validation": 0.5 - 0.1 * t} for t in (1, 2, 3)]
+    run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def label():
+        figure = figures._over_time(run, Config(), ["0"])["training_curves"]
+        return figure.axes[1].get_legend_handles_labels()[1][-1]
+
+    assert label() == "best epoch, 1: 0.4"
+    run.model.write_text("{}")
+    monkeypatch.setattr("evaluation.figures.read_description", lambda run: {"epoch": 2})
+    assert label() == "kept epoch, 2: 0.3"
+
+
+def test_what_an_expert_is_worth_agrees_with_asking_the_model_sample_by_sample(evaluated):
+    _, results, model, bank = evaluated
+    predictions = predict(model, bank, "test", removals=True)
+    features, labels = next(bank.batches("test", 120))
+    with torch.no_grad():
+        for expert in range(3):
+            allowed_E = torch.arange(3) != expert
+            answers = torch.stack([model(row[None], allowed_E=allowed_E)[0].argmax() for row in features])
+            assert answers.tolist() == predictions.removals.predicted_EN[expert].tolist()
+            scores = [f1_score(labels, given, average="macro") for given in (answers, predictions.predicted_N)]
+            row = results["expert_worth"][expert]
+            assert row["macro_f1_change"] == pytest.approx(scores[0] - scores[1])
+            assert row["accuracy_change"] == pytest.approx(
+                (answers == labels).double().mean().item() - results["accuracy"]
+            )
+    assert len({tuple(row) for row in predictions.removals.predicted_EN.tolist()}) > 1  # it does make a difference
+
+
+def test_who_takes_over_and_what_it_saves(evaluated):
+    _, results, *_ = evaluated
+    # Of three experts a sample has two, so without one of them it has the other two.
+    for expert, row in enumerate(results["expert_worth"]):
+        served = results["co_activation"][expert]
+        heirs = [0 if other == expert else served[expert] - served[other] for other in range(3)]
+        assert row["taken_over_by"] == pytest.approx([count / sum(heirs) for count in heirs])
+        costs = [other["flops"] for other in results["expert_worth"]]
+        before = sum(count * cost for count, cost in zip(served, costs, strict=True))
+        after = served[expert] * (sum(costs) - costs[expert])
+        assert row["flops_saved"] == pytest.approx((before - after) / 120)
+    # 48 x 4 + 4 weights and biases, LayerNorm 2 x 4, 4 x 6 + 6; a multiply-add is two operations.
+    first = results["expert_worth"][0]
+    assert (first["parameters"], first["bytes"], first["flops"]) == (196 + 8 + 30, 4 * 234, 2 * (48 * 4 + 4 * 6))
+
+
+def test_the_closing_table_says_which_way_a_change_goes_and_sets_scores_off_from_names(evaluated):
+    run, results = evaluated[0], copy.deepcopy(evaluated[1])
+    for expert, row in enumerate(results["expert_worth"]):
+        row["macro_f1_change"] = -0.01 * expert
+    results["per_class"] = {"8": {"f1": 0.97}, "3": {"f1": 0.99}, "1": {"f1": 1.0}}
+    lines = table(results).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[5].endswith("  macro-F1 change without it") and lines[8].endswith(" -2.00")
+    assert lines[-1] == "lowest F1    8: 97 %, 3: 99 %"
+    assert "<th>macro-F1 change</th>" in run.report.read_text()
+
+
+def test_one_expert_cannot_be_removed(tmp_path, monkeypatch):
+    config, model, bank, _ = build(sizes=((4,),), top_k=1)
+    monkeypatch.setattr("evaluation.evaluation.draw", lambda *_: [])  # drawn above
+    results = evaluate(RunFolder(tmp_path), config, model, bank)
+    assert results["expert_worth"][0].keys() == {"parameters", "bytes", "flops"}
+    assert results["gate"]["boundary_share"] is None
+    assert figures.worth(results) == {}
+    assert "without expert" not in (tmp_path / "evaluation" / "report.html").read_text()
+    assert "0 · 4" in table(results)
+
+
+def test_a_test_set_of_one_image_has_a_page_too(tmp_path, monkeypatch):
+    def save(_, path):  # laying out and compressing takes most of the time, and is tested above
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (9, 9)).save(path)
+        return path
+
+    monkeypatch.setattr("analysis.plots.save", save)
+    config, model, bank, _ = build(test_images=1)
+    results = evaluate(RunFolder(tmp_path), config, model, bank)
+    assert results["images"] == 1
+    drawn = {path.stem for path in (tmp_path / "evaluation" / "figures").iterdir()}
+    assert drawn == {*FIGURES} - {*TRAINING, "feature_map"}
+    assert (tmp_path / "evaluation" / "report.html").is_file()
+
+
+def test_as_many_choices_as_experts_leaves_fewer_when_one_is_removed():
+    _, model, bank, _ = build(sizes=((4,), (8,)), top_k=2)
+    removals = predict(model, bank, "test", removals=True).removals
+    assert removals.before_EE.tolist() == [[120, 120], [120, 120]]
+    assert removals.after_EE.tolist() == [[0, 120], [120, 0]]
+
+
+def test_the_backbone_runs_once_for_scores_and_removals():
+    _, model, bank, extract = build(mode="live")
+    predict(model, bank, "test", removals=True)
+    assert extract.images == 120
+
+
+VOID = {"meta", "img", "br", "link", "hr", "input"}
+
+
+class Page(HTMLParser):
+    """Collects tags, references and text, and checks that what is opened is closed."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.references, self.text = [], [], [], ""
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.references += [value for name, value in attributes if name in ("src", "href", "srcset", "action", "data")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_page_stands_alone_and_is_escaped(evaluated):
+    run, results, *_ = evaluated
+    source = run.report.read_text(encoding="utf-8")
+    page = Page(source)
+    assert page.open == []
+    assert not {"script", "link", "iframe", "object", "b"} & set(page.tags)
+    assert all(reference.startswith(("data:image/png;base64,", "#")) for reference in page.references)
+    assert "url(" not in source and "@import" not in source and "http" not in source.replace("http-equiv", "")
+    assert page.tags.count("img") == len(FIGURES)
+    assert page.tags.count("h1") == 1 and run.path.name in page.text
+    for words in (*NAMES, "<b>last three</b>", "warmup_steps", "macro-F1", results["environment"]["date"], "0 · 4"):
+        assert words in page.text, words
+
+
+def browser():
+    """A browser that runs without a screen, or None. BROWSER names one that is not on the PATH."""
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+    return next(filter(None, map(shutil.which, [os.environ.get("BROWSER", ""), *names])), None)
+
+
+@pytest.mark.skipif(browser() is None, reason="no Chromium or Chrome on the PATH to open report.html with")
+def test_the_page_opens_in_a_real_browser(evaluated, tmp_path):
+    run, *_ = evaluated
+    # What a browser knows that no parser does: whether the pictures decode and the page fits its window.
+    probe = """<script>addEventListener("load", () => { document.title = JSON.stringify({
+        pictures: [...document.images].filter(image => image.naturalWidth > 100).length,
+        tables: document.querySelectorAll("td").length, errors: window.errors,
+        overflow: document.documentElement.scrollWidth - innerWidth }); });
+        window.errors = 0; addEventListener("error", () => window.errors++);
+        window.alert = () => window.errors++;</script></head>"""
+    copy = tmp_path / "report.html"
+    copy.write_text(run.report.read_text(encoding="utf-8").replace("</head>", probe), encoding="utf-8")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    options += ["--window-size=1000,800", "--host-resolver-rules=MAP * ~NOTFOUND", "--dump-dom"]
+    result = subprocess.run(
+        [browser(), *options, copy.as_uri()], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    title = result.stdout.split("<title>", 1)[1].split("</title>", 1)[0]
+    seen = json.loads(title.replace("&quot;", '"'))
+    assert seen["pictures"] == len(FIGURES)
+    assert seen["tables"] > 100
+    assert (seen["errors"], max(0, seen["overflow"])) == (0, 0)

@@ -1,0 +1,304 @@
+"""Features on disk: whole or not at all, of nothing else, listed and cleared."""
+
+import json
+import multiprocessing
+import os
+import pickle
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+from feature_helpers import KEY, SOURCE, bank, everything, stored_file
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from common.errors import EnvironmentFault, UserError
+from features import cache as feature_cache
+from features import file as feature_file
+from features.cache import FeatureCache
+from features.file import gigabytes
+
+
+def test_a_stored_view_comes_back_as_it_was_and_says_in_its_header_what_it_is(tmp_path):
+    cache, path = stored_file(tmp_path)
+    loaded = cache.load(KEY)
+    assert loaded.dtype == torch.float16 and torch.equal(loaded, torch.full((5, 3), 1.5).half())
+    with safe_open(path, "pt") as file:
+        assert json.loads(file.metadata()["key"]) == {"format": feature_file.FORMAT, **KEY}
+    assert [item.name for item in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("storage", ["float16", "bfloat16", "float32"])
+def test_a_second_run_reads_what_the_first_one_extracted(tmp_path, storage):
+    plain = everything(bank(storage=storage))
+    first, second = [], []
+    written = bank(FeatureCache(tmp_path), calls=first, storage=storage)
+    for features, labels in (everything(written), everything(written, view=2)):  # view 2 is view 0 again
+        assert torch.equal(features, plain[0]) and torch.equal(labels, plain[1])
+    written.cache.wait()
+    again = bank(FeatureCache(tmp_path), calls=second, storage=storage)
+    assert torch.equal(everything(again)[0], plain[0])
+    assert sum(first) == 40 and second == []
+    assert again._stored[("train", 0)].host.dtype == getattr(torch, storage)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"source": {**SOURCE, "weights": "x" * 64}},
+        {"source": {**SOURCE, "precision": "torch.bfloat16"}},
+        {"storage": "bfloat16"},
+        {"augment": False},
+    ],
+)
+def test_features_of_something_else_are_neither_used_nor_deleted(tmp_path, change):
+    first = bank(FeatureCache(tmp_path))
+    everything(first)
+    first.cache.wait()
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    calls = []
+    other = bank(FeatureCache(tmp_path), calls=calls, **change)
+    everything(other)
+    other.cache.wait()
+    assert sum(calls) == 40
+    assert len(list(tmp_path.iterdir())) == 2
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_another_version_is_left_alone(tmp_path, monkeypatch):
+    _, path = stored_file(tmp_path)
+    monkeypatch.setattr(feature_file, "FORMAT", feature_file.FORMAT + 1)
+    assert FeatureCache(tmp_path).load(KEY) is None
+    assert stored_file(tmp_path)[1] != path
+    assert path.exists()
+
+
+def test_a_file_that_lies_about_its_name_is_left_alone(tmp_path, capsys):
+    cache, path = stored_file(tmp_path)
+    other = cache.path({**KEY, "view": 2})
+    os.replace(path, other)
+    assert cache.load({**KEY, "view": 2}) is None
+    assert "other features than its name says" in capsys.readouterr().err
+    assert cache.draft({**KEY, "view": 2}, (5, 3), torch.float16) is None
+    assert other.exists()
+
+
+def torn(path):
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+def altered(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def emptied(path):
+    path.write_bytes(b"")
+
+
+class Bomb:
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('code from a feature file ran')",))
+
+
+def pickled(path):
+    path.write_bytes(pickle.dumps(Bomb()))
+
+
+@pytest.mark.parametrize("damage", [torn, altered, emptied, pickled])
+def test_a_damaged_file_is_said_in_one_line_and_rebuilt(tmp_path, capsys, damage):
+    first = bank(FeatureCache(tmp_path))
+    expected = everything(first)[0]
+    first.cache.wait()
+    (path,) = tmp_path.iterdir()
+    good = path.read_bytes()
+    damage(path)
+    calls = []
+    second = bank(FeatureCache(tmp_path), calls=calls)
+    assert torch.equal(everything(second)[0], expected)
+    second.cache.wait()
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1 and str(path) in errors and "extracting its features again" in errors
+    assert sum(calls) == 40 and path.read_bytes() == good
+
+
+def _write_often(folder, barrier):
+    barrier.wait()
+    for _ in range(20):
+        stored_file(folder, value=2.5, shape=(500, 64))
+
+
+def test_two_processes_at_once_do_not_corrupt_it(tmp_path):
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(3)
+    writers = [context.Process(target=_write_often, args=(tmp_path, barrier)) for _ in range(2)]
+    for writer in writers:
+        writer.start()
+    barrier.wait()
+    cache, whole = FeatureCache(tmp_path), 0
+    while any(writer.is_alive() for writer in writers):
+        loaded = cache.load(KEY)
+        if loaded is not None:
+            assert torch.all(loaded == 2.5)
+            whole += 1
+    for writer in writers:
+        writer.join()
+    assert [writer.exitcode for writer in writers] == [0, 0]
+    assert whole > 0 and torch.all(cache.load(KEY) == 2.5)
+    assert [path.name for path in tmp_path.iterdir()] == [cache.path(KEY).name]
+
+
+def test_a_disk_that_is_too_small_is_an_error_before_anything_is_extracted(tmp_path, monkeypatch):
+    monkeypatch.setattr(FeatureCache, "free", lambda self: 1000)
+    calls = []
+    with pytest.raises(
+        EnvironmentFault, match=r"need 10 kB in .*, where 1 kB are free: choose another --features\.cache_dir"
+    ):
+        everything(bank(FeatureCache(tmp_path), calls=calls))
+    assert calls == [] and not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_fills_up_or_cannot_be_written_ends_nothing(tmp_path, monkeypatch, capsys):
+    expected = everything(bank())[0]
+    (tmp_path / "file").write_text("no folder")
+    assert torch.equal(everything(bank(FeatureCache(tmp_path / "file")))[0], expected)
+    assert "cannot be written" in capsys.readouterr().err
+
+    def full(descriptor, start, size):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(feature_file, "_take_space", full)
+    assert torch.equal(everything(bank(FeatureCache(tmp_path)))[0], expected)
+    assert "No space left on device" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_torn_file_counts_as_one_that_is_to_be_written(tmp_path, capsys):
+    first = bank(FeatureCache(tmp_path), views=1)
+    everything(first)
+    first.cache.wait()
+    (path,) = tmp_path.iterdir()
+    torn(path)
+    capsys.readouterr()
+    everything(bank(FeatureCache(tmp_path), views=1))
+    assert f"0 of 1 in {tmp_path}, 4 kB to be written" in capsys.readouterr().out
+
+
+def test_what_a_killed_process_left_is_removed_and_what_another_writes_is_not(tmp_path):
+    cache, path = stored_file(tmp_path)
+    path.unlink()
+    writing = cache.draft(KEY, (5, 3), torch.float16)
+    left, fresh = (tmp_path / f".{path.name}.{process}.partial" for process in ("12-34", "12-35"))
+    for partial in (left, fresh):
+        partial.write_bytes(b"half")
+    for partial in (left, writing.temporary):
+        os.utime(partial, (time.time() - 90_000,) * 2)
+    other = FeatureCache(tmp_path).draft(KEY, (500, 3), torch.float16)
+    assert not left.exists() and fresh.exists() and writing.temporary.exists()
+    other.discard()
+    writing.discard()
+
+
+def test_an_interrupted_extraction_leaves_nothing_behind(tmp_path):
+    features = bank(FeatureCache(tmp_path), fail=(2,))
+    with pytest.raises(torch.OutOfMemoryError):
+        everything(features)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_size_is_said_before_it_is_written(tmp_path, capsys):
+    features = bank(FeatureCache(tmp_path), views=3)
+    everything(features)
+    everything(features, view=1)
+    features.cache.wait()
+    out = capsys.readouterr().out
+    assert out.count("features     train") == 1
+    # 40 images of 48 numbers in float16 are 3,840 bytes a view; 10 of validation and 12 of test 960 and 1,152.
+    assert "12 kB (3 views of 4 kB), kept in host memory; 0 of 3 in" in out
+    assert "12 kB to be written there, and 2 kB of other splits (" in out
+    everything(bank(FeatureCache(tmp_path), views=3))
+    assert f"2 of 3 in {tmp_path}, 4 kB to be written" in capsys.readouterr().out
+
+
+def test_list_and_clear(tmp_path, capsys):
+    stored_file(tmp_path)
+    path = stored_file(tmp_path, key={**KEY, "view": None})[1]
+    path.rename(tmp_path / f".{path.name}.12-34.partial")
+    save_file({"x": torch.zeros(2)}, tmp_path / "model.safetensors")
+    feature_cache.main(["list", "--dir", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert "train, view 1, data dddddddd" in out and "unfinished" in out and "model.safetensors" not in out
+    feature_cache.main(["clear", "--dir", str(tmp_path)])
+    assert "deleted 2 files" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+    for words, said in ((["list", "--dir", "/nowhere"], "not a folder"), ([], r"required: list\|clear; see")):
+        with pytest.raises(UserError, match=said):
+            feature_cache.main(words)
+
+
+def test_clear_deletes_what_it_was_asked_to_and_shows_it_first(tmp_path, capsys):
+    paths = {}
+    for view, (dataset, backbone) in enumerate([("digits", "vit"), ("digits", "other"), ("cifar100", "vit")]):
+        cache = FeatureCache(tmp_path, dataset)
+        key = {**KEY, "view": view, "backbone": backbone, "features": ["cls:-1", "mean:-2", "mean:-1"][: 1 + view]}
+        draft = cache.draft({**key, "augment": {"flip": True, "crop": 3, "seed": 0}}, (5, 3), torch.float16)
+        assert draft.finish()
+        paths[dataset, backbone] = draft.path
+    os.utime(paths["digits", "other"], (time.time() - 30 * 86400,) * 2)  # a month ago
+    del cache, draft  # and with them the lock on the last file
+
+    def clear(*words):
+        before = set(tmp_path.iterdir())
+        feature_cache.main(["clear", *words, "--dir", str(tmp_path), "--dry_run"])
+        shown = capsys.readouterr().out
+        assert set(tmp_path.iterdir()) == before and "would delete" in shown
+        feature_cache.main(["clear", *words, "--dir", str(tmp_path)])
+        assert capsys.readouterr().out == shown.replace("would delete", "deleted")
+        return sorted(name for name, path in paths.items() if path in before and not path.exists())
+
+    feature_cache.main(["list", "--dir", str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
+    shown = next(line for line in lines if "cifar100" in line)
+    assert "cls:-1 to mean:-1 (3), " in shown and shown.endswith(", crop 3 flip True")
+    assert any(", cls:-1, " in line for line in lines) and any(", cls:-1 mean:-2, " in line for line in lines)
+    for words in (["0" * 12], ["--older_than", "31"], ["--data.name", "vit"]):
+        with pytest.raises(UserError, match="no stored features"):
+            feature_cache.main(["clear", *words, "--dir", str(tmp_path)])
+    feature_cache.main(["list", "--backbone.name", "other", "--dir", str(tmp_path)])
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert clear("--data.name", "digits", "--older_than", "29") == [("digits", "other")]
+    assert clear("--backbone.name", "vit", "--data.name", "digits") == [("digits", "vit")]
+    assert clear(shown.split()[0]) == [("cifar100", "vit")]
+    for words in (["clear", "--older_than", "x"], ["clear", "--older_than", "-1"], ["clear", ""], ["clean"]):
+        with pytest.raises(UserError) as caught:
+            feature_cache.main(words)
+        assert "\n" not in str(caught.value)
+
+
+def test_clear_keeps_what_a_running_process_reads_or_writes(tmp_path, capsys):
+    reader = FeatureCache(tmp_path)
+    path = stored_file(tmp_path)[1]
+    features = reader.load(KEY)
+    draft = reader.draft({**KEY, "view": 2}, (5, 3), torch.float16)
+    draft.tensor.fill_(2.5)
+    stored_file(tmp_path, key={**KEY, "view": 3})
+    clear = [sys.executable, "-m", "features.cache", "clear", "--dir", str(tmp_path)]
+    out = subprocess.run(clear, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert out.count("kept, a running process uses it") == 2 and "deleted 1 files" in out
+    assert path.exists() and torch.all(features == 1.5)
+    reader.commit(draft)
+    reader.wait()
+    assert torch.all(FeatureCache(tmp_path).load({**KEY, "view": 2}) == 2.5)
+    feature_cache.main(["clear", "--dir", str(tmp_path)])
+    assert "deleted 0 files" in capsys.readouterr().out
+    del reader, draft
+    feature_cache.main(["clear", "--dir", str(tmp_path)])
+    assert "deleted 2 files" in capsys.readouterr().out
+
+
+def test_sizes_are_said_in_plain_units():
+    assert [gigabytes(size) for size in (1_500, 2_340_000, 13_600_000_000)] == ["2 kB", "2.3 MB", "13.6 GB"]

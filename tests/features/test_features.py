@@ -1,0 +1,128 @@
+"""Stored features: on disk whole or not at all, on a device while they fit, and extracted no more than once."""
+
+import os
+
+import pytest
+import torch
+from feature_helpers import SPLITS, Memory, bank, everything
+
+from common.errors import EnvironmentFault
+from common.memory import available_memory
+from config.features import FeaturesConfig
+from data.augment import AugmentConfig
+from features.bank import FeatureBank
+from features.cache import FeatureCache
+from features.placement import fetch_ahead
+
+CPU = torch.device("cpu")
+
+
+def test_features_stay_on_the_device_while_half_of_its_memory_suffices(capsys):
+    view_bytes = 40 * 48 * 2
+    roomy, tight, none = Memory(4 * view_bytes), Memory(2 * view_bytes), Memory(0)
+    expected = [everything(bank(), view=view)[0] for view in (0, 1)]
+    for memory, on_device in ((roomy, 2), (tight, 1), (none, 0)):
+        features = bank(memory=memory)
+        for view in (0, 1):
+            assert torch.equal(everything(features, view=view)[0], expected[view])
+        assert sum(stored.device is not None for stored in features._stored.values()) == on_device
+        assert memory.uploads == (2 - on_device) * 6  # batches of 7 of 40 that came from host memory
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if "fetched ahead" in line and "as far as 1 of them fit" in line]
+    assert [line for line in lines if "kept in host memory and fetched ahead" in line]
+
+
+def test_token_features_are_placed_and_fetched_alike():
+    def extract(batch):
+        return batch.float().flatten(2).transpose(1, 2)  # (B, 16 tokens, 3)
+
+    config, memory = FeaturesConfig(batch_size=16), Memory(0)
+    features = FeatureBank(SPLITS, extract, AugmentConfig(), config, CPU, memory=memory)
+    plain = FeatureBank(SPLITS, extract, AugmentConfig(), config, CPU)
+    assert torch.equal(everything(features)[0], everything(plain)[0])
+    assert everything(features)[0].shape == (40, 16, 3) and memory.uploads > 0
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_device_that_is_full_falls_back_to_host_memory_and_says_so(tmp_path, capsys, cached):
+    expected = everything(bank())[0]
+    cache = FeatureCache(tmp_path) if cached else None
+    refused = bank(cache, memory=Memory(allocations=0))
+    assert torch.equal(everything(refused)[0], expected)
+    assert "out of memory: host memory takes" in capsys.readouterr().out
+    if cached:
+        cache.wait()
+        (path,) = tmp_path.iterdir()
+        path.unlink()
+    # The second of three batches finds no room: what the first one left is moved, and nothing is done twice.
+    calls, memory = [], Memory()
+    interrupted = bank(cache, memory=memory, calls=calls, fail=(2,))
+    assert torch.equal(everything(interrupted)[0], expected)
+    assert "out of memory: host memory takes" in capsys.readouterr().out
+    assert calls == [16, 16, 8] and memory.released == 1
+    assert interrupted._stored[("train", 0)].device is None
+
+
+def test_a_view_that_was_stored_makes_room_too():
+    features = bank(memory=Memory(), fail=(4,))  # the first batch of the second view
+    expected = [everything(bank(), view=view)[0] for view in (0, 1)]
+    for view in (0, 1, 0):
+        assert torch.equal(everything(features, view=view)[0], expected[view % 2])
+
+
+def test_what_is_read_from_disk_is_placed_like_what_is_extracted(tmp_path):
+    first = bank(FeatureCache(tmp_path))
+    expected = everything(first)[0]
+    first.cache.wait()
+    for memory in (Memory(), Memory(0)):
+        calls = []
+        second = bank(FeatureCache(tmp_path), memory=memory, calls=calls)
+        assert torch.equal(everything(second)[0], expected) and calls == []
+        assert (second._stored[("train", 0)].device is None) == (memory.free() == 0)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 9])
+def test_fetching_ahead_keeps_the_order(count):
+    source = torch.arange(50).float()[:, None].expand(-1, 3).contiguous()
+    parts = tuple(torch.randint(50, (5 if number % 2 else 3,)) for number in range(count))
+    fetched = list(fetch_ahead(source, parts, Memory()))
+    assert len(fetched) == count
+    assert all(torch.equal(batch, source[part]) for batch, part in zip(fetched, parts, strict=True))
+
+
+def test_fetching_ahead_passes_errors_on_and_can_be_left():
+    source = torch.zeros(4, 2)
+    with pytest.raises(IndexError):
+        list(fetch_ahead(source, (torch.tensor([9]),), Memory()))
+    fetching = fetch_ahead(source, (torch.tensor([1]),) * 5, Memory())
+    next(fetching)
+    fetching.close()
+
+
+def test_features_that_host_memory_cannot_take_are_refused_before_they_are_extracted(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("features.announcement.available_memory", lambda: 7_000)
+    calls = []
+    with pytest.raises(EnvironmentFault, match="need 8 kB of host memory, of which 7 kB are available: lower --feat"):
+        everything(bank(calls=calls))
+    assert calls == [] and "kept in host memory" in capsys.readouterr().out
+    everything(bank(memory=Memory(free=8_000)))  # a GPU takes one of the two views
+    everything(bank(FeatureCache(tmp_path)))  # and a disk takes all
+    assert "as far as 1 of them fit" in capsys.readouterr().out
+
+
+def test_the_host_memory_of_a_container_is_what_its_limit_leaves(tmp_path):
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc" / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable: 4000 kB\n")
+    assert available_memory(tmp_path) == 4_096_000
+    group = tmp_path / "sys" / "fs" / "cgroup"
+    group.mkdir(parents=True)
+    (group / "memory.current").write_text("1300000\n")
+    (group / "memory.stat").write_text("anon 900000\ninactive_file 300000\n")
+    for limit, expected in (("max", 4_096_000), ("3000000", 2_000_000), ("9000000", 4_096_000), ("500", 0)):
+        (group / "memory.max").write_text(limit + "\n")
+        assert available_memory(tmp_path) == expected
+
+
+def test_the_host_memory_that_is_available_is_between_none_and_all_of_it():
+    pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 0 < available_memory() <= pages

@@ -1,0 +1,181 @@
+"""The frozen backbone: frozen for good, the right features, weights loaded without running code."""
+
+import pickle
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from common.errors import EnvironmentFault, UserError
+from model.backbone import Backbone, BackboneConfig, load_backbone
+
+CPU = torch.device("cpu")
+
+
+def config(**options):
+    return BackboneConfig(**{"name": "test_vit", "pretrained": False, "image_size": 32, **options})
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def test_stays_frozen_and_in_evaluation_mode():
+    backbone = load_backbone(config(), CPU)
+    wrapper = torch.nn.Sequential(backbone, torch.nn.Linear(128, 2))
+    wrapper.train()
+    assert not any(module.training for module in backbone.modules())
+    assert not any(parameter.requires_grad for parameter in backbone.parameters())
+    before = backbone.fingerprint()
+    optimizer = torch.optim.SGD([p for p in wrapper.parameters() if p.requires_grad], lr=1.0)
+    wrapper(torch.randn(4, 3, 32, 32)).sum().backward()
+    optimizer.step()
+    assert backbone.fingerprint() == before
+
+
+def test_features_are_the_normed_tokens_of_the_chosen_blocks(images):
+    backbone = load_backbone(config(features=["cls:-1", "mean:-1", "cls:2"]), CPU)
+    vit = backbone.vit
+    with torch.no_grad():
+        tokens = vit.forward_features(images)  # the last block's tokens after the final norm
+        hidden = vit.norm_pre(vit._pos_embed(vit.patch_embed(images)))
+        for block in vit.blocks[:3]:
+            hidden = block(hidden)
+    expected = torch.cat([tokens[:, 0], tokens[:, 1:].mean(dim=1), vit.norm(hidden)[:, 0]], dim=1)
+    torch.testing.assert_close(backbone(images), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_token_features_hold_the_class_token_and_the_patches(images):
+    backbone = load_backbone(config(features=["tokens:-1"]), CPU)
+    torch.testing.assert_close(backbone(images), backbone.vit.forward_features(images), atol=1e-5, rtol=1e-5)
+
+
+def test_a_vit_without_a_class_token(images):
+    options = {"img_size": 32, "patch_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 0}
+    vit = timm.models.VisionTransformer(**options, class_token=False, global_pool="avg")
+    assert Backbone(vit, ["mean:-1"])(images).shape == (2, 32)
+    assert Backbone(vit, ["tokens:-1"])(images).shape == (2, 4, 32)
+    with pytest.raises(UserError, match="no class token"):
+        Backbone(vit, ["cls:-1"])
+
+
+def test_registers_are_left_out(images):
+    options = {"img_size": 32, "patch_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 0}
+    vit = timm.models.VisionTransformer(**options, reg_tokens=3).eval()
+    whole = vit.forward_features(images)
+    assert whole.shape == (2, 8, 32)
+    torch.testing.assert_close(Backbone(vit, ["mean:-1"])(images), whole[:, 4:].mean(dim=1), atol=1e-5, rtol=1e-5)
+    expected = torch.cat([whole[:, :1], whole[:, 4:]], dim=1)
+    torch.testing.assert_close(Backbone(vit, ["tokens:-1"])(images), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_mean_and_std_are_the_models_own():
+    clip = timm.create_model("vit_base_patch32_clip_quickgelu_224.openai", num_classes=0, depth=1)
+    assert Backbone(clip, ["cls:-1"]).mean == pytest.approx((0.4815, 0.4578, 0.4082), abs=1e-4)
+    assert load_backbone(config(), CPU).mean == (0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_local_weights_are_loaded(tmp_path, images, suffix):
+    torch.manual_seed(7)
+    vit = timm.create_model("test_vit", num_classes=0, img_size=32).eval()
+    path = tmp_path / f"weights{suffix}"
+    if suffix == ".pth":
+        torch.save({"state_dict": vit.state_dict()}, path)
+    else:
+        save_file(vit.state_dict(), path)
+    backbone = load_backbone(config(weights=path, features=["tokens:-1"]), CPU)
+    torch.testing.assert_close(backbone(images), vit.forward_features(images), atol=1e-5, rtol=1e-5)
+    assert backbone.fingerprint() != load_backbone(config(), CPU).fingerprint()
+
+
+def test_random_weights_are_the_same_every_time_and_leave_the_generator_alone():
+    torch.manual_seed(3)
+    first = load_backbone(config(), CPU).fingerprint()
+    drawn = torch.rand(1)
+    torch.manual_seed(3)
+    assert torch.equal(drawn, torch.rand(1))
+    assert load_backbone(config(), CPU).fingerprint() == first
+
+
+def test_every_weight_and_all_that_features_depend_on_counts_in_the_fingerprint():
+    backbone = load_backbone(config(features=["cls:-1"]), CPU)
+    seen = {backbone.fingerprint()}
+    state = backbone.vit.state_dict()
+    assert any(name.startswith("blocks.") for name in state)
+    for name, value in state.items():
+        value.view(-1)[-1] += 1.0
+        seen.add(backbone.fingerprint())
+        assert len(seen) == 2, name
+        value.view(-1)[-1] -= 1.0
+        seen = {backbone.fingerprint()}
+    for name, value in [
+        ("mean", (0.1, 0.2, 0.3)),
+        ("std", (1.0, 1.0, 1.0)),
+        ("features", [("mean", 3)]),
+        ("image_size", 48),
+    ]:
+        before = getattr(backbone, name)
+        setattr(backbone, name, value)
+        assert backbone.fingerprint() not in seen, name
+        setattr(backbone, name, before)
+
+
+def test_a_weights_file_cannot_run_code(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (exec, ("raise SystemError('code from a weights file ran')",))
+
+    path = tmp_path / "weights.pth"
+    path.write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(UserError, match="not a readable file of tensors"):
+        load_backbone(config(weights=path), CPU)
+    torch.save({"state_dict": {"x": Bomb()}}, path)
+    with pytest.raises(UserError, match="not a readable file of tensors"):
+        load_backbone(config(weights=path), CPU)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"name": "vit_base_patch16_223"}, "did you mean vit_base_patch16"),
+        ({"name": "resnet18", "image_size": None}, "not a ViT"),
+        (
+            {"name": "vit_base_patch16_224.openai", "pretrained": True, "image_size": None},
+            "it has vit_base_patch16_224",
+        ),
+        ({"features": ["cls:99"]}, "blocks 0 to 5"),
+        ({"weights": "/nowhere/file.pth"}, "is not a file"),
+    ],
+)
+def test_mistakes_are_named(options, words):
+    with pytest.raises(UserError, match=words):
+        load_backbone(config(**options), CPU)
+
+
+def test_weights_of_another_model_are_refused(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    save_file({"x": torch.zeros(2)}, path)
+    with pytest.raises(UserError, match=r"fit test_vit: \d+ of its weights are missing .* --backbone\.name"):
+        load_backbone(config(weights=path), CPU)
+    save_file(timm.create_model("vit_tiny_patch16_224", num_classes=0, depth=1, img_size=32).state_dict(), path)
+    with pytest.raises(UserError) as caught:
+        load_backbone(config(weights=path), CPU)
+    assert str(caught.value) == (
+        f"backbone.weights {path} does not fit test_vit: it belongs to another model (cls_token is 1x1x192 in the file "
+        "and 1x1x64 in the model); give weights of test_vit, or with --backbone.name the model that the file belongs to"
+    )
+
+
+def test_weights_that_cannot_be_downloaded_are_said_at_once(monkeypatch):
+    monkeypatch.setattr("model.backbone.reachable", lambda url: False)
+    with pytest.raises(EnvironmentFault, match=r"--backbone\.weights FILE"):
+        load_backbone(BackboneConfig(name="vit_large_patch16_224"), CPU)
+
+
+@pytest.mark.parametrize("features", [[], ["cls"], ["max:-1"], ["cls:x"], ["tokens:-1", "cls:-1"]])
+def test_impossible_features_are_refused(features):
+    with pytest.raises(ValueError, match=r"backbone\.features"):
+        BackboneConfig(features=features)

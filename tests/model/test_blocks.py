@@ -1,0 +1,292 @@
+"""Experts inside a frozen ViT: against numbers by hand, brute force, and the ViT as it was."""
+
+import copy
+import hashlib
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from model.adapters import Adapters
+from model.blocks import BlockMixture, weight_table
+from model.experts import ExpertsConfig
+from model.moe_vit import resolve_blocks
+from model.routers import ROUTERS, RouterConfig
+from model.routers.base import Routing
+from tests.block_helpers import SIZES, images, moe_vit, plain_ffn, spread, tiny_vit
+
+TOKEN_RULES = sorted(kind for kind, rule in ROUTERS.items() if rule.token_choice)
+
+
+def block_experts(kind: str, sizes: list[list[int]], **options) -> ExpertsConfig:
+    return ExpertsConfig(place="blocks", kind=kind, sizes=sizes, **options)
+
+
+def test_two_adapters_by_hand():
+    """One token (1, 2), two experts of one unit each: relu-free numbers through GELU, weights and up."""
+    adapters = Adapters(2, block_experts("adapter", [[1], [1]]), plain_ffn())
+    adapters.down.weight.data = torch.tensor([[1.0, 0.0], [0.0, -1.0]])
+    adapters.down.bias.data = torch.tensor([0.0, 1.0])
+    adapters.up.data = torch.tensor([[2.0, 4.0], [10.0, 20.0]])
+    x_BTD, dense_BTD = torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[100.0, 200.0]]])
+    # Units: gelu(1) = 0.8413447, gelu(-2 + 1) = -0.1586553; weights 0.25 and 0.5.
+    expected = torch.tensor(
+        [[[100 + 2 * 0.25 * 0.8413447 - 4 * 0.5 * 0.1586553, 200 + 10 * 0.25 * 0.8413447 - 20 * 0.5 * 0.1586553]]]
+    )
+    torch.testing.assert_close(adapters(x_BTD, dense_BTD, torch.tensor([[[0.25, 0.5]]])), expected)
+
+
+def test_weight_table_by_hand():
+    routing = Routing(
+        torch.tensor([0, 0, 2]), torch.tensor([1, 0, 2]), torch.tensor([0.7, 0.3, 0.9]), logits_BE=torch.zeros(3, 3)
+    )
+    expected = torch.tensor([[0.3, 0.7, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.9]])
+    torch.testing.assert_close(weight_table(routing), expected)
+
+
+def brute_force(mixture: BlockMixture, x_BTD, ffn, kind: str) -> torch.Tensor:
+    """Token by token, chosen expert by chosen expert, in float64."""
+    routing = mixture.router(mixture._read(x_BTD))
+    x_BTD, ffn, mixture = x_BTD.double(), copy.deepcopy(ffn).double(), copy.deepcopy(mixture).double()
+    batch, tokens, _ = x_BTD.shape
+    out_BTD = torch.zeros_like(x_BTD)
+    for b in range(batch):
+        for t in range(tokens):
+            x_D, sample = x_BTD[b, t], b if mixture.by_image else b * tokens + t
+            out_D, left = ffn(x_D), 1.0
+            total = torch.zeros_like(out_D)
+            for expert, weight in zip(
+                routing.expert_A[routing.sample_A == sample], routing.weight_A[routing.sample_A == sample], strict=True
+            ):
+                if kind == "ffn":
+                    expert_D, left = mixture.experts.copies[expert](x_D), left - weight
+                else:
+                    first = sum(mixture.experts.widths[:expert])
+                    units = slice(first, first + mixture.experts.widths[expert])
+                    down = mixture.experts.down
+                    hidden = F.gelu(down.weight[units] @ x_D + down.bias[units])
+                    expert_D = mixture.experts.up[:, units] @ hidden
+                total = total + weight * expert_D
+            out_BTD[b, t] = left * out_D + total
+    return out_BTD
+
+
+@pytest.mark.parametrize("level", ["token", "image"])
+@pytest.mark.parametrize("kind, sizes", [("adapter", [[2], [3], [1]]), ("ffn", [[4]] * 3)])
+@pytest.mark.parametrize("rule", ["noisy_topk", "vmoe"])  # weights that sum to 1, and that do not
+@pytest.mark.parametrize("class_token", [True, False])
+def test_a_block_equals_the_loop_over_tokens_and_experts(rule, kind, sizes, level, class_token):
+    ffn = plain_ffn()
+    torch.manual_seed(0)
+    router = RouterConfig(kind=rule, level=level, norm="none")
+    mixture = BlockMixture(3, router, block_experts(kind, sizes), ffn, class_token, prefix=int(class_token)).eval()
+    for parameter in mixture.parameters():
+        parameter.data = torch.randn_like(parameter)
+    x_BTD = torch.randn(2, 5, 3)
+    out_BTD, routing = mixture(x_BTD, ffn(x_BTD))
+    assert routing.num_samples == (2 if level == "image" else 10)
+    torch.testing.assert_close(out_BTD.double(), brute_force(mixture, x_BTD, ffn, kind), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("vit", ["plain", "no_class", "registers", "layer_scale", "eva"])
+@pytest.mark.parametrize("kind", ["adapter", "ffn"])
+def test_training_starts_at_the_pretrained_vit(vit, kind):
+    vit = tiny_vit(vit)
+    sizes = SIZES if kind == "adapter" else [[vit.blocks[0].mlp.fc2.in_features]] * 3
+    features = ("mean:1", "mean:2")
+    model = moe_vit(vit, features, {"kind": kind, "sizes": sizes}, {"norm": "none"}, kind="switch", top_k=1).eval()
+    x_BCHW = model.prepare(images())
+    features_BF, _ = model._features(x_BCHW, warmup=False, allowed=None)
+    close = {"rtol": 0, "atol": 0} if kind == "adapter" else {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(features_BF, model.backbone(x_BCHW), **close)
+
+
+def test_layer_scale_applies_to_the_experts():
+    """Twice the layer scale and half the FFN and experts is the same block."""
+    model = spread(moe_vit(tiny_vit("layer_scale"), ("mean:0",))).eval()
+    logits_BC, _ = model(images())
+    block, experts = model.backbone.vit.blocks[0], model.mixtures[0].experts
+    block.ls2.gamma.data *= 2
+    block.mlp.fc2.weight.data /= 2
+    block.mlp.fc2.bias.data /= 2
+    experts.up.data /= 2
+    torch.testing.assert_close(model(images())[0], logits_BC)
+    experts.up.data *= 3
+    assert not torch.allclose(model(images())[0], logits_BC, atol=1e-3)
+
+
+def fingerprint(model) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(model.backbone.vit.state_dict().items()):
+        digest.update(name.encode() + value.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def train(model, steps: int = 3, warmup: bool = False, seed: int = 0):
+    """A few steps of AdamW; the last routings."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    model.train()
+    torch.manual_seed(seed)
+    for step in range(steps):
+        logits_BC, routings = model(images(seed=step), warmup=warmup)
+        optimizer.zero_grad()
+        F.cross_entropy(logits_BC, torch.tensor([0, 1, 2, 3, 4, 0])).backward()
+        optimizer.step()
+        model.after_step(routings)
+    return routings
+
+
+@pytest.mark.parametrize("level", ["token", "image"])
+@pytest.mark.parametrize("rule", TOKEN_RULES)
+def test_every_rule_trains_and_leaves_the_vit_as_it_was(rule, level):
+    experts = {"sizes": [[2], [2], [4], [4]]}
+    top_k = ROUTERS[rule].only_top_k or 2
+    model = spread(moe_vit(experts=experts, kind=rule, top_k=top_k, level=level, bias_rate=0.01))
+    before, frozen = copy.deepcopy(model.state_dict()), fingerprint(model)
+    routings = train(model)
+    assert fingerprint(model) == frozen
+    samples = 6 if level == "image" else 6 * 17
+    assert [routing.num_samples for routing in routings] == [samples] * 3
+    after = model.state_dict()
+    learned = [name for name, _ in model.named_parameters() if not torch.equal(before[name], after[name])]
+    gates = [name for name in learned if "router" in name]
+    assert len(gates) >= 3 * ROUTERS[rule].learns
+    assert len([name for name in learned if ".experts." in name]) == 9  # down, its bias and up, in three blocks
+    assert all(int(mixture.usage_E.sum()) > 0 for mixture in model.mixtures)
+    assert any(mixture.router.bias_E.any() for mixture in model.mixtures)  # even loads move none
+
+
+@pytest.mark.parametrize("options", [{"capacity_factor": 0.5}, {"capacity_factor": 0.5, "overflow": "next_best"}])
+def test_capacity_holds_in_training_only(options):
+    model = spread(moe_vit(**options))
+    routings = train(model, steps=1)
+    assert all(int(routing.counts_E.max()) <= 34 + 1 for routing in routings)  # 102 tokens * 2 * 0.5 / 3
+    _, routings = model.eval()(images())
+    assert all(int(routing.counts_E.sum()) == 2 * 102 for routing in routings)
+
+
+def test_warmup_is_random_and_counted_apart():
+    model = moe_vit()
+    routings = train(model, steps=2, warmup=True)
+    assert not any(routing.learned for routing in routings)
+    for mixture in model.mixtures:
+        assert int(mixture.warmup_usage_E.sum()) == 2 * 2 * 102 and int(mixture.usage_E.sum()) == 0
+
+
+def test_gradients_end_at_the_first_block_with_experts():
+    model = moe_vit(experts={"blocks": [1]})
+    reached = {}
+    for index, block in enumerate(model.backbone.vit.blocks):
+        block.norm2.register_forward_hook(lambda _m, _i, out, index=index: reached.update({index: out.requires_grad}))
+    logits_BC, routings = model.train()(images())
+    assert reached == {0: False, 1: False, 2: True}
+    assert len(routings) == 1
+    logits_BC.sum().backward()
+    assert model.mixtures[0].experts.up.grad.abs().sum() > 0
+    assert all(parameter.grad is None for parameter in model.backbone.vit.parameters())
+
+
+def test_evaluation_does_not_depend_on_the_batch():
+    model = spread(moe_vit(kind="vmoe", capacity_factor=0.5)).eval()
+    whole_BC = model(images(64))[0]
+    for size in (1, 7):
+        parts_BC = torch.cat([model(part)[0] for part in images(64).split(size)])
+        torch.testing.assert_close(parts_BC, whole_BC, rtol=1e-5, atol=1e-5)
+
+
+def test_an_expert_that_is_not_allowed_is_not_chosen_in_one_block_or_in_all():
+    model = spread(moe_vit()).eval()
+    allowed_LE = torch.ones(3, 3, dtype=torch.bool)
+    allowed_LE[1, 2] = False
+    counts = torch.stack([routing.counts_E for routing in model(images(), allowed=allowed_LE)[1]])
+    assert (counts > 0).tolist() == allowed_LE.tolist()
+    counts = torch.stack([routing.counts_E for routing in model(images(), allowed=allowed_LE[1])[1]])
+    assert (counts[:, 2] == 0).all() and (counts[:, :2] > 0).all()
+
+
+def test_the_state_is_the_trained_part_and_copies_share_the_vit():
+    model = moe_vit(experts={"blocks": [-1]})
+    assert {name.split(".")[0] for name in model.state_dict()} == {"mixtures", "neck", "head"}
+    trained = sum(parameter.numel() for parameter in model.parameters())
+    assert (
+        trained == 12 * (16 + 1 + 16) + 2 * (16 * 3) + 3 + 2 * 32 + 32 * 5 + 5
+    )  # adapters, gate and noise, norm, head
+    twin = copy.deepcopy(model)
+    assert twin.backbone is model.backbone
+    assert twin.mixtures[0].experts.up is not model.mixtures[0].experts.up
+
+
+def test_the_image_level_reads_the_class_token():
+    model = spread(moe_vit(level="image", norm="none")).eval()
+    mixture, x_BTD = model.mixtures[0], torch.randn(4, 17, 16)
+    _, routing = mixture(x_BTD, x_BTD)
+    torch.testing.assert_close(routing.logits_BE, mixture.router.gate(x_BTD[:, 0]))
+
+
+def test_blocks_are_resolved_from_the_end_and_by_what_is_read():
+    model = moe_vit(features=("mean:1",))
+    assert model.blocks == [0, 1]
+    assert moe_vit(features=("mean:-1",), experts={"blocks": [-1, 0]}).blocks == [0, 2]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"experts": {"blocks": [3]}}, "names block 3: this ViT has blocks 0 to 2"),
+        ({"experts": {"blocks": [2, -1]}}, "names a block twice"),
+        ({"experts": {"blocks": [2]}, "features": ("mean:1",)}, "whose output nothing reads"),
+        ({"experts": {"sizes": [[2, 2]]}, "top_k": 1}, "one hidden layer"),
+        ({"experts": {"sizes": ["small", "large"]}}, "one hidden layer"),
+        ({"experts": {"kind": "ffn", "sizes": [[3], [3]]}}, "have 64 hidden units"),
+        ({"experts": {"kind": "mlp"}}, "is a class head"),
+        ({"experts": {"shared": [[4]]}}, "the frozen FFN is the shared expert"),
+        ({"experts": {"inputs": [[0], [0], [0]]}}, "has no meaning"),
+        ({"inputs": [0]}, "has no meaning"),
+        ({"experts": {"combine": "probabilities"}}, "is for a class head"),
+        ({"kind": "expert_choice"}, "each token or image chooses"),
+        ({"kind": "soft_moe"}, "each token or image chooses"),
+        ({"capacity_factor": 1.0, "overflow": "residual"}, "adds a linear head"),
+        ({"top_k": 4}, "larger than the number of experts"),
+        ({"neck": {"kind": "flatten"}}, "reads pooled features"),
+        ({"features": ("tokens:2",)}, "are for experts.place head"),
+    ],
+)
+def test_misfits_are_one_line(options, message):
+    with pytest.raises(ValueError, match=message) as raised:
+        moe_vit(**options)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_vit_of_other_blocks_is_refused():
+    vit = tiny_vit()
+    del vit.blocks[1].norm2
+    with pytest.raises(ValueError, match="not Block"):
+        moe_vit(vit)
+
+
+@pytest.mark.slow
+def test_a_training_step_is_one_static_graph():
+    model = spread(moe_vit(kind="vmoe"))
+    x_BCHW = model.prepare(images())
+
+    def loss(x_BCHW):
+        logits_BC, routings = model(x_BCHW)
+        return F.cross_entropy(logits_BC, torch.tensor([0, 1, 2, 3, 4, 0])), [r.counts_E for r in routings]
+
+    model.train()
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    for mixture in model.mixtures:  # draws differ between the two
+        mixture.router.noise_std = 0.0
+    eager, _ = loss(x_BCHW)
+    eager.backward()
+    gradient = model.mixtures[0].experts.up.grad.clone()
+    model.zero_grad()
+    value, counts = compiled(x_BCHW)
+    value.backward()
+    torch.testing.assert_close(value, eager)
+    torch.testing.assert_close(model.mixtures[0].experts.up.grad, gradient)
+    assert len(counts) == 3
+
+
+def test_resolve_blocks_reads_no_weights():
+    assert resolve_blocks(ExpertsConfig(place="blocks", kind="adapter"), moe_vit().backbone) == [0, 1, 2]

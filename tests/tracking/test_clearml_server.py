@@ -1,0 +1,236 @@
+"""The real SDK against a server that answers: what a run leaves there, what goes on after, what is read back."""
+
+import json
+
+import pytest
+from clearml_process import CONFIG, run_python
+from clearml_standin import StandIn
+from conftest import PNG
+
+OPEN = """
+import urllib.request
+from tracking.tracker import open_evaluation, tasks_of
+def start(**options):
+    return open_tracker("clearml", run, CONFIG, name="cifar100", tags=["cifar100", "noisy_topk"], **options)
+def die(how):
+    urllib.request.urlopen(f"{os.environ['CLEARML_API_HOST']}/standin.die_{how}").read()
+facts = {}
+"""
+CLOSE = """
+(run / "facts.json").write_text(json.dumps(facts))
+"""
+
+
+def facts_of(run) -> dict:
+    return json.loads((run / "facts.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def online(workplace):
+    """A run that reports everything, resumes twice and is evaluated again: (the server, facts, its output)."""
+    run = workplace / "online"
+    run.mkdir()
+    (run / "figure.png").write_bytes(PNG)
+    (run / "model.safetensors").write_bytes(b"weights")
+    (run / "metrics.json").write_text('{"accuracy": 0.75, "expert_load": [0.25, 0.75]}')
+    code = """
+from tracking.clearml_runs import fetch_run
+def refused(task_id):
+    try:
+        fetch_run(task_id)
+    except UserError as error:
+        return [type(error).__name__, str(error)]
+tracker = start()
+tracker.scalars({"loss/train": 0.5, "loss/validation": float("nan")}, step=10, epoch=1)
+tracker.scalars({"loss/train": 0.25}, step=20, epoch=2)
+tracker.summary({"test/accuracy": 0.75, "test/macro_f1": 0.5})
+tracker.table("scores", "test", ["class", "f1"], [["apple", 0.5]])
+tracker.bars("expert load", "test", ["0", "1"], {"load": [0.25, 0.75], "weight": [0.5, float("nan")]})
+classes, experts = ("class", ["apple", "bear"]), ("expert", ["0", "1"])
+tracker.matrix("experts by class", "test", [[0.125, 0.875], [1, 0]], classes, experts)
+tracker.lines("reliability", {"test": [(0.0, 0.0), (0.5, float("nan")), (1.0, 0.75)]}, ("confidence", "accuracy"))
+tracker.figure("evaluation", "samples", run / "figure.png")
+tracker.artifact("evaluation", run / "metrics.json")
+tracker.model(run / "model.safetensors", "cifar100")
+tracker.close()
+facts["first"], facts["listed"] = tracker.task_id, tasks_of(run)
+again = start(task_id=tracker.task_id, resume_step=10)
+again.scalars({"loss/train": 0.125}, step=20, epoch=2)
+again.close()
+facts["again"], facts["still listed"] = again.task_id, tasks_of(run)
+evaluation = open_evaluation("auto", run, CONFIG, name="cifar100", tags=["cifar100"])
+assert not evaluation.sends_again
+evaluation.summary({"test/accuracy": 0.625, "test/specialisation": 0.5})
+evaluation.close()
+facts["evaluation"] = evaluation.task_id
+lost = start(task_id="0" * 32, resume_step=20)
+lost.close(failed="out of memory")
+facts["lost"] = lost.task_id
+facts["fetched"] = fetch_run(tracker.task_id)
+facts["fetched single"] = fetch_run(evaluation.task_id)
+print("asking", file=sys.stderr)
+facts["unknown"] = refused("f" * 32)
+print("asked", file=sys.stderr)
+session = open_tracker("offline", run / "offline", CONFIG, name="train", tags=["digits"])
+session.scalars({"loss/train": 0.5}, step=10)
+session.summary({"test/accuracy": 0.5})
+session.close()
+(listed,) = tasks_of(run / "offline")
+from clearml import Task
+Task.set_offline(False)
+facts["imported"] = Task.import_offline_session(listed["session"])
+"""
+    with StandIn() as server:
+        done = run_python(workplace, run, OPEN + code + CLOSE, **server.environment())
+        yield server, facts_of(run), done
+
+
+def test_the_task_holds_hyperparameters_tags_and_numbers(online):
+    server, facts, _ = online
+    task = server.tasks[facts["first"]]
+    assert (task["name"], task["type"], task["status"]) == ("cifar100", "training", "completed")
+    assert set(task["tags"]) == {"cifar100", "noisy_topk"}
+    assert task["hyperparams"]["train"]["lr"]["value"] == "0.0001"
+    assert task["hyperparams"]["General"]["seed"]["value"] == "3"
+    assert server.scalars(facts["first"]) == {
+        ("loss", "train", 10): 0.5,
+        ("loss", "train", 20): 0.125,  # of the resumed run, which began again after step 10
+        ("Summary", "test/accuracy", -(2**31)): 0.75,
+        ("Summary", "test/macro_f1", -(2**31)): 0.5,
+    }
+
+
+def test_plots_are_data_that_the_comparison_can_lay_side_by_side(online):
+    server, facts, _ = online
+    plots = {
+        (event["metric"], event["variant"]): json.loads(event["plot_str"])
+        for event in server.events
+        if event["type"] == "plot" and event["task"] == facts["first"]
+    }
+    load, weight = plots["expert load", "test"]["data"]
+    assert (load["name"], load["y"], weight["y"]) == ("load", [0.25, 0.75], [0.5, 0.0])
+    (matrix,) = plots["experts by class", "test"]["data"]
+    assert matrix["z"] == [[0.125, 0.875], [1, 0]]
+    assert (matrix["y"], matrix["x"]) == (["apple", "bear"], ["0", "1"])
+    (curve,) = plots["reliability", "test"]["data"]
+    assert (curve["x"], curve["y"]) == ([0.0, 1.0], [0.0, 0.75])
+    assert "apple" in json.dumps(plots["scores", "test"])
+
+
+def test_model_artifact_and_figure_are_on_the_file_server(online):
+    server, facts, _ = online
+    files = {name.rsplit("/", 1)[-1]: content for name, content in server.files.items() if facts["first"] in name}
+    assert files["model.safetensors"] == b"weights"
+    assert PNG in files.values()
+    (model,) = server.models.values()
+    assert model["name"] == "cifar100" and model["uri"].endswith("model.safetensors")
+    assert [artifact["key"] for artifact in server.tasks[facts["first"]]["execution"]["artifacts"]] == ["evaluation"]
+
+
+def test_a_resumed_run_goes_on_with_its_task_if_it_is_there(online):
+    server, facts, _ = online
+    assert facts["again"] == facts["first"]
+    assert [task | {"page": None} for task in facts["listed"]] == [
+        {"mode": "clearml", "task_id": facts["first"], "page": None, "whole": True}
+    ]
+    assert facts["first"] in facts["listed"][0]["page"]
+    assert facts["still listed"] == facts["listed"]
+    assert facts["lost"] not in (facts["first"], "0" * 32)
+    # The new task lacks nothing: it was given the numbers of before.
+    assert server.scalars(facts["lost"]) == {("loss", "train", 10): 0.5, ("loss", "train", 20): 0.125}
+    assert server.tasks[facts["lost"]]["status"] == "failed"
+    assert server.tasks[facts["lost"]]["status_reason"] == "out of memory"
+
+
+def test_a_later_evaluation_is_a_task_under_that_of_the_training(online):
+    server, facts, _ = online
+    task = server.tasks[facts["evaluation"]]
+    assert (task["parent"], task["type"], task["name"]) == (facts["first"], "testing", "cifar100")
+    assert server.scalars(task["id"])["Summary", "test/accuracy", -(2**31)] == 0.625
+    assert ("loss", "train", 10) not in server.scalars(task["id"])  # which the training's task has
+
+
+def test_a_run_is_fetched_as_its_folder_has_it(online):
+    _, facts, done = online
+    assert (facts["fetched"]["name"], facts["fetched"]["config"]) == ("cifar100", CONFIG)
+    assert facts["fetched"]["metrics"] == {"accuracy": 0.75, "macro_f1": 0.5, "expert_load": [0.25, 0.75]}
+    assert facts["fetched single"]["metrics"] == {"accuracy": 0.625, "specialisation": {"normalised": 0.5}}
+    assert "asking\nasked\n" in done.stderr  # the SDK adds nothing to the one line
+    kind, message = facts["unknown"]
+    assert kind == "UserError" and f"has no task {'f' * 32}" in message and "\n" not in message
+
+
+def test_an_offline_session_is_imported(online):
+    server, facts, _ = online
+    task = server.tasks[facts["imported"]]
+    assert task["name"] == "train" and task["hyperparams"]["train"]["epochs"]["value"] == "3"
+    assert server.scalars(facts["imported"]) == {
+        ("loss", "train", 10): 0.5,
+        ("Summary", "test/accuracy", -(2**31)): 0.5,
+    }
+
+
+def test_a_refused_login_is_said_and_auto_goes_offline(workplace, tmp_path):
+    code = """
+from tracking.clearml_runs import fetch_run
+for attempt in (start, lambda: fetch_run("0" * 32)):
+    try:
+        attempt()
+    except UserError as error:
+        assert error.exit_code == 2 and "refused the login; correct the access and secret key" in str(error)
+    else:
+        raise AssertionError
+tracker = open_tracker("auto", run, CONFIG, name="n")
+tracker.scalars({"loss/train": 0.5}, step=10)
+tracker.close()
+assert tracker.mode == "offline"
+assert [task["mode"] for task in tasks_of(run)] == ["offline"]
+assert open_evaluation("auto", run, CONFIG, name="n").mode == "none"
+"""
+    with StandIn(refuse=True) as server:
+        done = run_python(workplace, tmp_path, OPEN + code, **server.environment())
+    assert server.tasks == {} and "refused the login" in done.stdout
+
+
+@pytest.mark.parametrize("how", ["refuse", "hang"])
+def test_a_server_that_dies_half_way_costs_nothing(workplace, tmp_path, how):
+    """Training ends in seconds, says what to do, and an evaluation on the revived server brings what it lacks."""
+    dying = f"""
+(run / "a.bin").write_bytes(b"a")
+tracker = start()
+clearml_task.PROBE_SECONDS = clearml_task.CLOSE_SECONDS = 0.5
+tracker.scalars({{"loss/train": 0.5}}, step=10, epoch=1)
+die("{how}")
+began = time.monotonic()
+tracker.scalars({{"loss/train": 0.25}}, step=20, epoch=2)
+tracker.summary({{"test/accuracy": 0.75}})
+tracker.artifact("a", run / "a.bin")
+assert time.monotonic() - began < 30  # it did not wait for the server
+tracker.close()
+assert [task["whole"] for task in tasks_of(run)] == [False]
+facts["task"] = tracker.task_id
+"""
+    after = """
+tracker = open_evaluation("auto", run, CONFIG, name="n")
+assert tracker.sends_again
+tracker.summary({"test/accuracy": 0.75})
+tracker.close()
+facts["task"] = tracker.task_id
+"""
+    with StandIn() as server:
+        done = run_python(workplace, tmp_path, OPEN + dying + CLOSE, **server.environment())
+        training = facts_of(tmp_path)["task"]
+        assert "ClearML left before it was done" in done.stderr
+        assert f"python evaluate.py {tmp_path} --tracking clearml sends everything again" in done.stderr
+        lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+        assert [line["loss/train"] for line in lines] == [0.5, 0.25]
+        if how == "hang":
+            server.hanging.clear()
+            run_python(workplace, tmp_path, OPEN + after + CLOSE, **server.environment())
+            evaluation = facts_of(tmp_path)["task"]
+            assert server.tasks[evaluation]["parent"] == training
+            assert server.scalars(evaluation) == {
+                ("loss", "train", 10): 0.5,
+                ("loss", "train", 20): 0.25,
+                ("Summary", "test/accuracy", -(2**31)): 0.75,
+            }

@@ -1,0 +1,72 @@
+"""A small trainer on digits, and when two states are equal."""
+
+import torch
+
+from config.features import FeaturesConfig
+from config.optim import OptimConfig
+from data.augment import AugmentConfig
+from evaluation.validation import validate
+from features.bank import FeatureBank
+from model.balance import BalanceConfig
+from model.classifier import NeckConfig, VisionMoE
+from model.experts import ExpertsConfig
+from model.routers import ROUTERS, RouterConfig
+from storage.checkpoint import load_checkpoint, seed_everything
+from storage.folder import RunFolder
+from tracking.tracker import open_tracker
+from training.trainer import TrainConfig, Trainer
+
+CPU = torch.device("cpu")
+
+
+IDENTITY = {
+    "config": {},
+    "backbone": {"name": "none", "fingerprint": ""},
+    "data": {"train": "", "validation": "", "test": ""},
+    "class_names": [],
+    "feature_shape": [192],
+}
+
+
+def make_trainer(path, splits, *, resume=False, optim=None, balance=None, router=None, **train):
+    """A trainer on raw pixels as features: small enough to run whole epochs in milliseconds.
+
+    router: options of the rule. One that reads tokens gets the rows of the image.
+    """
+    config = TrainConfig(**{"epochs": 4, "batch_size": 64, "ema_decay": 0.9, "save_every": 1, **train})
+    run = RunFolder(path) if resume else RunFolder.create(path, "test")
+    checkpoint = load_checkpoint(run.last) if resume else None
+    tracker = open_tracker("none", path, {}, name="test", resume_step=checkpoint and checkpoint["step"])
+    seed_everything(config.seed)
+    router = RouterConfig(**{"warmup_steps": 6, **(router or {})})
+    tokens = ROUTERS[router.kind].reads_tokens
+    shape, neck = ((8, 24), NeckConfig(kind="tokens")) if tokens else ((192,), NeckConfig())
+    bank = FeatureBank(
+        splits,
+        lambda images: images.float().view(len(images), *shape) / 255,
+        AugmentConfig(flip=False, crop=0),
+        FeaturesConfig(views=2),
+        CPU,
+    )
+    experts = ExpertsConfig(sizes=[[8], [16], [32]], dropout=0.1)
+    model = VisionMoE(shape, 10, neck, router, experts)
+    optim, balance = optim or OptimConfig(lr=0.01, warmup_steps=4), balance or BalanceConfig()
+    trainer = Trainer(
+        model,
+        bank,
+        run,
+        tracker,
+        config,
+        optim,
+        balance,
+        router.random_steps,
+        dict(IDENTITY),
+        lambda model: validate(model, bank),
+    )
+    if checkpoint:
+        trainer.load_state_dict(checkpoint)
+    return trainer
+
+
+def equal_states(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)

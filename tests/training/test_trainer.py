@@ -1,0 +1,238 @@
+"""The training loop in small: what is kept, resumed exactly, stopped early, scheduled."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from trainer_helpers import equal_states, make_trainer
+
+from common.errors import EnvironmentFault, UserError
+from common.files import write_json
+from config.optim import OptimConfig
+from evaluation.cost import flops
+from evaluation.predict import predict
+from model.classifier import AttentionNeck, NeckConfig
+from storage.checkpoint import check_inputs, load_checkpoint, save_checkpoint
+from storage.export import export_model, load_exported, read_description
+from storage.folder import RunFolder
+from training.optim import lr_factor
+from training.trainer import TrainConfig, steps_an_epoch
+
+
+def test_training_learns_and_keeps_what_it_says(tmp_path, splits):
+    trainer = make_trainer(tmp_path, splits, epochs=20)
+    best = trainer.fit()
+    history = trainer.run.history()
+    assert [line["epoch"] for line in history] == list(range(1, 21))
+    assert history[-1]["loss/train"] < 0.7 * history[0]["loss/train"]
+    assert best["macro_f1"] == max(line["macro_f1/validation"] for line in history) > 0.8
+    kept = load_checkpoint(trainer.run.best)
+    assert (kept["epoch"], kept["macro_f1"]) == (best["epoch"], best["macro_f1"])
+    export_model(trainer.run)
+    described = read_description(trainer.run)
+    assert described["epoch"] == best["epoch"]
+    load_exported(trainer.run, trainer.model)
+    assert equal_states(trainer.model.state_dict(), kept["model"])
+
+
+def test_every_epoch_logs_loads_that_sum_to_one_and_warm_up_apart(tmp_path, splits):
+    trainer = make_trainer(tmp_path, splits)  # 5 steps an epoch, 6 of them warm-up
+    trainer.fit()
+    first, *others = trainer.run.history()
+    assert "expert_load/expert_0" not in first and "balance/entropy" not in first
+    for line in others:
+        for kind in ("expert_load", "expert_importance", "expert_load_validation"):
+            assert sum(line[f"{kind}/expert_{e}"] for e in range(3)) == pytest.approx(1.0)
+        assert 0 < line["balance/entropy"] <= 1
+        assert line["balance/drop_rate"] == 0
+        assert 0.95 < line["loss_auxiliary/switch"] < 1.5  # 1 at perfect balance
+    assert "loss_auxiliary/switch" not in first
+    images = len(splits.train)
+    warm, learned = trainer.model.moe.warmup_usage_E.sum().item(), trainer.model.moe.usage_E.sum().item()
+    assert warm + learned == 2 * 4 * images
+    assert warm == 2 * (images + 64)
+
+
+def test_resumed_training_equals_uninterrupted_training(tmp_path, splits):
+    whole = make_trainer(tmp_path / "whole", splits)
+    whole.fit()
+    part = make_trainer(tmp_path / "part", splits)
+    save = part._save
+
+    def save_then_die(better):
+        save(better)
+        if part.epoch == 2:
+            raise KeyboardInterrupt
+
+    part._save = save_then_die
+    with pytest.raises(KeyboardInterrupt):
+        part.fit()
+    part.tracker.close()
+    resumed = make_trainer(tmp_path / "part", splits, resume=True)
+    assert resumed.epoch == 2
+    resumed.fit()
+    assert equal_states(whole.model.state_dict(), resumed.model.state_dict())
+    assert equal_states(whole.ema.module.state_dict(), resumed.ema.module.state_dict())
+    timeless = [
+        [{k: v for k, v in line.items() if "speed" not in k} for line in run.run.history()] for run in (whole, resumed)
+    ]
+    assert timeless[0] == timeless[1]
+    assert whole.best == resumed.best
+
+
+def test_a_checkpoint_round_trip_keeps_everything(tmp_path, splits):
+    trainer = make_trainer(tmp_path, splits, epochs=2)
+    trainer.fit()
+    state = load_checkpoint(trainer.run.last)
+    assert state["epoch"] == 2 and state["step"] == trainer.step
+    other = make_trainer(tmp_path, splits, resume=True)
+    assert equal_states(other.model.state_dict(), trainer.model.state_dict())
+    assert other.optimizer.state_dict()["state"][0]["step"] == trainer.optimizer.state_dict()["state"][0]["step"]
+    assert torch.equal(torch.rand(3), (trainer.load_state_dict(state), torch.rand(3))[1])
+
+
+def test_patience_stops_training(tmp_path, splits):
+    optim = OptimConfig(lr=1e-12, warmup_steps=0, schedule="constant")
+    trainer = make_trainer(tmp_path, splits, epochs=50, patience=2, ema_decay=0.0, optim=optim)
+    plateau = {"loss/validation": 1.0, "accuracy/validation": 0.5, "macro_f1/validation": 0.5}
+    trainer._validate = lambda: dict(plateau)
+    trainer.fit()
+    assert trainer.epoch == 3  # two epochs that were as good as the first, but not better
+    assert trainer.best["epoch"] == 3
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step(tmp_path, splits):
+    trainer = make_trainer(tmp_path, splits)
+    with torch.no_grad():
+        trainer.model.moe.experts[0][0].weight.fill_(math.nan)
+    with pytest.raises(UserError, match=r"the task loss is not finite at step 1, in epoch 1: lower --optim.lr"):
+        trainer.fit()
+
+
+def test_a_batch_larger_than_the_split_is_refused(tmp_path, splits):
+    with pytest.raises(UserError, match=r"train\.batch_size 5000 is larger than the"):
+        make_trainer(tmp_path, splits, batch_size=5000)
+
+
+def test_the_same_seed_gives_the_same_model_and_another_seed_another(tmp_path, splits):
+    states = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        trainer = make_trainer(tmp_path / name, splits, epochs=2, seed=seed)
+        trainer.fit()
+        states.append(trainer.model.state_dict())
+    assert equal_states(states[0], states[1])
+    assert not equal_states(states[0], states[2])
+
+
+def test_learning_rate_schedule_by_hand():
+    config = OptimConfig(warmup_steps=4, schedule="cosine")
+    # Linear: 1/4, 2/4, 3/4, 4/4. Then half a cosine over the 8 steps left: 1 at its start, 0.5 in its middle.
+    assert [lr_factor(step, 12, config) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    assert lr_factor(4, 12, config) == pytest.approx(1.0)
+    assert lr_factor(8, 12, config) == pytest.approx(0.5)
+    assert lr_factor(12, 12, config) == pytest.approx(0.0)
+    assert lr_factor(500, 12, OptimConfig(warmup_steps=0, schedule="constant")) == 1.0
+
+
+def test_predictions_leave_the_model_as_it_was(tmp_path, splits):
+    trainer = make_trainer(tmp_path, splits)
+    trainer.model.train()
+    before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+    predictions = predict(trainer.model, trainer.bank, "test")
+    assert trainer.model.training
+    assert equal_states(before, trainer.model.state_dict())
+    assert len(predictions.labels_N) == len(splits.test)
+    assert predictions.sample_A.tolist() == [n for n in range(len(splits.test)) for _ in range(2)]
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", None])
+def test_an_unreadable_checkpoint_is_named(tmp_path, content):
+    path = tmp_path / "last.pt"
+    if content is None:
+        torch.save({"format_version": 99}, path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=r"last\.pt"):
+        load_checkpoint(path)
+
+
+def test_a_failed_write_keeps_what_was_there(tmp_path):
+    path = tmp_path / "value.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+    with pytest.raises(EnvironmentFault, match="could not be written"):
+        save_checkpoint(tmp_path / "value.json" / "last.pt", {})
+
+
+def test_a_run_folder_is_not_written_over(tmp_path):
+    run = RunFolder.create(tmp_path / "run", "test")
+    run.config.write_text("{}")
+    run = RunFolder.create(tmp_path / "run", "test")  # a run that ended before its first checkpoint is no run
+    write_json(run.model, {})
+    with pytest.raises(UserError, match="already holds a run"):
+        RunFolder.create(tmp_path / "run", "test")
+
+
+def test_the_moving_average_is_what_is_validated_and_kept(tmp_path, splits):
+    trainer = make_trainer(tmp_path, splits, epochs=2, ema_decay=0.9)
+    trainer.fit()
+    kept = load_checkpoint(trainer.run.best)["model"]
+    last = load_checkpoint(trainer.run.last)
+    assert trainer.best["epoch"] == 2
+    assert equal_states(kept, last["ema"])
+    assert not equal_states(kept, last["model"])
+
+
+def test_bfloat16_training_learns_and_keeps_float32_weights(tmp_path, splits):
+    trainer = make_trainer(tmp_path, splits, precision="bfloat16", epochs=8)
+    trainer.fit()
+    history = trainer.run.history()
+    assert history[-1]["loss/train"] < 0.8 * history[0]["loss/train"]
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+
+
+def test_warm_up_that_never_ends_is_refused(tmp_path, splits):
+    with pytest.raises(UserError, match=r"router\.warmup_steps 6 routes all 5 steps at random"):
+        make_trainer(tmp_path, splits, epochs=1)
+
+
+def test_a_torn_line_of_metrics_is_passed_over(tmp_path):
+    run = RunFolder.create(tmp_path, "test")
+    run.metrics.write_text('{"step": 5, "epoch": 1}\n[1]\n{"step": 1')
+    assert run.history() == [{"step": 5, "epoch": 1}]
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"format_version": 99}', "no JSON"])
+def test_an_altered_description_is_named(tmp_path, text):
+    run = RunFolder.create(tmp_path, "test")
+    run.model.write_text(text)
+    with pytest.raises(UserError, match=r"model\.json is not"):
+        read_description(run)
+
+
+def test_other_data_and_another_backbone_are_refused():
+    stored = {"backbone": {"name": "a", "fingerprint": "1"}, "data": {"train": "x", "test": "y"}}
+    check_inputs(stored, stored, Path("best.pt"))
+    with pytest.raises(UserError, match=r"its test images differ"):
+        check_inputs(stored, {**stored, "data": {"train": "x", "test": "z"}}, Path("best.pt"))
+    with pytest.raises(UserError, match=r"trained on backbone a with fingerprint 1, but b here has 2"):
+        check_inputs(stored, {**stored, "backbone": {"name": "b", "fingerprint": "2"}}, Path("best.pt"))
+
+
+def test_flops_by_hand():
+    attention = AttentionNeck((65, 192), NeckConfig(kind="attention", heads=4))
+    # Projections of 4 matrices: 2 * 65 * 192 * 768. Scores and their sum: 2 * (2 * 65 * 65 * 192).
+    assert flops(attention, torch.zeros(1, 65, 192)) == 2 * 65 * 192 * 768 + 4 * 65 * 65 * 192
+    assert flops(torch.nn.Linear(10, 7), torch.zeros(1, 10)) == 140
+
+
+def test_all_misfits_of_the_sizes_are_said_at_once():
+    assert steps_an_epoch(TrainConfig(epochs=2, batch_size=4), 5, 10) == 3
+    with pytest.raises(
+        UserError, match=r"batch_size 1024 is larger than the 80 .*; router\.warmup_steps 500 routes all"
+    ):
+        steps_an_epoch(TrainConfig(epochs=2, batch_size=1024), 500, 80)

@@ -1,0 +1,70 @@
+"""Runs that are on a ClearML server, read back for a comparison with others."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from common.errors import EnvironmentFault, UserError
+from tracking.clearml_task import attempt, server_problem
+
+
+def fetch_run(task_id: str) -> dict[str, Any]:
+    """The name, the configuration and the final scores of a task on the configured ClearML server.
+
+    Returns {"name", "config" (nested as config.yaml), "metrics" (as evaluation/metrics.json: all of it where the task
+    has that file, else the single values, such as {"accuracy": 0.7})}. Raises UserError where no server is configured,
+    it refuses the login, or has no such task, and EnvironmentFault where it does not answer.
+    """
+    if problem := server_problem():
+        raise problem
+    from clearml import Task
+
+    Task.set_offline(False)
+    logging.disable()  # the SDK tells of an unknown task in four lines of its own
+    try:
+        task, error = attempt(Task.get_task, task_id=task_id)
+        if task is None:
+            raise UserError(f"the ClearML server has no task {task_id}: copy the id from the task's page") from error
+        metrics, error = attempt(_metrics, task)
+    finally:
+        logging.disable(logging.NOTSET)
+    if error is not None:
+        raise EnvironmentFault(f"ClearML task {task_id} cannot be read ({type(error).__name__}: {error})") from error
+    return {"name": task.name, "config": _config(task.data.hyperparams or {}), "metrics": metrics}
+
+
+def _metrics(task: Any) -> dict[str, Any]:
+    values = task.get_reported_single_values()
+    single: dict[str, Any] = {name.removeprefix("test/"): value for name, value in values.items()}
+    if "specialisation" in single:
+        single["specialisation"] = {"normalised": single["specialisation"]}
+    artifact = task.artifacts.get("evaluation")
+    path, _ = attempt(artifact.get_local_copy, raise_on_error=True) if artifact else (None, None)
+    whole, _ = attempt(lambda: json.loads(Path(path).read_text())) if path else (None, None)
+    return {**single, **whole} if isinstance(whole, dict) else single
+
+
+def _config(sections: dict[str, Any]) -> dict[str, Any]:
+    """Hyperparameters, text by section and name, as the nested plain values that they were."""
+    config: dict[str, Any] = {}
+    for section, parameters in sections.items():
+        for name, parameter in parameters.items():
+            path = name.split("/") if section == "General" else [section, *name.split("/")]
+            place = config
+            for key in path[:-1]:
+                place = place.setdefault(key, {})
+            place[path[-1]] = _plain(parameter.value, parameter.type)
+    return config
+
+
+def _plain(text: str | None, kind: str | None) -> Any:
+    """The value that the SDK wrote as text: numbers and lists are JSON, None is empty and has no type."""
+    if kind == "str":
+        return text
+    if kind == "bool":
+        return text == "True"
+    try:
+        return json.loads(text or "null")
+    except ValueError:
+        return text

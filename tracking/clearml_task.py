@@ -1,0 +1,267 @@
+"""A ClearML task whose every call runs on one daemon thread, so that no server can hold up training."""
+
+import atexit
+import copy
+import json
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from common.errors import EnvironmentFault, UserError
+
+PROJECT = "Vision MoE"
+PROBE_SECONDS = 3.0
+CLOSE_SECONDS = 30.0  # patience at the end with a server that does not answer
+UPLOAD_SECONDS = 600.0  # and with one that does, or with the disk
+
+
+class ClearMLTask:
+    """A ClearML task, and the daemon thread that alone speaks to it; a job is a function of it."""
+
+    lost = False  # whether a task of this process was left unfinished: the SDK cannot have a second one
+
+    def __init__(
+        self,
+        mode: str,
+        config: dict,
+        name: str,
+        tags: list[str],
+        task_id: str | None = None,
+        kind: str = "training",
+        parent: str | None = None,
+    ):
+        """Start the task, mode "clearml" or "offline". task_id: go on with this one, if online and it is there.
+
+        kind: ClearML's task type. parent: id of the task that this one belongs to. Raises UserError and
+        EnvironmentFault.
+        """
+        if self.lost:
+            raise EnvironmentFault("ClearML hung in this process and is out of use until the next one")
+        if problem := server_problem() if mode == "clearml" else None:
+            raise problem
+        handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
+        started, error = attempt(_start_task, mode == "offline", config, name, tags, task_id, kind, parent)
+        # The SDK's handlers turn a segmentation fault into an endless loop, hang on SIGTERM when the server
+        # is dead and, closed from a thread, stay and swallow Ctrl-C.
+        for number, handler in handlers.items():
+            if handler is not None and signal.getsignal(number) != handler:
+                signal.signal(number, handler)
+        if error is not None:
+            attempt(_abandon)
+            raise _explain(error) from error
+        self.whole = False  # whether every job was done, known at the end
+        self.mode, (self.task, self.config) = mode, started
+        self.jobs: queue.SimpleQueue = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="clearml", daemon=True)
+        self._thread.start()
+        atexit.register(self.close)
+
+    def place(self) -> dict[str, str]:
+        """Where a person finds the task: its page, or the file of its offline session."""
+        folder = self.task.get_offline_mode_folder()
+        return {"session": f"{folder}.zip"} if folder else {"page": self.task.get_output_log_web_page()}
+
+    def _work(self) -> None:
+        complained = False
+        for job, args in iter(self.jobs.get, None):
+            _, error = attempt(job, self.task, *args)
+            if error is not None and not complained:
+                text = f"tracking: ClearML failed ({type(error).__name__}: {error}); training goes on"
+                print(text + ", and metrics.jsonl has every number", file=sys.stderr)
+            complained = complained or error is not None
+        self.whole = not complained
+
+    def close(self, failed: str | None = None) -> bool:
+        """Send what is left and end the task; whether everything arrived. Waits for a dead server CLOSE_SECONDS."""
+        atexit.unregister(self.close)
+        self.jobs.put((_finish, (failed,)))
+        self.jobs.put(None)
+        start = time.monotonic()
+        while self._thread.join(CLOSE_SECONDS) or self._thread.is_alive():
+            problem = server_problem() if self.mode == "clearml" else None
+            if problem or time.monotonic() - start > UPLOAD_SECONDS:
+                print(f"tracking: ClearML left before it was done ({problem or 'too slow'})", file=sys.stderr)
+                attempt(_disown, self.task)
+                return False
+        return self.whole
+
+
+def attempt(function: Callable, *args: Any, **options: Any) -> tuple[Any, Exception | None]:
+    """The function's result, or the exception it raised: the SDK raises anything, and none of it may pass."""
+    try:
+        return function(*args, **options), None
+    except Exception as error:
+        return None, error
+
+
+def _explain(error: Exception) -> UserError:
+    """The user's view of an exception that the SDK raised while starting."""
+    kind = UserError if type(error).__name__ in ("LoginError", "ConfigurationError") else EnvironmentFault
+    return kind(f"ClearML cannot start: {type(error).__name__}: {' '.join(str(error).split())}")
+
+
+def _start_task(
+    offline: bool, config: dict, name: str, tags: list, task_id: str | None, kind: str, parent: str | None
+) -> tuple[Any, dict]:
+    """The SDK's task and the configuration that it returned. Raises whatever the SDK raises."""
+    from clearml import Task
+    from clearml.backend_api.session.defs import ENV_OFFLINE_MODE
+    from clearml.config import ConfigSDKWrapper, config_obj
+
+    # The default, reporting from a forked process, copies one that may hold CUDA, takes 9 ms a scalar and
+    # seconds to close. A clearml.conf that asks for it gets it.
+    if config_obj.get("sdk.development.report_use_subprocess", None) is None:
+        config_obj.set_overrides({"sdk": {"development": {"report_use_subprocess": False}}})
+        ConfigSDKWrapper.clear_config_impl()
+    environment = os.environ.copy()
+    Task.set_offline(offline)  # back online logs in at once, so only here, after the probe
+    ENV_OFFLINE_MODE.pop()  # it wrote the variables that would send every later run offline
+    os.environ.update(environment)
+    go_on = bool(task_id) and not offline and not task_id.startswith("offline-")
+    task = Task.init(
+        project_name=PROJECT,
+        task_name=name,
+        task_type=kind,
+        tags=tags or None,
+        reuse_last_task_id=False,
+        continue_last_task=task_id if go_on else False,
+        output_uri=None if offline else True,
+        auto_connect_arg_parser=False,
+        auto_connect_frameworks={"pytorch": False, "matplotlib": False},
+        auto_resource_monitoring=not offline,
+    )
+    if go_on:
+        task.set_initial_iteration(0)  # our steps count from the start of the run, not from the resumption
+    if parent and not offline:
+        task.set_parent(parent)
+    return task, _connect(task, config)
+
+
+def _connect(task: Any, config: dict) -> dict:
+    """Show the configuration as hyperparameters; returns it with the values that an agent has overridden."""
+    plain = copy.deepcopy(config)  # the SDK writes the overridden values into what it is given
+    sections = {key: value for key, value in plain.items() if isinstance(value, dict)}
+    general = {key: value for key, value in plain.items() if key not in sections}
+    returned = {key: task.connect(value, name=key) for key, value in sections.items()}
+    returned |= task.connect(general, name="General") if general else {}
+    return _restore(config, returned)
+
+
+def _abandon() -> None:
+    """Close a task that was left half started: the SDK allows one a process."""
+    from clearml import Task
+
+    if task := Task.current_task():
+        thread = threading.Thread(target=attempt, args=(task.close,), daemon=True)
+        thread.start()
+        thread.join(CLOSE_SECONDS)
+        if thread.is_alive():
+            _disown(task)
+
+
+def _disown(task: Any) -> None:
+    """Undo what the SDK does when the process exits: each of these waits for a dead server without end."""
+    from clearml.backend_interface.task.log import TaskHandler
+
+    ClearMLTask.lost = True
+    atexit.unregister(task._at_exit)
+    atexit.unregister(task._reporter._handle_program_exit)
+    TaskHandler.flush = TaskHandler.close = lambda handler: None
+
+
+def _restore(given: Any, returned: Any) -> Any:
+    """`returned` as plain data; text where None was given becomes the JSON value it spells, if any."""
+    if isinstance(given, dict):
+        return {key: _restore(value, returned.get(key, value)) for key, value in given.items()}
+    if given is None and isinstance(returned, str):
+        try:
+            return json.loads(returned)
+        except ValueError:
+            pass
+    return returned
+
+
+def show(task: Any, title: str, series: str, path: Path) -> None:
+    """Report a PNG among the debug samples. Raises OSError where it is missing, and what the SDK raises."""
+    path.stat()  # the SDK passes over a missing file in silence
+    task.get_logger().report_image(title, series, iteration=0, local_path=str(path))
+
+
+def upload(task: Any, name: str, path: Path, as_model: bool) -> None:
+    """Upload a file, as output model or artifact. Raises OSError where that fails, and what the SDK raises."""
+    from clearml import OutputModel
+
+    path.stat()  # the SDK makes an empty archive of a missing file
+    if as_model:
+        model = OutputModel(task=task, name=name, framework="PyTorch")
+        model.update_weights(str(path), auto_delete_file=False)
+    elif not task.upload_artifact(name, path, wait_on_upload=True):
+        raise OSError(f"{path} was not uploaded")
+
+
+def _finish(task: Any, failed: str | None) -> None:
+    folder = task.get_offline_mode_folder()
+    if failed and folder:
+        task.add_tags(["failed"])  # the import of a session marks it completed, whatever it was
+        task.get_logger().report_text(f"failed: {failed}", print_console=False)
+    task.close()
+    if failed and not folder:
+        task.mark_failed(status_reason=failed, status_message=failed, force=True)
+    if folder:
+        statement = f"from clearml import Task; Task.import_offline_session({f'{folder}.zip'!r})"
+        print(f'tracking: offline session {folder}.zip, sent to a server by: python -c "{statement}"')
+
+
+def server_problem() -> UserError | None:
+    """Why the configured ClearML server cannot be used, or None; the server has PROBE_SECONDS + 1 to answer.
+
+    Task.init would retry a dead server for hours without a word. The request runs in a thread because neither a
+    hanging name server nor an answer that comes byte by byte heeds a socket timeout.
+    """
+    login, error = attempt(_login)  # not on the server's time: reading the SDK and its configuration takes seconds
+    if error is None:
+        outcome: queue.SimpleQueue = queue.SimpleQueue()
+        threading.Thread(target=lambda: outcome.put(attempt(_ask, *login)), daemon=True).start()
+        try:
+            _, error = outcome.get(timeout=PROBE_SECONDS + 1)
+        except queue.Empty:
+            return EnvironmentFault(f"the ClearML server does not answer within {PROBE_SECONDS + 1:.0f} s")
+    return error if error is None or isinstance(error, UserError) else _explain(error)
+
+
+def _login() -> tuple[Any, str, dict[str, Any]]:
+    """Session, host and options of the request that logs in to the configured server. Raises UserError."""
+    from clearml.backend_api import Session
+    from clearml.backend_api.session import defs
+    from clearml.backend_api.utils import get_http_session_with_retry
+    from clearml.config import config_obj
+
+    if defs.ENV_OFFLINE_MODE.get():
+        raise UserError("CLEARML_OFFLINE_MODE is set; unset it to use a server")
+    token = defs.ENV_AUTH_TOKEN.get()
+    access = defs.ENV_ACCESS_KEY.get(default=config_obj.get("api.credentials.access_key", None))
+    secret = defs.ENV_SECRET_KEY.get(default=config_obj.get("api.credentials.secret_key", None))
+    if not token and not (access and secret):
+        raise UserError("no ClearML server is configured; clearml-init writes a clearml.conf")
+    session = get_http_session_with_retry(config=config_obj)  # certificates as configured; no retries
+    credentials = {"headers": {"Authorization": f"Bearer {token}"}} if token else {"auth": (access, secret)}
+    return session, Session.get_api_server_host(), credentials
+
+
+def _ask(session: Any, host: str, credentials: dict[str, Any]) -> None:
+    """Log in, once. Raises UserError and EnvironmentFault."""
+    try:
+        answer = session.get(f"{host}/auth.login", timeout=PROBE_SECONDS, **credentials)
+    except OSError as error:  # requests' exceptions are OSErrors
+        reason = f"{host} does not answer ({type(error).__name__})"
+        raise EnvironmentFault(f"the ClearML server {reason}; start it, or correct api_server") from error
+    if answer.status_code in (401, 403):
+        raise UserError(f"the ClearML server {host} refused the login; correct the access and secret key")
+    if answer.status_code >= 500:
+        raise EnvironmentFault(f"the ClearML server {host} is out of order (HTTP {answer.status_code})")

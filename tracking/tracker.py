@@ -1,0 +1,287 @@
+"""Where the numbers of a run go: always RUN/metrics.jsonl, and ClearML online, offline or not at all.
+
+    tracker = open_tracker("auto", run_dir, config, name="cifar100", tags=["moe"])
+    tracker.scalars({"loss/train": 0.41, "expert_load/expert_0": 0.26}, step=400, epoch=1)
+    tracker.close()
+
+RUN/clearml.json lists the tasks and offline sessions of a run, so that its evaluation finds the task it belongs to.
+Tracking never decides whether training lives: the trainer writes a line of JSON and puts jobs on a queue; one
+daemon thread speaks to ClearML, whose calls block for hours when a server dies. What fails is said once.
+"""
+
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from common.errors import EnvironmentFault, UserError
+from common.files import write_json
+from storage.folder import RunFolder
+from tracking.clearml_task import ClearMLTask, show, upload
+
+MODES = ("auto", "clearml", "offline", "none")
+
+
+class Tracker:
+    """One run's numbers, figures and files; made by `open_tracker`.
+
+    mode: "clearml", "offline" or "none", as resolved. config: the given configuration, with the values that
+    an agent of ClearML has overridden. task_id: of ClearML, or None; `open_tracker` takes it back. sends_again: whether
+    this is to bring a server what an earlier task lacks.
+    No method raises; none but `close` waits for anything. Files are read later: let them be until `close`.
+    """
+
+    def __init__(self, lines: TextIO, config: dict, clearml: ClearMLTask | None = None, run_dir: Path | None = None):
+        self._lines, self._clearml, self._run_dir, self._closed = lines, clearml, run_dir, False
+        self.mode: str = clearml.mode if clearml else "none"
+        self.config: dict = clearml.config if clearml else config
+        self.task_id: str | None = clearml.task.id if clearml else None
+        self.sends_again = False
+
+    def scalars(self, values: dict[str, float], step: int, epoch: int | None = None) -> None:
+        """One line of JSON, and one ClearML point per value; keys are "title/series".
+
+        A value that is not finite is null in the file and left out of ClearML, which would show 0.0.
+        """
+        finite = {key: float(value) for key, value in values.items() if _is_finite(value)}
+        try:
+            record = {"step": step, "epoch": epoch} | {key: finite.get(key) for key in values}
+            self._lines.write(json.dumps(record) + "\n")
+            self._lines.flush()
+        except (OSError, ValueError) as error:  # ValueError: written after close()
+            print(f"tracking: {self._lines.name} cannot be written ({error}); going on", file=sys.stderr)
+        self._points(finite, step)
+
+    def summary(self, values: dict[str, float]) -> None:
+        """Final numbers, one each, for ClearML's table of runs; they are not written to the file."""
+        for key, value in values.items():
+            if _is_finite(value):
+                self._log("report_single_value", key, float(value))
+
+    def figure(self, title: str, series: str, path: Path) -> None:
+        """A PNG file, shown among the debug samples."""
+        self._send(show, title, series, Path(path))
+
+    def table(self, title: str, series: str, header: list[str], rows: list[list]) -> None:
+        """A table of text and numbers, shown among the plots; what is not finite is left empty."""
+        cells = [["" if isinstance(v, float) and not _is_finite(v) else v for v in row] for row in rows]
+        self._log("report_table", title, series, iteration=0, table_plot=[list(header), *cells])
+
+    def bars(self, title: str, series: str, labels: Sequence[str], values: dict[str, Sequence[float]]) -> None:
+        """Grouped bars, one group a label and one colour a key of `values`, among the plots; drawn by the viewer."""
+        heights = [[_drawn(value) for value in row] for row in values.values()]
+        self._log("report_histogram", title, series, heights, 0, labels=list(values), xlabels=list(labels))
+
+    def matrix(
+        self,
+        title: str,
+        series: str,
+        values: Sequence[Sequence[float]],
+        rows: tuple[str, Sequence[str]],
+        columns: tuple[str, Sequence[str]],
+    ) -> None:
+        """A heat map, first row on top, among the plots. rows, columns: what they are, and the name of each."""
+        self._log(
+            "report_confusion_matrix",
+            title,
+            series,
+            [[_drawn(value) for value in row] for row in values],
+            0,
+            xaxis=columns[0],
+            yaxis=rows[0],
+            xlabels=list(columns[1]),
+            ylabels=list(rows[1]),
+            yaxis_reversed=True,
+        )
+
+    def lines(self, title: str, curves: dict[str, Sequence[tuple[float, float]]], axes: tuple[str, str]) -> None:
+        """Curves of (x, y) points over one another, among the plots; a point that is not finite is left out."""
+        for series, points in curves.items():
+            finite = [point for point in points if all(map(_is_finite, point))]
+            if finite:
+                self._log(
+                    "report_scatter2d", title, series, finite, 0, xaxis=axes[0], yaxis=axes[1], mode="lines+markers"
+                )
+
+    def artifact(self, name: str, path: Path) -> None:
+        """A file to keep as it is."""
+        self._send(upload, name, Path(path), False)
+
+    def model(self, path: Path, name: str) -> None:
+        """A file of weights: the task's output model; offline, where the SDK cannot do that, an artifact."""
+        self._send(upload, name, Path(path), self.mode == "clearml")
+
+    def close(self, failed: str | None = None) -> None:
+        """Send what is left; mark the task completed, or failed for the reason given. Idempotent.
+
+        Waits for uploads, but no longer than CLOSE_SECONDS once the server has stopped answering.
+        """
+        if not self._closed and self._clearml:
+            whole = self._clearml.close(failed)
+            if self._run_dir:
+                _remember(self._run_dir, self._clearml, whole)
+            if self.mode == "clearml" and not whole:
+                where = self._run_dir or "RUN"
+                print(
+                    f"tracking: python evaluate.py {where} --tracking clearml sends everything again", file=sys.stderr
+                )
+        self._closed = True
+        self._lines.close()
+
+    def __enter__(self) -> "Tracker":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self.close(failed=None if kind is None else str(error) or kind.__name__)
+
+    def _points(self, values: dict[str, float], step: int) -> None:
+        for key, value in values.items():
+            title, _, series = key.partition("/")
+            self._log("report_scalar", title, series or title, value, step)
+
+    def _send_again(self, records: list[dict[str, Any]]) -> None:
+        """Give the task the lines that the file already holds: it may lack some, or be another than before."""
+        for record in records:
+            values = {key: value for key, value in record.items() if "/" in key and _is_finite(value)}
+            self._points(values, record.get("step", 0))
+
+    def _log(self, report: str, *args: Any, **kwargs: Any) -> None:
+        self._send(lambda task: getattr(task.get_logger(), report)(*args, **kwargs))
+
+    def _send(self, job: Callable, *args: Any) -> None:
+        if self._clearml and not self._closed:
+            self._clearml.jobs.put((job, args))
+
+
+def open_tracker(
+    mode: str,
+    run_dir: Path,
+    config: dict,
+    *,
+    name: str,
+    tags: Sequence[str] = (),
+    task_id: str | None = None,
+    resume_step: int | None = None,
+) -> Tracker:
+    """Open RUN/metrics.jsonl and, by mode, a ClearML task; prints one line on where the numbers go.
+
+    mode: "clearml" (the configured server, or an error), "offline" (a session, to be imported later), "none",
+    or "auto": the server if one is configured and answers, else offline, else none. config: nested dicts,
+    shown as hyperparameters, one section for each top-level key. task_id: go on with this task, if it is on the
+    server. resume_step: drop the lines of metrics.jsonl after this step, and send the others again. ClearML sets the
+    seeds of random, numpy and torch to a number of its own: seed after this call.
+
+    Raises UserError (unknown mode, no server configured, login refused) and its subclass EnvironmentFault (no
+    answer from the server, clearml or the file cannot be used). Mode "auto" raises only for the file.
+    """
+    if mode not in MODES:
+        raise UserError(f"tracking mode {mode!r} is unknown: choose one of {', '.join(MODES)}")
+    lines, before = _open_lines(Path(run_dir) / "metrics.jsonl", resume_step)
+    attempts = {"auto": ("clearml", "offline"), "none": ()}.get(mode, (mode,))
+    try:
+        clearml, reasons = _first_task(attempts, mode == "auto", config, name, list(tags), task_id)
+    except UserError:
+        lines.close()
+        raise
+    tracker = Tracker(lines, config, clearml, Path(run_dir))
+    where = {"clearml": "ClearML and ", "offline": "ClearML offline and ", "none": ""}[tracker.mode]
+    print(f"tracking: {where}{lines.name}" + "".join(f" ({reason})" for reason in dict.fromkeys(reasons)))
+    if clearml:
+        _remember(Path(run_dir), clearml, whole=False)
+    if resume_step is not None:
+        tracker._send_again(before)
+    return tracker
+
+
+def open_evaluation(mode: str, run_dir: Path, config: dict, *, name: str, tags: Sequence[str] = ()) -> Tracker:
+    """A tracker for a later evaluation of the run in `run_dir`: a task of its own under that of the training.
+
+    mode: "clearml" (the configured server, or an error), "none", or "auto": the server where the training's task is on
+    one and it answers. The parent is the run's last task on a server, if any; where that lacks something, the numbers
+    of metrics.jsonl are sent too. Writes no line. Raises as `open_tracker`.
+    """
+    if mode not in ("auto", "clearml", "none"):
+        raise UserError(f"tracking mode {mode!r} is unknown here: choose auto, clearml or none")
+    online = [task for task in tasks_of(run_dir) if task["mode"] == "clearml"]
+    clearml, reasons = None, []
+    if mode == "clearml" or (mode == "auto" and online):
+        parent = online[-1]["task_id"] if online else None
+        clearml, reasons = _first_task(("clearml",), mode == "auto", config, name, list(tags), None, "testing", parent)
+    if clearml or reasons:
+        print("tracking: " + ("ClearML" if clearml else f"none ({reasons[0]})"))
+    tracker = Tracker(open(os.devnull, "w"), config, clearml)  # noqa: SIM115 - the tracker closes it
+    if clearml and not (online and online[-1].get("whole")):
+        tracker.sends_again = True
+        tracker._send_again(RunFolder(Path(run_dir)).history())
+    return tracker
+
+
+def tasks_of(run_dir: Path) -> list[dict[str, str]]:
+    """What RUN/clearml.json lists, oldest first: mode, task_id, the task's page or the offline session's file, and
+    whole: whether everything arrived there.
+    """
+    try:
+        listed = json.loads((Path(run_dir) / "clearml.json").read_text())
+    except (OSError, ValueError):
+        return []
+    tasks = [task for task in listed if isinstance(task, dict)] if isinstance(listed, list) else []
+    return [task for task in tasks if {"mode", "task_id"} <= task.keys()]
+
+
+def _remember(run_dir: Path, clearml: ClearMLTask, whole: bool) -> None:
+    task = {"mode": clearml.mode, "task_id": clearml.task.id, **clearml.place(), "whole": whole}
+    others = [other for other in tasks_of(run_dir) if other["task_id"] != task["task_id"]]
+    try:
+        write_json(run_dir / "clearml.json", [*others, task])
+    except UserError as error:
+        print(f"tracking: {error}; going on", file=sys.stderr)
+
+
+def _first_task(attempts: Sequence[str], tolerant: bool, *task: Any) -> tuple[ClearMLTask | None, list[str]]:
+    """The task in the first mode that works and why the modes before it do not; none if `tolerant`, else it raises."""
+    reasons = []
+    for attempt in attempts:
+        try:
+            return ClearMLTask(attempt, *task), reasons
+        except UserError as error:
+            if not tolerant:
+                raise
+            reasons.append(str(error))
+    return None, reasons
+
+
+def _drawn(value: float | None) -> float:
+    """The value, or 0 for one that is not finite, which no plot can hold."""
+    return float(value) if _is_finite(value) else 0.0
+
+
+def _is_finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def _open_lines(path: Path, last_step: int | None) -> tuple[TextIO, list[dict[str, Any]]]:
+    """The file, to append to, less its lines after last_step and a torn one; and the lines it keeps.
+
+    Raises EnvironmentFault.
+    """
+
+    def keep(line: bytes) -> bool:
+        try:
+            step = json.loads(line)["step"]
+            return line.endswith(b"\n") and (last_step is None or step <= last_step)
+        except (ValueError, KeyError, TypeError):
+            return False
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        if not all(map(keep, lines)):
+            temporary = path.with_name(path.name + ".tmp")
+            temporary.write_bytes(b"".join(filter(keep, lines)))
+            temporary.replace(path)
+        return path.open("a", encoding="utf-8"), [json.loads(line) for line in filter(keep, lines)]
+    except OSError as error:
+        raise EnvironmentFault(f"{path} cannot be written: {error.strerror or error}") from error

@@ -1,0 +1,1 @@
+"""The training loop: step, captured step, optimizer, health, progress."""

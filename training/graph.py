@@ -1,0 +1,97 @@
+"""Training steps as CUDA graphs: one launch in place of some hundreds, each of which costs the host microseconds."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.classifier import VisionMoE
+from training.step import StepResult, TrainingStep
+
+# Above so many parameters, or parameters times samples, the kernels of a step take longer than its launches (estimates
+# from benchmarks/scaling.py).
+PARAMETERS, WORK = 500_000_000, 500_000_000_000
+EAGER_STEPS = 3  # before a capture, so that kernels are loaded and the optimizer has its moments
+
+
+def worth_capturing(choice: str, model: VisionMoE, batch_size: int) -> bool:
+    """Whether train.graph (auto, off) asks for captured steps: a small head on a GPU, with shapes that stay.
+
+    Not where dispatch would wait for the device, or deterministic algorithms may.
+    """
+    parameters, moe = list(model.parameters()), model.moe
+    number = sum(parameter.numel() for parameter in parameters)
+    small = number <= PARAMETERS and number * batch_size <= WORK
+    possible = moe.router.static_shapes and not torch.are_deterministic_algorithms_enabled()
+    never_waits = moe.how in ("auto", "static", "dense")
+    return choice == "auto" and parameters[0].is_cuda and small and possible and never_waits
+
+
+class Captured:
+    """A function of whether to route at random, as a CUDA graph for each: captured after a few calls as it is.
+
+    It is the same one in every call, and not held here. Its work must have static shapes, on tensors that stay where
+    they are. The tensors of a result are overwritten by the next call.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+        self.seen = {True: 0, False: 0}  # calls by warmup
+        self.graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Any]] = {}
+
+    def __call__(self, run: Callable[[bool], Any], warmup: bool) -> Any:
+        if warmup not in self.graphs:
+            self.seen[warmup] += 1
+            if self.seen[warmup] <= EAGER_STEPS:
+                return self.eagerly(run, warmup)
+            self._capture(run, warmup)
+        graph, result = self.graphs[warmup]
+        graph.replay()
+        return result
+
+    def eagerly(self, run: Callable, *arguments) -> Any:
+        """Run something on the stream that captures, or autograd would tie its work to another one."""
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            result = run(*arguments)
+        torch.cuda.current_stream(self.device).wait_stream(self.stream)
+        return result
+
+    def _capture(self, run: Callable[[bool], Any], warmup: bool) -> None:
+        graph = torch.cuda.CUDAGraph()
+        pool = next(iter(self.graphs.values()))[0].pool() if self.graphs else None
+        with torch.cuda.graph(graph, pool=pool, stream=self.stream):
+            result = run(warmup)
+        self.graphs[warmup] = graph, result
+
+
+class GraphedStep:
+    """A TrainingStep on a GPU whose batches of `batch_size` samples replay a CUDA graph.
+
+    Smaller batches run as they are. Captured or not, steps of one size dispatch in the same way, so that a run that is
+    resumed draws the same random numbers whichever of its steps are captured. The tensors of a result are overwritten
+    by the next step: add them up first.
+    """
+
+    def __init__(self, step: TrainingStep, batch_size: int):
+        self.step, self.batch_size = step, batch_size
+        if step.model.moe.how == "auto":
+            step.model.moe.how = "static"
+        self.captured = Captured(step.device)
+        self.features: Tensor | None = None
+        self.labels_B: Tensor | None = None
+
+    def __call__(self, features: Tensor, labels_B: Tensor, warmup: bool) -> StepResult | None:
+        """Train on one batch."""
+        if len(labels_B) != self.batch_size:
+            return self.captured.eagerly(self.step, features, labels_B, warmup)
+        if self.features is None:
+            self.features, self.labels_B = torch.empty_like(features), torch.empty_like(labels_B)
+        self.features.copy_(features)
+        self.labels_B.copy_(labels_B)
+        return self.captured(self._on_buffers, warmup)
+
+    def _on_buffers(self, warmup: bool) -> StepResult | None:
+        return self.step(self.features, self.labels_B, warmup)

@@ -1,0 +1,48 @@
+"""The optimizer and its schedule."""
+
+import math
+
+import torch
+from torch import nn
+
+from config.optim import OptimConfig
+
+
+def lr_factor(step: int, total_steps: int, config: OptimConfig) -> float:
+    """Learning rate of a step (0-based) as a share of the peak.
+
+    Linear from 1/w to 1 over the w warm-up steps, then constant, or half a cosine down to 0 at `total_steps`
+    (Loshchilov 2017, SGDR, without restarts).
+    """
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return 1.0
+    progress = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, total_steps: int, config: OptimConfig) -> None:
+    """Give every group the learning rate of a step (0-based)."""
+    lr = config.lr * lr_factor(step, total_steps, config)
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW or Adam over the trained parameters, on a GPU in one fused kernel that a CUDA graph can replay."""
+    from timm.optim import param_groups_weight_decay  # here, because importing timm takes seconds
+
+    groups = param_groups_weight_decay(model, config.weight_decay)
+    kinds = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
+    device = next(model.parameters()).device
+    if device.type != "cuda":
+        return kinds[config.kind](groups, lr=config.lr)
+    for group in groups:  # one tensor each, which a captured step reads again
+        group["lr"] = torch.tensor(config.lr, device=device)
+    optimizer = kinds[config.kind](groups, fused=True, capturable=True)
+    optimizer._warned_capturable_if_run_uncaptured = True  # the first steps are, and PyTorch would warn of it
+    return optimizer
