@@ -82,9 +82,7 @@ def test_combination_by_hand():
     # Logits: 0.75 * log 3 = 0.823959. Probabilities (1/2, 1/2) and (3/4, 1/4) mix to (0.6875, 0.3125).
     order = torch.tensor([0, 1])
     summed = COMBINE["logits"](outputs, order, routing.assignments)[0].tolist()
-    assert summed == pytest.approx(
-        [0.823959, 0.0], abs=1e-6
-    )
+    assert summed == pytest.approx([0.823959, 0.0], abs=1e-6)
     mixed = COMBINE["probabilities"](outputs, order, routing.assignments).exp()[0].tolist()
     assert mixed == pytest.approx([0.6875, 0.3125], abs=1e-6)
 

@@ -64,10 +64,11 @@ def test_a_routing_that_claims_k_assignments_a_sample_has_them_in_order(kind, ca
         router = sharpened(build_router(config, WIDTH, experts)).train()
         for warmup in (False, True):
             routing = router(inputs_of(kind, batch), warmup)
-            if routing.assignments.top_k is not None:
+            k = routing.assignments.top_k
+            if k is not None:
                 index_A = torch.arange(len(routing.sample_A))
-                assert torch.equal(routing.sample_A, index_A // routing.assignments.top_k), (kind, experts, top_k, batch)
-                assert len(index_A) == batch * routing.assignments.top_k
+                assert torch.equal(routing.sample_A, index_A // k), (kind, experts, top_k, batch)
+                assert len(index_A) == batch * k
 
 
 @pytest.mark.parametrize("kind", KINDS)
