@@ -167,13 +167,11 @@ def table(results: dict[str, Any], hardest: int = 5) -> str:
     ]
     columns = ("experts", "expert_load", "expert_importance", "expert_accuracy", "expert_worth")
     hardly_used = results["expert_underused"]
-    for mark, label, load, weight, accuracy, worth in zip(
-        hardly_used, *(results[column] for column in columns), strict=True
-    ):
-        label += " !" if mark else ""
+    marks = [" !" if mark else "" for mark in hardly_used]
+    for mark, label, load, weight, accuracy, worth in zip(marks, *(results[c] for c in columns), strict=True):
         shown = "-" if accuracy is None else f"{100 * accuracy:.1f} %"
         change = f"{100 * worth['macro_f1_change']:+.2f}" if "macro_f1_change" in worth else "-"
-        lines.append(f"{label:<26}{100 * load:>6.1f} %{100 * weight:>6.1f} %{shown:>10}{change:>28}")
+        lines.append(f"{label + mark:<26}{100 * load:>6.1f} %{100 * weight:>6.1f} %{shown:>10}{change:>28}")
     if any(hardly_used):
         lines.append("! below 1 % of the load: the gate hardly uses the expert")
     imperfect = [(name, values["f1"]) for name, values in results["per_class"].items() if values["f1"] < 1]

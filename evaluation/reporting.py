@@ -47,7 +47,6 @@ def _report_experts(results: dict[str, Any], tracker: Tracker) -> None:
 
 def _report_classes(results: dict[str, Any], tracker: Tracker) -> None:
     experts = ("expert", [str(index) for index in range(len(results["experts"]))])
-    names = results["class_names"]
     for kind in ("class", "superclass"):
         if f"{kind}_names" in results:
             rows = (kind, results[f"{kind}_names"])

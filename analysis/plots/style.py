@@ -64,7 +64,8 @@ def heat_map(
         style = {"ha": "center", "color": "black" if norm(value) > 0.6 else "white"}
         below = 0.0 if second is None else second[row, column]
         if value > 0.005 or below > 0.005:
-            ax.text(column, row, f"{100 * value:.0f}", va="center" if second is None else "bottom", fontsize=7.5, **style)
+            place = "center" if second is None else "bottom"
+            ax.text(column, row, f"{100 * value:.0f}", va=place, fontsize=7.5, **style)
         if below > 0.005:
             ax.text(column, row + 0.05, f"({100 * below:.0f})", va="top", fontsize=6, **style)
     return image
