@@ -60,6 +60,9 @@ def not_finite(term: str, step: int, epoch: int, kept: str) -> UserError:
     kind, _, name = term.rpartition(" ")
     weight = f" or --balance.{name}" if kind == "auxiliary loss" else ""
     remedy = REMEDIES.get(term, f"lower --optim.lr{weight}")
+    if step == 1 and term != OUTPUT:  # no weight has moved yet, so that the learning rate cannot be the cause
+        cause = f"set --balance.{name} to 0 or" if weight else "lower the weights of --balance, or"
+        remedy = f"no step was taken yet, so {cause} set --router.temperature and --router.noise_std nearer to 1"
     return UserError(
         f"the {term} is not finite at step {step}, in epoch {epoch}: {remedy} (last good checkpoint: {kept})"
     )
