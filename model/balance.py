@@ -8,6 +8,8 @@ from torch import Tensor
 
 from model.routers import Router, Routing
 
+LARGEST = 1e6  # weight of a loss, far inside float32
+
 
 @dataclass
 class BalanceConfig:
@@ -34,8 +36,8 @@ class BalanceConfig:
 
     def __post_init__(self):
         for name, weight in vars(self).items():
-            if not (weight >= 0 and math.isfinite(weight)):
-                raise ValueError(f"balance.{name} is {weight}: a loss weight is finite and not negative")
+            if not 0 <= weight <= LARGEST:
+                raise ValueError(f"balance.{name} is {weight}: a loss weight is from 0 to {LARGEST:g}")
 
 
 def squared_cv(values_E: Tensor, target_E: Tensor | None = None) -> Tensor:
