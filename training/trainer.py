@@ -86,17 +86,11 @@ class Trainer:
         decay, batch_size = self.config.ema_decay, self.config.batch_size
         self.ema = ModelEmaV3(model, decay=decay, use_warmup=True) if decay else None
         captured = worth_capturing(self.config.graph, model, batch_size)
-        step = TrainingStep(
-            model,
-            self.optimizer,
-            self.balance,
-            self.config.label_smoothing,
-            self.optim.clip_norm,
-            self.config.precision,
-        )
+        smoothing, clip_norm, precision = self.config.label_smoothing, self.optim.clip_norm, self.config.precision
+        step = TrainingStep(model, self.optimizer, self.balance, smoothing, clip_norm, precision)
         self.numbers = step.numbers
         self.train_step = GraphedStep(step, batch_size) if captured else step
-        self.routing = RoutingWatch(model.moe.router.top_k, self.balance, getattr(model.moe.router, "bias_rate", 0.0))
+        self.routing = RoutingWatch(model.moe.router, self.balance, self.routing_warmup_steps)
         self.epoch, self.step = 0, 0  # epochs begun, steps done
         self.progress: Progress | None = None  # None: the epoch is over
         self.kept_at, self.kept = (0, True), "none yet"  # (step, epoch is over) and name of the last checkpoint
@@ -188,7 +182,7 @@ class Trainer:
             self._look(progress, bar)
         usage_E = (self.model.moe.usage_E - progress.usage_before_E).cpu().numpy()
         if progress.sums.learned_samples == progress.sums.samples:
-            self.routing.look(usage_E, self.epoch)
+            self.routing.check(usage_E, self.epoch, "training")
         values = progress.sums.values(usage_E, floors(self.balance, self.model.moe.router))
         return values | {"learning_rate/train": float(self.optimizer.param_groups[0]["lr"])}
 
@@ -225,7 +219,7 @@ class Trainer:
             raise not_finite("validation loss", self.step, self.epoch, self.kept)
         if self.step - self.steps_per_epoch >= self.routing_warmup_steps:
             # After an epoch of the learned gate, whose noise may have hidden what it does without.
-            self.routing.collapsed(validated.load_E, f"after epoch {self.epoch} all validation images")
+            self.routing.check(validated.load_E, self.epoch, "validation")
         return validated.values()
 
     def _save(self, keep: bool) -> None:
