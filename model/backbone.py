@@ -43,7 +43,7 @@ class BackboneConfig:
     bfloat16, for a ViT whose activations stay below its largest number, 65,504."""
 
     def __post_init__(self):
-        self.weights = None if self.weights is None else Path(self.weights).expanduser()
+        self.weights = None if self.weights is None else Path(self.weights).expanduser().absolute()
         if self.image_size is not None and self.image_size < 1:
             raise ValueError(f"backbone.image_size is {self.image_size}: it is a number of pixels")
         if not self.features:

@@ -155,7 +155,7 @@ def test_offline_run_says_what_to_do_and_leaves_no_trace(session):
     assert facts["environment"] == []
     assert facts["second"] not in (None, facts["id"])
     assert "no ClearML server is configured" in done.stdout
-    assert f"Task.import_offline_session('{facts['zip']}')" in done.stdout
+    assert f'Task.import_offline_session("{facts["zip"]}")' in done.stdout
 
 
 def test_an_error_of_the_sdk_is_said_once(session):
