@@ -23,7 +23,8 @@ from assembly.loading import load_trained
 from common.arguments import Parser
 from common.errors import EnvironmentFault, UserError, exit_code_of, leave, say
 from common.files import write_atomically
-from data.image_file import Picture, find_images, read_picture
+from data.image_file import Picture, read_picture
+from data.image_tree import find_images
 from evaluation.classify import Answer, classify
 from evaluation.trained import TrainedRun
 
@@ -93,7 +94,7 @@ def gather(paths: list[Path]) -> tuple[list[Path], list[dict[str, str]]]:
     files, failed = [], []
     for path in paths:
         try:
-            files += find_images([path])
+            files += find_images(path)
         except UserError as error:
             if len(paths) == 1:
                 raise

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn, TextIO
 
+from common.text import printable
+
 MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
@@ -61,9 +63,11 @@ def one_line(error: BaseException | str, limit: int = 300) -> str:
 
 
 def say(message: str) -> None:
-    """One line on standard error; a terminal that is gone is no reason to fail."""
-    with suppress(OSError):
-        print(message, file=sys.stderr, flush=True)
+    """One line on standard error, whatever names are in it; a terminal that is gone is no reason to fail."""
+    if sys.stderr is not None:
+        with suppress(OSError):
+            _write(sys.stderr, f"{printable(message)}\n")
+            sys.stderr.flush()
 
 
 def warn(message: str) -> None:
@@ -71,8 +75,17 @@ def warn(message: str) -> None:
     say(f"warning: {message}")
 
 
+def _write(stream: TextIO, text: str) -> None:
+    """Write text to a stream, escaping the characters that its encoding does not have."""
+    try:
+        stream.write(text)
+    except UnicodeEncodeError:
+        encoding = stream.encoding or "ascii"
+        stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+
+
 class _Output:
-    """Standard output that may be full, or a pipe that no one reads any more.
+    """Standard output that may be full, of an encoding that lacks characters, or a pipe that no one reads any more.
 
     lasting: what cannot be written is dropped and the program goes on; `finish` raises what was in the way. Else
     that is raised at once.
@@ -80,23 +93,23 @@ class _Output:
 
     def __init__(self, stream: TextIO | None, lasting: bool):
         # None: it was closed from the start, and nobody asked for lines.
-        self.stream = open(os.devnull, "w") if stream is None else stream  # noqa: SIM115
+        self.stream = open(os.devnull, "w", encoding="utf-8") if stream is None else stream  # noqa: SIM115
         self.lasting = lasting
         self._lost: Exception | None = None
 
     def write(self, text: str) -> int:
-        self._attempt("write", text)
+        self._attempt(_write, self.stream, text)
         return len(text)
 
     def flush(self) -> None:
-        self._attempt("flush")
+        self._attempt(self.stream.flush)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
 
-    def _attempt(self, method: str, *arguments: str) -> None:
+    def _attempt(self, action: Callable[..., None], *arguments: Any) -> None:
         try:
-            getattr(self.stream, method)(*arguments)
+            action(*arguments)
         except OSError as error:
             with suppress(OSError):  # what is still buffered would fail again when Python ends
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())

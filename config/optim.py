@@ -1,8 +1,10 @@
 """OptimConfig: step size, decay, schedule."""
 
-import math
 from dataclasses import dataclass
 from typing import Literal
+
+LARGEST = 1e6  # of what multiplies weights and gradients, far inside float32
+SMALLEST_NORM = 1e-6
 
 
 @dataclass
@@ -23,8 +25,15 @@ class OptimConfig:
     """Largest norm of the gradient; 0: no clipping."""
 
     def __post_init__(self):
-        if not 0 < self.lr < math.inf:
-            raise ValueError(f"optim.lr is {self.lr}: it must be finite and above 0")
-        for name in ("weight_decay", "warmup_steps", "clip_norm"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"optim.{name} is {getattr(self, name)}: it must be finite and not negative")
+        if not 0 < self.lr <= LARGEST:
+            raise ValueError(f"optim.lr is {self.lr}: it must be above 0, and at most {LARGEST:g}")
+        for name in ("weight_decay", "clip_norm"):
+            if not 0 <= getattr(self, name) <= LARGEST:
+                raise ValueError(f"optim.{name} is {getattr(self, name)}: it must be from 0 to {LARGEST:g}")
+        if 0 < self.clip_norm < SMALLEST_NORM:
+            raise ValueError(
+                f"optim.clip_norm is {self.clip_norm}, which leaves next to nothing of a gradient: it must be at least "
+                f"{SMALLEST_NORM:g}, or 0 for no clipping"
+            )
+        if self.warmup_steps < 0:
+            raise ValueError(f"optim.warmup_steps is {self.warmup_steps}: it cannot be negative")

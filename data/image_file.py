@@ -1,8 +1,7 @@
 """One image file of any format that Pillow reads, as a small square of uint8 RGB, in bounded memory."""
 
-import os
+import stat
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +11,9 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from common.errors import UserError, one_line
+from data.image_tree import formats
 
 MIN_SIDE = 4
-PROGRAMS = {"EPS"}  # PostScript is code, for which Pillow starts an interpreter
 MAX_PIXELS = 89_478_485  # Pillow's own threshold for a suspicious image: 268 MB as RGB
 # JPEGs are decoded at 1/2, 1/4 or 1/8 of their size as long as that leaves so many pixels for each one wanted.
 DRAFT_FACTOR = 4
@@ -39,14 +38,14 @@ def read_picture(path: Path, size: int, grey: bool = False) -> Picture:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of damaged metadata and of large images, which are checked here
-            with Image.open(path, formats=_formats()) as image:
+            _require_regular(path)
+            with Image.open(path, formats=formats()) as image:
                 return _read(image, path, size, grey)
     except UserError:
         raise
     except FileNotFoundError as error:
-        raise UserError(f"{path} is not there: check the name") from error
-    except IsADirectoryError as error:
-        raise UserError(f"{path} is a folder, not an image") from error
+        what = "is a link to nothing: remove it" if path.is_symlink() else "is not there: check the name"
+        raise UserError(f"{path} {what}") from error
     except UnidentifiedImageError as error:
         raise UserError(
             f"{path} cannot be read as an image (of no format that Pillow knows): convert or remove it"
@@ -55,12 +54,14 @@ def read_picture(path: Path, size: int, grey: bool = False) -> Picture:
         raise UserError(f"{path} has more than {2 * MAX_PIXELS // 10**6} megapixels: make it smaller first") from error
     except Exception as error:  # bytes that are no image make the decoders fail in every way there is
         reason = one_line(error, 120) or type(error).__name__
-        raise UserError(f"{path} cannot be read as an image ({reason}): mend or remove it") from error
+        raise UserError(f"{path} cannot be read as an image ({reason}): repair or remove it") from error
 
 
-def _formats() -> list[str]:
-    Image.init()
-    return sorted(Image.OPEN.keys() - PROGRAMS)
+def _require_regular(path: Path) -> None:
+    """Raise UserError for what has no end, or no bytes: to open a pipe waits for whoever writes to it."""
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{path} is {'a folder' if stat.S_ISDIR(mode) else 'no regular file'}, not an image")
 
 
 def _check_claim(image: Image.Image, size: int) -> None:
@@ -119,27 +120,3 @@ def _as_rgb(image: Image.Image) -> Image.Image:
         image = Image.new("RGBA", layer.size, "white")
         image.alpha_composite(layer)
     return image.convert("RGB")
-
-
-def find_images(paths: Sequence[Path]) -> list[Path]:
-    """The files named, and of each folder, at any depth and in order, those with the ending of an image format.
-
-    Raises UserError for a folder without an image. A file that is named need not exist: reading it tells.
-    """
-    formats = set(_formats())
-    endings = {ending for ending, name in Image.registered_extensions().items() if name in formats}
-    files = []
-    for path in paths:
-        if not path.is_dir():
-            files.append(path)
-            continue
-        found = [
-            Path(folder) / name
-            for folder, _, names in os.walk(path)
-            for name in names
-            if Path(name).suffix.lower() in endings and not name.startswith(".")
-        ]
-        if not found:
-            raise UserError(f"{path} holds no file with the ending of an image, such as .png or .jpg")
-        files += sorted(found)
-    return files

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.routers import group_columns
+from model.routers.config import WIDEST
 
 Size = Literal["small", "medium", "large", "very_large"] | list[int]
 
@@ -117,8 +118,8 @@ def _check_size(name: str, size: str | list[int]) -> None:
     if isinstance(size, str):
         if size not in SIZES:
             raise ValueError(f"{name} has '{size}': known sizes are {', '.join(SIZES)}, or a list of ints")
-    elif any(width < 1 for width in size):
-        raise ValueError(f"{name} has {size}: hidden layers need 1 unit or more")
+    elif not all(1 <= width <= WIDEST for width in size):
+        raise ValueError(f"{name} has {size}: hidden layers have from 1 to {WIDEST:,} units")
 
 
 class Expert(nn.Sequential):

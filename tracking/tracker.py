@@ -70,8 +70,11 @@ class Tracker:
         cells = [["" if isinstance(v, float) and not _is_finite(v) else v for v in row] for row in rows]
         self._log("report_table", title, series, iteration=0, table_plot=[list(header), *cells])
 
-    def bars(self, title: str, series: str, labels: Sequence[str], values: dict[str, Sequence[float]]) -> None:
-        """Grouped bars, one group a label and one colour a key of `values`, among the plots; drawn by the viewer."""
+    def bars(self, title: str, series: str, labels: Sequence[str], values: dict[str, Sequence[float | None]]) -> None:
+        """Grouped bars, one group a label and one colour a key of `values`, among the plots; drawn by the viewer.
+
+        A value that is None or not finite is a gap.
+        """
         heights = [[_drawn(value) for value in row] for row in values.values()]
         self._log("report_histogram", title, series, heights, 0, labels=list(values), xlabels=list(labels))
 
@@ -79,11 +82,14 @@ class Tracker:
         self,
         title: str,
         series: str,
-        values: Sequence[Sequence[float]],
+        values: Sequence[Sequence[float | None]],
         rows: tuple[str, Sequence[str]],
         columns: tuple[str, Sequence[str]],
     ) -> None:
-        """A heat map, first row on top, among the plots. rows, columns: what they are, and the name of each."""
+        """A heat map, first row on top, among the plots; a value that is None or not finite is a gap.
+
+        rows, columns: what they are, and the name of each.
+        """
         self._log(
             "report_confusion_matrix",
             title,
@@ -253,9 +259,9 @@ def _first_task(attempts: Sequence[str], tolerant: bool, *task: Any) -> tuple[Cl
     return None, reasons
 
 
-def _drawn(value: float | None) -> float:
-    """The value, or 0 for one that is not finite, which no plot can hold."""
-    return float(value) if _is_finite(value) else 0.0
+def _drawn(value: float | None) -> float | None:
+    """The value, or None, which plots leave out, for one that is not finite."""
+    return float(value) if _is_finite(value) else None
 
 
 def _is_finite(value: float | None) -> bool:

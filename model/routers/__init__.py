@@ -1,6 +1,6 @@
 """Routers: who sees whom, with what weight. One class per routing rule; each returns a Routing."""
 
-from model.routers.base import Router, Routing, group_columns
+from model.routers.base import Router, group_columns
 from model.routers.config import RouterConfig
 from model.routers.expert_choice import ExpertChoiceRouter
 from model.routers.hash import HashRouter
@@ -16,6 +16,7 @@ from model.routers.rules import (
     load_probability,
 )
 from model.routers.soft import SoftMoERouter
+from model.routing import Routing
 
 __all__ = ["ROUTERS", "Router", "RouterConfig", "Routing", "build_router", "group_columns", "load_probability"]
 

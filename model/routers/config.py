@@ -10,6 +10,9 @@ from model.routers.capacity import exact
 LARGEST, SMALLEST = 1e6, 1e-6
 """Bounds of what multiplies or divides logits, so that float32 holds the results."""
 
+WIDEST = 1_000_000_000
+"""Units of a layer and the like: more have no place in any memory."""
+
 READ_BY = {
     "noise_std": ("article", "vmoe"),
     "jitter": ("switch",),
@@ -97,8 +100,8 @@ class RouterConfig:
     def __post_init__(self):
         if self.top_k < 1:
             raise ValueError(f"router.top_k is {self.top_k}: at least one expert must see a sample")
-        if any(width < 1 for width in self.hidden):
-            raise ValueError(f"router.hidden is {self.hidden}: hidden layers need 1 unit or more")
+        if not all(1 <= width <= WIDEST for width in self.hidden):
+            raise ValueError(f"router.hidden is {self.hidden}: hidden layers have from 1 to {WIDEST:,} units")
         for name in ("dropout", "jitter"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"router.{name} is {getattr(self, name)}: it must be at least 0 and below 1")
@@ -114,8 +117,8 @@ class RouterConfig:
         if self.warmup_steps < 0:
             raise ValueError(f"router.warmup_steps is {self.warmup_steps}: it cannot be negative")
         for name in ("groups", "top_groups", "slots"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"router.{name} is {getattr(self, name)}: it must be at least 1")
+            if not 1 <= getattr(self, name) <= WIDEST:
+                raise ValueError(f"router.{name} is {getattr(self, name)}: it must be from 1 to {WIDEST:,}")
         if self.capacity_factor is not None and not 0 < self.capacity_factor < math.inf:
             raise ValueError(f"router.capacity_factor is {self.capacity_factor}: it must be finite and above 0")
         if self.overflow != "drop" and self.capacity_factor is None:

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from model.norm import Standardise
-from model.routers.base import Routing
 from model.routers.config import RouterConfig
 from model.routers.token_choice import TokenChoiceRouter
+from model.routing import Routing
 
 
 class HashRouter(TokenChoiceRouter):

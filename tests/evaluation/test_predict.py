@@ -14,9 +14,9 @@ import predict
 from analysis.plots.pictures import explanation
 from assembly.loading import load_trained
 from assembly.pipeline import build_bank
-from common.errors import UserError, exit_code_of
+from common.errors import exit_code_of
 from data.datasets import load_splits
-from data.image_file import find_images, read_picture
+from data.image_file import read_picture
 from evaluation.classify import classify
 from evaluation.predict import predict as predict_split
 
@@ -143,7 +143,8 @@ def test_json_is_one_document_and_explain_a_picture(tiny_run, digits, bad, tmp_p
     words = (tmp_path / "images", broken, "--json", "--top", 3, "--explain", picture)
     code, out, err = run(monkeypatch, capsys, tiny_run, *words, "--device", "cpu")
     document = json.loads(out)
-    assert code == 1 and len(err) == 3
+    assert code == 1 and len(err) == 4
+    assert err[0].endswith(f"not that of an image (.txt): {images}/notes.txt")
     assert [document[key] for key in ("run", "data", "backbone")] == [str(tiny_run), "digits", "bundled/vit_micro"]
     assert [row["file"] for row in document["images"]] == [str(images / f"{index}.png") for index in range(3)]
     assert [row["file"] for row in document["failed"]] == [str(broken)]
@@ -175,16 +176,6 @@ def test_an_answer_given_with_shared_experts_is_called_so(trained, digits):
     shown = [predict.text("a.png", Namespace(notes=()), answer, shared) for shared in (False, True)]
     assert "alone: " in shown[0] and "with the shared" not in shown[0]
     assert shown[1] == shown[0].replace("alone: ", "with the shared: ")
-
-
-def test_a_folder_gives_its_images_in_order(tmp_path):
-    for name in ("b.PNG", "a.jpg", ".hidden.png", "c.txt", "sub/d.webp"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    assert [path.name for path in find_images([tmp_path, tmp_path / "c.txt"])] == ["a.jpg", "b.PNG", "d.webp", "c.txt"]
-    (tmp_path / "none").mkdir()
-    with pytest.raises(UserError, match="no file with the ending of an image"):
-        find_images([tmp_path / "none"])
 
 
 def test_mistakes_are_one_line(tiny_run, tmp_path, monkeypatch, capsys):

@@ -108,7 +108,7 @@ def test_plots_are_data_that_the_comparison_can_lay_side_by_side(online):
         if event["type"] == "plot" and event["task"] == facts["first"]
     }
     load, weight = plots["expert load", "test"]["data"]
-    assert (load["name"], load["y"], weight["y"]) == ("load", [0.25, 0.75], [0.5, 0.0])
+    assert (load["name"], load["y"], weight["y"]) == ("load", [0.25, 0.75], [0.5, None])
     (matrix,) = plots["experts by class", "test"]["data"]
     assert matrix["z"] == [[0.125, 0.875], [1, 0]]
     assert (matrix["y"], matrix["x"]) == (["apple", "bear"], ["0", "1"])

@@ -17,6 +17,7 @@ from model.classifier import AttentionNeck, NeckConfig
 from storage.checkpoint import check_inputs, load_checkpoint, save_checkpoint
 from storage.export import export_model, load_exported, read_description
 from storage.folder import RunFolder
+from training.health import OUTPUT, not_finite
 from training.optim import lr_factor
 from training.trainer import TrainConfig, steps_an_epoch
 
@@ -107,8 +108,24 @@ def test_a_loss_that_is_not_finite_stops_with_the_step(tmp_path, splits):
     trainer = make_trainer(tmp_path, splits)
     with torch.no_grad():
         trainer.model.moe.experts[0][0].weight.fill_(math.nan)
-    with pytest.raises(UserError, match=r"the task loss is not finite at step 1, in epoch 1: lower --optim.lr"):
+    with pytest.raises(UserError, match=r"the task loss is not finite at step 1, in epoch 1: no step was taken yet"):
         trainer.fit()
+
+
+@pytest.mark.parametrize(
+    ("term", "step", "words"),
+    [
+        ("gradient", 9, "lower --optim.lr, or set --optim.clip_norm"),
+        ("gradient", 1, "lower the weights of --balance, or set --router.temperature"),
+        ("auxiliary loss z_loss", 9, "lower --optim.lr or --balance.z_loss"),
+        ("auxiliary loss z_loss", 1, "set --balance.z_loss to 0 or set --router.temperature"),
+        (OUTPUT, 1, "use float32"),
+    ],
+)
+def test_the_advice_where_a_number_is_not_finite_fits_the_step(term, step, words):
+    message = str(not_finite(term, step, 1, "none"))
+    assert words in message
+    assert ("optim.lr" in message) == (step > 1 and term != OUTPUT)  # it has done nothing before the first step
 
 
 def test_a_batch_larger_than_the_split_is_refused(tmp_path, splits):

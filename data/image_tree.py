@@ -1,0 +1,253 @@
+"""What an image file, a class folder and a split are, for training and prediction alike.
+
+An image file is a regular file with the ending of a format that Pillow reads, at any depth of a folder. Hidden files
+and folders are not there. Links are followed, to each file once and never back to a folder above; a file belongs to
+one class of one split. What is left out is said, a line for each reason.
+"""
+
+import os
+import stat
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+from PIL import Image
+
+from common.errors import EnvironmentFault, UserError, warn
+
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing"),
+}
+UNREAD = {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # a program; formats of which Pillow knows the header alone
+HIDDEN = {"__macosx", "@eadir", "$recycle.bin", "system volume information", "thumbs.db", "desktop.ini"}
+
+SHARED = "holds no image of its own: each is in another class or split as well, by a link: keep it in one"
+
+
+@cache
+def formats() -> tuple[str, ...]:
+    """The formats that Pillow reads without running a program."""
+    Image.init()
+    return tuple(sorted(Image.OPEN.keys() - UNREAD))
+
+
+@cache
+def endings() -> frozenset[str]:
+    """Their endings, in lower case and with the dot."""
+    known = {*formats(), "MPO"}  # a camera's photo and its previews, which the reader of JPEGs opens
+    return frozenset(ending for ending, name in Image.registered_extensions().items() if name in known)
+
+
+def hidden(name: str) -> bool:
+    """Whether a file or folder of that name is passed over: dot files, and what systems leave between images."""
+    return name.startswith(".") or name.lower() in HIDDEN
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """path: as it was found. key: what is equal for all names of one file, None where it cannot be read. linked:
+    whether a link led to it."""
+
+    path: Path
+    key: tuple[int, int] | None
+    linked: bool
+
+
+@dataclass
+class LeftOut:
+    """What a search passes over, by reason; `tell` says it."""
+
+    files: list[Path] = field(default_factory=list)
+    special: list[Path] = field(default_factory=list)
+    outside: list[Path] = field(default_factory=list)
+    loops: list[Path] = field(default_factory=list)
+    repeated: list[tuple[Path, Path]] = field(default_factory=list)
+    folders: list[Path] = field(default_factory=list)
+
+    def tell(self) -> None:
+        """Warn of it: one line for each reason, with the first example."""
+        kinds = Counter(path.suffix.lower() or "none" for path in self.files).most_common(5)
+        reasons = {
+            f"left out, as its ending is not that of an image ({', '.join(kind for kind, _ in kinds)})": self.files,
+            "left out, as it is not a regular file": self.special,
+            "left out, as it is not in a class folder": self.outside,
+            f"left out, as its name is not that of a split ({', '.join(sum(SPLITS.values(), ()))})": self.folders,
+            "not followed, as it leads back to a folder above it": self.loops,
+            "counted once": [f"{path} is {kept} by another name" for path, kept in self.repeated],
+        }
+        for reason, found in reasons.items():
+            if found:
+                warn(f"{reason}: {found[0]}" + (f", and {len(found) - 1:,} more" if len(found) > 1 else ""))
+
+
+def find_images(path: Path) -> list[Path]:
+    """The file itself; of a folder the images at any depth, in the order of their folders and names, each file once.
+
+    A file need not exist: reading it tells. Raises UserError for a folder without an image, EnvironmentFault for one
+    that cannot be read.
+    """
+    if not path.is_dir():
+        return [path]
+    left_out = LeftOut()
+    found = _once(_walk(path, (os.path.realpath(path),), False, left_out), left_out)
+    left_out.tell()
+    if not found:
+        raise UserError(f"{path} holds no file with the ending of an image, such as .png or .jpg")
+    return [file.path for file in found]
+
+
+def _once(found: Sequence[ImageFile], left_out: LeftOut) -> list[ImageFile]:
+    """The files of each key under one name: where the file lies itself, else the first in order."""
+    kept: dict[object, ImageFile] = {}
+    for file in sorted(found, key=lambda file: file.linked):
+        first = kept.setdefault(file.key or file.path, file)
+        if first is not file:
+            left_out.repeated.append((file.path, first.path))
+    return sorted(kept.values(), key=lambda file: (str(file.path.parent), file.path.name))
+
+
+def _walk(folder: Path, above: tuple[str, ...], linked: bool, left_out: LeftOut) -> list[ImageFile]:
+    """Every image below a folder. Links to folders come last, so that what lies there itself is found as such.
+
+    above: real folders that a link must not lead back to, nor above. linked: whether a link led here already.
+    """
+    found: list[ImageFile] = []
+    seen: dict[tuple[int, int], Path] = {}
+    folders, links = deque([(folder, above, linked)]), deque()
+    while folders or links:
+        place, above, linked = (folders or links).popleft()
+        if (key := _key(place.stat())) in seen:
+            left_out.repeated.append((place, seen[key]))
+            continue
+        seen[key] = place
+        for path, status, is_link in _entries(place):
+            if not _is_folder(status):
+                if _is_image(path, status, left_out):
+                    found.append(ImageFile(path, status and _key(status), linked or is_link))
+            elif not is_link:
+                folders.append((path, above, linked))
+            elif _leads_back(path, (*above, os.path.realpath(place))):
+                left_out.loops.append(path)
+            else:
+                links.append((path, (*above, os.path.realpath(place)), True))
+    return found
+
+
+def _is_folder(status: os.stat_result | None) -> bool:
+    return status is not None and stat.S_ISDIR(status.st_mode)
+
+
+def _is_image(path: Path, status: os.stat_result | None, left_out: LeftOut) -> bool:
+    if path.suffix.lower() not in endings():
+        left_out.files.append(path)
+    elif status is not None and not stat.S_ISREG(status.st_mode):  # a pipe would be waited for without end
+        left_out.special.append(path)
+    else:  # a link to nothing as well: reading it tells
+        return True
+    return False
+
+
+def _entries(folder: Path) -> Iterator[tuple[Path, os.stat_result | None, bool]]:
+    """(path, status of what it leads to, whether it is a link) of all that is not hidden, in order."""
+    try:
+        with os.scandir(folder) as entries:
+            shown = sorted((entry for entry in entries if not hidden(entry.name)), key=lambda entry: entry.name)
+    except OSError as error:
+        raise EnvironmentFault(f"{folder} cannot be read: {error.strerror}; fix its permissions") from error
+    for entry in shown:
+        try:
+            status = entry.stat()
+        except OSError:  # a link to nothing, or to itself
+            status = None
+        yield folder / entry.name, status, entry.is_symlink()
+
+
+def _key(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
+
+
+def _leads_back(link: Path, chain: Sequence[str]) -> bool:
+    """Whether a link leads to one of the real folders in `chain`, or to one above it."""
+    target = os.path.join(os.path.realpath(link), "")
+    return any(os.path.join(place, "").startswith(target) for place in chain)
+
+
+def find_splits(root: Path, left_out: LeftOut) -> dict[str, Path]:
+    """The folder of each split that `root` has: train, validation, test, under any of their names.
+
+    Raises UserError where two folders are the same split, or none is train.
+    """
+    meant = {name: split for split, names in SPLITS.items() for name in names}
+    found: dict[str, Path] = {}
+    for path, status, _ in _entries(root) if root.is_dir() else ():
+        if not _is_folder(status):
+            continue
+        split = meant.get(path.name.lower())
+        if split is None:
+            left_out.folders.append(path)
+        elif split in found:
+            raise UserError(f"{root} has both {found[split].name}/ and {path.name}/: keep the one to use as {split}")
+        else:
+            found[split] = path
+    if "train" not in found:
+        _refuse_without_train(root, meant)
+    return {split: found[split] for split in SPLITS if split in found}
+
+
+def _refuse_without_train(root: Path, meant: dict[str, str]) -> None:
+    above = root.absolute().parent
+    if root.name.lower() in meant and any((above / name).is_dir() for name in SPLITS["train"]):
+        raise UserError(f"--data.root {root} is the {root.name} folder of a data set: name its parent, {above}")
+    raise UserError(f"{root / 'train'} is not a folder: --data.root needs train/CLASS/IMAGE (and maybe val/, test/)")
+
+
+def find_classes(split: Path, left_out: LeftOut) -> list[Path]:
+    """The class folders of a split, in order; images beside them are left out."""
+    folders, real = [], os.path.realpath(split)
+    for path, status, is_link in _entries(split):
+        if not _is_folder(status):
+            if _is_image(path, status, left_out):
+                left_out.outside.append(path)
+        elif is_link and _leads_back(path, (real,)):
+            left_out.loops.append(path)
+        else:
+            folders.append(path)
+    return folders
+
+
+def label_files(
+    splits: dict[str, Path], classes: Sequence[str], left_out: LeftOut
+) -> dict[str, list[tuple[Path, int]]]:
+    """The images of each split with their labels; a file has one: that of the place where it lies itself, or the first.
+
+    Raises UserError for a class folder that train does not have, and for a split, or a class of train, without images.
+    """
+    claims: list[tuple[ImageFile, str, int]] = []
+    for name, folder in splits.items():
+        for place in find_classes(folder, left_out):
+            if place.name not in classes:
+                raise UserError(
+                    f"{folder} has class folder '{place.name}' that {splits['train'].name}/ does not have: add it "
+                    "there or remove it"
+                )
+            above = (os.path.realpath(folder), os.path.realpath(place))
+            found = _walk(place, above, folder.is_symlink() or place.is_symlink(), left_out)
+            claims += [(file, name, classes.index(place.name)) for file in _once(found, left_out)]
+    kept = {id(file) for file in _once([file for file, _, _ in claims], left_out)}
+    labelled = {}
+    for name, folder in splits.items():
+        claimed = {label for _, split, label in claims if split == name}
+        labelled[name] = [(file.path, label) for file, split, label in claims if split == name and id(file) in kept]
+        present = {label for _, label in labelled[name]}
+        if not present:
+            raise UserError(
+                f"{folder} {SHARED if claimed else 'has no image: expected CLASS/FILE with the ending of one'}"
+            )
+        for label in sorted(set(range(len(classes))) - present) if name == "train" else ():
+            why = SHARED if label in claimed else "holds no image: add some"
+            raise UserError(f"{folder / classes[label]} {why}, or remove the folder")
+    return labelled
