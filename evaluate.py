@@ -6,6 +6,7 @@ python evaluate.py --compare RUN RUN ...    one table and one figure, of run fol
 """
 
 from common.errors import leave_on_signal
+from common.network import reachable
 
 if __name__ == "__main__":
     leave_on_signal()  # before the imports, which take seconds
@@ -98,7 +99,7 @@ def score(options: argparse.Namespace) -> None:
     device = pick_device(config.device)
     splits = load_splits(config.data)
     with blaming_files():
-        backbone = load_backbone(config.backbone, device)
+        backbone = load_backbone(config.backbone, device, reachable)
     bank = build_bank(config, splits, backbone, device)
     with blaming_files():
         check_inputs(described, identity(config, splits, backbone, bank.feature_shape), run.weights)

@@ -8,6 +8,7 @@ python train.py --resume runs/cifar100-20260101-120000 go on with an interrupted
 """
 
 from common.errors import leave_on_signal
+from common.network import reachable
 
 if __name__ == "__main__":
     leave_on_signal()  # before the imports, which take seconds
@@ -86,7 +87,7 @@ def load_inputs(config: Config) -> Inputs:
     """Device, data and backbone: what can be missing, before anything is written."""
     device, splits = pick_device(config.device), load_splits(config.data)
     steps_an_epoch(config.train, config.router.random_steps, len(splits.train))  # raises for what cannot be trained
-    return device, splits, load_backbone(config.backbone, device)
+    return device, splits, load_backbone(config.backbone, device, reachable)
 
 
 def train(run: RunFolder, config: Config, inputs: Inputs, tracker: Tracker, checkpoint: dict | None) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from assembly.pipeline import build_model, pick_device
 from common.errors import EnvironmentFault, UserError, blaming_files
+from common.network import reachable
 from common.paths import absolute
 from common.text import command
 from config.config import Config, config_from_dict
@@ -30,7 +31,7 @@ def load_trained(
     config = configure(described["config"], device, weights=weights)
     device = pick_device(config.device)
     with blaming_files():
-        backbone = load_backbone(config.backbone, device)
+        backbone = load_backbone(config.backbone, device, reachable)
         here = {"name": config.backbone.name, "fingerprint": backbone.fingerprint()}
         check_inputs(described, {**described, "backbone": here}, run.weights)
         class_names = tuple(described["class_names"])

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from model.experts import Experts
-from model.grouped import GroupedExperts, after_first, fits, has_kernel, joined
-from model.routing import Assignments
-from model.rows import gather, inverse, pick
+from .experts import Experts
+from .grouped import GroupedExperts, after_first, fits, has_kernel, joined
+from .routing import Assignments
+from .rows import gather, inverse, pick
 
 # Set by benchmarks/dispatch.py on an H200; the ways are within its noise of one another near these numbers. Samples
 # times the experts' parameters up to which every expert on every sample takes no longer than the launches of any other

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.experts import Expert
+from .experts import Expert
 
 ALIGNMENT = 8  # numbers: rows of the grouped kernel's operands begin at multiples of 16 bytes
 
