@@ -310,9 +310,7 @@ def test_the_page_opens_in_a_real_browser(evaluated, tmp_path):
     copy.write_text(run.report.read_text(encoding="utf-8").replace("</head>", probe), encoding="utf-8")
     options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
     options += ["--window-size=1000,800", "--host-resolver-rules=MAP * ~NOTFOUND", "--dump-dom"]
-    result = subprocess.run(
-        [browser(), *options, copy.as_uri()], capture_output=True, text=True, timeout=60, check=False
-    )
+    result = subprocess.run([browser(), *options, copy.as_uri()], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     title = result.stdout.split("<title>", 1)[1].split("</title>", 1)[0]
     seen = json.loads(title.replace("&quot;", '"'))
