@@ -16,6 +16,7 @@ from assembly.pipeline import build_trainer, load_inputs
 from assembly.start import announce, start_tracking
 from common.errors import exit_code_of, leave
 from common.signals import stoppable
+from common.text import printable
 from config.config import parse_command_line, write_config
 from evaluation.evaluation import evaluate, table
 from storage.export import export_model
@@ -42,7 +43,7 @@ def main() -> None:
             tracker.model(run.weights, name=run.path.name)
             trainer.model.load_state_dict(best["model"])
             print(table(evaluate(run, config, trainer.model, trainer.bank, tracker)))
-            print(f"run folder   {run.path}")
+            print(f"run folder   {printable(run.path)}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ import torch
 
 from common.errors import EnvironmentFault, UserError, one_line, warn
 from common.memory import installed_memory
+from common.network import reachable
+from common.text import printable
 from config.config import DEVICES, Config
 from data.datasets import load_splits
 from data.image_set import Splits
@@ -42,7 +44,7 @@ def load_inputs(config: Config) -> Inputs:
         warn(line)
     device, splits = pick_device(config.device), load_splits(config.data)
     steps_an_epoch(config.train, config.router.random_steps, len(splits.train))
-    return Inputs(device, splits, load_backbone(config.backbone, device))
+    return Inputs(device, splits, load_backbone(config.backbone, device, reachable))
 
 
 def pick_device(name: str) -> torch.device:
@@ -141,5 +143,5 @@ def build_trainer(
         trainer.load_state_dict(checkpoint)
         trainer.best = best_kept(run, config, checkpoint)
         run.results.unlink(missing_ok=True)  # of weights that are about to change
-        print(f"resuming     {run.path} after {trainer.position} of {config.train.epochs}")
+        print(f"resuming     {printable(run.path)} after {trainer.position} of {config.train.epochs}")
     return trainer

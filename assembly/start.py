@@ -3,6 +3,7 @@
 from typing import Any
 
 from assembly.pipeline import Inputs
+from common.text import printable
 from config.config import Config
 from evaluation.cost import cost
 from features.extraction import warn_of_hours
@@ -39,4 +40,4 @@ def announce(config: Config, inputs: Inputs, trainer: Trainer) -> None:
     costs = cost(trainer.model, inputs.backbone, trainer.bank.feature_shape)
     print("\n".join(costs.lines()))
     warn_of_hours(trainer.bank, costs.backbone_flops, config.train.epochs)
-    print(f"run folder   {trainer.run.path}", flush=True)
+    print(f"run folder   {printable(trainer.run.path)}", flush=True)

@@ -7,6 +7,7 @@ import difflib
 import hashlib
 import sys
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -14,10 +15,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from common.archives import check_archive
-from common.errors import EnvironmentFault, UserError, one_line
-from common.network import reachable
-from model.fast_vit import fast_copy
+from .archives import check_archive
+from .errors import InputError, UnavailableError, one_line
+from .fast_vit import fast_copy
 
 POOLS = ("cls", "mean", "tokens")
 BUNDLED = "bundled/vit_micro"
@@ -43,7 +43,7 @@ class BackboneConfig:
     bfloat16, for a ViT whose activations stay below its largest number, 65,504."""
 
     def __post_init__(self):
-        self.weights = None if self.weights is None else Path(self.weights).expanduser()
+        self.weights = None if self.weights is None else Path(self.weights).expanduser().absolute()
         if self.image_size is not None and self.image_size < 1:
             raise ValueError(f"backbone.image_size is {self.image_size}: it is a number of pixels")
         if not self.features:
@@ -75,7 +75,7 @@ class Backbone(nn.Module):
     forward: normalised images (B, 3, S, S) -> float32 features (B, F), or tokens (B, T, D) for `tokens:BLOCK`.
     Each block's tokens pass the ViT's final norm, as DINOv2's `get_intermediate_layers(norm=True)` does.
     dtype: arithmetic of the forward pass. Where it is not float32, a `fast_copy` of `vit` in it does the work.
-    Raises UserError for a block or a class token that the ViT has not.
+    Raises InputError for a block or a class token that the ViT has not.
     """
 
     def __init__(self, vit: nn.Module, features: list[str], dtype: torch.dtype = torch.float32):
@@ -90,7 +90,7 @@ class Backbone(nn.Module):
         self.blocks = sorted({block for _, block in self.features})
         self.has_class_token = getattr(vit, "cls_token", None) is not None
         if any(pool == "cls" for pool, _ in self.features) and not self.has_class_token:
-            raise UserError(
+            raise InputError(
                 f"backbone.features {features}: this ViT has no class token; use mean:BLOCK or tokens:BLOCK"
             )
         data = resolve_model_data_config(vit)
@@ -101,7 +101,7 @@ class Backbone(nn.Module):
     @staticmethod
     def _block(block: int, depth: int) -> int:
         if not -depth <= block < depth:
-            raise UserError(
+            raise InputError(
                 f"backbone.features names block {block}: this ViT has blocks 0 to {depth - 1}; -1 is the last of any"
             )
         return block % depth
@@ -151,15 +151,18 @@ class Backbone(nn.Module):
         return digest.hexdigest()
 
 
-def load_backbone(config: BackboneConfig, device: torch.device) -> Backbone:
+def load_backbone(
+    config: BackboneConfig, device: torch.device, reachable: Callable[[str], bool] | None = None
+) -> Backbone:
     """Build the configured backbone on `device`.
 
-    Raises UserError for an unknown name, a model that is no ViT, or weights that do not fit, and
-    EnvironmentFault for weights that would have to be downloaded and cannot.
+    reachable: whether the host of a URL answers, asked before a download that would be tried for most of a minute
+    (None: not asked). Raises InputError for an unknown name, a model that is no ViT, or weights that do not fit, and
+    UnavailableError for weights that would have to be downloaded and cannot.
     """
-    vit = _load_vit(config)
+    vit = _load_vit(config, reachable)
     if not (hasattr(vit, "forward_intermediates") and hasattr(vit, "num_prefix_tokens") and hasattr(vit, "blocks")):
-        raise UserError(
+        raise InputError(
             f"backbone.name {config.name} is not a ViT with tokens: choose one, such as vit_small_patch16_224"
         )
     automatic = "bfloat16" if device.type == "cuda" else "float32"
@@ -167,7 +170,7 @@ def load_backbone(config: BackboneConfig, device: torch.device) -> Backbone:
     return Backbone(vit, config.features, dtype).to(device)
 
 
-def _load_vit(config: BackboneConfig) -> nn.Module:
+def _load_vit(config: BackboneConfig, reachable: Callable[[str], bool] | None) -> nn.Module:
     import timm
 
     if config.name == BUNDLED:
@@ -175,7 +178,7 @@ def _load_vit(config: BackboneConfig) -> nn.Module:
     if not timm.is_model(config.name.split(".")[0]):
         close = difflib.get_close_matches(config.name, timm.list_models() + timm.list_models(pretrained=True), n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else "timm.list_models('vit*') lists them"
-        raise UserError(f"backbone.name '{config.name}' is not a timm model: {hint}")
+        raise InputError(f"backbone.name '{config.name}' is not a timm model: {hint}")
     options = {} if config.image_size is None else {"img_size": config.image_size}
     if config.weights is not None:
         state = _read_weights(config.weights)
@@ -186,15 +189,15 @@ def _load_vit(config: BackboneConfig) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return _create(config, pretrained=False, **options)
-    _require_download(config.name)
+    _require_download(config.name, reachable)
     return _create(config, pretrained=True, **options)
 
 
 def _load_bundled(config: BackboneConfig) -> nn.Module:
-    from model.vit_micro import load_vit_micro, vit_micro
+    from .vit_micro import load_vit_micro, vit_micro
 
     if config.image_size is not None or config.weights is not None:
-        raise UserError(
+        raise InputError(
             f"backbone.name {BUNDLED} has its own weights and size: leave out backbone.weights and image_size"
         )
     if config.pretrained:
@@ -211,10 +214,10 @@ def _create(config: BackboneConfig, **options) -> nn.Module:
         return timm.create_model(config.name, num_classes=0, **options)
     except (RuntimeError, TypeError, ValueError, AssertionError, KeyError) as error:
         reason = one_line(error)
-        raise UserError(f"backbone {config.name} cannot be built: {reason}") from error
+        raise InputError(f"backbone {config.name} cannot be built: {reason}") from error
     except OSError as error:
         reason = one_line(error, 200)
-        raise EnvironmentFault(f"backbone {config.name}: its weights could not be loaded: {reason}") from error
+        raise UnavailableError(f"backbone {config.name}: its weights could not be loaded: {reason}") from error
 
 
 def _load_converted(vit: nn.Module, state: dict[str, Tensor], config: BackboneConfig) -> None:
@@ -231,12 +234,14 @@ def _load_converted(vit: nn.Module, state: dict[str, Tensor], config: BackboneCo
         for name, shape in own.items():
             if name in state and state[name].shape != shape:
                 shapes = f"{name} is {_by(state[name].shape)} in the file and {_by(shape)} in the model"
-                raise UserError(f"{place}: it belongs to another model ({shapes}); {remedy}")
+                raise InputError(f"{place}: it belongs to another model ({shapes}); {remedy}")
         missing, _ = vit.load_state_dict(state, strict=False)
+    except InputError:
+        raise
     except (RuntimeError, KeyError, AttributeError, IndexError, ValueError, TypeError) as error:
-        raise UserError(f"{place}: it belongs to another model ({one_line(error, 120)}); {remedy}") from error
+        raise InputError(f"{place}: it belongs to another model ({one_line(error, 120)}); {remedy}") from error
     if missing:
-        raise UserError(
+        raise InputError(
             f"{place}: {len(missing)} of its weights are missing from the file, {missing[0]} the first; {remedy}"
         )
 
@@ -247,11 +252,11 @@ def _by(shape: torch.Size) -> str:
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a local file, read without running code. Raises UserError."""
+    """The tensors of a local file, read without running code. Raises InputError."""
     from safetensors.torch import load_file
 
     if not path.is_file():
-        raise UserError(f"backbone.weights {path} is not a file")
+        raise InputError(f"backbone.weights {path} is not a file")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -259,7 +264,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
             check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # bytes that are no tensors make the readers fail in every way there is
-        raise UserError(
+        raise InputError(
             f"backbone.weights {path} is not a readable file of tensors ({type(error).__name__}): it is truncated, of "
             "another format, or holds more than tensors; convert it to .safetensors"
         ) from error
@@ -267,11 +272,11 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"backbone.weights {path} holds no state dict: expected names and tensors")
+        raise InputError(f"backbone.weights {path} holds no state dict: expected names and tensors")
     return state
 
 
-def _require_download(name: str) -> None:
+def _require_download(name: str, reachable: Callable[[str], bool] | None) -> None:
     """Fail at once, with what to do, where timm would retry a hub that cannot be reached for most of a minute."""
     import timm
     from huggingface_hub import constants, try_to_load_from_cache
@@ -281,16 +286,15 @@ def _require_download(name: str) -> None:
         config = timm.get_pretrained_cfg(name)
     except RuntimeError as error:
         known = ", ".join(timm.list_pretrained(f"{architecture}.*")) or "none"
-        raise UserError(f"backbone.name {name} names weights that timm does not have; it has {known}") from error
+        raise InputError(f"backbone.name {name} names weights that timm does not have; it has {known}") from error
     if config is None or not config.has_weights:
-        raise UserError(f"backbone.name {name} has no pretrained weights in timm: pass --backbone.weights FILE")
+        raise InputError(f"backbone.name {name} has no pretrained weights in timm: pass --backbone.weights FILE")
     files = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", config.hf_hub_filename)
     hub = config.hf_hub_id
     if hub and any(isinstance(try_to_load_from_cache(hub, file), str) for file in files if file):
         return
-    url = constants.ENDPOINT if hub else config.url
-    if not reachable(url):
-        raise EnvironmentFault(
+    if reachable is not None and not reachable(url := constants.ENDPOINT if hub else config.url):
+        raise UnavailableError(
             f"the weights of {name} are not on this machine and {url} cannot be reached: pass a local file with "
             "--backbone.weights FILE, or run without a download: python train.py --config configs/digits.yaml"
         )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.routers import Router, Routing
+from .routers import Router, Routing
 
 LARGEST = 1e6  # weight of a loss, far inside float32
 

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from model.dispatch import COMBINE, dispatch
-from model.experts import ExpertsConfig, build_experts
-from model.routers import RouterConfig, Routing, build_router
+from .dispatch import COMBINE, dispatch
+from .experts import ExpertsConfig, build_experts
+from .routers import RouterConfig, Routing, build_router
 
 
 class MixtureOfExperts(nn.Module):

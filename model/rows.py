@@ -7,7 +7,7 @@ may name a row twice. These know which of their rows count, and how often, unles
 import torch
 from torch import Tensor
 
-from model.routing import Assignments
+from .routing import Assignments
 
 
 def gather(x_BD: Tensor, sample_R: Tensor, row_A: Tensor, assignments: Assignments) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from common.errors import Interrupted, UserError, one_line, say, warn
+from common.text import command, printable, quoted
 from config.config import Config, Invocation, flatten
 from storage.checkpoint import RESUMABLE, load_checkpoint, previous, require_like
 from storage.folder import INCIDENTAL, RunFolder
@@ -42,7 +43,8 @@ class Start:
         if self.checkpoint is None or not finished(self.resumed, self.config, self.checkpoint):
             return ""
         path, epoch = self.resumed.path, self.checkpoint["epoch"]
-        return f"{path} is finished: raise --train.epochs above {epoch}, or python evaluate.py {path}"
+        again = command("evaluate.py", path)
+        return f"{printable(path)} is finished: raise --train.epochs above {epoch}, or {again}"
 
     @contextmanager
     def claimed(self) -> Iterator[RunFolder]:
@@ -56,7 +58,7 @@ class Start:
                 yield run
             except Interrupted:
                 if run.last.exists():
-                    say(f"python train.py --resume {run.path} goes on from the last checkpoint")
+                    say(f"{command('train.py', '--resume', run.path)} goes on from the last checkpoint")
                 raise
 
 
@@ -94,8 +96,8 @@ def load_resumable(run: RunFolder, config: Config) -> dict[str, Any] | None:
     for key, value in now.items():
         if key not in CHANGEABLE and repr(before.get(key)) != repr(value):
             raise UserError(
-                f"--resume {run.path} cannot change {key} from {one_line(repr(before.get(key)), 60)} to {value!r}: "
-                "leave it out, or start a new run"
+                f"--resume {quoted(run.path)} cannot change {key} from {one_line(repr(before.get(key)), 60)} to "
+                f"{value!r}: leave it out, or start a new run"
             )
     if (threads := checkpoint.get("threads")) != torch.get_num_threads():
         warn(f"{run.path} used {threads} CPU threads, now {torch.get_num_threads()}: on a CPU rounding will differ")

@@ -6,9 +6,9 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
-from model.norm import Standardise
-from model.routers.config import RouterConfig
-from model.routing import Assignments, Gate, Routing
+from ..norm import Standardise
+from ..routing import Assignments, Gate, Routing
+from .config import RouterConfig
 
 
 class Router(nn.Module, ABC):

@@ -5,10 +5,10 @@ import math
 import torch
 from torch import Tensor
 
-from model.routers.base import GatedRouter
-from model.routers.capacity import exact, expert_capacity
-from model.routers.config import RouterConfig
-from model.routing import Assignments, Drops, Routing
+from ..routing import Assignments, Drops, Routing
+from .base import GatedRouter
+from .capacity import exact, expert_capacity
+from .config import RouterConfig
 
 
 class ExpertChoiceRouter(GatedRouter):

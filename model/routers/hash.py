@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from model.norm import Standardise
-from model.routers.config import RouterConfig
-from model.routers.token_choice import TokenChoiceRouter
-from model.routing import Routing
+from ..norm import Standardise
+from ..routing import Routing
+from .config import RouterConfig
+from .token_choice import TokenChoiceRouter
 
 
 class HashRouter(TokenChoiceRouter):

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.routers.config import RouterConfig
-from model.routers.token_choice import TokenChoiceRouter, renormalised
+from .config import RouterConfig
+from .token_choice import TokenChoiceRouter, renormalised
 
 
 class ArticleRouter(TokenChoiceRouter):

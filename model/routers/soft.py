@@ -4,9 +4,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.routers.base import Router
-from model.routers.config import RouterConfig
-from model.routing import Assignments, Gate, Routing
+from ..routing import Assignments, Gate, Routing
+from .base import Router
+from .config import RouterConfig
 
 
 class SoftMoERouter(Router):

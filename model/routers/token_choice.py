@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from model.routers.base import GatedRouter
-from model.routers.capacity import exact, expert_capacity, place
-from model.routers.config import RouterConfig
-from model.routing import Assignments, Drops, Routing
+from ..routing import Assignments, Drops, Routing
+from .base import GatedRouter
+from .capacity import exact, expert_capacity, place
+from .config import RouterConfig
 
 
 class TokenChoiceRouter(GatedRouter):

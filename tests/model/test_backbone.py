@@ -7,8 +7,8 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from common.errors import EnvironmentFault, UserError
 from model.backbone import Backbone, BackboneConfig, load_backbone
+from model.errors import InputError, UnavailableError
 
 CPU = torch.device("cpu")
 
@@ -57,7 +57,7 @@ def test_a_vit_without_a_class_token(images):
     vit = timm.models.VisionTransformer(**options, class_token=False, global_pool="avg")
     assert Backbone(vit, ["mean:-1"])(images).shape == (2, 32)
     assert Backbone(vit, ["tokens:-1"])(images).shape == (2, 4, 32)
-    with pytest.raises(UserError, match="no class token"):
+    with pytest.raises(InputError, match="no class token"):
         Backbone(vit, ["cls:-1"])
 
 
@@ -130,10 +130,10 @@ def test_a_weights_file_cannot_run_code(tmp_path):
 
     path = tmp_path / "weights.pth"
     path.write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(UserError, match="not a readable file of tensors"):
+    with pytest.raises(InputError, match="not a readable file of tensors"):
         load_backbone(config(weights=path), CPU)
     torch.save({"state_dict": {"x": Bomb()}}, path)
-    with pytest.raises(UserError, match="not a readable file of tensors"):
+    with pytest.raises(InputError, match="not a readable file of tensors"):
         load_backbone(config(weights=path), CPU)
 
 
@@ -151,17 +151,17 @@ def test_a_weights_file_cannot_run_code(tmp_path):
     ],
 )
 def test_mistakes_are_named(options, words):
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(InputError, match=words):
         load_backbone(config(**options), CPU)
 
 
 def test_weights_of_another_model_are_refused(tmp_path):
     path = tmp_path / "weights.safetensors"
     save_file({"x": torch.zeros(2)}, path)
-    with pytest.raises(UserError, match=r"fit test_vit: \d+ of its weights are missing .* --backbone\.name"):
+    with pytest.raises(InputError, match=r"fit test_vit: \d+ of its weights are missing .* --backbone\.name"):
         load_backbone(config(weights=path), CPU)
     save_file(timm.create_model("vit_tiny_patch16_224", num_classes=0, depth=1, img_size=32).state_dict(), path)
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(InputError) as caught:
         load_backbone(config(weights=path), CPU)
     assert str(caught.value) == (
         f"backbone.weights {path} does not fit test_vit: it belongs to another model (cls_token is 1x1x192 in the file "
@@ -169,10 +169,9 @@ def test_weights_of_another_model_are_refused(tmp_path):
     )
 
 
-def test_weights_that_cannot_be_downloaded_are_said_at_once(monkeypatch):
-    monkeypatch.setattr("model.backbone.reachable", lambda url: False)
-    with pytest.raises(EnvironmentFault, match=r"--backbone\.weights FILE"):
-        load_backbone(BackboneConfig(name="vit_large_patch16_224"), CPU)
+def test_weights_that_cannot_be_downloaded_are_said_at_once():
+    with pytest.raises(UnavailableError, match=r"--backbone\.weights FILE"):
+        load_backbone(BackboneConfig(name="vit_large_patch16_224"), CPU, lambda url: False)
 
 
 @pytest.mark.parametrize("features", [[], ["cls"], ["max:-1"], ["cls:x"], ["tokens:-1", "cls:-1"]])

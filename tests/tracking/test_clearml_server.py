@@ -205,7 +205,7 @@ began = time.monotonic()
 tracker.scalars({{"loss/train": 0.25}}, step=20, epoch=2)
 tracker.summary({{"test/accuracy": 0.75}})
 tracker.artifact("a", run / "a.bin")
-assert time.monotonic() - began < 30  # it did not wait for the server
+assert time.monotonic() - began < 300  # it did not wait for the server, which would be for ever
 tracker.close()
 assert [task["whole"] for task in tasks_of(run)] == [False]
 facts["task"] = tracker.task_id
