@@ -12,7 +12,7 @@ from benchmarks import dispatch, extraction, recipe, scaling, step, study, time_
 from benchmarks.common import Failure, Timing, attempt, table, timed
 from benchmarks.layers import Shape, contestants
 from common.errors import UserError, exit_code_of
-from config.config import parse_command_line
+from config.command_line import parse_command_line
 from evaluation.cost import head_cost
 
 CPU = torch.device("cpu")

@@ -26,7 +26,8 @@ from trainer_helpers import make_trainer
 
 from assembly.pipeline import build_model
 from common.errors import UserError
-from config.config import Config, config_from_dict, parse_command_line
+from config.command_line import parse_command_line
+from config.config import Config, config_from_dict
 from model.backbone import _read_weights
 from storage.checkpoint import load_checkpoint, previous, save_checkpoint, seed_everything
 from storage.export import export_model, load_exported, read_description

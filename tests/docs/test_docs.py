@@ -16,7 +16,8 @@ from conftest import ROOT
 import evaluate
 import predict
 from common.errors import UserError
-from config.config import DEFAULT_CONFIG, Config, _parser, parse_command_line, write_config
+from config.command_line import DEFAULT_CONFIG, parse_command_line
+from config.config import Config, _parser, write_config
 from data.datasets import DataConfig
 from distillation import train_vit_micro
 from features import cache

@@ -5,7 +5,7 @@ import subprocess
 
 from conftest import ROOT
 
-from config.config import parse_command_line
+from config.command_line import parse_command_line
 
 
 def test_a_sweep_is_six_runs_and_skips_finished_ones(tmp_path):

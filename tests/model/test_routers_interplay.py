@@ -7,7 +7,7 @@ import torch
 from test_routers_capacity import identity_router, pairs
 
 from common.errors import UserError
-from config.config import parse_command_line
+from config.command_line import parse_command_line
 from model.balance import BalanceConfig, balance_losses, importance_loss, local_entropy, weighted_sum
 from model.routers import RouterConfig, build_router
 from model.routers.capacity import place
