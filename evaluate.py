@@ -6,6 +6,7 @@ python evaluate.py --compare RUN RUN ...    one table and one figure, of run fol
 """
 
 from common.errors import leave_on_signal
+from common.network import reachable
 
 if __name__ == "__main__":
     leave_on_signal()  # before the imports, which take seconds
@@ -15,8 +16,9 @@ from pathlib import Path
 
 from assembly.loading import configure, describe
 from assembly.pipeline import build_bank, build_model, identity, pick_device
-from common.arguments import Parser
+from common.arguments import Parser, path_option
 from common.errors import blaming_files, exit_code_of, leave
+from common.text import printable, quoted
 from data.datasets import load_splits
 from evaluation.compare import compare
 from evaluation.evaluation import evaluate, table
@@ -35,18 +37,21 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run", type=Path, metavar="RUN", nargs="?", help="folder that train.py wrote")
+    parser.add_argument("run", type=path_option, metavar="RUN", nargs="?", help="folder that train.py wrote")
     parser.add_argument("--compare", nargs="+", metavar="RUN", help="runs that were evaluated, or ClearML task ids")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where the comparison goes (default: comparison)")
     parser.add_argument(
-        "--data.root", dest="root", type=Path, metavar="DIR", help="where the data set lies, if not where it was"
+        "--out", type=path_option, metavar="DIR", help="where the comparison goes (default: comparison)"
     )
     parser.add_argument(
-        "--backbone.weights", dest="weights", type=Path, metavar="FILE", help="the backbone's, if it has moved"
+        "--data.root", dest="root", type=path_option, metavar="DIR", help="where the data set lies, if not where it was"
+    )
+    parser.add_argument(
+        "--backbone.weights", dest="weights", type=path_option, metavar="FILE", help="the backbone's, if it has moved"
     )
     parser.add_argument(
         "--features.cache_dir",
         dest="cache_dir",
+        type=path_option,
         metavar="DIR",
         help="where features are stored; null: in memory only",
     )
@@ -61,7 +66,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options, rest = parser.parse_known_args(argv)
     if options.run is not None and rest and not rest[0].startswith("-"):
-        parser.error(f"one RUN is scored at a time, several are compared: --compare {options.run} {' '.join(rest)}")
+        runs = " ".join(map(quoted, (options.run, *rest)))
+        parser.error(f"one RUN is scored at a time, several are compared: --compare {runs}")
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if (options.run is None) == (options.compare is None):
@@ -78,7 +84,7 @@ def main() -> None:
     if options.compare:
         out = options.out or Path("comparison")
         print(compare(options.compare, out))
-        print(f"written to   {out}")
+        print(f"written to   {printable(out)}")
     else:
         score(options)
 
@@ -89,11 +95,11 @@ def score(options: argparse.Namespace) -> None:
     described = describe(run)
     config = configure(described["config"], options.device, options.root, options.weights)
     if options.cache_dir is not None:
-        config.features.cache_dir = None if options.cache_dir == "null" else Path(options.cache_dir)
+        config.features.cache_dir = None if str(options.cache_dir) == "null" else options.cache_dir.absolute()
     device = pick_device(config.device)
     splits = load_splits(config.data)
     with blaming_files():
-        backbone = load_backbone(config.backbone, device)
+        backbone = load_backbone(config.backbone, device, reachable)
     bank = build_bank(config, splits, backbone, device)
     with blaming_files():
         check_inputs(described, identity(config, splits, backbone, bank.feature_shape), run.weights)
@@ -104,7 +110,7 @@ def score(options: argparse.Namespace) -> None:
         if tracker.sends_again:
             tracker.model(run.weights, name=run.path.name)
         print(table(evaluate(run, config, model.to(device), bank, tracker)))
-    print(f"written to   {run.evaluation}; open {run.report.name} in a browser")
+    print(f"written to   {printable(run.evaluation)}; open {run.report.name} in a browser")
 
 
 if __name__ == "__main__":

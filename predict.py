@@ -12,17 +12,19 @@ if __name__ == "__main__":
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
 from analysis.plots.pictures import explanation
 from assembly.loading import load_trained
-from common.arguments import Parser
+from common.arguments import Parser, path_option
 from common.errors import EnvironmentFault, UserError, exit_code_of, leave, say
 from common.files import write_atomically
+from common.text import printable
 from data.image_file import Picture, read_picture
 from data.image_tree import find_images
 from evaluation.classify import Answer, classify
@@ -35,10 +37,10 @@ EXPLAINED = 12  # images in one picture
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line. Raises UserError."""
     parser = Parser(prog="predict.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder that train.py wrote")
+    parser.add_argument("run", type=path_option, metavar="RUN", help="folder that train.py wrote")
     parser.add_argument(
         "images",
-        type=Path,
+        type=path_option,
         metavar="IMAGE",
         nargs="+",
         help="image files of any format that Pillow reads, and folders of them; the centre square is taken, at the "
@@ -47,9 +49,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--top", type=int, default=5, metavar="K", help="classes to name (default 5)")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of text")
     parser.add_argument(
-        "--explain", type=Path, metavar="OUT.png", help=f"draw the first {EXPLAINED} images, their classes and experts"
+        "--explain",
+        type=path_option,
+        metavar="OUT.png",
+        help=f"draw the first {EXPLAINED} images, their classes and experts",
     )
-    parser.add_argument("--backbone.weights", dest="weights", type=Path, help="the backbone's file, if it has moved")
+    parser.add_argument(
+        "--backbone.weights", dest="weights", type=path_option, help="the backbone's file, if it has moved"
+    )
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, or cuda:1")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(argv)
@@ -78,7 +85,7 @@ def main() -> None:
         if not options.json:
             print(text(path, picture, answer, bool(trained.config.experts.shared)), flush=True)
     if options.json:
-        print(json.dumps(document(trained, rows, failed), indent=2, ensure_ascii=False))
+        print(json.dumps(document(trained, rows, failed), indent=2, ensure_ascii=not _is_unicode(sys.stdout)))
     if options.explain and shown:
         draw(options.explain, shown, bool(trained.config.experts.shared))
         say(f"drawn in {options.explain}" + (f", the first {EXPLAINED}" if len(rows) > EXPLAINED else ""))
@@ -129,14 +136,19 @@ def text(path: Path, picture: Picture, answer: Answer, shared: bool) -> str:
 
     shared: there are experts that every sample passes, so alone means: with these only.
     """
-    lines = [f"{path}" + "".join(f" ({note})" for note in picture.notes)]
-    lines += [f"{100 * score.probability:7.1f} %  {score.name}" for score in answer.classes]
+    lines = [printable(path) + "".join(f" ({note})" for note in picture.notes)]
+    lines += [f"{100 * score.probability:7.1f} %  {printable(score.name)}" for score in answer.classes]
     lines += [
         f"  expert {vote.name:<24} weight {vote.weight:.2f}, "
-        f"{'with the shared' if shared else 'alone'}: {vote.alone.name} {100 * vote.alone.probability:.1f} %"
+        f"{'with the shared' if shared else 'alone'}: {printable(vote.alone.name)} {100 * vote.alone.probability:.1f} %"
         for vote in answer.experts
     ]
     return "\n".join(lines) + "\n"
+
+
+def _is_unicode(stream: TextIO) -> bool:
+    """Whether a stream takes every character; JSON escapes them in its own way where it does not."""
+    return (stream.encoding or "").lower().replace("-", "") == "utf8"
 
 
 def document(trained: TrainedRun, rows: list[dict[str, Any]], failed: list[dict[str, str]]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ python train.py --resume runs/cifar100-20260101-120000 go on with an interrupted
 """
 
 from common.errors import leave_on_signal
+from common.network import reachable
 
 if __name__ == "__main__":
     leave_on_signal()  # before the imports, which take seconds
@@ -19,6 +20,7 @@ import torch
 from assembly.pipeline import build_trainer, pick_device
 from common.errors import Interrupted, exit_code_of, leave, say, warn
 from common.signals import stoppable
+from common.text import command, printable
 from config.config import Config, Invocation, config_from_dict, parse_command_line, write_config
 from data.datasets import load_splits
 from data.image_set import Splits
@@ -48,7 +50,8 @@ def main() -> None:
             checkpoint = load_resumable(run, invocation)
             if checkpoint and finished(run, invocation.config, checkpoint):
                 done = checkpoint["epoch"]
-                print(f"{run.path} is finished: raise --train.epochs above {done}, or python evaluate.py {run.path}")
+                again = command("evaluate.py", run.path)
+                print(f"{printable(run.path)} is finished: raise --train.epochs above {done}, or {again}")
                 return
         for line in invocation.config.router.idle:
             warn(line)
@@ -69,7 +72,7 @@ def go(run: RunFolder, config: Config, inputs: Inputs, checkpoint: dict | None) 
             train(run, config, inputs, tracker, checkpoint)
         except Interrupted:
             if run.last.exists():
-                say(f"python train.py --resume {run.path} goes on from the last checkpoint")
+                say(f"{command('train.py', '--resume', run.path)} goes on from the last checkpoint")
             raise
 
 
@@ -84,7 +87,7 @@ def load_inputs(config: Config) -> Inputs:
     """Device, data and backbone: what can be missing, before anything is written."""
     device, splits = pick_device(config.device), load_splits(config.data)
     steps_an_epoch(config.train, config.router.random_steps, len(splits.train))  # raises for what cannot be trained
-    return device, splits, load_backbone(config.backbone, device)
+    return device, splits, load_backbone(config.backbone, device, reachable)
 
 
 def train(run: RunFolder, config: Config, inputs: Inputs, tracker: Tracker, checkpoint: dict | None) -> None:
@@ -95,7 +98,7 @@ def train(run: RunFolder, config: Config, inputs: Inputs, tracker: Tracker, chec
         trainer.load_state_dict(checkpoint)
         trainer.best = best_kept(run, config, checkpoint)
         run.results.unlink(missing_ok=True)  # of weights that are about to change
-        print(f"resuming     {run.path} after {trainer.position} of {config.train.epochs}")
+        print(f"resuming     {printable(run.path)} after {trainer.position} of {config.train.epochs}")
     announce(config, inputs[-1], trainer)
     kept = trainer.fit()
     print(f"{config.train.keep} epoch   {kept['epoch']}, validation macro-F1 {100 * kept['macro_f1']:.2f} %")
@@ -103,7 +106,7 @@ def train(run: RunFolder, config: Config, inputs: Inputs, tracker: Tracker, chec
     load_exported(run, trainer.model)
     tracker.model(run.weights, name=run.path.name)
     print(table(evaluate(run, config, trainer.model, trainer.bank, tracker)))
-    print(f"run folder   {run.path}")
+    print(f"run folder   {printable(run.path)}")
 
 
 def open_run(invocation: Invocation) -> RunFolder:
@@ -140,7 +143,7 @@ def announce(config: Config, backbone: Backbone, trainer: Trainer) -> None:
     costs = cost(trainer.model, backbone, trainer.bank.feature_shape)
     print("\n".join(costs.lines()))
     warn_of_hours(trainer.bank, costs.backbone_flops, config.train.epochs)
-    print(f"run folder   {trainer.run.path}", flush=True)
+    print(f"run folder   {printable(trainer.run.path)}", flush=True)
 
 
 if __name__ == "__main__":

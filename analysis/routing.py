@@ -11,9 +11,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from analysis.arrays import FloatArray, IntArray, fractions, indices, pairs, ratio, served, weights
+
+UNDERUSED = 0.01
 
 
 def expert_load(expert_A: ArrayLike, num_experts: int) -> FloatArray:
@@ -78,6 +80,18 @@ def coefficient_of_variation(load_E: ArrayLike) -> float:
     load_E = fractions(load_E)
     mean = load_E.mean()
     return float(load_E.std(ddof=0) / mean) if mean > 0 else float("nan")
+
+
+def underused(load_E: ArrayLike, target_E: ArrayLike | None = None) -> NDArray[np.bool_]:
+    """Which experts receive next to nothing: below 1 % of the load, or below a tenth of the share that is their due.
+
+    The smaller of the two counts, so that of many experts one with its fair share is not among them. load_E: counts or
+    shares. target_E: the share that each should have (None: 1/E). Returns (E,) bool; none where the load is all zeros.
+    """
+    load_E = fractions(load_E)
+    due_E = np.full(len(load_E), 1 / len(load_E)) if target_E is None else fractions(target_E)
+    total = load_E.sum()
+    return (load_E < total * np.minimum(UNDERUSED, due_E / 10)) & (total > 0)
 
 
 def mutual_information(counts_CE: ArrayLike) -> float:

@@ -6,6 +6,9 @@ from typing import Any
 
 from assembly.pipeline import build_model, pick_device
 from common.errors import EnvironmentFault, UserError, blaming_files
+from common.network import reachable
+from common.paths import absolute
+from common.text import command
 from config.config import Config, config_from_dict
 from evaluation.trained import TrainedRun
 from model.backbone import load_backbone
@@ -28,7 +31,7 @@ def load_trained(
     config = configure(described["config"], device, weights=weights)
     device = pick_device(config.device)
     with blaming_files():
-        backbone = load_backbone(config.backbone, device)
+        backbone = load_backbone(config.backbone, device, reachable)
         here = {"name": config.backbone.name, "fingerprint": backbone.fingerprint()}
         check_inputs(described, {**described, "backbone": here}, run.weights)
         class_names = tuple(described["class_names"])
@@ -59,7 +62,7 @@ def _described(run: RunFolder, say: Callable[[str], None]) -> dict[str, Any]:
     elif not run.model.is_file() and run.config.is_file():
         raise UserError(
             f"{run.path} has no checkpoint yet: wait for its first epoch, or where it was interrupted before that, "
-            f"python train.py --resume {run.path}"
+            f"{command('train.py', '--resume', run.path)}"
         )
     elif not run.model.is_file():
         raise UserError(f"{run.path} holds neither model.json nor checkpoints/best.pt: name a run that train.py wrote")
@@ -77,9 +80,9 @@ def configure(
         config = config_from_dict(values)
     config.device = device
     if root is not None:
-        config.data.root = root.expanduser()
+        config.data.root = absolute(root)
     if weights is not None:
-        config.backbone.weights = weights.expanduser()
+        config.backbone.weights = absolute(weights)
     if config.backbone.weights is not None and not config.backbone.weights.is_file():
         raise EnvironmentFault(
             f"the backbone's weights {config.backbone.weights} are not there: name the file with --backbone.weights"

@@ -36,7 +36,7 @@ class Parser(arguments.Parser):
         )
         self.add_argument("--device", default="auto", help="auto (default), cpu, cuda, or cuda:1")
         out = Path("runs/benchmarks")
-        self.add_argument("--out", type=Path, default=out, help=f"folder of the JSON (default {out})")
+        self.add_argument("--out", type=arguments.path_option, default=out, help=f"folder of the JSON (default {out})")
         self.add_argument("--seconds", type=float, default=seconds, help=f"time to spend, about (default {seconds:g})")
         self.add_argument("--tiny", action="store_true", help="a rehearsal: what is not given is tiny")
         self.tiny = tiny or {}
@@ -189,5 +189,5 @@ def save(options: argparse.Namespace, name: str, where: dict[str, Any], **values
     """Write the figures as JSON beside the others. Returns the path."""
     path = options.out / f"{name}{'_tiny' if options.tiny else ''}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**where, **values}, indent=1, default=vars) + "\n")
+    path.write_text(json.dumps({**where, **values}, indent=1, default=vars) + "\n", encoding="utf-8")
     return path

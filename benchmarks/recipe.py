@@ -32,6 +32,7 @@ from benchmarks.common import (
 from benchmarks.runs import train_once
 from benchmarks.study_tables import rows, shown
 from common.errors import exit_code_of
+from common.network import reachable
 from config.config import Config, config_from_dict, parse_command_line
 from data.datasets import load_splits
 from evaluation.cost import head_cost
@@ -56,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     device = start(options)
     where = environment(device)
     config = parse_command_line([*rest, "--features.cache_dir", "null", "--train.save_every", "1000"]).config
-    splits, backbone = load_splits(config.data), load_backbone(config.backbone, device)
+    splits, backbone = load_splits(config.data), load_backbone(config.backbone, device, reachable)
     bank = build_bank(config, splits, backbone, device)
     contestants = heads(config, bank.feature_shape, splits.train.num_classes)
     began = time.perf_counter()

@@ -46,6 +46,7 @@ from benchmarks.study_heads import (
 from benchmarks.study_runs import Results, Workers
 from benchmarks.study_tables import best, preferred, rows, shown
 from common.errors import exit_code_of
+from common.network import reachable
 from common.signals import stoppable
 from config.config import Config, parse_command_line
 from data.datasets import load_splits
@@ -162,7 +163,7 @@ def run_part(name: str, options: argparse.Namespace, where: dict, read: dict[str
 
 def load_features(config: Config, views: int, options: argparse.Namespace, device) -> dict[str, Features]:
     """The same training views with the validation images, for selection, and with the test images held out."""
-    splits, backbone = load_splits(config.data), load_backbone(config.backbone, device)
+    splits, backbone = load_splits(config.data), load_backbone(config.backbone, device, reachable)
     bank = build_bank(config, splits, backbone, device)
     views = min(views, options.epochs) if config.augment.active else 1
     train_VNF, labels_N = whole(bank, "train", range(views)), splits.train.labels_N.to(device)

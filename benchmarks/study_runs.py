@@ -30,7 +30,7 @@ class Results:
     def __init__(self, folder: Path):
         self.path = folder / "runs.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
         self.scores: dict[str, dict[str, Any]] = {}
         self.routings: dict[str, np.ndarray] = {}
         self.failed: dict[str, str] = {}
@@ -51,7 +51,7 @@ class Results:
         else:
             found = {"key": job.key, "scores": outcome[0], "first": outcome[1].tolist()}
         self._take(**found)
-        with open(self.path, "a") as file:
+        with open(self.path, "a", encoding="utf-8") as file:
             file.write("\n" + json.dumps(found))
 
     def _take(self, key: str, scores: dict | None = None, first: list | None = None, failed: str = "") -> None:

@@ -40,6 +40,7 @@ from benchmarks.common import (
 from benchmarks.layers import article_loop
 from benchmarks.runs import train_once
 from common.errors import exit_code_of
+from common.network import reachable
 from config.config import Config, config_from_dict, parse_command_line
 from data.datasets import load_splits
 from data.image_set import Splits
@@ -63,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     recipes, article = configurations(options, rest)
     # What takes seconds the first time and belongs to nobody's clock: imports, contexts, kernels.
     ours = next(iter(recipes.values()))
-    splits, backbone = load_splits(ours.data), load_backbone(ours.backbone, device)
+    splits, backbone = load_splits(ours.data), load_backbone(ours.backbone, device, reachable)
     warm_up(backbone, device)
     runs: dict[str, list] = {}
     configs = {name: recipe.to_dict() for name, recipe in recipes.items()}
@@ -180,7 +181,7 @@ class Article(nn.Module):
 
 def as_written(config: Config, splits: Splits, device: torch.device, options: argparse.Namespace) -> dict:
     """The article's recipe: Adam 1e-4, batch 64, random routing for 500 steps, usage variance as auxiliary loss."""
-    backbone = load_backbone(config.backbone, device)
+    backbone = load_backbone(config.backbone, device, reachable)
     seed_everything(0)
     warm_up(backbone, device)
     data = TensorDataset(splits.train.images_NCHW, splits.train.labels_N)

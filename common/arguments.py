@@ -2,10 +2,20 @@
 
 import argparse
 import re
+from pathlib import Path
 
 from common.errors import UserError
+from common.paths import expanded
 
 KINDS = {"int": "a whole number", "float": "a number"}
+
+
+def path_option(text: str) -> Path:
+    """The type of every option that names a file or folder: ~ is the home folder. Raises ArgumentTypeError."""
+    try:
+        return expanded(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 class Parser(argparse.ArgumentParser):

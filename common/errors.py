@@ -45,14 +45,20 @@ def leave_on_signal() -> None:
             signal.signal(number, leave_now)
 
 
+def exit_code(error: BaseException) -> int | None:
+    """The exit code of an error whose text is one clear line for the user, of whatever room; None for others."""
+    code = getattr(error, "exit_code", None)
+    return code if isinstance(code, int) else None
+
+
 @contextmanager
 def blaming_files() -> Iterator[None]:
     """Inside, what is wrong is a file of a run, not the command line: exit code 1 in place of 2."""
     try:
         yield
-    except EnvironmentFault:
-        raise
-    except UserError as error:
+    except Exception as error:
+        if exit_code(error) != UserError.exit_code:
+            raise
         raise EnvironmentFault(str(error)) from error
 
 
@@ -163,7 +169,7 @@ def _run(main: Callable[[], None], output: _Output) -> int:
         if debug:
             traceback.print_exc()
         message, code = _explain(error)
-        say(f"error: {message}" + ("" if debug or isinstance(error, UserError) else "; --debug shows the traceback"))
+        say(f"error: {message}" + ("" if debug or exit_code(error) is not None else "; --debug shows the traceback"))
         return code
     return 0
 
@@ -180,8 +186,8 @@ def leave(code: int) -> NoReturn:
 
 def _explain(error: Exception) -> tuple[str, int]:
     """The line and the exit code of an exception."""
-    if isinstance(error, UserError):
-        return str(error), error.exit_code
+    if (code := exit_code(error)) is not None:
+        return str(error), code
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(m in str(error) for m in MEMORY)):
         remedy = "lower --train.batch_size or --features.batch_size, use fewer or smaller images and experts"
         return f"out of memory ({one_line(error, 120) or 'on the host'}): {remedy}", 1

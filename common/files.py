@@ -73,6 +73,5 @@ def _flush_folder(folder: Path) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write readable JSON, atomically."""
-    write_atomically(
-        path, lambda temporary: temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-    )
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

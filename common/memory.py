@@ -19,13 +19,13 @@ def available_memory(root: Path = Path("/")) -> int | None:
     """
     found = []
     with suppress(OSError, ValueError, IndexError):
-        lines = (root / "proc/meminfo").read_text().splitlines()
+        lines = (root / "proc/meminfo").read_text(encoding="utf-8").splitlines()
         found += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
     if not found and (installed := installed_memory()) is not None:
         found.append(installed)
     with suppress(OSError, ValueError, KeyError):  # there, and a number, where a limit is set
         group = root / "sys/fs/cgroup"
-        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
-        parts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        limit, used = (int((group / f"memory.{name}").read_text(encoding="utf-8")) for name in ("max", "current"))
+        parts = dict(line.split() for line in (group / "memory.stat").read_text(encoding="utf-8").splitlines())
         found.append(max(0, limit - used + int(parts["inactive_file"])))  # of files, which can be dropped
     return min(found, default=None)

@@ -14,6 +14,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_s
 
 from common.errors import UserError, one_line
 from common.files import write_atomically
+from common.paths import absolute, expanded
 from config.config_errors import explain, misfit, option_types
 from config.features import FeaturesConfig
 from config.optim import OptimConfig
@@ -53,7 +54,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self):
-        self.run_dir = None if self.run_dir is None else Path(self.run_dir).expanduser()
+        self.run_dir = None if self.run_dir is None else absolute(self.run_dir)
         if not re.fullmatch(DEVICES, self.device):
             raise ValueError(f"device is '{self.device}': use auto, cpu, cuda or cuda:N")
         num_experts = len(self.experts.sizes)
@@ -126,22 +127,22 @@ def parse_command_line(argv: list[str] | None = None) -> Invocation:
                 raise UserError(
                     f"--resume takes configuration and folder from the run that it names: leave out {option}"
                 )
-        argv = ["--config", str(_run_config(Path(resume).expanduser())), *argv]
+        argv = ["--config", str(_run_config(expanded(resume))), *argv]
     elif "--config" not in options:
         argv = ["--config", str(DEFAULT_CONFIG), *argv]
     argv = _files_first(argv)
     parser, source = _parser(), _value_of("--config", argv)
-    if not source or not Path(source).expanduser().exists():
+    if not source or not expanded(source).exists():
         raise UserError(f"--config {source or 'names nothing'}: no such file; name one with options in YAML")
 
     def given(key: str) -> tuple[str, Any]:
         return _given(parser, argv, key)
 
-    _parse(lambda: _check_size(Path(source)), source, given)
+    _parse(lambda: _check_size(expanded(source)), source, given)
     values = _parse(lambda: parser.parse_args(argv), source, given)
     config = _build(parser, values)
     if resume is not None:
-        config.run_dir = Path(resume).expanduser()
+        config.run_dir = absolute(resume)
         return Invocation(config, config.run_dir.name, config.run_dir)
     return Invocation(config, Path(source).stem, None)
 
@@ -159,7 +160,7 @@ def config_from_dict(values: dict[str, Any]) -> Config:
 def write_config(config: Config, path: Path) -> None:
     """Write the resolved configuration as YAML that --config reads back."""
     text = yaml.safe_dump(config.to_dict(), sort_keys=False)
-    write_atomically(path, lambda temporary: temporary.write_text(text))
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def _run_config(run_dir: Path) -> Path:
@@ -236,7 +237,8 @@ def _check_size(path: Path) -> None:
         return sizes[id(node)]
 
     try:
-        root = yaml.compose(path.read_text(), yaml.SafeLoader) if path.stat().st_size < MAX_CONFIG else None
+        text = path.read_text(encoding="utf-8") if path.stat().st_size < MAX_CONFIG else ""
+        root = yaml.compose(text, yaml.SafeLoader)
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"Unable to load: {error}") from error
     if path.stat().st_size >= MAX_CONFIG or (root and size(root) >= MAX_CONFIG):
@@ -259,7 +261,7 @@ def _given(parser: ArgumentParser, argv: list[str], key: str) -> tuple[str, Any]
         try:
             parser.parse_args(["--config", file])
         except ArgumentError:
-            return f"{key} in {file}", _at(yaml.safe_load(Path(file).read_text()), key)
+            return f"{key} in {file}", _at(yaml.safe_load(expanded(file).read_text(encoding="utf-8")), key)
     return f"--{key}", _value_of(f"--{key}", argv)
 
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from common.paths import absolute
+
 DEFAULT_FOLDER = Path(os.environ.get("VISION_MOE_CACHE", "~/.cache/vision_moe")) / "features"
 
 
@@ -26,7 +28,7 @@ class FeaturesConfig:
     """Compile the backbone; auto: on a GPU, where there are images enough to repay it."""
 
     def __post_init__(self):
-        self.cache_dir = None if self.cache_dir is None else Path(self.cache_dir)
+        self.cache_dir = None if self.cache_dir is None else absolute(self.cache_dir)
         for name in ("views", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"features.{name} is {getattr(self, name)}: it must be at least 1")

@@ -11,6 +11,7 @@ import torch
 
 from common.errors import EnvironmentFault, UserError
 from common.network import reachable
+from common.text import quoted
 from data.image_set import ImageSet
 
 
@@ -38,7 +39,8 @@ def _refuse_the_folder_itself(root: Path, folder: Path, files: Iterable[str]) ->
     """Raise UserError where the files lie in `root`, not in the folder of theirs in it."""
     if all((root / name).is_file() for name in files):
         at_home = root.absolute().name == folder.name
-        remedy = f"name its parent, --data.root {root.absolute().parent}" if at_home else f"move them to {folder}"
+        parent = quoted(root.absolute().parent)
+        remedy = f"name its parent, --data.root {parent}" if at_home else f"move them to {folder}"
         raise UserError(f"--data.root {root} holds the files of CIFAR-100 itself: {remedy}")
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from common.errors import UserError, warn
+from common.paths import absolute
 from data.image_set import ImageSet, Splits
 
 
@@ -36,7 +37,7 @@ class DataConfig:
     """Keep at most so many training and as many test images of each class; null: all."""
 
     def __post_init__(self):
-        self.root = Path(self.root).expanduser()
+        self.root = absolute(self.root)
         for name in ("validation", "test"):
             value = getattr(self, name)
             if not 0 < value < 1:

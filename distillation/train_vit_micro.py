@@ -38,6 +38,7 @@ import torchvision
 from safetensors.torch import save_file
 from torch import Tensor
 
+from common.arguments import path_option
 from distillation.probe import probe
 from distillation.student import Distiller, Schedule, State, train_student
 from distillation.teacher import Bank, Teacher, default_blocks, fill_bank, load_teacher
@@ -64,12 +65,12 @@ class Clock:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Distil a ViT-B/16 into vit_micro on CIFAR-100, without labels.")
     add = parser.add_argument
-    add("--data", type=Path, required=True, help="folder that holds cifar-100-python/")
-    add("--teacher", type=Path, help="safetensors file of the teacher's weights")
+    add("--data", type=path_option, required=True, help="folder that holds cifar-100-python/")
+    add("--teacher", type=path_option, help="safetensors file of the teacher's weights")
     add("--teacher_random", action="store_true", help="a teacher with random weights, to try the script out")
     add("--teacher_name", default="vit_base_patch16_clip_quickgelu_224.openai", help="timm model")
     add("--teacher_blocks", type=int, nargs="+", help="0-based, ascending (default: 7 9 10 11 of 12)")
-    add("--out", type=Path, required=True, help="folder for the results")
+    add("--out", type=path_option, required=True, help="folder for the results")
     add("--seed", type=int, default=0)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--deadline", type=float, default=525, help="seconds in which everything has to be done")
@@ -201,7 +202,7 @@ def print_table(scores: dict[str, dict[str, float]]) -> None:
 
 def write_json(path: Path, record: dict) -> None:
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=2) + "\n")
+    temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, path)
 
 

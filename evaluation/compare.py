@@ -14,6 +14,8 @@ import yaml
 from analysis import plots
 from common.errors import UserError, one_line
 from common.files import write_atomically, write_json
+from common.paths import absolute, expanded
+from common.text import command
 from config.config import flatten
 from evaluation.figures import save_figure
 from storage.folder import INCIDENTAL, RunFolder
@@ -76,7 +78,7 @@ def compare(sources: Sequence[str], out: Path) -> str:
 
 def load(source: str) -> Compared:
     """A run folder that evaluate.py has scored, or a ClearML task. Raises UserError."""
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.is_dir():
         return _load_folder(RunFolder(path), source)
     if re.fullmatch("[0-9a-f]{32}", source):
@@ -99,7 +101,7 @@ def differences(runs: Sequence[Compared]) -> list[str]:
 def _load_folder(run: RunFolder, source: str) -> Compared:
     file = run.evaluation / "metrics.json"
     if not file.is_file():
-        raise UserError(f"{source} has no evaluation/metrics.json: run python evaluate.py {source} first")
+        raise UserError(f"{source} has no evaluation/metrics.json: run {command('evaluate.py', source)} first")
     if not run.config.is_file():
         raise UserError(f"{source} has no config.yaml: name a run that train.py wrote")
     try:
@@ -112,7 +114,7 @@ def _load_folder(run: RunFolder, source: str) -> Compared:
         ) from error
     if not isinstance(metrics, dict) or not isinstance(config, dict):
         raise UserError(f"{source} is of another version: its config.yaml or evaluation/metrics.json is no table")
-    return Compared(run.path.resolve().name, source, flatten(config), _figures(metrics))
+    return Compared(run.path.resolve().name, str(absolute(source)), flatten(config), _figures(metrics))
 
 
 def _figures(metrics: dict[str, Any]) -> dict[str, float]:
@@ -129,7 +131,7 @@ def _named(runs: list[Compared]) -> list[Compared]:
 
 
 def _longer(run: Compared) -> str:
-    path = Path(run.source).expanduser()
+    path = expanded(run.source)
     return str(path) if path.is_dir() else f"{run.name} ({run.source[:8]})"
 
 

@@ -59,6 +59,7 @@ def _results(predictions: Predictions, test: ImageSet, config: Config, model: Vi
         "expert_importance": routing.expert_importance(
             predictions.expert_A, predictions.weight_A, num_experts
         ).tolist(),
+        "expert_underused": routing.underused(load_E, model.moe.router.target_E.cpu()).tolist(),
         **{key.removeprefix("balance/"): value for key, value in balance_figures(load_E).items()},
         "specialisation": routing.specialisation(
             labels_N, predictions.sample_A, predictions.expert_A, num_classes, num_experts
@@ -165,10 +166,14 @@ def table(results: dict[str, Any], hardest: int = 5) -> str:
         f"{'expert':<26}{'load':>8}{'weight':>8}{'accuracy':>10}{'macro-F1 change without it':>28}",
     ]
     columns = ("experts", "expert_load", "expert_importance", "expert_accuracy", "expert_worth")
-    for label, load, weight, accuracy, worth in zip(*(results[column] for column in columns), strict=True):
+    hardly_used = results["expert_underused"]
+    marks = [" !" if mark else "" for mark in hardly_used]
+    for mark, label, load, weight, accuracy, worth in zip(marks, *(results[c] for c in columns), strict=True):
         shown = "-" if accuracy is None else f"{100 * accuracy:.1f} %"
         change = f"{100 * worth['macro_f1_change']:+.2f}" if "macro_f1_change" in worth else "-"
-        lines.append(f"{label:<26}{100 * load:>6.1f} %{100 * weight:>6.1f} %{shown:>10}{change:>28}")
+        lines.append(f"{label + mark:<26}{100 * load:>6.1f} %{100 * weight:>6.1f} %{shown:>10}{change:>28}")
+    if any(hardly_used):
+        lines.append("! below 1 % of the load: the gate hardly uses the expert")
     imperfect = [(name, values["f1"]) for name, values in results["per_class"].items() if values["f1"] < 1]
     worst = sorted(imperfect, key=lambda item: item[1])[:hardest]
     lines += ["", "lowest F1    " + (", ".join(f"{name}: {100 * f1:.0f} %" for name, f1 in worst) or "100 % for all")]

@@ -27,7 +27,9 @@ MAP_NAMES = 20  # classes that are named there
 CAPTIONS = {
     "training_curves": "Losses and scores by epoch. The star is the epoch whose weights were kept. Training has "
     "dropout and smoothed labels, where they are on, and so a higher loss than validation.",
-    "expert_by_class": "How the assignments of each class are spread over the experts; a column sums to 100 %.",
+    "expert_by_class": "How the gate's weight for each class is spread over the experts; a column sums to 100 %. "
+    "In brackets, where there is room: share of the assignments. An expert may see many images of a class and have "
+    "little say in them.",
     "expert_load": "Load: share of the assignments. Importance: share of the gate's weight.",
     "expert_load_one_batch": f"The same for the first {BATCH} test images alone: how even a single batch is.",
     "load_over_time": "Measured on the validation images after each epoch, by the learned gate without noise. Within "
@@ -69,11 +71,12 @@ def draw(
         "expert_load": plots.expert_load(results["expert_load"], results["expert_importance"], labels),
         "expert_load_one_batch": _one_batch(predictions, labels),
         "expert_by_class": plots.expert_by_class(
-            np.array(results["expert_by_class"]),
+            results["expert_by_class_weight"],
             test.class_names,
             labels,
             test.superclass_of_class(),
             test.coarse_names or None,
+            results["expert_by_class"],
         ),
         "samples": _samples(predictions, test),
         "reliability": _reliability(results),

@@ -15,7 +15,7 @@ from config.config import Config
 from evaluation.figures import Drawing
 from storage.folder import RunFolder
 
-SPREAD_NOTE = "For each expert: share of the assignments / of the gate's weight."
+SPREAD_NOTE = "For each expert: share of the gate's weight / of the assignments."
 CO_ACTIVATION = 16  # experts up to which the table of pairs is shown
 
 
@@ -121,9 +121,9 @@ def _tables(results: dict[str, Any]) -> list[Table]:
 
 def _spread(names: list[str], results: dict[str, Any], kind: str) -> list[list[str]]:
     """A row for each class or superclass: its name and its share at each expert."""
-    tables = (results[f"expert_by_{kind}"], results[f"expert_by_{kind}_weight"])
+    tables = (results[f"expert_by_{kind}_weight"], results[f"expert_by_{kind}"])
     return [
-        [name, *(f"{100 * share:.0f} / {percent(weight, 0)}" for share, weight in zip(*shares, strict=True))]
+        [name, *(f"{100 * weight:.0f} / {percent(share, 0)}" for weight, share in zip(*shares, strict=True))]
         for name, *shares in zip(names, *tables, strict=True)
     ]
 
@@ -131,11 +131,11 @@ def _spread(names: list[str], results: dict[str, Any], kind: str) -> list[list[s
 def _expert_table(results: dict[str, Any]) -> Table:
     rows = []
     for expert, label in enumerate(results["experts"]):
-        favourites = top_classes(results["expert_by_class"], results["class_names"], expert, 5)
+        favourites = top_classes(results["expert_by_class_weight"], results["class_names"], expert, 5)
         hardest = results["expert_hardest_classes"][expert]
         rows.append(
             [
-                label,
+                label + (", hardly used" if results["expert_underused"][expert] else ""),
                 percent(results["expert_load"][expert]),
                 percent(results["expert_importance"][expert]),
                 percent(results["expert_accuracy"][expert]),
@@ -147,7 +147,8 @@ def _expert_table(results: dict[str, Any]) -> Table:
     return Table(
         title="Experts",
         note="Accuracy and confidence are those of the whole mixture on the images that the expert had a part in. "
-        "Serves most: share of the class's assignments. Hardest: accuracy on the class, of 5 images or more.",
+        "Serves most: share of the gate's weight for the class. Hardest: accuracy on the class, of 5 images or more. "
+        "Hardly used: below 1 % of the load.",
         header=["expert", "load", "gate weight", "accuracy", "confidence", "serves most", "hardest"],
         rows=rows,
         text=("serves most", "hardest"),

@@ -47,13 +47,14 @@ def _report_experts(results: dict[str, Any], tracker: Tracker) -> None:
 
 def _report_classes(results: dict[str, Any], tracker: Tracker) -> None:
     experts = ("expert", [str(index) for index in range(len(results["experts"]))])
-    names = results["class_names"]
-    tracker.matrix("experts by class", "test", results["expert_by_class"], ("class", names), experts)
+    for kind in ("class", "superclass"):
+        if f"{kind}_names" in results:
+            rows = (kind, results[f"{kind}_names"])
+            for series, suffix in (("gate weight", "_weight"), ("assignments", "")):
+                shares = [row if any(row) else [None] * len(row) for row in results[f"expert_by_{kind}{suffix}"]]
+                tracker.matrix(f"experts by {kind}", series, shares, rows, experts)
     if "superclass_names" in results:
         groups = results["superclass_names"]
-        tracker.matrix(
-            "experts by superclass", "test", results["expert_by_superclass"], ("superclass", groups), experts
-        )
         confusion = results["superclass_confusion"]
         tracker.matrix("superclass confusion", "test", confusion, ("true", groups), ("predicted", groups))
     scores = results["per_class"]

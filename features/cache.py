@@ -26,9 +26,11 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from common.arguments import Parser
+from common.arguments import Parser, path_option
 from common.errors import EnvironmentFault, UserError, exit_code_of
 from common.locks import try_lock
+from common.paths import absolute
+from common.text import command, printable
 from config.features import DEFAULT_FOLDER
 from features.file import UNREADABLE, Draft, canonical, checksums, gigabytes, read, reason, say
 
@@ -45,7 +47,7 @@ class FeatureCache:
     """
 
     def __init__(self, folder: Path, dataset: str = ""):
-        self.folder, self.dataset = folder.expanduser(), dataset
+        self.folder, self.dataset = absolute(folder), dataset
         self._held: dict[Path, int] = {}  # open descriptors, which nothing but this closes
         weakref.finalize(self, _release, self._held)
         self._background = ThreadPoolExecutor(1, thread_name_prefix="feature-cache")
@@ -82,7 +84,7 @@ class FeatureCache:
             say(f"{path} is torn ({type(error).__name__}): extracting its features again")
             return None
         if metadata.get("key") != canonical(key):
-            clear = f"python -m features.cache clear {Entry.digest(path)} --dir {self.folder}"
+            clear = command("-m", "features.cache", "clear", Entry.digest(path), "--dir", self.folder)
             say(f"{path} holds other features than its name says: not used, and left as it is; {clear} deletes it")
             return None
         if not intact:
@@ -100,7 +102,7 @@ class FeatureCache:
 
     def free(self) -> int:
         """Bytes free on the disk, which need not have the folder yet."""
-        folder = self.folder.absolute()
+        folder = self.folder
         while not folder.exists():
             folder = folder.parent
         return shutil.disk_usage(folder).free
@@ -223,7 +225,7 @@ def _entries(folder: Path) -> Iterator[Entry]:
 def _list(folder: Path, entries: list[Entry]) -> None:
     for entry in entries:
         print(entry.line())
-    print(f"{gigabytes(sum(entry.size for entry in entries))} in {folder}")
+    print(f"{gigabytes(sum(entry.size for entry in entries))} in {printable(folder)}")
 
 
 def _clear(folder: Path, entries: list[Entry], options: argparse.Namespace) -> None:
@@ -238,7 +240,8 @@ def _clear(folder: Path, entries: list[Entry], options: argparse.Namespace) -> N
             raise EnvironmentFault(f"{entry.path} cannot be deleted: {error.strerror}") from error
         print(entry.line() + ("" if deleted else "; kept, a running process uses it"))
         count, total = count + deleted, total + deleted * entry.size
-    print(f"{'would delete' if options.dry_run else 'deleted'} {count} files, {gigabytes(total)}, from {folder}")
+    done = "would delete" if options.dry_run else "deleted"
+    print(f"{done} {count} files, {gigabytes(total)}, from {printable(folder)}")
 
 
 def _delete(path: Path, dry_run: bool) -> bool:
@@ -267,7 +270,7 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--backbone.name", dest="backbone", metavar="NAME", help="only those of this backbone")
     parser.add_argument("--older_than", type=float, metavar="DAYS", help="only what was written before that")
     parser.add_argument("--dry_run", action="store_true", help="show what clear would delete, and delete nothing")
-    parser.add_argument("--dir", type=Path, default=DEFAULT_FOLDER, help=f"default: {DEFAULT_FOLDER}")
+    parser.add_argument("--dir", type=path_option, default=absolute(DEFAULT_FOLDER), help=f"default: {DEFAULT_FOLDER}")
     options = parser.parse_args(argv)
     if options.older_than is not None and not 0 <= options.older_than < math.inf:
         raise UserError(f"--older_than is {options.older_than:g}: it is a number of days, 0 or more")
@@ -279,8 +282,8 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """List or clear the stored features."""
     options = _options(argv)
-    folder = options.dir.expanduser()
-    if options.dir != DEFAULT_FOLDER and not folder.is_dir():
+    folder = options.dir
+    if folder != absolute(DEFAULT_FOLDER) and not folder.is_dir():
         raise UserError(f"--dir {folder} is not a folder: name the one that --features.cache_dir names")
     entries = [entry for entry in _entries(folder) if entry.fits(options)]
     selected = any((options.keys, options.dataset, options.backbone, options.older_than is not None))

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.experts import ExpertsConfig
+from .experts import ExpertsConfig
 
 
 class Adapters(nn.Module):

@@ -6,6 +6,7 @@ timm is imported where it is used: it takes seconds, which --help and a wrong op
 import difflib
 import hashlib
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -13,10 +14,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from common.errors import EnvironmentFault, UserError, one_line
-from common.network import reachable
-from model.fast_vit import fast_copy
-from model.weights_file import load_converted, read_weights
+from .errors import InputError, UnavailableError, one_line
+from .fast_vit import fast_copy
+from .weights_file import load_converted, read_weights
 
 POOLS = ("cls", "mean", "tokens")
 BUNDLED = "bundled/vit_micro"
@@ -42,7 +42,7 @@ class BackboneConfig:
     bfloat16, for a ViT whose activations stay below its largest number, 65,504."""
 
     def __post_init__(self):
-        self.weights = None if self.weights is None else Path(self.weights).expanduser()
+        self.weights = None if self.weights is None else Path(self.weights).expanduser().absolute()
         if self.image_size is not None and self.image_size < 1:
             raise ValueError(f"backbone.image_size is {self.image_size}: it is a number of pixels")
         if not self.features:
@@ -74,7 +74,7 @@ class Backbone(nn.Module):
     forward: normalised images (B, 3, S, S) -> float32 features (B, F), or tokens (B, T, D) for `tokens:BLOCK`.
     Each block's tokens pass the ViT's final norm, as DINOv2's `get_intermediate_layers(norm=True)` does.
     dtype: arithmetic of the forward pass. Where it is not float32, a `fast_copy` of `vit` in it does the work.
-    Raises UserError for a block or a class token that the ViT has not.
+    Raises InputError for a block or a class token that the ViT has not.
     """
 
     def __init__(self, vit: nn.Module, features: list[str], dtype: torch.dtype = torch.float32):
@@ -92,7 +92,7 @@ class Backbone(nn.Module):
         self.has_prefix = vit.num_prefix_tokens > 0 and "return_prefix_tokens" in parameters
         self.has_class_token = self.has_prefix and getattr(vit, "cls_token", None) is not None
         if any(pool == "cls" for pool, _ in self.features) and not self.has_class_token:
-            raise UserError(
+            raise InputError(
                 f"backbone.features {features}: this ViT's blocks have no class token; use mean:BLOCK or tokens:BLOCK"
             )
         data = resolve_model_data_config(vit)
@@ -103,7 +103,7 @@ class Backbone(nn.Module):
     @staticmethod
     def _block(block: int, depth: int) -> int:
         if not -depth <= block < depth:
-            raise UserError(
+            raise InputError(
                 f"backbone.features names block {block}: this ViT has blocks 0 to {depth - 1}; -1 is the last of any"
             )
         return block % depth
@@ -153,13 +153,16 @@ class Backbone(nn.Module):
         return digest.hexdigest()
 
 
-def load_backbone(config: BackboneConfig, device: torch.device) -> Backbone:
+def load_backbone(
+    config: BackboneConfig, device: torch.device, reachable: Callable[[str], bool] | None = None
+) -> Backbone:
     """Build the configured backbone on `device`.
 
-    Raises UserError for an unknown name, a model that is no ViT, or weights that do not fit, and
-    EnvironmentFault for weights that would have to be downloaded and cannot.
+    reachable: whether the host of a URL answers, asked before a download that would be tried for most of a minute
+    (None: not asked). Raises InputError for an unknown name, a model that is no ViT, or weights that do not fit, and
+    UnavailableError for weights that would have to be downloaded and cannot.
     """
-    vit = _load_vit(config)
+    vit = _load_vit(config, reachable)
     automatic = "bfloat16" if device.type == "cuda" else "float32"
     dtype = getattr(torch, automatic if config.precision == "auto" else config.precision)
     backbone = Backbone(vit, config.features, dtype).to(device)
@@ -168,14 +171,14 @@ def load_backbone(config: BackboneConfig, device: torch.device) -> Backbone:
     except (RuntimeError, TypeError, ValueError, AssertionError, AttributeError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        raise UserError(
+        raise InputError(
             f"backbone {config.name} gives no features of images of {backbone.image_size} pixels "
             f"({one_line(error, 120)}): choose another backbone.image_size or backbone.name"
         ) from error
     return backbone
 
 
-def _load_vit(config: BackboneConfig) -> nn.Module:
+def _load_vit(config: BackboneConfig, reachable: Callable[[str], bool] | None) -> nn.Module:
     import timm
 
     if config.name == BUNDLED:
@@ -183,7 +186,7 @@ def _load_vit(config: BackboneConfig) -> nn.Module:
     if not timm.is_model(config.name.split(".")[0]):
         close = difflib.get_close_matches(config.name, timm.list_models() + timm.list_models(pretrained=True), n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else "timm.list_models('vit*') lists them"
-        raise UserError(f"backbone.name '{config.name}' is not a timm model: {hint}")
+        raise InputError(f"backbone.name '{config.name}' is not a timm model: {hint}")
     options = {} if config.image_size is None else {"img_size": config.image_size}
     if config.weights is not None:
         state = read_weights(config.weights)
@@ -195,15 +198,15 @@ def _load_vit(config: BackboneConfig) -> nn.Module:
             torch.manual_seed(0)
             return _create(config, pretrained=False, **options)
     _check_before_download(config)
-    _require_download(config.name)
+    _require_download(config.name, reachable)
     return _create(config, pretrained=True, **options)
 
 
 def _load_bundled(config: BackboneConfig) -> nn.Module:
-    from model.vit_micro import load_vit_micro, vit_micro
+    from .vit_micro import load_vit_micro, vit_micro
 
     if config.image_size is not None or config.weights is not None:
-        raise UserError(
+        raise InputError(
             f"backbone.name {BUNDLED} has its own weights and size: leave out backbone.weights and image_size"
         )
     if config.pretrained:
@@ -215,7 +218,7 @@ def _load_bundled(config: BackboneConfig) -> nn.Module:
 
 def _check_vit(model: nn.Module, name: str) -> None:
     if not all(hasattr(model, part) for part in ("forward_intermediates", "num_prefix_tokens", "blocks")):
-        raise UserError(f"backbone.name {name} is not a ViT with tokens: choose one, such as vit_small_patch16_224")
+        raise InputError(f"backbone.name {name} is not a ViT with tokens: choose one, such as vit_small_patch16_224")
 
 
 def _check_before_download(config: BackboneConfig) -> None:
@@ -237,15 +240,15 @@ def _create(config: BackboneConfig, **options) -> nn.Module:
         vit = timm.create_model(config.name, num_classes=0, **options)
     except (RuntimeError, TypeError, ValueError, AssertionError, KeyError) as error:
         reason = one_line(error)
-        raise UserError(f"backbone {config.name} cannot be built: {reason}") from error
+        raise InputError(f"backbone {config.name} cannot be built: {reason}") from error
     except OSError as error:
         reason = one_line(error, 200)
-        raise EnvironmentFault(f"backbone {config.name}: its weights could not be loaded: {reason}") from error
+        raise UnavailableError(f"backbone {config.name}: its weights could not be loaded: {reason}") from error
     _check_vit(vit, config.name)
     return vit
 
 
-def _require_download(name: str) -> None:
+def _require_download(name: str, reachable: Callable[[str], bool] | None) -> None:
     """Fail at once, with what to do, where timm would retry a hub that cannot be reached for most of a minute."""
     import timm
     from huggingface_hub import constants, try_to_load_from_cache
@@ -255,16 +258,15 @@ def _require_download(name: str) -> None:
         config = timm.get_pretrained_cfg(name)
     except RuntimeError as error:
         known = ", ".join(timm.list_pretrained(f"{architecture}.*")) or "none"
-        raise UserError(f"backbone.name {name} names weights that timm does not have; it has {known}") from error
+        raise InputError(f"backbone.name {name} names weights that timm does not have; it has {known}") from error
     if config is None or not config.has_weights:
-        raise UserError(f"backbone.name {name} has no pretrained weights in timm: pass --backbone.weights FILE")
+        raise InputError(f"backbone.name {name} has no pretrained weights in timm: pass --backbone.weights FILE")
     files = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", config.hf_hub_filename)
     hub = config.hf_hub_id
     if hub and any(isinstance(try_to_load_from_cache(hub, file), str) for file in files if file):
         return
-    url = constants.ENDPOINT if hub else config.url
-    if not reachable(url):
-        raise EnvironmentFault(
+    if reachable is not None and not reachable(url := constants.ENDPOINT if hub else config.url):
+        raise UnavailableError(
             f"the weights of {name} are not on this machine and {url} cannot be reached: pass a local file with "
             "--backbone.weights FILE, or run without a download: python train.py --config configs/digits.yaml"
         )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.routers import Router, Routing
+from .routers import Router, Routing
 
 LARGEST = 1e6  # weight of a loss, far inside float32
 
@@ -60,8 +60,9 @@ def importance_loss(routing: Routing) -> Tensor:
     V-MoE's importance is that of the clean gates over all experts (Riquelme 2021, appendix A), Shazeer's that of the
     weights.
     """
-    importance_E = routing.importance_E if routing.gates_BE is None else routing.gates_BE.sum(dim=0)
-    return squared_cv(importance_E, routing.target_E)
+    gate = routing.gate
+    importance_E = routing.importance_E if gate.importance_BE is None else gate.importance_BE.sum(dim=0)
+    return squared_cv(importance_E, gate.target_E)
 
 
 def load_loss(routing: Routing) -> Tensor:
@@ -69,9 +70,10 @@ def load_loss(routing: Routing) -> Tensor:
 
     0 where the rule had no noise (evaluation, warm-up): a hard count has no gradient.
     """
-    if routing.load_BE is None:
-        return torch.zeros((), device=routing.logits_BE.device)
-    return squared_cv(routing.load_BE.sum(dim=0), routing.target_E)
+    gate = routing.gate
+    if gate.load_BE is None:
+        return torch.zeros((), device=gate.logits_BE.device)
+    return squared_cv(gate.load_BE.sum(dim=0), gate.target_E)
 
 
 def switch_balance(probs_BE: Tensor, counts_E: Tensor, target_E: Tensor | None = None) -> Tensor:
@@ -145,12 +147,12 @@ def balance_losses(routing: Routing, config: BalanceConfig) -> dict[str, Tensor]
 
     Of random warm-up routing only the z-loss: to balance a draw that the gate did not make would teach it noise.
     """
-    demand_E, target_E = routing.demand_E, routing.target_E
+    demand_E, target_E = routing.demand_E, routing.gate.target_E
     functions = {
         "switch": lambda: switch_balance(routing.probs_BE, demand_E, target_E),
         "importance": lambda: importance_loss(routing),
         "load": lambda: load_loss(routing),
-        "p_penalty": lambda: parameter_penalty(routing.probs_BE, demand_E, routing.work_E),
+        "p_penalty": lambda: parameter_penalty(routing.probs_BE, demand_E, routing.gate.work_E),
         "z_loss": lambda: z_loss(routing.logits_BE),
         "entropy_local": lambda: local_entropy(routing.gate_logits_BE),
         "entropy_global": lambda: global_divergence(routing.gate_logits_BE, target_E),

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor, nn
 
-from model.adapters import Adapters
-from model.classifier import NeckConfig
-from model.experts import ExpertsConfig
-from model.routers import ROUTERS, RouterConfig, Routing, build_router
-from model.upcycled import UpcycledFFN
+from .adapters import Adapters
+from .classifier import NeckConfig
+from .experts import ExpertsConfig
+from .routers import ROUTERS, RouterConfig, Routing, build_router
+from .upcycled import UpcycledFFN
 
 BLOCK_EXPERTS: dict[str, type[nn.Module]] = {"adapter": Adapters, "ffn": UpcycledFFN}
 """Kinds of experts inside a block. Built from (width, ExpertsConfig, the frozen FFN); called as Adapters is."""

@@ -5,10 +5,10 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from model.experts import ExpertsConfig
-from model.moe import MixtureOfExperts
-from model.norm import Standardise
-from model.routers import ROUTERS, RouterConfig, Routing
+from .experts import ExpertsConfig
+from .moe import MixtureOfExperts
+from .norm import Standardise
+from .routers import ROUTERS, RouterConfig, Routing
 
 
 @dataclass

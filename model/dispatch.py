@@ -9,12 +9,11 @@ Those that never wait can be captured in a CUDA graph. A sample names an expert 
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from model.experts import Experts
-from model.grouped import GroupedExperts, after_first, fits, has_kernel, joined
-from model.routers import Routing
-from model.rows import gather, inverse, pick
+from .experts import Experts
+from .grouped import fits, has_kernel, run_on_all, run_on_own
+from .routing import Assignments
+from .rows import gather, inverse, pick
 
 # Set by benchmarks/dispatch.py on an H200; the ways are within its noise of one another near these numbers. Samples
 # times the experts' parameters up to which every expert on every sample takes no longer than the launches of any other
@@ -26,11 +25,11 @@ SORTED_FROM = 16_384, 4096
 NO_WEIGHT = -1e3  # in place of log 0: below what logarithms of probabilities come to, and not far, for precision
 
 
-def dispatch(x_BD: Tensor, routing: Routing, experts: Experts, how: str = "auto") -> tuple[Tensor, Tensor]:
+def dispatch(x_BD: Tensor, assignments: Assignments, experts: Experts, how: str = "auto") -> tuple[Tensor, Tensor]:
     """Run the experts on the samples assigned to them, in autocast's number format where that is on.
 
     how: sorted, grouped, dense, auto, or static: the way that suits a CUDA graph. Returns (outputs (A, C), order_A):
-    row i of the outputs belongs to assignment order_A[i] of the routing. An expert without samples has a gradient of
+    row i of the outputs belongs to assignment order_A[i]. An expert without samples has a gradient of
     zero in every way, since those that never wait for the device cannot know that it has none: the optimizer applies
     weight decay to it, and lets its moments decay.
     """
@@ -38,15 +37,15 @@ def dispatch(x_BD: Tensor, routing: Routing, experts: Experts, how: str = "auto"
     if torch.is_autocast_enabled(device):
         x_BD = x_BD.to(torch.get_autocast_dtype(device))
     if how in ("auto", "static"):
-        how = choose(len(routing.sample_A), experts, x_BD, static=how == "static")
+        how = choose(len(assignments.sample_A), experts, x_BD, static=how == "static")
     with torch.autocast(device, enabled=False):
-        return WAYS[how](x_BD, routing, experts)
+        return WAYS[how](x_BD, assignments, experts)
 
 
-def choose(assignments: int, experts: Experts, x_BD: Tensor, static: bool = False) -> str:
+def choose(number: int, experts: Experts, x_BD: Tensor, static: bool = False) -> str:
     """The way for so many assignments on this device; static: one that never waits, and whose launches cost nothing."""
     samples, several = x_BD.shape[0], len(experts.groups) > 1
-    if assignments == samples * len(experts):
+    if number == samples * len(experts):
         return "dense"
     if not x_BD.is_cuda:
         return "dense" if static else "sorted"
@@ -54,56 +53,49 @@ def choose(assignments: int, experts: Experts, x_BD: Tensor, static: bool = Fals
         return "dense"
     # Each shape gets as many rows as it can have at most: that pays where two experts or more have it, on average, and
     # a sample goes to less than half of all.
-    pays = not several or (2 * len(experts.groups) <= len(experts) and 2 * assignments < samples * len(experts))
-    few = assignments < SORTED_FROM[several] * len(experts)
+    pays = not several or (2 * len(experts.groups) <= len(experts) and 2 * number < samples * len(experts))
+    few = number < SORTED_FROM[several] * len(experts)
     if pays and (static or few) and has_kernel(x_BD) and fits(experts) and experts.read_all(x_BD.shape[1]):
         return "grouped"
     return "dense" if static else "sorted"
 
 
-def run_sorted(x_BD: Tensor, routing: Routing, experts: Experts) -> tuple[Tensor, Tensor]:
+def run_sorted(x_BD: Tensor, assignments: Assignments, experts: Experts) -> tuple[Tensor, Tensor]:
     """One expert after the other, each once and on just its samples, be they none."""
-    order_A = torch.argsort(routing.expert_A, stable=True)
-    sorted_AD = gather(x_BD, routing.sample_A.index_select(0, order_A), inverse(order_A), routing)
+    order_A = torch.argsort(assignments.expert_A, stable=True)
+    sorted_AD = gather(x_BD, assignments.sample_A.index_select(0, order_A), inverse(order_A), assignments)
     # The sizes of the slices must be known to the host: the one place a step waits for the device.
-    slices = sorted_AD.split(routing.counts_E.tolist())
+    slices = sorted_AD.split(assignments.counts_E.tolist())
     return torch.cat([expert(part) for expert, part in zip(experts, slices, strict=True)]), order_A
 
 
-def run_dense(x_BD: Tensor, routing: Routing, experts: Experts) -> tuple[Tensor, Tensor]:
-    """Every expert on every sample: more arithmetic, in fewer and larger products.
-
-    All first layers are one product; behind them experts of one shape go together.
-    """
-    row_A = experts.rank_E.index_select(0, routing.expert_A) * len(x_BD) + routing.sample_A
+def run_dense(x_BD: Tensor, assignments: Assignments, experts: Experts) -> tuple[Tensor, Tensor]:
+    """Every expert on every sample: more arithmetic, in fewer and larger products."""
+    row_A = experts.rank_E.index_select(0, assignments.expert_A) * len(x_BD) + assignments.sample_A
     order_A = torch.arange(len(row_A), device=row_A.device)
     shapes = [[experts[e] for e in group] for group in experts.groups]
-    placed = [expert for members in shapes for expert in members]
-    if not experts.read_all(x_BD.shape[1]):
-        outputs_EBC = torch.stack([expert(x_BD) for expert in placed])
-        return pick(outputs_EBC.flatten(0, 1), row_A), order_A
-    weight_HD, bias_H = (joined([getattr(expert[0], n) for expert in placed], x_BD.dtype) for n in ("weight", "bias"))
-    widths = [len(members) * members[0][0].out_features for members in shapes]
-    hidden = F.linear(x_BD, weight_HD, bias_H).split(widths, dim=1)
-    outputs_EBC = torch.cat([after_first(members, h_BH) for members, h_BH in zip(shapes, hidden, strict=True)])
+    if experts.read_all(x_BD.shape[1]):
+        outputs_EBC = run_on_all(shapes, x_BD)
+    else:
+        outputs_EBC = torch.stack([expert(x_BD) for members in shapes for expert in members])
     return pick(outputs_EBC.flatten(0, 1), row_A), order_A
 
 
-def run_grouped(x_BD: Tensor, routing: Routing, experts: Experts) -> tuple[Tensor, Tensor]:
+def run_grouped(x_BD: Tensor, assignments: Assignments, experts: Experts) -> tuple[Tensor, Tensor]:
     """Experts of one shape together: a grouped product takes each one's rows by offsets that stay on the device.
 
     Experts that read a part of the features each run dense: they have no rows in common.
     """
     if not experts.read_all(x_BD.shape[1]):
-        return run_dense(x_BD, routing, experts)
+        return run_dense(x_BD, assignments, experts)
     groups = experts.groups
-    key_A = experts.rank_E.index_select(0, routing.expert_A)
+    key_A = experts.rank_E.index_select(0, assignments.expert_A)
     order_A = torch.argsort(key_A, stable=True)
-    sorted_key_A, sample_A = key_A.index_select(0, order_A), routing.sample_A.index_select(0, order_A)
-    ends_E = routing.counts_E.index_select(0, experts.expert_E).cumsum(0)
+    sorted_key_A, sample_A = key_A.index_select(0, order_A), assignments.sample_A.index_select(0, order_A)
+    ends_E = assignments.counts_E.index_select(0, experts.expert_E).cumsum(0)
     if len(groups) == 1:
-        rows_AD = gather(x_BD, sample_A, inverse(order_A), routing)
-        return GroupedExperts(list(experts))(rows_AD, ends_E, sorted_key_A), order_A
+        rows_AD = gather(x_BD, sample_A, inverse(order_A), assignments)
+        return run_on_own(list(experts), rows_AD, ends_E, sorted_key_A), order_A
     position_A = torch.arange(len(order_A), device=x_BD.device)
     place_A = torch.zeros_like(position_A)  # row of each assignment, sorted as they are
     windows, first, before = [], 0, 0
@@ -120,9 +112,9 @@ def run_grouped(x_BD: Tensor, routing: Routing, experts: Experts) -> tuple[Tenso
         first, before = last, before + most
     taken, ends, keys = zip(*windows, strict=True)
     row_A = torch.empty_like(place_A).scatter_(0, order_A, place_A)
-    rows = gather(x_BD, sample_A.index_select(0, torch.cat(taken)), row_A, routing).split([len(t) for t in taken])
+    rows = gather(x_BD, sample_A.index_select(0, torch.cat(taken)), row_A, assignments).split([len(t) for t in taken])
     outputs = [
-        GroupedExperts([experts[e] for e in group])(rows_RD, ends_G, key_R)
+        run_on_own([experts[e] for e in group], rows_RD, ends_G, key_R)
         for group, rows_RD, ends_G, key_R in zip(groups, rows, ends, keys, strict=True)
     ]
     return pick(torch.cat(outputs), row_A), position_A
@@ -131,28 +123,28 @@ def run_grouped(x_BD: Tensor, routing: Routing, experts: Experts) -> tuple[Tenso
 WAYS = {"sorted": run_sorted, "grouped": run_grouped, "dense": run_dense}
 
 
-def combine_logits(outputs_AC: Tensor, order_A: Tensor, routing: Routing) -> Tensor:
+def combine_logits(outputs_AC: Tensor, order_A: Tensor, assignments: Assignments) -> Tensor:
     """Weighted sum of the experts' logits, float32 (B, C); zeros for a sample that no expert saw."""
-    weighted_AC = outputs_AC.float() * routing.weight_A.index_select(0, order_A)[:, None]
-    zeros_BC = weighted_AC.new_zeros(routing.num_samples, outputs_AC.shape[1])
-    return zeros_BC.index_add(0, routing.sample_A.index_select(0, order_A), weighted_AC)
+    weighted_AC = outputs_AC.float() * assignments.weight_A.index_select(0, order_A)[:, None]
+    zeros_BC = weighted_AC.new_zeros(assignments.num_samples, outputs_AC.shape[1])
+    return zeros_BC.index_add(0, assignments.sample_A.index_select(0, order_A), weighted_AC)
 
 
-def combine_probabilities(outputs_AC: Tensor, order_A: Tensor, routing: Routing) -> Tensor:
+def combine_probabilities(outputs_AC: Tensor, order_A: Tensor, assignments: Assignments) -> Tensor:
     """Log of the weighted sum of the experts' class probabilities, float32 (B, C), up to a constant a sample.
 
     A mixture distribution (Jacobs 1991), whose cross-entropy is the mixture's negative log-likelihood where
     the weights of a sample sum to 1. Computed as a log-sum-exp over each sample's experts; zeros for a sample
     that no expert saw.
     """
-    sample_A = routing.sample_A.index_select(0, order_A)
-    weight_A1 = routing.weight_A.index_select(0, order_A)[:, None]
+    sample_A = assignments.sample_A.index_select(0, order_A)
+    weight_A1 = assignments.weight_A.index_select(0, order_A)[:, None]
     # A softmax weight may underflow, and the logarithm of 0 has no finite gradient. An expert of weight 0 counts for
     # less than any other at any class, and alone where a sample has no other.
     log_A1 = weight_A1.clamp_min(torch.finfo(torch.float32).tiny).log().masked_fill(weight_A1 == 0, NO_WEIGHT)
     log_AC = outputs_AC.float().log_softmax(dim=-1) + log_A1
     index_AC = sample_A[:, None].expand_as(log_AC)
-    zeros_BC = log_AC.new_zeros(routing.num_samples, log_AC.shape[1])
+    zeros_BC = log_AC.new_zeros(assignments.num_samples, log_AC.shape[1])
     peak_BC = zeros_BC.scatter_reduce(0, index_AC, log_AC.detach(), "amax", include_self=False)
     sum_BC = zeros_BC.index_add(0, sample_A, (log_AC - peak_BC.index_select(0, sample_A)).exp())
     unseen_B1 = torch.ones_like(zeros_BC[:, :1]).index_fill(0, sample_A, 0.0)

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from model.dispatch import COMBINE, dispatch
-from model.experts import ExpertsConfig, build_experts
-from model.routers import RouterConfig, Routing, build_router
+from .dispatch import COMBINE, dispatch
+from .experts import ExpertsConfig, build_experts
+from .routers import RouterConfig, Routing, build_router
 
 
 class MixtureOfExperts(nn.Module):
@@ -47,16 +47,18 @@ class MixtureOfExperts(nn.Module):
         routing = self.router(x_BD, warmup, allowed_E)
         if self.training:
             self._count(routing)
-        if routing.rows_AD is None:
-            outputs_AC, order_A = dispatch(x_BD, routing, self.experts, self.how)
+        chosen = routing.assignments
+        if chosen.rows_AD is None:
+            outputs_AC, order_A = dispatch(x_BD, chosen, self.experts, self.how)
         else:
-            outputs_AC, order_A = dispatch(routing.rows_AD, routing.by_row(), self.experts, self.how)
-        logits_BC = self.combine(outputs_AC, order_A, routing)
+            outputs_AC, order_A = dispatch(chosen.rows_AD, chosen.by_row(), self.experts, self.how)
+        logits_BC = self.combine(outputs_AC, order_A, chosen)
         pooled_BD = x_BD if x_BD.ndim == 2 else x_BD.mean(dim=1)
         for expert in self.shared:
             logits_BC = logits_BC + expert(pooled_BD).float()
-        if routing.residual_B is not None:
-            logits_BC = logits_BC + routing.residual_B[:, None] * self.skip(pooled_BD).float()
+        residual_B = None if routing.drops is None else routing.drops.residual_B
+        if residual_B is not None:
+            logits_BC = logits_BC + residual_B[:, None] * self.skip(pooled_BD).float()
         return logits_BC, routing
 
     def after_step(self, routing: Routing) -> None:

@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.backbone import Backbone
-from model.blocks import BlockMixture, check_block_parts
-from model.classifier import NECKS, NeckConfig
-from model.experts import ExpertsConfig
-from model.preparation import prepare
-from model.routers import RouterConfig, Routing
-from model.vit_parts import add_ffn, attend, check_vit, embed, pool
+from .backbone import Backbone
+from .blocks import BlockMixture, check_block_parts
+from .classifier import NECKS, NeckConfig
+from .experts import ExpertsConfig
+from .preparation import prepare
+from .routers import RouterConfig, Routing
+from .vit_parts import add_ffn, attend, check_vit, embed, pool
 
 
 class MoEViT(nn.Module):

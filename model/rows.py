@@ -7,12 +7,12 @@ may name a row twice. These know which of their rows count, and how often, unles
 import torch
 from torch import Tensor
 
-from model.routers import Routing
+from .routing import Assignments
 
 
-def gather(x_BD: Tensor, sample_R: Tensor, row_A: Tensor, routing: Routing) -> Tensor:
+def gather(x_BD: Tensor, sample_R: Tensor, row_A: Tensor, assignments: Assignments) -> Tensor:
     """x_BD[sample_R], (R, D). row_A: which of these rows each assignment reads; gradients of others do not count."""
-    return _Gather.apply(x_BD, sample_R, row_A, routing.sample_A, routing.top_k)
+    return _Gather.apply(x_BD, sample_R, row_A, assignments.sample_A, assignments.top_k)
 
 
 def pick(rows_RC: Tensor, row_A: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from model.experts import ExpertsConfig
+from .experts import ExpertsConfig
 
 
 class UpcycledFFN(nn.Module):

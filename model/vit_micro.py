@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors.torch import load as load_safetensors
 from timm.models.vision_transformer import VisionTransformer
 
-from common.errors import UserError
+from .errors import InputError
 
 WEIGHTS = Path(__file__).parent / "weights" / "vit_micro.safetensors"
 # What distillation/train_vit_micro.py prints as "sha256" for the file above.
@@ -58,16 +58,16 @@ def load_vit_micro(path: Path = WEIGHTS) -> VisionTransformer:
     """The distilled model: float32 weights, evaluation mode, on the CPU.
 
     path: a safetensors state dict (stored as float16), which must hash to WEIGHTS_SHA256.
-    Raises UserError if the file cannot be read or is another one; nothing of it is parsed before that.
+    Raises InputError if the file cannot be read or is another one; nothing of it is parsed before that.
     """
     advice = f"restore it with `git checkout -- {_shown(path)}`"
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise UserError(f"cannot read the weights {path} ({error.strerror}): {advice}") from error
+        raise InputError(f"cannot read the weights {path} ({error.strerror}): {advice}") from error
     found = hashlib.sha256(content).hexdigest()
     if found != WEIGHTS_SHA256:
-        raise UserError(f"the weights {path} have SHA-256 {found}, expected {WEIGHTS_SHA256}: {advice}")
+        raise InputError(f"the weights {path} have SHA-256 {found}, expected {WEIGHTS_SHA256}: {advice}")
     model = vit_micro()
     state = {name: tensor.float() for name, tensor in load_safetensors(content).items()}
     model.load_state_dict(state, strict=True)

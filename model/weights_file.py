@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from common.archives import check_archive
-from common.errors import UserError, one_line
+from .archives import check_archive
+from .errors import InputError, one_line
 
 WRAPPERS = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|^(?:module\.)+")
 """What torch.compile, FSDP, activation checkpointing and DistributedDataParallel put into the names of weights."""
@@ -43,18 +43,20 @@ def load_converted(vit: nn.Module, state: dict[str, Tensor], path: Path, name: s
     try:
         state = unwrapped(state, list(own))
     except ValueError as error:
-        raise UserError(f"{place}: {error}") from error
+        raise InputError(f"{place}: {error}") from error
     try:
         state = convert(state, vit) if convert else state
         for key, shape in own.items():
             if key in state and state[key].shape != shape:
                 shapes = f"{key} is {_by(state[key].shape)} in the file and {_by(shape)} in the model"
-                raise UserError(f"{place}: it belongs to another model ({shapes}); {remedy}")
+                raise InputError(f"{place}: it belongs to another model ({shapes}); {remedy}")
         missing, _ = vit.load_state_dict(state, strict=False)
+    except InputError:
+        raise
     except (RuntimeError, KeyError, AttributeError, IndexError, ValueError, TypeError) as error:
-        raise UserError(f"{place}: it belongs to another model ({one_line(error, 120)}); {remedy}") from error
+        raise InputError(f"{place}: it belongs to another model ({one_line(error, 120)}); {remedy}") from error
     if missing:
-        raise UserError(
+        raise InputError(
             f"{place}: {len(missing)} of its weights are missing from the file, {missing[0]} the first; {remedy}"
         )
 
@@ -65,11 +67,11 @@ def _by(shape: torch.Size) -> str:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a local file, read without running code. Raises UserError."""
+    """The tensors of a local file, read without running code. Raises InputError."""
     from safetensors.torch import load_file
 
     if not path.is_file():
-        raise UserError(f"backbone.weights {path} is not a file")
+        raise InputError(f"backbone.weights {path} is not a file")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -77,7 +79,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # bytes that are no tensors make the readers fail in every way there is
-        raise UserError(
+        raise InputError(
             f"backbone.weights {path} is not a readable file of tensors ({type(error).__name__}): it is truncated, of "
             "another format, or holds more than tensors; convert it to .safetensors"
         ) from error
@@ -85,5 +87,5 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"backbone.weights {path} holds no state dict: expected names and tensors")
+        raise InputError(f"backbone.weights {path} holds no state dict: expected names and tensors")
     return state

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from common.archives import check_archive
 from common.errors import UserError, one_line, warn
 from common.files import write_atomically
+from model.archives import check_archive
 
 FORMAT_VERSION = 1
 

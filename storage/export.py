@@ -29,7 +29,7 @@ def export_model(run: RunFolder) -> None:
 def read_description(run: RunFolder) -> dict[str, Any]:
     """What model.json says. Raises UserError where it is unreadable, incomplete or of another version."""
     try:
-        described = json.loads(run.model.read_text())
+        described = json.loads(run.model.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{run.model} is not readable JSON: {_remedy(run)}") from error
     if not isinstance(described, dict) or described.get("format_version") != FORMAT_VERSION:

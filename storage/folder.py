@@ -12,6 +12,7 @@ from typing import Any
 
 from common.errors import EnvironmentFault, UserError
 from common.locks import try_lock
+from common.text import quoted
 
 # Where a run lies, what it ran on and how often it was saved: not what it is.
 INCIDENTAL = {
@@ -94,12 +95,13 @@ class RunFolder:
         """Raise UserError where the folder holds a run already."""
         if any(self.last.parent.glob("*.pt")) or self.model.exists():
             raise UserError(
-                f"{self.path} already holds a run: choose another --run_dir, or go on with it by --resume {self.path}"
+                f"{self.path} already holds a run: choose another --run_dir, or go on with it by --resume "
+                f"{quoted(self.path)}"
             )
 
     def refuse_busy(self) -> None:
         """Raise UserError where another process has claimed the folder: a first look, which claims nothing."""
-        with suppress(OSError), (self.path / ".lock").open() as file:  # none: no one has
+        with suppress(OSError), (self.path / ".lock").open("rb") as file:  # none: no one has
             if not try_lock(file, shared=True):
                 raise _in_use(self.path)
 
@@ -121,7 +123,7 @@ class RunFolder:
         """
         lock = self.path / ".lock"
         try:
-            file = lock.open("w")
+            file = lock.open("wb")
         except OSError as error:
             raise EnvironmentFault(f"{lock} cannot be written: {error.strerror}; choose another --run_dir") from error
         with file:
@@ -152,7 +154,7 @@ class RunFolder:
         """The lines of metrics.jsonl, less those that are not what the tracker writes (one that was torn)."""
         lines = []
         if self.metrics.exists():
-            for line in self.metrics.read_text(errors="replace").splitlines():
+            for line in self.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
                 with suppress(ValueError, RecursionError):
                     lines.append(json.loads(line))
         return [line for line in lines if _is_record(line)]

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from common.errors import UserError, one_line, say, warn
+from common.text import quoted
 from config.config import Config, Invocation, flatten
 from storage.checkpoint import RESUMABLE, load_checkpoint, previous, require_like
 from storage.folder import INCIDENTAL, RunFolder
@@ -38,8 +39,8 @@ def load_resumable(run: RunFolder, invocation: Invocation) -> dict[str, Any] | N
     for key, value in now.items():
         if key not in CHANGEABLE and repr(before.get(key)) != repr(value):
             raise UserError(
-                f"--resume {run.path} cannot change {key} from {one_line(repr(before.get(key)), 60)} to {value!r}: "
-                "leave it out, or start a new run"
+                f"--resume {quoted(run.path)} cannot change {key} from {one_line(repr(before.get(key)), 60)} to "
+                f"{value!r}: leave it out, or start a new run"
             )
     if (threads := checkpoint.get("threads")) != torch.get_num_threads():
         warn(f"{run.path} used {threads} CPU threads, now {torch.get_num_threads()}: on a CPU rounding will differ")

@@ -3,9 +3,11 @@
 import atexit
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -34,7 +36,7 @@ TINY = (
 CLIP = "vit_base_patch16_clip_quickgelu_224.openai"
 
 
-def run_program(*arguments, timeout=300, **environment):
+def run_program(*arguments, **environment):
     """Run `python ARGUMENTS` in the project as a user would, off ClearML unless the environment says otherwise."""
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
@@ -42,7 +44,6 @@ def run_program(*arguments, timeout=300, **environment):
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=timeout,
         stdin=subprocess.DEVNULL,
         check=False,
     )
@@ -61,9 +62,23 @@ def in_a_fork(function) -> tuple[int, str]:
         finally:
             os._exit(code)
     os.close(write)
-    with os.fdopen(read) as pipe:
-        text = pipe.read()
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), text
+    try:
+        with os.fdopen(read) as pipe:
+            text = pipe.read()
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), text
+    except BaseException:  # the test's time is up
+        os.kill(pid, signal.SIGKILL)
+        raise
+
+
+@contextmanager
+def running_program(*arguments, **options):
+    """`python ARGUMENTS` in the project while it runs, as a Popen; it is killed where it outlives the block."""
+    with subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT, text=True, **options) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 @pytest.fixture(scope="session")

@@ -29,6 +29,7 @@ from config.config import Invocation, parse_command_line
 from evaluation import evaluation
 
 EPOCHS, SAVE_EVERY = 18, 3
+PATIENCE = 600  # seconds, for what takes about one: a busy machine is slow, but does not hang
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONS = f"""--config {ROOT}/configs/digits.yaml --data.max_per_class 20 --backbone.features [cls:1,mean:1]
 --neck.kind pooled --experts.sizes [[8],[16],[32]] --router.warmup_steps 20 --router.dropout 0.1 --router.hidden [16]
@@ -77,7 +78,7 @@ def start(log: Path, *arguments: str) -> int:
     return pid
 
 
-def finish(pid: int, seconds: float = 60) -> int:
+def finish(pid: int, seconds: float = PATIENCE) -> int:
     """Exit code of a process, negative for a signal that ended it."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
@@ -91,7 +92,7 @@ def finish(pid: int, seconds: float = 60) -> int:
 
 def strike(pid: int, log: Path, number: int, delay: float) -> int:
     """Send a signal `delay` seconds after training has begun. Returns the exit code."""
-    until = time.monotonic() + 60
+    until = time.monotonic() + PATIENCE
     while time.monotonic() < until and (not log.exists() or "run folder" not in log.read_text()):
         if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
             break

@@ -41,7 +41,7 @@ def _metrics(task: Any) -> dict[str, Any]:
         single["specialisation"] = {"normalised": single["specialisation"]}
     artifact = task.artifacts.get("evaluation")
     path, _ = attempt(artifact.get_local_copy, raise_on_error=True) if artifact else (None, None)
-    whole, _ = attempt(lambda: json.loads(Path(path).read_text())) if path else (None, None)
+    whole, _ = attempt(lambda: json.loads(Path(path).read_text(encoding="utf-8"))) if path else (None, None)
     return {**single, **whole} if isinstance(whole, dict) else single
 
 

@@ -6,14 +6,14 @@ import json
 import os
 import queue
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common.errors import EnvironmentFault, UserError
+from common.errors import EnvironmentFault, UserError, say
+from common.text import command, printable
 
 PROJECT = "Vision MoE"
 PROBE_SECONDS = 3.0
@@ -73,7 +73,7 @@ class ClearMLTask:
             _, error = attempt(job, self.task, *args)
             if error is not None and not complained:
                 text = f"tracking: ClearML failed ({type(error).__name__}: {error}); training goes on"
-                print(text + ", and metrics.jsonl has every number", file=sys.stderr)
+                say(text + ", and metrics.jsonl has every number")
             complained = complained or error is not None
         self.whole = not complained
 
@@ -86,7 +86,7 @@ class ClearMLTask:
         while self._thread.join(CLOSE_SECONDS) or self._thread.is_alive():
             problem = server_problem() if self.mode == "clearml" else None
             if problem or time.monotonic() - start > UPLOAD_SECONDS:
-                print(f"tracking: ClearML left before it was done ({problem or 'too slow'})", file=sys.stderr)
+                say(f"tracking: ClearML left before it was done ({problem or 'too slow'})")
                 attempt(_disown, self.task)
                 return False
         return self.whole
@@ -214,8 +214,8 @@ def _finish(task: Any, failed: str | None) -> None:
     if failed and not folder:
         task.mark_failed(status_reason=failed, status_message=failed, force=True)
     if folder:
-        statement = f"from clearml import Task; Task.import_offline_session({f'{folder}.zip'!r})"
-        print(f'tracking: offline session {folder}.zip, sent to a server by: python -c "{statement}"')
+        statement = f"from clearml import Task; Task.import_offline_session({json.dumps(f'{folder}.zip')})"
+        print(f"tracking: offline session {printable(folder)}.zip, sent to a server by: {command('-c', statement)}")
 
 
 def server_problem() -> UserError | None:

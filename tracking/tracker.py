@@ -12,13 +12,13 @@ daemon thread speaks to ClearML, whose calls block for hours when a server dies.
 import json
 import math
 import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from common.errors import EnvironmentFault, UserError
+from common.errors import EnvironmentFault, UserError, say
 from common.files import write_json
+from common.text import command, printable
 from storage.folder import RunFolder
 from tracking.clearml_task import ClearMLTask, show, upload
 
@@ -52,7 +52,7 @@ class Tracker:
             self._lines.write(json.dumps(record) + "\n")
             self._lines.flush()
         except (OSError, ValueError) as error:  # ValueError: written after close()
-            print(f"tracking: {self._lines.name} cannot be written ({error}); going on", file=sys.stderr)
+            say(f"tracking: {self._lines.name} cannot be written ({error}); going on")
         self._points(finite, step)
 
     def summary(self, values: dict[str, float]) -> None:
@@ -70,8 +70,11 @@ class Tracker:
         cells = [["" if isinstance(v, float) and not _is_finite(v) else v for v in row] for row in rows]
         self._log("report_table", title, series, iteration=0, table_plot=[list(header), *cells])
 
-    def bars(self, title: str, series: str, labels: Sequence[str], values: dict[str, Sequence[float]]) -> None:
-        """Grouped bars, one group a label and one colour a key of `values`, among the plots; drawn by the viewer."""
+    def bars(self, title: str, series: str, labels: Sequence[str], values: dict[str, Sequence[float | None]]) -> None:
+        """Grouped bars, one group a label and one colour a key of `values`, among the plots; drawn by the viewer.
+
+        A value that is None or not finite is a gap.
+        """
         heights = [[_drawn(value) for value in row] for row in values.values()]
         self._log("report_histogram", title, series, heights, 0, labels=list(values), xlabels=list(labels))
 
@@ -79,11 +82,14 @@ class Tracker:
         self,
         title: str,
         series: str,
-        values: Sequence[Sequence[float]],
+        values: Sequence[Sequence[float | None]],
         rows: tuple[str, Sequence[str]],
         columns: tuple[str, Sequence[str]],
     ) -> None:
-        """A heat map, first row on top, among the plots. rows, columns: what they are, and the name of each."""
+        """A heat map, first row on top, among the plots; a value that is None or not finite is a gap.
+
+        rows, columns: what they are, and the name of each.
+        """
         self._log(
             "report_confusion_matrix",
             title,
@@ -124,10 +130,8 @@ class Tracker:
             if self._run_dir:
                 _remember(self._run_dir, self._clearml, whole)
             if self.mode == "clearml" and not whole:
-                where = self._run_dir or "RUN"
-                print(
-                    f"tracking: python evaluate.py {where} --tracking clearml sends everything again", file=sys.stderr
-                )
+                again = command("evaluate.py", self._run_dir or "RUN", "--tracking", "clearml")
+                say(f"tracking: {again} sends everything again")
         self._closed = True
         self._lines.close()
 
@@ -188,7 +192,7 @@ def open_tracker(
         raise
     tracker = Tracker(lines, config, clearml, Path(run_dir))
     where = {"clearml": "ClearML and ", "offline": "ClearML offline and ", "none": ""}[tracker.mode]
-    print(f"tracking: {where}{lines.name}" + "".join(f" ({reason})" for reason in dict.fromkeys(reasons)))
+    print(f"tracking: {where}{printable(lines.name)}" + "".join(f" ({reason})" for reason in dict.fromkeys(reasons)))
     if clearml:
         _remember(Path(run_dir), clearml, whole=False)
     if resume_step is not None:
@@ -212,7 +216,7 @@ def open_evaluation(mode: str, run_dir: Path, config: dict, *, name: str, tags: 
         clearml, reasons = _first_task(("clearml",), mode == "auto", config, name, list(tags), None, "testing", parent)
     if clearml or reasons:
         print("tracking: " + ("ClearML" if clearml else f"none ({reasons[0]})"))
-    tracker = Tracker(open(os.devnull, "w"), config, clearml)  # noqa: SIM115 - the tracker closes it
+    tracker = Tracker(open(os.devnull, "w", encoding="utf-8"), config, clearml)  # noqa: SIM115 - the tracker closes it
     if clearml and not (online and online[-1].get("whole")):
         tracker.sends_again = True
         tracker._send_again(RunFolder(Path(run_dir)).history())
@@ -224,7 +228,7 @@ def tasks_of(run_dir: Path) -> list[dict[str, str]]:
     whole: whether everything arrived there.
     """
     try:
-        listed = json.loads((Path(run_dir) / "clearml.json").read_text())
+        listed = json.loads((Path(run_dir) / "clearml.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return []
     tasks = [task for task in listed if isinstance(task, dict)] if isinstance(listed, list) else []
@@ -237,7 +241,7 @@ def _remember(run_dir: Path, clearml: ClearMLTask, whole: bool) -> None:
     try:
         write_json(run_dir / "clearml.json", [*others, task])
     except UserError as error:
-        print(f"tracking: {error}; going on", file=sys.stderr)
+        say(f"tracking: {error}; going on")
 
 
 def _first_task(attempts: Sequence[str], tolerant: bool, *task: Any) -> tuple[ClearMLTask | None, list[str]]:
@@ -253,9 +257,9 @@ def _first_task(attempts: Sequence[str], tolerant: bool, *task: Any) -> tuple[Cl
     return None, reasons
 
 
-def _drawn(value: float | None) -> float:
-    """The value, or 0 for one that is not finite, which no plot can hold."""
-    return float(value) if _is_finite(value) else 0.0
+def _drawn(value: float | None) -> float | None:
+    """The value, or None, which plots leave out, for one that is not finite."""
+    return float(value) if _is_finite(value) else None
 
 
 def _is_finite(value: float | None) -> bool:

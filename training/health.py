@@ -6,8 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from analysis.routing import underused
 from common.errors import UserError, warn
 from model.balance import BalanceConfig
+from model.norm import Standardise
+from model.routers import Router
 
 OUTPUT = "output of the backbone"
 REMEDIES = {
@@ -66,40 +69,50 @@ def not_finite(term: str, step: int, epoch: int, kept: str) -> UserError:
 
 
 class RoutingWatch:
-    """Says once each that the gate has collapsed, and that an expert went without a sample for an epoch.
+    """Says once that the gate has collapsed, and once of each expert that it is hardly used.
 
-    said: which of the two has been said, to be stored with a checkpoint.
+    router, balance: they decide which option helps. said: what has been said, to be stored with a checkpoint.
     """
 
-    def __init__(self, top_k: int, balance: BalanceConfig, bias_rate: float = 0.0):
-        self.top_k, self.said = top_k, []
-        self.remedy = f"raise --balance.switch (now {balance.switch:g}), or use --router.norm batch"
-        if bias_rate:
-            self.remedy = f"raise --router.bias_rate (now {bias_rate:g}), or use --router.norm batch"
+    def __init__(self, router: Router, balance: BalanceConfig, warmup_steps: int):
+        self.top_k, self.target_E, self.said = router.top_k, router.target_E.cpu().numpy(), []
+        self.remedy = _remedy(router, balance, warmup_steps)
 
-    def look(self, usage_E: np.ndarray, epoch: int) -> None:
-        """usage_E: samples that each expert received from the learned gate in an epoch without random routing."""
-        if not self.collapsed(usage_E, f"in epoch {epoch} all samples"):
-            self._look_for_unused(usage_E, epoch)
-
-    def collapsed(self, usage_E: np.ndarray, who: str) -> bool:
-        """Whether as few experts as one sample sees have all of the usage; says so, of `who`, the first time.
-
-        usage_E: assignments of each expert, or shares.
-        """
-        if len(usage_E) <= self.top_k or not usage_E.sum():
-            return False
-        used = np.sort(usage_E)[::-1][: self.top_k].sum() / usage_E.sum()
-        if used >= COLLAPSED and "collapse" not in self.said:
-            self.said += ["collapse", "unused"]  # which follows from it
-            busy = sorted(np.argsort(usage_E)[::-1][: self.top_k].tolist())
-            warn(f"routing has collapsed: {who} went to the experts {busy}; {self.remedy}")
-        return bool(used >= COLLAPSED)
-
-    def _look_for_unused(self, usage_E: np.ndarray, epoch: int) -> None:
-        unused = np.flatnonzero(usage_E == 0).tolist()
-        if len(usage_E) <= self.top_k or not usage_E.sum() or not unused or "unused" in self.said:
+    def check(self, load_E: np.ndarray, epoch: int, split: str) -> None:
+        """After an epoch of the learned gate. load_E: assignments of each expert, or shares, on a split."""
+        if len(load_E) <= self.top_k or not load_E.sum():
             return
-        self.said.append("unused")
-        remedy = f"{self.remedy}, or more --router.warmup_steps"
-        warn(f"no sample of epoch {epoch} went to the expert(s) {unused}; {remedy}")
+        order_E = np.argsort(-load_E, kind="stable")
+        busy = sorted(order_E[: self.top_k].tolist())
+        if load_E[busy].sum() >= COLLAPSED * load_E.sum():
+            if "collapse" not in self.said:
+                self.said += ["collapse", *(f"expert {expert}" for expert in range(len(load_E)))]
+                what = f"all {split} images of epoch {epoch} went to {_experts(busy)}"
+                warn(f"routing has collapsed: {what}; {self.remedy}")
+            return
+        idle = np.flatnonzero(underused(load_E, self.target_E))
+        idle = [expert for expert in idle.tolist() if f"expert {expert}" not in self.said]
+        if idle:
+            self.said += [f"expert {expert}" for expert in idle]
+            share = 100 * load_E[idle].max() / load_E.sum()
+            most = f"{share:.1f} %" if len(idle) == 1 else f"at most {share:.1f} % each"
+            warn(f"{_experts(idle)} received {most} of the {split} assignments of epoch {epoch}; {self.remedy}")
+
+
+def _experts(numbers: list[int]) -> str:
+    """ "expert 3", "experts 0, 1 and 3"."""
+    *first, last = map(str, numbers)
+    return f"experts {', '.join(first)} and {last}" if first else f"expert {last}"
+
+
+def _remedy(router: Router, balance: BalanceConfig, warmup_steps: int) -> str:
+    """Which option evens the load under this rule."""
+    if not router.learns:
+        return "a fixed rule decides, so use fewer --experts.sizes"
+    options = [f"raise --balance.switch (now {balance.switch:g})"]
+    if rate := getattr(router, "bias_rate", 0.0):
+        options = [f"raise --router.bias_rate (now {rate:g})"]
+    options.append(f"--router.warmup_steps (now {warmup_steps})")
+    if not any(isinstance(layer, Standardise) for layer in router.trunk):
+        options.append("set --router.norm batch")
+    return " or ".join(options)

@@ -90,7 +90,7 @@ class Trainer:
         self.numbers = step.numbers
         captured = worth_capturing(config.graph, model, config.batch_size)
         self.train_step = GraphedStep(step, config.batch_size) if captured else step
-        self.routing = RoutingWatch(model.moe.router.top_k, balance, getattr(model.moe.router, "bias_rate", 0.0))
+        self.routing = RoutingWatch(model.moe.router, balance, routing_warmup_steps)
         self.epoch, self.step = 0, 0  # epochs begun, steps done
         self.progress: Progress | None = None  # None: the epoch is over
         self.kept_at, self.kept = (0, True), "none yet"  # (step, epoch is over) and name of the last checkpoint
@@ -180,7 +180,7 @@ class Trainer:
             self._look(progress, bar)
         usage_E = (self.model.moe.usage_E - progress.usage_before_E).cpu().numpy()
         if progress.sums.learned_samples == progress.sums.samples:
-            self.routing.look(usage_E, self.epoch)
+            self.routing.check(usage_E, self.epoch, "training")
         values = progress.sums.values(usage_E, floors(self.balance, self.model.moe.router))
         return values | {"learning_rate/train": float(self.optimizer.param_groups[0]["lr"])}
 
@@ -217,7 +217,7 @@ class Trainer:
             raise not_finite("validation loss", self.step, self.epoch, self.kept)
         if self.step - self.steps_per_epoch >= self.routing_warmup_steps:
             # After an epoch of the learned gate, whose noise may have hidden what it does without.
-            self.routing.collapsed(validated.load_E, f"after epoch {self.epoch} all validation images")
+            self.routing.check(validated.load_E, self.epoch, "validation")
         return validated.values()
 
     def _save(self, keep: bool) -> None:

@@ -58,22 +58,25 @@ def expert_load(
 
 
 def expert_by_class(
-    share_CE: ArrayLike,
+    weight_CE: ArrayLike,
     class_names: Names,
     expert_labels: Names,
     group_C: ArrayLike | None = None,
     group_names: Names | None = None,
+    load_CE: ArrayLike | None = None,
 ) -> Figure:
-    """Heat map of each class's spread over the experts: experts as rows, classes as columns.
+    """Heat map of each class's spread over the experts: experts as rows, classes as columns, colours by gate weight.
 
-    share_CE: rows that sum to 1; a row of zeros (no assignment) is grey. group_C, group_names: each class's
-    superclass and the superclasses' names, to order and separate by; without them the classes are ordered by
-    dominant expert. Up to 200 classes are named, in panels of about 50; more are ranks on one panel.
+    weight_CE: shares of the gate weight, rows that sum to 1; a row of zeros (no assignment) is grey. load_CE: shares of
+    the assignments, printed in brackets below those of the weight where there is room for numbers. group_C,
+    group_names: each class's superclass and the superclasses' names, to order and separate by; without them the classes
+    are ordered by the expert of most weight. Up to 200 classes are named, in panels of about 50; more are ranks on one
+    panel.
     """
-    share_CE = np.asarray(share_CE, dtype=float)
-    num_classes, num_experts = share_CE.shape
+    weight_CE = np.asarray(weight_CE, dtype=float)
+    num_classes, num_experts = weight_CE.shape
     group_C = np.zeros(num_classes, int) if group_names is None else np.asarray(group_C)
-    order_C = np.lexsort((-share_CE.max(1), share_CE.argmax(1), group_C))
+    order_C = np.lexsort((-weight_CE.max(1), weight_CE.argmax(1), group_C))
     named = num_classes <= 200
     panels = np.array_split(order_C, -(-num_classes // 50) if named else 1)
     widest = len(panels[0])
@@ -81,14 +84,16 @@ def expert_by_class(
     names = np.array([short(name, 24) for name in class_names])
     size = float(np.clip(60 * cell, 5, 7.5))
     longest = max(map(len, names)) * 0.6 * size / 72
-    map_height = float(np.clip(0.24 * num_experts, 1.3, 3.2))
+    printed = widest <= 12 and num_experts <= 16
+    map_height = 0.36 * num_experts if printed else float(np.clip(0.24 * num_experts, 1.3, 3.2))
     label_height = (longest if named else 0.2) + (0.2 if group_names is None else 0.65)
     figure = new_figure(len(panels) * (map_height + label_height) + 0.8, "Which expert serves which class", 9.0)
     axes = figure.subplots(len(panels), squeeze=False)[:, 0]
-    norm = Normalize(0, max(share_CE.max(), 1e-9))
+    norm = Normalize(0, max(weight_CE.max(), 1e-9))
     for ax, columns in zip(axes, panels, strict=True):
-        table = np.where(share_CE[columns].sum(1) > 0, share_CE[columns].T, np.nan)
-        image = heat_map(ax, table, norm, values=widest <= 12 and num_experts <= 16)
+        served = weight_CE[columns].sum(1) > 0
+        table = np.where(served, weight_CE[columns].T, np.nan)
+        image = heat_map(ax, table, norm, printed, None if load_CE is None else np.asarray(load_CE)[columns].T)
         name_ticks(ax.yaxis, expert_labels, map_height, 7)
         if named:
             turn = 90 if longest > cell else 0
@@ -97,11 +102,11 @@ def expert_by_class(
             _group_names(ax, group_C[columns], group_names, cell)
         # Cells of one width in all panels, the last one too.
         ax.set_xlim(-0.5, widest - 0.5)
-    order = "by dominant expert" if group_names is None else "by superclass"
+    order = "by the expert of most weight" if group_names is None else "by superclass"
     axes[-1].set_xlabel(f"class, {order}" if named else f"rank of the class, {order}")
     figure.supylabel(EXPERT_AXIS, fontsize=9)
     bar = figure.colorbar(image, ax=axes, aspect=40, pad=0.01, format=PercentFormatter(1.0, decimals=0))
-    bar.set_label("share of assignments", fontsize=8)
+    bar.set_label("share of the gate weight", fontsize=8)
     return figure
 
 

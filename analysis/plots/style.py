@@ -50,14 +50,24 @@ def expert_colour(expert: int) -> str:
     return OKABE_ITO[expert % len(OKABE_ITO)]
 
 
-def heat_map(ax: Axes, table: np.ndarray, norm: Normalize, values: bool) -> matplotlib.image.AxesImage:
-    """Heat map, grey where unknown, white below the scale; `values` prints the percentages that do not round to 0."""
+def heat_map(
+    ax: Axes, table: np.ndarray, norm: Normalize, values: bool = False, second: np.ndarray | None = None
+) -> matplotlib.image.AxesImage:
+    """Heat map, grey where unknown, white below the scale.
+
+    values: print the percentages that do not round to 0. second: another table of the same shape, whose percentages are
+    printed as well, in brackets below the others.
+    """
     colours = matplotlib.colormaps["viridis"].with_extremes(bad="0.85", under="white")
     image = ax.imshow(table, norm=norm, cmap=colours, aspect="auto", interpolation="nearest")
     for (row, column), value in np.ndenumerate(table) if values else ():
-        if value > 0.005:
-            colour = "black" if norm(value) > 0.6 else "white"
-            ax.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=7, color=colour)
+        style = {"ha": "center", "color": "black" if norm(value) > 0.6 else "white"}
+        below = 0.0 if second is None else second[row, column]
+        if value > 0.005 or below > 0.005:
+            place = "center" if second is None else "bottom"
+            ax.text(column, row, f"{100 * value:.0f}", va=place, fontsize=7.5, **style)
+        if below > 0.005:
+            ax.text(column, row + 0.05, f"({100 * below:.0f})", va="top", fontsize=6, **style)
     return image
 
 

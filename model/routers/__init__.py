@@ -1,11 +1,12 @@
 """Routers: who sees whom, with what weight. One class per routing rule; each returns a Routing."""
 
-from model.routers.base import Router, Routing, group_columns
-from model.routers.config import RouterConfig
-from model.routers.expert_choice import ExpertChoiceRouter
-from model.routers.hash import HashRouter
-from model.routers.hierarchical import HierarchicalRouter
-from model.routers.rules import (
+from ..routing import Routing
+from .base import Router, group_columns
+from .config import RouterConfig
+from .expert_choice import ExpertChoiceRouter
+from .hash import HashRouter
+from .hierarchical import HierarchicalRouter
+from .rules import (
     ArticleRouter,
     DeepSeekRouter,
     GShardRouter,
@@ -15,7 +16,7 @@ from model.routers.rules import (
     VMoERouter,
     load_probability,
 )
-from model.routers.soft import SoftMoERouter
+from .soft import SoftMoERouter
 
 __all__ = ["ROUTERS", "Router", "RouterConfig", "Routing", "build_router", "group_columns", "load_probability"]
 

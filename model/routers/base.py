@@ -1,91 +1,14 @@
-"""Routing: who sees whom, with what weight; Router, the base of the rules that decide it, and of those with a gate."""
+"""Router: the base of the rules that decide who sees whom, and of those with a gate."""
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
-from model.norm import Standardise
-from model.routers.config import RouterConfig
-
-
-@dataclass
-class Routing:
-    """The decision of a router for B samples and E experts, as a flat list of A assignments.
-
-    sample_A, expert_A: int64, which sample goes to which expert. weight_A: float32, what the expert's
-    output counts. logits_BE: clean router logits, float32. load_BE: P(expert is chosen) under fresh noise,
-    differentiable, where the rule has noise. learned: False for random warm-up routing. gates_BE: the gate
-    whose sum is the importance, where that is not the weight. asked_E: assignments before capacity drops,
-    int64, where there were any. dropped: choices that found no place, or under expert choice samples that no
-    expert took; int64 scalar on the device, None for none. residual_B: weight of the choices that a linear
-    head stands in for. rows_AD: what each assignment reads, where that is not its sample's features.
-    target_E: the load to aim at, summing to 1 (None: even). work_E: cost of each expert over their mean
-    (None: equal). top_k: k where assignment a is of sample a // k (None: where some have been left out).
-    tempered_BE: logits at the gate's temperature, where that is not 1.
-    """
-
-    sample_A: Tensor
-    expert_A: Tensor
-    weight_A: Tensor
-    logits_BE: Tensor
-    load_BE: Tensor | None = None
-    learned: bool = True
-    gates_BE: Tensor | None = None
-    asked_E: Tensor | None = None
-    dropped: Tensor | None = None
-    residual_B: Tensor | None = None
-    rows_AD: Tensor | None = None
-    target_E: Tensor | None = None
-    work_E: Tensor | None = None
-    top_k: int | None = None
-    tempered_BE: Tensor | None = None
-    _counts_E: Tensor | None = field(default=None, init=False, repr=False)
-
-    @property
-    def num_samples(self) -> int:
-        return self.logits_BE.shape[0]
-
-    @property
-    def num_experts(self) -> int:
-        return self.logits_BE.shape[1]
-
-    @property
-    def probs_BE(self) -> Tensor:
-        """The clean gate: softmax over all experts, at its temperature."""
-        return self.gate_logits_BE.softmax(dim=-1)
-
-    @property
-    def gate_logits_BE(self) -> Tensor:
-        """Clean logits at the gate's temperature."""
-        return self.logits_BE if self.tempered_BE is None else self.tempered_BE
-
-    @property
-    def counts_E(self) -> Tensor:
-        """Assignments of each expert, int64, no gradient; on a GPU without waiting for it. Counted once."""
-        if self._counts_E is None:  # not a cached_property, whose lock cannot be compiled
-            zeros_E = torch.zeros(self.num_experts, dtype=torch.int64, device=self.expert_A.device)
-            self._counts_E = zeros_E.scatter_add_(0, self.expert_A, torch.ones_like(self.expert_A))
-        return self._counts_E
-
-    @property
-    def demand_E(self) -> Tensor:
-        """Assignments of each expert before any capacity drop, int64, no gradient: what balance is measured on."""
-        return self.counts_E if self.asked_E is None else self.asked_E
-
-    @property
-    def importance_E(self) -> Tensor:
-        """Gate weight that each expert receives, summed over the batch (Shazeer 2017, eq. 6); differentiable."""
-        return torch.zeros_like(self.logits_BE[0]).index_add(0, self.expert_A, self.weight_A)
-
-    def by_row(self) -> "Routing":
-        """The same assignments with each row of rows_AD as a sample of its own, as `dispatch` reads it."""
-        rows_A = torch.arange(len(self.sample_A), device=self.sample_A.device)
-        logits_AE = self.logits_BE[self.sample_A]
-        parts = {"logits_BE": logits_AE, "load_BE": None, "rows_AD": None, "tempered_BE": None}
-        return replace(self, sample_A=rows_A, top_k=1, **parts)
+from ..norm import Standardise
+from ..routing import Assignments, Gate, Routing
+from .config import RouterConfig
 
 
 class Router(nn.Module, ABC):
@@ -196,11 +119,7 @@ class GatedRouter(Router):
             logits_BE, sigma_BE = self._logits(hidden_BH, noisy=self.training and not warmup)
             if allowed_E is not None:
                 logits_BE = logits_BE.masked_fill(~allowed_E, -math.inf)
-            routing = self._route_at_random(logits_BE) if warmup else self._route(logits_BE, sigma_BE)
-            if self.temperature != 1:
-                routing.tempered_BE = self._tempered(logits_BE)
-        routing.target_E, routing.work_E = self.target_E, self.work_E
-        return routing
+            return self._route_at_random(logits_BE) if warmup else self._route(logits_BE, sigma_BE)
 
     def _perturb(self, x_BD: Tensor) -> Tensor:
         return x_BD
@@ -213,6 +132,11 @@ class GatedRouter(Router):
         """Logits whose softmax the gate is."""
         return logits_BE / self.temperature
 
+    def _gate(self, logits_BE: Tensor, load_BE: Tensor | None = None, importance_BE: Tensor | None = None) -> Gate:
+        """What the losses read, from clean logits (B, E)."""
+        tempered_BE = logits_BE if self.temperature == 1 else self._tempered(logits_BE)
+        return Gate(logits_BE, tempered_BE, load_BE, importance_BE, self.target_E, self.work_E)
+
     @abstractmethod
     def _route(self, logits_BE: Tensor, sigma_BE: Tensor | None) -> Routing:
         """The rule: from clean logits (B, E), and the deviation of learned noise (None: none), to a Routing."""
@@ -221,7 +145,8 @@ class GatedRouter(Router):
         draw_BE = torch.rand_like(logits_BE).masked_fill(logits_BE == -math.inf, -1.0)
         expert_BK = draw_BE.topk(self.top_k, dim=-1).indices
         weight_BK = torch.full_like(logits_BE[:, : self.top_k], 1 / self.top_k, requires_grad=False)
-        return assignments(expert_BK, weight_BK, logits_BE, learned=False)
+        drawn = Assignments.of_each(expert_BK, weight_BK, self.num_experts)
+        return Routing(drawn, self._gate(logits_BE), learned=False)
 
 
 class FeatureGroups(nn.Module):
@@ -243,11 +168,3 @@ def group_columns(in_features: int, num_groups: int, chosen: list[int]) -> Tenso
     if in_features % num_groups or not all(0 <= group < num_groups for group in chosen):
         raise ValueError(f"inputs {chosen} are not among the {num_groups} feature groups of {in_features} features")
     return torch.arange(in_features).view(num_groups, -1)[chosen].flatten()
-
-
-def assignments(expert_BK: Tensor, weight_BK: Tensor, logits_BE: Tensor, load_BE=None, learned=True) -> Routing:
-    """The Routing in which each sample has its k experts in the order given."""
-    batch, top_k = expert_BK.shape
-    sample_A = torch.arange(batch, device=expert_BK.device).repeat_interleave(top_k)
-    flat = (sample_A, expert_BK.flatten(), weight_BK.flatten())
-    return Routing(*flat, logits_BE, load_BE, learned, top_k=top_k)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from typing import Literal
 
-from model.routers.capacity import exact
+from .capacity import exact
 
 LARGEST, SMALLEST = 1e6, 1e-6
 """Bounds of what multiplies or divides logits, so that float32 holds the results."""

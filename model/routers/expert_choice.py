@@ -5,9 +5,10 @@ import math
 import torch
 from torch import Tensor
 
-from model.routers.base import GatedRouter, Routing
-from model.routers.capacity import exact, expert_capacity
-from model.routers.config import RouterConfig
+from ..routing import Assignments, Drops, Routing
+from .base import GatedRouter
+from .capacity import exact, expert_capacity
+from .config import RouterConfig
 
 
 class ExpertChoiceRouter(GatedRouter):
@@ -52,7 +53,8 @@ class ExpertChoiceRouter(GatedRouter):
         taken_BE = (gate_BE >= self.threshold_E) & (logits_BE > -math.inf)
         best_BE = torch.zeros_like(taken_BE).scatter_(1, gate_BE.argmax(dim=-1, keepdim=True), True)
         sample_A, expert_A = (taken_BE | (best_BE & ~taken_BE.any(dim=-1, keepdim=True))).nonzero(as_tuple=True)
-        return Routing(sample_A, expert_A, gate_BE[sample_A, expert_A], logits_BE)
+        chosen = Assignments.listed(sample_A, expert_A, gate_BE[sample_A, expert_A], tuple(gate_BE.shape))
+        return Routing(chosen, self._gate(logits_BE))
 
     def _take_best(self, logits_BE: Tensor, gate_BE: Tensor) -> Routing:
         batch = len(gate_BE)
@@ -66,4 +68,5 @@ class ExpertChoiceRouter(GatedRouter):
             smallest_E = torch.stack([value_PE[places[e] - 1, e] for e in columns])
             self.threshold_E.lerp_(smallest_E, self.momentum)
             unseen_B = torch.ones(batch, dtype=torch.int64, device=sample_A.device).index_fill(0, sample_A, 0)
-        return Routing(sample_A, expert_A, weight_A, logits_BE, dropped=unseen_B.sum())
+        taken = Assignments.listed(sample_A, expert_A, weight_A, tuple(gate_BE.shape))
+        return Routing(taken, self._gate(logits_BE), Drops(unseen_B.sum()))

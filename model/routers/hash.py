@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from model.norm import Standardise
-from model.routers.base import Routing
-from model.routers.config import RouterConfig
-from model.routers.token_choice import TokenChoiceRouter
+from ..norm import Standardise
+from ..routing import Routing
+from .config import RouterConfig
+from .token_choice import TokenChoiceRouter
 
 
 class HashRouter(TokenChoiceRouter):

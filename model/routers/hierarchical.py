@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from model.routers.config import RouterConfig
-from model.routers.rules import LearnedNoiseRouter, load_probability
+from .config import RouterConfig
+from .rules import LearnedNoiseRouter, load_probability
 
 
 class HierarchicalRouter(LearnedNoiseRouter):

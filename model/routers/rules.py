@@ -4,9 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.routers.base import Routing
-from model.routers.config import RouterConfig
-from model.routers.token_choice import TokenChoiceRouter, renormalised
+from .config import RouterConfig
+from .token_choice import TokenChoiceRouter, renormalised
 
 
 class ArticleRouter(TokenChoiceRouter):
@@ -98,10 +97,8 @@ class VMoERouter(SoftmaxFirstRouter):
         biased = self._biased(logits_BE, logits_BE), self._biased(noisy_BE, logits_BE)
         return noisy_BE, load_probability(*biased, fixed_BE, self.top_k)
 
-    def _route(self, logits_BE: Tensor, sigma_BE: Tensor | None) -> Routing:
-        routing = super()._route(logits_BE, sigma_BE)
-        routing.gates_BE = self._tempered(logits_BE).softmax(dim=-1)
-        return routing
+    def _importance(self, logits_BE: Tensor) -> Tensor:
+        return self._tempered(logits_BE).softmax(dim=-1)
 
 
 class SwitchRouter(SoftmaxFirstRouter):

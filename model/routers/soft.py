@@ -4,8 +4,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.routers.base import Router, Routing
-from model.routers.config import RouterConfig
+from ..routing import Assignments, Gate, Routing
+from .base import Router
+from .config import RouterConfig
 
 
 class SoftMoERouter(Router):
@@ -61,12 +62,12 @@ class SoftMoERouter(Router):
         batch, slots = weight_BP.shape
         expert_P = torch.arange(slots, device=x_BTD.device) // self.slots
         share_BE = weight_BP.unflatten(1, (self.num_experts, self.slots)).sum(dim=-1)
-        return Routing(
-            sample_A=torch.arange(batch, device=x_BTD.device).repeat_interleave(slots),
-            expert_A=expert_P.repeat(batch),
-            weight_A=weight_BP.flatten(),
-            logits_BE=share_BE.clamp_min(torch.finfo(share_BE.dtype).tiny).log(),
+        assignments = Assignments.listed(
+            torch.arange(batch, device=x_BTD.device).repeat_interleave(slots),
+            expert_P.repeat(batch),
+            weight_BP.flatten(),
+            tuple(share_BE.shape),
             rows_AD=rows_BPD.flatten(0, 1),
-            target_E=self.target_E,
-            work_E=self.work_E,
         )
+        logits_BE = share_BE.clamp_min(torch.finfo(share_BE.dtype).tiny).log()
+        return Routing(assignments, Gate(logits_BE, logits_BE, target_E=self.target_E, work_E=self.work_E))

@@ -1,15 +1,15 @@
 """What the rules share in which each sample chooses its experts: ranking, loss-free bias, capacities."""
 
 import math
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from model.routers.base import GatedRouter, Routing, assignments
-from model.routers.capacity import exact, expert_capacity, place
-from model.routers.config import RouterConfig
+from ..routing import Assignments, Drops, Routing
+from .base import GatedRouter
+from .capacity import exact, expert_capacity, place
+from .config import RouterConfig
 
 
 class TokenChoiceRouter(GatedRouter):
@@ -64,6 +64,10 @@ class TokenChoiceRouter(GatedRouter):
         """Which of the choices the rule keeps (None: all)."""
         return None
 
+    def _importance(self, logits_BE: Tensor) -> Tensor | None:
+        """The gate whose sum is the importance, from the clean logits (None: the weights)."""
+        return None
+
     def _route(self, logits_BE: Tensor, sigma_BE: Tensor | None) -> Routing:
         scores_BE, load_BE = self._scores(logits_BE, sigma_BE)
         ranked_BE = scores_BE
@@ -75,11 +79,10 @@ class TokenChoiceRouter(GatedRouter):
         wanted_BK = self._wanted(weight_BK) if self.training else None
         if self.training and self.capacity_factor is not None:
             return self._route_to_places(logits_BE, scores_BE, ranked_BE, expert_BK, weight_BK, wanted_BK, load_BE)
-        routing = assignments(expert_BK, weight_BK, logits_BE, load_BE)
-        if wanted_BK is None:
-            return routing
-        kept = {name: getattr(routing, name)[wanted_BK.flatten()] for name in ("sample_A", "expert_A", "weight_A")}
-        return replace(routing, **kept, top_k=None)
+        assignments = Assignments.of_each(expert_BK, weight_BK, self.num_experts)
+        if wanted_BK is not None:
+            assignments = assignments.kept(wanted_BK.flatten())
+        return Routing(assignments, self._gate(logits_BE, load_BE, self._importance(logits_BE)))
 
     def _route_to_places(self, logits_BE, scores_BE, ranked_BE, expert_BK, weight_BK, wanted_BK, load_BE) -> Routing:
         """The assignments that find a place under the capacities."""
@@ -105,23 +108,20 @@ class TokenChoiceRouter(GatedRouter):
             unwanted_BK = ~wanted_BK & ~spared_BE.gather(1, expert_BK)
             unwanted_BR = F.pad(unwanted_BK, (0, order_BE.shape[1]))
             weight_BR = self._weights(scores_BE, expert_BR, placed_BR | unwanted_BR)
-        asked_E = torch.zeros_like(self.target_E, dtype=torch.int64)
-        asked_E.scatter_add_(0, expert_BK.flatten(), wanted_BK.flatten().long())
+        demand_E = torch.zeros_like(self.target_E, dtype=torch.int64)
+        demand_E.scatter_add_(0, expert_BK.flatten(), wanted_BK.flatten().long())
         residual_B = None
         if self.overflow == "residual":
             residual_B = (weight_BK * (wanted_BK & ~placed_BR)).sum(dim=-1)
         sample_A, rank_A = placed_BR.nonzero(as_tuple=True)
-        return Routing(
-            sample_A,
-            expert_BR[sample_A, rank_A],
-            weight_BR[sample_A, rank_A],
-            logits_BE,
-            load_BE,
-            asked_E=asked_E,
-            gates_BE=torch.zeros_like(logits_BE).scatter(1, expert_BK, weight_BK * wanted_BK),
-            dropped=wanted_BK.sum() - placed_BR.sum(),
-            residual_B=residual_B,
+        assignments = Assignments.listed(
+            sample_A, expert_BR[sample_A, rank_A], weight_BR[sample_A, rank_A], (batch, self.num_experts)
         )
+        importance_BE = self._importance(logits_BE)
+        if importance_BE is None:  # that of the choices, whether they find a place or not
+            importance_BE = torch.zeros_like(logits_BE).scatter(1, expert_BK, weight_BK * wanted_BK)
+        drops = Drops(wanted_BK.sum() - placed_BR.sum(), demand_E, residual_B)
+        return Routing(assignments, self._gate(logits_BE, load_BE, importance_BE), drops)
 
     @torch.no_grad()
     def after_step(self, routing: Routing) -> None:

@@ -37,7 +37,8 @@ def history(epochs):
 
 def by_class(classes, experts, groups=None, long=False):
     names = [("a_class_of_a_very_long_name_$x$_" if long else "class ") + str(c) for c in range(classes)]
-    group = {"group_C": np.arange(classes) % groups} if groups else {}
+    group = {"load_CE": shares(classes, experts, 1)}
+    group |= {"group_C": np.arange(classes) % groups} if groups else {}
     group |= {"group_names": [CIFAR_100_SUPERCLASSES[g % 20] for g in range(groups)]} if groups else {}
     return plots.expert_by_class(shares(classes, experts), names, labels(experts), **group)
 

@@ -181,3 +181,18 @@ def test_top_classes():
 def test_bad_input_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    ("load", "target", "expected"),
+    [
+        ([99, 1, 0], None, [False, False, True]),
+        ([0.5, 0.4911, 0.0089], None, [False, False, True]),
+        ([0, 0], None, [False, False]),
+        ([199] + 200 * [1], None, 201 * [False]),  # a fair share of 201 is 0.5 %
+        ([0.9, 0.0005, 0.0995], [0.9, 0.01, 0.09], [False, True, False]),  # below a tenth of its due
+        ([0.9, 0.0015, 0.0985], [0.9, 0.01, 0.09], [False, False, False]),
+    ],
+)
+def test_an_expert_is_hardly_used_below_one_percent_or_a_tenth_of_its_due(load, target, expected):
+    assert routing.underused(load, target).tolist() == expected

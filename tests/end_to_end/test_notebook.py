@@ -22,12 +22,18 @@ def images(notebook) -> int:
     return sum("image/png" in output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", []))
 
 
+def client_of(notebook) -> NotebookClient:
+    """What runs it; a cell takes seconds, and gets minutes on a busy machine."""
+    where = {"metadata": {"path": str(NOTEBOOK.parent)}}
+    return NotebookClient(notebook, timeout=600, startup_timeout=600, resources=where)
+
+
 @pytest.fixture(scope="module")
 def executed(tiny_run):
     """The notebook, run on the tiny run."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     environment = os.environ | {"VISION_MOE_RUN": str(tiny_run), "OMP_NUM_THREADS": "1"}
-    client = NotebookClient(notebook, timeout=200, resources={"metadata": {"path": str(NOTEBOOK.parent)}})
+    client = client_of(notebook)
     client.execute(env=environment)
     return notebook
 
@@ -52,7 +58,7 @@ def test_it_runs_on_a_run_and_agrees_with_its_evaluation(executed, tiny_run):
 def test_a_run_that_was_interrupted_ends_in_one_line(tmp_path):
     (tmp_path / "config.yaml").write_text("{}")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    client = NotebookClient(notebook, timeout=200, resources={"metadata": {"path": str(NOTEBOOK.parent)}})
+    client = client_of(notebook)
     with pytest.raises(CellExecutionError):
         client.execute(env=os.environ | {"VISION_MOE_RUN": str(tmp_path), "OMP_NUM_THREADS": "1"})
     outputs = [output for cell in notebook.cells[:3] for output in cell.get("outputs", [])]

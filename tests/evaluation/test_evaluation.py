@@ -19,8 +19,10 @@ from config.features import FeaturesConfig
 from data.augment import AugmentConfig
 from data.image_set import ImageSet, Splits
 from evaluation import figures
-from evaluation.evaluation import evaluate, table
+from evaluation.evaluation import _results, evaluate, table
 from evaluation.predict import predict
+from evaluation.report import _expert_table, _spread
+from evaluation.reporting import _report_classes, _report_experts
 from features.bank import FeatureBank
 from model.experts import ExpertsConfig
 from model.routers import RouterConfig
@@ -59,9 +61,8 @@ def build(sizes=((4,), (8,), (16,)), top_k=2, mode="cached", test_images=120):
     """A model on synthetic images whose gate has a preference: (config, model, bank, extractor)."""
     torch.manual_seed(0)
     splits = Splits(image_set(30, 0), image_set(12, 1), image_set(test_images, 2))
-    config = Config(
-        router=RouterConfig(top_k=top_k, norm="none", warmup_steps=3), experts=ExpertsConfig([list(s) for s in sizes])
-    )
+    router = RouterConfig(top_k=top_k, norm="none", warmup_steps=3)
+    config = Config(router=router, experts=ExpertsConfig(sizes=[list(size) for size in sizes]))
     model = build_model(config, (48,), len(NAMES))
     torch.nn.init.normal_(model.moe.router.gate.weight)
     extract = Counting()
@@ -169,6 +170,48 @@ def test_the_closing_table_says_which_way_a_change_goes_and_sets_scores_off_from
     assert "<th>macro-F1 change</th>" in run.report.read_text()
 
 
+def test_an_expert_that_is_hardly_used_is_marked_in_the_closing_table_and_on_the_page(evaluated, tmp_path, monkeypatch):
+    results, run = copy.deepcopy(evaluated[1]), RunFolder(tmp_path)
+    assert results["expert_underused"] == [False, False, False] and "!" not in table(results)
+    config, model, bank, _ = build()
+    with torch.no_grad():
+        model.moe.router.gate.bias.copy_(torch.tensor([0.0, 1000.0, 2000.0]))
+    monkeypatch.setattr("evaluation.evaluation.draw", lambda *_: [])  # drawn above
+    results = evaluate(run, config, model, bank)
+    assert (results["expert_underused"], results["expert_accuracy"][0]) == ([True, False, False], None)
+    lines = table(results).splitlines()
+    assert lines[6].split()[:4] == ["0", "·", "4", "!"] and " ! " not in lines[7]
+    assert "! below 1 % of the load: the gate hardly uses the expert" in lines
+    assert "0 · 4, hardly used" in run.report.read_text(encoding="utf-8")
+
+
+def test_clearml_leaves_out_what_an_expert_without_samples_or_a_class_without_images_has_not():
+    class Recorder:
+        def __getattr__(self, name):
+            return lambda title, series, *values: shown.update({(title, series): values})
+
+    config, model, bank, _ = build(test_images=5)  # none of the sixth class
+    with torch.no_grad():
+        model.moe.router.gate.bias.copy_(torch.tensor([0.0, 1000.0, 2000.0]))
+    shown = {}
+    results = _results(predict(model, bank, "test", removals=True), bank.splits.test, config, model)
+    _report_experts(results, Recorder())
+    _report_classes(results, Recorder())
+    assert shown["expert accuracy", "test"][1]["accuracy"][0] is None
+    assert shown["expert load", "test"][1]["load"][0] == 0.0  # which is true
+    assert shown["experts by class", "gate weight"][0][5] == [None, None, None]
+    assert sum(shown["experts by class", "gate weight"][0][4]) == pytest.approx(1)
+
+
+def test_an_experts_own_classes_are_those_of_which_it_has_most_weight(evaluated):
+    results = copy.deepcopy(evaluated[1])
+    results["class_names"], results["experts"] = ["a", "b"], ["0", "1"]
+    results["expert_by_class"], results["expert_by_class_weight"] = [[0.5, 0.5]] * 2, [[0.0, 1.0], [0.25, 0.75]]
+    rows = _expert_table(results).rows
+    assert [row[5] for row in rows] == ["b: 25\u00a0%", "a: 100\u00a0%, b: 75\u00a0%"]
+    assert _spread(["a", "b"], results, "class")[1] == ["b", "25 / 50\u00a0%", "75 / 50\u00a0%"]
+
+
 def test_one_expert_cannot_be_removed(tmp_path, monkeypatch):
     config, model, bank, _ = build(sizes=((4,),), top_k=1)
     monkeypatch.setattr("evaluation.evaluation.draw", lambda *_: [])  # drawn above
@@ -267,9 +310,7 @@ def test_the_page_opens_in_a_real_browser(evaluated, tmp_path):
     copy.write_text(run.report.read_text(encoding="utf-8").replace("</head>", probe), encoding="utf-8")
     options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
     options += ["--window-size=1000,800", "--host-resolver-rules=MAP * ~NOTFOUND", "--dump-dom"]
-    result = subprocess.run(
-        [browser(), *options, copy.as_uri()], capture_output=True, text=True, timeout=60, check=False
-    )
+    result = subprocess.run([browser(), *options, copy.as_uri()], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     title = result.stdout.split("<title>", 1)[1].split("</title>", 1)[0]
     seen = json.loads(title.replace("&quot;", '"'))

@@ -136,17 +136,20 @@ def test_two_processes_at_once_do_not_corrupt_it(tmp_path):
     context = multiprocessing.get_context("fork")
     barrier = context.Barrier(3)
     writers = [context.Process(target=_write_often, args=(tmp_path, barrier)) for _ in range(2)]
+    cache, whole = FeatureCache(tmp_path), 0
     for writer in writers:
         writer.start()
-    barrier.wait()
-    cache, whole = FeatureCache(tmp_path), 0
-    while any(writer.is_alive() for writer in writers):
-        loaded = cache.load(KEY)
-        if loaded is not None:
-            assert torch.all(loaded == 2.5)
-            whole += 1
-    for writer in writers:
-        writer.join()
+    try:
+        barrier.wait()
+        while any(writer.is_alive() for writer in writers):
+            loaded = cache.load(KEY)
+            if loaded is not None:
+                assert torch.all(loaded == 2.5)
+                whole += 1
+    finally:
+        for writer in writers:
+            writer.kill()
+            writer.join()
     assert [writer.exitcode for writer in writers] == [0, 0]
     assert whole > 0 and torch.all(cache.load(KEY) == 2.5)
     assert [path.name for path in tmp_path.iterdir()] == [cache.path(KEY).name]

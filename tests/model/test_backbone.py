@@ -7,8 +7,8 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from common.errors import EnvironmentFault, UserError
 from model.backbone import Backbone, BackboneConfig, load_backbone
+from model.errors import InputError, UnavailableError
 
 CPU = torch.device("cpu")
 
@@ -57,7 +57,7 @@ def test_a_vit_without_a_class_token(images):
     vit = timm.models.VisionTransformer(**options, class_token=False, global_pool="avg")
     assert Backbone(vit, ["mean:-1"])(images).shape == (2, 32)
     assert Backbone(vit, ["tokens:-1"])(images).shape == (2, 4, 32)
-    with pytest.raises(UserError, match="have no class token"):
+    with pytest.raises(InputError, match="have no class token"):
         Backbone(vit, ["cls:-1"])
 
 
@@ -82,13 +82,13 @@ def test_vits_of_other_builds_give_features(images, name, options, patches, pref
     if prefix:
         torch.testing.assert_close(Backbone(vit, ["cls:-1"])(images), vit.forward_features(images)[:, 0])
         return
-    with pytest.raises(UserError, match="have no class token"):
+    with pytest.raises(InputError, match="have no class token"):
         Backbone(vit, ["cls:-1"])
 
 
 @pytest.mark.parametrize("size", [1, 7, 15])
 def test_an_image_size_below_the_patch_size_is_one_line(size):
-    with pytest.raises(UserError, match=rf"gives no features of images of {size} pixels .*choose another") as caught:
+    with pytest.raises(InputError, match=rf"gives no features of images of {size} pixels .*choose another") as caught:
         load_backbone(config(image_size=size), CPU)
     assert "\n" not in str(caught.value)
 
@@ -119,18 +119,17 @@ def test_weights_of_which_two_may_be_meant_are_refused(tmp_path):
     state = timm.create_model("test_vit", num_classes=0, img_size=32).state_dict()
     both = {f"{who}.{name}": value for who in ("student", "teacher") for name, value in state.items()}
     torch.save(both, tmp_path / "weights.pth")
-    with pytest.raises(UserError, match="under student and under teacher"):
+    with pytest.raises(InputError, match="under student and under teacher"):
         load_backbone(config(weights=tmp_path / "weights.pth"), CPU)
 
 
 @pytest.mark.parametrize("weights", [None, "weights.pth"])
-def test_a_model_that_is_no_vit_is_told_so_before_its_weights_are_missed(tmp_path, monkeypatch, weights):
-    monkeypatch.setattr("model.backbone.reachable", lambda url: False)
+def test_a_model_that_is_no_vit_is_told_so_before_its_weights_are_missed(tmp_path, weights):
     if weights:
         torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / weights)
         weights = tmp_path / weights
-    with pytest.raises(UserError, match=r"resnet18\.a1_in1k is not a ViT with tokens"):
-        load_backbone(BackboneConfig(name="resnet18.a1_in1k", weights=weights), CPU)
+    with pytest.raises(InputError, match=r"resnet18\.a1_in1k is not a ViT with tokens"):
+        load_backbone(BackboneConfig(name="resnet18.a1_in1k", weights=weights), CPU, lambda url: False)
 
 
 def test_registers_are_left_out(images):
@@ -202,10 +201,10 @@ def test_a_weights_file_cannot_run_code(tmp_path):
 
     path = tmp_path / "weights.pth"
     path.write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(UserError, match="not a readable file of tensors"):
+    with pytest.raises(InputError, match="not a readable file of tensors"):
         load_backbone(config(weights=path), CPU)
     torch.save({"state_dict": {"x": Bomb()}}, path)
-    with pytest.raises(UserError, match="not a readable file of tensors"):
+    with pytest.raises(InputError, match="not a readable file of tensors"):
         load_backbone(config(weights=path), CPU)
 
 
@@ -223,17 +222,17 @@ def test_a_weights_file_cannot_run_code(tmp_path):
     ],
 )
 def test_mistakes_are_named(options, words):
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(InputError, match=words):
         load_backbone(config(**options), CPU)
 
 
 def test_weights_of_another_model_are_refused(tmp_path):
     path = tmp_path / "weights.safetensors"
     save_file({"x": torch.zeros(2)}, path)
-    with pytest.raises(UserError, match=r"fit test_vit: \d+ of its weights are missing .* --backbone\.name"):
+    with pytest.raises(InputError, match=r"fit test_vit: \d+ of its weights are missing .* --backbone\.name"):
         load_backbone(config(weights=path), CPU)
     save_file(timm.create_model("vit_tiny_patch16_224", num_classes=0, depth=1, img_size=32).state_dict(), path)
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(InputError) as caught:
         load_backbone(config(weights=path), CPU)
     assert str(caught.value) == (
         f"backbone.weights {path} does not fit test_vit: it belongs to another model (cls_token is 1x1x192 in the file "
@@ -241,10 +240,9 @@ def test_weights_of_another_model_are_refused(tmp_path):
     )
 
 
-def test_weights_that_cannot_be_downloaded_are_said_at_once(monkeypatch):
-    monkeypatch.setattr("model.backbone.reachable", lambda url: False)
-    with pytest.raises(EnvironmentFault, match=r"--backbone\.weights FILE"):
-        load_backbone(BackboneConfig(name="vit_large_patch16_224"), CPU)
+def test_weights_that_cannot_be_downloaded_are_said_at_once():
+    with pytest.raises(UnavailableError, match=r"--backbone\.weights FILE"):
+        load_backbone(BackboneConfig(name="vit_large_patch16_224"), CPU, lambda url: False)
 
 
 @pytest.mark.parametrize("features", [[], ["cls"], ["max:-1"], ["cls:x"], ["tokens:-1", "cls:-1"]])

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from routing_helpers import listed_routing
 
 from model.balance import (
     BalanceConfig,
@@ -20,13 +21,13 @@ from model.balance import (
     weighted_sum,
     z_loss,
 )
-from model.routers import RouterConfig, Routing, build_router
+from model.routers import RouterConfig, build_router
 
 
 def routing_of(expert_A, weight_A, logits_BE, load_BE=None):
     top_k = len(expert_A) // len(logits_BE)
     sample_A = torch.arange(len(logits_BE)).repeat_interleave(top_k)
-    return Routing(sample_A, torch.tensor(expert_A), torch.tensor(weight_A), logits_BE, load_BE)
+    return listed_routing(sample_A, torch.tensor(expert_A), torch.tensor(weight_A), logits_BE, load_BE=load_BE)
 
 
 def test_squared_cv_uses_the_population_variance():
@@ -120,8 +121,9 @@ def test_every_floor_is_the_value_at_perfect_balance(target):
     expert_A = torch.repeat_interleave(torch.arange(3), (share_E * 6 * 7 * 11).round().long())  # whole counts
     ones_A = torch.ones(len(expert_A))
     logits_BE = share_E.log().expand(len(expert_A), 3)  # of logsumexp 0
-    routing = Routing(torch.arange(len(expert_A)), expert_A, ones_A, logits_BE, logits_BE.exp())
-    routing.target_E, routing.work_E = router.target_E, router.work_E
+    aim = {"target_E": router.target_E, "work_E": router.work_E}
+    samples_A = torch.arange(len(expert_A))
+    routing = listed_routing(samples_A, expert_A, ones_A, logits_BE, load_BE=logits_BE.exp(), **aim)
     found = balance_losses(routing, config)
     for name in ("switch", "importance", "load", "z_loss", "entropy_global"):
         assert found[name].item() == pytest.approx(floor[name], abs=1e-4), name
@@ -142,7 +144,6 @@ def test_losses_have_the_gradient_of_finite_differences(name):
     def loss(logits):
         torch.manual_seed(1)  # the same noise each time
         routing = router._route(logits, torch.nn.functional.softplus(logits))
-        routing.target_E, routing.work_E = router.target_E, router.work_E
         return balance_losses(routing, config)[name]
 
     assert torch.autograd.gradcheck(loss, (torch.randn(5, 3, dtype=torch.float64, requires_grad=True),))

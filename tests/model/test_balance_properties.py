@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+from routing_helpers import listed_routing
 
 from model.balance import BalanceConfig, balance_losses, global_divergence, local_entropy, squared_cv
-from model.routers import Routing, load_probability
+from model.routers import load_probability
 
 
 def entropy64(p):
@@ -60,10 +61,10 @@ def test_losses_and_gradients_are_right_at_every_gap_between_logits(name, gap):
     for values in patterns:
         logits_BE = torch.tensor(values, requires_grad=True)
         expert_A = logits_BE.argmax(dim=-1)
-        routing = Routing(torch.arange(len(values)), expert_A, torch.ones(len(values)), logits_BE)
-        routing.gates_BE, routing.work_E = logits_BE.softmax(dim=-1), torch.tensor([0.5, 1.0, 1.5])
+        gate = {"importance_BE": logits_BE.softmax(dim=-1), "work_E": torch.tensor([0.5, 1.0, 1.5])}
         if name == "load":
-            routing.load_BE = load_probability(logits_BE, logits_BE + 0.1, torch.full_like(logits_BE, 1e-6), 1)
+            gate["load_BE"] = load_probability(logits_BE, logits_BE + 0.1, torch.full_like(logits_BE, 1e-6), 1)
+        routing = listed_routing(torch.arange(len(values)), expert_A, torch.ones(len(values)), logits_BE, **gate)
         loss = balance_losses(routing, BalanceConfig(**{"switch": 0.0, name: 1.0}))[name]
         assert loss.isfinite()
         if name == "usage_variance":

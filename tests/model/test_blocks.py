@@ -5,6 +5,7 @@ import hashlib
 
 import pytest
 import torch
+from routing_helpers import listed_routing
 from torch.nn import functional as F
 
 from model.adapters import Adapters
@@ -12,7 +13,6 @@ from model.blocks import BlockMixture, weight_table
 from model.experts import ExpertsConfig
 from model.moe_vit import resolve_blocks
 from model.routers import ROUTERS, RouterConfig
-from model.routers.base import Routing
 from tests.block_helpers import SIZES, images, moe_vit, plain_ffn, spread, tiny_vit
 
 TOKEN_RULES = sorted(kind for kind, rule in ROUTERS.items() if rule.token_choice)
@@ -37,8 +37,8 @@ def test_two_adapters_by_hand():
 
 
 def test_weight_table_by_hand():
-    routing = Routing(
-        torch.tensor([0, 0, 2]), torch.tensor([1, 0, 2]), torch.tensor([0.7, 0.3, 0.9]), logits_BE=torch.zeros(3, 3)
+    routing = listed_routing(
+        torch.tensor([0, 0, 2]), torch.tensor([1, 0, 2]), torch.tensor([0.7, 0.3, 0.9]), torch.zeros(3, 3)
     )
     expected = torch.tensor([[0.3, 0.7, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.9]])
     torch.testing.assert_close(weight_table(routing), expected)

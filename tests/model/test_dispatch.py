@@ -12,7 +12,8 @@ from model.balance import BalanceConfig, balance_losses, weighted_sum
 from model.classifier import NeckConfig, VisionMoE
 from model.dispatch import COMBINE, WAYS, dispatch
 from model.experts import Expert, Experts, ExpertsConfig, build_experts
-from model.routers import RouterConfig, Routing
+from model.routers import RouterConfig
+from model.routing import Assignments
 
 UNEQUAL = [[8], [16, 8], [24], [8, 8, 16]]
 EQUAL = [[16, 8]] * 4
@@ -28,7 +29,7 @@ def routing_of(batch, experts, top_k, seed=0, drop=0.0):
     kept_A = torch.rand(len(sample_A), generator=generator) >= drop
     weight_A = torch.rand(len(sample_A), generator=generator) + 0.1
     regular = None if drop else top_k
-    return Routing(sample_A[kept_A], expert_A[kept_A], weight_A[kept_A], logits_BE, top_k=regular)
+    return Assignments.listed(sample_A[kept_A], expert_A[kept_A], weight_A[kept_A], (batch, experts), regular)
 
 
 def run(how, x_BD, routing, experts, combine="logits"):
@@ -103,7 +104,7 @@ def test_on_a_gpu_that_forbids_chance_every_way_agrees_and_repeats_itself(drop):
     torch.manual_seed(0)
     experts = build_experts(ExpertsConfig(sizes=[[16], [32], [16], [32]], dropout=0.0), 16, 5)[0].cuda()
     routing = routing_of(200, 4, 2, drop=drop)
-    parts = {name: getattr(routing, name).cuda() for name in ("sample_A", "expert_A", "weight_A", "logits_BE")}
+    parts = {name: getattr(routing, name).cuda() for name in ("sample_A", "expert_A", "weight_A", "counts_E")}
     routing, x_BD, found = replace(routing, **parts), torch.randn(200, 16, device="cuda"), {}
     torch.use_deterministic_algorithms(True)
     try:

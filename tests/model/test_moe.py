@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from routing_helpers import listed_routing
 
 from model.classifier import NeckConfig, VisionMoE
 from model.dispatch import COMBINE, dispatch
 from model.experts import SIZES, ExpertsConfig, build_experts
 from model.moe import MixtureOfExperts
-from model.routers import RouterConfig, Routing
+from model.routers import RouterConfig
 
 UNEQUAL = [[5], [7, 6], [16], [9, 8, 7]]
 
@@ -42,7 +43,7 @@ def test_sparse_equals_dense_in_values_and_gradients(combine, top_k, batch):
         moe.zero_grad()
         x.grad = None
         if sparse:
-            out = COMBINE[combine](*dispatch(x, routing, moe.experts), routing)
+            out = COMBINE[combine](*dispatch(x, routing.assignments, moe.experts), routing.assignments)
         else:
             out = dense_reference(x, routing, moe.experts, combine).float()
         (out * target).sum().backward(retain_graph=True)
@@ -67,8 +68,8 @@ def test_each_expert_runs_once_on_just_its_samples():
 @pytest.mark.parametrize("combine", sorted(COMBINE))
 def test_a_sample_that_no_expert_sees_gets_even_logits(combine):
     experts = build_experts(ExpertsConfig(sizes=[[4], [4]]), 3, 5)[0]
-    routing = Routing(torch.tensor([0]), torch.tensor([1]), torch.tensor([1.0]), torch.zeros(2, 2))
-    out = COMBINE[combine](*dispatch(torch.randn(2, 3), routing, experts), routing)
+    routing = listed_routing(torch.tensor([0]), torch.tensor([1]), torch.tensor([1.0]), torch.zeros(2, 2))
+    out = COMBINE[combine](*dispatch(torch.randn(2, 3), routing.assignments, experts), routing.assignments)
     out.sum().backward()
     assert torch.all(out[1] == out[1, 0])
     assert torch.all(torch.isfinite(out))
@@ -76,19 +77,20 @@ def test_a_sample_that_no_expert_sees_gets_even_logits(combine):
 
 
 def test_combination_by_hand():
-    routing = Routing(torch.tensor([0, 0]), torch.tensor([0, 1]), torch.tensor([0.25, 0.75]), torch.zeros(1, 2))
+    routing = listed_routing(torch.tensor([0, 0]), torch.tensor([0, 1]), torch.tensor([0.25, 0.75]), torch.zeros(1, 2))
     outputs = torch.tensor([[0.0, 0.0], [torch.log(torch.tensor(3.0)), 0.0]])
     # Logits: 0.75 * log 3 = 0.823959. Probabilities (1/2, 1/2) and (3/4, 1/4) mix to (0.6875, 0.3125).
     order = torch.tensor([0, 1])
-    assert COMBINE["logits"](outputs, order, routing)[0].tolist() == pytest.approx([0.823959, 0.0], abs=1e-6)
-    mixed = COMBINE["probabilities"](outputs, order, routing).exp()[0].tolist()
+    summed = COMBINE["logits"](outputs, order, routing.assignments)[0].tolist()
+    assert summed == pytest.approx([0.823959, 0.0], abs=1e-6)
+    mixed = COMBINE["probabilities"](outputs, order, routing.assignments).exp()[0].tolist()
     assert mixed == pytest.approx([0.6875, 0.3125], abs=1e-6)
 
 
 def test_probabilities_survive_extreme_logits():
-    routing = Routing(torch.tensor([0, 0]), torch.tensor([0, 1]), torch.tensor([0.5, 0.5]), torch.zeros(1, 2))
+    routing = listed_routing(torch.tensor([0, 0]), torch.tensor([0, 1]), torch.tensor([0.5, 0.5]), torch.zeros(1, 2))
     outputs = torch.tensor([[500.0, 0.0], [500.0, 0.0]], requires_grad=True)
-    out = COMBINE["probabilities"](outputs, torch.tensor([0, 1]), routing)
+    out = COMBINE["probabilities"](outputs, torch.tensor([0, 1]), routing.assignments)
     out[0, 1].backward()
     assert out[0].tolist() == pytest.approx([0.0, -500.0])
     assert torch.all(torch.isfinite(outputs.grad)) and outputs.grad.abs().sum() > 0
@@ -121,7 +123,7 @@ def test_counters_count_training_only_and_keep_warm_up_apart():
 
 def test_counters_add_up_to_known_routing():
     moe = mixture(1, sizes=[[4], [4], [4]]).train()
-    fixed = Routing(torch.arange(5), torch.tensor([2, 0, 2, 2, 0]), torch.ones(5), torch.zeros(5, 3))
+    fixed = listed_routing(torch.arange(5), torch.tensor([2, 0, 2, 2, 0]), torch.ones(5), torch.zeros(5, 3))
     moe.router.forward = lambda x, warmup=False, allowed_E=None: fixed
     moe(torch.randn(5, 6))
     moe(torch.randn(5, 6))
@@ -207,16 +209,16 @@ def test_a_broken_expert_is_not_hidden(combine):
 def test_a_weight_that_underflows_has_a_finite_gradient():
     scores = torch.tensor([[200.0, 0.0]], requires_grad=True)
     weight = scores.softmax(dim=-1).flatten()
-    routing = Routing(torch.tensor([0, 0]), torch.tensor([0, 1]), weight, torch.zeros(1, 2))
-    COMBINE["probabilities"](torch.randn(2, 3), torch.tensor([0, 1]), routing).sum().backward()
+    routing = listed_routing(torch.tensor([0, 0]), torch.tensor([0, 1]), weight, torch.zeros(1, 2))
+    COMBINE["probabilities"](torch.randn(2, 3), torch.tensor([0, 1]), routing.assignments).sum().backward()
     assert torch.isfinite(scores.grad).all()
 
 
 def test_an_expert_without_weight_says_nothing_about_any_class():
     sample_A, expert_A = torch.tensor([0, 0, 1]), torch.tensor([0, 1, 1])
-    routing = Routing(sample_A, expert_A, torch.tensor([1.0, 0.0, 0.0]), torch.zeros(2, 2))
+    routing = listed_routing(sample_A, expert_A, torch.tensor([1.0, 0.0, 0.0]), torch.zeros(2, 2))
     outputs_AC = torch.tensor([[200.0, 0.0], [0.0, 200.0], [0.0, 3.0]])
-    mixed_BC = COMBINE["probabilities"](outputs_AC, torch.arange(3), routing)
+    mixed_BC = COMBINE["probabilities"](outputs_AC, torch.arange(3), routing.assignments)
     assert mixed_BC[0].tolist() == [0.0, -200.0]
     # The one expert that the other sample has decides alone, whatever its weight.
     assert (mixed_BC[1, 1] - mixed_BC[1, 0]).item() == pytest.approx(3.0, abs=1e-3)

@@ -127,7 +127,7 @@ def test_load_probability_is_the_chance_to_be_chosen():
     x = torch.tensor([[0.5, 0.2, -0.3, 0.0]]).expand(100_000, 4)
     routing = router(x)
     chosen_E = routing.counts_E / 100_000
-    assert routing.load_BE.mean(dim=0).tolist() == pytest.approx(chosen_E.tolist(), abs=0.01)
+    assert routing.gate.load_BE.mean(dim=0).tolist() == pytest.approx(chosen_E.tolist(), abs=0.01)
 
 
 def test_gate_stays_float32_under_autocast():
@@ -188,7 +188,7 @@ def test_target_shares(target, expected):
     router = build_router(RouterConfig(target_load=target), 4, 3, work=[10.0, 20.0, 40.0])
     assert router.target_E.tolist() == pytest.approx(expected)
     assert router.work_E.tolist() == pytest.approx([3 / 7, 6 / 7, 12 / 7])
-    assert router(torch.randn(2, 4)).target_E.tolist() == pytest.approx(expected)
+    assert router(torch.randn(2, 4)).gate.target_E.tolist() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(

@@ -187,7 +187,7 @@ def test_residual_replaces_a_dropped_expert_by_a_linear_head_in_training_only():
     torch.testing.assert_close(logits[dropped], (probability[:, None] * moe.skip(x))[dropped])
     logits[dropped].sum().backward()
     assert moe.skip.weight.grad.abs().sum() > 0 and moe.router.gate.weight.grad.abs().sum() > 0
-    assert moe.eval()(x)[1].residual_B is None
+    assert moe.eval()(x)[1].drops is None
 
 
 def test_drops_are_counted_where_the_trainer_reads_them():

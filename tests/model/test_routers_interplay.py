@@ -27,7 +27,7 @@ def test_the_load_estimate_is_of_what_the_bias_makes_the_router_choose(kind, opt
     routing = router(torch.zeros(20_000, 4))
     chosen_E = routing.counts_E / 20_000
     assert chosen_E.max() - chosen_E.min() > 0.15
-    assert routing.load_BE.mean(dim=0).tolist() == pytest.approx(chosen_E.tolist(), abs=0.02)
+    assert routing.gate.load_BE.mean(dim=0).tolist() == pytest.approx(chosen_E.tolist(), abs=0.02)
 
 
 @pytest.mark.parametrize("bias", [0.0, 0.5, 3.0])
@@ -49,7 +49,7 @@ def test_the_load_estimate_sums_to_k_and_is_each_experts_chance_to_be_chosen(kin
     torch.nn.init.normal_(router.gate.weight)
     router.bias_E.copy_(bias * torch.randn(12))
     routing = router(torch.full((20_000, 4), 0.5))
-    chosen_E, load_E = routing.counts_E / 20_000, routing.load_BE.mean(dim=0)
+    chosen_E, load_E = routing.counts_E / 20_000, routing.gate.load_BE.mean(dim=0)
     assert load_E.sum().item() == pytest.approx(2, abs=0.012)
     assert load_E.tolist() == pytest.approx(chosen_E.tolist(), abs=0.012)
 

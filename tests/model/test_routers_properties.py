@@ -64,10 +64,11 @@ def test_a_routing_that_claims_k_assignments_a_sample_has_them_in_order(kind, ca
         router = sharpened(build_router(config, WIDTH, experts)).train()
         for warmup in (False, True):
             routing = router(inputs_of(kind, batch), warmup)
-            if routing.top_k is not None:
+            k = routing.assignments.top_k
+            if k is not None:
                 index_A = torch.arange(len(routing.sample_A))
-                assert torch.equal(routing.sample_A, index_A // routing.top_k), (kind, experts, top_k, batch)
-                assert len(index_A) == batch * routing.top_k
+                assert torch.equal(routing.sample_A, index_A // k), (kind, experts, top_k, batch)
+                assert len(index_A) == batch * k
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -118,7 +119,7 @@ def test_capacity_holds_and_what_is_lost_is_counted(kind, overflow):
             held = {b: {e for s, e in pairs if s == b} for b in range(batch)}
             assert all(free <= held[b] for b in range(batch) if missing_B[b] > 0)
         if overflow == "residual":
-            assert torch.all(routing.residual_B >= 0)
+            assert torch.all(routing.drops.residual_B >= 0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -211,7 +212,7 @@ def test_the_load_estimate_has_the_gradient_of_finite_differences(kind):
 
     def load(x):
         torch.manual_seed(7)  # the same noise each time
-        return router._route(*router._logits(x, noisy=True)).load_BE
+        return router._route(*router._logits(x, noisy=True)).gate.load_BE
 
     assert torch.autograd.gradcheck(load, (x,))
 

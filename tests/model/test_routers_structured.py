@@ -57,9 +57,9 @@ def test_hierarchical_load_is_the_chance_to_be_chosen_and_sums_to_k():
         with torch.no_grad():
             router.noise.weight.normal_(std=0.3, generator=torch.Generator().manual_seed(1))
         routing = router(TWO_LEVELS.expand(50_000, 6) * 0.5)
-        assert routing.load_BE.sum(dim=1).mean().item() == pytest.approx(top_k, abs=0.02)
+        assert routing.gate.load_BE.sum(dim=1).mean().item() == pytest.approx(top_k, abs=0.02)
         chosen_E = routing.counts_E / 50_000
-        assert routing.load_BE.mean(dim=0).tolist() == pytest.approx(chosen_E.tolist(), abs=0.015)
+        assert routing.gate.load_BE.mean(dim=0).tolist() == pytest.approx(chosen_E.tolist(), abs=0.015)
 
 
 def test_both_levels_of_a_hierarchy_learn_from_one_choice():
@@ -148,7 +148,7 @@ def test_soft_moe_by_hand():
     # Tokens of length 4 and 2 along e0 and e1: normalised, their logits are log 3 with their own slot and 0 with the
     # other. Dispatch over the tokens: 3/4 and 1/4; combine over the slots the same.
     routing = router(torch.tensor([[[4.0, 0.0], [0.0, 2.0]]]))
-    assert routing.rows_AD.tolist() == [pytest.approx([3.0, 0.5]), pytest.approx([1.0, 1.5])]
+    assert routing.assignments.rows_AD.tolist() == [pytest.approx([3.0, 0.5]), pytest.approx([1.0, 1.5])]
     # Each slot's mean combine weight: (3/4 + 1/4) / 2.
     assert routing.weight_A.tolist() == pytest.approx([0.5, 0.5])
     assert routing.sample_A.tolist() == [0, 0] and routing.expert_A.tolist() == [0, 1]

@@ -49,7 +49,7 @@ def test_temperature_divides_the_logits_of_soft_moe():
     # Three tokens, two along e0 and one along e1: their logits with their own slot are 2 log 3, with the other 0. Over
     # the tokens slot 0 mixes 9 : 9 : 1 and slot 1 mixes 1 : 1 : 9; over the slots a token has 9/10 and 1/10.
     routing = router(torch.tensor([[[4.0, 0.0], [2.0, 0.0], [0.0, 2.0]]]))
-    assert routing.rows_AD.tolist() == [pytest.approx([54 / 19, 2 / 19]), pytest.approx([6 / 11, 18 / 11])]
+    assert routing.assignments.rows_AD.tolist() == [pytest.approx([54 / 19, 2 / 19]), pytest.approx([6 / 11, 18 / 11])]
     assert routing.weight_A.tolist() == pytest.approx([1.9 / 3, 1.1 / 3])
 
 
@@ -114,4 +114,4 @@ def test_the_residual_stands_in_for_what_was_dropped_and_not_for_what_gshard_did
     routing = router(logs([4.0, 1.0, 1e-6]).expand(1000, 3))
     counts = routing.counts_E.tolist()
     assert counts[0] == 500 and 300 < counts[1] < 500 and routing.dropped.item() == 500
-    assert routing.residual_B.tolist() == pytest.approx([0.0] * 500 + [0.8] * 500, abs=1e-6)
+    assert routing.drops.residual_B.tolist() == pytest.approx([0.0] * 500 + [0.8] * 500, abs=1e-6)

@@ -7,9 +7,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from assembly.pipeline import Extractor
-from common.errors import UserError
 from data.datasets import DataConfig, load_splits
 from model.backbone import BackboneConfig, load_backbone
+from model.errors import InputError
 from model.vit_micro import WEIGHTS, WEIGHTS_SHA256, load_vit_micro, vit_micro
 
 CPU = torch.device("cpu")
@@ -40,7 +40,7 @@ def test_a_damaged_file_is_refused_by_name_and_hash(tmp_path, damage):
         content[-1] ^= 1
     if damage != "missing":
         path.write_bytes(content[:-100] if damage == "truncated" else content)
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(InputError) as caught:
         load_vit_micro(path)
     message = str(caught.value)
     assert str(path) in message and "git checkout" in message and "\n" not in message
@@ -49,7 +49,7 @@ def test_a_damaged_file_is_refused_by_name_and_hash(tmp_path, damage):
 
 def test_it_takes_neither_other_weights_nor_another_size(tmp_path):
     for options in ({"weights": tmp_path / "x.pth"}, {"image_size": 64}):
-        with pytest.raises(UserError, match="its own weights and size"):
+        with pytest.raises(InputError, match="its own weights and size"):
             load_backbone(BackboneConfig("bundled/vit_micro", **options), CPU)
 
 

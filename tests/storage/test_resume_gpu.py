@@ -3,11 +3,10 @@
 import json
 import signal
 import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, TINY, run_program
+from conftest import TINY, run_program, running_program
 
 from storage.checkpoint import load_checkpoint
 from storage.folder import RunFolder
@@ -18,12 +17,11 @@ OPTIONS += ["--train.save_every", "3", "--experts.dropout", "0.2", "--tracking",
 
 def interrupt(number: int, epoch: int, *arguments: str) -> int:
     """Run train.py and send it a signal when it has finished `epoch`. Returns the exit code."""
-    command = [sys.executable, "train.py", *arguments]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+    with running_program("train.py", *arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         for line in process.stdout:
             if line.startswith(f"epoch {epoch:3}/"):
                 process.send_signal(number)
-        return process.wait(timeout=120)
+        return process.wait()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: its deterministic algorithms cannot be tried")

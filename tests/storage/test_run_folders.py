@@ -105,7 +105,7 @@ def test_two_runs_that_fill_one_feature_cache_end_with_the_same_bits(tmp_path, m
     barrier, draft, features = context.Barrier(2), FeatureCache.draft, tmp_path / "features"
 
     def draft_together(cache, *arguments):
-        barrier.wait(60)  # neither run has found this view
+        barrier.wait(600)  # neither run has found this view
         return draft(cache, *arguments)
 
     monkeypatch.setattr(FeatureCache, "draft", draft_together)
@@ -116,8 +116,12 @@ def test_two_runs_that_fill_one_feature_cache_end_with_the_same_bits(tmp_path, m
     both = [context.Process(target=_train, args=(f"{run}.log", "--run_dir", run, *options)) for run in runs]
     for process in both:
         process.start()
-    for process in both:
-        process.join()
+    try:
+        for process in both:
+            process.join()
+    finally:
+        for process in both:
+            process.kill()
     said = [Path(f"{run}.log").read_text() for run in runs]
     assert [process.exitcode for process in both] == [0, 0], said
     assert not any("features: " in text for text in said), said  # nothing torn, altered, or not kept

@@ -108,7 +108,7 @@ def test_plots_are_data_that_the_comparison_can_lay_side_by_side(online):
         if event["type"] == "plot" and event["task"] == facts["first"]
     }
     load, weight = plots["expert load", "test"]["data"]
-    assert (load["name"], load["y"], weight["y"]) == ("load", [0.25, 0.75], [0.5, 0.0])
+    assert (load["name"], load["y"], weight["y"]) == ("load", [0.25, 0.75], [0.5, None])
     (matrix,) = plots["experts by class", "test"]["data"]
     assert matrix["z"] == [[0.125, 0.875], [1, 0]]
     assert (matrix["y"], matrix["x"]) == (["apple", "bear"], ["0", "1"])
@@ -205,7 +205,7 @@ began = time.monotonic()
 tracker.scalars({{"loss/train": 0.25}}, step=20, epoch=2)
 tracker.summary({{"test/accuracy": 0.75}})
 tracker.artifact("a", run / "a.bin")
-assert time.monotonic() - began < 30  # it did not wait for the server
+assert time.monotonic() - began < 300  # it did not wait for the server, which would be for ever
 tracker.close()
 assert [task["whole"] for task in tasks_of(run)] == [False]
 facts["task"] = tracker.task_id

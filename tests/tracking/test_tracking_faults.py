@@ -15,8 +15,10 @@ def fail(*args, **kwargs): raise RuntimeError("the SDK raises anything")
 clearml.Logger.report_scalar = fail
 for step in range(5):
     tracker.scalars({"loss/train": 0.5}, step=step)
-clearml.Task.upload_artifact = lambda *args, **kwargs: threading.Event().wait()
+hung = threading.Event()
+clearml.Task.upload_artifact = lambda *args, **kwargs: hung.set() or threading.Event().wait()
 tracker.artifact("a", Path(clearml_task.__file__))
+assert hung.wait(300)
 tracker.close()
 again = open_tracker("auto", run / "again", CONFIG, name="n")
 assert again.mode == "none"

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from routing_helpers import listed_routing
 
 from model.balance import BalanceConfig
 from model.classifier import NeckConfig, VisionMoE
 from model.dispatch import WAYS, dispatch
 from model.experts import ExpertsConfig
-from model.routers import RouterConfig, Routing
+from model.routers import RouterConfig
 from training.graph import GraphedStep
 from training.optim import OptimConfig, build_optimizer
 from training.step import TrainingStep
@@ -52,8 +53,8 @@ def test_an_expert_without_samples_has_a_gradient_of_zero(how, assigned):
     torch.manual_seed(0)
     moe = VisionMoE((8,), 3, NeckConfig(), RouterConfig(), ExpertsConfig(sizes=[[8], [16], [8]])).moe
     expert_A = torch.tensor(assigned, dtype=torch.int64)
-    routing = Routing(torch.arange(len(assigned)), expert_A, torch.ones(len(assigned)), torch.zeros(4, 3))
-    outputs_AC, _ = dispatch(torch.randn(4, 8), routing, moe.experts, how)
+    routing = listed_routing(torch.arange(len(assigned)), expert_A, torch.ones(len(assigned)), torch.zeros(4, 3))
+    outputs_AC, _ = dispatch(torch.randn(4, 8), routing.assignments, moe.experts, how)
     assert outputs_AC.shape == (len(assigned), 3)
     outputs_AC.sum().backward()
     for index, expert in enumerate(moe.experts):

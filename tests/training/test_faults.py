@@ -3,11 +3,13 @@
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import in_a_fork
@@ -17,6 +19,7 @@ from common.errors import EnvironmentFault, UserError
 from common.files import write_json
 from config.optim import OptimConfig
 from model.balance import BalanceConfig
+from model.routers import RouterConfig, build_router
 from storage.checkpoint import load_checkpoint, save_checkpoint
 from storage.folder import RunFolder
 from training.health import RoutingWatch
@@ -150,13 +153,39 @@ def test_where_no_step_may_wait_the_weights_stay_as_they_were_and_the_step_is_na
 
 
 def test_collapse_and_unused_experts_are_said_once_with_the_remedy(capsys):
-    watch = RoutingWatch(2, BalanceConfig(switch=0.01))
-    for epoch, usage in enumerate(([5, 5, 5, 5], [9, 0, 9, 9], [9, 0, 9, 9], [0, 9, 0, 9], [0, 9, 0, 9]), start=1):
-        watch.look(torch.tensor(usage).numpy(), epoch)
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2
-    assert lines[0].startswith("warning: no sample of epoch 2 went to the expert(s) [1]; raise --balance.switch")
-    assert lines[1].startswith("warning: routing has collapsed: in epoch 4 all samples went to the experts [1, 3]")
+    watch = RoutingWatch(build_router(RouterConfig(), 8, 4), BalanceConfig(switch=0.01), 500)
+    usages = ([5, 5, 5, 5], [90, 1, 90, 90], [90, 0, 90, 90], [300, 2, 2, 300], [0, 9, 0, 9], [9, 0, 0, 9])
+    for epoch, usage in enumerate(usages, start=1):
+        watch.check(np.array(usage), epoch, "training")
+    remedy = "; raise --balance.switch (now 0.01) or --router.warmup_steps (now 500)"
+    assert capsys.readouterr().err.splitlines() == [
+        f"warning: expert 1 received 0.4 % of the training assignments of epoch 2{remedy}",
+        f"warning: expert 2 received 0.3 % of the training assignments of epoch 4{remedy}",
+        f"warning: routing has collapsed: all training images of epoch 5 went to experts 1 and 3{remedy}",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "remedy"),
+    [
+        ({"kind": "switch", "top_k": 1, "norm": "none"}, "raise --balance.switch .* or set --router.norm batch"),
+        ({"kind": "deepseek"}, r"raise --router.bias_rate \(now 0.001\)"),
+        ({"kind": "hash"}, "a fixed rule decides, so use fewer --experts.sizes"),
+    ],
+)
+def test_the_remedy_for_hardly_used_experts_is_one_that_the_rule_has(capsys, options, remedy):
+    config = RouterConfig(**options)
+    watch = RoutingWatch(build_router(config, 8, 4), BalanceConfig(), config.random_steps)
+    watch.check(np.array([0.6, 0.395, 0.004, 0.001]), 3, "validation")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "experts 2 and 3 received at most 0.4 % each of the validation assignments of epoch 3; " in line
+    assert re.search(remedy, line), line
+
+
+def test_a_target_load_below_one_percent_is_not_warned_of(capsys):
+    router = build_router(RouterConfig(top_k=1, target_load=[0.9, 0.095, 0.005]), 8, 3)
+    RoutingWatch(router, BalanceConfig(), 0).check(np.array([0.9, 0.095, 0.005]), 1, "training")
+    assert capsys.readouterr().err == ""
 
 
 def test_a_gate_that_has_collapsed_without_its_noise_is_noticed_on_the_validation_images(tmp_path, splits, capsys):
@@ -170,7 +199,7 @@ def test_a_gate_that_has_collapsed_without_its_noise_is_noticed_on_the_validatio
     trainer.fit()
     lines = [line for line in capsys.readouterr().err.splitlines() if "collapsed" in line]
     assert len(lines) == 1
-    assert "routing has collapsed: after epoch 3 all validation images went to the experts [0, 1]" in lines[0]
+    assert "routing has collapsed: all validation images of epoch 3 went to experts 0 and 1" in lines[0]
 
 
 def test_a_collapsed_gate_is_noticed_while_training_and_not_again_after_a_resumption(tmp_path, splits, capsys):
@@ -180,7 +209,7 @@ def test_a_collapsed_gate_is_noticed_while_training_and_not_again_after_a_resump
         trainer.model.moe.router.gate.bias.copy_(torch.tensor([50.0, 40.0, 0.0]))
     trainer._out_of_patience = lambda: trainer.epoch == 2
     trainer.fit()
-    assert "routing has collapsed: in epoch 2 all samples went to the experts [0, 1]" in capsys.readouterr().err
+    assert "routing has collapsed: all training images of epoch 2 went to experts 0 and 1" in capsys.readouterr().err
     make_trainer(tmp_path, splits, optim=optim, batch_size=48, epochs=3, resume=True).fit()
     assert "collapsed" not in capsys.readouterr().err
 

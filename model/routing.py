@@ -1,0 +1,161 @@
+"""Routing: who sees whom, with what weight, as data that dispatch, counters, losses and analysis read."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Assignments:
+    """Which of B samples goes to which of E experts, as a flat list of A assignments.
+
+    sample_A, expert_A: int64. weight_A: float32, what the expert's output counts. counts_E: assignments of each
+    expert, int64, no gradient. top_k: k where assignment a is of sample a // k (None: where some have been left out).
+    rows_AD: what each assignment reads, where that is not its sample's features.
+    """
+
+    sample_A: Tensor
+    expert_A: Tensor
+    weight_A: Tensor
+    num_samples: int
+    counts_E: Tensor
+    top_k: int | None = None
+    rows_AD: Tensor | None = None
+
+    @classmethod
+    def listed(
+        cls,
+        sample_A: Tensor,
+        expert_A: Tensor,
+        weight_A: Tensor,
+        shape: tuple[int, int],
+        top_k: int | None = None,
+        rows_AD: Tensor | None = None,
+    ) -> "Assignments":
+        """These assignments of (B, E) samples and experts, counted; on a GPU without waiting for it."""
+        zeros_E = torch.zeros(shape[1], dtype=torch.int64, device=expert_A.device)
+        counts_E = zeros_E.scatter_add_(0, expert_A, torch.ones_like(expert_A))
+        return cls(sample_A, expert_A, weight_A, shape[0], counts_E, top_k, rows_AD)
+
+    @classmethod
+    def of_each(cls, expert_BK: Tensor, weight_BK: Tensor, num_experts: int) -> "Assignments":
+        """Each sample with its k experts in the order given."""
+        batch, top_k = expert_BK.shape
+        sample_A = torch.arange(batch, device=expert_BK.device).repeat_interleave(top_k)
+        return cls.listed(sample_A, expert_BK.flatten(), weight_BK.flatten(), (batch, num_experts), top_k)
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.counts_E)
+
+    def kept(self, kept_A: Tensor) -> "Assignments":
+        """Those for which kept_A, bool, is true."""
+        lists = (values_A[kept_A] for values_A in (self.sample_A, self.expert_A, self.weight_A))
+        return Assignments.listed(*lists, (self.num_samples, self.num_experts))
+
+    def by_row(self) -> "Assignments":
+        """The same with each row of rows_AD as a sample of its own."""
+        rows_A = torch.arange(len(self.sample_A), device=self.sample_A.device)
+        return replace(self, sample_A=rows_A, num_samples=len(rows_A), top_k=1, rows_AD=None)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What a router says of every expert for every sample: what the auxiliary losses read.
+
+    logits_BE: clean router logits, float32. tempered_BE: those whose softmax the gate is: logits_BE at the gate's
+    temperature. load_BE: P(expert is chosen) under fresh noise, differentiable, where the rule has noise.
+    importance_BE: the gate whose sum is the importance, where that is not the weight. target_E: the load to aim at,
+    summing to 1 (None: even). work_E: cost of each expert over their mean (None: equal).
+    """
+
+    logits_BE: Tensor
+    tempered_BE: Tensor
+    load_BE: Tensor | None = None
+    importance_BE: Tensor | None = None
+    target_E: Tensor | None = None
+    work_E: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Drops:
+    """What found no place in a training step.
+
+    count: choices without a place, or under expert choice samples that no expert took; int64 scalar on the device.
+    demand_E: assignments of each expert before any was dropped, int64 (None: as after). residual_B: weight of the
+    choices that a linear head stands in for (None: none does).
+    """
+
+    count: Tensor
+    demand_E: Tensor | None = None
+    residual_B: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The decision of a router for a batch. drops: None where the rule drops nothing.
+
+    learned: False for random warm-up routing.
+    """
+
+    assignments: Assignments
+    gate: Gate
+    drops: Drops | None = None
+    learned: bool = True
+
+    @property
+    def num_samples(self) -> int:
+        return self.assignments.num_samples
+
+    @property
+    def num_experts(self) -> int:
+        return self.assignments.num_experts
+
+    @property
+    def sample_A(self) -> Tensor:
+        return self.assignments.sample_A
+
+    @property
+    def expert_A(self) -> Tensor:
+        return self.assignments.expert_A
+
+    @property
+    def weight_A(self) -> Tensor:
+        return self.assignments.weight_A
+
+    @property
+    def counts_E(self) -> Tensor:
+        """Assignments of each expert, int64, no gradient."""
+        return self.assignments.counts_E
+
+    @property
+    def logits_BE(self) -> Tensor:
+        """Clean router logits, float32."""
+        return self.gate.logits_BE
+
+    @property
+    def gate_logits_BE(self) -> Tensor:
+        """Clean logits at the gate's temperature."""
+        return self.gate.tempered_BE
+
+    @property
+    def probs_BE(self) -> Tensor:
+        """The clean gate: softmax over all experts, at its temperature."""
+        return self.gate.tempered_BE.softmax(dim=-1)
+
+    @property
+    def dropped(self) -> Tensor | None:
+        """Choices without a place, int64 scalar on the device; None where the rule drops nothing."""
+        return None if self.drops is None else self.drops.count
+
+    @property
+    def demand_E(self) -> Tensor:
+        """Assignments of each expert before any capacity drop, int64, no gradient: what balance is measured on."""
+        asked_E = None if self.drops is None else self.drops.demand_E
+        return self.counts_E if asked_E is None else asked_E
+
+    @property
+    def importance_E(self) -> Tensor:
+        """Gate weight that each expert receives, summed over the batch (Shazeer 2017, eq. 6); differentiable."""
+        return torch.zeros_like(self.logits_BE[0]).index_add(0, self.expert_A, self.weight_A)

@@ -1,0 +1,101 @@
+"""Names on one line, commands that can be pasted, paths as they are written and stored."""
+
+import ast
+import io
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from common.arguments import Parser, path_option
+from common.errors import UserError, exit_code_of, say
+from common.paths import absolute, expanded
+from common.text import command, printable, quoted
+
+NASTY = "a\nb\x1b[31m\t\u202edc\x9b"
+NO_ENCODING = os.fsdecode(b"caf\xe9 .png")
+
+
+def test_a_name_is_shown_on_one_line_and_obeyed_by_no_terminal():
+    assert printable(NASTY) == "a\\nb\\u001b[31m\\t\\u202edc\\u009b"
+    assert printable(NO_ENCODING) == "caf\\udce9 .png"
+    for plain in ("苹果.png", "naïve name\u3000.png", "👩\u200d🔬", Path("a b")):
+        assert printable(plain) == str(plain)
+
+
+def test_a_command_is_read_back_by_a_shell_as_it_was_meant():
+    words = ["train.py", "--resume", Path("my runs/it's $HOME"), NASTY, NO_ENCODING, "", "苹果"]
+    line = command(*words)
+    assert "\n" not in line and line.isprintable()
+    done = subprocess.run(["bash", "-c", f"printf '%s\\0' {line}"], capture_output=True, check=True)
+    assert done.stdout == b"\0".join([b"python", *map(os.fsencode, words)]) + b"\0"
+    assert shlex.split(command("evaluate.py", "/a b/c")) == ["python", "evaluate.py", "/a b/c"]
+    assert quoted("/plain/path-1") == "/plain/path-1"
+
+
+def test_paths_are_expanded_and_stored_absolute(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    assert expanded("~/c") == tmp_path / "home" / "c"
+    assert expanded("c") == Path("c") and absolute("c") == tmp_path / "c"
+    assert absolute("~/c") == tmp_path / "home" / "c"
+    assert expanded("~no-such-user/c") == Path("~no-such-user/c")
+    for wrong in ("", "a\0b"):
+        with pytest.raises(ValueError, match="is no path"):
+            absolute(wrong)
+    parser = Parser(prog="program")
+    parser.add_argument("--out", type=path_option)
+    assert parser.parse_args(["--out=~/c"]).out == tmp_path / "home" / "c"
+    with pytest.raises(UserError, match="argument --out: an empty text is no path"):
+        parser.parse_args(["--out", ""])
+
+
+def test_output_of_an_encoding_that_lacks_characters_goes_on(monkeypatch, capsys):
+    lines, said = io.BytesIO(), io.BytesIO()
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.argv", ["train.py"])
+        stream, errors = (io.TextIOWrapper(buffer, "ascii") for buffer in (lines, said))
+        patch.setattr(sys, "stdout", stream)
+        patch.setattr(sys, "stderr", errors)
+        assert exit_code_of(lambda: print("experts 0 · 32", NO_ENCODING)) == 0
+        say("· said")
+    assert lines.getvalue() == b"experts 0 \\xb7 32 caf\\udce9 .png\n"
+    assert said.getvalue() == b"\\xb7 said\n"
+
+
+def test_an_error_is_one_line_whatever_names_are_in_it(monkeypatch, capsys):
+    def fail():
+        raise UserError(f"{NASTY} is not there")
+
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    assert exit_code_of(fail) == 2
+    assert capsys.readouterr().err == f"error: {printable(NASTY)} is not there\n"
+    monkeypatch.setattr(sys, "stderr", None)
+    say("no one hears it")
+
+
+def opens_without_encoding(source):
+    """The lines of a program that read or write text in the encoding of whoever runs it."""
+    for call in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)):
+        name = ast.unparse(call.func)
+        opens = name == "open" or (name.endswith(".open") and name not in ("os.open", "Image.open"))
+        binary = any(isinstance(a, ast.Constant) and "b" in str(a.value) for a in call.args[0 if "." in name else 1 :])
+        texts = name.endswith((".read_text", ".write_text")) or (opens and not binary)
+        if texts and not any(keyword.arg == "encoding" for keyword in call.keywords):
+            yield call.lineno
+
+
+def test_every_text_file_is_read_and_written_as_utf8():
+    assert list(opens_without_encoding("open('a')\npath.open('w')\nopen('a', 'rb')\nx.read_text()\n")) == [1, 2, 4]
+    files = [
+        path
+        for path in ROOT.rglob("*.py")
+        if not any(part in ("tests", "site-packages") or part[0] == "." for part in path.relative_to(ROOT).parts)
+    ]
+    assert len(files) > 50
+    found = [f"{path}:{line}" for path in files for line in opens_without_encoding(path.read_text(encoding="utf-8"))]
+    assert found == []
