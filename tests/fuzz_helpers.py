@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
+from model.errors import InputError
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))
 
@@ -118,12 +119,12 @@ def replaced_at(value, changes):
 
 
 def survives(read):
-    """Run something that may raise UserError of one line, and nothing else."""
+    """Run something that may raise UserError or InputError of one line, and nothing else."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             read()
-    except UserError as error:
+    except (UserError, InputError) as error:
         assert "\n" not in str(error) and 10 < len(str(error)) < 900
 
 
