@@ -13,9 +13,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from common.paths import expanded
 from config.yaml_file import spelled
+from model.options import described
 
-ONE = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path", NoneType: "null"}
-MANY = {int: "whole numbers", float: "numbers", str: "words"}
 NULL = {"", "null", "~", "none"}
 SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
@@ -74,15 +73,6 @@ def _as(kind: Any, value: Any) -> Any:
     raise ValueError
 
 
-def expected(kind: Any, many: bool = False) -> str:
-    """What a value of this type, or the entries of a list of them, are called by someone who writes them."""
-    if is_dataclass(kind):
-        return f"a table of options such as {fields(kind)[0].name}"
-    inner = get_args(kind)
-    if get_origin(kind) is Literal:
-        return f"{'any' if many else 'one'} of {', '.join(map(str, inner))}"
-    if get_origin(kind) in (Union, UnionType):
-        return ", or ".join(expected(part, many) for part in inner)
-    if get_origin(kind) is list:
-        return f"{'lists' if many else 'a list in brackets'} of {expected(inner[0], many=True)}"
-    return (MANY if many else ONE)[kind]
+def expected(kind: Any) -> str:
+    """What a value of this type is called by someone who writes it."""
+    return f"a table of options such as {fields(kind)[0].name}" if is_dataclass(kind) else described(kind)
