@@ -68,7 +68,7 @@ def field_texts(kind: type) -> dict[str, str]:
 
 def _entry(name: str, text: str, width: int) -> str:
     start = f"  {name}  ".ljust(INDENT)
-    wrapped = textwrap.wrap(text, max(40, width - INDENT)) or [""]
+    wrapped = textwrap.wrap(text, max(40, width - INDENT), break_on_hyphens=False) or [""]
     first = [start + wrapped[0]] if len(start) == INDENT else [start.rstrip(), " " * INDENT + wrapped[0]]
     return "\n".join([*first, *(" " * INDENT + line for line in wrapped[1:])]) + "\n"
 

@@ -275,7 +275,7 @@ def test_help_explains_every_field_and_print_config_round_trips(tmp_path, capsys
         explanation = match[2].rpartition("(")[0].replace(match[1], "")
         assert len(explanation.split()) > 3, f"{match[1]} has no explanation"
     assert {match[1] for match in options} == {key for key in flatten(Config().to_dict()) if "." in key}
-    assert all(re.search(rf"\b{kind}: ", text) for kind in ROUTERS)
+    assert all(f"{kind}: " in " ".join(text.split()) for kind in ROUTERS)
     assert all("default: " in match[2] for match in options)
     shown = {match[1]: match[2] for match in options}
     assert "default: 60, 40 in a file without it" in " ".join(shown["train.epochs"].split())  # configs/cifar100.yaml
