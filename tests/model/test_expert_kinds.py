@@ -69,7 +69,8 @@ def test_an_expert_of_any_module_is_dispatched_in_every_way():
     experts, x_BD = Experts(Cosine(8, [], 5, 0.0) for _ in range(3)), torch.randn(20, 8)
     moe = MixtureOfExperts(8, 5, RouterConfig(kind="mixtral"), ExpertsConfig(sizes=[[8]] * 3))
     routing = moe.router.eval()(x_BD)
-    expected_AC = torch.stack([experts[e](x_BD[s, None])[0] for s, e in zip(routing.sample_A, routing.expert_A)])
+    pairs = zip(routing.sample_A, routing.expert_A, strict=True)
+    expected_AC = torch.stack([experts[e](x_BD[s, None])[0] for s, e in pairs])
     for way in WAYS:
         outputs_AC, order_A = dispatch(x_BD, routing.assignments, experts, way)
         torch.testing.assert_close(outputs_AC, expected_AC[order_A])
