@@ -17,6 +17,7 @@ MIN_SIDE = 4
 MAX_PIXELS = 89_478_485  # Pillow's own threshold for a suspicious image: 268 MB as RGB
 # JPEGs are decoded at 1/2, 1/4 or 1/8 of their size as long as that leaves so many pixels for each one wanted.
 DRAFT_FACTOR = 4
+BITS, PHOTOMETRIC = 258, 262  # tags of a TIFF
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Picture:
 def read_picture(path: Path, size: int, grey: bool = False) -> Picture:
     """The centre square of an image file, turned upright by its EXIF orientation and resized to `size` pixels.
 
-    Bicubic and antialiased; the first frame of an animation; transparent parts on white; 16-bit grey scaled to
+    Bicubic and antialiased; the first frame of an animation; transparent parts on white; deeper grey scaled to
     8 bits; CMYK without its colour profile; grey: without colour. Raises UserError, in one line, for a file
     that Pillow cannot read, a side below MIN_SIDE, or more than MAX_PIXELS to decode.
     """
@@ -88,13 +89,14 @@ def _read(image: Image.Image, path: Path, size: int, grey: bool) -> Picture:
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     notes = [f"first of {frames} frames"] if frames > 1 else []
-    if _is_deep(image):
-        notes.append("16 bits a pixel, scaled to 8")
     if image.mode == "CMYK":
         notes.append("CMYK, colours without their profile")
     # Cropped before and turned after all else: only the small square is held a second time.
-    square = _as_rgb(image.crop((left, top, left + side, top + side)))
-    small = square.resize((size, size), Image.Resampling.BICUBIC)
+    square = image.crop((left, top, left + side, top + side))
+    if _is_deep(image):
+        square, note = _scaled(square, image)
+        notes.append(note)
+    small = _as_rgb(square).resize((size, size), Image.Resampling.BICUBIC)
     small.getexif()[ExifTags.Base.Orientation] = orientation
     small = ImageOps.exif_transpose(small)
     if grey:
@@ -103,18 +105,41 @@ def _read(image: Image.Image, path: Path, size: int, grey: bool) -> Picture:
 
 
 def _is_deep(image: Image.Image) -> bool:
-    return image.mode.startswith("I;16") or image.mode == "I"
+    """Whether a pixel is one number of more than eight bits."""
+    return image.mode.startswith("I") or image.mode == "F"
+
+
+def _white(values_HW: np.ndarray, file: Image.Image) -> float:
+    """The number that is shown white: that of the format, else the smallest usual one that no pixel exceeds."""
+    if values_HW.dtype.kind != "f" and (file.mode.startswith("I;16") or file.format in ("PNG", "PPM")):
+        bits = file.tag_v2.get(BITS, (16,))[0] if file.format == "TIFF" else 16
+        return 2**bits - 1
+    largest = values_HW[np.isfinite(values_HW)].max(initial=0)
+    usual = (1, 255, 65535) if values_HW.dtype.kind == "f" else (255, 65535)
+    return next((white for white in usual if largest <= white), float(largest))
+
+
+def _scaled(image: Image.Image, file: Image.Image) -> tuple[Image.Image, str]:
+    """A deep image in eight bits, where Pillow would show all above 255 white; and a note that says so.
+
+    file: the image as it was opened, which knows its format.
+    """
+    values_HW = np.asarray(image)
+    white = _white(values_HW, file)
+    if values_HW.dtype.kind == "f":
+        values_HW = np.nan_to_num(values_HW, nan=0, posinf=white, neginf=0)
+    values_HW = values_HW.clip(0, white)
+    if file.format == "TIFF" and file.tag_v2.get(PHOTOMETRIC) == 0:  # 0 is white, which Pillow heeds for 8 bits alone
+        values_HW = white - values_HW
+    whole = isinstance(white, int) and values_HW.dtype.kind != "f"
+    grey_HW = values_HW.astype(np.int32) * 256 // (white + 1) if whole else values_HW * np.float32(255 / white)
+    bits = white.bit_length() if whole and file.mode.startswith("I;16") else 32
+    note = f"{bits} bits a pixel, {'scaled to 8' if bits < 32 else f'{white:g} taken as white'}"
+    return Image.fromarray(grey_HW.astype(np.uint8)), note
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
-    """Eight bits a channel, without transparency; sixteen bits are scaled, where Pillow would cut all above 255."""
-    if _is_deep(image):
-        values = np.asarray(image).clip(0, 65535)
-        return Image.fromarray((values // 256).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":  # no standard says what is white: 1.0, unless there are larger values
-        values = np.nan_to_num(np.asarray(image))
-        scale = 255 if values.max() <= 1 else 1
-        return Image.fromarray((values * scale).clip(0, 255).astype(np.uint8)).convert("RGB")
+    """Eight bits a channel, without transparency."""
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         image = Image.new("RGBA", layer.size, "white")
