@@ -9,10 +9,9 @@ Those that never wait can be captured in a CUDA graph. A sample names an expert 
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .experts import Experts
-from .grouped import GroupedExperts, after_first, fits, has_kernel, joined
+from .grouped import fits, has_kernel, run_on_all, run_on_own
 from .routing import Assignments
 from .rows import gather, inverse, pick
 
@@ -71,21 +70,14 @@ def run_sorted(x_BD: Tensor, assignments: Assignments, experts: Experts) -> tupl
 
 
 def run_dense(x_BD: Tensor, assignments: Assignments, experts: Experts) -> tuple[Tensor, Tensor]:
-    """Every expert on every sample: more arithmetic, in fewer and larger products.
-
-    All first layers are one product; behind them experts of one shape go together.
-    """
+    """Every expert on every sample: more arithmetic, in fewer and larger products."""
     row_A = experts.rank_E.index_select(0, assignments.expert_A) * len(x_BD) + assignments.sample_A
     order_A = torch.arange(len(row_A), device=row_A.device)
     shapes = [[experts[e] for e in group] for group in experts.groups]
-    placed = [expert for members in shapes for expert in members]
-    if not experts.read_all(x_BD.shape[1]):
-        outputs_EBC = torch.stack([expert(x_BD) for expert in placed])
-        return pick(outputs_EBC.flatten(0, 1), row_A), order_A
-    weight_HD, bias_H = (joined([getattr(expert[0], n) for expert in placed], x_BD.dtype) for n in ("weight", "bias"))
-    widths = [len(members) * members[0][0].out_features for members in shapes]
-    hidden = F.linear(x_BD, weight_HD, bias_H).split(widths, dim=1)
-    outputs_EBC = torch.cat([after_first(members, h_BH) for members, h_BH in zip(shapes, hidden, strict=True)])
+    if experts.read_all(x_BD.shape[1]):
+        outputs_EBC = run_on_all(shapes, x_BD)
+    else:
+        outputs_EBC = torch.stack([expert(x_BD) for members in shapes for expert in members])
     return pick(outputs_EBC.flatten(0, 1), row_A), order_A
 
 
@@ -103,7 +95,7 @@ def run_grouped(x_BD: Tensor, assignments: Assignments, experts: Experts) -> tup
     ends_E = assignments.counts_E.index_select(0, experts.expert_E).cumsum(0)
     if len(groups) == 1:
         rows_AD = gather(x_BD, sample_A, inverse(order_A), assignments)
-        return GroupedExperts(list(experts))(rows_AD, ends_E, sorted_key_A), order_A
+        return run_on_own(list(experts), rows_AD, ends_E, sorted_key_A), order_A
     position_A = torch.arange(len(order_A), device=x_BD.device)
     place_A = torch.zeros_like(position_A)  # row of each assignment, sorted as they are
     windows, first, before = [], 0, 0
@@ -122,7 +114,7 @@ def run_grouped(x_BD: Tensor, assignments: Assignments, experts: Experts) -> tup
     row_A = torch.empty_like(place_A).scatter_(0, order_A, place_A)
     rows = gather(x_BD, sample_A.index_select(0, torch.cat(taken)), row_A, assignments).split([len(t) for t in taken])
     outputs = [
-        GroupedExperts([experts[e] for e in group])(rows_RD, ends_G, key_R)
+        run_on_own([experts[e] for e in group], rows_RD, ends_G, key_R)
         for group, rows_RD, ends_G, key_R in zip(groups, rows, ends, keys, strict=True)
     ]
     return pick(torch.cat(outputs), row_A), position_A

@@ -8,8 +8,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from .layers import Alone, run
 from .routers import group_columns
 from .routers.config import WIDEST
 
@@ -145,35 +145,20 @@ class Expert(nn.Sequential):
                 nn.init.zeros_(layer.bias)
 
     @property
-    def widths(self) -> list[int]:
-        """Outputs of each linear layer, the classes last."""
-        return [layer.out_features for layer in self if isinstance(layer, nn.Linear)]
+    def linears(self) -> list[nn.Linear]:
+        """The layers with a matrix, the one to the classes last."""
+        return [layer for layer in self if isinstance(layer, nn.Linear)]
+
+    @property
+    def shape(self) -> tuple[str, ...]:
+        """What experts have in common that can be computed together, whichever features they read."""
+        return str(self[0].out_features), *map(str, list(self)[1:])
 
     def forward(self, x_BD: Tensor) -> Tensor:
         x_BD = x_BD if self.columns is None else x_BD.index_select(-1, self.columns)
         if x_BD.dtype == self[0].weight.dtype:
             return super().forward(x_BD)
-        return self.after_first(F.linear(x_BD, *cast(self[0], x_BD.dtype)))
-
-    def after_first(self, h_BH: Tensor) -> Tensor:
-        """The rest of the forward pass, from the output of the first linear layer, in its number format.
-
-        Autocast would norm in float32 and so move twice the bytes between layers.
-        """
-        with torch.autocast(h_BH.device.type, enabled=False):
-            for layer in list(self)[1:]:
-                if isinstance(layer, nn.Linear):
-                    h_BH = F.linear(h_BH, *cast(layer, h_BH.dtype))
-                elif isinstance(layer, nn.LayerNorm):
-                    h_BH = F.layer_norm(h_BH, layer.normalized_shape, *cast(layer, h_BH.dtype), layer.eps)
-                else:
-                    h_BH = layer(h_BH)
-        return h_BH
-
-
-def cast(layer: nn.Linear | nn.LayerNorm, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Weight and bias in `dtype`, differentiable."""
-    return layer.weight.to(dtype), layer.bias.to(dtype)
+        return run(zip(self), x_BD, Alone())
 
 
 class Experts(nn.ModuleList):
@@ -194,8 +179,7 @@ class Experts(nn.ModuleList):
         """Indices of the experts of each shape (hidden layers and dropout), in order of their first."""
         groups: dict[tuple, list[int]] = {}
         for index, expert in enumerate(self):
-            drops = (layer.p for layer in expert if isinstance(layer, nn.Dropout))
-            groups.setdefault((*expert.widths, *drops), []).append(index)
+            groups.setdefault(expert.shape, []).append(index)
         return tuple(map(tuple, groups.values()))
 
     @cached_property
