@@ -20,7 +20,7 @@ from config.features import FeaturesConfig
 from config.optim import OptimConfig
 from config.train import TrainConfig
 from data.augment import AugmentConfig
-from data.datasets import DataConfig
+from data.datasets import DATASETS, DataConfig
 from model.backbone import BackboneConfig
 from model.balance import BalanceConfig
 from model.classifier import NeckConfig, check_parts
@@ -191,6 +191,9 @@ def _parser() -> ArgumentParser:
     )
     parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
     parser.add_class_arguments(Config)
+    registered = {"data.name": "; ".join(f"{name}: {DATASETS[name].about}" for name in sorted(DATASETS))}
+    for action in parser._actions:
+        action.help = registered.get(action.dest, action.help)
     return parser
 
 

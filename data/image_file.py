@@ -3,6 +3,7 @@
 import stat
 import warnings
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -37,62 +38,73 @@ def read_picture(path: Path, size: int, grey: bool = False) -> Picture:
     that Pillow cannot read, a side below MIN_SIDE, or more than MAX_PIXELS to decode.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of damaged metadata and of large images, which are checked here
-            _require_regular(path)
-            with Image.open(path, formats=formats()) as image:
-                return _read(image, path, size, grey)
-    except UserError:
-        raise
+        num_bytes = _regular_size(path)
     except FileNotFoundError as error:
         what = "is a link to nothing: remove it" if path.is_symlink() else "is not there: check the name"
         raise UserError(f"{path} {what}") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read as an image ({error.strerror}): repair or remove it") from error
+    return _decode(path, path, num_bytes, size, grey)
+
+
+def decode_picture(content: bytes, name: str, size: int) -> Picture:
+    """The picture in the bytes of an image file, as `read_picture`; name: what to call it where it cannot be read."""
+    return _decode(BytesIO(content), name, len(content), size, False)
+
+
+def _regular_size(path: Path) -> int:
+    """The bytes of a file. Raises UserError for what has no end, or none: to open a pipe waits for its writer."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(f"{path} is {'a folder' if stat.S_ISDIR(status.st_mode) else 'no regular file'}, not an image")
+    return status.st_size
+
+
+def _decode(source: Path | BytesIO, name: Path | str, num_bytes: int, size: int, grey: bool) -> Picture:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of damaged metadata and of large images, which are checked here
+            with Image.open(source, formats=formats()) as image:
+                return _read(image, name, num_bytes, size, grey)
+    except UserError:
+        raise
     except UnidentifiedImageError as error:
         raise UserError(
-            f"{path} cannot be read as an image (of no format that Pillow knows): convert or remove it"
+            f"{name} cannot be read as an image (of no format that Pillow knows): convert or remove it"
         ) from error
     except Image.DecompressionBombError as error:
-        raise UserError(f"{path} has more than {2 * MAX_PIXELS // 10**6} megapixels: make it smaller first") from error
+        raise UserError(f"{name} has more than {2 * MAX_PIXELS // 10**6} megapixels: make it smaller first") from error
     except Exception as error:  # bytes that are no image make the decoders fail in every way there is
         reason = one_line(error, 120) or type(error).__name__
-        raise UserError(f"{path} cannot be read as an image ({reason}): repair or remove it") from error
+        raise UserError(f"{name} cannot be read as an image ({reason}): repair or remove it") from error
 
 
-def _require_regular(path: Path) -> None:
-    """Raise UserError for what has no end, or no bytes: to open a pipe waits for whoever writes to it."""
-    mode = path.stat().st_mode
-    if not stat.S_ISREG(mode):
-        raise UserError(f"{path} is {'a folder' if stat.S_ISDIR(mode) else 'no regular file'}, not an image")
-
-
-def _check_claim(image: Image.Image, size: int) -> None:
+def _check_claim(image: Image.Image, num_bytes: int) -> None:
     """Raise ValueError where a small file claims so many pixels that memory would be taken for nothing."""
-    if image.width * image.height > max(16_000_000, 1000 * size):
-        raise ValueError(f"it claims {image.width} x {image.height} pixels in {size:,} bytes")
+    if image.width * image.height > max(16_000_000, 1000 * num_bytes):
+        raise ValueError(f"it claims {image.width} x {image.height} pixels in {num_bytes:,} bytes")
 
 
-def _read(image: Image.Image, path: Path, size: int, grey: bool) -> Picture:
+def _read(image: Image.Image, name: Path | str, num_bytes: int, size: int, grey: bool) -> Picture:
     if min(image.size) < MIN_SIDE:
         raise UserError(
-            f"{path} is {image.width} x {image.height} pixels: a side of less than {MIN_SIDE} shows nothing"
+            f"{name} is {image.width} x {image.height} pixels: a side of less than {MIN_SIDE} shows nothing"
         )
     frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # MPO: a camera's photo and its previews
     image.draft(None, (DRAFT_FACTOR * size, DRAFT_FACTOR * size))
     if image.width * image.height > MAX_PIXELS:
         raise UserError(
-            f"{path} has {image.width * image.height / 1e6:.0f} megapixels, and at most {MAX_PIXELS // 10**6} are "
+            f"{name} has {image.width * image.height / 1e6:.0f} megapixels, and at most {MAX_PIXELS // 10**6} are "
             "decoded: make it smaller first, or a JPEG, which is decoded at a lower resolution"
         )
-    _check_claim(image, path.stat().st_size)
+    _check_claim(image, num_bytes)
     image.load()
     orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
     notes = [f"first of {frames} frames"] if frames > 1 else []
     if image.mode == "CMYK":
         notes.append("CMYK, colours without their profile")
     # Cropped before and turned after all else: only the small square is held a second time.
-    square = image.crop((left, top, left + side, top + side))
+    square = centre_square(image)
     if _is_deep(image):
         square, note = _scaled(square, image)
         notes.append(note)
@@ -102,6 +114,13 @@ def _read(image: Image.Image, path: Path, size: int, grey: bool) -> Picture:
     if grey:
         small = small.convert("L").convert("RGB")
     return Picture(torch.from_numpy(np.array(small)).permute(2, 0, 1).contiguous(), tuple(notes))
+
+
+def centre_square(image: Image.Image) -> Image.Image:
+    """The largest square in the middle of an image."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))
 
 
 def _is_deep(image: Image.Image) -> bool:
