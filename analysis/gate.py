@@ -7,6 +7,7 @@ alike.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -78,6 +79,57 @@ def gate_summary(
         "elsewhere_accuracy": _mean(correct_N[known_N & ~near_N]),
         "nearest_samples": [int(n) for n in np.argsort(np.abs(margin_N), kind="stable")[:nearest] if known_N[n]],
     }
+
+
+@dataclass(frozen=True)
+class Plane:
+    """The plane that tells groups of samples apart best, and samples on it.
+
+    points_N2: where they lie. explained_2: the share of the variance between the groups, in units of that within them,
+    that each axis holds. told: the share of the samples whose group has the nearest centre on the plane. chance: that
+    of the largest group, which is what one would tell without the plane.
+    """
+
+    points_N2: FloatArray
+    explained_2: FloatArray
+    told: float
+    chance: float
+
+
+def discriminant_plane(
+    fit_MD: ArrayLike, fit_group_M: ArrayLike, shown_ND: ArrayLike, shown_group_N: ArrayLike
+) -> Plane | None:
+    """Samples on the first two axes of a linear discriminant analysis (Fisher 1936), which was fitted to others.
+
+    fit_MD, shown_ND: features. The groups are small integers, such as each sample's heaviest expert; negative: in none.
+    Fitted and shown samples must differ: with more features than samples any groups could be told apart on those that
+    the axes were fitted to. The features are standardised and reduced to principal components first, at most 64 and one
+    for every five samples. None where fewer than three groups have five samples or more, which is what it takes to span
+    a plane.
+    """
+    from sklearn.decomposition import PCA  # here, because importing scikit-learn takes seconds
+    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    fit_MD, group_M = np.asarray(fit_MD), np.asarray(fit_group_M)
+    sizes_G = np.bincount(group_M[group_M >= 0], minlength=1)
+    groups_G = np.flatnonzero(sizes_G >= 5)
+    if len(groups_G) < 3:
+        return None
+    kept_M = np.isin(group_M, groups_G)
+    fit_MD, group_M = fit_MD[kept_M], group_M[kept_M]
+    components = min(64, fit_MD.shape[1], len(fit_MD) // 5)
+    reduce = make_pipeline(StandardScaler(), PCA(components, svd_solver="randomized", random_state=0))
+    lda = LinearDiscriminantAnalysis()
+    fit_MA = lda.fit(reduce.fit_transform(fit_MD), group_M).transform(reduce.transform(fit_MD))
+    centre_GA = np.stack([fit_MA[group_M == group].mean(axis=0) for group in groups_G])
+    between_A = sizes_G[groups_G] @ np.square(centre_GA - fit_MA.mean(axis=0))
+    points_N2 = lda.transform(reduce.transform(np.asarray(shown_ND)))[:, :2]
+    nearest_N = np.square(points_N2[:, None] - centre_GA[:, :2]).sum(axis=2).argmin(axis=1)
+    shown_N = np.asarray(shown_group_N)
+    told, largest = (groups_G[nearest_N] == shown_N).mean(), np.bincount(shown_N[shown_N >= 0], minlength=1).max()
+    return Plane(points_N2, between_A[:2] / between_A.sum(), float(told), float(largest / len(shown_N)))
 
 
 def _mean(values: np.ndarray) -> float | None:

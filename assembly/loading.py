@@ -58,7 +58,7 @@ def _described(run: RunFolder, say: Callable[[str], None]) -> dict[str, Any]:
         kept = read_description(run).get("epoch") if run.model.is_file() else None
         if not isinstance(kept, int) or kept < best["epoch"]:  # later: best.pt is damaged, and the one before it read
             say(f"{run.weights} is written from {run.best}: the epoch kept so far is {best['epoch']}")
-            export_model(run)
+            export_model(run, best)
     elif not run.model.is_file() and run.config.is_file():
         raise UserError(
             f"{run.path} has no checkpoint yet: wait for its first epoch, or where it was interrupted before that, "

@@ -1,24 +1,50 @@
-"""From a configuration to its parts: device, features, model, and the trainer of them."""
+"""From a configuration to its parts: device, images, backbone, features, model, and the trainer of them."""
 
 import re
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from common.errors import EnvironmentFault, UserError, one_line
+from common.errors import EnvironmentFault, UserError, one_line, warn
 from common.memory import installed_memory
+from common.network import reachable
+from common.text import printable
 from config.config import DEVICES, Config
+from data.datasets import load_splits
 from data.image_set import Splits
 from evaluation.validation import validate
 from features.bank import FeatureBank
 from features.cache import FeatureCache
 from features.extraction import Extractor, worth_compiling
-from model.backbone import Backbone
+from model.backbone import Backbone, load_backbone
 from model.classifier import VisionMoE
-from storage.checkpoint import seed_everything
+from storage.checkpoint import check_inputs, seed_everything
 from storage.folder import RunFolder
+from storage.resume import best_kept
 from tracking.tracker import Tracker
-from training.trainer import Trainer
+from training.trainer import Trainer, steps_an_epoch
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads, and the device that it runs on."""
+
+    device: torch.device
+    splits: Splits
+    backbone: Backbone
+
+
+def load_inputs(config: Config) -> Inputs:
+    """Device, images and backbone: what can be missing, before anything is written.
+
+    Raises UserError and EnvironmentFault, as those who load them, and for steps that cannot be trained.
+    """
+    for line in config.router.idle:
+        warn(line)
+    device, splits = pick_device(config.device), load_splits(config.data)
+    steps_an_epoch(config.train, config.router.random_steps, len(splits.train))
+    return Inputs(device, splits, load_backbone(config.backbone, device, reachable))
 
 
 def pick_device(name: str) -> torch.device:
@@ -94,21 +120,28 @@ def identity(config: Config, splits: Splits, backbone: Backbone, feature_shape: 
 
 def build_trainer(
     config: Config,
-    device: torch.device,
-    splits: Splits,
-    backbone: Backbone,
+    inputs: Inputs,
     run: RunFolder,
     tracker: Tracker,
+    checkpoint: dict[str, Any] | None = None,
     bank: FeatureBank | None = None,
 ) -> Trainer:
-    """A run at its beginning: seeds, features, model and trainer, which writes to `run` and `tracker`.
+    """Seeds, features, model and trainer, which writes to `run` and `tracker`: at the beginning, or at a checkpoint.
 
     bank: features that several runs share (None: made here). To be called after the tracker was opened (see
-    seed_everything). Raises what `build_model` and `Trainer` do.
+    seed_everything). Raises what `build_model` and `Trainer` do, and UserError where the checkpoint is of other data,
+    another backbone or another model.
     """
     seed_everything(config.train.seed, config.train.deterministic)
-    bank = bank or build_bank(config, splits, backbone, device)
-    model = build_model(config, bank.feature_shape, splits.train.num_classes).to(device)
+    splits, backbone = inputs.splits, inputs.backbone
+    bank = bank or build_bank(config, splits, backbone, inputs.device)
+    model = build_model(config, bank.feature_shape, splits.train.num_classes).to(inputs.device)
     stored = identity(config, splits, backbone, bank.feature_shape)
-    parts = (config.train, config.optim, config.balance, config.router.random_steps)
-    return Trainer(model, bank, run, tracker, *parts, stored, lambda evaluated: validate(evaluated, bank))
+    trainer = Trainer(config, model, bank, run, tracker, stored, lambda evaluated: validate(evaluated, bank))
+    if checkpoint is not None:
+        check_inputs(checkpoint, stored, run.last)
+        trainer.load_state_dict(checkpoint)
+        trainer.best = best_kept(run, config, checkpoint)
+        run.results.unlink(missing_ok=True)  # of weights that are about to change
+        print(f"resuming     {printable(run.path)} after {trainer.position} of {config.train.epochs}")
+    return trainer

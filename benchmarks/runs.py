@@ -10,7 +10,7 @@ import torch
 
 from analysis.answers import calibration
 from analysis.routing import expert_load, load_entropy
-from assembly.pipeline import build_trainer
+from assembly.pipeline import Inputs, build_trainer
 from config.config import Config, config_from_dict
 from data.image_set import Splits
 from evaluation.cost import head_cost
@@ -18,7 +18,6 @@ from evaluation.metrics import scores
 from evaluation.predict import predict
 from features.bank import FeatureBank
 from model.backbone import Backbone
-from storage.checkpoint import load_checkpoint
 from storage.folder import RunFolder
 from tracking.tracker import open_tracker
 
@@ -42,10 +41,10 @@ def train_once(
         run = RunFolder.create(Path(folder) / "run", "benchmark")
         began = time.perf_counter()
         with open_tracker("none", run.path, config.to_dict(), name="benchmark", tags=[]) as tracker:
-            trainer = build_trainer(config, device, splits, backbone, run, tracker, bank)
+            trainer = build_trainer(config, Inputs(device, splits, backbone), run, tracker, bank=bank)
             best = trainer.fit()
             model = trainer.model
-            model.load_state_dict(load_checkpoint(run.best)["model"])
+            model.load_state_dict(best["model"])
             answers = predict(model, trainer.bank, "test")
             found = scores(answers.labels_N, answers.predicted_N, splits.test.num_classes)
             seconds = time.perf_counter() - began

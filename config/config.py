@@ -111,14 +111,18 @@ class Invocation:
     name: str
     """Stem of the configuration file, for the run's name."""
     resume: Path | None
+    words: list[str] = field(default_factory=list)
+    """The command line itself."""
 
 
-def parse_command_line(argv: list[str] | None = None) -> Invocation:
+def parse_command_line(argv: list[str] | None = None, values: dict[str, str] | None = None) -> Invocation:
     """Read `--config FILE`, `--section.field VALUE` and `--resume RUN`; print and exit for --help, --print_config.
 
-    Raises UserError for an unknown key, a wrong type or an impossible value.
+    values: texts of options that count more than those of the command line, {"train.epochs": "3"}. Raises UserError
+    for an unknown key, a wrong type or an impossible value.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    argv = [*words, *(f"--{key}={text}" for key, text in (values or {}).items())]
     options = {word.split("=")[0] for word in argv}
     resume = _value_of("--resume", argv)
     if resume is not None:
@@ -143,8 +147,8 @@ def parse_command_line(argv: list[str] | None = None) -> Invocation:
     config = _build(parser, values)
     if resume is not None:
         config.run_dir = absolute(resume)
-        return Invocation(config, config.run_dir.name, config.run_dir)
-    return Invocation(config, Path(source).stem, None)
+        return Invocation(config, config.run_dir.name, config.run_dir, words)
+    return Invocation(config, Path(source).stem, None, words)
 
 
 def config_from_dict(values: dict[str, Any]) -> Config:

@@ -12,7 +12,7 @@ from common.files import write_json
 from config.config import Config
 from data.image_set import ImageSet
 from evaluation.cost import flops, parameters
-from evaluation.figures import draw
+from evaluation.figures import Evaluated, draw
 from evaluation.metrics import per_class_scores, scores
 from evaluation.predict import Predictions, predict
 from evaluation.report import write_report
@@ -31,16 +31,17 @@ def evaluate(
     """Score `model` on the test split, write evaluation/metrics.json, figures/*.png and report.html, and report to
     `tracker`.
 
-    Returns what metrics.json holds.
+    Leaves the model in evaluation mode. Returns what metrics.json holds.
     """
+    model.eval()
     predictions = predict(model, bank, "test", removals=True)
     test = bank.splits.test
     results = _results(predictions, test, config, model) | {"environment": environment(bank.device)}
     write_json(run.results, results)
-    drawings = draw(run, config, predictions, bank, results)
+    drawings = draw(Evaluated(run, config, model, bank, predictions, results))
     write_report(run, config, results, drawings)
     if tracker is not None:
-        report(run, results, tracker)
+        report(run, results, drawings, tracker)
     return results
 
 

@@ -1,14 +1,16 @@
 """What ClearML shows of an evaluation: single values, tables, and plots that it can lay side by side for many runs."""
 
+from collections.abc import Sequence
 from typing import Any
 
+from evaluation.figures import Drawing
 from storage.folder import RunFolder
 from tracking.tracker import Tracker
 
 SINGLE = ("accuracy", "macro_f1", "loss", "entropy", "cv", "expected_calibration_error")
 
 
-def report(run: RunFolder, results: dict[str, Any], tracker: Tracker) -> None:
+def report(run: RunFolder, results: dict[str, Any], drawings: Sequence[Drawing], tracker: Tracker) -> None:
     """Send what evaluation/metrics.json holds, `results`, the figures and the report of `run` to `tracker`.
 
     Titles and series are the same in every run. Experts are named by their index alone: runs that are compared
@@ -21,9 +23,9 @@ def report(run: RunFolder, results: dict[str, Any], tracker: Tracker) -> None:
     bins = results["calibration"]
     points = [(x, y) for x, y in zip(bins["confidence"], bins["accuracy"], strict=True) if None not in (x, y)]
     tracker.lines("reliability", {"test": points, "calibrated": [(0.0, 0.0), (1.0, 1.0)]}, ("confidence", "accuracy"))
-    for path in sorted(run.figures.glob("*.png")):
-        tracker.figure("evaluation", path.stem, path)
-        tracker.artifact(f"figure {path.stem}", path)
+    for drawing in drawings:
+        tracker.figure("evaluation", drawing.name, drawing.path)
+        tracker.artifact(f"figure {drawing.name}", drawing.path)
     tracker.artifact("evaluation", run.results)
     tracker.artifact("report", run.report)
 

@@ -123,14 +123,15 @@ class VisionMoE(nn.Module):
         self.moe = MixtureOfExperts(self.neck.out_features, num_classes, router, experts, num_groups)
 
     def forward(
-        self, features: Tensor, warmup: bool = False, allowed_E: Tensor | None = None
+        self, features: Tensor, warmup: bool = False, allowed_E: Tensor | None = None, static: bool = False
     ) -> tuple[Tensor, Routing]:
         """Logits (B, C) in float32 and the routing.
 
-        warmup: route at random. allowed_E: bool, the experts that may be chosen (None: all).
+        warmup: route at random. allowed_E: bool, the experts that may be chosen (None: all). static: dispatch with
+        shapes that suit a CUDA graph, where experts.dispatch is auto.
         """
         x_BD = self.dropout(self.neck(features.float()))
-        return self.moe(x_BD, warmup, allowed_E)
+        return self.moe(x_BD, warmup, allowed_E, static)
 
 
 def check_parts(neck: NeckConfig, router: RouterConfig, experts: ExpertsConfig) -> None:

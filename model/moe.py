@@ -34,24 +34,27 @@ class MixtureOfExperts(nn.Module):
         self.router = build_router(router, in_features, num_experts, work, num_groups)
         self.experts, self.shared = build_experts(experts, in_features, num_classes, num_groups)
         self.skip = nn.Linear(in_features, num_classes) if router.overflow == "residual" else None
-        # To be captured in a CUDA graph, `auto` becomes `static`.
         self.combine, self.how = COMBINE[experts.combine], experts.dispatch
         self.register_buffer("usage_E", torch.zeros(num_experts, dtype=torch.int64))
         self.register_buffer("warmup_usage_E", torch.zeros(num_experts, dtype=torch.int64))
 
-    def forward(self, x_BD: Tensor, warmup: bool = False, allowed_E: Tensor | None = None) -> tuple[Tensor, Routing]:
+    def forward(
+        self, x_BD: Tensor, warmup: bool = False, allowed_E: Tensor | None = None, static: bool = False
+    ) -> tuple[Tensor, Routing]:
         """Logits (B, C) in float32 and the routing.
 
-        warmup: route at random. allowed_E: bool, the experts that may be chosen (None: all).
+        warmup: route at random. allowed_E: bool, the experts that may be chosen (None: all). static: dispatch with
+        shapes that suit a CUDA graph, where experts.dispatch is auto.
         """
+        how = "static" if static and self.how == "auto" else self.how
         routing = self.router(x_BD, warmup, allowed_E)
         if self.training:
             self._count(routing)
         chosen = routing.assignments
         if chosen.rows_AD is None:
-            outputs_AC, order_A = dispatch(x_BD, chosen, self.experts, self.how)
+            outputs_AC, order_A = dispatch(x_BD, chosen, self.experts, how)
         else:
-            outputs_AC, order_A = dispatch(chosen.rows_AD, chosen.by_row(), self.experts, self.how)
+            outputs_AC, order_A = dispatch(chosen.rows_AD, chosen.by_row(), self.experts, how)
         logits_BC = self.combine(outputs_AC, order_A, chosen)
         pooled_BD = x_BD if x_BD.ndim == 2 else x_BD.mean(dim=1)
         for expert in self.shared:

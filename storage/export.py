@@ -5,25 +5,25 @@ import json
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors.torch import load, save
 from torch import nn
 
 from common.errors import UserError
 from common.files import write_atomically, write_json
-from storage.checkpoint import FORMAT_VERSION, IDENTITY, load_checkpoint, load_weights, require_like
+from storage.checkpoint import FORMAT_VERSION, IDENTITY, load_weights, require_like
 from storage.folder import RunFolder
 
 
-def export_model(run: RunFolder) -> None:
-    """Write the best checkpoint as model.safetensors, and as model.json what the weights mean nothing without.
+def export_model(run: RunFolder, best: dict[str, Any]) -> None:
+    """Write model.safetensors, and as model.json what the weights mean nothing without.
 
-    Raises UserError where there is no best checkpoint that can be read.
+    best: what checkpoints/best.pt holds, as `Trainer.fit` returns it. Raises EnvironmentFault.
     """
-    best = load_checkpoint(run.best)
-    weights = {name: value.contiguous() for name, value in best["model"].items()}
-    write_atomically(run.weights, lambda temporary: save_file(weights, temporary, metadata={"format": "pt"}))
-    described = {key: value for key, value in best.items() if key != "model"}
-    write_json(run.model, described | {"weights_sha256": hashlib.sha256(run.weights.read_bytes()).hexdigest()})
+    weights = {name: value.detach().cpu().contiguous() for name, value in best["model"].items()}
+    content = save(weights, metadata={"format": "pt"})
+    write_atomically(run.weights, lambda temporary: temporary.write_bytes(content))
+    described = {key: value for key, value in best.items() if key != "model"} | {"format_version": FORMAT_VERSION}
+    write_json(run.model, described | {"weights_sha256": hashlib.sha256(content).hexdigest()})
 
 
 def read_description(run: RunFolder) -> dict[str, Any]:

@@ -1,11 +1,14 @@
-"""Going on with a run that was interrupted: what may change, where it stands, whether there is anything left to do."""
+"""What a training begins from: a new folder, or the checkpoint of a run that was interrupted."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from common.errors import UserError, one_line, say, warn
-from common.text import quoted
+from common.errors import Interrupted, UserError, one_line, say, warn
+from common.text import command, printable, quoted
 from config.config import Config, Invocation, flatten
 from storage.checkpoint import RESUMABLE, load_checkpoint, previous, require_like
 from storage.folder import INCIDENTAL, RunFolder
@@ -21,7 +24,61 @@ CHANGEABLE = INCIDENTAL | {
 }
 
 
-def load_resumable(run: RunFolder, invocation: Invocation) -> dict[str, Any] | None:
+@dataclass(frozen=True)
+class Start:
+    """Where a training begins.
+
+    name: of a new run. resumed: the folder of a run to go on with, None for a new one. checkpoint: the one that it
+    goes on from, None where there is none.
+    """
+
+    config: Config
+    name: str
+    resumed: RunFolder | None = None
+    checkpoint: dict[str, Any] | None = None
+
+    @property
+    def finished(self) -> str:
+        """Where the run has trained and scored all that it was asked for, what to do about it in words; else empty."""
+        if self.checkpoint is None or not finished(self.resumed, self.config, self.checkpoint):
+            return ""
+        path, epoch = self.resumed.path, self.checkpoint["epoch"]
+        again = command("evaluate.py", path)
+        return f"{printable(path)} is finished: raise --train.epochs above {epoch}, or {again}"
+
+    @contextmanager
+    def claimed(self) -> Iterator[RunFolder]:
+        """The folder of the run, made where it is a new one, and held for this process alone.
+
+        Raises UserError and EnvironmentFault, as `RunFolder.create` and `RunFolder.claimed`.
+        """
+        run = self.resumed or RunFolder.create(self.config.run_dir, self.name)
+        with run.claimed():
+            try:
+                yield run
+            except Interrupted:
+                if run.last.exists():
+                    say(f"{command('train.py', '--resume', run.path)} goes on from the last checkpoint")
+                raise
+
+
+def start_of(invocation: Invocation) -> Start:
+    """Where the run that was asked for begins; nothing is written, and a folder that is in use or taken is told.
+
+    Raises UserError, as `load_resumable` and where the folder serves another process or holds a run.
+    """
+    config = invocation.config
+    if invocation.resume is None:
+        if config.run_dir is not None:
+            RunFolder(config.run_dir).refuse_busy()
+            RunFolder(config.run_dir).refuse_run()
+        return Start(config, invocation.name)
+    run = RunFolder(invocation.resume)
+    run.refuse_busy()
+    return Start(config, invocation.name, run, load_resumable(run, config))
+
+
+def load_resumable(run: RunFolder, config: Config) -> dict[str, Any] | None:
     """The last checkpoint of a run, or None where it was killed before it had one.
 
     Raises UserError where the configuration is no longer the run's own, or no checkpoint can be read.
@@ -35,7 +92,7 @@ def load_resumable(run: RunFolder, invocation: Invocation) -> dict[str, Any] | N
         require_like(checkpoint, {"progress": {"batches": int}}, run.last)
     # A run of a version that had no such option did what is its default.
     before = flatten(Config().to_dict()) | flatten(checkpoint["config"])
-    now = flatten(invocation.config.to_dict())
+    now = flatten(config.to_dict())
     for key, value in now.items():
         if key not in CHANGEABLE and repr(before.get(key)) != repr(value):
             raise UserError(

@@ -41,7 +41,7 @@ def share_features() -> None:
     """Load and extract once what all runs have in common."""
     config = parse_command_line(OPTIONS).config
     inputs = train.load_inputs(config)
-    bank = pipeline.build_bank(config, inputs[1], inputs[2], inputs[0])
+    bank = pipeline.build_bank(config, inputs.splits, inputs.backbone, inputs.device)
     for split, views in (("train", (0, 1)), ("validation", (None,)), ("test", (None,))):
         for view in views:
             next(bank.batches(split, 1, view=view))

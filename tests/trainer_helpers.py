@@ -2,11 +2,13 @@
 
 import torch
 
+from config.config import Config
 from config.features import FeaturesConfig
 from config.optim import OptimConfig
 from data.augment import AugmentConfig
 from evaluation.validation import validate
 from features.bank import FeatureBank
+from model.backbone import BackboneConfig
 from model.balance import BalanceConfig
 from model.classifier import NeckConfig, VisionMoE
 from model.experts import ExpertsConfig
@@ -33,14 +35,15 @@ def make_trainer(path, splits, *, resume=False, optim=None, balance=None, router
 
     router: options of the rule. One that reads tokens gets the rows of the image.
     """
-    config = TrainConfig(**{"epochs": 4, "batch_size": 64, "ema_decay": 0.9, "save_every": 1, **train})
+    train = TrainConfig(**{"epochs": 4, "batch_size": 64, "ema_decay": 0.9, "save_every": 1, **train})
     run = RunFolder(path) if resume else RunFolder.create(path, "test")
     checkpoint = load_checkpoint(run.last) if resume else None
     tracker = open_tracker("none", path, {}, name="test", resume_step=checkpoint and checkpoint["step"])
-    seed_everything(config.seed)
+    seed_everything(train.seed)
     router = RouterConfig(**{"warmup_steps": 6, **(router or {})})
     tokens = ROUTERS[router.kind].reads_tokens
     shape, neck = ((8, 24), NeckConfig(kind="tokens")) if tokens else ((192,), NeckConfig())
+    backbone = BackboneConfig(features=["tokens:-1" if tokens else "cls:-1"])
     bank = FeatureBank(
         splits,
         lambda images: images.float().view(len(images), *shape) / 255,
@@ -50,19 +53,16 @@ def make_trainer(path, splits, *, resume=False, optim=None, balance=None, router
     )
     experts = ExpertsConfig(sizes=[[8], [16], [32]], dropout=0.1)
     model = VisionMoE(shape, 10, neck, router, experts)
-    optim, balance = optim or OptimConfig(lr=0.01, warmup_steps=4), balance or BalanceConfig()
-    trainer = Trainer(
-        model,
-        bank,
-        run,
-        tracker,
-        config,
-        optim,
-        balance,
-        router.random_steps,
-        dict(IDENTITY),
-        lambda model: validate(model, bank),
+    config = Config(
+        backbone=backbone,
+        neck=neck,
+        router=router,
+        experts=experts,
+        balance=balance or BalanceConfig(),
+        optim=optim or OptimConfig(lr=0.01, warmup_steps=4),
+        train=train,
     )
+    trainer = Trainer(config, model, bank, run, tracker, dict(IDENTITY), lambda model: validate(model, bank))
     if checkpoint:
         trainer.load_state_dict(checkpoint)
     return trainer

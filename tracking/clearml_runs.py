@@ -2,6 +2,8 @@
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,26 +11,43 @@ from common.errors import EnvironmentFault, UserError
 from tracking.clearml_task import attempt, server_problem
 
 
-def fetch_run(task_id: str) -> dict[str, Any]:
-    """The name, the configuration and the final scores of a task on the configured ClearML server.
+def get_task(task_id: str) -> Any:
+    """The SDK's object of a task on the configured ClearML server.
 
-    Returns {"name", "config" (nested as config.yaml), "metrics" (as evaluation/metrics.json: all of it where the task
-    has that file, else the single values, such as {"accuracy": 0.7})}. Raises UserError where no server is configured,
-    it refuses the login, or has no such task, and EnvironmentFault where it does not answer.
+    Raises UserError where no server is configured, it refuses the login, or has no such task, and EnvironmentFault
+    where it does not answer.
     """
     if problem := server_problem():
         raise problem
     from clearml import Task
 
     Task.set_offline(False)
-    logging.disable()  # the SDK tells of an unknown task in four lines of its own
-    try:
+    with _quiet():
         task, error = attempt(Task.get_task, task_id=task_id)
-        if task is None:
-            raise UserError(f"the ClearML server has no task {task_id}: copy the id from the task's page") from error
-        metrics, error = attempt(_metrics, task)
+    if task is None:
+        raise UserError(f"the ClearML server has no task {task_id}: copy the id from the task's page") from error
+    return task
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep back what the SDK logs: it tells of an unknown task in four lines of its own."""
+    logging.disable()
+    try:
+        yield
     finally:
         logging.disable(logging.NOTSET)
+
+
+def fetch_run(task_id: str) -> dict[str, Any]:
+    """The name, the configuration and the final scores of a task on the configured ClearML server.
+
+    Returns {"name", "config" (nested as config.yaml), "metrics" (as evaluation/metrics.json: all of it where the task
+    has that file, else the single values, such as {"accuracy": 0.7})}. Raises as `get_task`.
+    """
+    task = get_task(task_id)
+    with _quiet():
+        metrics, error = attempt(_metrics, task)
     if error is not None:
         raise EnvironmentFault(f"ClearML task {task_id} cannot be read ({type(error).__name__}: {error})") from error
     return {"name": task.name, "config": _config(task.data.hyperparams or {}), "metrics": metrics}

@@ -56,7 +56,7 @@ class ClearMLTask:
             attempt(_abandon)
             raise _explain(error) from error
         self.whole = False  # whether every job was done, known at the end
-        self.mode, (self.task, self.config) = mode, started
+        self.mode, self.task = mode, started
         self.jobs: queue.SimpleQueue = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="clearml", daemon=True)
         self._thread.start()
@@ -108,8 +108,8 @@ def _explain(error: Exception) -> UserError:
 
 def _start_task(
     offline: bool, config: dict, name: str, tags: list, task_id: str | None, kind: str, parent: str | None
-) -> tuple[Any, dict]:
-    """The SDK's task and the configuration that it returned. Raises whatever the SDK raises."""
+) -> Any:
+    """The SDK's task, which shows the configuration as hyperparameters. Raises whatever the SDK raises."""
     from clearml import Task
     from clearml.backend_api.session.defs import ENV_OFFLINE_MODE
     from clearml.config import ConfigSDKWrapper, config_obj
@@ -140,17 +140,12 @@ def _start_task(
         task.set_initial_iteration(0)  # our steps count from the start of the run, not from the resumption
     if parent and not offline:
         task.set_parent(parent)
-    return task, _connect(task, config)
-
-
-def _connect(task: Any, config: dict) -> dict:
-    """Show the configuration as hyperparameters; returns it with the values that an agent has overridden."""
-    plain = copy.deepcopy(config)  # the SDK writes the overridden values into what it is given
-    sections = {key: value for key, value in plain.items() if isinstance(value, dict)}
-    general = {key: value for key, value in plain.items() if key not in sections}
-    returned = {key: task.connect(value, name=key) for key, value in sections.items()}
-    returned |= task.connect(general, name="General") if general else {}
-    return _restore(config, returned)
+    sections = {key: value for key, value in config.items() if isinstance(value, dict)}
+    general = {key: value for key, value in config.items() if key not in sections}
+    for section, values in (sections | ({"General": general} if general else {})).items():
+        # Under an agent the SDK writes the task's values into the copy; the configuration has them: see tracking.agent.
+        task.connect(copy.deepcopy(values), name=section)
+    return task
 
 
 def _abandon() -> None:
@@ -173,18 +168,6 @@ def _disown(task: Any) -> None:
     atexit.unregister(task._at_exit)
     atexit.unregister(task._reporter._handle_program_exit)
     TaskHandler.flush = TaskHandler.close = lambda handler: None
-
-
-def _restore(given: Any, returned: Any) -> Any:
-    """`returned` as plain data; text where None was given becomes the JSON value it spells, if any."""
-    if isinstance(given, dict):
-        return {key: _restore(value, returned.get(key, value)) for key, value in given.items()}
-    if given is None and isinstance(returned, str):
-        try:
-            return json.loads(returned)
-        except ValueError:
-            pass
-    return returned
 
 
 def show(task: Any, title: str, series: str, path: Path) -> None:

@@ -28,16 +28,14 @@ MODES = ("auto", "clearml", "offline", "none")
 class Tracker:
     """One run's numbers, figures and files; made by `open_tracker`.
 
-    mode: "clearml", "offline" or "none", as resolved. config: the given configuration, with the values that
-    an agent of ClearML has overridden. task_id: of ClearML, or None; `open_tracker` takes it back. sends_again: whether
-    this is to bring a server what an earlier task lacks.
+    mode: "clearml", "offline" or "none", as resolved. task_id: of ClearML, or None; `open_tracker` takes it back.
+    sends_again: whether this is to bring a server what an earlier task lacks.
     No method raises; none but `close` waits for anything. Files are read later: let them be until `close`.
     """
 
-    def __init__(self, lines: TextIO, config: dict, clearml: ClearMLTask | None = None, run_dir: Path | None = None):
+    def __init__(self, lines: TextIO, clearml: ClearMLTask | None = None, run_dir: Path | None = None):
         self._lines, self._clearml, self._run_dir, self._closed = lines, clearml, run_dir, False
         self.mode: str = clearml.mode if clearml else "none"
-        self.config: dict = clearml.config if clearml else config
         self.task_id: str | None = clearml.task.id if clearml else None
         self.sends_again = False
 
@@ -190,7 +188,7 @@ def open_tracker(
     except UserError:
         lines.close()
         raise
-    tracker = Tracker(lines, config, clearml, Path(run_dir))
+    tracker = Tracker(lines, clearml, Path(run_dir))
     where = {"clearml": "ClearML and ", "offline": "ClearML offline and ", "none": ""}[tracker.mode]
     print(f"tracking: {where}{printable(lines.name)}" + "".join(f" ({reason})" for reason in dict.fromkeys(reasons)))
     if clearml:
@@ -216,7 +214,7 @@ def open_evaluation(mode: str, run_dir: Path, config: dict, *, name: str, tags: 
         clearml, reasons = _first_task(("clearml",), mode == "auto", config, name, list(tags), None, "testing", parent)
     if clearml or reasons:
         print("tracking: " + ("ClearML" if clearml else f"none ({reasons[0]})"))
-    tracker = Tracker(open(os.devnull, "w", encoding="utf-8"), config, clearml)  # noqa: SIM115 - the tracker closes it
+    tracker = Tracker(open(os.devnull, "w", encoding="utf-8"), clearml)  # noqa: SIM115 - the tracker closes it
     if clearml and not (online and online[-1].get("whole")):
         tracker.sends_again = True
         tracker._send_again(RunFolder(Path(run_dir)).history())

@@ -24,7 +24,7 @@ def worth_capturing(choice: str, model: VisionMoE, batch_size: int) -> bool:
     number = sum(parameter.numel() for parameter in parameters)
     small = number <= PARAMETERS and number * batch_size <= WORK
     possible = moe.router.static_shapes and not torch.are_deterministic_algorithms_enabled()
-    never_waits = moe.how in ("auto", "static", "dense")
+    never_waits = moe.how in ("auto", "dense")
     return choice == "auto" and parameters[0].is_cuda and small and possible and never_waits
 
 
@@ -77,8 +77,6 @@ class GraphedStep:
 
     def __init__(self, step: TrainingStep, batch_size: int):
         self.step, self.batch_size = step, batch_size
-        if step.model.moe.how == "auto":
-            step.model.moe.how = "static"
         self.captured = Captured(step.device)
         self.features: Tensor | None = None
         self.labels_B: Tensor | None = None
@@ -86,7 +84,7 @@ class GraphedStep:
     def __call__(self, features: Tensor, labels_B: Tensor, warmup: bool) -> StepResult | None:
         """Train on one batch."""
         if len(labels_B) != self.batch_size:
-            return self.captured.eagerly(self.step, features, labels_B, warmup)
+            return self.captured.eagerly(self._step, features, labels_B, warmup)
         if self.features is None:
             self.features, self.labels_B = torch.empty_like(features), torch.empty_like(labels_B)
         self.features.copy_(features)
@@ -94,4 +92,7 @@ class GraphedStep:
         return self.captured(self._on_buffers, warmup)
 
     def _on_buffers(self, warmup: bool) -> StepResult | None:
-        return self.step(self.features, self.labels_B, warmup)
+        return self._step(self.features, self.labels_B, warmup)
+
+    def _step(self, features: Tensor, labels_B: Tensor, warmup: bool) -> StepResult | None:
+        return self.step(features, labels_B, warmup, static=True)

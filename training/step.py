@@ -55,10 +55,13 @@ class TrainingStep:
         terms = [OUTPUT, "task loss", *(f"auxiliary loss {name}" for name in vars(balance)), "gradient"]
         self.numbers = NumberWatch(terms, self.device)
 
-    def __call__(self, features: Tensor, labels_B: Tensor, warmup: bool) -> StepResult | None:
-        """Train on one batch. None: not done, because a number is not finite (CPU only)."""
+    def __call__(self, features: Tensor, labels_B: Tensor, warmup: bool, **dispatch: bool) -> StepResult | None:
+        """Train on one batch. None: not done, because a number is not finite (CPU only).
+
+        dispatch: static=True, for shapes that suit a CUDA graph.
+        """
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
-            logits_BC, routing = self.model(features, warmup=warmup)
+            logits_BC, routing = self.model(features, warmup=warmup, **dispatch)
         auxiliary = balance_losses(routing, self.balance)
         task_loss = F.cross_entropy(logits_BC, labels_B, label_smoothing=self.label_smoothing)
         self.optimizer.zero_grad(set_to_none=True)

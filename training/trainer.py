@@ -11,14 +11,15 @@ from tqdm import tqdm
 
 from common.errors import Interrupted, UserError
 from common.signals import unbroken
-from config.optim import OptimConfig
+from config.config import Config
 from config.train import TrainConfig
 from features.bank import FeatureBank
-from model.balance import BalanceConfig, floors
+from model.balance import floors
 from model.classifier import VisionMoE
 from storage.checkpoint import (
     RESUMABLE,
     fitting,
+    load_checkpoint,
     load_optimizer,
     random_state,
     require_like,
@@ -65,48 +66,49 @@ class Trainer:
 
     def __init__(
         self,
+        config: Config,
         model: VisionMoE,
         bank: FeatureBank,
         run: RunFolder,
         tracker: Tracker,
-        config: TrainConfig,
-        optim: OptimConfig,
-        balance: BalanceConfig,
-        routing_warmup_steps: int,
         identity: dict[str, Any],
         validate: Callable[[VisionMoE], Any],
     ):
         from timm.utils import ModelEmaV3  # here, because importing timm takes seconds
 
         self.model, self.bank, self.run, self.tracker = model, bank, run, tracker
-        self.config, self.optim, self.balance = config, optim, balance
-        self.routing_warmup_steps, self.identity, self.validate = routing_warmup_steps, identity, validate
+        self.config, self.optim, self.balance = config.train, config.optim, config.balance
+        self.routing_warmup_steps, self.identity, self.validate = config.router.random_steps, identity, validate
         self.device = bank.device
-        self.steps_per_epoch = steps_an_epoch(config, routing_warmup_steps, len(bank.splits.train))
-        self.total_steps = self.steps_per_epoch * config.epochs
-        self.optimizer = build_optimizer(model, optim)
-        self.ema = ModelEmaV3(model, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
-        step = TrainingStep(model, self.optimizer, balance, config.label_smoothing, optim.clip_norm, config.precision)
+        self.steps_per_epoch = steps_an_epoch(self.config, self.routing_warmup_steps, len(bank.splits.train))
+        self.total_steps = self.steps_per_epoch * self.config.epochs
+        self.optimizer = build_optimizer(model, self.optim)
+        decay, batch_size = self.config.ema_decay, self.config.batch_size
+        self.ema = ModelEmaV3(model, decay=decay, use_warmup=True) if decay else None
+        captured = worth_capturing(self.config.graph, model, batch_size)
+        smoothing, clip_norm, precision = self.config.label_smoothing, self.optim.clip_norm, self.config.precision
+        step = TrainingStep(model, self.optimizer, self.balance, smoothing, clip_norm, precision)
         self.numbers = step.numbers
-        captured = worth_capturing(config.graph, model, config.batch_size)
-        self.train_step = GraphedStep(step, config.batch_size) if captured else step
-        self.routing = RoutingWatch(model.moe.router, balance, routing_warmup_steps)
+        self.train_step = GraphedStep(step, batch_size) if captured else step
+        self.routing = RoutingWatch(model.moe.router, self.balance, self.routing_warmup_steps)
         self.epoch, self.step = 0, 0  # epochs begun, steps done
         self.progress: Progress | None = None  # None: the epoch is over
         self.kept_at, self.kept = (0, True), "none yet"  # (step, epoch is over) and name of the last checkpoint
         self.best: dict[str, float] = {"epoch": 0, "macro_f1": -1.0}
         self.improved = 0  # the last epoch that was better than all before it, not merely as good
-        self.unsaved: dict[str, Any] | None = None  # what best.pt will be when the next checkpoint is due
+        self.chosen: dict[str, Any] | None = None  # what best.pt is, or will be when the next checkpoint is due
+        self.chosen_is_saved = True
 
     @property
     def evaluated(self) -> torch.nn.Module:
         """The weights that are validated and kept: the moving average where there is one."""
         return self.ema.module if self.ema else self.model
 
-    def fit(self) -> dict[str, float]:
-        """Train to the last epoch or the end of patience. Returns the epoch that is kept and its validation macro-F1.
+    def fit(self) -> dict[str, Any]:
+        """Train to the last epoch or the end of patience.
 
-        Interrupted, which a signal raises under common.signals.stoppable, leaves a checkpoint of the last
+        Returns what best.pt holds: the weights of the epoch that is kept, its number and validation macro-F1, and the
+        identity. Interrupted, which a signal raises under common.signals.stoppable, leaves a checkpoint of the last
         whole step. Raises UserError where a number is not finite, EnvironmentFault where the run
         folder is gone or cannot be written.
         """
@@ -119,7 +121,7 @@ class Trainer:
         except UserError:  # a number that is not finite, in an epoch after the best
             self._keep_best()
             raise
-        return self.best
+        return self.chosen or load_checkpoint(self.run.best)  # of an epoch before this process
 
     def _epoch(self) -> None:
         started = time.perf_counter()
@@ -224,7 +226,7 @@ class Trainer:
         """Take a copy of the weights where this epoch is the one to keep so far, and write what is due."""
         if keep:
             weights = {name: value.clone() for name, value in self.evaluated.state_dict().items()}
-            self.unsaved = {"model": weights, **self.best, **self.identity}
+            self.chosen, self.chosen_is_saved = {"model": weights, **self.best, **self.identity}, False
         due = self.epoch == 1 or self.epoch % self.config.save_every == 0
         if due or self.epoch == self.config.epochs or self._out_of_patience():
             self._keep()
@@ -239,9 +241,9 @@ class Trainer:
         self._kept()
 
     def _keep_best(self) -> None:
-        if self.unsaved:
-            save_checkpoint(self.run.best, self.unsaved, self.kept)
-            self.unsaved = None
+        if not self.chosen_is_saved:
+            save_checkpoint(self.run.best, self.chosen, self.kept)
+            self.chosen_is_saved = True
 
     @property
     def position(self) -> str:

@@ -7,7 +7,7 @@ superclasses, N samples, T epochs, M pictures of H x W pixels, R runs.
 
 from analysis.plots.answers import confused_pairs, reliability, samples, superclass_confusion
 from analysis.plots.comparison import comparison
-from analysis.plots.experts import expert_by_class, expert_load, expert_worth, feature_map
+from analysis.plots.experts import expert_by_class, expert_load, expert_worth, gate_map
 from analysis.plots.style import BLUE, OKABE_ITO, save
 from analysis.plots.training import load_over_time, training_curves
 
@@ -19,7 +19,7 @@ __all__ = [
     "expert_by_class",
     "expert_load",
     "expert_worth",
-    "feature_map",
+    "gate_map",
     "load_over_time",
     "reliability",
     "samples",

@@ -13,6 +13,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import EngFormatter, NullLocator, PercentFormatter
 from numpy.typing import ArrayLike
 
+from analysis.gate import Plane
 from analysis.plots.style import (
     BLUE,
     EXPERT_AXIS,
@@ -155,47 +156,43 @@ def expert_worth(
     return figure
 
 
-def feature_map(
-    points_N2: ArrayLike,
-    expert_N: ArrayLike,
-    expert_labels: Names,
-    explained_2: ArrayLike,
-    group_N: ArrayLike | None = None,
-    group_names: Names = (),
+def gate_map(
+    plane: Plane, expert_N: ArrayLike, expert_labels: Names, group_N: ArrayLike | None = None, group_names: Names = ()
 ) -> Figure:
-    """Samples on the two main axes of their features, coloured by the expert that has most of their weight.
+    """Samples on the plane that tells experts apart best, coloured by the expert that has most of their weight.
 
-    expert_N: -1 for a sample without an expert (grey, as are those of all but the 8 busiest experts).
-    explained_2: the axes' shares of the variance. group_N, group_names: classes or superclasses, to write each
-    name where the median of its samples lies.
+    expert_N: -1 for a sample without an expert (grey, as are those of all but the 8 busiest experts). group_N,
+    group_names: classes or superclasses, to write each name where the median of its samples lies.
     """
-    points_N2, expert_N = np.asarray(points_N2, dtype=float), np.asarray(expert_N)
+    points_N2, expert_N = np.asarray(plane.points_N2, dtype=float), np.asarray(expert_N)
     num_experts = len(expert_labels)
-    figure = new_figure(5.5, "Experts in feature space")
+    figure = new_figure(5.8, "What the gate reads, by expert")
     ax = figure.subplots()
     counts_E = np.bincount(expert_N[expert_N >= 0], minlength=num_experts)
     busiest = [expert for expert in np.argsort(-counts_E, kind="stable")[:8] if counts_E[expert]]
     others = ~np.isin(expert_N, busiest)
+    size = float(np.interp(len(points_N2), (300, 1500), (20, 9)))
     if others.any():
-        ax.scatter(*points_N2[others].T, s=8, color="0.75", label=f"none or another ({others.sum()})", linewidths=0)
+        ax.scatter(*points_N2[others].T, s=size, color="0.75", label=f"none or another ({others.sum()})", linewidths=0)
     for rank, expert in enumerate(busiest):
         colour = expert_colour(expert if num_experts <= 8 else rank)
         label = f"{short(expert_labels[expert])} ({counts_E[expert]})"
-        ax.scatter(*points_N2[expert_N == expert].T, s=9, color=colour, alpha=0.45, label=label, linewidths=0)
+        ax.scatter(*points_N2[expert_N == expert].T, s=size, color=colour, alpha=0.6, label=label, linewidths=0)
     medians = {
         name: np.median(points_N2[group_N == group], axis=0)
         for group, name in enumerate(group_names)
         if (group_N == group).any()
     }
     for name, place in _spread(medians, np.maximum(np.ptp(points_N2, axis=0), 1e-9) / (5.7, 4.9)).items():
-        ax.text(*place, short(name, 36), fontsize=7, ha="center", va="center", path_effects=STROKE, zorder=4)
+        weight = "bold" if len(short(name)) < 3 else "normal"
+        ax.text(*place, short(name, 36), fontsize=7, weight=weight, ha="center", va="center", path_effects=STROKE)
     ax.set(xticks=[], yticks=[])
-    names = [
-        f"{name} axis, {100 * share:.0f} % of the variance"
-        for name, share in zip(("first", "second"), explained_2, strict=True)
-    ]
-    ax.set(xlabel=names[0], ylabel=names[1])
-    figure.legend(loc="outside right upper", fontsize=8, title="heaviest expert (samples)", title_fontsize=8)
+    first, second = (f"{100 * share:.0f} % of the variance between experts" for share in plane.explained_2)
+    told, chance = (f"{100 * share:.0f} %" for share in (plane.told, plane.chance))
+    told = f"the nearest centre is the image's expert for {told} (the largest expert alone: {chance})"
+    ax.set_xlabel(f"first discriminant axis: {first}\n{told}", fontsize=9)
+    ax.set_ylabel(f"second discriminant axis: {second}", fontsize=9)
+    figure.legend(loc="outside right upper", fontsize=8, title="heaviest expert (images)", title_fontsize=8)
     return figure
 
 

@@ -8,6 +8,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from analysis import plots
+from analysis.gate import Plane
 
 # What garbage of other tests says when it is collected in one of these is not theirs.
 pytestmark = pytest.mark.filterwarnings(
@@ -57,12 +58,13 @@ def worth(experts, parameters=None):
     )
 
 
-def feature_map(samples, experts, groups):
+def gate_map(samples, experts, groups):
     rng = np.random.default_rng(0)
     group_N = np.arange(samples) % max(1, groups)
     points = rng.normal(size=(samples, 2)) + 0.5 * rng.normal(size=(max(1, groups), 2))[group_N]
     names = [CIFAR_100_SUPERCLASSES[g] for g in range(groups)]
-    return plots.feature_map(points, rng.integers(-1, experts, samples), labels(experts), (0.1, 0.05), group_N, names)
+    plane = Plane(points, np.array([0.6, 0.3]), 0.8, 0.4)
+    return plots.gate_map(plane, rng.integers(-1, experts, samples), labels(experts), group_N, names)
 
 
 def pairs(count):
@@ -103,7 +105,7 @@ MAIN = {
     "confusion": lambda: confusion(20),
     "samples": lambda: pictures(10, 2),
     "worth": lambda: worth(4),
-    "features": lambda: feature_map(300, 4, 20),
+    "gate": lambda: gate_map(300, 4, 20),
     "pairs": lambda: pairs(30),
     "reliability": lambda: reliability([0, 3, 9, 0, 70] * 3),
     "comparison": lambda: comparison(3),
@@ -129,8 +131,8 @@ EDGE = {
     "no pictures": lambda: pictures(0, 2),
     "grey picture": lambda: pictures(1, 1, channels=1, size=8),
     "equal experts": lambda: worth(24, [1000] * 24),
-    "one sample": lambda: feature_map(1, 1, 0),
-    "64 mapped": lambda: feature_map(200, 64, 3),
+    "one sample": lambda: gate_map(1, 1, 0),
+    "64 mapped": lambda: gate_map(200, 64, 3),
     "no pairs": lambda: pairs(0),
     "one bin": lambda: reliability([4]),
     "nothing compared": lambda: comparison(1, panels=0),
@@ -181,14 +183,14 @@ def test_superclass_names_do_not_overlap():
         assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[i + 1 :])
 
 
-def test_the_names_on_the_map_of_features_do_not_overlap():
-    figure, _ = drawn("features")
+def test_the_names_on_the_map_of_the_gate_do_not_overlap():
+    figure, _ = drawn("gate")
     boxes = [text.get_window_extent() for text in figure.axes[0].texts]
     assert len(boxes) == 20
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[i + 1 :])
 
 
-@pytest.mark.parametrize("name", ["time", "worth", "features"])
+@pytest.mark.parametrize("name", ["time", "worth", "gate"])
 def test_the_legend_beside_the_plot_does_not_cover_the_title(name):
     figure, _ = drawn(name)
     assert not figure.legends[0].get_window_extent().overlaps(figure._suptitle.get_window_extent())

@@ -26,7 +26,7 @@ from trainer_helpers import make_trainer
 
 from assembly.pipeline import build_model
 from common.errors import UserError
-from config.config import Config, Invocation, config_from_dict, parse_command_line
+from config.config import Config, config_from_dict, parse_command_line
 from model.backbone import _read_weights
 from storage.checkpoint import load_checkpoint, previous, save_checkpoint, seed_everything
 from storage.export import export_model, load_exported, read_description
@@ -39,8 +39,7 @@ def whole(tmp_path_factory, splits):
     """A run in small that stopped in the middle of its second epoch: its trainer and its folder."""
     folder = tmp_path_factory.mktemp("whole")
     trainer = make_trainer(folder, splits, epochs=2)
-    trainer.fit()
-    export_model(trainer.run)
+    export_model(trainer.run, trainer.fit())
     trainer.tracker.close()
     trainer._begin_epoch()
     trainer.progress.batches, trainer.step = 2, 12
@@ -79,7 +78,7 @@ def test_a_few_lines_of_aliases_are_refused(tmp_path):
 def resume(trainer):
     """What train.py --resume does with the checkpoint."""
     config = Config()
-    checkpoint = load_resumable(trainer.run, Invocation(config, "", trainer.run.path))
+    checkpoint = load_resumable(trainer.run, config)
     finished(trainer.run, config, checkpoint)
     trainer.load_state_dict(checkpoint)
     best_kept(trainer.run, config, checkpoint)

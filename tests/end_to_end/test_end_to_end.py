@@ -30,7 +30,7 @@ WRITTEN = [
     "evaluation/figures/expert_by_class.png",
     "evaluation/figures/samples.png",
     "evaluation/figures/expert_worth.png",
-    "evaluation/figures/feature_map.png",
+    "evaluation/figures/gate_map.png",
     "evaluation/figures/confused_pairs.png",
     "evaluation/figures/reliability.png",
 ]

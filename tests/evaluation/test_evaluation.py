@@ -31,7 +31,7 @@ from storage.folder import RunFolder
 CPU = torch.device("cpu")
 NAMES = ("<script>alert(1)</script>", "a & b", '"quoted"', "$x^2$", "plain_name", "ünïcode")
 TRAINING = ("training_curves", "load_over_time")
-ROUTING = ("expert_by_class", "expert_load", "expert_load_one_batch", "expert_worth", "feature_map", "samples")
+ROUTING = ("expert_by_class", "expert_load", "expert_worth", "gate_map", "samples")
 FIGURES = (*TRAINING, *ROUTING, "superclass_confusion", "confused_pairs", "reliability")
 # What other programs read; names may be added, not changed.
 KEYS = {"accuracy", "macro_f1", "loss", "images", "entropy", "cv", "specialisation", "class_names", "per_class"}
@@ -60,7 +60,7 @@ def image_set(count, seed):
 def build(sizes=((4,), (8,), (16,)), top_k=2, mode="cached", test_images=120):
     """A model on synthetic images whose gate has a preference: (config, model, bank, extractor)."""
     torch.manual_seed(0)
-    splits = Splits(image_set(30, 0), image_set(12, 1), image_set(test_images, 2))
+    splits = Splits(image_set(30, 0), image_set(36, 1), image_set(test_images, 2))
     router = RouterConfig(top_k=top_k, norm="none", warmup_steps=3)
     config = Config(router=router, experts=ExpertsConfig(sizes=[list(size) for size in sizes]))
     model = build_model(config, (48,), len(NAMES))
@@ -115,12 +115,12 @@ def test_the_star_is_at_the_epoch_of_the_exported_weights(tmp_path, monkeypatch)
     run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     def label():
-        figure = figures._over_time(run, Config(), ["0"])["training_curves"]
+        figure = figures.FIGURES["training_curves"].draw(figures.Evaluated(run, Config(), None, None, None, {}))
         return figure.axes[1].get_legend_handles_labels()[1][-1]
 
     assert label() == "best epoch, 1: 0.4"
     run.model.write_text("{}")
-    monkeypatch.setattr("evaluation.figures.read_description", lambda run: {"epoch": 2})
+    monkeypatch.setattr("evaluation.figures.training_curves.read_description", lambda run: {"epoch": 2})
     assert label() == "kept epoch, 2: 0.3"
 
 
@@ -218,7 +218,7 @@ def test_one_expert_cannot_be_removed(tmp_path, monkeypatch):
     results = evaluate(RunFolder(tmp_path), config, model, bank)
     assert results["expert_worth"][0].keys() == {"parameters", "bytes", "flops"}
     assert results["gate"]["boundary_share"] is None
-    assert figures.worth(results) == {}
+    assert figures.FIGURES["expert_worth"].draw(figures.Evaluated(None, config, model, bank, None, results)) is None
     assert "without expert" not in (tmp_path / "evaluation" / "report.html").read_text()
     assert "0 · 4" in table(results)
 
@@ -234,7 +234,7 @@ def test_a_test_set_of_one_image_has_a_page_too(tmp_path, monkeypatch):
     results = evaluate(RunFolder(tmp_path), config, model, bank)
     assert results["images"] == 1
     drawn = {path.stem for path in (tmp_path / "evaluation" / "figures").iterdir()}
-    assert drawn == {*FIGURES} - {*TRAINING, "feature_map"}
+    assert drawn == {*FIGURES} - {*TRAINING}
     assert (tmp_path / "evaluation" / "report.html").is_file()
 
 

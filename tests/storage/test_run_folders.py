@@ -49,8 +49,7 @@ def test_a_run_folder_that_is_removed_is_missed_at_the_end_of_the_epoch(tmp_path
 
 def test_what_others_may_read_they_may_read(tmp_path, splits):
     trainer = make_trainer(tmp_path, splits, epochs=2)
-    trainer.fit()
-    export_model(trainer.run)
+    export_model(trainer.run, trainer.fit())
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (trainer.run.weights, trainer.run.model)}
     assert modes["model.safetensors"] == modes["model.json"]
 

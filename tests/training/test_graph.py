@@ -42,7 +42,6 @@ def test_nothing_is_captured_on_a_cpu():
     [
         (40_000_000, 1024, "auto", True, True),
         (40_000_000, 1024, "dense", True, True),
-        (40_000_000, 1024, "static", True, True),  # as a step leaves it that has been captured before
         (40_000_000, 1024, "sorted", True, False),  # waits for the device
         (40_000_000, 1024, "auto", False, False),
         (40_000_000, 65_536, "auto", True, False),  # its kernels take longer than their launches
@@ -101,7 +100,8 @@ class Recorded:
     def __init__(self):
         self.model, self.device, self.read = model(), torch.device("cpu"), []
 
-    def __call__(self, features, labels_B, warmup):
+    def __call__(self, features, labels_B, warmup, static):
+        assert static
         self.read.append((features.data_ptr(), features.clone(), labels_B.clone()))
 
 
@@ -116,9 +116,21 @@ def test_a_graphed_step_reads_every_whole_batch_from_the_same_place(monkeypatch)
         assert torch.equal(features, batch[0]) and torch.equal(labels_B, batch[1])
     places = [place for place, *_ in step.read]
     assert places[0] == places[2] != places[1]
-    assert step.model.moe.how == "static"
-    step.model.moe.how = "dense"
-    assert GraphedStep(step, 4).step.model.moe.how == "dense"  # what is forced stays
+    assert step.model.moe.how == "auto"  # passed along, not changed
+
+
+@pytest.mark.parametrize(("configured", "used"), [("auto", "static"), ("dense", "dense")])
+def test_static_dispatch_is_what_a_choice_left_open_becomes(configured, used, monkeypatch):
+    head = model()
+    head.moe.how = configured
+    seen = []
+    monkeypatch.setattr(
+        "model.moe.dispatch",
+        lambda x, routing, experts, how: seen.append(how) or dispatch.dispatch(x, routing, experts, how),
+    )
+    head(torch.zeros(3, 24), static=True)
+    head(torch.zeros(3, 24))
+    assert seen == [used, configured]
 
 
 @ON_GPU

@@ -31,7 +31,8 @@ def test_training_learns_and_keeps_what_it_says(tmp_path, splits):
     assert best["macro_f1"] == max(line["macro_f1/validation"] for line in history) > 0.8
     kept = load_checkpoint(trainer.run.best)
     assert (kept["epoch"], kept["macro_f1"]) == (best["epoch"], best["macro_f1"])
-    export_model(trainer.run)
+    assert equal_states(best["model"], kept["model"])
+    export_model(trainer.run, best)
     described = read_description(trainer.run)
     assert described["epoch"] == best["epoch"]
     load_exported(trainer.run, trainer.model)

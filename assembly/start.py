@@ -1,0 +1,43 @@
+"""How a training begins: where its numbers go, and the lines that say what is about to be trained on what."""
+
+from typing import Any
+
+from assembly.pipeline import Inputs
+from common.text import printable
+from config.config import Config
+from evaluation.cost import cost
+from features.extraction import warn_of_hours
+from storage.folder import RunFolder
+from storage.resume import metrics_step
+from tracking.tracker import Tracker, open_tracker
+from training.trainer import Trainer
+
+
+def start_tracking(config: Config, run: RunFolder, checkpoint: dict[str, Any] | None) -> Tracker:
+    """ClearML and metrics.jsonl; a resumed run goes on with its own task and drops lines it will write again."""
+    return open_tracker(
+        config.tracking,
+        run.path,
+        config.to_dict(),
+        name=run.path.name,
+        tags=[config.data.name, config.backbone.name, config.router.kind],
+        task_id=checkpoint and checkpoint["task_id"],
+        resume_step=metrics_step(checkpoint),
+    )
+
+
+def announce(config: Config, inputs: Inputs, trainer: Trainer) -> None:
+    """Print what is about to be trained on what, and what it costs."""
+    splits = inputs.splits
+    sizes = ", ".join(f"{len(splits[name]):,} {name}" for name in ("train", "validation", "test"))
+    print(f"data         {config.data.name}: {sizes} images, {splits.train.num_classes} classes")
+    random_weights = "" if config.backbone.pretrained or config.backbone.weights else " with RANDOM weights"
+    print(f"backbone     {config.backbone.name}{random_weights}, frozen; features {' '.join(config.backbone.features)}")
+    seen = f"{trainer.model.moe.router.experts_per_sample:g} a sample by {config.router.kind}"
+    print(f"experts      {', '.join(config.experts.labels())}; {seen}")
+    if shared := config.experts.shared_labels():
+        print(f"shared       {', '.join(shared)}; every sample passes all of them")
+    costs = cost(trainer.model, inputs.backbone, trainer.bank.feature_shape)
+    print("\n".join(costs.lines()))
+    warn_of_hours(trainer.bank, costs.backbone_flops, config.train.epochs)
+    print(f"run folder   {printable(trainer.run.path)}", flush=True)

@@ -1,0 +1,13 @@
+"""Which classes are taken for each other most."""
+
+from matplotlib.figure import Figure
+
+from analysis import plots
+from evaluation.figures.registry import Evaluated, register
+
+
+@register("confused_pairs", "Pairs of classes by the number of images that were taken for the other.", place=90)
+def confused_pairs(evaluated: Evaluated) -> Figure:
+    results, keys = evaluated.results, ("class", "other", "as_other", "other_as_class")
+    errors = round(results["images"] * (1 - results["accuracy"]))
+    return plots.confused_pairs([tuple(row[key] for key in keys) for row in results["confused_pairs"]], errors)

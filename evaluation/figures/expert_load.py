@@ -1,0 +1,12 @@
+"""How the work is spread over the experts."""
+
+from matplotlib.figure import Figure
+
+from analysis import plots
+from evaluation.figures.registry import Evaluated, register
+
+
+@register("expert_load", "Load: share of the assignments. Importance: share of the gate's weight.", place=30)
+def expert_load(evaluated: Evaluated) -> Figure:
+    results = evaluated.results
+    return plots.expert_load(results["expert_load"], results["expert_importance"], evaluated.labels)

@@ -1,0 +1,23 @@
+"""What each expert is worth, beside what it costs."""
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from analysis import plots
+from evaluation.figures.registry import Evaluated, register
+
+
+@register(
+    "expert_worth",
+    "What macro-F1 loses when one expert is removed and its samples go to the gate's next choice. Bars: one standard "
+    "deviation over bootstrap resamples of the test images.",
+    place=50,
+)
+def expert_worth(evaluated: Evaluated) -> Figure | None:
+    rows = evaluated.results["expert_worth"]
+    if "macro_f1_change" not in rows[0]:  # a single expert cannot be removed
+        return None
+    change_E, deviation_E, parameters_E = (
+        np.array([row[key] for row in rows]) for key in ("macro_f1_change", "macro_f1_deviation", "parameters")
+    )
+    return plots.expert_worth(-change_E, deviation_E, parameters_E, evaluated.results["expert_load"], evaluated.labels)

@@ -1,0 +1,69 @@
+"""How the gate divides what it reads among the experts."""
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from analysis import plots
+from analysis.gate import discriminant_plane
+from evaluation.figures.registry import Evaluated, register
+from features.bank import FeatureBank
+from model.classifier import VisionMoE
+from model.routers.base import FeatureGroups
+
+POINTS = 1500  # test images that are shown, and as many validation images to fit the axes to
+NUMBERS = 50_000_000  # and at most so many features of either in memory
+NAMES = 20  # classes that are named
+
+
+@register(
+    "gate_map",
+    "Test images by what the gate reads of them, on the two axes of a linear discriminant analysis that separates the "
+    "experts of most gate weight; it was fitted to the validation images. Names stand near the median of their images. "
+    "Below: for how many of them the nearest expert on this plane is the one that the gate chose.",
+    place=60,
+)
+def gate_map(evaluated: Evaluated) -> Figure | None:
+    model, bank, test = evaluated.model, evaluated.bank, evaluated.test
+    if model.moe.router.reads_tokens:  # there every expert has a part in every image
+        return None
+    order_N = _spread(bank, "test", model.neck.out_features)
+    shown_ND, expert_N = gate_inputs(model, bank, "test", order_N)
+    fitted = gate_inputs(model, bank, "validation", _spread(bank, "validation", model.neck.out_features))
+    plane = discriminant_plane(*fitted, shown_ND, expert_N)
+    if plane is None:
+        return None
+    groups = (test.coarse_N, test.coarse_names) if test.coarse_N is not None else (test.labels_N, test.class_names)
+    group_N, names = groups if len(groups[1]) <= NAMES else (test.labels_N, ())
+    return plots.gate_map(plane, expert_N, evaluated.labels, group_N[order_N].numpy(), names)
+
+
+def _spread(bank: FeatureBank, split: str, width: int) -> torch.Tensor:
+    """Samples spread evenly over a split, few enough for the memory."""
+    count = min(len(bank.splits[split]), POINTS, max(3, NUMBERS // width))
+    return torch.linspace(0, len(bank.splits[split]) - 1, count).round().long().unique()
+
+
+@torch.no_grad()
+def gate_inputs(
+    model: VisionMoE, bank: FeatureBank, split: str, order_N: torch.Tensor
+) -> tuple[np.ndarray, np.ndarray]:
+    """What the gate reads of samples, (N, D) float32, and the expert with most of each one's weight, -1 for none."""
+    read, heaviest = [], []
+    router = model.moe.router
+    chosen = [layer for layer in router.trunk if isinstance(layer, FeatureGroups)]
+
+    def keep(_, inputs):
+        x_BD = inputs[0].float()
+        read.append((chosen[0](x_BD) if chosen else x_BD).cpu())
+
+    hook = router.register_forward_pre_hook(keep)
+    try:
+        for features, _ in bank.batches(split, 256, order_N):
+            routing = model(features)[1]
+            weight_BE = torch.zeros_like(routing.logits_BE)
+            weight_BE.index_put_((routing.sample_A, routing.expert_A), routing.weight_A, accumulate=True)
+            heaviest.append(torch.where(weight_BE.any(dim=1), weight_BE.argmax(dim=1), -1).cpu())
+    finally:
+        hook.remove()
+    return torch.cat(read).numpy(), torch.cat(heaviest).numpy()

@@ -1,0 +1,26 @@
+"""How the load of the experts came about."""
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from analysis import plots
+from evaluation.figures.registry import Evaluated, register
+
+
+@register(
+    "load_over_time",
+    "Measured on the validation images after each epoch, by the learned gate without noise. Within the shaded warm-up "
+    "training routes at random, so what is shown there is an untrained gate.",
+    needs=["history"],
+    place=40,
+)
+def load_over_time(evaluated: Evaluated) -> Figure | None:
+    labels = evaluated.labels
+    keys = [f"expert_load_validation/expert_{e}" for e in range(len(labels))]
+    lines = [line for line in evaluated.history if all(key in line for key in keys)]
+    if not lines:
+        return None
+    steps_per_epoch = lines[0]["step"] / lines[0]["epoch"]
+    load_TE = np.array([[line[key] for key in keys] for line in lines], dtype=float)
+    warmup_epochs = evaluated.config.router.random_steps / steps_per_epoch
+    return plots.load_over_time([line["epoch"] for line in lines], load_TE, labels, warmup_epochs)

@@ -1,0 +1,129 @@
+"""The registry of figures, what they draw from, and how they are written."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from analysis import plots
+from common.errors import EnvironmentFault, one_line, warn
+from config.config import Config
+from data.image_set import ImageSet
+from evaluation.predict import Predictions
+from features.bank import FeatureBank
+from model.classifier import VisionMoE
+from storage.folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What a figure draws from: a run that has been scored on its test set.
+
+    model: in evaluation mode, as it made the predictions. results: what metrics.json holds.
+    """
+
+    run: RunFolder
+    config: Config
+    model: VisionMoE
+    bank: FeatureBank
+    predictions: Predictions
+    results: dict[str, Any]
+
+    @property
+    def test(self) -> ImageSet:
+        """The test images."""
+        return self.bank.splits.test
+
+    @property
+    def labels(self) -> list[str]:
+        """The experts by index and hidden units."""
+        return self.results["experts"]
+
+    @property
+    def superclasses(self) -> Sequence[str]:
+        """Names of the superclasses, empty where the data set has none."""
+        return self.test.coarse_names
+
+    @cached_property
+    def history(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl, one an epoch; empty where there are none."""
+        return self.run.history()
+
+
+Draw = Callable[[Evaluated], Figure | None]
+
+
+@dataclass(frozen=True)
+class RegisteredFigure:
+    """A figure by name. draw: None where there is nothing to show. needs, place: as `register` has them."""
+
+    name: str
+    caption: str
+    draw: Draw
+    needs: tuple[str, ...]
+    place: float
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure on the disk."""
+
+    name: str
+    path: Path
+    caption: str
+
+
+FIGURES: dict[str, RegisteredFigure] = {}
+
+
+def register(name: str, caption: str, needs: Sequence[str] = (), place: float = 1000) -> Callable[[Draw], Draw]:
+    """Register a function from Evaluated to a matplotlib figure, or None, by the name of its file.
+
+    caption: shown below the figure. needs: attributes of Evaluated without which there is nothing to draw. place: the
+    figures are shown in ascending order of it. Raises ValueError for a name that is taken, or is no name.
+    """
+    if not re.fullmatch("[a-z0-9_]+", name):
+        raise ValueError(f"figure {name!r}: its name is a file's, of the letters a to z, digits and _")
+    if name in FIGURES:
+        raise ValueError(f"figure {name!r} is registered twice: by {FIGURES[name].draw.__module__} first")
+
+    def add(draw: Draw) -> Draw:
+        FIGURES[name] = RegisteredFigure(name, caption, draw, tuple(needs), place)
+        return draw
+
+    return add
+
+
+def draw(evaluated: Evaluated) -> list[Drawing]:
+    """Every registered figure that the run has something for, written to figures/*.png, in the order of their places.
+
+    A figure from outside this package that fails costs one warning and no more.
+    """
+    drawings = []
+    for figure in sorted(FIGURES.values(), key=lambda figure: figure.place):
+        if drawn := _drawn(figure, evaluated):
+            path = save_figure(drawn, evaluated.run.figures / f"{figure.name}.png")
+            drawings.append(Drawing(figure.name, path, figure.caption))
+    return drawings
+
+
+def _drawn(figure: RegisteredFigure, evaluated: Evaluated) -> Figure | None:
+    try:
+        return figure.draw(evaluated) if all(getattr(evaluated, need) for need in figure.needs) else None
+    except Exception as error:
+        if figure.draw.__module__.startswith(__package__):
+            raise
+        warn(f"figure {figure.name} could not be drawn ({type(error).__name__}: {one_line(error)})")
+        return None
+
+
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Write a PNG. Raises EnvironmentFault where that cannot be done."""
+    try:
+        return plots.save(figure, path)
+    except OSError as error:
+        raise EnvironmentFault(f"{path} could not be written: {error.strerror or error}") from error

@@ -1,0 +1,20 @@
+"""How far a confidence can be trusted."""
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from analysis import plots
+from evaluation.figures.registry import Evaluated, register
+
+
+@register(
+    "reliability",
+    "How often the model is right at each confidence. Bars below the diagonal: overconfident; above it: "
+    "underconfident, as label smoothing makes a model.",
+    place=100,
+)
+def reliability(evaluated: Evaluated) -> Figure:
+    results = evaluated.results
+    columns = (results["calibration"][name] for name in ("confidence", "accuracy", "count"))
+    bins = (np.array([np.nan if value is None else value for value in column]) for column in columns)
+    return plots.reliability(*bins, results["expected_calibration_error"])

@@ -1,0 +1,20 @@
+"""How the losses and scores of the training went."""
+
+from matplotlib.figure import Figure
+
+from analysis import plots
+from evaluation.figures.registry import Evaluated, register
+from storage.export import read_description
+
+
+@register(
+    "training_curves",
+    "Losses and scores by epoch. The star is the epoch whose weights were kept. Training has dropout and smoothed "
+    "labels, where they are on, and so a higher loss than validation.",
+    needs=["history"],
+    place=10,
+)
+def training_curves(evaluated: Evaluated) -> Figure:
+    run = evaluated.run
+    kept = read_description(run).get("epoch") if run.model.is_file() else None
+    return plots.training_curves(evaluated.history, best_by="macro_f1/validation", kept=kept)

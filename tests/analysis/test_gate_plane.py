@@ -1,0 +1,39 @@
+"""The plane that tells experts apart: it separates, on samples that it was not fitted to, and claims no more."""
+
+import numpy as np
+import pytest
+
+from analysis.gate import discriminant_plane
+
+
+def three_groups(count, distance, features=40, seed=0):
+    """Groups apart along feature 1 and 2 of unit variance, beside a loud feature 0 that says nothing."""
+    rng = np.random.default_rng(seed)
+    group_N = np.arange(count) % 3
+    x_ND = rng.normal(size=(count, features))
+    x_ND[:, 0] *= 100
+    x_ND[:, 1:3] += distance * np.array([[1, 0], [-1, 0], [0, 1]])[group_N]
+    return x_ND, group_N
+
+
+def test_it_separates_groups_that_lie_apart_where_the_variance_is_small():
+    shown_ND, shown_N = three_groups(300, 4, seed=1)
+    plane = discriminant_plane(*three_groups(600, 4), shown_ND, shown_N)
+    assert plane.told > 0.97 and plane.chance == pytest.approx(1 / 3)
+    assert plane.points_N2.shape == (300, 2) and plane.explained_2.sum() == pytest.approx(1)
+    # Centres (4, 0), (-4, 0), (0, 4): sums of squares 32 along the first feature, 32 / 3 along the second.
+    assert plane.explained_2[0] == pytest.approx(0.75, abs=0.04)
+
+
+def test_it_tells_no_more_than_chance_of_groups_that_do_not_differ():
+    fit_MD, fit_M = three_groups(60, 0, features=200)
+    shown_ND, shown_N = three_groups(300, 0, features=200, seed=1)
+    assert discriminant_plane(fit_MD, fit_M, shown_ND, shown_N).told < 0.45
+
+
+def test_groups_of_few_samples_span_no_plane():
+    x_ND, group_N = three_groups(30, 4)
+    assert discriminant_plane(x_ND, np.minimum(group_N, 1), x_ND, group_N) is None
+    assert discriminant_plane(x_ND, np.where(group_N == 2, -1, group_N), x_ND, group_N) is None
+    few_N = np.where((group_N == 2) & (np.arange(30) > 12), 0, group_N)  # four of the third group
+    assert discriminant_plane(x_ND, few_N, x_ND, group_N) is None
