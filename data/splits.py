@@ -39,8 +39,6 @@ class DataConfig:
     def __post_init__(self):
         if self.name not in DATASETS:
             raise ValueError(f"data.name is '{self.name}': use one of {', '.join(sorted(DATASETS))}")
-        if self.root is None and self._set.default_root is not None:
-            self.root = cache_folder(self._set.default_root)
         self.root = None if self.root is None else absolute(self.root)
         for name in ("validation", "test"):
             value = getattr(self, name)
@@ -82,11 +80,17 @@ class DataConfig:
                 lines.append(f"data.{item.name} {value} does nothing under data.name {self.name}: only {only}")
         return lines
 
-    def require_root(self, what: str) -> Path:
-        """data.root, which is `what`. Raises UserError where none is named."""
-        if self.root is None:
+    @property
+    def place(self) -> Path | None:
+        """Where the data set lies: data.root, or what holds where that is null; None where neither says."""
+        default = self._set.default_root
+        return absolute(cache_folder(default)) if self.root is None and default is not None else self.root
+
+    def require_place(self, what: str) -> Path:
+        """`place`, which is `what`. Raises UserError where there is none."""
+        if self.place is None:
             raise UserError(f"data.name {self.name} needs --data.root: name {what}")
-        return self.root
+        return self.place
 
 
 def load_splits(config: DataConfig) -> Splits:

@@ -44,7 +44,7 @@ def load(config) -> Parts:
 
     Raises UserError for what does not hold images and labels, EnvironmentFault where pyarrow is missing.
     """
-    root = config.require_root("an .npz file, or a folder of .parquet files")
+    root = config.require_place("an .npz file, or a folder of .parquet files")
     if not root.is_dir() and not root.is_file():
         raise UserError(f"--data.root {root} is not there: name an .npz file, or a folder of .parquet files")
     tables, names = (_read_parquet if root.is_dir() else _read_npz)(root, config.image_size)

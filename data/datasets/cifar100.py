@@ -29,7 +29,7 @@ from data.registry import Parts, register
 )
 def load(config) -> Parts:
     """The official split, without validation."""
-    train, test = load_cifar100(config.root, config.download)
+    train, test = load_cifar100(config.place, config.download)
     return train, None, test
 
 

@@ -17,7 +17,7 @@ from data.registry import Parts, register
 @register("folder", about="your own images, ROOT/train/CLASS/*.png", options=("root", "image_size"))
 def load(config) -> Parts:
     """The splits that the folder has."""
-    return load_image_folder(config.require_root("the folder that holds train/CLASS/*.png"), config.image_size)
+    return load_image_folder(config.require_place("the folder that holds train/CLASS/*.png"), config.image_size)
 
 
 def load_image_folder(root: Path, size: int) -> Parts:
