@@ -36,6 +36,11 @@ class Dataset:
 DATASETS: dict[str, Dataset] = {}
 
 
+def explain_datasets() -> str:
+    """What is registered, for --help."""
+    return "; ".join(f"{name}: {DATASETS[name].about}" for name in sorted(DATASETS))
+
+
 def register(name: str, **facts) -> Callable[[Callable[[DataConfig], Parts]], Callable[[DataConfig], Parts]]:
     """Make a function that loads a data set known as `name`. facts: the other fields of `Dataset`.
 

@@ -1,7 +1,7 @@
 """DataConfig: which data set, and how it is split; load_splits does both."""
 
 import hashlib
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,15 +10,14 @@ import torch
 from common.errors import UserError, warn
 from common.paths import absolute, cache_folder
 from data.image_set import ImageSet, Splits
-from data.registry import DATASETS, Dataset
+from data.registry import DATASETS, Dataset, explain_datasets
 
 
 @dataclass
 class DataConfig:
     """Data: which images, and how they are split."""
 
-    name: str = "cifar100"
-    """Data set."""
+    name: str = field(default="cifar100", metadata={"help": explain_datasets})
     root: Path | None = None
     """Where the data set lies or is downloaded to; null: in `data` of $VISION_MOE_CACHE or ~/.cache/vision_moe."""
     download: bool = True
