@@ -54,6 +54,7 @@ class Config:
 
     def __post_init__(self):
         self.run_dir = None if self.run_dir is None else absolute(self.run_dir)
+        self.data.root = self.data.place  # what is stored holds where the caches lie elsewhere, too
         if not re.fullmatch(DEVICES, self.device):
             raise ValueError(f"device is '{self.device}': use auto, cpu, cuda or cuda:N")
         num_experts = len(self.experts.sizes)

@@ -4,7 +4,7 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Iterator
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import Field, fields, is_dataclass
 from itertools import pairwise
 from pathlib import Path
 from shutil import get_terminal_size
@@ -36,7 +36,7 @@ INDENT = 29
 def help_text(config: Config) -> str:
     """What --help prints. config: the default configuration, whose values are shown."""
     width = min(120, get_terminal_size().columns)
-    values = flatten(config.to_dict())
+    values, bare = flatten(config.to_dict()), flatten(Config().to_dict())
     parts = [USAGE, "general:\n" + "".join(_entry(name, text, width) for name, text in GENERAL.items())]
     top = [item for item in fields(Config) if not is_dataclass(item.type)]
     for name, kind, items in [("", Config, top), *_sections()]:
@@ -44,7 +44,7 @@ def help_text(config: Config) -> str:
         lines = [f"{inspect.getdoc(kind)}\n"]
         for item in items:
             key = f"{name}{item.name}"
-            facts = f"({expected(item.type)}; {_default(item, values[key])})"
+            facts = f"({expected(item.type)}; {_default(values[key], bare[key])})"
             lines.append(_entry(f"--{key}", f"{texts.get(item.name, '')} {facts}", width))
         parts.append("".join(lines))
     return "\n".join([*parts, EXAMPLES])
@@ -63,7 +63,10 @@ def field_texts(kind: type) -> dict[str, str]:
     for line, below in pairwise(body):
         if isinstance(line, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
             texts[line.target.id] = " ".join(str(below.value.value).split())
-    return texts | {item.name: item.metadata["help"] for item in fields(kind) if "help" in item.metadata}
+    for item in fields(kind):  # what registered parts say of themselves
+        if about := item.metadata.get("help"):
+            texts[item.name] = about() if callable(about) else about
+    return texts
 
 
 def _entry(name: str, text: str, width: int) -> str:
@@ -73,9 +76,8 @@ def _entry(name: str, text: str, width: int) -> str:
     return "\n".join([*first, *(" " * INDENT + line for line in wrapped[1:])]) + "\n"
 
 
-def _default(item: Field, value: Any) -> str:
+def _default(value: Any, bare: Any) -> str:
     """The value in the default configuration, and what holds in a file that does not name the option."""
-    bare = item.default if item.default is not MISSING else item.default_factory()
     here, there = _shown(value), _shown(bare)
     return f"default: {here}" + (f", {there} in a file without it" if here != there else "")
 

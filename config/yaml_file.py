@@ -61,12 +61,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _load(path: Path) -> Any:
-    text = path.read_bytes()[: LARGEST + 1].decode("utf-8")
-    loader = Loader(text)
+    too_large = ValueError(f"it is larger than any configuration, {LARGEST:,} bytes or values")
+    if path.stat().st_size > LARGEST:
+        raise too_large
+    loader = Loader(path.read_text(encoding="utf-8"))
     try:
         node = loader.get_single_node()
-        if len(text) > LARGEST or (node is not None and _size(node, {}) > LARGEST):
-            raise ValueError(f"it is larger than any configuration, {LARGEST:,} bytes or values")
+        if node is not None and _size(node, {}) > LARGEST:
+            raise too_large
         return None if node is None else loader.construct_document(node)
     finally:
         loader.dispose()
