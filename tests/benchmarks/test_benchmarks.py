@@ -148,6 +148,7 @@ def test_help_explains_every_option_and_its_default(benchmark, capsys):
         assert "default" in option or option.startswith(("--help", "--tiny")), option
 
 
+@pytest.mark.slow
 def test_step_runs_to_its_end(tmp_path, capsys):
     step.main([*TINY, str(tmp_path)])
     assert "ms a step" in capsys.readouterr().out
@@ -183,6 +184,7 @@ def test_batches_go_round_the_samples_in_one_random_order():
     assert len(seen[-1][1]) == 3
 
 
+@pytest.mark.slow
 def test_time_to_accuracy_runs_to_its_end(tmp_path, capsys):
     time_to_accuracy.main([*TINY, str(tmp_path), "--repeats", "1", "--live-epochs", "0"])
     assert "goal: ours" in capsys.readouterr().out

@@ -119,6 +119,7 @@ def test_a_pass_that_fails_is_tried_head_by_head_and_only_what_will_fail_again_i
     assert [Results(tmp_path).knows(job) for job in jobs] == [True, True, False]
 
 
+@pytest.mark.slow
 def test_what_has_begun_at_the_deadline_is_kept(tmp_path, features):
     jobs = [Job("x", dense(8), seed, "test", 2, {"lr": 1e-3, "dropout": 0.0}) for seed in range(40)]
     results = Results(tmp_path)

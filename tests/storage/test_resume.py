@@ -32,6 +32,7 @@ TINY = [
 ]
 
 
+@pytest.mark.slow
 def test_twenty_kills_change_nothing(tmp_path):
     result = run_program("tests/crash_loop.py", tmp_path, 20, 7)
     assert result.returncode == 0, result.stderr
@@ -207,6 +208,7 @@ def test_the_best_epoch_is_the_one_whose_weights_are_there(tmp_path):
     assert metrics_step({**state, "progress": {"batches": 7}}) == 33
 
 
+@pytest.mark.slow
 def test_the_program_itself_is_interrupted_resumed_and_finished(tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
     words = [*TINY, "--train.epochs", "100000", "--run_dir", run, "--tracking", "offline"]
