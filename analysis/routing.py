@@ -148,16 +148,21 @@ def specialisation(
         cell_A = generator.permutation(labels_M)[row_A] * num_experts + expert_A
         null[trial] = mutual_information(_table(cell_A, num_classes, num_experts))
 
-    deviation = float(null.std(ddof=0))
+    return null_summary(observed, null, num_experts)
+
+
+def null_summary(observed: float, null_P: FloatArray, num_experts: int) -> dict[str, float | None]:
+    """A mutual information (nats) beside those of P permutations of the labels, as `specialisation` returns them."""
+    mean, deviation = float(null_P.mean()), float(null_P.std(ddof=0))
     # Equal tables summed in another order differ in the last bits; a tie must count as one.
-    as_high = int((null >= observed - 1e-12).sum())
+    as_high = int((null_P >= observed - 1e-12).sum())
     return {
         "mutual_information": observed,
         "normalised": observed / float(np.log(num_experts)) if num_experts > 1 else 0.0,
-        "null_mean": float(null.mean()),
+        "null_mean": mean,
         "null_deviation": deviation,
-        "z_score": (observed - float(null.mean())) / deviation if deviation > 1e-12 else None,
-        "p_value": (1 + as_high) / (1 + permutations),
+        "z_score": (observed - mean) / deviation if deviation > 1e-12 else None,
+        "p_value": (1 + as_high) / (1 + len(null_P)),
     }
 
 

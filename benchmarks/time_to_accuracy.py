@@ -46,7 +46,7 @@ from data.datasets import load_splits
 from data.image_set import Splits
 from evaluation.metrics import scores
 from model.backbone import Backbone, load_backbone
-from model.balance import usage_variance
+from model.losses.usage_variance import usage_variance
 from storage.checkpoint import seed_everything
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"

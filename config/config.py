@@ -25,6 +25,7 @@ from model.backbone import BackboneConfig
 from model.balance import BalanceConfig
 from model.classifier import NeckConfig, check_parts
 from model.experts import ExpertsConfig
+from model.losses import LOSSES
 from model.routers import ROUTERS, RouterConfig
 
 DEVICES = r"auto|cpu|cuda(:\d+)?"
@@ -88,15 +89,9 @@ class Config:
 
     def _check_balance(self) -> None:
         """Losses that the rule gives nothing to act on."""
-        rule = ROUTERS[self.router.kind]
-        silent = self.router.kind == "vmoe" and self.router.noise_std == 0
-        if self.balance.load > 0 and (silent or not rule.has_load):
-            raise ValueError(
-                f"balance.load needs noise on the logits, which router.kind {self.router.kind} does not have here: "
-                f"set it to 0, or {'router.noise_std above 0' if silent else 'router.kind noisy_topk'}"
-            )
-        if self.balance.z_loss > 0 and (rule.reads_tokens or not rule.learns):
-            raise ValueError(f"balance.z_loss has no logits to act on with router.kind {self.router.kind}: set it to 0")
+        for name, loss in LOSSES.items():
+            if getattr(self.balance, name) > 0:
+                loss.check(ROUTERS[self.router.kind], self.router)
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values, as config.yaml, checkpoints and ClearML hold them."""
@@ -195,6 +190,12 @@ def _parser() -> ArgumentParser:
     )
     parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
     parser.add_class_arguments(Config)
+    sections = {item.name: item.type for item in fields(Config) if is_dataclass(item.type)}
+    for action in parser._actions:
+        section, _, name = action.dest.partition(".")
+        for option in fields(sections[section]) if section in sections else ():
+            if option.name == name:  # what registered parts say of themselves
+                action.help = option.metadata.get("help", action.help)
     return parser
 
 

@@ -5,8 +5,7 @@ timm is imported where it is used: it takes seconds, which --help and a wrong op
 
 import difflib
 import hashlib
-import sys
-import zipfile
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +14,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .archives import check_archive
 from .errors import InputError, UnavailableError, one_line
 from .fast_vit import fast_copy
+from .weights_file import load_converted, read_weights
 
 POOLS = ("cls", "mean", "tokens")
 BUNDLED = "bundled/vit_micro"
@@ -88,14 +87,17 @@ class Backbone(nn.Module):
         depth = len(vit.blocks)
         self.features = [(pool, self._block(block, depth)) for pool, block in map(parse_feature, features)]
         self.blocks = sorted({block for _, block in self.features})
-        self.has_class_token = getattr(vit, "cls_token", None) is not None
+        # Some have no tokens before the patches in their blocks, or do not give them (CaiT, XCiT).
+        parameters = inspect.signature(vit.forward_intermediates).parameters
+        self.has_prefix = vit.num_prefix_tokens > 0 and "return_prefix_tokens" in parameters
+        self.has_class_token = self.has_prefix and getattr(vit, "cls_token", None) is not None
         if any(pool == "cls" for pool, _ in self.features) and not self.has_class_token:
             raise InputError(
-                f"backbone.features {features}: this ViT has no class token; use mean:BLOCK or tokens:BLOCK"
+                f"backbone.features {features}: this ViT's blocks have no class token; use mean:BLOCK or tokens:BLOCK"
             )
         data = resolve_model_data_config(vit)
         self.mean, self.std = tuple(data["mean"]), tuple(data["std"])
-        size = getattr(vit.patch_embed, "img_size", None) or data["input_size"][-2:]
+        size = getattr(getattr(vit, "patch_embed", None), "img_size", None) or data["input_size"][-2:]
         self.image_size = int(size[0] if isinstance(size, tuple | list) else size)
 
     @staticmethod
@@ -122,11 +124,11 @@ class Backbone(nn.Module):
         outputs = self.runner(images_BCHW.device).forward_intermediates(
             images_BCHW.to(self.dtype),
             indices=self.blocks,
-            return_prefix_tokens=True,
             norm=True,
             stop_early=True,
             output_fmt="NLC",
             intermediates_only=True,
+            **({"return_prefix_tokens": True} if self.has_prefix else {}),
         )
         by_block = dict(zip(self.blocks, outputs, strict=True))
         return torch.cat([self._pool(pool, by_block[block]) for pool, block in self.features], dim=-1)
@@ -161,13 +163,19 @@ def load_backbone(
     UnavailableError for weights that would have to be downloaded and cannot.
     """
     vit = _load_vit(config, reachable)
-    if not (hasattr(vit, "forward_intermediates") and hasattr(vit, "num_prefix_tokens") and hasattr(vit, "blocks")):
-        raise InputError(
-            f"backbone.name {config.name} is not a ViT with tokens: choose one, such as vit_small_patch16_224"
-        )
     automatic = "bfloat16" if device.type == "cuda" else "float32"
     dtype = getattr(torch, automatic if config.precision == "auto" else config.precision)
-    return Backbone(vit, config.features, dtype).to(device)
+    backbone = Backbone(vit, config.features, dtype).to(device)
+    try:
+        backbone(torch.zeros(1, 3, backbone.image_size, backbone.image_size, device=device))
+    except (RuntimeError, TypeError, ValueError, AssertionError, AttributeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise InputError(
+            f"backbone {config.name} gives no features of images of {backbone.image_size} pixels "
+            f"({one_line(error, 120)}): choose another backbone.image_size or backbone.name"
+        ) from error
+    return backbone
 
 
 def _load_vit(config: BackboneConfig, reachable: Callable[[str], bool] | None) -> nn.Module:
@@ -181,14 +189,15 @@ def _load_vit(config: BackboneConfig, reachable: Callable[[str], bool] | None) -
         raise InputError(f"backbone.name '{config.name}' is not a timm model: {hint}")
     options = {} if config.image_size is None else {"img_size": config.image_size}
     if config.weights is not None:
-        state = _read_weights(config.weights)
+        state = read_weights(config.weights)
         vit = _create(config, pretrained=False, **options)
-        _load_converted(vit, state, config)
+        load_converted(vit, state, config.weights, config.name)
         return vit
     if not config.pretrained:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return _create(config, pretrained=False, **options)
+    _check_before_download(config)
     _require_download(config.name, reachable)
     return _create(config, pretrained=True, **options)
 
@@ -207,73 +216,36 @@ def _load_bundled(config: BackboneConfig) -> nn.Module:
         return vit_micro()
 
 
+def _check_vit(model: nn.Module, name: str) -> None:
+    if not all(hasattr(model, part) for part in ("forward_intermediates", "num_prefix_tokens", "blocks")):
+        raise InputError(f"backbone.name {name} is not a ViT with tokens: choose one, such as vit_small_patch16_224")
+
+
+def _check_before_download(config: BackboneConfig) -> None:
+    """Refuse a model that is no ViT before its weights are fetched, or found missing."""
+    import timm
+
+    try:
+        with torch.device("meta"):  # neither memory nor time
+            model = timm.create_model(config.name, pretrained=False)
+    except Exception:  # one that must see numbers to be built is looked at afterwards
+        return
+    _check_vit(model, config.name)
+
+
 def _create(config: BackboneConfig, **options) -> nn.Module:
     import timm
 
     try:
-        return timm.create_model(config.name, num_classes=0, **options)
+        vit = timm.create_model(config.name, num_classes=0, **options)
     except (RuntimeError, TypeError, ValueError, AssertionError, KeyError) as error:
         reason = one_line(error)
         raise InputError(f"backbone {config.name} cannot be built: {reason}") from error
     except OSError as error:
         reason = one_line(error, 200)
         raise UnavailableError(f"backbone {config.name}: its weights could not be loaded: {reason}") from error
-
-
-def _load_converted(vit: nn.Module, state: dict[str, Tensor], config: BackboneConfig) -> None:
-    """Load a checkpoint as timm does for its own (names converted, position embedding resized), but strictly.
-
-    timm lets weights be missing; a backbone that is random in part must not pass for a pretrained one.
-    """
-    convert = getattr(sys.modules[type(vit).__module__], "checkpoint_filter_fn", None)
-    place = f"backbone.weights {config.weights} does not fit {config.name}"
-    remedy = f"give weights of {config.name}, or with --backbone.name the model that the file belongs to"
-    own = {name: value.shape for name, value in vit.state_dict().items()}
-    try:
-        state = convert(state, vit) if convert else state
-        for name, shape in own.items():
-            if name in state and state[name].shape != shape:
-                shapes = f"{name} is {_by(state[name].shape)} in the file and {_by(shape)} in the model"
-                raise InputError(f"{place}: it belongs to another model ({shapes}); {remedy}")
-        missing, _ = vit.load_state_dict(state, strict=False)
-    except InputError:
-        raise
-    except (RuntimeError, KeyError, AttributeError, IndexError, ValueError, TypeError) as error:
-        raise InputError(f"{place}: it belongs to another model ({one_line(error, 120)}); {remedy}") from error
-    if missing:
-        raise InputError(
-            f"{place}: {len(missing)} of its weights are missing from the file, {missing[0]} the first; {remedy}"
-        )
-
-
-def _by(shape: torch.Size) -> str:
-    """A shape as 192x3x16x16."""
-    return "x".join(map(str, shape)) or "a single number"
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a local file, read without running code. Raises InputError."""
-    from safetensors.torch import load_file
-
-    if not path.is_file():
-        raise InputError(f"backbone.weights {path} is not a file")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        if zipfile.is_zipfile(path):  # older files are not archives
-            check_archive(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # bytes that are no tensors make the readers fail in every way there is
-        raise InputError(
-            f"backbone.weights {path} is not a readable file of tensors ({type(error).__name__}): it is truncated, of "
-            "another format, or holds more than tensors; convert it to .safetensors"
-        ) from error
-    for key in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise InputError(f"backbone.weights {path} holds no state dict: expected names and tensors")
-    return state
+    _check_vit(vit, config.name)
+    return vit
 
 
 def _require_download(name: str, reachable: Callable[[str], bool] | None) -> None:

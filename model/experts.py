@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .layers import Alone, run
+from .options import WIDEST
 from .routers import group_columns
-from .routers.config import WIDEST
 
 Size = Literal["small", "medium", "large", "very_large"] | list[int]
 

@@ -2,18 +2,23 @@
 
 Nothing here shows, saves or touches pyplot's global state, but for `save`, which writes a PNG. Colours are safe
 for colour-blind readers: Okabe-Ito for experts and series, viridis for maps. Shapes: E experts, C classes, G
-superclasses, N samples, T epochs, M pictures of H x W pixels, R runs.
+superclasses, L blocks, N samples, T epochs, M pictures of H x W pixels, R runs.
 """
 
 from analysis.plots.answers import confused_pairs, reliability, samples, superclass_confusion
+from analysis.plots.blocks import block_load, block_load_over_time, block_worth
 from analysis.plots.comparison import comparison
 from analysis.plots.experts import expert_by_class, expert_load, expert_worth, gate_map
+from analysis.plots.patches import patch_maps
 from analysis.plots.style import BLUE, OKABE_ITO, save
 from analysis.plots.training import load_over_time, training_curves
 
 __all__ = [
     "BLUE",
     "OKABE_ITO",
+    "block_load",
+    "block_load_over_time",
+    "block_worth",
     "comparison",
     "confused_pairs",
     "expert_by_class",
@@ -21,6 +26,7 @@ __all__ = [
     "expert_worth",
     "gate_map",
     "load_over_time",
+    "patch_maps",
     "reliability",
     "samples",
     "save",

@@ -1,38 +1,13 @@
-"""Routers: who sees whom, with what weight. One class per routing rule; each returns a Routing."""
+"""Routers: who sees whom, with what weight. One file a routing rule; each registers itself and returns a Routing."""
 
+from ..registry import import_all
 from ..routing import Routing
 from .base import Router, group_columns
-from .config import RouterConfig
-from .expert_choice import ExpertChoiceRouter
-from .hash import HashRouter
-from .hierarchical import HierarchicalRouter
-from .rules import (
-    ArticleRouter,
-    DeepSeekRouter,
-    GShardRouter,
-    MixtralRouter,
-    NoisyTopKRouter,
-    SwitchRouter,
-    VMoERouter,
-    load_probability,
-)
-from .soft import SoftMoERouter
+from .config import ROUTERS, RouterConfig, register
 
-__all__ = ["ROUTERS", "Router", "RouterConfig", "Routing", "build_router", "group_columns", "load_probability"]
+import_all(__name__, __path__)
 
-ROUTERS: dict[str, type[Router]] = {
-    "article": ArticleRouter,
-    "noisy_topk": NoisyTopKRouter,
-    "vmoe": VMoERouter,
-    "switch": SwitchRouter,
-    "gshard": GShardRouter,
-    "mixtral": MixtralRouter,
-    "deepseek": DeepSeekRouter,
-    "hierarchical": HierarchicalRouter,
-    "expert_choice": ExpertChoiceRouter,
-    "hash": HashRouter,
-    "soft_moe": SoftMoERouter,
-}
+__all__ = ["ROUTERS", "Router", "RouterConfig", "Routing", "build_router", "group_columns", "register"]
 
 
 def build_router(

@@ -20,6 +20,7 @@ class Router(nn.Module, ABC):
 
     token_choice = True  # each sample chooses k experts
     learns = True  # has a gate that the task loss trains
+    warms_up = True  # has a use for random routing at the start
     has_load = False  # gives load_BE while training
     reads_tokens = False  # reads (B, T, D) instead of (B, D)
     only_top_k: int | None = None  # the one number of experts a sample that the rule is for
@@ -80,6 +81,11 @@ class Router(nn.Module, ABC):
         Where the experts' probabilities are mixed, such a scale is divided out again and that gate learns nothing.
         """
         return "router.top_k 1" if cls.learns and cls.token_choice and config.top_k == 1 < num_experts else None
+
+    @classmethod
+    def lacks_load(cls, config: RouterConfig) -> str | None:
+        """What to set so that routing has load_BE while training (None: it has)."""
+        return None if cls.has_load else "router.kind noisy_topk"
 
     def _build_gate(self, width: int, config: RouterConfig) -> None:
         self.gate = nn.Linear(width, self.num_experts)

@@ -8,9 +8,10 @@ from torch import Tensor
 from ..routing import Assignments, Drops, Routing
 from .base import GatedRouter
 from .capacity import exact, expert_capacity
-from .config import RouterConfig
+from .config import RouterConfig, register
 
 
+@register("expert_choice", "each expert takes its best samples (Zhou 2022)")
 class ExpertChoiceRouter(GatedRouter):
     """Expert choice (Zhou 2022, "Mixture-of-experts with expert choice routing", eq. 1-2).
 

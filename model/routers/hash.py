@@ -5,10 +5,11 @@ from torch import Tensor
 
 from ..norm import Standardise
 from ..routing import Routing
-from .config import RouterConfig
+from .config import RouterConfig, register
 from .token_choice import TokenChoiceRouter
 
 
+@register("hash", "a fixed random projection decides, nothing is learned (Roller 2021)")
 class HashRouter(TokenChoiceRouter):
     """Hash layers (Roller 2021): a fixed function of the input chooses the experts, and each weighs 1/k.
 
@@ -20,6 +21,7 @@ class HashRouter(TokenChoiceRouter):
     """
 
     learns = False
+    warms_up = False
 
     def _build_gate(self, width: int, config: RouterConfig) -> None:
         self.register_buffer("projection_DE", torch.randn(width, self.num_experts) / width**0.5)

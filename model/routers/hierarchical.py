@@ -3,10 +3,23 @@
 import torch
 from torch import Tensor
 
-from .config import RouterConfig
-from .rules import LearnedNoiseRouter, load_probability
+from ..options import Option, count
+from .config import RouterConfig, register
+from .noise import LearnedNoiseRouter, load_probability
+
+GROUPS = (
+    Option(
+        "groups",
+        int,
+        2,
+        "hierarchical: number of groups, each of as many experts in the order of experts.sizes.",
+        count,
+    ),
+    Option("top_groups", int, 1, "hierarchical: groups that see each sample; top_k is divided among them.", count),
+)
 
 
+@register("hierarchical", "a group of experts, then experts in it (Shazeer 2017)", options=GROUPS)
 class HierarchicalRouter(LearnedNoiseRouter):
     """A noisy gate chooses groups, and one for each group chooses experts in it (Shazeer 2017, appendix B).
 

@@ -131,6 +131,13 @@ class TokenChoiceRouter(GatedRouter):
             self.bias_E += self.bias_rate * (self.target_E * demand_E.sum() - demand_E).sign()
 
 
+class SoftmaxFirstRouter(TokenChoiceRouter):
+    """A rule whose weights are the softmax over all experts, not renormalised over the chosen ones."""
+
+    def _weights(self, scores_BE: Tensor, expert_BK: Tensor, placed_BK: Tensor | None = None) -> Tensor:
+        return (scores_BE / self.temperature).softmax(dim=-1).gather(-1, expert_BK)
+
+
 def renormalised(chosen_BK: Tensor, placed_BK: Tensor | None) -> Tensor:
     """exp(chosen) over their sum for each sample; placed_BK leaves out those without a place (None: all have one)."""
     if placed_BK is not None:

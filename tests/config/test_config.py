@@ -92,7 +92,7 @@ def test_a_configuration_survives_writing_and_reading(tmp_path):
         (["--config", "configs/digits.yaml", "--train.epochs", "x"], "--train.epochs is 'x': give a whole number"),
         (["--train.epochs", "0"], "train.epochs is 0"),
         (["--router.top_k", "9"], "router.top_k is 9 but experts.sizes names 4"),
-        (["--router.kind", "magic"], "--router.kind is 'magic': give one of article, noisy_topk"),
+        (["--router.kind", "magic"], "--router.kind is 'magic': give one of article, deepseek"),
         (["--experts.sizes", "[small,giant]"], "--experts.sizes is '[small,giant]'"),
         (["--experts.sizes", "[[0]]"], "experts.sizes has [0]"),
         (["--experts.dropout", "-0.1"], "experts.dropout is -0.1"),

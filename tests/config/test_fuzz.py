@@ -27,7 +27,7 @@ from trainer_helpers import make_trainer
 from assembly.pipeline import build_model
 from common.errors import UserError
 from config.config import Config, config_from_dict, parse_command_line
-from model.backbone import _read_weights
+from model.weights_file import read_weights
 from storage.checkpoint import load_checkpoint, previous, save_checkpoint, seed_everything
 from storage.export import export_model, load_exported, read_description
 from storage.folder import RunFolder
@@ -138,7 +138,7 @@ def test_backbone_weights(tmp_path_factory, changes, kind):
     else:
         torch.save({"state_dict": state}, path, _use_new_zipfile_serialization=kind == "pth")
     path.write_bytes(altered(path.read_bytes(), changes))
-    survives(lambda: _read_weights(path))
+    survives(lambda: read_weights(path))
 
 
 @fuzz(20, changes=PLAIN)

@@ -57,8 +57,79 @@ def test_a_vit_without_a_class_token(images):
     vit = timm.models.VisionTransformer(**options, class_token=False, global_pool="avg")
     assert Backbone(vit, ["mean:-1"])(images).shape == (2, 32)
     assert Backbone(vit, ["tokens:-1"])(images).shape == (2, 4, 32)
-    with pytest.raises(InputError, match="no class token"):
+    with pytest.raises(InputError, match="have no class token"):
         Backbone(vit, ["cls:-1"])
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "patches", "prefix"),
+    [
+        ("vit_relpos_small_patch16_224", {}, 4, 0),
+        ("vit_relpos_small_patch16_224", {"class_token": True, "global_pool": "token"}, 4, 1),
+        ("cait_xxs24_224", {}, 4, 0),  # whose class token comes after the blocks
+        ("xcit_nano_12_p16_224", {}, 4, 0),
+        ("naflexvit_base_patch16_gap", {"img_size": None}, 4, 0),  # four registers, and no patch_embed
+    ],
+)
+def test_vits_of_other_builds_give_features(images, name, options, patches, prefix):
+    small = {"img_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 0, **options}
+    small = {option: value for option, value in small.items() if value is not None}
+    vit = timm.create_model(name, **small).eval()
+    width = vit.num_features
+    assert Backbone(vit, ["tokens:-1"])(images).shape == (2, prefix + patches, width)
+    mean = Backbone(vit, ["tokens:-1"])(images)[:, prefix:].mean(dim=1)
+    torch.testing.assert_close(Backbone(vit, ["mean:-1"])(images), mean)
+    if prefix:
+        torch.testing.assert_close(Backbone(vit, ["cls:-1"])(images), vit.forward_features(images)[:, 0])
+        return
+    with pytest.raises(InputError, match="have no class token"):
+        Backbone(vit, ["cls:-1"])
+
+
+@pytest.mark.parametrize("size", [1, 7, 15])
+def test_an_image_size_below_the_patch_size_is_one_line(size):
+    with pytest.raises(InputError, match=rf"gives no features of images of {size} pixels .*choose another") as caught:
+        load_backbone(config(image_size=size), CPU)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda name: f"module.{name}",  # DistributedDataParallel
+        lambda name: f"_orig_mod.{name}",  # torch.compile
+        lambda name: f"module._orig_mod.{name}",
+        lambda name: f"_orig_mod.module.{name}",
+        lambda name: name.replace("blocks.1.", "blocks.1._orig_mod."),  # a block alone
+        lambda name: f"backbone.{name}",  # a part of a larger model
+        lambda name: f"module.student.vit.{name}",
+    ],
+)
+def test_weights_saved_under_a_wrapper_are_loaded(tmp_path, rename):
+    torch.manual_seed(7)
+    vit = timm.create_model("test_vit", num_classes=0, img_size=32).eval()
+    state = {rename(name): value for name, value in vit.state_dict().items()}
+    torch.save({"model": {**state, "classifier.weight": torch.zeros(2)}}, tmp_path / "weights.pth")
+    backbone = load_backbone(config(weights=tmp_path / "weights.pth"), CPU)
+    for name, value in vit.state_dict().items():
+        assert torch.equal(backbone.vit.state_dict()[name], value), name
+
+
+def test_weights_of_which_two_may_be_meant_are_refused(tmp_path):
+    state = timm.create_model("test_vit", num_classes=0, img_size=32).state_dict()
+    both = {f"{who}.{name}": value for who in ("student", "teacher") for name, value in state.items()}
+    torch.save(both, tmp_path / "weights.pth")
+    with pytest.raises(InputError, match="under student and under teacher"):
+        load_backbone(config(weights=tmp_path / "weights.pth"), CPU)
+
+
+@pytest.mark.parametrize("weights", [None, "weights.pth"])
+def test_a_model_that_is_no_vit_is_told_so_before_its_weights_are_missed(tmp_path, weights):
+    if weights:
+        torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / weights)
+        weights = tmp_path / weights
+    with pytest.raises(InputError, match=r"resnet18\.a1_in1k is not a ViT with tokens"):
+        load_backbone(BackboneConfig(name="resnet18.a1_in1k", weights=weights), CPU, lambda url: False)
 
 
 def test_registers_are_left_out(images):

@@ -6,21 +6,16 @@ import pytest
 import torch
 from routing_helpers import listed_routing
 
-from model.balance import (
-    BalanceConfig,
-    balance_losses,
-    floors,
-    global_divergence,
-    importance_loss,
-    load_loss,
-    local_entropy,
-    parameter_penalty,
-    squared_cv,
-    switch_balance,
-    usage_variance,
-    weighted_sum,
-    z_loss,
-)
+from model.balance import BalanceConfig, balance_losses, floors, weighted_sum
+from model.losses.base import squared_cv
+from model.losses.entropy_global import global_divergence
+from model.losses.entropy_local import local_entropy
+from model.losses.importance import importance_loss
+from model.losses.load import load_loss
+from model.losses.p_penalty import parameter_penalty
+from model.losses.switch import switch_balance
+from model.losses.usage_variance import usage_variance
+from model.losses.z_loss import z_loss
 from model.routers import RouterConfig, build_router
 
 

@@ -6,8 +6,11 @@ import pytest
 import torch
 from routing_helpers import listed_routing
 
-from model.balance import BalanceConfig, balance_losses, global_divergence, local_entropy, squared_cv
-from model.routers import load_probability
+from model.balance import BalanceConfig, balance_losses
+from model.losses.base import squared_cv
+from model.losses.entropy_global import global_divergence
+from model.losses.entropy_local import local_entropy
+from model.routers.noise import load_probability
 
 
 def entropy64(p):

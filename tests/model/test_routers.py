@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from model.routers import RouterConfig, build_router, load_probability
+from model.routers import RouterConfig, build_router
+from model.routers.noise import load_probability
 
 KINDS = ["article", "noisy_topk"]
 

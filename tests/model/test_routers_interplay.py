@@ -8,7 +8,9 @@ from test_routers_capacity import identity_router, pairs
 
 from common.errors import UserError
 from config.config import parse_command_line
-from model.balance import BalanceConfig, balance_losses, importance_loss, local_entropy, weighted_sum
+from model.balance import BalanceConfig, balance_losses, weighted_sum
+from model.losses.entropy_local import local_entropy
+from model.losses.importance import importance_loss
 from model.routers import RouterConfig, build_router
 from model.routers.capacity import place
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from routing_helpers import listed_routing
 
-from model.balance import importance_loss
+from model.losses.importance import importance_loss
 from model.routers import ROUTERS, RouterConfig, build_router
 
 

@@ -7,7 +7,7 @@ import torch
 from test_routers_rules import ONE_SAMPLE, identity_router, logs
 from test_routers_structured import TWO_LEVELS, hierarchical, soft
 
-from model.balance import importance_loss
+from model.losses.importance import importance_loss
 
 # Temperature 1/2 doubles the logits, which squares the proportions of their exponentials.
 

@@ -10,8 +10,7 @@ from config.optim import OptimConfig
 from model.balance import BalanceConfig
 from model.classifier import NeckConfig, VisionMoE
 from model.experts import ExpertsConfig
-from model.routers import RouterConfig
-from model.routers.config import READ_BY
+from model.routers import ROUTERS, RouterConfig
 from training.optim import build_optimizer
 from training.step import TrainingStep
 
@@ -44,7 +43,7 @@ def cases():
 def train(part, name, value):
     """Build the head with the option and take three steps. None, or the line that says why not."""
     torch.manual_seed(0)
-    kind = READ_BY.get(name, ["noisy_topk"])[-1]
+    kind = ROUTERS.readers().get(name, ["noisy_topk"])[-1]
     tokens = kind == "soft_moe"
     options = {part: {} for part in PARTS}
     options["router"] = {"kind": kind, "top_k": 1 if kind == "switch" else 2}

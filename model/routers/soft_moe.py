@@ -4,11 +4,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..options import Option, count
 from ..routing import Assignments, Gate, Routing
 from .base import Router
-from .config import RouterConfig
+from .config import RouterConfig, register
+
+SLOTS = Option("slots", int, 1, "soft_moe: mixtures of tokens that each expert reads.", count)
 
 
+@register("soft_moe", "every expert reads its own mixtures of the patch tokens (Puigcerver 2023)", options=[SLOTS])
 class SoftMoERouter(Router):
     """Soft MoE (Puigcerver 2023, "From sparse to soft mixtures of experts", sections 2.1 and 2.3).
 
@@ -24,6 +28,7 @@ class SoftMoERouter(Router):
 
     token_choice = False
     reads_tokens = True
+    warms_up = False
 
     @classmethod
     def check(cls, config: RouterConfig, num_experts: int) -> None:

@@ -1,0 +1,111 @@
+"""Patch maps: images with each patch in the colour of the expert that serves it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image
+
+from analysis.plots.style import OKABE_ITO, Names, new_figure, short
+
+SIDE = 224  # pixels of an image as it is drawn, at least
+TINT = 0.55  # share of the expert's colour in that of a pixel
+OTHERS = "#BBBBBB"
+COLOURS = OKABE_ITO[:7]  # without black, which tints nothing
+
+
+def patch_maps(
+    images_MHWC: Sequence[np.ndarray],
+    names: Names,
+    choice_MLHW: ArrayLike,
+    block_names: Names,
+    share_LE: ArrayLike,
+    expert_labels: Names,
+    title: str = "Which expert serves which patch",
+) -> Figure:
+    """A row for each image: as it is, then in each block with its patches in the colours of their experts.
+
+    images_MHWC: uint8, one or three channels. names: one or two lines above each image. choice_MLHW: the expert of each
+    of H x W patches in each block. share_LE: of the block's tokens, for the legend, as the mean over the blocks shown.
+    """
+    choice_MLHW, share_E = np.asarray(choice_MLHW), np.asarray(share_LE, dtype=float).mean(axis=0)
+    colours_E = expert_tints(share_E)
+    rows, columns = len(images_MHWC), 1 + len(block_names)
+    cell = min(1.75, 10.2 / columns)
+    figure = new_figure(rows * (cell + 0.3) + 1.0, title, cell * columns + 0.3)
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes, image, name, choice_LHW in zip(grid, images_MHWC, names, choice_MLHW, strict=True):
+        show_patches(axes, image, choice_LHW, colours_E)
+        axes[0].set_title("\n".join(short(line, int(cell * 13)) for line in name.split("\n")), fontsize=7.5, pad=3)
+    for ax, name in zip(grid[0, 1:], block_names, strict=True):
+        ax.set_title(short(name, int(cell * 13)), fontsize=8.5, pad=3)
+    expert_legend(figure, expert_labels, share_E, colours_E)
+    return figure
+
+
+def show_patches(axes: Sequence[Axes], image_HWC: np.ndarray, choice_LHW: np.ndarray, colours_E: Names) -> None:
+    """Draw an image on the first of 1 + L axes, and its patches in each block on the others."""
+    for ax, choice_HW in zip(axes, [None, *choice_LHW], strict=True):
+        ax.imshow(enlarged(image_HWC) if choice_HW is None else tinted(image_HWC, choice_HW, colours_E))
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set_visible(False)
+
+
+def expert_legend(figure: Figure, labels: Names, share_E: np.ndarray, colours_E: Names) -> None:
+    """The colours of the experts below a figure, with their sizes and shares; those that share the grey come as one."""
+    own = [expert for expert in range(len(labels)) if colours_E[expert] != OTHERS]
+    entries = [(colours_E[e], f"expert {short(labels[e], 24)}: {100 * share_E[e]:.0f} %") for e in own]
+    if rest := len(labels) - len(own):
+        left = 100 * sum(share_E[e] for e in range(len(labels)) if e not in own)
+        entries.append((OTHERS, f"{rest} other experts: {left:.0f} %"))
+    handles = [Patch(color=colour, alpha=0.9, label=label) for colour, label in entries]
+    columns = max(1, min(len(handles), int(figure.get_figwidth() / 1.75)))
+    title = "expert · hidden units: share of the tokens"
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=8, title=title, title_fontsize=8)
+
+
+def expert_tints(share_E: ArrayLike) -> list[str]:
+    """A colour for each expert: of more than seven the seven busiest have one each, and the others grey."""
+    share_E = np.asarray(share_E, dtype=float)
+    if len(share_E) <= len(COLOURS):
+        return list(COLOURS[: len(share_E)])
+    rank_E = np.argsort(np.argsort(-share_E, kind="stable"), kind="stable")
+    return [COLOURS[rank] if rank < len(COLOURS) else OTHERS for rank in rank_E]
+
+
+def tinted(image_HWC: np.ndarray, choice_HW: ArrayLike, colours_E: Names) -> NDArray[np.uint8]:
+    """An enlarged image in grey, each patch of an even grid tinted in the colour of its expert, (H', W', 3) uint8.
+
+    A white line parts patches of different experts.
+    """
+    choice_HW = np.asarray(choice_HW)
+    patch = max(1, -(-SIDE // max(choice_HW.shape)))
+    height, width = (count * patch for count in choice_HW.shape)
+    grey_HW1 = np.asarray(Image.fromarray(enlarged(image_HWC)).convert("L").resize((width, height)), dtype=float)[
+        ..., None
+    ]
+    colour_HW3 = np.array([to_rgb(colour) for colour in colours_E])[choice_HW] * 255
+    colour_HW3 = colour_HW3.repeat(patch, axis=0).repeat(patch, axis=1)
+    result = (1 - TINT) * grey_HW1 + TINT * colour_HW3
+    down, right = choice_HW[1:] != choice_HW[:-1], choice_HW[:, 1:] != choice_HW[:, :-1]
+    for row, column in np.argwhere(down):
+        result[(row + 1) * patch - 1 : (row + 1) * patch + 1, column * patch : (column + 1) * patch] = 255
+    for row, column in np.argwhere(right):
+        result[row * patch : (row + 1) * patch, (column + 1) * patch - 1 : (column + 1) * patch + 1] = 255
+    return result.round().astype(np.uint8)
+
+
+def enlarged(image_HWC: np.ndarray) -> NDArray[np.uint8]:
+    """An image as RGB, its shorter side of at least SIDE pixels, smoothly."""
+    image_HWC = np.asarray(image_HWC, dtype=np.uint8)
+    image_HW3 = np.broadcast_to(image_HWC, (*image_HWC.shape[:2], 3))
+    height, width = image_HW3.shape[:2]
+    scale = max(1.0, SIDE / min(height, width))
+    size = (round(width * scale), round(height * scale))
+    return np.asarray(Image.fromarray(np.ascontiguousarray(image_HW3)).resize(size, Image.Resampling.BICUBIC))

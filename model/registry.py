@@ -1,0 +1,56 @@
+"""Parts by name, each in a file of its own that registers itself."""
+
+from collections.abc import Callable, Iterable
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Any, Generic, Literal, TypeVar
+
+from .errors import InputError
+from .options import Option, add_option, set_field
+
+Part = TypeVar("Part")
+
+
+class Registry(dict[str, Part], Generic[Part]):
+    """A dictionary of parts that a decorator fills: `@register("name")`.
+
+    what: what one part is called. config: the dataclass whose field `choice` names a part; its choices, and the options
+    that parts bring along, follow what is registered.
+    """
+
+    def __init__(self, what: str, config: type, choice: str | None = None):
+        super().__init__()
+        self.what, self.config, self.choice = what, config, choice
+
+    def register(self, name: str, summary: str, options: Iterable[Option] = ()) -> Callable[[Part], Part]:
+        """A decorator that registers a part, and gives it `name`, `summary` and `options`.
+
+        summary: what it does, in a phrase, for --help. options: fields of the configuration that this part reads.
+        Raises InputError for a name that is taken.
+        """
+
+        def add(part: Any) -> Any:
+            if name in self:
+                first = self[name].__module__
+                raise InputError(f"{self.what} '{name}' is registered twice, by {first} and by {part.__module__}")
+            for option in options:
+                add_option(self.config, option)
+            part.name, part.summary, part.options = name, summary, tuple(option.name for option in options)
+            self[name] = part
+            if self.choice is not None:
+                text = "; ".join(f"{known}: {other.summary}" for known, other in self.items())
+                set_field(self.config, self.choice, Literal[tuple(self)], help=f"{text}.")
+            return part
+
+        return add
+
+    def readers(self) -> dict[str, tuple[str, ...]]:
+        """The options that parts have brought along, and the names of those that read each."""
+        options = dict.fromkeys(option for part in self.values() for option in part.options)
+        return {option: tuple(name for name, part in self.items() if option in part.options) for option in options}
+
+
+def import_all(package: str, path: Iterable[str]) -> None:
+    """Import every module of a package, so that its parts register themselves. path: the package's __path__."""
+    for module in iter_modules(path):
+        import_module(f"{package}.{module.name}")

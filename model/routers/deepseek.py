@@ -1,0 +1,51 @@
+"""DeepSeek's gate, balanced without an auxiliary loss."""
+
+from typing import Literal
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..options import Option
+from .config import RouterConfig, register
+from .token_choice import TokenChoiceRouter, renormalised
+
+SCORES = Option(
+    "scores",
+    Literal["sigmoid", "softmax"],
+    "sigmoid",
+    "deepseek: sigmoid, weights divided by their sum (V3); or softmax over all experts, weights as they are.",
+)
+
+
+@register(
+    "deepseek",
+    "top-k of score + bias, the bias evens the load without a loss (DeepSeek-AI 2024)",
+    options=[SCORES],
+)
+class DeepSeekRouter(TokenChoiceRouter):
+    """DeepSeekMoE's gate without auxiliary loss: top-k of score + bias, weighted by the score alone.
+
+    sigmoid (DeepSeek-V3, DeepSeek-AI 2024, eq. 13-16): weights are the chosen scores over their sum; for k = 1 the
+    score itself, or the gate would get no gradient. softmax (DeepSeekMoE, Dai 2024): the scores as they are. The
+    experts that always run beside the chosen ones are `experts.shared`.
+    """
+
+    default_bias_rate = 1e-3
+
+    def _build_gate(self, width: int, config: RouterConfig) -> None:
+        super()._build_gate(width, config)
+        self.sigmoid = config.scores == "sigmoid"
+
+    def _scores(self, logits_BE: Tensor, sigma_BE: Tensor | None) -> tuple[Tensor, None]:
+        """Logarithms of the scores, which rank alike: a score itself underflows to 0, and is 1 from logits of 17 on."""
+        logits_BE = logits_BE / self.temperature
+        return (F.logsigmoid(logits_BE) if self.sigmoid else logits_BE.log_softmax(dim=-1)), None
+
+    def _biased(self, scores_BE: Tensor, logits_BE: Tensor) -> Tensor:
+        return super()._biased(scores_BE.exp(), logits_BE)
+
+    def _weights(self, scores_BE: Tensor, expert_BK: Tensor, placed_BK: Tensor | None = None) -> Tensor:
+        chosen_BK = scores_BE.gather(-1, expert_BK)
+        if not self.sigmoid or self.top_k == 1:
+            return chosen_BK.exp()
+        return renormalised(chosen_BK, placed_BK)

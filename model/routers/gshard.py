@@ -1,0 +1,22 @@
+"""GShard's gate."""
+
+import torch
+from torch import Tensor
+
+from .config import register
+from .token_choice import TokenChoiceRouter
+
+
+@register("gshard", "the best two, the second by chance (Lepikhin 2020)")
+class GShardRouter(TokenChoiceRouter):
+    """GShard (Lepikhin 2020, algorithm 1): the best two experts, their probabilities renormalised over the two.
+
+    At training time the second is used with probability 2 g2, g2 <= 1/2 its renormalised gate; the first keeps
+    its weight. Evaluation uses both.
+    """
+
+    only_top_k = 2
+
+    def _wanted(self, weight_BK: Tensor) -> Tensor:
+        second_B = 2 * weight_BK[:, 1].detach() > torch.rand_like(weight_BK[:, 1])
+        return torch.stack([torch.ones_like(second_B), second_B], dim=-1)

@@ -1,0 +1,35 @@
+"""Switch Transformers' gate."""
+
+import torch
+from torch import Tensor
+
+from ..options import Option, share
+from .config import RouterConfig, register
+from .token_choice import SoftmaxFirstRouter
+
+JITTER = Option(
+    "jitter",
+    float,
+    0.01,
+    "switch: while training, each input of the gate is multiplied by a number drawn from 1 - jitter to 1 + jitter.",
+    share,
+)
+
+
+@register("switch", "the best expert alone, jittered input (Fedus 2021)", options=[JITTER])
+class SwitchRouter(SoftmaxFirstRouter):
+    """Switch Transformers (Fedus 2021): the best expert alone, weighted by its probability (eq. 1-2).
+
+    At training time each input of the gate is multiplied by a number drawn evenly from 1 - jitter to 1 + jitter.
+    """
+
+    only_top_k = 1
+
+    def _build_gate(self, width: int, config: RouterConfig) -> None:
+        super()._build_gate(width, config)
+        self.jitter = config.jitter
+
+    def _perturb(self, x_BD: Tensor) -> Tensor:
+        if not self.training or self.jitter == 0:
+            return x_BD
+        return x_BD * torch.empty_like(x_BD).uniform_(1 - self.jitter, 1 + self.jitter)
