@@ -28,6 +28,7 @@ from common.text import printable
 from data.image_file import Picture, read_picture
 from data.image_tree import find_images
 from evaluation.classify import Answer, classify
+from evaluation.figures import warn_of_letters
 from evaluation.trained import TrainedRun
 
 BATCH = 32  # images that are held at once
@@ -164,6 +165,9 @@ def document(trained: TrainedRun, rows: list[dict[str, Any]], failed: list[dict[
 
 def draw(path: Path, shown: list[tuple[Path, Picture, Answer]], shared: bool) -> None:
     """Write the picture of --explain. Raises EnvironmentFault where it cannot be written."""
+    warn_of_letters(
+        [text for name, _, answer in shown for text in (name.name, *(score.name for score in answer.classes))]
+    )
     figure = explanation(
         [picture.pixels_CHW.permute(1, 2, 0).numpy() for _, picture, _ in shown],
         [name.name for name, _, _ in shown],

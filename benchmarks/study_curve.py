@@ -35,7 +35,9 @@ def draw_curve(rows: list[dict[str, Any]], preferred: Collection[str], path: Pat
     scores.legend(fontsize=8)
     differences.axhline(0, color="black", linewidth=0.8)
     differences.set_ylabel("paired difference to dense\n(points, 95 % interval)")
-    differences.set_xlabel("hidden units of the dense head; rings: the mixture that validation images prefer")
+    differences.set_xlabel(
+        "hidden units of the dense head (logarithmic); rings: the mixture that validation images prefer"
+    )
     differences.set_xscale("log", base=2)
     every = sorted({width for family in families.values() for width in family})
     differences.set_xticks(every, [str(width) for width in every])

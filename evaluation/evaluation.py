@@ -12,7 +12,7 @@ from common.files import write_json
 from config.config import Config
 from data.image_set import ImageSet
 from evaluation.cost import flops, parameters
-from evaluation.figures import Evaluated, draw
+from evaluation.figures import Evaluated, draw, warn_of_letters
 from evaluation.metrics import per_class_scores, scores
 from evaluation.predict import Predictions, predict
 from evaluation.report import write_report
@@ -38,6 +38,7 @@ def evaluate(
     test = bank.splits.test
     results = _results(predictions, test, config, model) | {"environment": environment(bank.device)}
     write_json(run.results, results)
+    warn_of_letters([*test.class_names, *test.coarse_names])
     drawings = draw(Evaluated(run, config, model, bank, predictions, results))
     write_report(run, config, results, drawings)
     if tracker is not None:

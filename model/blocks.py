@@ -3,14 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from .adapters import Adapters
 from .classifier import NeckConfig
-from .experts import ExpertsConfig
+from .experts import EXPERTS, ExpertsConfig
 from .routers import ROUTERS, RouterConfig, Routing, build_router
-from .upcycled import UpcycledFFN
-
-BLOCK_EXPERTS: dict[str, type[nn.Module]] = {"adapter": Adapters, "ffn": UpcycledFFN}
-"""Kinds of experts inside a block. Built from (width, ExpertsConfig, the frozen FFN); called as Adapters is."""
 
 
 class BlockMixture(nn.Module):
@@ -31,7 +26,7 @@ class BlockMixture(nn.Module):
         super().__init__()
         num_experts = len(experts.sizes)
         self.router = build_router(router, width, num_experts, experts.work(width, width))
-        self.experts = BLOCK_EXPERTS[experts.kind](width, experts, ffn)
+        self.experts = EXPERTS[experts.kind](width, experts, ffn)
         self.by_image, self.class_token, self.prefix = router.level == "image", class_token, prefix
         self.register_buffer("usage_E", torch.zeros(num_experts, dtype=torch.int64))
         self.register_buffer("warmup_usage_E", torch.zeros(num_experts, dtype=torch.int64))
@@ -76,11 +71,10 @@ def check_block_parts(neck: NeckConfig, router: RouterConfig, experts: ExpertsCo
     """Raise ValueError where neck, router and experts do not fit a mixture inside the ViT's blocks."""
     rule = ROUTERS[router.kind]
     rule.check(router, len(experts.sizes))
-    if experts.kind not in BLOCK_EXPERTS:
-        raise ValueError(
-            f"experts.kind {experts.kind} is a class head: with experts.place blocks set {' or '.join(BLOCK_EXPERTS)}"
-        )
-    BLOCK_EXPERTS[experts.kind].check(experts)
+    if EXPERTS[experts.kind].place != "blocks":
+        kinds = " or ".join(name for name, kind in EXPERTS.items() if kind.place == "blocks")
+        raise ValueError(f"experts.kind {experts.kind} is a class head: with experts.place blocks set {kinds}")
+    EXPERTS[experts.kind].check(experts)
     if not rule.token_choice:
         raise ValueError(
             f"router.kind {router.kind} does not go with experts.place blocks, where each token or image chooses its "

@@ -55,7 +55,7 @@ def choose(number: int, experts: Experts, x_BD: Tensor, static: bool = False) ->
     # a sample goes to less than half of all.
     pays = not several or (2 * len(experts.groups) <= len(experts) and 2 * number < samples * len(experts))
     few = number < SORTED_FROM[several] * len(experts)
-    if pays and (static or few) and has_kernel(x_BD) and fits(experts) and experts.read_all(x_BD.shape[1]):
+    if pays and (static or few) and has_kernel(x_BD) and fits(experts) and experts.go_together(x_BD.shape[1]):
         return "grouped"
     return "dense" if static else "sorted"
 
@@ -74,7 +74,7 @@ def run_dense(x_BD: Tensor, assignments: Assignments, experts: Experts) -> tuple
     row_A = experts.rank_E.index_select(0, assignments.expert_A) * len(x_BD) + assignments.sample_A
     order_A = torch.arange(len(row_A), device=row_A.device)
     shapes = [[experts[e] for e in group] for group in experts.groups]
-    if experts.read_all(x_BD.shape[1]):
+    if experts.go_together(x_BD.shape[1]):
         outputs_EBC = run_on_all(shapes, x_BD)
     else:
         outputs_EBC = torch.stack([expert(x_BD) for members in shapes for expert in members])
@@ -86,7 +86,7 @@ def run_grouped(x_BD: Tensor, assignments: Assignments, experts: Experts) -> tup
 
     Experts that read a part of the features each run dense: they have no rows in common.
     """
-    if not experts.read_all(x_BD.shape[1]):
+    if not experts.go_together(x_BD.shape[1]):
         return run_dense(x_BD, assignments, experts)
     groups = experts.groups
     key_A = experts.rank_E.index_select(0, assignments.expert_A)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .experts import Expert
+from .experts import LayeredExpert
 from .layers import ALIGNMENT, Alone, SideBySide, Sorted, joined, run
 
 
@@ -17,12 +17,12 @@ def has_kernel(x_BD: Tensor) -> bool:
     return x_BD.is_cuda and torch.cuda.get_device_capability(x_BD.device)[0] >= 9
 
 
-def fits(experts: Iterable[Expert]) -> bool:
+def fits(experts: Iterable[LayeredExpert]) -> bool:
     """Whether every hidden layer is as wide as the kernel wants it; the outputs are padded."""
     return all(layer.in_features % ALIGNMENT == 0 for expert in experts for layer in expert.linears[1:])
 
 
-def run_on_all(shapes: Sequence[Sequence[Expert]], x_BD: Tensor) -> Tensor:
+def run_on_all(shapes: Sequence[Sequence[LayeredExpert]], x_BD: Tensor) -> Tensor:
     """Every expert on every row (B, D): outputs (E, B, C). shapes: the experts of each shape.
 
     All first layers are one product; behind them experts of one shape go together.
@@ -34,7 +34,7 @@ def run_on_all(shapes: Sequence[Sequence[Expert]], x_BD: Tensor) -> Tensor:
     return torch.cat([_after_first(experts, h_BH) for experts, h_BH in zip(shapes, hidden, strict=True)])
 
 
-def _after_first(experts: Sequence[Expert], h_BN: Tensor) -> Tensor:
+def _after_first(experts: Sequence[LayeredExpert], h_BN: Tensor) -> Tensor:
     """What G experts of one shape make of the outputs of their first layers, side by side (B, G * H): (G, B, C)."""
     behind = list(zip(*experts, strict=True))[1:]
     if len(experts) == 1:
@@ -42,7 +42,7 @@ def _after_first(experts: Sequence[Expert], h_BN: Tensor) -> Tensor:
     return run(behind, h_BN.unflatten(1, (len(experts), -1)).transpose(0, 1), SideBySide())
 
 
-def run_on_own(experts: Sequence[Expert], h_RD: Tensor, ends_G: Tensor, key_R: Tensor) -> Tensor:
+def run_on_own(experts: Sequence[LayeredExpert], h_RD: Tensor, ends_G: Tensor, key_R: Tensor) -> Tensor:
     """G experts of one shape, each on its own rows, sorted by expert (R, D): outputs (R, C).
 
     ends_G: where each expert's rows end, int64, on the device. key_R: the expert of each row in [0, G).

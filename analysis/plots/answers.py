@@ -26,6 +26,7 @@ from analysis.plots.style import (
     short,
 )
 
+RARE = 10  # samples below which a bin says little
 Chosen = Sequence[tuple[str, float]]  # expert labels and gate weights of one sample
 
 
@@ -88,9 +89,13 @@ def reliability(confidence_B: ArrayLike, accuracy_B: ArrayLike, count_B: ArrayLi
     figure = new_figure(5.5, f"Reliability: expected calibration error {100 * error:.1f} %", 5.5)
     above, below = figure.subplots(2, sharex=True, height_ratios=[3, 1])
     filled_B = count_B > 0
-    above.bar(
-        left_B[filled_B], accuracy_B[filled_B], width, align="edge", color=SKY, edgecolor="white", label="accuracy"
-    )
+    rare_B = filled_B & (count_B < RARE)
+    bars = {"width": width, "align": "edge", "edgecolor": "white"}
+    often_B = filled_B & ~rare_B
+    above.bar(left_B[often_B], accuracy_B[often_B], color=SKY, label="accuracy", **bars)
+    if rare_B.any():
+        label = f"of fewer than {RARE} images"
+        above.bar(left_B[rare_B], accuracy_B[rare_B], color=SKY, alpha=0.35, hatch="///", label=label, **bars)
     above.plot([0, 1], [0, 1], color="black", ls="--", lw=1, label="perfectly calibrated")
     above.plot(
         confidence_B[filled_B],
@@ -105,7 +110,7 @@ def reliability(confidence_B: ArrayLike, accuracy_B: ArrayLike, count_B: ArrayLi
     above.set(ylabel="accuracy of the bin", xlim=(0, 1), ylim=(0, 1))
     below.bar(left_B, count_B / max(1.0, count_B.sum()), width, align="edge", color="0.6", edgecolor="white")
     below.set(xlabel="confidence: probability of the predicted class", ylabel="share of\nthe samples")
-    figure.legend(*above.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+    figure.legend(*above.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     for axis in (above.xaxis, above.yaxis, below.yaxis):
         axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     for ax in (above, below):

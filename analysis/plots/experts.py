@@ -143,7 +143,7 @@ def expert_worth(
     ax.set_xticks(ticks, [EngFormatter(places=0 if value < 1000 else 1, sep=" ")(value) for value in ticks], fontsize=8)
     ax.xaxis.set_minor_locator(NullLocator())
     ax.grid(alpha=0.3)
-    ax.set(xlabel="parameters of the expert", ylabel="macro-F1 lost without it (points)")
+    ax.set(xlabel="parameters of the expert (logarithmic)", ylabel="macro-F1 lost without it (points)")
     handles, labels = ax.get_legend_handles_labels()
     value = np.argsort(-lost_E[np.argsort(-load_E, kind="stable")], kind="stable")[:16]
     legend = figure.legend([handles[i] for i in value], [labels[i] for i in value], loc="outside right upper")

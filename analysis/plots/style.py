@@ -12,6 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
+from analysis.plots.fonts import Page
+
 OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000")
 BLUE, ORANGE, GREEN, VERMILLION, PINK, SKY = OKABE_ITO[:6]
 EXPERT_AXIS = "expert · hidden units"
@@ -34,7 +36,7 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
 
 def new_figure(height: float, title: str, width: float = 8.0) -> Figure:
     """A white page of so many inches, its title on top, that lays itself out."""
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    figure = Page(figsize=(width, height), layout="constrained", facecolor="white")
     figure.suptitle(title, fontsize=11)
     return figure
 

@@ -105,4 +105,4 @@ def _curves(ax: Axes, kind: str, epochs: Sequence[float], curves: dict[str, np.n
     if not curves:
         ax.text(0.5, 0.5, f"no {kind} recorded", transform=ax.transAxes, ha="center", color="0.4")
     elif kind == "loss" and 0 < 30 * np.nanmin(list(curves.values())) < np.nanmax(list(curves.values())):
-        ax.set_yscale("log")
+        ax.set(yscale="log", ylabel="loss (nats, logarithmic)")

@@ -12,9 +12,18 @@ in this folder, or one file of your own that `--plugins` names:
 from importlib import import_module
 from pkgutil import iter_modules
 
-from evaluation.figures.registry import FIGURES, Drawing, Evaluated, RegisteredFigure, draw, register, save_figure
+from evaluation.figures.registry import (
+    FIGURES,
+    Drawing,
+    Evaluated,
+    RegisteredFigure,
+    draw,
+    register,
+    save_figure,
+    warn_of_letters,
+)
 
 for _module in iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["FIGURES", "Drawing", "Evaluated", "RegisteredFigure", "draw", "register", "save_figure"]
+__all__ = ["FIGURES", "Drawing", "Evaluated", "RegisteredFigure", "draw", "register", "save_figure", "warn_of_letters"]

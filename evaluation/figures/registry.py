@@ -10,6 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from analysis import plots
+from analysis.plots.fonts import undrawable
 from common.errors import EnvironmentFault, one_line, warn
 from config.config import Config
 from data.image_set import ImageSet
@@ -96,6 +97,15 @@ def register(name: str, caption: str, needs: Sequence[str] = (), place: float = 
         return draw
 
     return add
+
+
+def warn_of_letters(texts: Sequence[str]) -> None:
+    """Say which letters of the texts that figures are to show no font has."""
+    if letters := undrawable(texts):
+        shown = letters if len(letters) <= 12 else f"{letters[:12]}… ({len(letters)} in all)"
+        warn(
+            f"no font here has {shown}: figures show boxes in their place; install one that has them, such as Noto Sans"
+        )
 
 
 def draw(evaluated: Evaluated) -> list[Drawing]:

@@ -8,9 +8,9 @@ import torch
 from routing_helpers import listed_routing
 from torch.nn import functional as F
 
-from model.adapters import Adapters
 from model.blocks import BlockMixture, weight_table
 from model.experts import ExpertsConfig
+from model.experts.adapter import Adapters
 from model.moe_vit import resolve_blocks
 from model.routers import ROUTERS, RouterConfig
 from tests.block_helpers import SIZES, images, moe_vit, plain_ffn, spread, tiny_vit

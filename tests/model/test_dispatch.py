@@ -11,7 +11,8 @@ from model import grouped
 from model.balance import BalanceConfig, balance_losses, weighted_sum
 from model.classifier import NeckConfig, VisionMoE
 from model.dispatch import COMBINE, WAYS, dispatch
-from model.experts import Expert, Experts, ExpertsConfig, build_experts
+from model.experts import Experts, ExpertsConfig, build_experts
+from model.experts.mlp import MLPExpert
 from model.routers import RouterConfig
 from model.routing import Assignments
 
@@ -139,7 +140,7 @@ class Poisoned(torch.autograd.Function):
         return lambda a, b, offs: cls.apply(a, b, offs, product)
 
 
-class Narrow(Expert):
+class Narrow(MLPExpert):
     """An expert that reads the first four features."""
 
     def forward(self, x_BD):
@@ -148,7 +149,7 @@ class Narrow(Expert):
 
 def test_experts_that_read_a_part_of_the_features_agree():
     torch.manual_seed(0)
-    experts = Experts([Expert(8, [8], 5, 0.0), Narrow(4, [8], 5, 0.0), Expert(8, [8], 5, 0.0)])
+    experts = Experts([MLPExpert(8, [8], 5, 0.0), Narrow(4, [8], 5, 0.0), MLPExpert(8, [8], 5, 0.0)])
     routing, x_BD = routing_of(20, 3, 2), torch.randn(20, 8)
     expected = run("sorted", x_BD, routing, experts)
     for how in ("grouped", "dense"):

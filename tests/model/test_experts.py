@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-import train
+from assembly import start
 from config.config import Config
 from data.image_set import ImageSet, Splits
 from model.classifier import NeckConfig, VisionMoE
@@ -113,12 +113,13 @@ def test_a_feature_that_is_not_there_is_named():
 
 
 def test_shared_experts_are_announced_beside_the_routed_ones(monkeypatch, capsys):
-    monkeypatch.setattr(train, "cost", lambda *parts: SimpleNamespace(lines=lambda: [], backbone_flops=1))
-    monkeypatch.setattr(train, "warn_of_hours", lambda *parts: None)
+    monkeypatch.setattr(start, "cost", lambda *parts: SimpleNamespace(lines=lambda: [], backbone_flops=1))
+    monkeypatch.setattr(start, "warn_of_hours", lambda *parts: None)
     images = ImageSet(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 0, 1]), ("a", "b"))
+    splits = Splits(images, images, images)
     trainer = SimpleNamespace(
         model=SimpleNamespace(moe=SimpleNamespace(router=SimpleNamespace(experts_per_sample=2))),
-        bank=SimpleNamespace(splits=Splits(images, images, images), feature_shape=(1,)),
+        bank=SimpleNamespace(feature_shape=(1,)),
         run=SimpleNamespace(path="run"),
     )
     for shared, line in (
@@ -126,7 +127,7 @@ def test_shared_experts_are_announced_beside_the_routed_ones(monkeypatch, capsys
         ([], None),
     ):
         config = Config(experts=ExpertsConfig(sizes=[[64], [128]], shared=shared))
-        train.announce(config, None, trainer)
+        start.announce(config, SimpleNamespace(splits=splits, backbone=None), trainer)
         printed = capsys.readouterr().out
         assert "experts      0 · 64, 1 · 128; 2 a sample by noisy_topk" in printed
         assert (line in printed) if line else ("shared" not in printed)

@@ -5,10 +5,15 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from .experts import ExpertsConfig
+from .base import ExpertKind
+from .config import ExpertsConfig, register
 
 
-class UpcycledFFN(nn.Module):
+@register(
+    "ffn",
+    "a copy of the block's own FFN (sparse upcycling, Komatsuzaki 2022), which starts as the dense ViT (place blocks)",
+)
+class UpcycledFFN(ExpertKind, nn.Module):
     """Sparse upcycling (Komatsuzaki 2022): every expert starts as a copy of the block's FFN, the gate is new.
 
     The frozen FFN has the weight that the experts leave: (1 - sum_e g_e) ffn(x) + sum_e g_e expert_e(x). So the start
@@ -16,6 +21,8 @@ class UpcycledFFN(nn.Module):
     paper makes them, this is its layer. Where they carry the gate's confidence (V-MoE, Switch) it spares dividing by
     their sum, which for one expert a token would leave the gate without a gradient.
     """
+
+    place = "blocks"
 
     def __init__(self, width: int, config: ExpertsConfig, ffn: nn.Module):
         super().__init__()

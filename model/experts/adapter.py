@@ -4,10 +4,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .experts import ExpertsConfig
+from .base import ExpertKind
+from .config import ExpertsConfig, register
 
 
-class Adapters(nn.Module):
+@register("adapter", "down, GELU, up, of one hidden layer, which adds nothing at the start (place blocks)")
+class Adapters(ExpertKind, nn.Module):
     """E adapters up(GELU(down(x))) (Houlsby 2019), beside the FFN as in AdaptFormer (Chen 2022), in two products.
 
     The hidden units of all experts, H in total, stand side by side: down is (H, D), up (D, H). Each unit is multiplied
@@ -15,6 +17,8 @@ class Adapters(nn.Module):
     mixes the experts. For widths far below the FFN's this costs less than sending tokens to their experts would, and
     the shapes never change. up is zero at the start, so that training begins at the pretrained ViT exactly.
     """
+
+    place = "blocks"
 
     def __init__(self, width: int, config: ExpertsConfig, ffn: nn.Module):
         super().__init__()

@@ -1,0 +1,37 @@
+"""Experts of several sizes. One file a kind; each registers itself."""
+
+from torch import nn
+
+from ..registry import import_all
+from ..routers import group_columns
+from .base import ExpertKind, Experts, LayeredExpert
+from .config import EXPERTS, SIZES, ExpertsConfig, register
+
+import_all(__name__, __path__)
+
+__all__ = [
+    "EXPERTS",
+    "SIZES",
+    "ExpertKind",
+    "Experts",
+    "ExpertsConfig",
+    "LayeredExpert",
+    "build_experts",
+    "register",
+]
+
+
+def build_experts(
+    config: ExpertsConfig, in_features: int, num_outputs: int, num_groups: int = 1
+) -> tuple[Experts, nn.ModuleList]:
+    """The routed experts, one for each of `sizes`, and the shared ones.
+
+    num_groups: equally wide groups of features, which `inputs` names. Raises ValueError for one that is not there.
+    """
+    kind, experts = EXPERTS[config.kind], []
+    kind.check(config)
+    for index in range(len(config.sizes) + len(config.shared)):
+        columns = None if config.inputs is None else group_columns(in_features, num_groups, config.inputs[index])
+        hidden, dropout = config.hidden(index), config.dropout_of(index)
+        experts.append(kind(in_features, hidden, num_outputs, dropout, columns))
+    return Experts(experts[: len(config.sizes)]), nn.ModuleList(experts[len(config.sizes) :])

@@ -1,0 +1,35 @@
+"""Gated linear experts."""
+
+from itertools import pairwise
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .base import LayeredExpert
+from .config import register
+
+
+class SwiGLU(nn.Module):
+    """SiLU of the first half of the features times the second half: (..., 2 H) -> (..., H)."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        gate, value = h.chunk(2, dim=-1)
+        return F.silu(gate) * value
+
+
+@register("glu", "hidden layers of SwiGLU, a gate and a value for each unit (Shazeer 2020), dropout (place head)")
+class GLUExpert(LayeredExpert):
+    """SwiGLU (Shazeer 2020, "GLU variants improve transformer", eq. 6): (SiLU(x W) * x V) W2, with biases.
+
+    Gate W and value V of a layer are one product of twice its units. Two thirds of an MLP's units take as many
+    parameters as the MLP.
+    """
+
+    @staticmethod
+    def hidden_layer(width: int, units: int, dropout: float) -> list[nn.Module]:
+        return [nn.Linear(width, 2 * units), SwiGLU(), nn.Dropout(dropout)]
+
+    @classmethod
+    def work(cls, widths: list[int]) -> int:
+        """As for every kind, but each hidden layer has two matrices."""
+        return super().work(widths) + sum(fan_in * units for fan_in, units in pairwise(widths[:-1]))
