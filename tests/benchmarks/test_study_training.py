@@ -40,6 +40,7 @@ def test_a_head_learns_and_is_the_same_again(features, head):
     assert ("specialisation" in found) == ("logistic" not in head and len(head["experts"]["sizes"]) > 1)
 
 
+@pytest.mark.slow
 def test_heads_of_a_pass_are_as_good_as_alone(features):
     # Without dropout and noise nothing is drawn while training: side by side or alone, each ends the same.
     head = {**router_methods(8)["mixtral"], "balance": {"switch": 0.0}}

@@ -231,6 +231,7 @@ def test_altered_cifar_files_are_refused_before_they_are_unpickled(tmp_path):
         load_splits(DataConfig(root=tmp_path))
 
 
+@pytest.mark.slow
 def test_real_cifar_has_fine_and_coarse_labels(assets):
     splits = load_splits(DataConfig(root=assets))
     assert [len(splits[name]) for name in ("train", "validation", "test")] == [45_000, 5_000, 10_000]

@@ -74,6 +74,7 @@ def assert_resumes(path, splits, whole, **plan):
     assert (whole.best, timeless(whole.run)) == (resumed.best, timeless(resumed.run))
 
 
+@pytest.mark.slow
 def test_a_signal_at_any_step_resumes_at_that_step(tmp_path, splits):
     plan = {"save_every": 2, "epochs": 3, "batch_size": 96}  # three epochs of three steps
     whole = make_trainer(tmp_path / "whole", splits, **plan)
