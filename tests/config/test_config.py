@@ -187,7 +187,7 @@ def test_an_unknown_key_in_a_file_is_named(tmp_path):
     path.write_text("trian: {epochs: 3}\n")
     with pytest.raises(UserError, match="unknown option trian"):
         parse_command_line(["--config", str(path)])
-    for text in ("train: {epochs: [}\n", "train:\n", "train: 3\n", "data: {root: null}\n", "a: &a [*a]\n", ""):
+    for text in ("train: {epochs: [}\n", "train:\n", "train: 3\n", "data: {name: null}\n", "a: &a [*a]\n", ""):
         path.write_text(text)
         with pytest.raises(UserError) as caught:
             parse_command_line(["--config", str(path)])
