@@ -56,6 +56,7 @@ class Config:
 
     def __post_init__(self):
         self.run_dir = None if self.run_dir is None else absolute(self.run_dir)
+        self.data.root = self.data.place  # what is stored holds where the caches lie elsewhere, too
         if not re.fullmatch(DEVICES, self.device):
             raise ValueError(f"device is '{self.device}': use auto, cpu, cuda or cuda:N")
         num_experts = len(self.experts.sizes)
@@ -195,7 +196,8 @@ def _parser() -> ArgumentParser:
         section, _, name = action.dest.partition(".")
         for option in fields(sections[section]) if section in sections else ():
             if option.name == name:  # what registered parts say of themselves
-                action.help = option.metadata.get("help", action.help)
+                about = option.metadata.get("help", action.help)
+                action.help = about() if callable(about) else about
     return parser
 
 

@@ -187,7 +187,7 @@ def test_an_unknown_key_in_a_file_is_named(tmp_path):
     path.write_text("trian: {epochs: 3}\n")
     with pytest.raises(UserError, match="unknown option trian"):
         parse_command_line(["--config", str(path)])
-    for text in ("train: {epochs: [}\n", "train:\n", "train: 3\n", "data: {root: null}\n", "a: &a [*a]\n", ""):
+    for text in ("train: {epochs: [}\n", "train:\n", "train: 3\n", "data: {name: null}\n", "a: &a [*a]\n", ""):
         path.write_text(text)
         with pytest.raises(UserError) as caught:
             parse_command_line(["--config", str(path)])
@@ -219,6 +219,7 @@ def test_help_explains_every_field_and_print_config_round_trips(tmp_path, capsys
     assert parse_command_line(["--config", str(path)]).config.train.seed == 7
 
 
+@pytest.mark.slow
 def test_exit_code_and_single_line_of_a_wrong_command_line(tmp_path):
     run_dir = tmp_path / "run"
     result = run_program("train.py", "--config", "configs/digits.yaml", "--router.top_k", "9", "--run_dir", run_dir)

@@ -17,7 +17,7 @@ import evaluate
 import predict
 from common.errors import UserError
 from config.config import DEFAULT_CONFIG, Config, _parser, parse_command_line, write_config
-from data.datasets import DataConfig
+from data.datasets import DATASETS
 from distillation import train_vit_micro
 from features import cache
 from model.balance import BalanceConfig
@@ -192,7 +192,7 @@ def test_the_tree_of_the_readme_is_that_of_the_repository():
     [
         ("routing.md", set(ROUTERS)),
         ("routing.md", set(BalanceConfig.__dataclass_fields__)),
-        ("options.md", set(get_args(DataConfig.__annotations__["name"]))),
+        ("options.md", set(DATASETS)),
         ("options.md", {f"configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")}),
     ],
     ids=["routing rules", "auxiliary losses", "datasets", "recipes"],

@@ -21,7 +21,7 @@ def vit_micro():
 
 
 def test_half_precision_features_are_those_of_float32_within_its_rounding(vit_micro):
-    from data.datasets import load_digits
+    from data.datasets.digits import load_digits
 
     fast = Backbone(vit_micro.vit, ["cls:-1", "mean:-1"], torch.bfloat16)
     batch = load_digits().images_NCHW[:3]
