@@ -291,6 +291,7 @@ def test_help_explains_every_field_and_print_config_round_trips(tmp_path, capsys
     assert parse_command_line(["--config", str(path)]).config.train.seed == 7
 
 
+@pytest.mark.slow
 def test_exit_code_and_single_line_of_a_wrong_command_line(tmp_path):
     run_dir = tmp_path / "run"
     result = run_program("train.py", "--config", "configs/digits.yaml", "--router.top_k", "9", "--run_dir", run_dir)

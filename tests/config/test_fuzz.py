@@ -58,6 +58,7 @@ def test_configuration_files(tmp_path_factory, changes):
     survives(lambda: parse_command_line(["--config", str(path)]))
 
 
+@pytest.mark.slow
 @fuzz(20, changes=PLAIN)
 def test_configurations(tmp_path_factory, changes):
     path = tmp_path_factory.getbasetemp() / "fuzz.yaml"
@@ -93,6 +94,7 @@ def test_checkpoint_files(whole, changes):
     survives(lambda: resume(whole))
 
 
+@pytest.mark.slow
 @fuzz(40, changes=ENTRIES)
 def test_checkpoints(whole, changes):
     run = whole.run
