@@ -37,7 +37,7 @@ class MoEViT(nn.Module):
         vit = backbone.vit
         prefix = int(vit.num_prefix_tokens)
         parts = (vit.embed_dim, router, experts)
-        self.mixtures = nn.ModuleList(
+        self.mixtures: Any = nn.ModuleList(
             BlockMixture(*parts, vit.blocks[block].mlp, backbone.has_class_token, prefix) for block in self.blocks
         )
         self.neck = NECKS[neck.kind]((len(backbone.features) * vit.embed_dim,), neck)
