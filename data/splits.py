@@ -9,6 +9,7 @@ import torch
 
 from common.errors import UserError, warn
 from common.paths import absolute, cache_folder
+from common.text import counted
 from data.image_set import ImageSet, Splits
 from data.registry import DATASETS, Dataset, explain_datasets
 
@@ -158,7 +159,9 @@ def stratified_split(images: ImageSet, fraction: float, seed: int, option: str) 
     counts_C = torch.bincount(images.labels_N, minlength=images.num_classes)
     if counts_C.min() < 2:
         name, count = images.class_names[int(counts_C.argmin())], int(counts_C.min())
-        raise UserError(f"class '{name}' has {count} image(s): {option} needs at least 2 of each class to split")
+        raise UserError(
+            f"class '{name}' has {counted(count, 'image')}: {option} needs at least 2 of each class to split"
+        )
     try:
         rest, held_out = train_test_split(
             np.arange(len(images)), test_size=fraction, random_state=seed, stratify=images.labels_N.numpy()

@@ -176,7 +176,7 @@ def table(results: dict[str, Any], hardest: int = 5) -> str:
         lines.append(f"{label + mark:<26}{100 * load:>6.1f} %{100 * weight:>6.1f} %{shown:>10}{change:>28}")
     if any(hardly_used):
         lines.append("! below 1 % of the load: the gate hardly uses the expert")
-    imperfect = [(name, values["f1"]) for name, values in results["per_class"].items() if values["f1"] < 1]
-    worst = sorted(imperfect, key=lambda item: item[1])[:hardest]
+    scored = {name: values["f1"] for name, values in results["per_class"].items() if values["support"]}
+    worst = sorted((item for item in scored.items() if item[1] < 1), key=lambda item: item[1])[:hardest]
     lines += ["", "lowest F1    " + (", ".join(f"{name}: {100 * f1:.0f} %" for name, f1 in worst) or "100 % for all")]
     return "\n".join(lines)

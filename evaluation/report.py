@@ -111,8 +111,13 @@ def _tables(results: dict[str, Any]) -> list[Table]:
     names = results["class_names"]
     scored = zip((results["per_class"][name] for name in names), _spread(names, results, "class"), strict=True)
     rows = [
-        [name, *(percent(score[key]) for key in ("f1", "precision", "recall")), str(score["support"]), *shares]
-        for score, (name, *shares) in sorted(scored, key=lambda pair: pair[0]["f1"])
+        [
+            name,
+            *(percent(score[key] if score["support"] else None) for key in ("f1", "precision", "recall")),
+            str(score["support"]),
+            *shares,
+        ]
+        for score, (name, *shares) in sorted(scored, key=lambda pair: (not pair[0]["support"], pair[0]["f1"]))
     ]
     header = ["class", "F1", "precision", "recall", "images", *results["experts"]]
     tables.append(Table("Classes", "The hardest first. " + SPREAD_NOTE, header, rows, folded=len(names) > 20))

@@ -60,7 +60,8 @@ def _report_classes(results: dict[str, Any], tracker: Tracker) -> None:
         confusion = results["superclass_confusion"]
         tracker.matrix("superclass confusion", "test", confusion, ("true", groups), ("predicted", groups))
     scores = results["per_class"]
-    tracker.bars("F1 by class", "test", list(scores), {"F1": [row["f1"] for row in scores.values()]})
+    drawn = [row["f1"] if row["support"] else None for row in scores.values()]  # without images: a gap, not 0
+    tracker.bars("F1 by class", "test", list(scores), {"F1": drawn})
     columns = ("precision", "recall", "f1", "support")
     rows = [[name, *(row[column] for column in columns)] for name, row in scores.items()]
     tracker.table("scores by class", "test", ["class", *columns], rows)
