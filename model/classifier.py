@@ -6,8 +6,9 @@ from typing import Literal
 from torch import Tensor, nn
 
 from .experts import ExpertsConfig
-from .moe import MixtureOfExperts
+from .moe import MixtureOfExperts, check_mixture
 from .norm import Standardise
+from .options import check_options
 from .routers import ROUTERS, RouterConfig, Routing
 
 
@@ -26,6 +27,7 @@ class NeckConfig:
     """attention: number of heads."""
 
     def __post_init__(self):
+        check_options(self, "neck")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"neck.dropout is {self.dropout}: it must be at least 0 and below 1")
         if self.heads < 1:
@@ -104,6 +106,8 @@ class VisionMoE(nn.Module):
     they are made of. Raises ValueError where the parts do not fit each other.
     """
 
+    places = ("head",)
+
     def __init__(
         self,
         feature_shape: tuple[int, ...],
@@ -124,22 +128,30 @@ class VisionMoE(nn.Module):
 
     def forward(
         self, features: Tensor, warmup: bool = False, allowed_E: Tensor | None = None, static: bool = False
-    ) -> tuple[Tensor, Routing]:
-        """Logits (B, C) in float32 and the routing.
+    ) -> tuple[Tensor, tuple[Routing]]:
+        """Logits (B, C) in float32 and the routing, one a place.
 
         warmup: route at random. allowed_E: bool, the experts that may be chosen (None: all). static: dispatch with
         shapes that suit a CUDA graph, where experts.dispatch is auto.
         """
         x_BD = self.dropout(self.neck(features.float()))
-        return self.moe(x_BD, warmup, allowed_E, static)
+        logits_BC, routing = self.moe(x_BD, warmup, allowed_E, static)
+        return logits_BC, (routing,)
+
+    @property
+    def mixtures(self) -> tuple[MixtureOfExperts]:
+        """The mixture at each of `places`."""
+        return (self.moe,)
+
+    def after_step(self, routings: tuple[Routing]) -> None:
+        """To be called once after each optimizer step: moves the loss-free bias, where there is one."""
+        self.moe.after_step(routings[0])
 
 
 def check_parts(neck: NeckConfig, router: RouterConfig, experts: ExpertsConfig) -> None:
     """Raise ValueError where neck, router and experts do not fit each other, behind the ViT."""
-    if experts.place != "head":
-        raise ValueError(f"experts.place {experts.place} is not behind the ViT: MoEViT has experts inside it")
+    check_mixture(router, experts)
     rule = ROUTERS[router.kind]
-    rule.check(router, len(experts.sizes))
     if rule.reads_tokens and neck.kind != "tokens":
         raise ValueError(
             f"router.kind {router.kind} mixes patch tokens, which neck.kind {neck.kind} does not keep: set neck.kind "
@@ -154,11 +166,3 @@ def check_parts(neck: NeckConfig, router: RouterConfig, experts: ExpertsConfig) 
         raise ValueError(
             f"router.inputs and experts.inputs choose among pooled features, which neck.kind {neck.kind} does not give"
         )
-    scale = rule.only_scales(router, len(experts.sizes))
-    if experts.combine == "probabilities" and scale is not None:
-        raise ValueError(
-            f"experts.combine probabilities with {scale} gives the gate no gradient, since a single weight scales all "
-            f"probabilities alike: use logits, or {scale.replace('1', '2')}"
-        )
-    if experts.combine == "probabilities" and router.overflow == "residual":
-        raise ValueError("router.overflow residual adds logits: set experts.combine logits, or another overflow")

@@ -113,6 +113,7 @@ def test_every_part_reads_a_configuration_that_is_one(name, tiny):
         study.arguments(["--optim.lr", "1"])
 
 
+@pytest.mark.slow
 def test_the_study_runs_to_its_end_and_goes_on_where_it_was(tmp_path, capsys):
     words = ["--tiny", "--parts", "widths", "--widths", "8", "--seeds", "1", "--workers", "1", "--out", str(tmp_path)]
     words += ["--data.max_per_class", "20"]

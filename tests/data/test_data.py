@@ -281,6 +281,7 @@ def test_an_archive_at_hand_is_unpacked_once_its_checksum_matched(tmp_path, monk
     assert capsys.readouterr().err.count("is unpacked from") == 1
 
 
+@pytest.mark.slow
 def test_real_cifar_has_fine_and_coarse_labels(assets):
     splits = load_splits(DataConfig(root=assets))
     assert [len(splits[name]) for name in ("train", "validation", "test")] == [45_000, 5_000, 10_000]

@@ -5,7 +5,9 @@ import torch
 
 import predict
 from common.errors import UserError
-from config.config import _parser, parse_command_line
+from config.command_line import parse_command_line
+from config.config import Config
+from config.help import help_text
 from data.datasets import DATASETS, DataConfig, load_splits, register
 from data.image_set import ImageSet
 
@@ -14,7 +16,7 @@ from data.image_set import ImageSet
 def test_each_data_set_is_explained_and_can_be_chosen(name):
     found = DATASETS[name]
     assert set(found.options) <= set(DataConfig.__dataclass_fields__)
-    assert f"{name}: {found.about}" in " ".join(_parser().format_help().split())
+    assert f"{name}: {found.about}" in " ".join(help_text(Config()).split())
     config = parse_command_line(["--data.name", name]).config.data
     assert config.name == name and config.side == (found.side or 224) and config.grey == found.grey
     assert (config.root is not None) == (found.default_root is not None)

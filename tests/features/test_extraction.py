@@ -5,7 +5,7 @@ import torch
 from feature_helpers import SPLITS, bank, everything
 
 from assembly.pipeline import build_bank
-from config.config import parse_command_line
+from config.command_line import parse_command_line
 from evaluation.cost import flops
 from features.cache import FeatureCache
 from features.extraction import HOURS, Extractor, warn_of_hours, worth_compiling
