@@ -25,6 +25,7 @@ from common.arguments import Parser, path_option
 from common.errors import EnvironmentFault, UserError, exit_code_of, leave, say
 from common.files import write_atomically
 from common.text import printable
+from data.datasets import DATASETS
 from data.image_file import Picture, read_picture
 from data.image_tree import find_images
 from evaluation.classify import Answer, classify
@@ -45,7 +46,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="IMAGE",
         nargs="+",
         help="image files of any format that Pillow reads, and folders of them; the centre square is taken, at the "
-        "resolution of the run's data set (32 pixels for cifar100; 8 for digits, without colour, bright on dark)",
+        f"resolution of the run's data set ({', '.join(_sides())}; else its data.image_size)",
     )
     parser.add_argument("--top", type=int, default=5, metavar="K", help="classes to name (default 5)")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of text")
@@ -68,6 +69,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if options.explain and not options.explain.parent.is_dir():
         raise UserError(f"--explain {options.explain}: {options.explain.parent} is not a folder")
     return options
+
+
+def _sides() -> list[str]:
+    """The data sets whose images have a size of their own."""
+    return [
+        f"{found.side} pixels for {name}" + (", without colour" if found.grey else "")
+        for name, found in sorted(DATASETS.items())
+        if found.side
+    ]
 
 
 def main() -> None:

@@ -17,7 +17,8 @@ from assembly.start import announce, start_tracking
 from common.errors import exit_code_of, leave
 from common.signals import stoppable
 from common.text import printable
-from config.config import parse_command_line, write_config
+from config.command_line import parse_command_line
+from config.config import write_config
 from evaluation.evaluation import evaluate, table
 from storage.export import export_model
 from storage.resume import start_of

@@ -33,7 +33,8 @@ from benchmarks.runs import train_once
 from benchmarks.study_tables import rows, shown
 from common.errors import exit_code_of
 from common.network import reachable
-from config.config import Config, config_from_dict, parse_command_line
+from config.command_line import parse_command_line
+from config.config import Config, config_from_dict
 from data.datasets import load_splits
 from evaluation.cost import head_cost
 from model.backbone import load_backbone

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks.common import Failure, Parser, attempt, environment, header, start, table, timed, write
 from common.errors import exit_code_of
-from config.config import parse_command_line
+from config.command_line import parse_command_line
 from config.optim import OptimConfig
 from evaluation.cost import head_cost, parameters
 from model.balance import BalanceConfig

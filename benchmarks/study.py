@@ -48,7 +48,8 @@ from benchmarks.study_tables import best, preferred, rows, shown
 from common.errors import exit_code_of
 from common.network import reachable
 from common.signals import stoppable
-from config.config import Config, parse_command_line
+from config.command_line import parse_command_line
+from config.config import Config
 from data.datasets import load_splits
 from data.image_set import Splits
 from features.bank import FeatureBank

@@ -41,7 +41,8 @@ from benchmarks.layers import article_loop
 from benchmarks.runs import train_once
 from common.errors import exit_code_of
 from common.network import reachable
-from config.config import Config, config_from_dict, parse_command_line
+from config.command_line import parse_command_line
+from config.config import Config, config_from_dict
 from data.datasets import load_splits
 from data.image_set import Splits
 from evaluation.metrics import scores

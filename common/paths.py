@@ -15,6 +15,11 @@ def expanded(text: str | os.PathLike) -> Path:
     return Path(os.path.expanduser(text))
 
 
+def cache_folder(name: str) -> Path:
+    """The folder `name` in which downloads and features outlive a run."""
+    return Path(os.environ.get("VISION_MOE_CACHE", "~/.cache/vision_moe")) / name
+
+
 def absolute(text: str | os.PathLike) -> Path:
     """The path as it is stored, so that it holds in another working folder as well."""
     return expanded(text).absolute()

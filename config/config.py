@@ -1,24 +1,23 @@
-"""Config: the components' own dataclasses put together, read from YAML and the command line."""
+"""Config: the components' own dataclasses put together, and how it is made of values that somebody wrote."""
 
+import difflib
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from functools import cache
 from pathlib import Path
-from types import NoneType
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from common.errors import UserError, one_line
 from common.files import write_atomically
-from common.paths import absolute, expanded
-from config.config_errors import explain, misfit, option_types
+from common.paths import absolute
+from common.text import printable
 from config.features import FeaturesConfig
 from config.optim import OptimConfig
 from config.train import TrainConfig
+from config.values import convert, expected, option_types
+from config.yaml_file import spelled
 from data.augment import AugmentConfig
 from data.datasets import DataConfig
 from model.backbone import BackboneConfig
@@ -26,11 +25,10 @@ from model.balance import BalanceConfig
 from model.classifier import NeckConfig, check_parts
 from model.experts import ExpertsConfig
 from model.losses import LOSSES
+from model.options import suggestion
 from model.routers import ROUTERS, RouterConfig
 
 DEVICES = r"auto|cpu|cuda(:\d+)?"
-MAX_CONFIG = 1_000_000  # bytes of a file, and values in it
-DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "cifar100.yaml"
 
 
 @dataclass
@@ -56,6 +54,7 @@ class Config:
 
     def __post_init__(self):
         self.run_dir = None if self.run_dir is None else absolute(self.run_dir)
+        self.data.root = self.data.place  # what is stored holds where the caches lie elsewhere, too
         if not re.fullmatch(DEVICES, self.device):
             raise ValueError(f"device is '{self.device}': use auto, cpu, cuda or cuda:N")
         num_experts = len(self.experts.sizes)
@@ -98,194 +97,82 @@ class Config:
         return _plain(asdict(self))
 
 
-@dataclass
-class Invocation:
-    """What a command line asked for."""
+class Values:
+    """Options that files, words and servers give, as the types of their fields; what is given later counts more."""
 
-    config: Config
-    name: str
-    """Stem of the configuration file, for the run's name."""
-    resume: Path | None
-    words: list[str] = field(default_factory=list)
-    """The command line itself."""
+    def __init__(self):
+        self.given: dict[str, Any] = {}
+        self.types = option_types(Config)
+
+    def add(self, name: str, value: Any, place: Callable[[str], str]) -> None:
+        """Take an option, "train.epochs", or a whole section, "train". place: where it stands, for the messages.
+
+        Raises UserError for an unknown name, and a value of another type.
+        """
+        kind = self.types.get(name)
+        if kind is None:
+            raise UserError(f"unknown option {printable(place(name)).removeprefix('--')}: {self._hint(name)}")
+        if value is None and place(name) == f"--{name}":
+            raise UserError(f"--{name} has no value: give {expected(kind)}")
+        if is_dataclass(kind):
+            table = spelled(value) if isinstance(value, str) else value
+            if not isinstance(table, dict):
+                raise misfit(place(name), value, kind)
+            for inner, item in table.items():
+                self.add(f"{name}.{inner}", item, place)
+            return
+        try:
+            self.given[name] = convert(kind, value)
+        except (ValueError, RecursionError) as error:
+            raise misfit(place(name), value, kind) from error
+
+    def _hint(self, name: str) -> str:
+        options = [key for key, kind in self.types.items() if not is_dataclass(kind)]
+        same_word = [key for key in options if key.split(".")[-1] == name.split(".")[-1]]
+        close = same_word or difflib.get_close_matches(name, options, 1, 0.75)
+        return f"did you mean {close[0]}?" if close else "--help lists all options"
+
+    def build(self) -> Config:
+        """The configuration of the options given, and the defaults of the others.
+
+        Raises UserError for a value that is out of its range, and for values that do not fit each other.
+        """
+        parts = {}
+        try:
+            for item in fields(Config):
+                if is_dataclass(item.type):
+                    names = {option.name for option in fields(item.type)}
+                    options = {name: self.given[key] for name in names if (key := f"{item.name}.{name}") in self.given}
+                    parts[item.name] = item.type(**options)
+                elif item.name in self.given:
+                    parts[item.name] = self.given[item.name]
+            return Config(**parts)
+        except (ValueError, OverflowError) as error:
+            raise UserError(one_line(error)) from error
 
 
-def parse_command_line(argv: list[str] | None = None, values: dict[str, str] | None = None) -> Invocation:
-    """Read `--config FILE`, `--section.field VALUE` and `--resume RUN`; print and exit for --help, --print_config.
-
-    values: texts of options that count more than those of the command line, {"train.epochs": "3"}. Raises UserError
-    for an unknown key, a wrong type or an impossible value.
-    """
-    words = list(sys.argv[1:] if argv is None else argv)
-    argv = [*words, *(f"--{key}={text}" for key, text in (values or {}).items())]
-    options = {word.split("=")[0] for word in argv}
-    resume = _value_of("--resume", argv)
-    if resume is not None:
-        for option in ("--config", "--run_dir"):
-            if option in options:
-                raise UserError(
-                    f"--resume takes configuration and folder from the run that it names: leave out {option}"
-                )
-        argv = ["--config", str(_run_config(expanded(resume))), *argv]
-    elif "--config" not in options:
-        argv = ["--config", str(DEFAULT_CONFIG), *argv]
-    argv = _files_first(argv)
-    parser, source = _parser(), _value_of("--config", argv)
-    if not source or not expanded(source).exists():
-        raise UserError(f"--config {source or 'names nothing'}: no such file; name one with options in YAML")
-
-    def given(key: str) -> tuple[str, Any]:
-        return _given(parser, argv, key)
-
-    _parse(lambda: _check_size(expanded(source)), source, given)
-    values = _parse(lambda: parser.parse_args(argv), source, given)
-    config = _build(parser, values)
-    if resume is not None:
-        config.run_dir = absolute(resume)
-        return Invocation(config, config.run_dir.name, config.run_dir, words)
-    return Invocation(config, Path(source).stem, None, words)
+def misfit(place: str, value: Any, kind: Any) -> UserError:
+    """That a value is of another type than its option."""
+    found = "null" if value is None else f"'{one_line(value, 80)}'"
+    return UserError(f"{printable(place)} is {printable(found)}: give {expected(kind)}{suggestion(value, kind)}")
 
 
-def config_from_dict(values: dict[str, Any]) -> Config:
+def config_from_dict(stored: dict[str, Any]) -> Config:
     """The Config that `Config.to_dict` described. Raises UserError where it does not fit."""
-    parser, source = _parser(), "the stored configuration"
+    values = Values()
+    for name, value in stored.items():
+        values.add(str(name), value, lambda key: f"{key} in the stored configuration")
+    return values.build()
 
-    def given(key: str) -> tuple[str, Any]:
-        return f"{key} in {source}", _at(values, key)
 
-    return _build(parser, _parse(lambda: parser.parse_object(values), source, given))
+def as_yaml(config: Config) -> str:
+    """The resolved configuration as YAML that --config reads back."""
+    return yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
 
 
 def write_config(config: Config, path: Path) -> None:
-    """Write the resolved configuration as YAML that --config reads back."""
-    text = yaml.safe_dump(config.to_dict(), sort_keys=False)
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def _run_config(run_dir: Path) -> Path:
-    path = run_dir / "config.yaml"
-    if not path.is_file():
-        raise UserError(f"{run_dir} is not a run: it has no config.yaml; name a folder that train.py wrote")
-    return path
-
-
-@cache
-def _parser() -> ArgumentParser:
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(
-        prog="train.py",
-        usage="python train.py [--config FILE] [--section.field VALUE ...] [--resume RUN]",
-        description="Train a vision mixture of experts on the features of a frozen ViT, then evaluate it.",
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--config",
-        action="config",
-        help="YAML file with any of the options below; configs/cifar100.yaml if none is named. The defaults below hold "
-        "where neither the file nor the command line sets an option: --print_config shows what does.",
-    )
-    parser.add_argument(
-        "--resume", type=str, default=None, metavar="RUN", help="Go on with a run that was interrupted."
-    )
-    parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
-    parser.add_class_arguments(Config)
-    sections = {item.name: item.type for item in fields(Config) if is_dataclass(item.type)}
-    for action in parser._actions:
-        section, _, name = action.dest.partition(".")
-        for option in fields(sections[section]) if section in sections else ():
-            if option.name == name:  # what registered parts say of themselves
-                action.help = option.metadata.get("help", action.help)
-    return parser
-
-
-def _build(parser: ArgumentParser, values: Namespace) -> Config:
-    _refuse_misfits(values)
-    try:
-        built = parser.instantiate(values)
-        return Config(**{item.name: built[item.name] for item in fields(Config)})
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(one_line(error)) from error
-
-
-def _refuse_misfits(values: Namespace) -> None:
-    """Raise UserError for what the parser lets pass: a null where the type has none, a section that is none."""
-    for name, kind in option_types(Config).items():
-        if (found := values.get(name, "")) is None and NoneType not in get_args(kind):
-            raise UserError(f"{name} is null: give it a value, or leave it out")
-        if is_dataclass(kind) and not isinstance(found, Namespace):
-            raise misfit(name, found, kind)
-
-
-def _files_first(argv: list[str]) -> list[str]:
-    """The words with every --config before all else: a file must not undo an option that stands before it."""
-    files, others, words = [], [], iter(argv)
-    for word in words:
-        if word == "--config":
-            files += [word, *([value] if (value := next(words, None)) is not None else [])]
-        else:
-            (files if word.startswith("--config=") else others).append(word)
-    return files + others
-
-
-def _check_size(path: Path) -> None:
-    """Raise ValueError for a file of which a few lines of aliases make more values than fit into memory."""
-    if not path.is_file():  # the parser will say so
-        return
-    sizes: dict[int, int] = {}
-
-    def size(node: yaml.Node) -> int:
-        if id(node) not in sizes:
-            inner = node.value if isinstance(node.value, list) else ()
-            parts = (part for item in inner for part in (item if isinstance(item, tuple) else (item,)))
-            sizes[id(node)] = 1 + sum(map(size, parts))
-        return sizes[id(node)]
-
-    try:
-        text = path.read_text(encoding="utf-8") if path.stat().st_size < MAX_CONFIG else ""
-        root = yaml.compose(text, yaml.SafeLoader)
-    except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"Unable to load: {error}") from error
-    if path.stat().st_size >= MAX_CONFIG or (root and size(root) >= MAX_CONFIG):
-        raise ValueError(f"Unable to load: it is larger than any configuration, {MAX_CONFIG:,} bytes or values")
-
-
-def _parse(parse: Callable[[], Any], source: str | None, given: Callable[[str], tuple[str, Any]]) -> Any:
-    """What `parse` returns, its errors in the user's words; source, given: as `config.config_errors.explain`."""
-    try:
-        return parse()
-    except RecursionError as error:
-        raise UserError(f"{source} refers to itself, or is nested without end: remove the YAML alias") from error
-    except (ArgumentError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-        raise explain(error, option_types(Config), source, given) from error
-
-
-def _given(parser: ArgumentParser, argv: list[str], key: str) -> tuple[str, Any]:
-    """Where the parser took the value of a refused option from: a file that it refuses by itself, or the words."""
-    for file in _values_of("--config", argv):
-        try:
-            parser.parse_args(["--config", file])
-        except ArgumentError:
-            return f"{key} in {file}", _at(yaml.safe_load(expanded(file).read_text(encoding="utf-8")), key)
-    return f"--{key}", _value_of(f"--{key}", argv)
-
-
-def _at(values: Any, key: str) -> Any:
-    """values["train"]["epochs"], or values["train.epochs"], for train.epochs; None where there is neither."""
-    for name in [key] if isinstance(values, dict) and key in values else key.split("."):
-        values = values.get(name) if isinstance(values, dict) else None
-    return values
-
-
-def _value_of(option: str, argv: list[str]) -> str | None:
-    """The value of the last `--option VALUE` or `--option=VALUE` in argv."""
-    return next(reversed(_values_of(option, argv)), None)
-
-
-def _values_of(option: str, argv: list[str]) -> list[str]:
-    values = [argv[i + 1 : i + 2] if word == option else [] for i, word in enumerate(argv)]
-    joined = [[word.partition("=")[2]] if word.startswith(f"{option}=") else [] for word in argv]
-    return [value for pair in zip(values, joined, strict=True) for found in pair for value in found]
+    """Write the resolved configuration as YAML."""
+    write_atomically(path, lambda temporary: temporary.write_text(as_yaml(config), encoding="utf-8"))
 
 
 def _plain(value: Any) -> Any:

@@ -1,13 +1,12 @@
 """FeaturesConfig: when the frozen backbone runs, and where what it sees is kept."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from common.paths import absolute
+from common.paths import absolute, cache_folder
 
-DEFAULT_FOLDER = Path(os.environ.get("VISION_MOE_CACHE", "~/.cache/vision_moe")) / "features"
+DEFAULT_FOLDER = cache_folder("features")
 
 
 @dataclass

@@ -14,7 +14,7 @@ class OptimConfig:
     kind: Literal["adamw", "adam"] = "adamw"
     """adamw (decoupled weight decay, Loshchilov 2019) or adam."""
     lr: float = 1e-3
-    """Peak learning rate."""
+    """Peak learning rate, which its warm-up ends at."""
     weight_decay: float = 0.05
     """Weight decay of matrices; biases and norms have none."""
     schedule: Literal["cosine", "constant"] = "cosine"

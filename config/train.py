@@ -11,7 +11,7 @@ class TrainConfig:
     epochs: int = 40
     """Passes over the training images."""
     batch_size: int = 1024
-    """Samples a step."""
+    """Training samples in a step."""
     label_smoothing: float = 0.1
     """Share of each target spread evenly over all classes (Szegedy 2016)."""
     ema_decay: float = 0.999

@@ -3,6 +3,7 @@
 import stat
 import warnings
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ MIN_SIDE = 4
 MAX_PIXELS = 89_478_485  # Pillow's own threshold for a suspicious image: 268 MB as RGB
 # JPEGs are decoded at 1/2, 1/4 or 1/8 of their size as long as that leaves so many pixels for each one wanted.
 DRAFT_FACTOR = 4
+BITS, PHOTOMETRIC = 258, 262  # tags of a TIFF
 
 
 @dataclass(frozen=True)
@@ -31,70 +33,82 @@ class Picture:
 def read_picture(path: Path, size: int, grey: bool = False) -> Picture:
     """The centre square of an image file, turned upright by its EXIF orientation and resized to `size` pixels.
 
-    Bicubic and antialiased; the first frame of an animation; transparent parts on white; 16-bit grey scaled to
+    Bicubic and antialiased; the first frame of an animation; transparent parts on white; deeper grey scaled to
     8 bits; CMYK without its colour profile; grey: without colour. Raises UserError, in one line, for a file
     that Pillow cannot read, a side below MIN_SIDE, or more than MAX_PIXELS to decode.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of damaged metadata and of large images, which are checked here
-            _require_regular(path)
-            with Image.open(path, formats=formats()) as image:
-                return _read(image, path, size, grey)
-    except UserError:
-        raise
+        num_bytes = _regular_size(path)
     except FileNotFoundError as error:
         what = "is a link to nothing: remove it" if path.is_symlink() else "is not there: check the name"
         raise UserError(f"{path} {what}") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read as an image ({error.strerror}): repair or remove it") from error
+    return _decode(path, path, num_bytes, size, grey)
+
+
+def decode_picture(content: bytes, name: str, size: int) -> Picture:
+    """The picture in the bytes of an image file, as `read_picture`; name: what to call it where it cannot be read."""
+    return _decode(BytesIO(content), name, len(content), size, False)
+
+
+def _regular_size(path: Path) -> int:
+    """The bytes of a file. Raises UserError for what has no end, or none: to open a pipe waits for its writer."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(f"{path} is {'a folder' if stat.S_ISDIR(status.st_mode) else 'no regular file'}, not an image")
+    return status.st_size
+
+
+def _decode(source: Path | BytesIO, name: Path | str, num_bytes: int, size: int, grey: bool) -> Picture:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of damaged metadata and of large images, which are checked here
+            with Image.open(source, formats=formats()) as image:
+                return _read(image, name, num_bytes, size, grey)
+    except UserError:
+        raise
     except UnidentifiedImageError as error:
         raise UserError(
-            f"{path} cannot be read as an image (of no format that Pillow knows): convert or remove it"
+            f"{name} cannot be read as an image (of no format that Pillow knows): convert or remove it"
         ) from error
     except Image.DecompressionBombError as error:
-        raise UserError(f"{path} has more than {2 * MAX_PIXELS // 10**6} megapixels: make it smaller first") from error
+        raise UserError(f"{name} has more than {2 * MAX_PIXELS // 10**6} megapixels: make it smaller first") from error
     except Exception as error:  # bytes that are no image make the decoders fail in every way there is
         reason = one_line(error, 120) or type(error).__name__
-        raise UserError(f"{path} cannot be read as an image ({reason}): repair or remove it") from error
+        raise UserError(f"{name} cannot be read as an image ({reason}): repair or remove it") from error
 
 
-def _require_regular(path: Path) -> None:
-    """Raise UserError for what has no end, or no bytes: to open a pipe waits for whoever writes to it."""
-    mode = path.stat().st_mode
-    if not stat.S_ISREG(mode):
-        raise UserError(f"{path} is {'a folder' if stat.S_ISDIR(mode) else 'no regular file'}, not an image")
-
-
-def _check_claim(image: Image.Image, size: int) -> None:
+def _check_claim(image: Image.Image, num_bytes: int) -> None:
     """Raise ValueError where a small file claims so many pixels that memory would be taken for nothing."""
-    if image.width * image.height > max(16_000_000, 1000 * size):
-        raise ValueError(f"it claims {image.width} x {image.height} pixels in {size:,} bytes")
+    if image.width * image.height > max(16_000_000, 1000 * num_bytes):
+        raise ValueError(f"it claims {image.width} x {image.height} pixels in {num_bytes:,} bytes")
 
 
-def _read(image: Image.Image, path: Path, size: int, grey: bool) -> Picture:
+def _read(image: Image.Image, name: Path | str, num_bytes: int, size: int, grey: bool) -> Picture:
     if min(image.size) < MIN_SIDE:
         raise UserError(
-            f"{path} is {image.width} x {image.height} pixels: a side of less than {MIN_SIDE} shows nothing"
+            f"{name} is {image.width} x {image.height} pixels: a side of less than {MIN_SIDE} shows nothing"
         )
     frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # MPO: a camera's photo and its previews
     image.draft(None, (DRAFT_FACTOR * size, DRAFT_FACTOR * size))
     if image.width * image.height > MAX_PIXELS:
         raise UserError(
-            f"{path} has {image.width * image.height / 1e6:.0f} megapixels, and at most {MAX_PIXELS // 10**6} are "
+            f"{name} has {image.width * image.height / 1e6:.0f} megapixels, and at most {MAX_PIXELS // 10**6} are "
             "decoded: make it smaller first, or a JPEG, which is decoded at a lower resolution"
         )
-    _check_claim(image, path.stat().st_size)
+    _check_claim(image, num_bytes)
     image.load()
     orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
     notes = [f"first of {frames} frames"] if frames > 1 else []
-    if _is_deep(image):
-        notes.append("16 bits a pixel, scaled to 8")
     if image.mode == "CMYK":
         notes.append("CMYK, colours without their profile")
     # Cropped before and turned after all else: only the small square is held a second time.
-    square = _as_rgb(image.crop((left, top, left + side, top + side)))
-    small = square.resize((size, size), Image.Resampling.BICUBIC)
+    square = centre_square(image)
+    if _is_deep(image):
+        square, note = _scaled(square, image)
+        notes.append(note)
+    small = _as_rgb(square).resize((size, size), Image.Resampling.BICUBIC)
     small.getexif()[ExifTags.Base.Orientation] = orientation
     small = ImageOps.exif_transpose(small)
     if grey:
@@ -102,19 +116,49 @@ def _read(image: Image.Image, path: Path, size: int, grey: bool) -> Picture:
     return Picture(torch.from_numpy(np.array(small)).permute(2, 0, 1).contiguous(), tuple(notes))
 
 
+def centre_square(image: Image.Image) -> Image.Image:
+    """The largest square in the middle of an image."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))
+
+
 def _is_deep(image: Image.Image) -> bool:
-    return image.mode.startswith("I;16") or image.mode == "I"
+    """Whether a pixel is one number of more than eight bits."""
+    return image.mode.startswith("I") or image.mode == "F"
+
+
+def _white(values_HW: np.ndarray, file: Image.Image) -> float:
+    """The number that is shown white: that of the format, else the smallest usual one that no pixel exceeds."""
+    if values_HW.dtype.kind != "f" and (file.mode.startswith("I;16") or file.format in ("PNG", "PPM")):
+        bits = file.tag_v2.get(BITS, (16,))[0] if file.format == "TIFF" else 16
+        return 2**bits - 1
+    largest = values_HW[np.isfinite(values_HW)].max(initial=0)
+    usual = (1, 255, 65535) if values_HW.dtype.kind == "f" else (255, 65535)
+    return next((white for white in usual if largest <= white), float(largest))
+
+
+def _scaled(image: Image.Image, file: Image.Image) -> tuple[Image.Image, str]:
+    """A deep image in eight bits, where Pillow would show all above 255 white; and a note that says so.
+
+    file: the image as it was opened, which knows its format.
+    """
+    values_HW = np.asarray(image)
+    white = _white(values_HW, file)
+    if values_HW.dtype.kind == "f":
+        values_HW = np.nan_to_num(values_HW, nan=0, posinf=white, neginf=0)
+    values_HW = values_HW.clip(0, white)
+    if file.format == "TIFF" and file.tag_v2.get(PHOTOMETRIC) == 0:  # 0 is white, which Pillow heeds for 8 bits alone
+        values_HW = white - values_HW
+    whole = isinstance(white, int) and values_HW.dtype.kind != "f"
+    grey_HW = values_HW.astype(np.int32) * 256 // (white + 1) if whole else values_HW * np.float32(255 / white)
+    bits = white.bit_length() if whole and file.mode.startswith("I;16") else 32
+    note = f"{bits} bits a pixel, {'scaled to 8' if bits < 32 else f'{white:g} taken as white'}"
+    return Image.fromarray(grey_HW.astype(np.uint8)), note
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
-    """Eight bits a channel, without transparency; sixteen bits are scaled, where Pillow would cut all above 255."""
-    if _is_deep(image):
-        values = np.asarray(image).clip(0, 65535)
-        return Image.fromarray((values // 256).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":  # no standard says what is white: 1.0, unless there are larger values
-        values = np.nan_to_num(np.asarray(image))
-        scale = 255 if values.max() <= 1 else 1
-        return Image.fromarray((values * scale).clip(0, 255).astype(np.uint8)).convert("RGB")
+    """Eight bits a channel, without transparency."""
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         image = Image.new("RGBA", layer.size, "white")

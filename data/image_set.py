@@ -4,9 +4,11 @@ import hashlib
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from common.errors import UserError
+from common.errors import EnvironmentFault, UserError
+from common.memory import available_memory
 
 
 @dataclass(frozen=True)
@@ -14,7 +16,7 @@ class ImageSet:
     """N labelled images in memory.
 
     images_NCHW: uint8 RGB. labels_N: int64 in [0, C). coarse_N: int64 superclass of each image, or None.
-    Raises UserError for a label that names no class.
+    Raises UserError for a label that names no class, and for two classes of one name.
     """
 
     images_NCHW: Tensor
@@ -24,6 +26,9 @@ class ImageSet:
     coarse_names: tuple[str, ...] = ()
 
     def __post_init__(self):
+        if len(set(self.class_names)) < self.num_classes:
+            twice = next(name for name in self.class_names if self.class_names.count(name) > 1)
+            raise UserError(f"two classes are called '{twice}': give each a name of its own")
         if len(self.labels_N) != len(self.images_NCHW):
             raise UserError(f"there are {len(self.images_NCHW)} images but {len(self.labels_N)} labels")
         if len(self) and not 0 <= int(self.labels_N.min()) <= int(self.labels_N.max()) < self.num_classes:
@@ -63,6 +68,17 @@ class ImageSet:
         groups_C = np.zeros(self.num_classes, dtype=np.int64)
         groups_C[self.labels_N.numpy()] = self.coarse_N.numpy()
         return groups_C
+
+
+def empty_images(count: int, size: int) -> Tensor:
+    """Room for `count` images, uint8 (count, 3, size, size). Raises EnvironmentFault where the memory has none."""
+    needed, free = 3 * count * size * size, available_memory()
+    if free is not None and needed > free:
+        raise EnvironmentFault(
+            f"{count:,} images of {size} x {size} pixels need {needed / 1e9:,.1f} GB of memory, and {free / 1e9:,.1f} "
+            "GB are free: lower --data.image_size, or use fewer images"
+        )
+    return torch.empty(count, 3, size, size, dtype=torch.uint8)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .errors import InputError, UnavailableError, one_line
 from .fast_vit import fast_copy
+from .options import check_options
 from .weights_file import load_converted, read_weights
 
 POOLS = ("cls", "mean", "tokens")
@@ -43,6 +44,7 @@ class BackboneConfig:
 
     def __post_init__(self):
         self.weights = None if self.weights is None else Path(self.weights).expanduser().absolute()
+        check_options(self, "backbone")
         if self.image_size is not None and self.image_size < 1:
             raise ValueError(f"backbone.image_size is {self.image_size}: it is a number of pixels")
         if not self.features:

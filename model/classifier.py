@@ -6,8 +6,9 @@ from typing import Literal
 from torch import Tensor, nn
 
 from .experts import ExpertsConfig
-from .moe import MixtureOfExperts
+from .moe import MixtureOfExperts, check_mixture
 from .norm import Standardise
+from .options import check_options
 from .routers import ROUTERS, RouterConfig, Routing
 
 
@@ -26,6 +27,7 @@ class NeckConfig:
     """attention: number of heads."""
 
     def __post_init__(self):
+        check_options(self, "neck")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"neck.dropout is {self.dropout}: it must be at least 0 and below 1")
         if self.heads < 1:
@@ -136,10 +138,8 @@ class VisionMoE(nn.Module):
 
 def check_parts(neck: NeckConfig, router: RouterConfig, experts: ExpertsConfig) -> None:
     """Raise ValueError where neck, router and experts do not fit each other, behind the ViT."""
-    if experts.place != "head":
-        raise ValueError(f"experts.place {experts.place} is not behind the ViT: MoEViT has experts inside it")
+    check_mixture(router, experts)
     rule = ROUTERS[router.kind]
-    rule.check(router, len(experts.sizes))
     if rule.reads_tokens and neck.kind != "tokens":
         raise ValueError(
             f"router.kind {router.kind} mixes patch tokens, which neck.kind {neck.kind} does not keep: set neck.kind "
@@ -154,11 +154,3 @@ def check_parts(neck: NeckConfig, router: RouterConfig, experts: ExpertsConfig) 
         raise ValueError(
             f"router.inputs and experts.inputs choose among pooled features, which neck.kind {neck.kind} does not give"
         )
-    scale = rule.only_scales(router, len(experts.sizes))
-    if experts.combine == "probabilities" and scale is not None:
-        raise ValueError(
-            f"experts.combine probabilities with {scale} gives the gate no gradient, since a single weight scales all "
-            f"probabilities alike: use logits, or {scale.replace('1', '2')}"
-        )
-    if experts.combine == "probabilities" and router.overflow == "residual":
-        raise ValueError("router.overflow residual adds logits: set experts.combine logits, or another overflow")

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from .dispatch import COMBINE, dispatch
 from .experts import ExpertsConfig, build_experts
-from .routers import RouterConfig, Routing, build_router
+from .routers import ROUTERS, RouterConfig, Routing, build_router
 
 
 class MixtureOfExperts(nn.Module):
@@ -29,6 +29,8 @@ class MixtureOfExperts(nn.Module):
         num_groups: int = 1,
     ):
         super().__init__()
+        check_mixture(router, experts)
+        self.in_features = in_features
         num_experts = len(experts.sizes)
         work = experts.work(in_features, num_classes, num_groups)
         self.router = build_router(router, in_features, num_experts, work, num_groups)
@@ -46,6 +48,7 @@ class MixtureOfExperts(nn.Module):
         warmup: route at random. allowed_E: bool, the experts that may be chosen (None: all). static: dispatch with
         shapes that suit a CUDA graph, where experts.dispatch is auto.
         """
+        check_shape(x_BD, self.in_features, "(B, T, {})" if self.router.reads_tokens else "(B, {})")
         how = "static" if static and self.how == "auto" else self.how
         routing = self.router(x_BD, warmup, allowed_E)
         if self.training:
@@ -72,3 +75,25 @@ class MixtureOfExperts(nn.Module):
     def _count(self, routing: Routing) -> None:
         counter_E = self.usage_E if routing.learned else self.warmup_usage_E
         counter_E += routing.counts_E
+
+
+def check_shape(x: Tensor, width: int, shape: str) -> None:
+    """Raise ValueError for a tensor of another shape, whose last size is `width`: "(B, {})"."""
+    if x.ndim != shape.count(",") + 1 or x.shape[-1] != width:
+        raise ValueError(f"the mixture of experts reads a tensor of shape {shape.format(width)}, not {tuple(x.shape)}")
+
+
+def check_mixture(router: RouterConfig, experts: ExpertsConfig) -> None:
+    """Raise ValueError where router and experts do not fit each other, behind the ViT."""
+    if experts.place != "head":
+        raise ValueError(f"experts.place {experts.place} is not behind the ViT: MoEViT has experts inside it")
+    rule = ROUTERS[router.kind]
+    rule.check(router, len(experts.sizes))
+    scale = rule.only_scales(router, len(experts.sizes))
+    if experts.combine == "probabilities" and scale is not None:
+        raise ValueError(
+            f"experts.combine probabilities with {scale} gives the gate no gradient, since a single weight scales all "
+            f"probabilities alike: use logits, or {scale.replace('1', '2')}"
+        )
+    if experts.combine == "probabilities" and router.overflow == "residual":
+        raise ValueError("router.overflow residual adds logits: set experts.combine logits, or another overflow")

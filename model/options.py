@@ -74,7 +74,7 @@ def check_options(config: Any, section: str) -> None:
         value, option = getattr(config, item.name), item.metadata.get("option")
         if not is_a(value, item.type):
             raise InputError(
-                f"{section}.{item.name} is {value!r}: give {described(item.type)}{_close(value, item.type)}"
+                f"{section}.{item.name} is {value!r}: give {described(item.type)}{suggestion(value, item.type)}"
             )
         if option is not None and option.check is not None and (reason := option.check(value)):
             raise InputError(f"{section}.{item.name} is {value}: {reason}")
@@ -107,8 +107,8 @@ def described(kind: Any, many: bool = False) -> str:
     return (MANY if many else ONE)[kind]
 
 
-def _close(value: Any, kind: Any) -> str:
-    """A choice that is spelled like the value, as a question."""
+def suggestion(value: Any, kind: Any) -> str:
+    """A choice that is spelled like the value, as a question; empty where there is none."""
     choices = [str(choice) for choice in get_args(kind)] if get_origin(kind) is Literal else []
     close = difflib.get_close_matches(str(value), choices, 1, 0.5)
     return f"; did you mean {close[0]}?" if close else ""

@@ -9,7 +9,8 @@ import torch
 
 from common.errors import Interrupted, UserError, one_line, say, warn
 from common.text import command, printable, quoted
-from config.config import Config, Invocation, flatten
+from config.command_line import Invocation
+from config.config import Config, flatten
 from storage.checkpoint import RESUMABLE, load_checkpoint, previous, require_like
 from storage.folder import INCIDENTAL, RunFolder
 

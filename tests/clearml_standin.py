@@ -139,11 +139,11 @@ class StandIn:
         return {}
 
     def scalars(self, task: str) -> dict[tuple[str, str, int], float]:
-        """(title, series, step) -> value, single values under the title Summary."""
+        """(title, series, step) -> value, single values under the title Summary; without the SDK's monitor."""
         return {
             (event["metric"], event["variant"], event["iter"]): event["value"]
             for event in self.events
-            if event["type"] == "training_stats_scalar" and event["task"] == task
+            if event["type"] == "training_stats_scalar" and event["task"] == task and event["metric"][0] != ":"
         }
 
 

@@ -25,7 +25,7 @@ import train
 from assembly import pipeline
 from common.errors import exit_code_of
 from common.signals import stoppable
-from config.config import Invocation, parse_command_line
+from config.command_line import Invocation, parse_command_line
 from evaluation import evaluation
 
 EPOCHS, SAVE_EVERY = 18, 3

@@ -5,7 +5,8 @@ from dataclasses import fields
 from typing import Any
 
 from common.errors import EnvironmentFault, UserError
-from config.config import Config, Invocation, parse_command_line
+from config.command_line import Invocation, parse_command_line
+from config.config import Config
 from tracking.clearml_runs import get_task
 
 TASK_ID = ("CLEARML_TASK_ID", "TRAINS_TASK_ID")
@@ -29,7 +30,7 @@ def obey_agent(invocation: Invocation) -> Invocation:
     values = _texts(task.data.hyperparams or {})
     if invocation.resume is not None:
         values.pop("run_dir", None)
-    return parse_command_line(invocation.words, values)
+    return parse_command_line(invocation.words, values, f"ClearML task {task_id}")
 
 
 def _texts(sections: dict[str, Any]) -> dict[str, str]:
@@ -40,5 +41,5 @@ def _texts(sections: dict[str, Any]) -> dict[str, str]:
         for name, parameter in parameters.items():
             key = name if section == "General" else f"{section}.{name}"
             if key.split(".")[0] in known:  # not what others keep there
-                texts[key] = "null" if parameter.value in ("", None) else parameter.value
+                texts[key] = parameter.value or ""  # which is how the SDK writes None
     return texts

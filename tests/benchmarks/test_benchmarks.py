@@ -12,7 +12,7 @@ from benchmarks import dispatch, extraction, recipe, scaling, step, study, time_
 from benchmarks.common import Failure, Timing, attempt, table, timed
 from benchmarks.layers import Shape, contestants
 from common.errors import UserError, exit_code_of
-from config.config import parse_command_line
+from config.command_line import parse_command_line
 from evaluation.cost import head_cost
 
 CPU = torch.device("cpu")
@@ -94,6 +94,7 @@ def test_the_limit_of_a_step_is_its_largest_part():
     )
 
 
+@pytest.mark.slow
 def test_dispatch_runs_to_its_end(tmp_path, capsys):
     dispatch.main([*TINY, str(tmp_path)])
     out = capsys.readouterr().out
@@ -117,6 +118,7 @@ def test_scaling_runs_to_its_end(tmp_path, capsys):
     assert [row["sweep"] for row in read(tmp_path, "scaling")["rows"]] == ["samples", "samples", "experts", "features"]
 
 
+@pytest.mark.slow
 def test_tiny_leaves_what_was_given_as_it_is(tmp_path):
     scaling.main([*TINY, str(tmp_path), "--samples", "100", "--experts", "2", "--features", "16"])
     (row,) = read(tmp_path, "scaling")["rows"]
@@ -148,6 +150,7 @@ def test_help_explains_every_option_and_its_default(benchmark, capsys):
         assert "default" in option or option.startswith(("--help", "--tiny")), option
 
 
+@pytest.mark.slow
 def test_step_runs_to_its_end(tmp_path, capsys):
     step.main([*TINY, str(tmp_path)])
     assert "ms a step" in capsys.readouterr().out
@@ -158,6 +161,7 @@ def test_step_runs_to_its_end(tmp_path, capsys):
     assert active < mixture < total
 
 
+@pytest.mark.slow
 def test_recipe_pairs_heads_of_equal_cost(tmp_path, capsys):
     recipe.main(["--tiny", "--device", "cpu", "--out", str(tmp_path)])
     assert "paired difference" in capsys.readouterr().out
@@ -183,6 +187,7 @@ def test_batches_go_round_the_samples_in_one_random_order():
     assert len(seen[-1][1]) == 3
 
 
+@pytest.mark.slow
 def test_time_to_accuracy_runs_to_its_end(tmp_path, capsys):
     time_to_accuracy.main([*TINY, str(tmp_path), "--repeats", "1", "--live-epochs", "0"])
     assert "goal: ours" in capsys.readouterr().out
@@ -191,6 +196,7 @@ def test_time_to_accuracy_runs_to_its_end(tmp_path, capsys):
     assert 0 < runs["article as written"][0]["curve"][0]["epoch"] < 1  # stopped by --seconds
 
 
+@pytest.mark.slow
 def test_what_is_done_is_kept_when_the_rest_is_interrupted(tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt

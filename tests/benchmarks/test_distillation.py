@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -9,6 +10,7 @@ from distillation.train_vit_micro import main
 from model.vit_micro import vit_micro
 
 
+@pytest.mark.slow
 def test_distillation_writes_weights_that_fit_and_scores(assets, tmp_path, monkeypatch):
     monkeypatch.setattr("distillation.probe.L2_GRID", (0.1, 1.0))  # these converge soon
     options = ["--teacher_random", "--teacher_name", "test_vit", "--teacher_blocks", "3", "5", "--device", "cpu"]

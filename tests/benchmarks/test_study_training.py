@@ -40,6 +40,7 @@ def test_a_head_learns_and_is_the_same_again(features, head):
     assert ("specialisation" in found) == ("logistic" not in head and len(head["experts"]["sizes"]) > 1)
 
 
+@pytest.mark.slow
 def test_heads_of_a_pass_are_as_good_as_alone(features):
     # Without dropout and noise nothing is drawn while training: side by side or alone, each ends the same.
     head = {**router_methods(8)["mixtral"], "balance": {"switch": 0.0}}
@@ -119,6 +120,7 @@ def test_a_pass_that_fails_is_tried_head_by_head_and_only_what_will_fail_again_i
     assert [Results(tmp_path).knows(job) for job in jobs] == [True, True, False]
 
 
+@pytest.mark.slow
 def test_what_has_begun_at_the_deadline_is_kept(tmp_path, features):
     jobs = [Job("x", dense(8), seed, "test", 2, {"lr": 1e-3, "dropout": 0.0}) for seed in range(40)]
     results = Results(tmp_path)

@@ -7,7 +7,8 @@ import yaml
 from conftest import ROOT, run_program
 
 from common.errors import UserError
-from config.config import Config, config_from_dict, parse_command_line, write_config
+from config.command_line import parse_command_line
+from config.config import Config, config_from_dict, flatten, write_config
 from model.routers import ROUTERS
 
 
@@ -87,8 +88,20 @@ def test_a_configuration_survives_writing_and_reading(tmp_path):
             ["--experts.sizes", "5"],
             "is '5': give a list in brackets of any of small, medium, large, very_large, or lists",
         ),
-        (["--experts.sizes.a", "5"], "--experts.sizes: give a list in brackets"),
+        (["--experts.sizes.a", "5"], "unknown option experts.sizes.a: did you mean experts.sizes?"),
         (["--train", "abc"], "--train is 'abc': give a table of options such as epochs"),
+        (["--train", "{epochs: x}"], "--train.epochs is 'x': give a whole number"),
+        (["--train.epochs", "true"], "--train.epochs is 'true': give a whole number"),
+        (["--train.epochs", ".inf"], "--train.epochs is '.inf': give a whole number"),
+        (["--optim.lr", "1" + 400 * "0"], "give a number"),
+        (["--train.epochs", "--debug"], "--train.epochs has no value: give a whole number"),
+        (["--print_config", "--optim.lr", "1,5"], "--optim.lr is '1,5': give a number"),
+        (["--optim.lr", "1,5", "--print_config"], "--optim.lr is '1,5': give a number"),
+        (["--print_config", "--router.top_k", "9"], "router.top_k is 9 but experts.sizes names 4"),
+        (["--print_config", "--train.epochz", "3"], "unknown option train.epochz"),
+        (["--print_config", "--train.epochs"], "--train.epochs has no value"),
+        (["--print_config", "--config", "nowhere.yaml"], "no such file"),
+        (["--optim.lr", "1,5", "--optim.lr", "0.1"], "--optim.lr is '1,5'"),
         (["--config", "configs/digits.yaml", "--train.epochs", "x"], "--train.epochs is 'x': give a whole number"),
         (["--train.epochs", "0"], "train.epochs is 0"),
         (["--router.top_k", "9"], "router.top_k is 9 but experts.sizes names 4"),
@@ -149,8 +162,12 @@ def test_mistakes_end_in_one_line_that_names_them(arguments, words):
         ("router.top_k: two", "router.top_k in FILE is 'two': give a whole number"),
         ("experts: {sizes: [[a]]}", "experts.sizes in FILE is '[['a']]': give a list in brackets"),
         ("tracking: 3", "tracking in FILE is '3': give one of auto, clearml"),
-        ("train: 3", "train is '3': give a table of options such as epochs"),
-        ("train: {epochs: null}", "train.epochs is null"),
+        ("train: 3", "train in FILE is '3': give a table of options such as epochs"),
+        ("train:", "train in FILE is null: give a table of options such as epochs"),
+        ("train: {epochs: null}", "train.epochs in FILE is null: give a whole number"),
+        ("train: {epochs: {a: 1}}", "train.epochs in FILE is '{'a': 1}': give a whole number"),
+        ("train: {epochs: yes}", "train.epochs in FILE is 'yes': give a whole number"),
+        ("train: {1: 2}", "unknown option train.1 in FILE: --help lists all options"),
     ],
 )
 def test_a_wrong_value_in_a_file_is_told_with_the_file(text, words, tmp_path):
@@ -164,6 +181,53 @@ def test_a_wrong_value_in_a_file_is_told_with_the_file(text, words, tmp_path):
 def test_a_wrong_value_in_a_stored_configuration_is_told_as_such():
     with pytest.raises(UserError, match=r"router\.top_k in the stored configuration is 'two': give a whole number"):
         config_from_dict({"router": {"top_k": "two"}})
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "value"),
+    [
+        ("train.epochs", "2.0", 2),
+        ("train.epochs", "1e1", 10),
+        ("train.epochs", "+3", 3),
+        ("optim.lr", "1e-3", 0.001),
+        ("optim.lr", "1", 1.0),
+        ("optim.lr", ".5", 0.5),
+        ("train.graph", "off", "off"),
+        ("train.deterministic", "yes", True),
+        ("train.deterministic", "False", False),
+        ("router.noise_std", "null", None),
+        ("router.noise_std", "", None),
+        ("router.target_load", "size", "size"),
+        ("router.target_load", "[1, 2, 3, 4]", [1.0, 2.0, 3.0, 4.0]),
+        ("experts.dropout", "[0.1, 0.1, 0, .2]", [0.1, 0.1, 0.0, 0.2]),
+        ("experts.sizes", '[[16], "small", [4.0], []]', [[16], "small", [4], []]),
+        ("backbone.name", "007", "007"),
+        ("backbone.weights", "null", None),
+    ],
+)
+def test_a_value_means_the_same_wherever_it_is_written(option, text, value, tmp_path):
+    """On the command line, in a file and in a task of ClearML, which keeps all values as text."""
+    section, _, name = option.partition(".")
+    given = ["--experts.shared", "[]", f"--{option}", text]
+    configs = [parse_command_line(given).config]
+    configs.append(parse_command_line(["--experts.shared", "[]"], {option: text}, "task").config)
+    (tmp_path / "a.yaml").write_text(f"{section}: {{{name}: {text or 'null'}}}")
+    if option != "backbone.name":  # which would have to be quoted
+        configs.append(parse_command_line(["--config", str(tmp_path / "a.yaml"), "--experts.shared", "[]"]).config)
+    for config in configs:
+        found = getattr(getattr(config, section), name)
+        assert found == value and type(found) is type(value)
+
+
+def test_a_section_may_be_given_as_a_table_and_what_comes_later_counts_more(tmp_path):
+    words = ["--train", "{epochs: 3, seed: 4}", "--train.seed", "5"]
+    config = parse_command_line(words).config
+    assert (config.train.epochs, config.train.seed, config.train.batch_size) == (3, 5, 1024)
+    for name, text in (("a", "train: {epochs: 7, seed: 1}"), ("b", "train.seed: 2")):
+        (tmp_path / f"{name}.yaml").write_text(text)
+    files = ["--config", str(tmp_path / "a.yaml"), "--config", str(tmp_path / "b.yaml")]
+    invocation = parse_command_line(files)
+    assert (invocation.name, invocation.config.train.epochs, invocation.config.train.seed) == ("b", 7, 2)
 
 
 def test_the_options_of_every_rule_survive_the_command_line(tmp_path):
@@ -182,12 +246,12 @@ def test_the_options_of_every_rule_survive_the_command_line(tmp_path):
 def test_an_unknown_key_in_a_file_is_named(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("train: {epochz: 3}\n")
-    with pytest.raises(UserError, match=r"train\.epochz: did you mean train\.epochs\?"):
+    with pytest.raises(UserError, match=r"train\.epochz in \S+mine\.yaml: did you mean train\.epochs\?"):
         parse_command_line(["--config", str(path)])
     path.write_text("trian: {epochs: 3}\n")
     with pytest.raises(UserError, match="unknown option trian"):
         parse_command_line(["--config", str(path)])
-    for text in ("train: {epochs: [}\n", "train:\n", "train: 3\n", "data: {root: null}\n", "a: &a [*a]\n", ""):
+    for text in ("train: {epochs: [}\n", "train:\n", "train: 3\n", "data: {name: null}\n", "a: &a [*a]\n", ""):
         path.write_text(text)
         with pytest.raises(UserError) as caught:
             parse_command_line(["--config", str(path)])
@@ -208,9 +272,17 @@ def test_help_explains_every_field_and_print_config_round_trips(tmp_path, capsys
     options = list(re.finditer(r"^  --([a-z_]+\.[a-z_0-9]+)[ ,](.*(?:\n    .*)*)", text, re.MULTILINE))
     assert len(options) > 40
     for match in options:
-        explanation = match[2].split("(type")[0].replace(match[1], "")
+        explanation = match[2].rpartition("(")[0].replace(match[1], "")
         assert len(explanation.split()) > 3, f"{match[1]} has no explanation"
-    assert all(re.search(rf"\b{kind}: ", text) for kind in ROUTERS)
+    assert {match[1] for match in options} == {key for key in flatten(Config().to_dict()) if "." in key}
+    assert all(f"{kind}: " in " ".join(text.split()) for kind in ROUTERS)
+    shown = {match[1]: " ".join(match[2].split()) for match in options}
+    assert all("default: " in explanation for explanation in shown.values())
+    assert "default: 60, 40 in a file without it" in shown["train.epochs"]  # configs/cifar100.yaml has 60
+    examples = re.findall(r"^  python (train\.py .*?)(?:   |$)", text.partition("examples:")[2], re.MULTILINE)
+    assert len(examples) == 3
+    for example in examples:
+        parse_command_line(example.split()[1:])
     printed = printed_by(["--config", "configs/digits.yaml", "--train.seed", "7", "--print_config"], capsys)
     values = yaml.safe_load(printed)
     assert values["train"]["seed"] == 7
@@ -219,6 +291,7 @@ def test_help_explains_every_field_and_print_config_round_trips(tmp_path, capsys
     assert parse_command_line(["--config", str(path)]).config.train.seed == 7
 
 
+@pytest.mark.slow
 def test_exit_code_and_single_line_of_a_wrong_command_line(tmp_path):
     run_dir = tmp_path / "run"
     result = run_program("train.py", "--config", "configs/digits.yaml", "--router.top_k", "9", "--run_dir", run_dir)

@@ -26,7 +26,8 @@ from trainer_helpers import make_trainer
 
 from assembly.pipeline import build_model
 from common.errors import UserError
-from config.config import Config, config_from_dict, parse_command_line
+from config.command_line import parse_command_line
+from config.config import Config, config_from_dict
 from model.weights_file import read_weights
 from storage.checkpoint import load_checkpoint, previous, save_checkpoint, seed_everything
 from storage.export import export_model, load_exported, read_description
@@ -57,6 +58,7 @@ def test_configuration_files(tmp_path_factory, changes):
     survives(lambda: parse_command_line(["--config", str(path)]))
 
 
+@pytest.mark.slow
 @fuzz(20, changes=PLAIN)
 def test_configurations(tmp_path_factory, changes):
     path = tmp_path_factory.getbasetemp() / "fuzz.yaml"
@@ -92,6 +94,7 @@ def test_checkpoint_files(whole, changes):
     survives(lambda: resume(whole))
 
 
+@pytest.mark.slow
 @fuzz(40, changes=ENTRIES)
 def test_checkpoints(whole, changes):
     run = whole.run

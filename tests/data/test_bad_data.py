@@ -15,10 +15,10 @@ from data.image_set import ImageSet
 
 def folder_of_images(root, counts):
     """ROOT/SPLIT/CLASS/N.png for {"SPLIT/CLASS": how many}."""
-    for place, count in counts.items():
+    for number, (place, count) in enumerate(counts.items()):
         (root / place).mkdir(parents=True)
         for index in range(count):
-            Image.new("RGB", (9, 9), (index, 0, 0)).save(root / place / f"{index}.png")
+            Image.new("RGB", (9, 9), (index, number, 0)).save(root / place / f"{index}.png")
 
 
 @pytest.mark.parametrize(

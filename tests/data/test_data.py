@@ -1,6 +1,9 @@
 """Image sets, splits, augmentation for each image, the feature bank."""
 
+import hashlib
+import io
 import pickle
+import tarfile
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ from common.errors import EnvironmentFault, UserError
 from config.features import FeaturesConfig
 from data.augment import AugmentConfig, View, apply_view, draw_view
 from data.datasets import DataConfig, load_splits, stratified_split
+from data.datasets.cifar100 import load_cifar100
 from data.image_set import ImageSet
 from features.bank import FeatureBank
 from model.preparation import prepare
@@ -190,7 +194,7 @@ def test_without_augmentation_every_view_is_the_image():
 
 
 def test_missing_cifar_says_where_it_looked_and_what_to_run(tmp_path, monkeypatch):
-    monkeypatch.setattr("data.cifar100.reachable", lambda url: False)
+    monkeypatch.setattr("data.datasets.cifar100.reachable", lambda url: False)
     with pytest.raises(EnvironmentFault) as caught:
         load_splits(DataConfig(root=tmp_path))
     message = str(caught.value)
@@ -227,10 +231,39 @@ def test_altered_cifar_files_are_refused_before_they_are_unpickled(tmp_path):
 
     for name in ("train", "test", "meta"):
         (folder / name).write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(UserError, match=r"train is not the official CIFAR-100 file .*delete it"):
+    with pytest.raises(UserError, match=r"train is not the official file of CIFAR-100 .*delete it"):
         load_splits(DataConfig(root=tmp_path))
 
 
+def test_an_archive_at_hand_is_unpacked_once_its_checksum_matched(tmp_path, monkeypatch, capsys):
+    from torchvision.datasets import CIFAR100
+
+    def batch(count):
+        return {"data": np.zeros((count, 3072), np.uint8), "fine_labels": [0, 1] * count, "coarse_labels": [0] * count}
+
+    contents = {name: pickle.dumps(batch(2) | {"fine_labels": [0, 1]}) for name in ("train", "test")}
+    contents["meta"] = pickle.dumps({"fine_label_names": ["a", "b"], "coarse_label_names": ["c"]})
+    archive = tmp_path / CIFAR100.filename
+    with tarfile.open(archive, "w:gz") as members:
+        for name, content in contents.items():
+            member = tarfile.TarInfo(f"cifar-100-python/{name}")
+            member.size = len(content)
+            members.addfile(member, io.BytesIO(content))
+    monkeypatch.setattr("data.datasets.cifar100.reachable", lambda url: False)
+    with pytest.raises(UserError, match=r"cifar-100-python\.tar\.gz is not the official file"):
+        load_cifar100(tmp_path)
+    md5 = {name: hashlib.md5(content).hexdigest() for name, content in contents.items()}
+    monkeypatch.setattr(CIFAR100, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
+    monkeypatch.setattr(CIFAR100, "train_list", [["train", md5["train"]]])
+    monkeypatch.setattr(CIFAR100, "test_list", [["test", md5["test"]]])
+    monkeypatch.setattr(CIFAR100, "meta", CIFAR100.meta | {"md5": md5["meta"]})
+    for _ in range(2):  # the second time from the files
+        train, test = load_cifar100(tmp_path, download=False)
+        assert (len(train), len(test), train.class_names) == (2, 2, ("a", "b"))
+    assert capsys.readouterr().err.count("is unpacked from") == 1
+
+
+@pytest.mark.slow
 def test_real_cifar_has_fine_and_coarse_labels(assets):
     splits = load_splits(DataConfig(root=assets))
     assert [len(splits[name]) for name in ("train", "validation", "test")] == [45_000, 5_000, 10_000]

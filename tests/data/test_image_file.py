@@ -81,3 +81,40 @@ def test_a_photo_of_100_megapixels_is_decoded_at_a_lower_resolution(tmp_path):
     image.save(tmp_path / "photo.jpg")
     pixels = read_picture(tmp_path / "photo.jpg", 32).pixels_CHW
     assert pixels[:, :, :15].max() < 10 and pixels[:, :, 17:].min() > 245
+
+
+RAMP = np.tile(np.linspace(0, 1, 64), (64, 1))
+
+
+@pytest.mark.parametrize(
+    ("values", "note"),
+    [
+        (np.float32(RAMP), "1 taken as white"),
+        (np.float32(RAMP * 255), "255 taken as white"),
+        (np.float32(RAMP * 65535), "65535 taken as white"),
+        (np.float32(RAMP * 1e6), "1e+06 taken as white"),
+        (np.int32(RAMP * 255), "255 taken as white"),
+        (np.int32(RAMP * 65535), "65535 taken as white"),
+        (np.int32(RAMP * 2**30), "1.07374e+09 taken as white"),
+        (np.uint16(RAMP * 65535), "scaled to 8"),
+    ],
+)
+def test_numbers_of_any_range_show_a_ramp_and_a_note_says_what_is_white(tmp_path, values, note):
+    Image.fromarray(values).save(tmp_path / "a.tif")
+    picture = read_picture(tmp_path / "a.tif", 64)
+    assert (picture.pixels_CHW[0, 0].int() - torch.linspace(0, 255, 64)).abs().max() <= 2
+    assert note in picture.notes[0] and len(picture.notes) == 1
+    Image.fromarray(values).save(tmp_path / "a.tif", tiffinfo={262: 0})  # the same numbers, 0 declared white
+    if values.dtype != np.int32:  # which Pillow does not read
+        inverted = read_picture(tmp_path / "a.tif", 64).pixels_CHW[0, 0].int()
+        assert (inverted - torch.linspace(255, 0, 64)).abs().max() <= 2
+
+
+def test_numbers_that_are_none_and_pictures_of_nothing_but_black(tmp_path):
+    values = np.float32(RAMP * 65535)
+    values[0, :3] = np.nan, np.inf, -np.inf
+    Image.fromarray(values).save(tmp_path / "a.tif")
+    assert read_picture(tmp_path / "a.tif", 64).pixels_CHW[0, 0, :4].tolist() == [0, 255, 0, 12]
+    for empty in (np.zeros((9, 9), np.float32), np.full((9, 9), np.nan, np.float32), np.full((9, 9), -5, np.int32)):
+        Image.fromarray(empty).save(tmp_path / "a.tif")
+        assert not read_picture(tmp_path / "a.tif", 8).pixels_CHW.any()

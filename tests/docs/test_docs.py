@@ -16,8 +16,10 @@ from conftest import ROOT
 import evaluate
 import predict
 from common.errors import UserError
-from config.config import DEFAULT_CONFIG, Config, _parser, parse_command_line, write_config
-from data.datasets import DataConfig
+from config.command_line import DEFAULT_CONFIG, parse_command_line
+from config.config import Config, write_config
+from config.values import option_types
+from data.datasets import DATASETS
 from distillation import train_vit_micro
 from features import cache
 from model.balance import BalanceConfig
@@ -142,7 +144,7 @@ def test_commands_are_found_and_wrong_ones_are_noticed(tmp_path, run, monkeypatc
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
 def test_options_in_the_text_exist(page):
-    known = {name for action in _parser()._actions for name in action.option_strings}
+    known = {f"--{name}" for name in option_types(Config)}
     code = re.findall(r"`([^`]+)`", page.read_text(encoding="utf-8"))
     section = f"(?:{'|'.join(SECTIONS)})"
     named = {word for text in code for word in re.findall(rf"--{section}\.[a-z]\w+", text)}
@@ -192,7 +194,7 @@ def test_the_tree_of_the_readme_is_that_of_the_repository():
     [
         ("routing.md", set(ROUTERS)),
         ("routing.md", set(BalanceConfig.__dataclass_fields__)),
-        ("options.md", set(get_args(DataConfig.__annotations__["name"]))),
+        ("options.md", set(DATASETS)),
         ("options.md", {f"configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")}),
     ],
     ids=["routing rules", "auxiliary losses", "datasets", "recipes"],

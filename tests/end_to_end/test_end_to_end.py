@@ -48,6 +48,7 @@ def digits_run(tmp_path_factory):
     return folder, result.stdout
 
 
+@pytest.mark.slow
 def test_train_writes_the_whole_run_folder(digits_run):
     folder, _ = digits_run
     assert [name for name in WRITTEN if not (folder / name).is_file()] == []
@@ -57,6 +58,7 @@ def test_train_writes_the_whole_run_folder(digits_run):
     assert not list(folder.rglob("*.partial"))
 
 
+@pytest.mark.slow
 def test_the_scores_are_good_and_complete(digits_run):
     folder, output = digits_run
     metrics = json.loads((folder / "evaluation" / "metrics.json").read_text())
@@ -79,6 +81,7 @@ def test_the_scores_are_good_and_complete(digits_run):
         assert text in output
 
 
+@pytest.mark.slow
 def test_the_configuration_is_resolved_and_the_backbone_named(digits_run):
     folder, _ = digits_run
     config = yaml.safe_load((folder / "config.yaml").read_text())
@@ -92,6 +95,7 @@ def test_the_configuration_is_resolved_and_the_backbone_named(digits_run):
     )
 
 
+@pytest.mark.slow
 def test_evaluate_rebuilds_the_model_from_the_run_alone(digits_run, tmp_path):
     folder, _ = digits_run
     moved = tmp_path / "moved"
@@ -121,6 +125,7 @@ def test_mistakes_of_evaluate_are_one_line(tmp_path, monkeypatch, capsys):
         assert words in line and line.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_missing_data_ends_in_one_line_and_leaves_no_run(tmp_path):
     run_dir = tmp_path / "run"
     result = run_program(
@@ -132,6 +137,7 @@ def test_missing_data_ends_in_one_line_and_leaves_no_run(tmp_path):
     assert not run_dir.exists()
 
 
+@pytest.mark.slow
 def test_ten_real_classes_on_a_real_vit(assets, tmp_path, monkeypatch):
     splits = load_splits(DataConfig(root=assets, max_classes=10, max_per_class=45, validation=0.1))
     for name, folder, per_class in (("train", "train", 40), ("validation", "val", 4), ("test", "test", 8)):
@@ -161,6 +167,7 @@ def test_ten_real_classes_on_a_real_vit(assets, tmp_path, monkeypatch):
     assert metrics["macro_f1"] >= 0.85
 
 
+@pytest.mark.slow
 def test_an_unfinished_run_is_scored_by_its_best_epoch_so_far(digits_run, tmp_path, monkeypatch, capsys):
     folder, _ = digits_run
     moved = tmp_path / "moved"

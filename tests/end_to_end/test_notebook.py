@@ -38,6 +38,7 @@ def executed(tiny_run):
     return notebook
 
 
+@pytest.mark.slow
 def test_it_runs_on_a_run_and_agrees_with_its_evaluation(executed, tiny_run):
     results = json.loads((tiny_run / "evaluation" / "metrics.json").read_text())
     shown = texts(executed)
@@ -55,6 +56,7 @@ def test_it_runs_on_a_run_and_agrees_with_its_evaluation(executed, tiny_run):
     assert images(executed) >= 2
 
 
+@pytest.mark.slow
 def test_a_run_that_was_interrupted_ends_in_one_line(tmp_path):
     (tmp_path / "config.yaml").write_text("{}")
     notebook = nbformat.read(NOTEBOOK, as_version=4)

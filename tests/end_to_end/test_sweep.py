@@ -5,7 +5,7 @@ import subprocess
 
 from conftest import ROOT
 
-from config.config import parse_command_line
+from config.command_line import parse_command_line
 
 
 def test_a_sweep_is_six_runs_and_skips_finished_ones(tmp_path):
@@ -30,7 +30,7 @@ def test_a_sweep_is_six_runs_and_skips_finished_ones(tmp_path):
     for config in configs:
         assert config.run_dir.name == f"sweep-k{config.router.top_k}-balance{config.balance.switch}"
         assert (config.data.name, config.train.epochs) == ("digits", 3)
-    done = tmp_path / configs[0].run_dir / "evaluation"
+    done = tmp_path / "runs" / configs[0].run_dir.name / "evaluation"
     done.mkdir(parents=True)
     (done / "metrics.json").touch()
     again = sweep()

@@ -5,7 +5,7 @@ import torch
 from feature_helpers import SPLITS, bank, everything
 
 from assembly.pipeline import build_bank
-from config.config import parse_command_line
+from config.command_line import parse_command_line
 from evaluation.cost import flops
 from features.cache import FeatureCache
 from features.extraction import HOURS, Extractor, warn_of_hours, worth_compiling
@@ -21,7 +21,7 @@ def vit_micro():
 
 
 def test_half_precision_features_are_those_of_float32_within_its_rounding(vit_micro):
-    from data.datasets import load_digits
+    from data.datasets.digits import load_digits
 
     fast = Backbone(vit_micro.vit, ["cls:-1", "mean:-1"], torch.bfloat16)
     batch = load_digits().images_NCHW[:3]

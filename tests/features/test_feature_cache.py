@@ -282,6 +282,7 @@ def test_clear_deletes_what_it_was_asked_to_and_shows_it_first(tmp_path, capsys)
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_clear_keeps_what_a_running_process_reads_or_writes(tmp_path, capsys):
     reader = FeatureCache(tmp_path)
     path = stored_file(tmp_path)[1]

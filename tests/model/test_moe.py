@@ -33,7 +33,7 @@ def mixture(top_k, combine="logits", sizes=UNEQUAL, classes=3):
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 @pytest.mark.parametrize("batch", [1, 7, 64])
 def test_sparse_equals_dense_in_values_and_gradients(combine, top_k, batch):
-    moe = mixture(top_k, combine).double()
+    moe = mixture(top_k).double()
     moe.router.float()
     x = torch.randn(batch, 6, dtype=torch.float64, requires_grad=True)
     routing = moe.router(x)

@@ -7,7 +7,7 @@ import torch
 from test_routers_capacity import identity_router, pairs
 
 from common.errors import UserError
-from config.config import parse_command_line
+from config.command_line import parse_command_line
 from model.balance import BalanceConfig, balance_losses, weighted_sum
 from model.losses.entropy_local import local_entropy
 from model.losses.importance import importance_loss

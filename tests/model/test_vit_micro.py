@@ -53,6 +53,7 @@ def test_it_takes_neither_other_weights_nor_another_size(tmp_path):
             load_backbone(BackboneConfig("bundled/vit_micro", **options), CPU)
 
 
+@pytest.mark.slow
 def test_it_beats_its_random_initialisation_on_digits_by_a_wide_margin():
     splits = load_splits(DataConfig(name="digits", max_per_class=40))
     scores = {}
@@ -67,6 +68,7 @@ def test_it_beats_its_random_initialisation_on_digits_by_a_wide_margin():
     assert 1 - scores[True] < (1 - scores[False]) / 2
 
 
+@pytest.mark.slow
 def test_its_features_separate_real_classes(assets):
     splits = load_splits(DataConfig(root=assets, max_classes=10, max_per_class=40))
     extract = Extractor(load_backbone(BackboneConfig("bundled/vit_micro"), CPU), 256)

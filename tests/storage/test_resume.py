@@ -32,6 +32,7 @@ TINY = [
 ]
 
 
+@pytest.mark.slow
 def test_twenty_kills_change_nothing(tmp_path):
     result = run_program("tests/crash_loop.py", tmp_path, 20, 7)
     assert result.returncode == 0, result.stderr
@@ -73,6 +74,7 @@ def assert_resumes(path, splits, whole, **plan):
     assert (whole.best, timeless(whole.run)) == (resumed.best, timeless(resumed.run))
 
 
+@pytest.mark.slow
 def test_a_signal_at_any_step_resumes_at_that_step(tmp_path, splits):
     plan = {"save_every": 2, "epochs": 3, "batch_size": 96}  # three epochs of three steps
     whole = make_trainer(tmp_path / "whole", splits, **plan)
@@ -207,6 +209,7 @@ def test_the_best_epoch_is_the_one_whose_weights_are_there(tmp_path):
     assert metrics_step({**state, "progress": {"batches": 7}}) == 33
 
 
+@pytest.mark.slow
 def test_the_program_itself_is_interrupted_resumed_and_finished(tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
     words = [*TINY, "--train.epochs", "100000", "--run_dir", run, "--tracking", "offline"]

@@ -99,6 +99,7 @@ def _train(log, *arguments):
     errors.leave(exit_code_of(train.main))
 
 
+@pytest.mark.slow
 def test_two_runs_that_fill_one_feature_cache_end_with_the_same_bits(tmp_path, monkeypatch):
     context = multiprocessing.get_context("fork")
     barrier, draft, features = context.Barrier(2), FeatureCache.draft, tmp_path / "features"

@@ -7,6 +7,8 @@ from clearml_process import run_python
 from clearml_standin import StandIn
 from conftest import PNG, ROOT, TINY
 
+pytestmark = pytest.mark.slow  # each test is a process that imports the SDK
+
 CODE = f"""
 import runpy
 from matplotlib.figure import Figure

@@ -7,6 +7,8 @@ from clearml_process import CONFIG, run_python
 from clearml_standin import StandIn
 from conftest import PNG
 
+pytestmark = pytest.mark.slow  # each test is a process that imports the SDK
+
 OPEN = """
 import urllib.request
 from tracking.tracker import open_evaluation, tasks_of

@@ -104,6 +104,7 @@ def events(files: dict[str, bytes]) -> list[dict]:
     return [event for line in files["metrics.jsonl"].splitlines() for event in json.loads(line)]
 
 
+@pytest.mark.slow
 def test_offline_session_holds_scalars(session):
     _, files, _ = session
     scalars = {
@@ -119,6 +120,7 @@ def test_offline_session_holds_scalars(session):
     }
 
 
+@pytest.mark.slow
 def test_offline_session_holds_hyperparameters_and_tags(session):
     _, files, _ = session
     task = json.loads(files["task.json"])
@@ -132,6 +134,7 @@ def test_offline_session_holds_hyperparameters_and_tags(session):
     assert values["experts", "hidden"] == "[[256, 128], [512]]"
 
 
+@pytest.mark.slow
 def test_offline_session_holds_files_and_table(session):
     _, files, _ = session
     by_name = {name.rsplit("/", 1)[-1]: content for name, content in files.items()}
@@ -148,6 +151,7 @@ def test_offline_session_holds_files_and_table(session):
     assert "apple" in plot["plot_str"] and "NaN" not in plot["plot_str"]
 
 
+@pytest.mark.slow
 def test_offline_run_says_what_to_do_and_leaves_no_trace(session):
     done, _, facts = session
     assert facts["mode"] == "offline"
@@ -157,12 +161,14 @@ def test_offline_run_says_what_to_do_and_leaves_no_trace(session):
     assert f'Task.import_offline_session("{facts["zip"]}")' in done.stdout
 
 
+@pytest.mark.slow
 def test_an_error_of_the_sdk_is_said_once(session):
     done, _, _ = session
     assert done.stderr.count("tracking: ClearML failed") == 1
     assert "missing" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("environment", [{"CLEARML_OFFLINE_MODE": "1"}, {}])
 def test_default_configuration_reports_from_no_subprocess(workplace, tmp_path, environment):
     """Without a clearml.conf the SDK would, which is slow to feed and slow to close."""

@@ -3,7 +3,10 @@
 import socket
 from contextlib import closing
 
+import pytest
 from clearml_process import dead_server, records, run_python
+
+pytestmark = pytest.mark.slow  # each test is a process that imports the SDK
 
 
 def test_failing_and_hanging_sdk_leave_training_alone(workplace, tmp_path):

@@ -2,17 +2,35 @@
 
 import hashlib
 import pickle
+import tarfile
 from collections.abc import Iterable
+from io import BytesIO
 from pathlib import Path
 from urllib.parse import urlparse
 
 import numpy as np
 import torch
 
-from common.errors import EnvironmentFault, UserError
+from common.errors import EnvironmentFault, UserError, say
+from common.files import write_atomically
 from common.network import reachable
 from common.text import quoted
 from data.image_set import ImageSet
+from data.registry import Parts, register
+
+
+@register(
+    "cifar100",
+    about="CIFAR-100, 60,000 images of 100 classes, 32 x 32, downloaded by torchvision",
+    options=("root", "download"),
+    default_root="data",
+    side=32,
+    published=True,
+)
+def load(config) -> Parts:
+    """The official split, without validation."""
+    train, test = load_cifar100(config.place, config.download)
+    return train, None, test
 
 
 def load_cifar100(root: Path, download: bool = True) -> tuple[ImageSet, ImageSet]:
@@ -29,7 +47,8 @@ def load_cifar100(root: Path, download: bool = True) -> tuple[ImageSet, ImageSet
     missing = [name for name in files if not (folder / name).is_file()]
     if missing:
         _refuse_the_folder_itself(root, folder, files)
-        _download(root, folder, missing, download)
+        if not _unpacked(root / CIFAR100.filename, folder, files):
+            _download(root, folder, missing, download)
     contents = {name: _verified(folder / name, md5) for name, md5 in files.items()}
     meta = pickle.loads(contents["meta"], encoding="latin1")
     return _image_set(contents["train"], meta), _image_set(contents["test"], meta)
@@ -44,12 +63,30 @@ def _refuse_the_folder_itself(root: Path, folder: Path, files: Iterable[str]) ->
         raise UserError(f"--data.root {root} holds the files of CIFAR-100 itself: {remedy}")
 
 
+def _unpacked(archive: Path, folder: Path, files: Iterable[str]) -> bool:
+    """Whether the official archive was there, and its files are now in `folder`.
+
+    Raises UserError where it is altered, EnvironmentFault where it cannot be read, or its files not be written.
+    """
+    from torchvision.datasets import CIFAR100
+
+    if not archive.is_file():
+        return False
+    content = _verified(archive, CIFAR100.tgz_md5)
+    say(f"CIFAR-100 is unpacked from {archive}")
+    with tarfile.open(fileobj=BytesIO(content)) as members:
+        for name in files:
+            inner = members.extractfile(f"{folder.name}/{name}").read()
+            write_atomically(folder / name, lambda temporary, inner=inner: temporary.write_bytes(inner))
+    return True
+
+
 def _download(root: Path, folder: Path, missing: list[str], download: bool) -> None:
     from torchvision.datasets import CIFAR100
 
     lacking = f"CIFAR-100 is not complete: {', '.join(missing)} not found in {folder}"
     remedy = (
-        f"put the official files there (from {CIFAR100.url}), name their parent with --data.root, "
+        f"put {CIFAR100.filename} into {root} (from {CIFAR100.url}), name the folder that holds it with --data.root, "
         "or run without a download: python train.py --config configs/digits.yaml"
     )
     if not download:
@@ -67,11 +104,11 @@ def _verified(path: Path, md5: str) -> bytes:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise EnvironmentFault(f"{path} cannot be read: {error.strerror}; mend its permissions or its disk") from error
+        raise EnvironmentFault(f"{path} cannot be read: {error.strerror}; fix its permissions or its disk") from error
     found = hashlib.md5(content).hexdigest()
     if found != md5:
         raise UserError(
-            f"{path} is not the official CIFAR-100 file (MD5 {found}, expected {md5}, {len(content)} bytes): "
+            f"{path} is not the official file of CIFAR-100 (MD5 {found}, expected {md5}, {len(content)} bytes): "
             "it is truncated or altered; delete it and run again to download it anew"
         )
     return content

@@ -1,43 +1,44 @@
-"""Image sets and their splits: CIFAR-100, scikit-learn's digits, a folder of images."""
+"""DataConfig: which data set, and how it is split; load_splits does both."""
 
-import os
-from dataclasses import dataclass, field, replace
+import hashlib
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 
 from common.errors import UserError, warn
-from common.paths import absolute
+from common.paths import absolute, cache_folder
 from data.image_set import ImageSet, Splits
+from data.registry import DATASETS, Dataset, explain_datasets
 
 
 @dataclass
 class DataConfig:
     """Data: which images, and how they are split."""
 
-    name: Literal["cifar100", "digits", "folder"] = "cifar100"
-    """cifar100 (downloaded by torchvision), digits (comes with scikit-learn), or folder (ROOT/train/CLASS/*.png)."""
-    root: Path = field(default_factory=lambda: Path(os.environ.get("VISION_MOE_CACHE", "~/.cache/vision_moe")) / "data")
-    """Where the data set lies or is downloaded to; for folder, what holds train/ and maybe val/, test/."""
+    name: str = field(default="cifar100", metadata={"help": explain_datasets})
+    root: Path | None = None
+    """Where the data set lies or is downloaded to; null: in `data` of $VISION_MOE_CACHE or ~/.cache/vision_moe."""
     download: bool = True
-    """Download CIFAR-100 where it is missing."""
+    """Download the data set where it is missing."""
     validation: float = 0.1
     """Fraction of the training images held out, stratified by class, to choose epochs and settings on."""
     test: float = 0.2
-    """Fraction held out as test set where the data set has none of its own (digits; a folder without test/)."""
+    """Fraction held out as test set where the data set has none of its own."""
     split_seed: int = 0
     """Seed of both splits; runs that are to be compared share it."""
     image_size: int = 224
-    """Side in pixels that the images of a folder are resized and centre-cropped to."""
+    """Side in pixels that your own images are resized and centre-cropped to."""
     max_classes: int | None = None
     """Keep only the first so many classes (a quick experiment); null: all."""
     max_per_class: int | None = None
     """Keep at most so many training and as many test images of each class; null: all."""
 
     def __post_init__(self):
-        self.root = absolute(self.root)
+        if self.name not in DATASETS:
+            raise ValueError(f"data.name is '{self.name}': use one of {', '.join(sorted(DATASETS))}")
+        self.root = None if self.root is None else absolute(self.root)
         for name in ("validation", "test"):
             value = getattr(self, name)
             if not 0 < value < 1:
@@ -52,14 +53,43 @@ class DataConfig:
             raise ValueError(f"data.max_per_class is {self.max_per_class}: both splits need one, so at least 2")
 
     @property
+    def _set(self) -> Dataset:
+        return DATASETS[self.name]
+
+    @property
     def side(self) -> int:
         """Side in pixels of the images, before the backbone's own resizing: the data set's, or image_size."""
-        return {"cifar100": 32, "digits": 8}.get(self.name, self.image_size)
+        return self._set.side or self.image_size
 
     @property
     def grey(self) -> bool:
         """Whether the data set has no colour."""
-        return self.name == "digits"
+        return self._set.grey
+
+    @property
+    def idle(self) -> list[str]:
+        """A line for each option that was changed though this data set does not read it."""
+        lines = []
+        for item in fields(self):
+            readers = sorted(name for name, found in DATASETS.items() if item.name in found.options)
+            value = getattr(self, item.name)
+            usual = (item.default, absolute(cache_folder("data")))  # older runs stored where CIFAR-100 would lie
+            if readers and self.name not in readers and value not in usual:
+                only = " and ".join(readers) + (" read it" if len(readers) > 1 else " reads it")
+                lines.append(f"data.{item.name} {value} does nothing under data.name {self.name}: only {only}")
+        return lines
+
+    @property
+    def place(self) -> Path | None:
+        """Where the data set lies: data.root, or what holds where that is null; None where neither says."""
+        default = self._set.default_root
+        return absolute(cache_folder(default)) if self.root is None and default is not None else self.root
+
+    def require_place(self, what: str) -> Path:
+        """`place`, which is `what`. Raises UserError where there is none."""
+        if self.place is None:
+            raise UserError(f"data.name {self.name} needs --data.root: name {what}")
+        return self.place
 
 
 def load_splits(config: DataConfig) -> Splits:
@@ -68,7 +98,9 @@ def load_splits(config: DataConfig) -> Splits:
     Raises UserError for data that is missing, altered, or too small to split, and
     EnvironmentFault where a download is needed and cannot be had.
     """
-    train, validation, test = _load(config)
+    for line in config.idle:
+        warn(line)
+    train, validation, test = DATASETS[config.name].load(config)
     if config.max_classes is not None or config.max_per_class is not None:
         train, validation, test = (part and _limit(part, config) for part in (train, validation, test))
     if test is None:
@@ -84,34 +116,24 @@ def load_splits(config: DataConfig) -> Splits:
                 f"the {name} split has no image of {len(lacking)} of the {train.num_classes} classes "
                 f"('{train.class_names[lacking[0]]}'): each counts as 0 in its macro-F1"
             )
-    return Splits(train, validation, test)
+    splits = Splits(train, validation, test)
+    if not DATASETS[config.name].published:
+        _tell_copies(splits)
+    return splits
 
 
-def _load(config: DataConfig) -> tuple[ImageSet, ImageSet | None, ImageSet | None]:
-    """Train, validation and test as the data set itself has them."""
-    if config.name == "cifar100":
-        from data.cifar100 import load_cifar100
-
-        train, test = load_cifar100(config.root, config.download)
-        return train, None, test
-    if config.name == "folder":
-        from data.image_folder import load_image_folder
-
-        return load_image_folder(config.root, config.image_size)
-    return load_digits(), None, None
-
-
-def load_digits() -> ImageSet:
-    """scikit-learn's 1,797 handwritten digits: 8 x 8 grey values 0..16, here as uint8 RGB."""
-    from sklearn.datasets import load_digits as sklearn_digits
-
-    digits = sklearn_digits()
-    grey_NHW = torch.from_numpy(np.round(digits.images * (255 / 16)).astype(np.uint8))
-    return ImageSet(
-        images_NCHW=grey_NHW[:, None].repeat(1, 3, 1, 1),
-        labels_N=torch.from_numpy(digits.target.astype(np.int64)),
-        class_names=tuple(str(name) for name in digits.target_names),
-    )
+def _tell_copies(splits: Splits) -> None:
+    """Warn of images that are trained on as well as scored: they make a score better than it is."""
+    seen: set[bytes] = set()
+    for name in ("train", "validation", "test"):
+        images_NCHW = splits[name].images_NCHW.contiguous().numpy()
+        digests = [hashlib.blake2b(image_CHW, digest_size=16).digest() for image_CHW in images_NCHW]
+        if copies := sum(digest in seen for digest in digests):
+            warn(
+                f"{copies:,} of {len(digests):,} {name} images equal one that is trained or chosen on, pixel by pixel: "
+                "they make the score better than it is"
+            )
+        seen.update(digests)
 
 
 def _limit(images: ImageSet, config: DataConfig) -> ImageSet:

@@ -1,18 +1,26 @@
 """A folder of images, ROOT/{train,val,test}/CLASS/*.png, read into memory at one size."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from common.errors import UserError
+from common.errors import UserError, warn
 from common.text import printable
 from data.image_file import read_picture
-from data.image_set import ImageSet
+from data.image_set import ImageSet, empty_images
 from data.image_tree import LeftOut, find_classes, find_splits, label_files
+from data.registry import Parts, register
 
 
-def load_image_folder(root: Path, size: int) -> tuple[ImageSet, ImageSet | None, ImageSet | None]:
+@register("folder", about="your own images, ROOT/train/CLASS/*.png", options=("root", "image_size"))
+def load(config) -> Parts:
+    """The splits that the folder has."""
+    return load_image_folder(config.require_place("the folder that holds train/CLASS/*.png"), config.image_size)
+
+
+def load_image_folder(root: Path, size: int) -> Parts:
     """Train, validation (or None) and test (or None) under `root`; the classes are the folders of `root`/train.
 
     size: side in pixels; the shorter side is resized to it (bicubic, antialiased), then the centre cropped.
@@ -33,13 +41,17 @@ def load_image_folder(root: Path, size: int) -> tuple[ImageSet, ImageSet | None,
 
 
 def _read(folder: Path, files: Sequence[tuple[Path, int]], names: tuple[str, ...], size: int) -> ImageSet:
-    images_NCHW = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
-    failures = []
+    images_NCHW = empty_images(len(files), size)
+    failures, notes = [], Counter()
     for row, (path, _) in enumerate(files):
         try:
-            images_NCHW[row] = read_picture(path, size).pixels_CHW
+            picture = read_picture(path, size)
+            images_NCHW[row] = picture.pixels_CHW
+            notes.update(picture.notes)
         except UserError as error:
             failures.append(error)
     if failures:
         raise UserError(f"{failures[0]} ({len(failures)} of {len(files)} files in {folder})") from failures[0]
+    for note, count in notes.items():
+        warn(f"{count:,} of {len(files):,} images in {folder}: {note}")
     return ImageSet(images_NCHW, torch.tensor([label for _, label in files]), names)

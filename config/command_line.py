@@ -1,0 +1,104 @@
+"""The command line of train.py: options as `--section.name VALUE`, files with --config, runs with --resume."""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from common.errors import UserError
+from common.paths import absolute, expanded
+from common.text import printable, quoted
+from config.config import Config, Values, as_yaml
+from config.help import help_text
+from config.yaml_file import read_yaml
+
+DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "cifar100.yaml"
+FLAGS = ("print_config", "debug")
+NAMED = {"config": "a YAML file with options", "resume": "the folder of a run"}
+
+
+@dataclass
+class Invocation:
+    """What a command line asked for."""
+
+    config: Config
+    name: str
+    """Stem of the configuration file, for the run's name."""
+    resume: Path | None
+    words: list[str] = field(default_factory=list)
+    """The command line itself."""
+
+
+def parse_command_line(
+    argv: list[str] | None = None, above: dict[str, str] | None = None, source: str = ""
+) -> Invocation:
+    """Read the command line; print and exit for --help and, once every value is known to fit, --print_config.
+
+    above: texts of options that count more than those of the command line, {"train.epochs": "3"}, and where they
+    are from. An option counts more than a file, and the later of two more than the earlier. Raises UserError for an
+    unknown name, a wrong type or an impossible value.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    flags, pairs = _split(words)
+    resume, files = _sources(pairs)
+    values = Values()
+    for file in files:
+        for name, value in read_yaml(file).items():
+            values.add(str(name), value, lambda key, file=file: f"{key} in {file}")
+    for name, text in pairs:
+        if name not in NAMED:
+            values.add(name, text, lambda key: f"--{key}")
+    for name, text in (above or {}).items():
+        values.add(name, text, lambda key: f"{key} in {source}")
+    config = values.build()
+    if resume is not None:
+        config.run_dir = resume
+    if "print_config" in flags:
+        print(as_yaml(config), end="")
+        sys.exit()
+    return Invocation(config, files[-1].stem if resume is None else resume.name, resume, words)
+
+
+def _split(words: list[str]) -> tuple[set[str], list[tuple[str, str | None]]]:
+    """The flags, and the options with their texts, None where there is none; --help is obeyed at once."""
+    flags, pairs = set(), []
+    waiting = list(reversed(words))
+    while waiting:
+        word = waiting.pop()
+        name, joined, text = word.removeprefix("--").partition("=")
+        if word in ("--help", "-h"):
+            print(help_text(parse_command_line([]).config), end="")
+            sys.exit()
+        if not word.startswith("--"):
+            raise _stray(word)
+        if name in FLAGS and not joined:
+            flags.add(name)
+        elif joined:
+            pairs.append((name, text))
+        else:
+            pairs.append((name, waiting.pop() if waiting and not waiting[-1].startswith("--") else None))
+    return flags, pairs
+
+
+def _stray(word: str) -> UserError:
+    """A word that belongs to no option."""
+    if word.endswith((".yaml", ".yml")) and expanded(word).is_file():
+        return UserError(f"{printable(word)} is a configuration file: write --config {quoted(word)}")
+    return UserError(f"unknown option {printable(word)}: write --section.option VALUE; --help lists all options")
+
+
+def _sources(pairs: list[tuple[str, str | None]]) -> tuple[Path | None, list[Path]]:
+    """The run to resume, if any, and the files that the options come from."""
+    named: dict[str, list[Path]] = {name: [] for name in NAMED}
+    for name, text in pairs:
+        if name in NAMED:
+            if not text:
+                raise UserError(f"--{name} names nothing: give {NAMED[name]}")
+            named[name].append(expanded(text))
+    if not named["resume"]:
+        return None, named["config"] or [DEFAULT_CONFIG]
+    if lost := next((name for name, _ in pairs if name in ("config", "run_dir")), None):
+        raise UserError(f"--resume takes configuration and folder from the run that it names: leave out --{lost}")
+    run = absolute(named["resume"][-1])
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{printable(run)} is not a run: it has no config.yaml; name a folder that train.py wrote")
+    return run, [run / "config.yaml"]

@@ -1,0 +1,78 @@
+"""Values of options: what text, YAML, JSON or a server's hyperparameters give, as the types of the fields.
+
+One rule for all sources. Text stands for itself where a field takes text, and else for the value that it spells in
+YAML; a whole number may be written 2.0 or 1e3.
+"""
+
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from common.paths import expanded
+from config.yaml_file import spelled
+from model.options import described
+
+NULL = {"", "null", "~", "none"}
+SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+
+
+def option_types(config: type) -> dict[str, Any]:
+    """The type of every option, "train.epochs", and of every section, "train", of the dataclass `config`, as of now."""
+    types: dict[str, Any] = {}
+    for item in fields(config):
+        types[item.name] = item.type
+        if is_dataclass(item.type):
+            types |= {f"{item.name}.{inner.name}": inner.type for inner in fields(item.type)}
+    return types
+
+
+def convert(kind: Any, value: Any) -> Any:
+    """`value` as the type `kind`: a number, text, a path, a choice, a list, null, or one of several. Raises ValueError.
+
+    A truth value is no number, and a number no truth value.
+    """
+    parts = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    for candidate in _meanings(value):
+        for part in parts:
+            with suppress(ValueError, OverflowError):  # of an infinite number, or one too large
+                return _as(part, candidate)
+    raise ValueError(f"give {expected(kind)}")
+
+
+def _meanings(value: Any) -> Iterator[Any]:
+    """What a value may mean: text null, itself, or what it spells."""
+    if not isinstance(value, str):
+        yield value
+        return
+    if value.strip().lower() in NULL:
+        yield None
+    yield value
+    yield spelled(value)
+
+
+def _as(kind: Any, value: Any) -> Any:
+    if get_origin(kind) is Literal:
+        if value in get_args(kind) and isinstance(value, str):
+            return value
+    elif get_origin(kind) is list and isinstance(value, list | tuple):
+        return [convert(get_args(kind)[0], item) for item in value]
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is int and number and value == int(value):
+        return int(value)
+    if kind is float and number:
+        return float(value)
+    if kind is bool and isinstance(value, str) and value.lower() in SWITCH:
+        return SWITCH[value.lower()]
+    if kind is Path and isinstance(value, str | Path):
+        return expanded(value)
+    if kind in (bool, str, NoneType) and type(value) is kind:
+        return value
+    raise ValueError
+
+
+def expected(kind: Any) -> str:
+    """What a value of this type is called by someone who writes it."""
+    return f"a table of options such as {fields(kind)[0].name}" if is_dataclass(kind) else described(kind)

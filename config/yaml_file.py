@@ -1,0 +1,84 @@
+"""Configuration files in YAML."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from common.errors import UserError, one_line
+from common.text import printable
+
+LARGEST = 1_000_000  # bytes of a file, and values in it: a few lines of aliases make more than fit into memory
+
+
+class Loader(yaml.SafeLoader):
+    """YAML without its surprises: 1e-3 is a number, and yes, off, 2026-01-01, 010 and 1:30 are texts."""
+
+    yaml_implicit_resolvers: dict = {}  # noqa: RUF012 - the name is PyYAML's
+
+
+_RESOLVED = {
+    "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    "int": (r"[-+]?(0|[1-9][0-9_]*)", "-+0123456789"),
+    "float": (
+        r"[-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*|[0-9][0-9_]*(?=[eE]))([eE][-+]?[0-9]+)?"
+        r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+    "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    "merge": (r"<<", "<"),
+}
+for _name, (_pattern, _first) in _RESOLVED.items():
+    Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_pattern})$"), list(_first))
+
+
+def spelled(text: str) -> Any:
+    """The value that a text spells in YAML, or the text itself where it spells none."""
+    try:
+        return yaml.load(text, Loader)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return text
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The table in a file. Raises UserError where there is none, or it is larger than any configuration."""
+    if not path.exists():
+        raise UserError(f"--config {printable(path)}: no such file; name one with options in YAML")
+    try:
+        values = _load(path)
+    except RecursionError:
+        reason = "it is nested without end"
+    except OSError as error:
+        reason = error.strerror
+    except (yaml.YAMLError, ValueError) as error:
+        reason = one_line(error)
+    else:
+        if isinstance(values, dict):
+            return values
+        reason = "it is empty" if values is None else "it is no table of options such as train"
+    raise UserError(f"{printable(path)} is not a YAML configuration: {reason}")
+
+
+def _load(path: Path) -> Any:
+    too_large = ValueError(f"it is larger than any configuration, {LARGEST:,} bytes or values")
+    if path.stat().st_size > LARGEST:
+        raise too_large
+    loader = Loader(path.read_text(encoding="utf-8"))
+    try:
+        node = loader.get_single_node()
+        if node is not None and _size(node, {}) > LARGEST:
+            raise too_large
+        return None if node is None else loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _size(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values a node makes, each alias counted."""
+    if id(node) not in known:
+        known[id(node)] = LARGEST + 1  # of a node that holds itself
+        inner = node.value if isinstance(node.value, list) else ()
+        parts = (part for item in inner for part in (item if isinstance(item, tuple) else (item,)))
+        known[id(node)] = 1 + sum(_size(part, known) for part in parts)
+    return known[id(node)]
