@@ -52,7 +52,7 @@ def run_cost(
         "head_flops": active.flops,
         "training_seconds": sum(seconds) if len(seconds) == len(history) > 0 else None,
         "images_per_second": median(_column(history, "speed/images_per_second") or [None]),
-        "peak_memory_gib": max(_column(history, "memory/peak_gib"), default=None),
+        "peak_memory_gib": max(_column(history, "speed/peak_memory_gib"), default=None),
         "kept_epoch": kept_epoch,
         "epochs": history[-1]["epoch"] if history else None,
     }

@@ -139,7 +139,7 @@ class Trainer:
             raise
         values["speed/epoch_seconds"] = time.perf_counter() - started
         if (peak := peak_memory(self.device)) is not None:
-            values["memory/peak_gib"] = peak / 2**30
+            values["speed/peak_memory_gib"] = peak / 2**30
         with unbroken:
             self._end_epoch(values)
 

@@ -32,7 +32,13 @@ def model():
 
 def epochs(*scores):
     return [
-        {"epoch": t, "step": t, "macro_f1/validation": f1, "speed/epoch_seconds": 2.0 * t, "memory/peak_gib": t / 4}
+        {
+            "epoch": t,
+            "step": t,
+            "macro_f1/validation": f1,
+            "speed/epoch_seconds": 2.0 * t,
+            "speed/peak_memory_gib": t / 4,
+        }
         | {"speed/images_per_second": 100.0 * t}
         for t, f1 in enumerate(scores, start=1)
     ]
