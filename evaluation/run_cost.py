@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.cost import cost, head_cost
+from evaluation.cost import cost, trained_cost
 from model.backbone import Backbone
-from model.classifier import VisionMoE
+from model.moe_vit import AnyMoE
 
 NAMES = {
     "total_parameters": "parameters, total",
@@ -29,7 +29,7 @@ LEGEND = (
 
 
 def run_cost(
-    model: VisionMoE,
+    model: AnyMoE,
     backbone: Backbone | None,
     feature_shape: tuple[int, ...],
     load_E: np.ndarray,
@@ -41,7 +41,7 @@ def run_cost(
     backbone: None where it is not at hand. load_E: share of the assignments on the test images. history: the lines of
     metrics.jsonl.
     """
-    active = head_cost(model, feature_shape, load_E)
+    active = trained_cost(model, feature_shape, load_E)
     whole = cost(model, backbone, feature_shape) if backbone else None
     seconds = _column(history, "speed/epoch_seconds")
     return {

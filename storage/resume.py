@@ -19,6 +19,7 @@ CHANGEABLE = INCIDENTAL | {
     "features.batch_size",
     "features.compile",
     "experts.dispatch",
+    "train.compile",
     "train.epochs",
     "train.graph",
     "train.patience",

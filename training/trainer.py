@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -15,8 +16,9 @@ from common.signals import unbroken
 from config.config import Config
 from config.train import TrainConfig
 from features.bank import FeatureBank
+from features.images import ImageBank
 from model.balance import floors
-from model.classifier import VisionMoE
+from model.moe_vit import AnyMoE
 from storage.checkpoint import (
     RESUMABLE,
     fitting,
@@ -58,7 +60,7 @@ def steps_an_epoch(config: TrainConfig, warmup_steps: int, images: int) -> int:
 
 
 class Trainer:
-    """Trains a VisionMoE on a FeatureBank, validates it after every epoch and keeps the best and the last state.
+    """Trains a VisionMoE on a FeatureBank, or a MoEViT on an ImageBank; keeps the best and the last state.
 
     validate: scores the weights that are evaluated after each epoch, as evaluation.validation.validate does.
     identity: what assembly.pipeline.identity describes, stored in every checkpoint. Raises UserError for a batch
@@ -68,12 +70,12 @@ class Trainer:
     def __init__(
         self,
         config: Config,
-        model: VisionMoE,
-        bank: FeatureBank,
+        model: AnyMoE,
+        bank: FeatureBank | ImageBank,
         run: RunFolder,
         tracker: Tracker,
         identity: dict[str, Any],
-        validate: Callable[[VisionMoE], Any],
+        validate: Callable[[AnyMoE], Any],
     ):
         from timm.utils import ModelEmaV3  # here, because importing timm takes seconds
 
@@ -91,7 +93,8 @@ class Trainer:
         step = TrainingStep(model, self.optimizer, self.balance, smoothing, clip_norm, precision)
         self.numbers = step.numbers
         self.train_step = GraphedStep(step, batch_size) if captured else step
-        self.routing = RoutingWatch(model.moe.router, self.balance, self.routing_warmup_steps)
+        self.routing = RoutingWatch(model.mixtures[0].router, self.balance, self.routing_warmup_steps)
+        self.where = [f" in {place.replace('_', ' ')}" if len(model.places) > 1 else "" for place in model.places]
         self.epoch, self.step = 0, 0  # epochs begun, steps done
         self.progress: Progress | None = None  # None: the epoch is over
         self.kept_at, self.kept = (0, True), "none yet"  # (step, epoch is over) and name of the last checkpoint
@@ -146,8 +149,8 @@ class Trainer:
     def _begin_epoch(self) -> None:
         with unbroken:
             self.epoch += 1
-            moe = self.model.moe
-            self.progress = Progress(EpochSums.zeros(moe.router.num_experts, self.device), moe.usage_E.clone())
+            usage_LE = self._usage()
+            self.progress = Progress(EpochSums.zeros(*usage_LE.shape, self.device), usage_LE)
 
     def _end_epoch(self, values: dict[str, float]) -> None:
         """Log and keep an epoch."""
@@ -163,6 +166,10 @@ class Trainer:
         self.tracker.scalars(values, step=self.step, epoch=self.epoch)
         self.progress = None
         self._save(better or last)
+
+    def _usage(self) -> Tensor:
+        """Samples that the learned gates have sent to each expert at each place so far, int64 (L, E)."""
+        return torch.stack([mixture.usage_E for mixture in self.model.mixtures])
 
     def _out_of_patience(self) -> bool:
         return 0 < self.config.patience <= self.epoch - self.improved
@@ -185,11 +192,16 @@ class Trainer:
                     self._look(progress, bar)
                     looked = time.perf_counter()
             self._look(progress, bar)
-        usage_E = (self.model.moe.usage_E - progress.usage_before_E).cpu().numpy()
+        usage_LE = (self._usage() - progress.usage_before_LE).cpu().numpy()
         if progress.sums.learned_samples == progress.sums.samples:
-            self.routing.check(usage_E, self.epoch, "training")
-        values = progress.sums.values(usage_E, floors(self.balance, self.model.moe.router))
+            self._check_routing(usage_LE, "training")
+        least = floors(self.balance, self.model.mixtures[0].router)
+        values = progress.sums.values(usage_LE, least, self.model.places)
         return values | {"learning_rate/train": float(self.optimizer.param_groups[0]["lr"])}
+
+    def _check_routing(self, load_LE: np.ndarray, split: str) -> None:
+        for load_E, where in zip(load_LE, self.where, strict=True):
+            self.routing.check(load_E, self.epoch, split, where)
 
     def _bar(self, progress: Progress) -> tqdm:
         label = f"epoch {self.epoch}/{self.config.epochs}"
@@ -224,7 +236,7 @@ class Trainer:
             raise not_finite("validation loss", self.step, self.epoch, self.kept)
         if self.step - self.steps_per_epoch >= self.routing_warmup_steps:
             # After an epoch of the learned gate, whose noise may have hidden what it does without.
-            self.routing.check(validated.load_E, self.epoch, "validation")
+            self._check_routing(validated.load_LE, "validation")
         return validated.values()
 
     def _save(self, keep: bool) -> None:
@@ -286,7 +298,7 @@ class Trainer:
             load_optimizer(self.optimizer, state["optimizer"])
             self.epoch, self.step, self.best = state["epoch"], state["step"], dict(state["best"])
             self.improved, self.routing.said = state["improved"], list(state["said"])
-            stored, zeros = state.get("progress"), EpochSums.zeros(self.model.moe.router.num_experts, self.device)
+            stored, zeros = state.get("progress"), EpochSums.zeros(*self._usage().shape, self.device)
             self.progress = stored and Progress.from_state(stored, zeros)
             left = self.steps_per_epoch - self.progress.batches if self.progress else 0
             if not 0 <= left <= self.steps_per_epoch or self.step != self.epoch * self.steps_per_epoch - left:

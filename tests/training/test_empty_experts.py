@@ -7,8 +7,9 @@ from routing_helpers import listed_routing
 from model.balance import BalanceConfig
 from model.classifier import NeckConfig, VisionMoE
 from model.dispatch import WAYS, dispatch
-from model.experts import ExpertsConfig
+from model.experts import ExpertsConfig, build_experts
 from model.routers import RouterConfig
+from model.routing import Assignments
 from training.graph import GraphedStep
 from training.optim import OptimConfig, build_optimizer
 from training.step import TrainingStep
@@ -98,3 +99,22 @@ def test_on_a_gpu_every_way_leaves_the_same_weights(kind):
         for how in ("grouped", "dense", "captured"):
             for value, reference in zip(trained(how, kind, sizes, "logits", device="cuda")[0], expected, strict=True):
                 torch.testing.assert_close(value, reference, atol=1e-3, rtol=1e-2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("sizes", [[[16]] * 4, [[16], [32], [16], [32]]], ids=["equal", "unequal"])
+def test_on_a_gpu_in_bfloat16_the_gradient_of_an_expert_without_samples_is_zero(sizes):
+    experts = build_experts(ExpertsConfig(sizes=sizes, dropout=0.0), 16, 8)[0].cuda()
+    x_BD = torch.randn(6, 16, device="cuda")
+    for assigned in ([0, 0, 2, 2, 2, 0], [3] * 6):
+        expert_A = torch.tensor(assigned, device="cuda")
+        indices_A, ones_A = torch.arange(6, device="cuda"), torch.ones(6, device="cuda")
+        assignments = Assignments.listed(indices_A, expert_A, ones_A, (6, 4), top_k=1)
+        for how in WAYS:
+            experts.zero_grad()
+            torch.full((1 << 20,), torch.nan, device="cuda")  # what memory that nobody writes to would hold
+            with torch.autocast("cuda", torch.bfloat16):
+                dispatch(x_BD, assignments, experts, how)[0].sum().backward()
+            for index, expert in enumerate(experts):
+                gradient = torch.cat([parameter.grad.flatten() for parameter in expert.parameters()])
+                assert (gradient.abs().sum() > 0) == (index in assigned), (how, index)
