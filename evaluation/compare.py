@@ -12,7 +12,7 @@ import numpy as np
 import yaml
 
 from analysis import plots
-from common.errors import UserError, one_line
+from common.errors import UserError, one_line, warn
 from common.files import write_atomically, write_json
 from common.paths import absolute, expanded
 from common.text import command
@@ -21,6 +21,7 @@ from evaluation.figures import save_figure
 from evaluation.run_cost import LEGEND as COST_LEGEND
 from evaluation.run_cost import NAMES, shown
 from evaluation.run_state import run_state
+from evaluation.stale import why_stale
 from storage.folder import INCIDENTAL, RunFolder
 
 WIDE = 6  # runs up to which each has a column of the printed table; of more, each has a row
@@ -127,8 +128,10 @@ def _load_folder(run: RunFolder, source: str) -> Compared:
         ) from error
     if not isinstance(metrics, dict) or not isinstance(config, dict):
         raise UserError(f"{source} is of another version: its config.yaml or evaluation/metrics.json is no table")
+    if reason := why_stale(metrics):
+        warn(f"{source}: {reason}; {command('evaluate.py', source)} scores what it has now")
     flat, scored = flatten(config), flatten(metrics).get("cost.epochs")
-    state = run_state(run.history(), flat, scored if isinstance(scored, int) else None)
+    state = run_state(run.history(), flat, scored if isinstance(scored, int) else None, reason)
     name = run.path.resolve().name
     return Compared(name, str(absolute(source)), flat, _figures(metrics), _load(metrics), state)
 

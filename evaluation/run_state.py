@@ -4,19 +4,21 @@ from collections.abc import Sequence
 from typing import Any
 
 
-def run_state(history: Sequence[dict[str, Any]], config: dict[str, Any], scored: int | None) -> str:
+def run_state(history: Sequence[dict[str, Any]], config: dict[str, Any], scored: int | None, stale: str = "") -> str:
     """What speaks against a run's scores, in words: training is unfinished, or went on since; empty where nothing does.
 
     history: the lines of metrics.jsonl, one an epoch. config: flat. scored: epochs that were trained when the test set
-    was scored (None: unknown).
+    was scored (None: unknown). stale: why the results have been marked so, where they have been.
     """
     if not history:
-        return ""
+        return f"stale: {stale[:1].lower()}{stale[1:]}" if stale else ""
     epochs, planned = history[-1]["epoch"], config.get("train.epochs")
     found = []
     if isinstance(planned, int) and epochs < planned and not _out_of_patience(history, config):
         found.append(f"unfinished: {epochs} of {planned} epochs")
-    if scored is not None and epochs > scored:
+    if stale:
+        found.append(f"stale: {stale[:1].lower()}{stale[1:]}")
+    elif scored is not None and epochs > scored:
         found.append(f"stale: scored after epoch {scored}, now at {epochs}")
     return "; ".join(found)
 

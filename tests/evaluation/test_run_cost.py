@@ -91,6 +91,13 @@ def test_what_speaks_against_scores_is_said(scores, config, scored, state):
     assert run_state(epochs(*scores), config, scored) == state
 
 
+def test_results_that_have_been_marked_stale_say_why():
+    reason = "Results from before the run was resumed after epoch 2 of 9"
+    said = "stale: results from before the run was resumed after epoch 2 of 9"
+    assert run_state([], {}, None, reason) == said
+    assert run_state(epochs(0.1, 0.2, 0.3), {"train.epochs": 3}, 2, reason) == said
+
+
 def test_peak_memory_grows_with_what_is_allocated():
     from common.memory import peak_memory
 
