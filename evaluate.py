@@ -15,7 +15,7 @@ import argparse
 from pathlib import Path
 
 from assembly.loading import configure, describe
-from assembly.pipeline import build_bank, build_model, identity, pick_device
+from assembly.pipeline import build_bank, build_model, compile_blocks, identity, pick_device
 from common.arguments import Parser, path_option
 from common.errors import blaming_files, exit_code_of, leave
 from common.text import printable, quoted
@@ -103,13 +103,14 @@ def score(options: argparse.Namespace) -> None:
     bank = build_bank(config, splits, backbone, device)
     with blaming_files():
         check_inputs(described, identity(config, splits, backbone, bank.feature_shape), run.weights)
-        model = build_model(config, bank.feature_shape, splits.test.num_classes)
+        model = build_model(config, bank.feature_shape, splits.test.num_classes, backbone).to(device)
+        compile_blocks(config, model, device)
         load_exported(run, model, described.get("weights_sha256"))
     tags = [config.data.name, config.backbone.name, config.router.kind]
     with open_evaluation(options.tracking, run.path, config.to_dict(), name=run.path.name, tags=tags) as tracker:
         if tracker.sends_again:
             tracker.model(run.weights, name=run.path.name)
-        print(table(evaluate(run, config, model.to(device), bank, tracker)))
+        print(table(evaluate(run, config, model, bank, tracker)))
     print(f"written to   {printable(run.evaluation)}; open {run.report.name} in a browser")
 
 

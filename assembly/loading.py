@@ -35,7 +35,7 @@ def load_trained(
         here = {"name": config.backbone.name, "fingerprint": backbone.fingerprint()}
         check_inputs(described, {**described, "backbone": here}, run.weights)
         class_names = tuple(described["class_names"])
-        model = build_model(config, tuple(described["feature_shape"]), len(class_names))
+        model = build_model(config, tuple(described["feature_shape"]), len(class_names), backbone)
         load_exported(run, model, described.get("weights_sha256"))
     return TrainedRun(run, config, device, backbone, model.to(device).eval(), class_names)
 

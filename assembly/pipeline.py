@@ -13,17 +13,21 @@ from common.text import printable
 from config.config import DEVICES, Config
 from data.datasets import load_splits
 from data.image_set import Splits
+from evaluation.stale import mark_stale
 from evaluation.validation import validate
 from features.bank import FeatureBank
 from features.cache import FeatureCache
 from features.extraction import Extractor, worth_compiling
+from features.images import ImageBank
 from model.backbone import Backbone, load_backbone
 from model.classifier import VisionMoE
+from model.moe_vit import AnyMoE, MoEViT, resolve_blocks
 from storage.checkpoint import check_inputs, seed_everything
 from storage.folder import RunFolder
 from storage.resume import best_kept
 from tracking.tracker import Tracker
-from training.trainer import Trainer, steps_an_epoch
+from training.length import steps_per_epoch
+from training.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -38,13 +42,15 @@ class Inputs:
 def load_inputs(config: Config) -> Inputs:
     """Device, images and backbone: what can be missing, before anything is written.
 
-    Raises UserError and EnvironmentFault, as those who load them, and for steps that cannot be trained.
+    Raises UserError and EnvironmentFault, as those who load them, and for a batch larger than the data.
     """
     for line in config.router.idle:
         warn(line)
     device, splits = pick_device(config.device), load_splits(config.data)
-    steps_an_epoch(config.train, config.router.random_steps, len(splits.train))
-    return Inputs(device, splits, load_backbone(config.backbone, device, reachable))
+    steps_per_epoch(config.train, len(splits.train))
+    backbone = load_backbone(config.backbone, device, reachable)
+    check_backbone(config, backbone)
+    return Inputs(device, splits, backbone)
 
 
 def pick_device(name: str) -> torch.device:
@@ -63,9 +69,11 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def build_bank(config: Config, splits: Splits, backbone: Backbone, device: torch.device) -> FeatureBank:
-    """The features of `splits` under `backbone`, kept where config.features says."""
+def build_bank(config: Config, splits: Splits, backbone: Backbone, device: torch.device) -> FeatureBank | ImageBank:
+    """What the model reads: the features of `splits` under `backbone`, kept where config.features says, or images."""
     features = config.features
+    if config.experts.place == "blocks":
+        return ImageBank(splits, config.augment, device, features.batch_size)
     views = min(features.views, config.train.epochs) if config.augment.active else 1
     # Not the views that a short run comes to: a longer one is to find its features.
     views_kept = features.views if config.augment.active else 1
@@ -85,17 +93,31 @@ def build_bank(config: Config, splits: Splits, backbone: Backbone, device: torch
     return FeatureBank(splits, extractor, config.augment, features, device, cache, source, views)
 
 
-def build_model(config: Config, feature_shape: tuple[int, ...], num_classes: int) -> VisionMoE:
-    """The trained part, on the CPU.
+def check_backbone(config: Config, backbone: Backbone) -> None:
+    """Raise UserError where the backbone does not have what experts inside it need."""
+    if config.experts.place == "blocks":
+        try:
+            resolve_blocks(config.experts, backbone)
+        except ValueError as error:
+            raise UserError(one_line(error)) from error
+
+
+def build_model(
+    config: Config, feature_shape: tuple[int, ...], num_classes: int, backbone: Backbone | None = None
+) -> AnyMoE:
+    """The trained part, on the CPU. backbone: the one that has experts inside it (None: the experts are behind it).
 
     Raises UserError where the configured parts do not fit each other, EnvironmentFault where the
     weights alone need more memory than the machine has.
     """
-    groups = len(config.backbone.features)
-    parts = (feature_shape, num_classes, config.neck, config.router, config.experts, groups)
+    configured, groups = (config.neck, config.router, config.experts), len(config.backbone.features)
+    if config.experts.place == "blocks":
+        kind, parts = MoEViT, (backbone, num_classes, *configured)
+    else:
+        kind, parts = VisionMoE, (feature_shape, num_classes, *configured, groups)
     try:
         with torch.device("meta"):  # takes no memory
-            parameters = sum(value.numel() for value in VisionMoE(*parts).parameters())
+            parameters = sum(value.numel() for value in kind(*parts).parameters())
     except (ValueError, RuntimeError, TypeError, OverflowError) as error:
         raise UserError(f"this model cannot be built: {one_line(error)}") from error
     present = installed_memory()
@@ -104,7 +126,14 @@ def build_model(config: Config, feature_shape: tuple[int, ...], num_classes: int
             f"the weights of this model need {4 * parameters / 1e9:,.0f} GB, the machine has {present / 1e9:,.0f} GB: "
             "use fewer or smaller experts.sizes, or a pooled neck"
         )
-    return VisionMoE(*parts)
+    return kind(*parts)
+
+
+def compile_blocks(config: Config, model: AnyMoE, device: torch.device) -> None:
+    """Have the blocks of a ViT with experts compiled for the batches of this run, where train.compile says so."""
+    wanted = config.train.compile == "always" or (config.train.compile == "auto" and device.type == "cuda")
+    if wanted and isinstance(model, MoEViT):
+        model.compile({config.train.batch_size, config.features.batch_size})
 
 
 def identity(config: Config, splits: Splits, backbone: Backbone, feature_shape: tuple[int, ...]) -> dict[str, Any]:
@@ -124,7 +153,7 @@ def build_trainer(
     run: RunFolder,
     tracker: Tracker,
     checkpoint: dict[str, Any] | None = None,
-    bank: FeatureBank | None = None,
+    bank: FeatureBank | ImageBank | None = None,
 ) -> Trainer:
     """Seeds, features, model and trainer, which writes to `run` and `tracker`: at the beginning, or at a checkpoint.
 
@@ -135,13 +164,14 @@ def build_trainer(
     seed_everything(config.train.seed, config.train.deterministic)
     splits, backbone = inputs.splits, inputs.backbone
     bank = bank or build_bank(config, splits, backbone, inputs.device)
-    model = build_model(config, bank.feature_shape, splits.train.num_classes).to(inputs.device)
+    model = build_model(config, bank.feature_shape, splits.train.num_classes, backbone).to(inputs.device)
+    compile_blocks(config, model, inputs.device)
     stored = identity(config, splits, backbone, bank.feature_shape)
     trainer = Trainer(config, model, bank, run, tracker, stored, lambda evaluated: validate(evaluated, bank))
     if checkpoint is not None:
         check_inputs(checkpoint, stored, run.last)
         trainer.load_state_dict(checkpoint)
         trainer.best = best_kept(run, config, checkpoint)
-        run.results.unlink(missing_ok=True)  # of weights that are about to change
+        mark_stale(run, f"Results from before the run was resumed after {trainer.position} of {config.train.epochs}")
         print(f"resuming     {printable(run.path)} after {trainer.position} of {config.train.epochs}")
     return trainer

@@ -218,7 +218,7 @@ def score(model: VisionMoE, features: Features) -> tuple[dict[str, Any], np.ndar
     model.eval()
     logits, experts, weights, samples, seen = [], [], [], [], 0
     for x_BF in features.held_MF.split(SETTINGS["batch"]):
-        logits_BC, routing = model(x_BF)
+        logits_BC, (routing,) = model(x_BF)
         logits.append(logits_BC)
         samples.append(routing.sample_A + seen)
         experts.append(routing.expert_A)

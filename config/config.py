@@ -22,6 +22,7 @@ from data.augment import AugmentConfig
 from data.datasets import DataConfig
 from model.backbone import BackboneConfig
 from model.balance import BalanceConfig
+from model.blocks import check_block_parts
 from model.classifier import NeckConfig, check_parts
 from model.experts import ExpertsConfig
 from model.losses import LOSSES
@@ -63,6 +64,16 @@ class Config:
                 f"router.top_k is {self.router.top_k} but experts.sizes names {num_experts}: "
                 "lower the one or lengthen the other"
             )
+        if self.experts.place == "blocks":
+            check_block_parts(self.neck, self.router, self.experts)
+            if self.backbone.gives_tokens:
+                raise ValueError(
+                    "backbone.features tokens:BLOCK are for experts.place head: with blocks the head reads cls and mean"
+                )
+            self._check_balance()
+            return
+        if self.router.level != "token":
+            raise ValueError(f"router.level {self.router.level} is for experts.place blocks: set that, or level token")
         if self.neck.needs_tokens and not self.backbone.gives_tokens:
             raise ValueError(
                 f"neck.kind {self.neck.kind} reads tokens, but backbone.features are pooled: use [tokens:-1]"

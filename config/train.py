@@ -30,6 +30,8 @@ class TrainConfig:
     graph: Literal["auto", "off"] = "auto"
     """auto: on a GPU a small head's steps replay a CUDA graph, since launching their kernels takes longer than running
     them; off: never."""
+    compile: Literal["auto", "always", "never"] = "auto"
+    """experts.place blocks: compile the ViT's blocks, in training and in evaluation; auto: on a GPU."""
     deterministic: bool = False
     """Forbid PyTorch what may differ between two runs on a GPU, at some cost in speed; a CPU needs no such thing."""
 

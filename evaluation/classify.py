@@ -1,5 +1,6 @@
 """Images of any source through a trained run: the likeliest classes, and the experts that decided."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -7,10 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evaluation.predict import BATCH_SIZE
+from evaluation.block_routing import BlockRoutingSums
 from evaluation.trained import TrainedRun
 from features.bank import FeatureBank
-from model.classifier import VisionMoE
+from features.images import ImageBank
+from model.moe_vit import AnyMoE, MoEViT
 from model.preparation import prepare
 from model.routers import Routing
 
@@ -27,7 +29,8 @@ class ClassScore:
 class Vote:
     """What one expert contributed to an answer.
 
-    expert: its index. name: index and hidden units. weight: of the gate, what its output counted. alone: the
+    expert: its index. name: index and hidden units. weight: of the gate, what its output counted; inside the ViT its
+    share of the gate's weight, over all tokens and blocks. alone: the
     likeliest class if this expert had answered by itself, or with the shared experts where there are any: these see
     every image and cannot be left out.
     """
@@ -53,27 +56,46 @@ class Answer:
 @torch.no_grad()
 def classify(trained: TrainedRun, images_BCHW: Tensor, top: int = 5) -> list[Answer]:
     """Answers for uint8 images (B, 3, H, W), prepared as in training; at most `top` classes each."""
-    backbone = trained.backbone
-    images_BCHW = prepare(images_BCHW.to(trained.device), backbone.image_size, backbone.mean, backbone.std)
-    features = backbone(images_BCHW)
-    logits_BC, routing = trained.model(features)
+    inputs = _inputs(trained, images_BCHW.to(trained.device))
+    logits_BC, routings = trained.model(inputs)
     values_BT, classes_BT = logits_BC.softmax(dim=-1).topk(min(top, logits_BC.shape[1]))
     answers = []
     for values_T, classes_T, votes in zip(
-        values_BT.tolist(), classes_BT.tolist(), _votes(trained, features, routing), strict=True
+        values_BT.tolist(), classes_BT.tolist(), _votes(trained, inputs, routings), strict=True
     ):
         scores = [ClassScore(trained.class_names[c], value) for c, value in zip(classes_T, values_T, strict=True)]
         answers.append(Answer(scores, votes))
     return answers
 
 
-def _votes(trained: TrainedRun, features: Tensor, routing: Routing) -> list[list[Vote]]:
-    """The experts of each sample, heaviest first; one that sees a sample more than once has the sum of its weights."""
-    alone_EB, said_EB = (table.tolist() for table in alone_probabilities(trained.model, features).max(dim=-1))
-    weights: list[dict[int, float]] = [{} for _ in range(routing.num_samples)]
+def _inputs(trained: TrainedRun, images_BCHW: Tensor) -> Tensor:
+    """What the model reads of uint8 images: themselves where the ViT is part of it, else the backbone's features."""
+    backbone = trained.backbone
+    if isinstance(trained.model, MoEViT):
+        return images_BCHW
+    return backbone(prepare(images_BCHW, backbone.image_size, backbone.mean, backbone.std))
+
+
+def _weights(model: AnyMoE, routings: Sequence[Routing], images: int) -> list[dict[int, float]]:
+    """The gate's weight of each expert of each image; inside the ViT its share over all tokens and blocks."""
+    weights: list[dict[int, float]] = [{} for _ in range(images)]
+    if isinstance(model, MoEViT):
+        sums = BlockRoutingSums(model.places)
+        sums.add(routings, images)
+        table_NE = sums.result().weight_NLE.sum(axis=1)
+        shares_NE = table_NE / table_NE.sum(axis=1, keepdims=True)
+        return [{e: float(share) for e, share in enumerate(shares_E) if share > 0} for shares_E in shares_NE]
+    (routing,) = routings
     flat = (routing.sample_A.tolist(), routing.expert_A.tolist(), routing.weight_A.tolist())
     for sample, expert, weight in zip(*flat, strict=True):
         weights[sample][expert] = weights[sample].get(expert, 0.0) + weight
+    return weights
+
+
+def _votes(trained: TrainedRun, inputs: Tensor, routings: Sequence[Routing]) -> list[list[Vote]]:
+    """The experts of each sample, heaviest first; one that sees a sample more than once has the sum of its weights."""
+    alone_EB, said_EB = (table.tolist() for table in alone_probabilities(trained.model, inputs).max(dim=-1))
+    weights = _weights(trained.model, routings, len(inputs))
     labels, names = trained.config.experts.labels(), trained.class_names
     votes = []
     for sample, chosen in enumerate(weights):
@@ -84,17 +106,19 @@ def _votes(trained: TrainedRun, features: Tensor, routing: Routing) -> list[list
 
 
 @torch.no_grad()
-def alone_probabilities(model: VisionMoE, features: Tensor) -> Tensor:
-    """Class probabilities (E, B, C) where the gate may choose one expert only; `model` in evaluation mode.
+def alone_probabilities(model: AnyMoE, inputs: Tensor) -> Tensor:
+    """Class probabilities (E, B, C) where every gate may choose one expert only; `model` in evaluation mode.
 
     Shared experts, which no gate chooses, take part in all of them.
     """
-    each_EE = torch.eye(len(model.moe.experts), dtype=torch.bool, device=features.device)
-    return torch.stack([model(features, allowed_E=allowed_E)[0].softmax(dim=-1) for allowed_E in each_EE])
+    each_EE = torch.eye(model.mixtures[0].router.num_experts, dtype=torch.bool, device=inputs.device)
+    return torch.stack([model(inputs, allowed_E=allowed_E)[0].softmax(dim=-1) for allowed_E in each_EE])
 
 
-def answers_alone(model: VisionMoE, bank: FeatureBank, split: str) -> tuple[np.ndarray, np.ndarray]:
+def answers_alone(model: AnyMoE, bank: FeatureBank | ImageBank, split: str) -> tuple[np.ndarray, np.ndarray]:
     """What each expert would say to each image of a split by itself: classes (E, N) int64, probabilities (E, N)."""
-    parts = [alone_probabilities(model, features).max(dim=-1) for features, _ in bank.batches(split, BATCH_SIZE)]
+    parts = [
+        alone_probabilities(model, features).max(dim=-1) for features, _ in bank.batches(split, bank.evaluation_batch)
+    ]
     values, classes = (torch.cat(column, dim=1).cpu().numpy() for column in zip(*parts, strict=True))
     return classes, values

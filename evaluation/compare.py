@@ -12,12 +12,13 @@ import numpy as np
 import yaml
 
 from analysis import plots
-from common.errors import UserError, one_line
+from common.errors import UserError, one_line, warn
 from common.files import write_atomically, write_json
 from common.paths import absolute, expanded
 from common.text import command
 from config.config import flatten
 from evaluation.figures import save_figure
+from evaluation.stale import why_stale
 from storage.folder import INCIDENTAL, RunFolder
 
 WIDE = 6  # runs up to which each has a column of the printed table; of more, each has a row
@@ -114,7 +115,11 @@ def _load_folder(run: RunFolder, source: str) -> Compared:
         ) from error
     if not isinstance(metrics, dict) or not isinstance(config, dict):
         raise UserError(f"{source} is of another version: its config.yaml or evaluation/metrics.json is no table")
-    return Compared(run.path.resolve().name, str(absolute(source)), flatten(config), _figures(metrics))
+    name = run.path.resolve().name
+    if reason := why_stale(metrics):
+        warn(f"{source}: {reason}; {command('evaluate.py', source)} scores what it has now")
+        name += " (stale)"
+    return Compared(name, str(absolute(source)), flatten(config), _figures(metrics))
 
 
 def _figures(metrics: dict[str, Any]) -> dict[str, float]:

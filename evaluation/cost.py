@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model.backbone import Backbone
 from model.classifier import VisionMoE
+from model.moe_vit import AnyMoE, MoEViT
 
 
 @dataclass(frozen=True)
@@ -72,10 +73,53 @@ def head_cost(model: VisionMoE, feature_shape: tuple[int, ...], load_E: np.ndarr
     )
 
 
-def cost(model: VisionMoE, backbone: Backbone, feature_shape: tuple[int, ...]) -> Cost:
+def inside_cost(model: MoEViT, load_E: np.ndarray | None = None) -> HeadCost:
+    """What is trained inside and behind the ViT costs an image, as means under the load of every block (None: even)."""
+    mixtures, tokens, device = list(model.mixtures), model.num_tokens, next(model.parameters()).device
+    num_experts = mixtures[0].router.num_experts
+    load_E = np.full(num_experts, 1 / num_experts) if load_E is None else np.asarray(load_E)
+    visits_E = mixtures[0].router.experts_per_sample * load_E
+    parameters_E = np.array([row.parameters for row in expert_costs(model)])
+    flops_E = np.array([mixtures[0].experts.flops_of(expert) for expert in range(num_experts)]) * tokens
+    read_ND = torch.zeros(1 if mixtures[0].by_image else tokens, model.width, device=device)
+    always = len(mixtures) * flops(mixtures[0].router, read_ND)
+    always += flops(model.head, torch.zeros(1, model.head.in_features, device=device))
+    return HeadCost(
+        active_parameters=round(parameters(model) - parameters_E.sum() + float(visits_E.clip(max=1) @ parameters_E)),
+        flops=round(always + len(mixtures) * float(visits_E @ flops_E)),
+    )
+
+
+@dataclass(frozen=True)
+class ExpertCost:
+    """Parameters and bytes of an expert, in all blocks that have it, and FLOPs of one assignment to it."""
+
+    parameters: int
+    bytes: int
+    flops: int
+
+
+def expert_costs(model: AnyMoE) -> list[ExpertCost]:
+    """What each routed expert weighs and costs."""
+    if isinstance(model, MoEViT):
+        tokens = model.num_tokens if model.mixtures[0].by_image else 1
+        each = [mixture.experts for mixture in model.mixtures]
+        counts = [
+            sum(experts.parameters_of(e) for experts in each) for e in range(model.mixtures[0].router.num_experts)
+        ]
+        return [ExpertCost(count, 4 * count, tokens * each[0].flops_of(e)) for e, count in enumerate(counts)]
+    x_BD = torch.zeros(1, model.neck.out_features, device=next(model.parameters()).device)
+    sizes = [sum(v.numel() * v.element_size() for v in expert.state_dict().values()) for expert in model.moe.experts]
+    return [
+        ExpertCost(parameters(expert), size, flops(expert, x_BD))
+        for expert, size in zip(model.moe.experts, sizes, strict=True)
+    ]
+
+
+def cost(model: AnyMoE, backbone: Backbone, feature_shape: tuple[int, ...]) -> Cost:
     """Count parameters and FLOPs of backbone and head, the latter as `head_cost` does under an even load."""
     size = backbone.image_size
-    head = head_cost(model, feature_shape)
+    head = inside_cost(model) if isinstance(model, MoEViT) else head_cost(model, feature_shape)
     return Cost(
         backbone_parameters=parameters(backbone),
         trainable_parameters=parameters(model),

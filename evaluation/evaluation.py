@@ -3,7 +3,6 @@
 from typing import Any
 
 import numpy as np
-import torch
 
 from analysis import answers, experts, gate, routing
 from analysis.routing import balance_figures
@@ -11,14 +10,15 @@ from common.environment import environment
 from common.files import write_json
 from config.config import Config
 from data.image_set import ImageSet
-from evaluation.cost import flops, parameters
+from evaluation.cost import expert_costs
 from evaluation.figures import Evaluated, draw, warn_of_letters
 from evaluation.metrics import per_class_scores, scores
 from evaluation.predict import Predictions, predict
 from evaluation.report import write_report
 from evaluation.reporting import report
 from features.bank import FeatureBank
-from model.classifier import VisionMoE
+from features.images import ImageBank
+from model.moe_vit import AnyMoE
 from storage.folder import RunFolder
 from tracking.tracker import Tracker
 
@@ -26,7 +26,7 @@ Rows = list[dict[str, Any]]
 
 
 def evaluate(
-    run: RunFolder, config: Config, model: VisionMoE, bank: FeatureBank, tracker: Tracker | None = None
+    run: RunFolder, config: Config, model: AnyMoE, bank: FeatureBank | ImageBank, tracker: Tracker | None = None
 ) -> dict[str, Any]:
     """Score `model` on the test split, write evaluation/metrics.json, figures/*.png and report.html, and report to
     `tracker`.
@@ -46,10 +46,10 @@ def evaluate(
     return results
 
 
-def _results(predictions: Predictions, test: ImageSet, config: Config, model: VisionMoE) -> dict[str, Any]:
-    num_classes, num_experts = test.num_classes, len(config.experts.sizes)
+def _results(predictions: Predictions, test: ImageSet, config: Config, model: AnyMoE) -> dict[str, Any]:
+    num_classes, num_experts = test.num_classes, predictions.num_experts
     labels_N, predicted_N = predictions.labels_N, predictions.predicted_N
-    load_E = routing.expert_load(predictions.expert_A, num_experts)
+    load_E = predictions.load_LE.mean(axis=0)
     confusion_CC = answers.confusion(labels_N, predicted_N, num_classes)
     pairs = answers.confused_pairs(confusion_CC, test.class_names)
     return {
@@ -58,15 +58,14 @@ def _results(predictions: Predictions, test: ImageSet, config: Config, model: Vi
         **_calibration(predictions),
         "images": len(labels_N),
         "expert_load": load_E.tolist(),
-        "expert_importance": routing.expert_importance(
-            predictions.expert_A, predictions.weight_A, num_experts
-        ).tolist(),
-        "expert_underused": routing.underused(load_E, model.moe.router.target_E.cpu()).tolist(),
+        "expert_importance": predictions.importance_LE.mean(axis=0).tolist(),
+        "expert_underused": routing.underused(load_E, model.mixtures[0].router.target_E.cpu()).tolist(),
         **{key.removeprefix("balance/"): value for key, value in balance_figures(load_E).items()},
         "specialisation": routing.specialisation(
             labels_N, predictions.sample_A, predictions.expert_A, num_classes, num_experts
         ),
         **_experts(predictions, test, config, model),
+        **_blocks(predictions, num_classes),
         "class_names": list(test.class_names),
         **_class_tables(predictions, test, num_experts),
         "confused_pairs": [
@@ -86,9 +85,9 @@ def _calibration(predictions: Predictions) -> dict[str, Any]:
     }
 
 
-def _experts(predictions: Predictions, test: ImageSet, config: Config, model: VisionMoE) -> dict[str, Any]:
+def _experts(predictions: Predictions, test: ImageSet, config: Config, model: AnyMoE) -> dict[str, Any]:
     """What each expert does, and is worth."""
-    num_experts = len(config.experts.sizes)
+    num_experts = predictions.num_experts
     labels_N, sample_A, expert_A = predictions.labels_N, predictions.sample_A, predictions.expert_A
     correct_N = predictions.predicted_N == labels_N
     accuracy_E, samples_E = routing.mean_by_expert(correct_N, sample_A, expert_A, num_experts)
@@ -108,19 +107,10 @@ def _experts(predictions: Predictions, test: ImageSet, config: Config, model: Vi
     }
 
 
-def _worth(predictions: Predictions, test: ImageSet, model: VisionMoE) -> Rows:
+def _worth(predictions: Predictions, test: ImageSet, model: AnyMoE) -> Rows:
     """For each expert what it costs and, of two or more, what happens to the test set without it."""
-    x_BD = torch.zeros(1, model.neck.out_features, device=next(model.parameters()).device)
-    modules = list(model.moe.experts)
-    flops_E = [flops(expert, x_BD) for expert in modules]
-    rows: Rows = [
-        {
-            "parameters": parameters(expert),
-            "bytes": sum(value.numel() * value.element_size() for value in expert.state_dict().values()),
-            "flops": cost,
-        }
-        for expert, cost in zip(modules, flops_E, strict=True)
-    ]
+    rows: Rows = [vars(cost) for cost in expert_costs(model)]
+    flops_E = [row["flops"] for row in rows]
     removals = predictions.removals
     if removals is None:
         return rows
@@ -135,7 +125,7 @@ def _worth(predictions: Predictions, test: ImageSet, model: VisionMoE) -> Rows:
 
 def _class_tables(predictions: Predictions, test: ImageSet, num_experts: int) -> dict[str, Any]:
     """How each class, and each superclass, is spread over the experts: by assignments and by gate weight."""
-    flat = (predictions.sample_A, predictions.expert_A)
+    *flat, count_A, weight_A = predictions.tally()
     group_C = test.superclass_of_class()
     sets = {"class": (predictions.labels_N, test.num_classes)}
     tables: dict[str, Any] = {}
@@ -146,10 +136,32 @@ def _class_tables(predictions: Predictions, test: ImageSet, num_experts: int) ->
         tables["superclass_accuracy"] = float((group_N == predicted_N).mean())
         tables["superclass_confusion"] = answers.confusion(group_N, predicted_N, len(test.coarse_names)).tolist()
     for name, (labels_N, count) in sets.items():
-        for suffix, weight_A in (("", None), ("_weight", predictions.weight_A)):
-            table = routing.expert_by_class(labels_N, *flat, count, num_experts, weight_A)
+        for suffix, by_A in (("", count_A), ("_weight", weight_A)):
+            table = routing.expert_by_class(labels_N, *flat, count, num_experts, by_A)
             tables[f"expert_by_{name}{suffix}"] = table.tolist()
     return tables
+
+
+def _blocks(predictions: Predictions, num_classes: int) -> dict[str, Any]:
+    """With experts inside the ViT what happens in each block."""
+    found = predictions.blocks
+    if found is None:
+        return {}
+    tables_LCE = found.by_class(predictions.labels_N, num_classes)
+    shares_LCE = tables_LCE / tables_LCE.sum(axis=2, keepdims=True).clip(min=1e-30)
+    rows = zip(found.places, found.load_LE, found.importance_LE, shares_LCE, tables_LCE, strict=True)
+    return {
+        "blocks": [
+            {
+                "block": int(place.removeprefix("block_")),
+                "expert_load": load_E.tolist(),
+                "expert_importance": importance_E.tolist(),
+                "mutual_information": routing.mutual_information(table_CE),
+                "expert_by_class_weight": shares_CE.tolist(),
+            }
+            for place, load_E, importance_E, shares_CE, table_CE in rows
+        ]
+    }
 
 
 def _plain(values: np.ndarray) -> list[float | None]:

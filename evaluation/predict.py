@@ -1,5 +1,6 @@
 """Run a trained model over a split and keep what the scores and the figures need."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -7,11 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from analysis.routing import expert_importance, expert_load
+from evaluation.block_routing import BlockRouting, BlockRoutingSums
 from features.bank import FeatureBank
+from features.images import ImageBank
 from model.classifier import VisionMoE
+from model.moe_vit import AnyMoE, MoEViT
 from model.routers import Routing
-
-BATCH_SIZE = 1024
 
 
 @dataclass
@@ -34,6 +37,8 @@ class Predictions:
 
     logits_NC: float32. labels_N, sample_A, expert_A: int64. weight_A: float32 gate weights. gate_NE: float32, the
     router's clean logits at its temperature. removals: where they were asked for and there are two experts or more.
+    blocks: with experts inside the ViT the routing there. Then the flat list has, for each image and block, the expert
+    with the most weight, and the softmax of gate_NE is the mean gate of an image's tokens in all blocks.
     """
 
     logits_NC: np.ndarray
@@ -43,6 +48,7 @@ class Predictions:
     weight_A: np.ndarray
     gate_NE: np.ndarray
     removals: Removals | None = None
+    blocks: BlockRouting | None = None
 
     @property
     def predicted_N(self) -> np.ndarray:
@@ -54,37 +60,88 @@ class Predictions:
         """Class probabilities, float32."""
         return torch.from_numpy(self.logits_NC).softmax(dim=1).numpy()
 
+    @property
+    def num_experts(self) -> int:
+        """Number of routed experts, at each place."""
+        return self.gate_NE.shape[1]
+
+    @property
+    def load_LE(self) -> np.ndarray:
+        """Share of the assignments that each expert receives at each place."""
+        return expert_load(self.expert_A, self.num_experts)[None] if self.blocks is None else self.blocks.load_LE
+
+    @property
+    def importance_LE(self) -> np.ndarray:
+        """Share of the gate weight that each expert receives at each place."""
+        if self.blocks is not None:
+            return self.blocks.importance_LE
+        return expert_importance(self.expert_A, self.weight_A, self.num_experts)[None]
+
+    def tally(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray]:
+        """sample_A, expert_A, count_A (None: one each) and weight_A of all assignments, the flat list where it is all.
+
+        With experts inside the ViT an entry is an image and an expert, with sums over blocks and tokens.
+        """
+        if self.blocks is None:
+            return self.sample_A, self.expert_A, None, self.weight_A
+        images, experts = self.gate_NE.shape
+        count_NE, weight_NE = (t.sum(axis=1) for t in (self.blocks.count_NLE, self.blocks.weight_NLE))
+        sample_A, expert_A = np.arange(images).repeat(experts), np.tile(np.arange(experts), images)
+        return sample_A, expert_A, count_NE.ravel(), weight_NE.ravel()
+
     def loss(self) -> float:
         """Mean cross-entropy in nats, without label smoothing."""
         return float(F.cross_entropy(torch.from_numpy(self.logits_NC), torch.from_numpy(self.labels_N)))
 
 
 @torch.no_grad()
-def predict(model: VisionMoE, bank: FeatureBank, split: str, removals: bool = False) -> Predictions:
+def predict(model: AnyMoE, bank: FeatureBank | ImageBank, split: str, removals: bool = False) -> Predictions:
     """Answers for every image of a split as it is (no augmentation), with the learned gate and no noise.
 
-    In float32 whatever training used, so that a sample's answer does not depend on its batch beyond rounding.
-    removals: ask also what the answers would be without each expert, in the same pass over the features.
+    Experts on features run in float32 whatever training used, so that a sample's answer does not depend on its batch
+    beyond rounding. removals: ask also what the answers would be without each expert, in the same pass.
     """
     was_training = model.training
     model.eval()
-    num_experts = model.moe.router.num_experts
-    batches, without = [], []
-    seen = 0
-    for features, labels_B in bank.batches(split, BATCH_SIZE):
-        logits_BC, routing = model(features)
-        flat = (routing.sample_A + seen, routing.expert_A, routing.weight_A)
-        batches.append((logits_BC, labels_B, *flat, routing.gate_logits_BE))
-        if removals and num_experts > 1:
-            without.append(_without_each(model, features, logits_BC, routing))
+    inside = isinstance(model, MoEViT)
+    answers, flat, gates, without = [], [], [], []
+    sums, seen = BlockRoutingSums(model.places), 0
+    for inputs, labels_B in bank.batches(split, bank.evaluation_batch):
+        logits_BC, routings = model(inputs)
+        answers.append((logits_BC, labels_B))
+        if inside:
+            sums.add(routings, len(labels_B))
+            gates.append(_mean_gate(routings, len(labels_B)).log())
+        else:
+            (routing,) = routings
+            flat.append((routing.sample_A + seen, routing.expert_A, routing.weight_A))
+            gates.append(routing.gate_logits_BE)
+        if removals and routings[0].num_experts > 1:
+            remove = _without_each_inside if inside else _without_each
+            without.append(remove(model, inputs, logits_BC, routings))
         seen += len(labels_B)
     model.train(was_training)
-    columns = (torch.cat(column).cpu().numpy() for column in zip(*batches, strict=True))
-    return Predictions(*columns, removals=_join(without) if without else None)
+    blocks = sums.result() if inside else None
+    routing = blocks.heaviest() if inside else _columns(flat)
+    gate_NE = torch.cat(gates).cpu().numpy()
+    return Predictions(*_columns(answers), *routing, gate_NE, _join(without) if without else None, blocks)
 
 
-def _without_each(model: VisionMoE, features: Tensor, logits_BC: Tensor, routing: Routing) -> tuple[Tensor, ...]:
+def _columns(batches: list[tuple[Tensor, ...]]) -> list[np.ndarray]:
+    return [torch.cat(column).cpu().numpy() for column in zip(*batches, strict=True)]
+
+
+def _mean_gate(routings: Sequence[Routing], images: int) -> Tensor:
+    """The mean gate of each image's tokens in all blocks, (B, E)."""
+    each = [routing.probs_BE.view(images, -1, routing.num_experts).mean(dim=1) for routing in routings]
+    return torch.stack(each).mean(dim=0).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def _without_each(
+    model: VisionMoE, features: Tensor, logits_BC: Tensor, routings: Sequence[Routing]
+) -> tuple[Tensor, ...]:
     """The columns of `Removals` for one batch. A sample that an expert has no part in keeps its answer."""
+    (routing,) = routings
     experts_E = torch.arange(routing.num_experts, device=logits_BC.device)
     predicted_EB = logits_BC.argmax(dim=1).repeat(len(experts_E), 1)
     before_EE, after_EE = torch.zeros(2, len(experts_E), len(experts_E), dtype=torch.int64)
@@ -93,16 +150,31 @@ def _without_each(model: VisionMoE, features: Tensor, logits_BC: Tensor, routing
         served_B[routing.sample_A[(routing.expert_A == expert) & (routing.weight_A > 0)]] = True
         if not served_B.any():
             continue
-        logits_MC, rerouted = model(features[served_B], allowed_E=experts_E != expert)
+        logits_MC, (rerouted,) = model(features[served_B], allowed_E=experts_E != expert)
         predicted_EB[expert, served_B] = logits_MC.argmax(dim=1)
         before_EE[expert] = _visits(routing, served_B[routing.sample_A])
-        after_EE[expert] = _visits(rerouted, torch.ones_like(rerouted.expert_A, dtype=torch.bool))
+        after_EE[expert] = _visits(rerouted)
     return predicted_EB, before_EE, after_EE
 
 
-def _visits(routing: Routing, among_A: Tensor) -> Tensor:
+def _without_each_inside(
+    model: MoEViT, images: Tensor, logits_BC: Tensor, routings: Sequence[Routing]
+) -> tuple[Tensor, ...]:
+    """The columns of `Removals` for one batch, each expert removed from all blocks at once."""
+    experts_E = torch.arange(routings[0].num_experts, device=logits_BC.device)
+    before_E = sum(_visits(routing) for routing in routings)
+    predicted, after = [], []
+    for expert in range(len(experts_E)):
+        without_BC, rerouted = model(images, allowed_E=experts_E != expert)
+        predicted.append(without_BC.argmax(dim=1))
+        after.append(sum(_visits(routing) for routing in rerouted))
+    return torch.stack(predicted), before_E.repeat(len(experts_E), 1), torch.stack(after)
+
+
+def _visits(routing: Routing, among_A: Tensor | None = None) -> Tensor:
     """Assignments of positive weight to each expert."""
-    counted_A = routing.expert_A[among_A & (routing.weight_A > 0)]
+    counted_A = routing.weight_A > 0
+    counted_A = routing.expert_A[counted_A if among_A is None else counted_A & among_A]
     return torch.bincount(counted_A, minlength=routing.num_experts).cpu()
 
 

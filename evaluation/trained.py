@@ -6,7 +6,7 @@ import torch
 
 from config.config import Config
 from model.backbone import Backbone
-from model.classifier import VisionMoE
+from model.moe_vit import AnyMoE
 from storage.folder import RunFolder
 
 
@@ -18,5 +18,5 @@ class TrainedRun:
     config: Config
     device: torch.device
     backbone: Backbone
-    model: VisionMoE
+    model: AnyMoE
     class_names: tuple[str, ...]

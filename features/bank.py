@@ -56,6 +56,8 @@ class FeatureBank:
     Raises EnvironmentFault where the disk of `cache`, or without one host memory, is too small.
     """
 
+    evaluation_batch = 1024  # samples that are evaluated at once
+
     def __init__(
         self,
         splits: Splits,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from common.errors import one_line, warn
 from features.bank import FeatureBank
+from features.images import ImageBank
 from model.backbone import Backbone
 from model.preparation import preparation, resize_and_normalise
 
@@ -25,15 +26,18 @@ def worth_compiling(choice: str, images: int, device: torch.device) -> bool:
     return choice == "always" or (choice == "auto" and device.type == "cuda" and images >= COMPILE_FROM)
 
 
-def warn_of_hours(bank: FeatureBank, flops: int, epochs: int) -> None:
+def warn_of_hours(bank: FeatureBank | ImageBank, flops: int, epochs: int) -> None:
     """Warn where a CPU is about to spend hours on the frozen backbone, of so many FLOPs an image."""
     if bank.device.type != "cpu":
         return
-    live, splits = bank.config.mode == "live", bank.splits
-    each_epoch = len(splits.train) + len(splits.validation)
+    splits, trains = bank.splits, isinstance(bank, ImageBank)
+    live = trains or bank.config.mode == "live"
+    # With experts inside, an image goes forward and back.
+    each_epoch = (1 + trains) * len(splits.train) + len(splits.validation)
     images = epochs * each_epoch + len(splits.test) if live else bank.images_left()
     if flops * images > HOURS * torch.get_num_threads():
         less = ", or --features.mode cached" if live else ", or fewer --features.views" if bank.views_used > 1 else ""
+        less = ", or --experts.place head" if trains else less
         warn(
             f"{images:,} images, each view counted, are to pass the backbone on a CPU, which takes hours: use a GPU, "
             f"or --backbone.name bundled/vit_micro (for CIFAR-100 --config configs/cifar100_cpu.yaml){less}"

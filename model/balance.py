@@ -1,11 +1,14 @@
 """The auxiliary losses of a Routing, and their weighted sum."""
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from .losses import LOSSES, BalanceConfig
 from .routers import Router, Routing
 
-__all__ = ["BalanceConfig", "balance_losses", "floors", "weighted_sum"]
+__all__ = ["BalanceConfig", "balance_losses", "floors", "losses_by_place", "weighted_sum"]
 
 
 def balance_losses(routing: Routing, config: BalanceConfig) -> dict[str, Tensor]:
@@ -21,6 +24,12 @@ def balance_losses(routing: Routing, config: BalanceConfig) -> dict[str, Tensor]
     }
 
 
+def losses_by_place(routings: Sequence[Routing], config: BalanceConfig) -> dict[str, Tensor]:
+    """`balance_losses` of the routing at each of L places, by name (L,)."""
+    each = [balance_losses(routing, config) for routing in routings]
+    return {name: torch.stack([losses[name] for losses in each]) for name in each[0]}
+
+
 def floors(config: BalanceConfig, router: Router) -> dict[str, float]:
     """For each auxiliary loss of non-zero weight its value at perfect balance: what to subtract to read it.
 
@@ -32,5 +41,5 @@ def floors(config: BalanceConfig, router: Router) -> dict[str, float]:
 
 
 def weighted_sum(losses: dict[str, Tensor], config: BalanceConfig) -> Tensor | float:
-    """What the losses of `balance_losses` add to the training loss; 0 where there is none."""
-    return sum(getattr(config, name) * loss for name, loss in losses.items())
+    """What losses add to the training loss, by their mean where there are several places; 0 where there is none."""
+    return sum(getattr(config, name) * loss.mean() for name, loss in losses.items())

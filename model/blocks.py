@@ -40,7 +40,7 @@ class BlockMixture(nn.Module):
         random. allowed_E: bool, the experts that may be chosen (None: all).
         """
         routing = self.router(self._read(x_BTD), warmup, allowed_E)
-        weights_BTE = weight_table(routing).view(len(x_BTD), -1, routing.num_experts)
+        weights_BTE = routing.assignments.weights_BE.view(len(x_BTD), -1, routing.num_experts)
         return self.experts(x_BTD, dense_BTD, weights_BTE), routing
 
     def _read(self, x_BTD: Tensor) -> Tensor:
@@ -58,13 +58,6 @@ class BlockMixture(nn.Module):
         """Add a training batch to the counters."""
         counter_E = self.usage_E if routing.learned else self.warmup_usage_E
         counter_E += routing.counts_E
-
-
-def weight_table(routing: Routing) -> Tensor:
-    """The weight of each expert for each sample, float32 (N, E); 0 where it is not chosen. Differentiable."""
-    cell_A = routing.sample_A * routing.num_experts + routing.expert_A
-    zeros = routing.weight_A.new_zeros(routing.num_samples * routing.num_experts)
-    return zeros.scatter(0, cell_A, routing.weight_A).view(routing.num_samples, routing.num_experts)
 
 
 def check_block_parts(neck: NeckConfig, router: RouterConfig, experts: ExpertsConfig) -> None:

@@ -106,6 +106,8 @@ class VisionMoE(nn.Module):
     they are made of. Raises ValueError where the parts do not fit each other.
     """
 
+    places = ("head",)
+
     def __init__(
         self,
         feature_shape: tuple[int, ...],
@@ -126,14 +128,24 @@ class VisionMoE(nn.Module):
 
     def forward(
         self, features: Tensor, warmup: bool = False, allowed_E: Tensor | None = None, static: bool = False
-    ) -> tuple[Tensor, Routing]:
-        """Logits (B, C) in float32 and the routing.
+    ) -> tuple[Tensor, tuple[Routing]]:
+        """Logits (B, C) in float32 and the routing, one a place.
 
         warmup: route at random. allowed_E: bool, the experts that may be chosen (None: all). static: dispatch with
         shapes that suit a CUDA graph, where experts.dispatch is auto.
         """
         x_BD = self.dropout(self.neck(features.float()))
-        return self.moe(x_BD, warmup, allowed_E, static)
+        logits_BC, routing = self.moe(x_BD, warmup, allowed_E, static)
+        return logits_BC, (routing,)
+
+    @property
+    def mixtures(self) -> tuple[MixtureOfExperts]:
+        """The mixture at each of `places`."""
+        return (self.moe,)
+
+    def after_step(self, routings: tuple[Routing]) -> None:
+        """To be called once after each optimizer step: moves the loss-free bias, where there is one."""
+        self.moe.after_step(routings[0])
 
 
 def check_parts(neck: NeckConfig, router: RouterConfig, experts: ExpertsConfig) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .backbone import Backbone
 from .blocks import BlockMixture, check_block_parts
-from .classifier import NECKS, NeckConfig
+from .classifier import NECKS, NeckConfig, VisionMoE
 from .experts import ExpertsConfig
 from .preparation import prepare
 from .routers import RouterConfig, Routing
@@ -34,7 +34,10 @@ class MoEViT(nn.Module):
         check_block_parts(neck, router, experts)
         self._frozen = _Shared(backbone)
         self.blocks = resolve_blocks(experts, backbone)
+        self.places = tuple(f"block_{block}" for block in self.blocks)
+        self._compiled, self._compiled_for = run_block, frozenset()
         vit = backbone.vit
+        self.width, self.num_tokens = vit.embed_dim, vit.patch_embed.num_patches + vit.num_prefix_tokens
         prefix = int(vit.num_prefix_tokens)
         parts = (vit.embed_dim, router, experts)
         self.mixtures = nn.ModuleList(
@@ -50,18 +53,18 @@ class MoEViT(nn.Module):
         return self._frozen.part
 
     def forward(
-        self, images_BCHW: Tensor, warmup: bool = False, allowed: Tensor | None = None
+        self, images_BCHW: Tensor, warmup: bool = False, allowed_E: Tensor | None = None
     ) -> tuple[Tensor, tuple[Routing, ...]]:
         """Logits (B, C) in float32, and the routing of each of `blocks`.
 
         images_BCHW: uint8 of any size, or floating-point numbers that `prepare` gave. warmup: route at random.
-        allowed: bool, the experts that may be chosen in all blocks (E,), or in each (L, E) (None: all).
+        allowed_E: bool, the experts that may be chosen in all blocks, or (L, E) in each (None: all).
         """
         images_BCHW = self.prepare(images_BCHW)
         # Autocast would norm in float32; the ViT's own number format is for the experts too. Gates are always float32.
         own = self.backbone.dtype != torch.float32
         with torch.autocast(images_BCHW.device.type, enabled=False) if own else nullcontext():
-            features_BF, routings = self._features(images_BCHW, warmup, allowed)
+            features_BF, routings = self._features(images_BCHW, warmup, allowed_E)
         if self.training:
             for mixture, routing in zip(self.mixtures, routings, strict=True):
                 mixture.count(routing)
@@ -74,34 +77,54 @@ class MoEViT(nn.Module):
         return prepare(images_BCHW, self.backbone.image_size, self.backbone.mean, self.backbone.std)
 
     def _features(
-        self, images_BCHW: Tensor, warmup: bool, allowed: Tensor | None
+        self, images_BCHW: Tensor, warmup: bool, allowed_E: Tensor | None
     ) -> tuple[Tensor, tuple[Routing, ...]]:
         """What the head reads, float32 (B, F), and the routings."""
         backbone = self.backbone
         vit = backbone.runner(images_BCHW.device)
+        run = self._compiled if len(images_BCHW) in self._compiled_for else run_block
         x_BTD, ropes = embed(vit, images_BCHW.to(backbone.dtype))
         mixtures = dict(zip(self.blocks, self.mixtures, strict=True))
         routings, normed = [], {}
         for index in range(backbone.blocks[-1] + 1):
-            block = vit.blocks[index]
-            x_BTD = attend(block, x_BTD, ropes[index])
-            h_BTD = block.norm2(x_BTD)
-            out_BTD = block.mlp(h_BTD)
-            if index in mixtures:
-                allowed_E = allowed if allowed is None or allowed.ndim == 1 else allowed[len(routings)]
-                out_BTD, routing = mixtures[index](h_BTD, out_BTD, warmup, allowed_E)
-                routings.append(routing)
-            x_BTD = add_ffn(block, x_BTD, out_BTD)
+            each = allowed_E if allowed_E is None or allowed_E.ndim == 1 else allowed_E[len(routings)]
+            x_BTD, routing = run(vit.blocks[index], x_BTD, ropes[index], mixtures.get(index), warmup, each)
+            routings += [] if routing is None else [routing]
             if index in backbone.blocks:
                 normed[index] = vit.norm(x_BTD)
         prefix = int(vit.num_prefix_tokens)
         pooled = [pool(how, normed[index], prefix) for how, index in backbone.features]
         return torch.cat(pooled, dim=-1), tuple(routings)
 
+    def compile(self, batch_sizes: set[int]) -> None:
+        """Compile the blocks for batches of these sizes; others run as they are.
+
+        One block is compiled at a time: all of one kind share the result, so that this takes seconds, not minutes.
+        """
+        self._compiled = torch.compile(run_block, dynamic=False, fullgraph=True)
+        self._compiled_for = frozenset(batch_sizes)
+
     def after_step(self, routings: tuple[Routing, ...]) -> None:
         """To be called once after each optimizer step: moves the loss-free biases, where there are any."""
         for mixture, routing in zip(self.mixtures, routings, strict=True):
             mixture.after_step(routing)
+
+
+def run_block(
+    block: nn.Module,
+    x_BTD: Tensor,
+    rope: Tensor | None,
+    mixture: BlockMixture | None,
+    warmup: bool,
+    allowed_E: Tensor | None,
+) -> tuple[Tensor, Routing | None]:
+    """One block of the ViT, with the experts of its mixture where it has one: tokens (B, T, D), and the routing."""
+    x_BTD = attend(block, x_BTD, rope)
+    h_BTD = block.norm2(x_BTD)
+    out_BTD, routing = block.mlp(h_BTD), None
+    if mixture is not None:
+        out_BTD, routing = mixture(h_BTD, out_BTD, warmup, allowed_E)
+    return add_ffn(block, x_BTD, out_BTD), routing
 
 
 class _Shared:
@@ -136,3 +159,7 @@ def resolve_blocks(experts: ExpertsConfig, backbone: Backbone) -> list[int]:
             f"experts.blocks names block {blocks[-1]}, whose output nothing reads: backbone.features end at {last}"
         )
     return blocks
+
+
+AnyMoE = VisionMoE | MoEViT
+"""Experts behind the frozen ViT, or inside it: called alike, with `mixtures`, `places` and `after_step`."""

@@ -49,6 +49,16 @@ class Assignments:
     def num_experts(self) -> int:
         return len(self.counts_E)
 
+    @property
+    def weights_BE(self) -> Tensor:
+        """The weight of each expert for each sample, float32; 0 where it is not chosen. Differentiable.
+
+        For rules under which a sample names an expert at most once.
+        """
+        cell_A = self.sample_A * self.num_experts + self.expert_A
+        zeros = self.weight_A.new_zeros(self.num_samples * self.num_experts)
+        return zeros.scatter(0, cell_A, self.weight_A).view(self.num_samples, self.num_experts)
+
     def kept(self, kept_A: Tensor) -> "Assignments":
         """Those for which kept_A, bool, is true."""
         lists = (values_A[kept_A] for values_A in (self.sample_A, self.expert_A, self.weight_A))

@@ -64,6 +64,37 @@ class GShard(Plain):
         return [True, 2 * self.weights(chosen, chosen)[1] > DRAW]
 
 
+class TopP(SoftmaxFirst):
+    def choose(self):
+        return best(self.ranked, len(self.ranked))
+
+    def wanted(self, chosen):
+        gates = [self.gate()[e] for e in chosen]
+        return [math.fsum(gates[:i]) < self.config.p and gate > 0 for i, gate in enumerate(gates)]
+
+
+class Sinkhorn(SoftmaxFirst):
+    """Its bias holds the scales of the columns: `scaled`."""
+
+    def weights(self, chosen, counted):
+        if self.config.top_k > 1:
+            return super().weights(chosen, counted)
+        return [1 / (1 + math.exp(-self.hot[e])) for e in chosen]
+
+    @staticmethod
+    def scaled(config, samples, bias):
+        """The bias and the logarithms of the scales, by multiplying rows and columns in turn."""
+        t = config.temperature
+        plan = [[math.exp((value + b) / t) for value, b in zip(z, bias, strict=True)] for z in samples]
+        scales = [1.0] * len(bias)
+        for _ in range(config.sinkhorn_iterations):
+            plan = [[value / math.fsum(row) for value in row] for row in plan]
+            factors = [len(plan) / len(bias) / math.fsum(column) for column in zip(*plan, strict=True)]
+            plan = [[value * factor for value, factor in zip(row, factors, strict=True)] for row in plan]
+            scales = [scale * factor for scale, factor in zip(scales, factors, strict=True)]
+        return [b + t * math.log(scale) for b, scale in zip(bias, scales, strict=True)]
+
+
 class DeepSeek(Plain):
     def scores(self):
         if self.config.scores == "softmax":
@@ -148,16 +179,21 @@ RULES = {
     "deepseek": DeepSeek,
     "hash": Hash,
     "hierarchical": Hierarchical,
+    "top_p": TopP,
+    "sinkhorn": Sinkhorn,
 }
 
 
 def reference(config, samples, bias, allowed, training):
     """Per sample {expert: weight}, the residual weight, and the number of choices without a place."""
+    if config.kind == "sinkhorn" and training and len(samples) * config.top_k >= len(bias):
+        bias = Sinkhorn.scaled(config, samples, bias)
     rules = [RULES[config.kind](z, config, bias, allowed) for z in samples]
     choices = [rule.choose() for rule in rules]
     first = [rule.weights(chosen, chosen) for rule, chosen in zip(rules, choices, strict=True)]
     wanted = [
-        rule.wanted(chosen) if training else [True] * len(chosen) for rule, chosen in zip(rules, choices, strict=True)
+        rule.wanted(chosen) if training or config.kind == "top_p" else [True] * len(chosen)
+        for rule, chosen in zip(rules, choices, strict=True)
     ]
     asked = [[e for e, on in zip(*pair, strict=True) if on] for pair in zip(choices, wanted, strict=True)]
     weight = [dict(zip(*pair, strict=True)) for pair in zip(choices, first, strict=True)]
@@ -169,7 +205,7 @@ def reference(config, samples, bias, allowed, training):
     if config.capacity_order == "priority":
         order.sort(key=lambda b: -max(rules[b].gate()))
     got = [[] for _ in rules]
-    for turn in range(config.top_k):
+    for turn in range(len(choices[0])):
         for b in order:
             if wanted[b][turn] and left[choices[b][turn]]:
                 left[choices[b][turn]] -= 1

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.classifier import VisionMoE
+from model.moe_vit import AnyMoE, MoEViT
 from training.step import StepResult, TrainingStep
 
 # Above so many parameters, or parameters times samples, the kernels of a step take longer than its launches (estimates
@@ -15,11 +15,13 @@ PARAMETERS, WORK = 500_000_000, 500_000_000_000
 EAGER_STEPS = 3  # before a capture, so that kernels are loaded and the optimizer has its moments
 
 
-def worth_capturing(choice: str, model: VisionMoE, batch_size: int) -> bool:
+def worth_capturing(choice: str, model: AnyMoE, batch_size: int) -> bool:
     """Whether train.graph (auto, off) asks for captured steps: a small head on a GPU, with shapes that stay.
 
     Not where dispatch would wait for the device, or deterministic algorithms may.
     """
+    if isinstance(model, MoEViT):  # the ViT's kernels take longer than their launches
+        return False
     parameters, moe = list(model.parameters()), model.moe
     number = sum(parameter.numel() for parameter in parameters)
     small = number <= PARAMETERS and number * batch_size <= WORK

@@ -78,8 +78,11 @@ class RoutingWatch:
         self.top_k, self.target_E, self.said = router.top_k, router.target_E.cpu().numpy(), []
         self.remedy = _remedy(router, balance, warmup_steps)
 
-    def check(self, load_E: np.ndarray, epoch: int, split: str) -> None:
-        """After an epoch of the learned gate. load_E: assignments of each expert, or shares, on a split."""
+    def check(self, load_E: np.ndarray, epoch: int, split: str, where: str = "") -> None:
+        """After an epoch of the learned gate. load_E: assignments of each expert, or shares, on a split.
+
+        where: the block that has the gate, in words, where there are several.
+        """
         if len(load_E) <= self.top_k or not load_E.sum():
             return
         order_E = np.argsort(-load_E, kind="stable")
@@ -87,7 +90,7 @@ class RoutingWatch:
         if load_E[busy].sum() >= COLLAPSED * load_E.sum():
             if "collapse" not in self.said:
                 self.said += ["collapse", *(f"expert {expert}" for expert in range(len(load_E)))]
-                what = f"all {split} images of epoch {epoch} went to {_experts(busy)}"
+                what = f"all {split} images of epoch {epoch} went{where} to {_experts(busy)}"
                 warn(f"routing has collapsed: {what}; {self.remedy}")
             return
         idle = np.flatnonzero(underused(load_E, self.target_E))
@@ -96,7 +99,7 @@ class RoutingWatch:
             self.said += [f"expert {expert}" for expert in idle]
             share = 100 * load_E[idle].max() / load_E.sum()
             most = f"{share:.1f} %" if len(idle) == 1 else f"at most {share:.1f} % each"
-            warn(f"{_experts(idle)} received {most} of the {split} assignments of epoch {epoch}; {self.remedy}")
+            warn(f"{_experts(idle)} received {most} of the {split} assignments of epoch {epoch}{where}; {self.remedy}")
 
 
 def _experts(numbers: list[int]) -> str:

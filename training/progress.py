@@ -1,5 +1,6 @@
 """How far an epoch has come, what it has added up, and what that says."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,12 +16,12 @@ from training.step import StepResult
 class EpochSums:
     """Sums over the samples of an epoch so far; the tensors are on the device.
 
-    importance_E, auxiliary and learned_samples are of the steps that the learned gate routed.
+    importance_LE, auxiliary (L,) and learned_samples are of the steps that the learned gate routed.
     """
 
     loss: Tensor
     correct: Tensor
-    importance_E: Tensor
+    importance_LE: Tensor
     dropped: Tensor
     samples: int = 0
     learned_samples: int = 0
@@ -28,10 +29,10 @@ class EpochSums:
     auxiliary: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def zeros(cls, num_experts: int, device: torch.device) -> "EpochSums":
+    def zeros(cls, places: int, num_experts: int, device: torch.device) -> "EpochSums":
         """The sums of an epoch that has not begun."""
         loss, correct, dropped = torch.zeros(3, device=device)
-        return cls(loss, correct, torch.zeros(num_experts, device=device), dropped)
+        return cls(loss, correct, torch.zeros(places, num_experts, device=device), dropped)
 
     def add(self, result: StepResult, samples: int) -> None:
         """Add a step on so many samples."""
@@ -42,7 +43,7 @@ class EpochSums:
         self.dropped += result.dropped
         if result.learned:
             self.learned_samples += samples
-            self.importance_E += result.importance_E
+            self.importance_LE += result.importance_LE
             for name, loss in result.auxiliary.items():
                 self.auxiliary[name] = self.auxiliary.get(name, 0.0) + loss * samples
 
@@ -52,24 +53,27 @@ class EpochSums:
 
     def load_state_dict(self, state: dict[str, Any]) -> "EpochSums":
         """Take over what `state_dict` returned; shapes and device stay. Raises KeyError, TypeError, RuntimeError."""
-        for name in ("loss", "correct", "importance_E", "dropped"):
+        state = {"importance_LE": state.get("importance_E")} | state  # of a run of an earlier version: one place
+        for name in ("loss", "correct", "importance_LE", "dropped"):
             getattr(self, name).copy_(state[name])
         for name in ("samples", "learned_samples", "assignments"):
             setattr(self, name, int(state[name]))
-        self.auxiliary = {name: torch.zeros_like(self.loss).copy_(v) for name, v in state["auxiliary"].items()}
+        places = torch.zeros_like(self.importance_LE[:, 0])
+        self.auxiliary = {name: places.clone().copy_(v) for name, v in state["auxiliary"].items()}
         return self
 
     def running(self) -> str:
         """Loss, accuracy and balance so far, for the bar; waits for the device."""
-        load_E = self.importance_E.cpu().numpy()
+        load_E = self.importance_LE.sum(0).cpu().numpy()
         balance = f"balance {balance_figures(load_E)['balance/entropy']:.2f}" if load_E.sum() else "random routing"
         loss, accuracy = float(self.loss) / self.samples, float(self.correct) / self.samples
         return f"loss {loss:.3f}, accuracy {accuracy:.3f}, {balance}"
 
-    def values(self, usage_E: np.ndarray, floors: dict[str, float]) -> dict[str, float]:
-        """The epoch's numbers by "title/series".
+    def values(self, usage_LE: np.ndarray, floors: dict[str, float], places: Sequence[str]) -> dict[str, float]:
+        """The epoch's numbers by "title/series"; of several places those of each too.
 
-        usage_E: samples that the learned gate sent to each expert. floors: the auxiliary losses at perfect balance.
+        usage_LE: samples that the learned gate sent to each expert at each of `places`. floors: the auxiliary losses at
+        perfect balance.
         """
         dropped = float(self.dropped)
         values = {
@@ -77,15 +81,19 @@ class EpochSums:
             "accuracy/train": float(self.correct) / self.samples,
             "balance/drop_rate": dropped / (dropped + self.assignments),
         }
-        for name, total in self.auxiliary.items():
-            values[f"loss_auxiliary/{name}"] = float(total) / self.learned_samples
+        for name, total_L in self.auxiliary.items():
+            losses_L = (total_L / self.learned_samples).tolist()
+            values[f"loss_auxiliary/{name}"] = sum(losses_L) / len(losses_L)
+            if len(places) > 1:
+                pairs = zip(places, losses_L, strict=True)
+                values |= {f"loss_auxiliary_{place}/{name}": loss for place, loss in pairs}
         values |= {f"loss_auxiliary_floor/{name}": floor for name, floor in floors.items()}
-        if usage_E.sum():  # learned routing only: random warm-up would hide a collapsed gate
-            load_E = usage_E / usage_E.sum()
-            importance_E = (self.importance_E / self.importance_E.sum()).tolist()
-            values |= {f"expert_load/expert_{e}": float(share) for e, share in enumerate(load_E)}
-            values |= {f"expert_importance/expert_{e}": share for e, share in enumerate(importance_E)}
-            values |= balance_figures(load_E)
+        if usage_LE.sum():  # learned routing only: random warm-up would hide a collapsed gate
+            importance_E = self.importance_LE.sum(0).cpu().numpy()
+            values |= shares("expert_load", usage_LE.sum(axis=0)) | shares("expert_importance", importance_E)
+            values |= balance_figures(usage_LE.sum(axis=0) / usage_LE.sum())
+            for place, usage_E in zip(places, usage_LE, strict=True) if len(places) > 1 else ():
+                values |= shares(f"expert_load_{place}", usage_E)
         return values
 
 
@@ -93,12 +101,12 @@ class EpochSums:
 class Progress:
     """How far the current epoch has come.
 
-    batches: steps done. usage_before_E: the model's usage counters when the epoch began. seconds: spent on it by
+    batches: steps done. usage_before_LE: the model's usage counters when the epoch began. seconds: spent on it by
     processes that were interrupted.
     """
 
     sums: EpochSums
-    usage_before_E: Tensor
+    usage_before_LE: Tensor
     batches: int = 0
     seconds: float = 0.0
 
@@ -109,8 +117,14 @@ class Progress:
     @classmethod
     def from_state(cls, state: dict[str, Any], zeros: EpochSums) -> "Progress":
         """The progress that `state_dict` described, in the tensors of `zeros`."""
-        usage_E = torch.zeros_like(zeros.importance_E, dtype=torch.int64).copy_(state["usage_before_E"])
-        return cls(zeros.load_state_dict(state["sums"]), usage_E, int(state["batches"]), float(state["seconds"]))
+        before = state["usage_before_LE"] if "usage_before_LE" in state else state["usage_before_E"]
+        usage_LE = torch.zeros_like(zeros.importance_LE, dtype=torch.int64).copy_(before)
+        return cls(zeros.load_state_dict(state["sums"]), usage_LE, int(state["batches"]), float(state["seconds"]))
+
+
+def shares(title: str, counts_E: np.ndarray) -> dict[str, float]:
+    """The share of each expert by "title/series"."""
+    return {f"{title}/expert_{e}": float(share) for e, share in enumerate(counts_E / max(counts_E.sum(), 1e-30))}
 
 
 def epoch_line(values: dict[str, float], epoch: int, epochs: int, best: bool) -> str:

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from model.balance import BalanceConfig, balance_losses, weighted_sum
-from model.classifier import VisionMoE
+from model.balance import BalanceConfig, losses_by_place, weighted_sum
+from model.moe_vit import AnyMoE
 from training.health import OUTPUT, NumberWatch
 
 
@@ -16,14 +16,14 @@ from training.health import OUTPUT, NumberWatch
 class StepResult:
     """What a step on B samples came to, on the device and without gradients.
 
-    loss: mean task loss. correct: samples classified right. importance_E: gate weight of each expert, summed.
-    dropped: choices without a place. auxiliary: unweighted balance losses by name. assignments, learned: known to
-    the host; learned is False in random warm-up.
+    loss: mean task loss. correct: samples classified right. importance_LE: gate weight of each expert at each place,
+    summed. dropped: choices without a place in an expert. auxiliary: unweighted balance losses by name, (L,).
+    assignments, learned: known to the host; learned is False in random warm-up.
     """
 
     loss: Tensor
     correct: Tensor
-    importance_E: Tensor
+    importance_LE: Tensor
     dropped: Tensor
     auxiliary: dict[str, Tensor]
     assignments: int
@@ -39,7 +39,7 @@ class TrainingStep:
 
     def __init__(
         self,
-        model: VisionMoE,
+        model: AnyMoE,
         optimizer: torch.optim.Optimizer,
         balance: BalanceConfig,
         label_smoothing: float,
@@ -61,34 +61,34 @@ class TrainingStep:
         dispatch: static=True, for shapes that suit a CUDA graph.
         """
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
-            logits_BC, routing = self.model(features, warmup=warmup, **dispatch)
-        auxiliary = balance_losses(routing, self.balance)
+            logits_BC, routings = self.model(features, warmup=warmup, **dispatch)
+        auxiliary = losses_by_place(routings, self.balance)
         task_loss = F.cross_entropy(logits_BC, labels_B, label_smoothing=self.label_smoothing)
         self.optimizer.zero_grad(set_to_none=True)
         (task_loss + weighted_sum(auxiliary, self.balance)).backward()
         norm = self._clip()
         # A sum over the features, in float32, is not finite where one of them is not.
         values = {OUTPUT: features.sum(dtype=torch.float32), "task loss": task_loss, "gradient": norm}
-        self.numbers.see(values | {f"auxiliary loss {name}": loss for name, loss in auxiliary.items()})
+        self.numbers.see(values | {f"auxiliary loss {name}": loss.sum() for name, loss in auxiliary.items()})
         if self.looks and self.numbers.look():
             return None
         if not self.looks:
             self.optimizer.found_inf = self.numbers.refuse
         self.optimizer.step()
-        self.model.moe.after_step(routing)
-        return self._result(task_loss, logits_BC, labels_B, routing, auxiliary)
+        self.model.after_step(routings)
+        return self._result(task_loss, logits_BC, labels_B, routings, auxiliary)
 
     @torch.no_grad()
-    def _result(self, task_loss, logits_BC, labels_B, routing, auxiliary) -> StepResult:
-        dropped = torch.zeros_like(task_loss) if routing.dropped is None else routing.dropped
+    def _result(self, task_loss, logits_BC, labels_B, routings, auxiliary) -> StepResult:
+        dropped = [routing.dropped for routing in routings if routing.dropped is not None]
         return StepResult(
             loss=task_loss.detach(),
             correct=(logits_BC.argmax(dim=-1) == labels_B).sum(),
-            importance_E=routing.importance_E.detach(),
-            dropped=dropped,
+            importance_LE=torch.stack([routing.importance_E for routing in routings]),
+            dropped=sum(dropped) if dropped else torch.zeros_like(task_loss),
             auxiliary={name: loss.detach() for name, loss in auxiliary.items()},
-            assignments=len(routing.sample_A),
-            learned=routing.learned,
+            assignments=sum(len(routing.sample_A) for routing in routings),
+            learned=routings[0].learned,
         )
 
     def _clip(self) -> Tensor:

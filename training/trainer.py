@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -12,10 +13,10 @@ from tqdm import tqdm
 from common.errors import Interrupted, UserError
 from common.signals import unbroken
 from config.config import Config
-from config.train import TrainConfig
 from features.bank import FeatureBank
+from features.images import ImageBank
 from model.balance import floors
-from model.classifier import VisionMoE
+from model.moe_vit import AnyMoE
 from storage.checkpoint import (
     RESUMABLE,
     fitting,
@@ -30,6 +31,7 @@ from storage.folder import RunFolder
 from tracking.tracker import Tracker
 from training.graph import GraphedStep, worth_capturing
 from training.health import RoutingWatch, not_finite
+from training.length import Pace, check_warmup, steps_per_epoch
 from training.optim import build_optimizer, set_learning_rate
 from training.progress import EpochSums, Progress, epoch_line
 from training.step import TrainingStep
@@ -37,27 +39,8 @@ from training.step import TrainingStep
 BAR_SECONDS = 0.5  # between two looks at the running loss, each of which waits for the device
 
 
-def steps_an_epoch(config: TrainConfig, warmup_steps: int, images: int) -> int:
-    """Steps of an epoch of so many training images.
-
-    Raises UserError for a batch larger than them, and for a routing warm-up that never ends.
-    """
-    steps = math.ceil(images / min(config.batch_size, images))
-    misfits = []
-    if config.batch_size > images:
-        misfits.append(f"train.batch_size {config.batch_size} is larger than the {images} training images: lower it")
-    if warmup_steps >= steps * config.epochs:
-        misfits.append(
-            f"router.warmup_steps {warmup_steps} routes all {steps * config.epochs} steps at random and never trains "
-            "the gate: lower it, or raise train.epochs"
-        )
-    if misfits:
-        raise UserError("; ".join(misfits))
-    return steps
-
-
 class Trainer:
-    """Trains a VisionMoE on a FeatureBank, validates it after every epoch and keeps the best and the last state.
+    """Trains a VisionMoE on a FeatureBank, or a MoEViT on an ImageBank; keeps the best and the last state.
 
     validate: scores the weights that are evaluated after each epoch, as evaluation.validation.validate does.
     identity: what assembly.pipeline.identity describes, stored in every checkpoint. Raises UserError for a batch
@@ -67,12 +50,12 @@ class Trainer:
     def __init__(
         self,
         config: Config,
-        model: VisionMoE,
-        bank: FeatureBank,
+        model: AnyMoE,
+        bank: FeatureBank | ImageBank,
         run: RunFolder,
         tracker: Tracker,
         identity: dict[str, Any],
-        validate: Callable[[VisionMoE], Any],
+        validate: Callable[[AnyMoE], Any],
     ):
         from timm.utils import ModelEmaV3  # here, because importing timm takes seconds
 
@@ -80,8 +63,10 @@ class Trainer:
         self.config, self.optim, self.balance = config.train, config.optim, config.balance
         self.routing_warmup_steps, self.identity, self.validate = config.router.random_steps, identity, validate
         self.device = bank.device
-        self.steps_per_epoch = steps_an_epoch(self.config, self.routing_warmup_steps, len(bank.splits.train))
+        self.steps_per_epoch = steps_per_epoch(self.config, len(bank.splits.train))
         self.total_steps = self.steps_per_epoch * self.config.epochs
+        check_warmup(self.routing_warmup_steps, self.total_steps)
+        self.pace = Pace(self.config.epochs, getattr(bank, "views_used", 0))
         self.optimizer = build_optimizer(model, self.optim)
         decay, batch_size = self.config.ema_decay, self.config.batch_size
         self.ema = ModelEmaV3(model, decay=decay, use_warmup=True) if decay else None
@@ -90,7 +75,8 @@ class Trainer:
         step = TrainingStep(model, self.optimizer, self.balance, smoothing, clip_norm, precision)
         self.numbers = step.numbers
         self.train_step = GraphedStep(step, batch_size) if captured else step
-        self.routing = RoutingWatch(model.moe.router, self.balance, self.routing_warmup_steps)
+        self.routing = RoutingWatch(model.mixtures[0].router, self.balance, self.routing_warmup_steps)
+        self.where = [f" in {place.replace('_', ' ')}" if len(model.places) > 1 else "" for place in model.places]
         self.epoch, self.step = 0, 0  # epochs begun, steps done
         self.progress: Progress | None = None  # None: the epoch is over
         self.kept_at, self.kept = (0, True), "none yet"  # (step, epoch is over) and name of the last checkpoint
@@ -141,8 +127,8 @@ class Trainer:
     def _begin_epoch(self) -> None:
         with unbroken:
             self.epoch += 1
-            moe = self.model.moe
-            self.progress = Progress(EpochSums.zeros(moe.router.num_experts, self.device), moe.usage_E.clone())
+            usage_LE = self._usage()
+            self.progress = Progress(EpochSums.zeros(*usage_LE.shape, self.device), usage_LE)
 
     def _end_epoch(self, values: dict[str, float]) -> None:
         """Log and keep an epoch."""
@@ -154,10 +140,15 @@ class Trainer:
         if better or last:
             self.best = {"epoch": self.epoch, "macro_f1": macro_f1}
         print(epoch_line(values, self.epoch, self.config.epochs, better), flush=True)
+        self.pace.check(self.epoch, values["speed/epoch_seconds"])
         # Before the checkpoint: a resumed run drops lines that come after its checkpoint, but cannot add one.
         self.tracker.scalars(values, step=self.step, epoch=self.epoch)
         self.progress = None
         self._save(better or last)
+
+    def _usage(self) -> Tensor:
+        """Samples that the learned gates have sent to each expert at each place so far, int64 (L, E)."""
+        return torch.stack([mixture.usage_E for mixture in self.model.mixtures])
 
     def _out_of_patience(self) -> bool:
         return 0 < self.config.patience <= self.epoch - self.improved
@@ -180,11 +171,16 @@ class Trainer:
                     self._look(progress, bar)
                     looked = time.perf_counter()
             self._look(progress, bar)
-        usage_E = (self.model.moe.usage_E - progress.usage_before_E).cpu().numpy()
+        usage_LE = (self._usage() - progress.usage_before_LE).cpu().numpy()
         if progress.sums.learned_samples == progress.sums.samples:
-            self.routing.check(usage_E, self.epoch, "training")
-        values = progress.sums.values(usage_E, floors(self.balance, self.model.moe.router))
+            self._check_routing(usage_LE, "training")
+        least = floors(self.balance, self.model.mixtures[0].router)
+        values = progress.sums.values(usage_LE, least, self.model.places)
         return values | {"learning_rate/train": float(self.optimizer.param_groups[0]["lr"])}
+
+    def _check_routing(self, load_LE: np.ndarray, split: str) -> None:
+        for load_E, where in zip(load_LE, self.where, strict=True):
+            self.routing.check(load_E, self.epoch, split, where)
 
     def _bar(self, progress: Progress) -> tqdm:
         label = f"epoch {self.epoch}/{self.config.epochs}"
@@ -219,7 +215,7 @@ class Trainer:
             raise not_finite("validation loss", self.step, self.epoch, self.kept)
         if self.step - self.steps_per_epoch >= self.routing_warmup_steps:
             # After an epoch of the learned gate, whose noise may have hidden what it does without.
-            self.routing.check(validated.load_E, self.epoch, "validation")
+            self._check_routing(validated.load_LE, "validation")
         return validated.values()
 
     def _save(self, keep: bool) -> None:
@@ -281,7 +277,7 @@ class Trainer:
             load_optimizer(self.optimizer, state["optimizer"])
             self.epoch, self.step, self.best = state["epoch"], state["step"], dict(state["best"])
             self.improved, self.routing.said = state["improved"], list(state["said"])
-            stored, zeros = state.get("progress"), EpochSums.zeros(self.model.moe.router.num_experts, self.device)
+            stored, zeros = state.get("progress"), EpochSums.zeros(*self._usage().shape, self.device)
             self.progress = stored and Progress.from_state(stored, zeros)
             left = self.steps_per_epoch - self.progress.batches if self.progress else 0
             if not 0 <= left <= self.steps_per_epoch or self.step != self.epoch * self.steps_per_epoch - left:

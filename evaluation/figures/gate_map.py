@@ -9,6 +9,7 @@ from analysis.gate import discriminant_plane
 from evaluation.figures.registry import Evaluated, register
 from features.bank import FeatureBank
 from model.classifier import VisionMoE
+from model.moe_vit import MoEViT
 from model.routers.base import FeatureGroups
 
 POINTS = 1500  # test images that are shown, and as many validation images to fit the axes to
@@ -25,7 +26,8 @@ NAMES = 20  # classes that are named
 )
 def gate_map(evaluated: Evaluated) -> Figure | None:
     model, bank, test = evaluated.model, evaluated.bank, evaluated.test
-    if model.moe.router.reads_tokens:  # there every expert has a part in every image
+    # Inside the ViT there is a gate in each block.
+    if isinstance(model, MoEViT) or model.moe.router.reads_tokens:  # there every expert has a part in every image
         return None
     order_N = _spread(bank, "test", model.neck.out_features)
     shown_ND, expert_N = gate_inputs(model, bank, "test", order_N)
@@ -60,9 +62,8 @@ def gate_inputs(
     hook = router.register_forward_pre_hook(keep)
     try:
         for features, _ in bank.batches(split, 256, order_N):
-            routing = model(features)[1]
-            weight_BE = torch.zeros_like(routing.logits_BE)
-            weight_BE.index_put_((routing.sample_A, routing.expert_A), routing.weight_A, accumulate=True)
+            (routing,) = model(features)[1]
+            weight_BE = routing.assignments.weights_BE
             heaviest.append(torch.where(weight_BE.any(dim=1), weight_BE.argmax(dim=1), -1).cpu())
     finally:
         hook.remove()

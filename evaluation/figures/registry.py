@@ -16,7 +16,8 @@ from config.config import Config
 from data.image_set import ImageSet
 from evaluation.predict import Predictions
 from features.bank import FeatureBank
-from model.classifier import VisionMoE
+from features.images import ImageBank
+from model.moe_vit import AnyMoE
 from storage.folder import RunFolder
 
 
@@ -29,8 +30,8 @@ class Evaluated:
 
     run: RunFolder
     config: Config
-    model: VisionMoE
-    bank: FeatureBank
+    model: AnyMoE
+    bank: FeatureBank | ImageBank
     predictions: Predictions
     results: dict[str, Any]
 

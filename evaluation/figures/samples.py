@@ -12,10 +12,13 @@ SAMPLES = 10
 def samples(evaluated: Evaluated) -> Figure:
     test, predictions = evaluated.test, evaluated.predictions
     count = min(SAMPLES, len(test))
+    sample_A, expert_A, _, weight_A = predictions.tally()
     experts = []
     for sample in range(count):
-        mine_A = predictions.sample_A == sample
-        pairs = sorted(zip(predictions.weight_A[mine_A], predictions.expert_A[mine_A], strict=True), reverse=True)
+        mine_A = sample_A == sample
+        # Inside the ViT an image's weights are sums over tokens and blocks: shown as shares.
+        total = weight_A[mine_A].sum() if predictions.blocks else 1.0
+        pairs = sorted(zip(weight_A[mine_A] / total, expert_A[mine_A], strict=True), reverse=True)
         experts.append([(str(expert), float(weight)) for weight, expert in pairs])
     return plots.samples(
         test.images_NCHW[:count].permute(0, 2, 3, 1).numpy(),

@@ -28,9 +28,8 @@ class Adapters(ExpertKind, nn.Module):
         self.down = nn.Linear(width, total)
         self.up = nn.Parameter(torch.zeros(width, total))
         self.dropout = nn.Dropout(config.dropout or 0.0)
-        owner_H = torch.arange(len(self.widths)).repeat_interleave(torch.tensor(self.widths))
-        units_EH = F.one_hot(owner_H, len(self.widths)).T.float()
-        self.register_buffer("units_EH", units_EH, persistent=False)
+        units = [torch.ones(1, units) for units in self.widths]
+        self.register_buffer("units_EH", torch.block_diag(*units), persistent=False)
 
     @classmethod
     def check(cls, config: ExpertsConfig) -> None:

@@ -30,7 +30,8 @@ class ExpertsConfig:
     """
 
     place: Literal["head", "blocks"] = "head"
-    """head: behind the frozen ViT, on its features; blocks: inside its blocks, beside each one's frozen FFN."""
+    """head: behind the frozen ViT, on its stored features; blocks: inside its blocks, beside each one's frozen FFN,
+    with a linear head on backbone.features."""
     blocks: Literal["all"] | list[int] = "all"
     """place blocks: the blocks that have experts, counted from 0, negative ones from the end; all: every one that
     backbone.features depend on."""
@@ -68,6 +69,8 @@ class ExpertsConfig:
             raise ValueError(
                 f"experts.kind {self.kind} is an expert inside the ViT: set experts.place blocks, or {heads}"
             )
+        if self.place == "head" and self.blocks != "all":
+            raise ValueError(f"experts.blocks {self.blocks} needs experts.place blocks: set it, or leave blocks out")
         if self.blocks == []:
             raise ValueError("experts.blocks is empty: name at least one block, or all")
         count = len(self.sizes) + len(self.shared)

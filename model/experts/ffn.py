@@ -34,8 +34,9 @@ class UpcycledFFN(ExpertKind, nn.Module):
                     f"experts.sizes has {size}, but copies of this ViT's FFN have {hidden} hidden units: give "
                     f"[{hidden}] once for each expert"
                 )
-        # float32, whatever the ViT computes in: these are trained.
-        copies = (copy.deepcopy(ffn).float().requires_grad_(True) for _ in config.sizes)
+        # float32, whatever the ViT computes in, since these are trained; on the device that new tensors are on.
+        device = torch.empty(0).device
+        copies = (copy.deepcopy(ffn).float().to(device).requires_grad_(True) for _ in config.sizes)
         self.copies = nn.ModuleList(copies)
 
     @classmethod

@@ -18,7 +18,8 @@ class Router(nn.Module, ABC):
     features, which router.inputs names. Raises ValueError where the configuration does not fit the number of experts.
     """
 
-    token_choice = True  # each sample chooses k experts
+    token_choice = True  # each sample chooses its experts
+    fixed_k = True  # each sample chooses top_k experts, whatever it is
     learns = True  # has a gate that the task loss trains
     warms_up = True  # has a use for random routing at the start
     has_load = False  # gives load_BE while training

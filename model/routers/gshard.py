@@ -17,6 +17,8 @@ class GShardRouter(TokenChoiceRouter):
 
     only_top_k = 2
 
-    def _wanted(self, weight_BK: Tensor) -> Tensor:
+    def _wanted(self, weight_BK: Tensor) -> Tensor | None:
+        if not self.training:
+            return None
         second_B = 2 * weight_BK[:, 1].detach() > torch.rand_like(weight_BK[:, 1])
         return torch.stack([torch.ones_like(second_B), second_B], dim=-1)

@@ -46,7 +46,7 @@ class TokenChoiceRouter(GatedRouter):
         return scores_BE + self.bias_E if self.bias_rate else scores_BE
 
     def _choose(self, ranked_BE: Tensor) -> Tensor:
-        """The k experts of each sample, (B, k), the first choice first."""
+        """The experts that each sample may have, (B, k), the first choice first."""
         return ranked_BE.topk(self.top_k, dim=-1).indices
 
     def _weights(self, scores_BE: Tensor, expert_BK: Tensor, placed_BK: Tensor | None = None) -> Tensor:
@@ -60,6 +60,13 @@ class TokenChoiceRouter(GatedRouter):
             return scores_BE.softmax(dim=-1).gather(-1, expert_BK)
         return renormalised(scores_BE.gather(-1, expert_BK), placed_BK)
 
+    def _ranked(self, scores_BE: Tensor, logits_BE: Tensor) -> Tensor:
+        """What decides the choice, with no barred expert before another."""
+        if not self.bias_rate:
+            return scores_BE
+        # A barred expert's score is finite under some rules, and the bias could lift it over the others.
+        return self._biased(scores_BE, logits_BE).masked_fill(logits_BE == -math.inf, -math.inf)
+
     def _wanted(self, weight_BK: Tensor) -> Tensor | None:
         """Which of the choices the rule keeps (None: all)."""
         return None
@@ -70,13 +77,10 @@ class TokenChoiceRouter(GatedRouter):
 
     def _route(self, logits_BE: Tensor, sigma_BE: Tensor | None) -> Routing:
         scores_BE, load_BE = self._scores(logits_BE, sigma_BE)
-        ranked_BE = scores_BE
-        if self.bias_rate:
-            # A barred expert's score is finite under some rules, and the bias could lift it over the others.
-            ranked_BE = self._biased(scores_BE, logits_BE).masked_fill(logits_BE == -math.inf, -math.inf)
+        ranked_BE = self._ranked(scores_BE, logits_BE)
         expert_BK = self._choose(ranked_BE)
         weight_BK = self._weights(scores_BE, expert_BK)
-        wanted_BK = self._wanted(weight_BK) if self.training else None
+        wanted_BK = self._wanted(weight_BK)
         if self.training and self.capacity_factor is not None:
             return self._route_to_places(logits_BE, scores_BE, ranked_BE, expert_BK, weight_BK, wanted_BK, load_BE)
         assignments = Assignments.of_each(expert_BK, weight_BK, self.num_experts)
@@ -88,7 +92,7 @@ class TokenChoiceRouter(GatedRouter):
         """The assignments that find a place under the capacities."""
         batch, k = expert_BK.shape
         wanted_BK = torch.ones_like(expert_BK, dtype=torch.bool) if wanted_BK is None else wanted_BK
-        places = expert_capacity(batch, k * exact(self.capacity_factor), self.shares)
+        places = expert_capacity(batch, self.top_k * exact(self.capacity_factor), self.shares)
         capacity_E = torch.tensor(places, device=expert_BK.device)
         # Probabilities, never logits, which do not compare between samples.
         priority_B = None

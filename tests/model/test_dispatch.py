@@ -197,7 +197,7 @@ class NoWaiting(TorchDispatchMode):
 
 
 def step(model, features, labels, warmup):
-    logits, routing = model(features, warmup=warmup)
+    logits, (routing,) = model(features, warmup=warmup)
     config = BalanceConfig(switch=0.1, importance=0.1, load=0.1, z_loss=0.1)
     loss = F.cross_entropy(logits, labels) + weighted_sum(balance_losses(routing, config), config)
     loss.backward()

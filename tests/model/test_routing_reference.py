@@ -31,6 +31,10 @@ def draw_case(kind, draw):
             options |= {"capacity_order": draw.choice(["position", "priority"])}
         if kind == "hierarchical":
             options |= {"groups": draw.choice([1, 2, 3]), "top_groups": draw.choice([1, 2])}
+        if kind == "top_p":
+            options |= {"p": draw.choice([0.05, 0.4, 0.77, 0.95])}
+        if kind == "sinkhorn":  # its reference multiplies, and leaves the range of numbers at extreme temperatures
+            options |= {"sinkhorn_iterations": draw.choice([1, 4, 16]), "temperature": draw.choice([0.3, 1.0, 4.0])}
         if kind == "deepseek":  # in float32 its scores tie at extreme temperatures
             options |= {"scores": draw.choice(["sigmoid", "softmax"]), "temperature": draw.choice([0.3, 1.0, 4.0])}
         if options.get("capacity_order") == "priority":  # so do the gates
@@ -72,7 +76,8 @@ def test_rules_with_options_together_equal_a_reference_in_float64(kind, seed, mo
         config, experts, combine = draw_case(kind, draw)
         moe, width = build(config, experts, combine, ("sorted", "grouped", "dense")[number % 3])
         training, batch = draw.random() < 0.5, draw.randint(1, 9)
-        sizes = [0.1, 1.0] if kind == "deepseek" or config.capacity_order == "priority" else [0.1, 1.0, 100.0]
+        near = kind in ("deepseek", "sinkhorn") or config.capacity_order == "priority"
+        sizes = [0.1, 1.0] if near else [0.1, 1.0, 100.0]
         size = draw.choice(sizes)
         x_BD = torch.randn(batch, width) * size
         allowed = [True] * experts

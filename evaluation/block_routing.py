@@ -1,0 +1,81 @@
+"""Who saw what inside the ViT: the routing of many tokens in several blocks, in sums that stay small."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.routers import Routing
+
+KEPT_TOKENS = 64 * 2**20  # choices of single tokens that are kept, a byte each
+
+
+@dataclass
+class BlockRouting:
+    """The routing of N images in L blocks with E experts.
+
+    places: a name for each block. count_NLE: int32, how many of an image's tokens chose the expert. weight_NLE:
+    float32, the sum of their weights. first_MLT: uint8, the expert of the largest weight of each of T tokens, for the
+    first M images. Where an image decides for all its tokens, it counts as one, and T is 1.
+    """
+
+    places: tuple[str, ...]
+    count_NLE: np.ndarray
+    weight_NLE: np.ndarray
+    first_MLT: np.ndarray
+
+    @property
+    def load_LE(self) -> np.ndarray:
+        """Share of each block's assignments that each expert receives."""
+        count_LE = self.count_NLE.sum(axis=0, dtype=np.int64)
+        return count_LE / count_LE.sum(axis=1, keepdims=True).clip(min=1)
+
+    @property
+    def importance_LE(self) -> np.ndarray:
+        """Share of each block's gate weight that each expert receives."""
+        weight_LE = self.weight_NLE.sum(axis=0, dtype=np.float64)
+        return weight_LE / weight_LE.sum(axis=1, keepdims=True).clip(min=1e-30)
+
+    def by_class(self, labels_N: np.ndarray, num_classes: int) -> np.ndarray:
+        """Gate weight that each class's images give each expert in each block, float64 (L, C, E)."""
+        table_CLE = np.zeros((num_classes, *self.weight_NLE.shape[1:]))
+        np.add.at(table_CLE, labels_N, self.weight_NLE)
+        return table_CLE.transpose(1, 0, 2)
+
+    def heaviest(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """For each image and block the expert with the most weight, and its share: sample_A, expert_A, weight_A."""
+        images, places, _ = self.weight_NLE.shape
+        share_NL = self.weight_NLE.max(axis=2) / self.weight_NLE.sum(axis=2).clip(min=1e-30)
+        sample_A = np.arange(images).repeat(places)
+        return sample_A, self.weight_NLE.argmax(axis=2).ravel(), share_NL.astype(np.float32).ravel()
+
+
+class BlockRoutingSums:
+    """Adds up, on the device, the routings of batches; `result` has the whole as arrays."""
+
+    def __init__(self, places: Sequence[str]):
+        self.places = tuple(places)
+        self.parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.kept = 0
+
+    def add(self, routings: Sequence[Routing], images: int) -> None:
+        """Take note of a batch of so many images."""
+        counts, weights, firsts = [], [], []
+        for routing in routings:
+            weights_NE = routing.assignments.weights_BE
+            chosen_NE = torch.zeros_like(weights_NE, dtype=torch.int32)
+            chosen_NE[routing.sample_A, routing.expert_A] = 1
+            counts.append(chosen_NE.view(images, -1, routing.num_experts).sum(dim=1, dtype=torch.int32))
+            weights.append(weights_NE.view(images, -1, routing.num_experts).sum(dim=1))
+            firsts.append(weights_NE.argmax(dim=1).to(torch.uint8).view(images, -1))
+        first_BLT = torch.stack(firsts, dim=1)
+        room = max(0, KEPT_TOKENS - self.kept) // first_BLT[0].numel()
+        self.kept += first_BLT[:room].numel()
+        self.parts.append((torch.stack(counts, dim=1), torch.stack(weights, dim=1), first_BLT[:room]))
+
+    def result(self) -> BlockRouting:
+        """The routing of all batches."""
+        columns = (torch.cat(column).cpu().numpy() for column in zip(*self.parts, strict=True))
+        return BlockRouting(self.places, *columns)

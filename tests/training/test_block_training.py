@@ -1,0 +1,145 @@
+"""Training, resuming and scoring a ViT with experts in its blocks, on digits."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from block_helpers import moe_vit, spread
+from torch.nn import functional as F
+from trainer_helpers import CPU, IDENTITY, equal_states
+
+from config.config import Config
+from config.optim import OptimConfig
+from config.train import TrainConfig
+from data.augment import AugmentConfig
+from evaluation.cost import cost, expert_costs, inside_cost
+from evaluation.predict import predict
+from evaluation.validation import validate
+from features.images import ImageBank
+from model.balance import BalanceConfig, balance_losses, losses_by_place, weighted_sum
+from model.moe_vit import MoEViT
+from model.routers import RouterConfig
+from storage.checkpoint import load_checkpoint, seed_everything
+from storage.folder import RunFolder
+from tracking.tracker import open_tracker
+from training.trainer import Trainer
+
+
+def digits_vit(**options) -> MoEViT:
+    """Ten classes on the tiny ViT, whose 8 x 8 pixels are those of the digits."""
+    model = moe_vit(**options)
+    torch.manual_seed(5)
+    model.head = torch.nn.Linear(model.head.in_features, 10)
+    return model
+
+
+def block_trainer(path, splits, resume=False, router=None, **train) -> Trainer:
+    run = RunFolder(path) if resume else RunFolder.create(path, "test")
+    checkpoint = load_checkpoint(run.last) if resume else None
+    tracker = open_tracker("none", path, {}, name="test", resume_step=checkpoint and checkpoint["step"])
+    train = TrainConfig(**{"epochs": 2, "batch_size": 64, "ema_decay": 0.9, "save_every": 1, **train})
+    router = RouterConfig(warmup_steps=3, **(router or {}))
+    config = Config(train=train, optim=OptimConfig(lr=0.02, warmup_steps=2), router=router)
+    seed_everything(train.seed)
+    model = digits_vit(experts={"blocks": [1, 2], "dropout": 0.1}, **vars(router))
+    bank = ImageBank(splits, AugmentConfig(flip=True, crop=1), CPU, evaluation_batch=100)
+    trainer = Trainer(config, model, bank, run, tracker, dict(IDENTITY), lambda evaluated: validate(evaluated, bank))
+    if checkpoint:
+        trainer.load_state_dict(checkpoint)
+    return trainer
+
+
+def lines_of(path) -> list[dict]:
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_training_learns_and_leaves_the_vit_as_it_was(tmp_path, splits):
+    trainer = block_trainer(tmp_path / "run", splits, epochs=5)
+    before = copy.deepcopy(trainer.model.backbone.vit.state_dict())
+    trainer.fit()
+    first, *_, last = lines_of(tmp_path / "run")
+    assert last["loss/train"] < first["loss/train"] - 0.1
+    assert equal_states(trainer.model.backbone.vit.state_dict(), before)
+    assert trainer.ema.module.backbone is trainer.model.backbone
+    stored = load_checkpoint(tmp_path / "run" / "checkpoints" / "best.pt")["model"]
+    assert {name.split(".")[0] for name in stored} == {"mixtures", "neck", "head"}
+
+
+def test_each_block_is_logged_beside_the_mean(tmp_path, splits):
+    block_trainer(tmp_path / "run", splits).fit()
+    line = lines_of(tmp_path / "run")[-1]
+    each = [[line[f"expert_load_block_{block}/expert_{e}"] for e in range(3)] for block in (1, 2)]
+    assert [sum(shares) for shares in each] == pytest.approx([1, 1])
+    assert [line[f"expert_load/expert_{e}"] for e in range(3)] == pytest.approx(np.mean(each, axis=0).tolist())
+    losses = [line[f"loss_auxiliary_block_{block}/switch"] for block in (1, 2)]
+    assert line["loss_auxiliary/switch"] == pytest.approx(sum(losses) / 2)
+    assert losses[0] != losses[1]
+
+
+def test_a_resumed_run_is_the_run_that_was_not_interrupted(tmp_path, splits):
+    whole = block_trainer(tmp_path / "whole", splits, epochs=3, router={"kind": "deepseek", "capacity_factor": 1.0})
+    whole.fit()
+    part = block_trainer(tmp_path / "part", splits, epochs=3, router={"kind": "deepseek", "capacity_factor": 1.0})
+    part.config.epochs = 1
+    part.fit()
+    again = block_trainer(
+        tmp_path / "part", splits, resume=True, epochs=3, router={"kind": "deepseek", "capacity_factor": 1.0}
+    )
+    assert again.epoch == 1
+    again.fit()
+    assert equal_states(again.model.state_dict(), whole.model.state_dict())
+    assert equal_states(again.ema.module.state_dict(), whole.ema.module.state_dict())
+    assert any(mixture.router.bias_E.any() for mixture in whole.model.mixtures)
+
+
+def test_the_auxiliary_loss_is_the_mean_over_blocks():
+    model, balance = spread(digits_vit(kind="vmoe")), BalanceConfig(switch=0.3, importance=0.2, z_loss=0.1)
+    _, routings = model.train()(torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8))
+    each = [float(weighted_sum(balance_losses(routing, balance), balance)) for routing in routings]
+    assert float(weighted_sum(losses_by_place(routings, balance), balance)) == pytest.approx(sum(each) / 3)
+
+
+@pytest.mark.parametrize("level", ["token", "image"])
+def test_predictions_add_up_what_each_token_chose(splits, level, monkeypatch):
+    monkeypatch.setattr("evaluation.block_routing.KEPT_TOKENS", 40 * 3 * (17 if level == "token" else 1))
+    model, bank = spread(digits_vit(level=level)), ImageBank(splits, AugmentConfig(), CPU, evaluation_batch=30)
+    predictions = predict(model, bank, "test", removals=True)
+    images_NCHW, blocks = splits.test.images_NCHW, predictions.blocks
+    with torch.no_grad():
+        logits_NC, routings = model.eval()(images_NCHW)
+        without_NC, _ = model(images_NCHW, allowed_E=torch.tensor([True, False, True]))
+    np.testing.assert_allclose(predictions.logits_NC, logits_NC, atol=1e-4)
+    assert (predictions.removals.predicted_EN[1] == without_NC.argmax(1).numpy()).mean() > 0.99
+    tokens = 17 if level == "token" else 1
+    assert blocks.first_MLT.shape == (40, 3, tokens)
+    for index, routing in enumerate(routings):
+        weights_NTE = routing.assignments.weights_BE.view(len(images_NCHW), tokens, 3)
+        np.testing.assert_allclose(blocks.weight_NLE[:, index], weights_NTE.sum(1), atol=1e-4)
+        assert (blocks.count_NLE[:, index].sum(1) == 2 * tokens).all()
+        assert (blocks.first_MLT[:, index] == weights_NTE.argmax(2)[:40].numpy()).mean() > 0.99
+        assert predictions.load_LE[index] == pytest.approx(
+            (routing.counts_E / routing.counts_E.sum()).numpy(), abs=0.01
+        )
+    labels_N = splits.test.labels_N.numpy()
+    of_three = blocks.weight_NLE[labels_N == 3].sum(axis=0)
+    np.testing.assert_allclose(blocks.by_class(labels_N, 10)[:, 3], of_three, rtol=1e-5)
+    gate_NE = torch.stack([r.probs_BE.view(len(images_NCHW), tokens, 3).mean(1) for r in routings]).mean(0)
+    np.testing.assert_allclose(F.softmax(torch.from_numpy(predictions.gate_NE), dim=1), gate_NE, atol=1e-4)
+
+
+def test_parameters_and_flops_by_hand():
+    model = digits_vit()
+    adapters = [(2 * units * 16 + units) * 3 for units in (2, 4, 6)]
+    assert [row.parameters for row in expert_costs(model)] == adapters
+    assert [row.flops for row in expert_costs(model)] == [2 * units * 32 for units in (2, 4, 6)]
+    everything = sum(parameter.numel() for parameter in model.parameters())
+    load_E = np.array([0.5, 0.5, 0.0])
+    found = inside_cost(model, load_E)
+    assert found.active_parameters == everything - adapters[2]
+    gate, head = 3 * 17 * 2 * 16 * 3, 2 * 32 * 10
+    assert found.flops == gate + head + 3 * 17 * (2 * 2 * 32 + 2 * 4 * 32)
+    whole = cost(model, model.backbone, (3, 8, 8))
+    assert whole.trainable_parameters == everything
+    assert whole.backbone_parameters == sum(parameter.numel() for parameter in model.backbone.parameters())
