@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from evaluation.figures import Drawing
+from evaluation.run_cost import NAMES
 from storage.folder import RunFolder
 from tracking.tracker import Tracker
 
@@ -17,7 +18,8 @@ def report(run: RunFolder, results: dict[str, Any], drawings: Sequence[Drawing],
     differ in the experts' sizes, which the configuration tells.
     """
     single = {f"test/{name}": results[name] for name in SINGLE}
-    tracker.summary(single | {"test/specialisation": results["specialisation"]["normalised"]})
+    single |= {"test/specialisation": results["specialisation"]["normalised"]}
+    tracker.summary(single | {f"cost/{name}": results["cost"][name] for name in NAMES})
     _report_experts(results, tracker)
     _report_classes(results, tracker)
     bins = results["calibration"]
