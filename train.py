@@ -23,6 +23,7 @@ from evaluation.evaluation import evaluate, table
 from storage.export import export_model
 from storage.resume import start_of
 from tracking.agent import obey_agent
+from training.length import shorten_warmup
 
 
 def main() -> None:
@@ -32,8 +33,8 @@ def main() -> None:
         if start.finished:
             print(start.finished)
             return
-        config, checkpoint = start.config, start.checkpoint
-        inputs = load_inputs(config)
+        checkpoint, inputs = start.checkpoint, load_inputs(start.config)
+        config = start.config if checkpoint else shorten_warmup(start.config, len(inputs.splits.train))
         with start.claimed() as run, start_tracking(config, run, checkpoint) as tracker:
             write_config(config, run.config)
             trainer = build_trainer(config, inputs, run, tracker, checkpoint)
@@ -43,7 +44,7 @@ def main() -> None:
             export_model(run, best)
             tracker.model(run.weights, name=run.path.name)
             trainer.model.load_state_dict(best["model"])
-            print(table(evaluate(run, config, trainer.model, trainer.bank, tracker)))
+            print(table(evaluate(run, config, trainer.model, trainer.bank, tracker, inputs.backbone)))
             print(f"run folder   {printable(run.path)}")
 
 

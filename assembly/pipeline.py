@@ -9,10 +9,11 @@ import torch
 from common.errors import EnvironmentFault, UserError, one_line, warn
 from common.memory import installed_memory
 from common.network import reachable
-from common.text import printable
+from common.text import counted, printable
 from config.config import DEVICES, Config
 from data.datasets import load_splits
 from data.image_set import Splits
+from evaluation.stale import mark_stale
 from evaluation.validation import validate
 from features.bank import FeatureBank
 from features.cache import FeatureCache
@@ -25,7 +26,8 @@ from storage.checkpoint import check_inputs, seed_everything
 from storage.folder import RunFolder
 from storage.resume import best_kept
 from tracking.tracker import Tracker
-from training.trainer import Trainer, steps_an_epoch
+from training.length import steps_per_epoch
+from training.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,12 @@ class Inputs:
 def load_inputs(config: Config) -> Inputs:
     """Device, images and backbone: what can be missing, before anything is written.
 
-    Raises UserError and EnvironmentFault, as those who load them, and for steps that cannot be trained.
+    Raises UserError and EnvironmentFault, as those who load them, and for a batch larger than the data.
     """
     for line in config.router.idle:
         warn(line)
     device, splits = pick_device(config.device), load_splits(config.data)
-    steps_an_epoch(config.train, config.router.random_steps, len(splits.train))
+    steps_per_epoch(config.train, len(splits.train))
     backbone = load_backbone(config.backbone, device, reachable)
     check_backbone(config, backbone)
     return Inputs(device, splits, backbone)
@@ -61,7 +63,7 @@ def pick_device(name: str) -> torch.device:
     index = int(name.partition(":")[2] or 0)
     seen = torch.cuda.device_count()
     if index >= seen:
-        raise UserError(f"device {name} is not there: PyTorch sees {seen} GPU(s); use --device cpu")
+        raise UserError(f"device {name} is not there: PyTorch sees {counted(seen, 'GPU')}; use --device cpu")
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)  # where graphs, streams and memory figures of no named device land
     return device
@@ -170,6 +172,6 @@ def build_trainer(
         check_inputs(checkpoint, stored, run.last)
         trainer.load_state_dict(checkpoint)
         trainer.best = best_kept(run, config, checkpoint)
-        run.results.unlink(missing_ok=True)  # of weights that are about to change
+        mark_stale(run, f"Results from before the run was resumed after {trainer.position} of {config.train.epochs}")
         print(f"resuming     {printable(run.path)} after {trainer.position} of {config.train.epochs}")
     return trainer

@@ -67,6 +67,15 @@ class RunFolder:
         return self.evaluation / "metrics.json"
 
     @property
+    def scored(self) -> bool:
+        """Whether there are results, and not those of weights that the run has gone on from (evaluation.stale)."""
+        try:
+            results = json.loads(self.results.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return False
+        return isinstance(results, dict) and "stale" not in results
+
+    @property
     def figures(self) -> Path:
         return self.evaluation / "figures"
 

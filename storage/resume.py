@@ -92,6 +92,11 @@ def load_resumable(run: RunFolder, config: Config) -> dict[str, Any] | None:
     require_like(checkpoint, RESUMABLE, run.last)
     if checkpoint.get("progress") is not None:
         require_like(checkpoint, {"progress": {"batches": int}}, run.last)
+    if config.train.epochs < checkpoint["epoch"]:
+        raise UserError(
+            f"--resume {quoted(run.path)} cannot stop at epoch {config.train.epochs}, it has come to epoch "
+            f"{checkpoint['epoch']}: set --train.epochs to {checkpoint['epoch']} or more, or start a new run"
+        )
     # A run of a version that had no such option did what is its default.
     before = flatten(Config().to_dict()) | flatten(checkpoint["config"])
     now = flatten(config.to_dict())
@@ -111,7 +116,7 @@ def finished(run: RunFolder, config: Config, checkpoint: dict[str, Any]) -> bool
     train, epoch = config.train, checkpoint["epoch"]
     waited = 0 < train.patience <= epoch - checkpoint["improved"]
     trained = checkpoint.get("progress") is None and (epoch >= train.epochs or waited)
-    return trained and run.results.is_file()
+    return trained and run.scored
 
 
 def metrics_step(checkpoint: dict[str, Any] | None) -> int:

@@ -5,6 +5,7 @@ import torch
 from config.config import Config
 from config.features import FeaturesConfig
 from config.optim import OptimConfig
+from config.train import TrainConfig
 from data.augment import AugmentConfig
 from evaluation.validation import validate
 from features.bank import FeatureBank
@@ -16,7 +17,7 @@ from model.routers import ROUTERS, RouterConfig
 from storage.checkpoint import load_checkpoint, seed_everything
 from storage.folder import RunFolder
 from tracking.tracker import open_tracker
-from training.trainer import TrainConfig, Trainer
+from training.trainer import Trainer
 
 CPU = torch.device("cpu")
 

@@ -1,7 +1,7 @@
 """A run that an agent of ClearML executes: the values of its task decide, before anything is read."""
 
 import os
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from common.errors import EnvironmentFault, UserError
@@ -16,9 +16,10 @@ TASK_ID = ("CLEARML_TASK_ID", "TRAINS_TASK_ID")
 def obey_agent(invocation: Invocation) -> Invocation:
     """The invocation with the values of the task that an agent executes in place of its own; as it is without one.
 
-    Data, backbone and folder are the task's too, whatever file and options its script was started with; a run that is
-    resumed stays in its folder. Raises UserError for a value that does not fit, and EnvironmentFault where the task
-    cannot be read: to train with other values than those that were asked for helps nobody.
+    Data, backbone and folder are the task's too, whatever file and options its script was started with, and a new run
+    is called after its data; one that is resumed stays in its folder. Raises UserError for a value that does not fit,
+    and EnvironmentFault where the task cannot be read: to train with other values than those that were asked for helps
+    nobody.
     """
     task_id = next((os.environ[name] for name in TASK_ID if os.environ.get(name)), None)
     if task_id is None or invocation.config.tracking not in ("auto", "clearml"):
@@ -30,7 +31,8 @@ def obey_agent(invocation: Invocation) -> Invocation:
     values = _texts(task.data.hyperparams or {})
     if invocation.resume is not None:
         values.pop("run_dir", None)
-    return parse_command_line(invocation.words, values, f"ClearML task {task_id}")
+    obeyed = parse_command_line(invocation.words, values, f"ClearML task {task_id}")
+    return obeyed if obeyed.resume is not None else replace(obeyed, name=obeyed.config.data.name)
 
 
 def _texts(sections: dict[str, Any]) -> dict[str, str]:

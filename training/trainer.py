@@ -11,9 +11,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.errors import Interrupted, UserError
+from common.memory import peak_memory
 from common.signals import unbroken
 from config.config import Config
-from config.train import TrainConfig
 from features.bank import FeatureBank
 from features.images import ImageBank
 from model.balance import floors
@@ -32,30 +32,12 @@ from storage.folder import RunFolder
 from tracking.tracker import Tracker
 from training.graph import GraphedStep, worth_capturing
 from training.health import RoutingWatch, not_finite
+from training.length import Pace, check_warmup, steps_per_epoch
 from training.optim import build_optimizer, set_learning_rate
 from training.progress import EpochSums, Progress, epoch_line
 from training.step import TrainingStep
 
 BAR_SECONDS = 0.5  # between two looks at the running loss, each of which waits for the device
-
-
-def steps_an_epoch(config: TrainConfig, warmup_steps: int, images: int) -> int:
-    """Steps of an epoch of so many training images.
-
-    Raises UserError for a batch larger than them, and for a routing warm-up that never ends.
-    """
-    steps = math.ceil(images / min(config.batch_size, images))
-    misfits = []
-    if config.batch_size > images:
-        misfits.append(f"train.batch_size {config.batch_size} is larger than the {images} training images: lower it")
-    if warmup_steps >= steps * config.epochs:
-        misfits.append(
-            f"router.warmup_steps {warmup_steps} routes all {steps * config.epochs} steps at random and never trains "
-            "the gate: lower it, or raise train.epochs"
-        )
-    if misfits:
-        raise UserError("; ".join(misfits))
-    return steps
 
 
 class Trainer:
@@ -82,8 +64,10 @@ class Trainer:
         self.config, self.optim, self.balance = config.train, config.optim, config.balance
         self.routing_warmup_steps, self.identity, self.validate = config.router.random_steps, identity, validate
         self.device = bank.device
-        self.steps_per_epoch = steps_an_epoch(self.config, self.routing_warmup_steps, len(bank.splits.train))
+        self.steps_per_epoch = steps_per_epoch(self.config, len(bank.splits.train))
         self.total_steps = self.steps_per_epoch * self.config.epochs
+        check_warmup(self.routing_warmup_steps, self.total_steps)
+        self.pace = Pace(self.config.epochs, getattr(bank, "views_used", 0))
         self.optimizer = build_optimizer(model, self.optim)
         decay, batch_size = self.config.ema_decay, self.config.batch_size
         self.ema = ModelEmaV3(model, decay=decay, use_warmup=True) if decay else None
@@ -132,12 +116,16 @@ class Trainer:
             self._begin_epoch()
         started -= self.progress.seconds
         try:
+            before, begun = self.progress.sums.samples, time.perf_counter()
             values = self._train_epoch(self.progress)
+            values["speed/images_per_second"] = (self.progress.sums.samples - before) / (time.perf_counter() - begun)
             values |= self._validate()
         except Interrupted:
             self.progress.seconds = time.perf_counter() - started
             raise
         values["speed/epoch_seconds"] = time.perf_counter() - started
+        if (peak := peak_memory(self.device)) is not None:
+            values["speed/peak_memory_gib"] = peak / 2**30
         with unbroken:
             self._end_epoch(values)
 
@@ -157,6 +145,7 @@ class Trainer:
         if better or last:
             self.best = {"epoch": self.epoch, "macro_f1": macro_f1}
         print(epoch_line(values, self.epoch, self.config.epochs, better), flush=True)
+        self.pace.check(self.epoch, values["speed/epoch_seconds"])
         # Before the checkpoint: a resumed run drops lines that come after its checkpoint, but cannot add one.
         self.tracker.scalars(values, step=self.step, epoch=self.epoch)
         self.progress = None

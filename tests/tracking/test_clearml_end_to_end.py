@@ -1,6 +1,8 @@
 """train.py and evaluate.py as a user runs them with a ClearML server, from the command line to what the server has."""
 
+import copy
 import json
+import uuid
 
 import pytest
 from clearml_process import run_python
@@ -25,6 +27,19 @@ run_program("train.py", *{TINY.split()!r}, *options)
 run_program("evaluate.py", run / "tiny")
 task_id = json.loads((run / "tiny" / "clearml.json").read_text())[0]["task_id"]
 run_program("evaluate.py", "--compare", run / "tiny", task_id, "--out", run / "comparison")
+"""
+
+
+AGENT = f"""
+import runpy
+from matplotlib.figure import Figure
+Figure.savefig = lambda figure, path, **options: Path(path).write_bytes({PNG!r})
+os.chdir({str(ROOT)!r})
+sys.argv = ["train.py"]
+try:
+    runpy.run_path("train.py", run_name="__main__")
+except SystemExit as end:
+    assert not end.code, end.code
 """
 
 
@@ -82,3 +97,19 @@ def test_a_task_compares_with_a_folder_as_equal_to_itself(tracked):
     folder, task = compared["runs"]
     assert task["figures"] == pytest.approx(folder["figures"]) and "macro_f1" in task["figures"]
     assert task["config"] == folder["config"]
+
+
+@pytest.mark.slow
+def test_an_agent_runs_a_clone_by_the_values_of_its_task(tracked, workplace):
+    """Without --config, as the script of a task knows none; the clone has one epoch more and another folder."""
+    server, run, _ = tracked
+    training = next(iter(server.tasks.values()))
+    clone = copy.deepcopy(training) | {"id": uuid.uuid4().hex, "name": "clone", "status": "in_progress"}
+    clone["hyperparams"]["train"]["epochs"]["value"] = "2.0"
+    clone["hyperparams"]["General"]["run_dir"]["value"] = str(run.parent / "clone")
+    server.tasks[clone["id"]] = clone
+    run_python(workplace, run, AGENT, CLEARML_TASK_ID=clone["id"], CLEARML_PROC_MASTER_ID="", **server.environment())
+    lines = [json.loads(line) for line in (run.parent / "clone" / "metrics.jsonl").read_text().splitlines()]
+    first = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    assert len(lines) == 2 and lines[0]["loss/train"] == pytest.approx(first["loss/train"], rel=0.2)
+    assert ("loss", "train", lines[-1]["step"]) in server.scalars(clone["id"])

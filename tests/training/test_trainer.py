@@ -19,7 +19,6 @@ from storage.export import export_model, load_exported, read_description
 from storage.folder import RunFolder
 from training.health import OUTPUT, not_finite
 from training.optim import lr_factor
-from training.trainer import TrainConfig, steps_an_epoch
 
 
 def test_training_learns_and_keeps_what_it_says(tmp_path, splits):
@@ -246,11 +245,3 @@ def test_flops_by_hand():
     # Projections of 4 matrices: 2 * 65 * 192 * 768. Scores and their sum: 2 * (2 * 65 * 65 * 192).
     assert flops(attention, torch.zeros(1, 65, 192)) == 2 * 65 * 192 * 768 + 4 * 65 * 65 * 192
     assert flops(torch.nn.Linear(10, 7), torch.zeros(1, 10)) == 140
-
-
-def test_all_misfits_of_the_sizes_are_said_at_once():
-    assert steps_an_epoch(TrainConfig(epochs=2, batch_size=4), 5, 10) == 3
-    with pytest.raises(
-        UserError, match=r"batch_size 1024 is larger than the 80 .*; router\.warmup_steps 500 routes all"
-    ):
-        steps_an_epoch(TrainConfig(epochs=2, batch_size=1024), 500, 80)

@@ -1,0 +1,30 @@
+"""Results of weights that a run has gone on from: kept until there are new ones, and marked wherever they are shown."""
+
+import json
+from contextlib import suppress
+from html import escape
+from typing import Any
+
+from common.files import write_atomically, write_json
+from storage.folder import RunFolder
+
+STALE = "stale"  # the key of metrics.json that says why
+
+
+def mark_stale(run: RunFolder, reason: str) -> None:
+    """Mark metrics.json and report.html, where they are, as results of earlier weights. Raises EnvironmentFault."""
+    with suppress(OSError, ValueError):
+        results = json.loads(run.results.read_text(encoding="utf-8"))
+        if isinstance(results, dict) and not why_stale(results):
+            write_json(run.results, {STALE: reason, **results})
+    with suppress(OSError, ValueError):
+        page = run.report.read_text(encoding="utf-8")
+        note = f'<p class="{STALE}" style="color: #a00000"><strong>{escape(reason)}.</strong></p>'
+        if f'class="{STALE}"' not in page:
+            page = page.replace("<body>", f"<body>\n{note}", 1)
+            write_atomically(run.report, lambda temporary: temporary.write_text(page, encoding="utf-8"))
+
+
+def why_stale(results: dict[str, Any]) -> str:
+    """Why the results of metrics.json are not those of the run's weights any more; empty where they are."""
+    return str(results.get(STALE, ""))

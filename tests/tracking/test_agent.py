@@ -1,0 +1,98 @@
+"""A task that an agent executes: its values decide, each checked as those of the command line are."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from common.errors import UserError
+from config.command_line import parse_command_line
+from config.config import write_config
+from tracking import agent
+from tracking.agent import obey_agent
+
+TASK = "0" * 32
+
+
+@pytest.fixture
+def clone(monkeypatch):
+    """Make the environment that of an agent, whose task has these texts for the options of configs/digits.yaml."""
+    monkeypatch.setenv("CLEARML_TASK_ID", TASK)
+
+    def clone(**texts):
+        sections = {}
+        for key, value in parse_command_line(["--config", "configs/digits.yaml"]).config.to_dict().items():
+            inside = value if isinstance(value, dict) else {key: value}
+            section = sections.setdefault(key if isinstance(value, dict) else "General", {})
+            section |= {name: SimpleNamespace(value="" if v is None else str(v)) for name, v in inside.items()}
+        for key, text in texts.items():
+            section, _, name = key.rpartition(".")
+            sections.setdefault(section or "General", {})[name] = SimpleNamespace(value=text)
+        sections["Environment"] = {"HOME": SimpleNamespace(value="/root")}  # others may keep what they like
+        monkeypatch.setattr(
+            agent, "get_task", lambda task_id: SimpleNamespace(data=SimpleNamespace(hyperparams=sections))
+        )
+
+    return clone
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["--config", "configs/article.yaml", "--train.epochs", "5", "--run_dir", "mine"]]
+)
+def test_the_values_of_the_task_decide_whatever_the_script_was_started_with(clone, words, tmp_path):
+    clone(**{"train.epochs": "2.0", "experts.dropout": "[0.1, 0.1, 0.1, 0.2]", "run_dir": str(tmp_path / "run2")})
+    invocation = obey_agent(parse_command_line(words))
+    config = invocation.config
+    assert (config.data.name, config.backbone.name, config.neck.kind) == ("digits", "bundled/vit_micro", "flatten")
+    assert (config.train.epochs, config.experts.dropout) == (2, [0.1, 0.1, 0.1, 0.2])
+    assert config.run_dir == tmp_path / "run2"
+    assert invocation.name == "digits"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("train.epochs", "many", f"train.epochs in ClearML task {TASK} is 'many': give a whole number"),
+        ("train.epochs", "2.5", f"train.epochs in ClearML task {TASK} is '2.5': give a whole number"),
+        ("train.epochs", "", f"train.epochs in ClearML task {TASK} is '': give a whole number"),
+        ("optim.lr", "fast", f"optim.lr in ClearML task {TASK} is 'fast': give a number"),
+        ("train.keep", "lastt", "is 'lastt': give one of best, last; did you mean last?"),
+        ("experts.sizes", "[[8], tiny]", "give a list in brackets of any of small, medium"),
+        ("train.epochz", "3", f"unknown option train.epochz in ClearML task {TASK}: did you mean train.epochs?"),
+        ("router.top_k", "9", "router.top_k is 9 but experts.sizes names 4"),
+    ],
+)
+def test_a_value_that_does_not_fit_is_told_with_the_task(clone, name, text, words):
+    clone(**{name: text})
+    with pytest.raises(UserError) as caught:
+        obey_agent(parse_command_line([]))
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_a_resumed_run_stays_in_its_folder(clone, tmp_path):
+    clone(**{"train.epochs": "20", "run_dir": "elsewhere"})
+    write_config(parse_command_line(["--config", "configs/digits.yaml"]).config, tmp_path / "config.yaml")
+    invocation = obey_agent(parse_command_line(["--resume", str(tmp_path)]))
+    assert invocation.resume == invocation.config.run_dir == tmp_path
+    assert invocation.config.train.epochs == 20
+
+
+@pytest.mark.parametrize("mode", ["none", "offline"])
+def test_without_an_agent_or_a_server_nobody_is_asked(clone, monkeypatch, mode):
+    clone(**{"train.epochs": "many"})
+    invocation = parse_command_line(["--tracking", mode])
+    assert obey_agent(invocation) is invocation
+    monkeypatch.delenv("CLEARML_TASK_ID")
+    invocation = parse_command_line([])
+    assert obey_agent(invocation) is invocation
+
+
+def test_a_task_that_cannot_be_read_ends_the_run(clone, monkeypatch):
+    def fail(task_id):
+        raise UserError("no ClearML server is configured")
+
+    clone()
+    monkeypatch.setattr(agent, "get_task", fail)
+    with pytest.raises(UserError, match=f"the values of ClearML task {TASK}.* no ClearML server is conf") as caught:
+        obey_agent(parse_command_line([]))
+    assert caught.value.exit_code == 1

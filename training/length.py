@@ -1,0 +1,64 @@
+"""How long a training is: steps of an epoch, the share of them that routes at random, and the time they will take."""
+
+import math
+from dataclasses import replace
+
+from common.errors import UserError, warn
+from config.config import Config
+from config.train import TrainConfig
+
+DAY = 24 * 3600
+
+
+def steps_per_epoch(config: TrainConfig, images: int) -> int:
+    """Steps of an epoch of so many training images. Raises UserError for a batch larger than all of them."""
+    if config.batch_size > images:
+        raise UserError(f"train.batch_size {config.batch_size} is larger than the {images} training images: lower it")
+    return math.ceil(images / config.batch_size)
+
+
+def shorten_warmup(config: Config, images: int) -> Config:
+    """The configuration with random routing in at most half of the steps, which is said where it changes anything.
+
+    Raises UserError as `steps_per_epoch`.
+    """
+    steps = steps_per_epoch(config.train, images) * config.train.epochs
+    if config.router.random_steps <= steps // 2:
+        return config
+    warn(
+        f"router.warmup_steps {config.router.warmup_steps} is more than half of the {steps} steps: "
+        f"{steps // 2} of them route at random"
+    )
+    return replace(config, router=replace(config.router, warmup_steps=steps // 2))
+
+
+def check_warmup(random_steps: int, steps: int) -> None:
+    """Raise UserError for random routing that never ends."""
+    if random_steps >= steps:
+        raise UserError(
+            f"router.warmup_steps {random_steps} routes all {steps} steps at random and never trains the gate: lower "
+            "it, or raise train.epochs"
+        )
+
+
+class Pace:
+    """Says once how long a training will take at the pace of its epochs, where that is over a day."""
+
+    def __init__(self, epochs: int, views: int):
+        """epochs: of the whole training. views: so many of the first epochs may be slower, as they extract features."""
+        self.epochs, self.views, self.said = epochs, views, False
+
+    def check(self, epoch: int, seconds: float) -> None:
+        """To be called after each epoch with its seconds."""
+        left = self.epochs - epoch if epoch >= self.views else self.views - epoch
+        if self.said or left * seconds < DAY:
+            return
+        self.said = True
+        warn(
+            f"the epochs that are left take {_long(left * seconds)} or more at {seconds:.1f} s an epoch: lower "
+            "--train.epochs, or set --train.patience"
+        )
+
+
+def _long(seconds: float) -> str:
+    return f"{seconds / DAY:,.0f} days" if seconds >= 2 * DAY else f"{seconds / 3600:.0f} hours"
