@@ -113,7 +113,7 @@ def score(options: argparse.Namespace) -> None:
     with open_evaluation(options.tracking, run.path, config.to_dict(), name=run.path.name, tags=tags) as tracker:
         if tracker.sends_again:
             tracker.model(run.weights, name=run.path.name)
-        print(table(evaluate(run, config, model, bank, tracker)))
+        print(table(evaluate(run, config, model, bank, tracker, backbone)))
     print(f"written to   {printable(run.evaluation)}; open {run.report.name} in a browser")
 
 

@@ -44,7 +44,7 @@ def main() -> None:
             export_model(run, best)
             tracker.model(run.weights, name=run.path.name)
             trainer.model.load_state_dict(best["model"])
-            print(table(evaluate(run, config, trainer.model, trainer.bank, tracker)))
+            print(table(evaluate(run, config, trainer.model, trainer.bank, tracker, inputs.backbone)))
             print(f"run folder   {printable(run.path)}")
 
 

@@ -9,7 +9,7 @@ import torch
 from common.errors import EnvironmentFault, UserError, one_line, warn
 from common.memory import installed_memory
 from common.network import reachable
-from common.text import printable
+from common.text import counted, printable
 from config.config import DEVICES, Config
 from data.datasets import load_splits
 from data.image_set import Splits
@@ -63,7 +63,7 @@ def pick_device(name: str) -> torch.device:
     index = int(name.partition(":")[2] or 0)
     seen = torch.cuda.device_count()
     if index >= seen:
-        raise UserError(f"device {name} is not there: PyTorch sees {seen} GPU(s); use --device cpu")
+        raise UserError(f"device {name} is not there: PyTorch sees {counted(seen, 'GPU')}; use --device cpu")
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)  # where graphs, streams and memory figures of no named device land
     return device

@@ -1,8 +1,11 @@
-"""How much memory this machine has, and how much of it can be taken."""
+"""How much memory this machine has, how much of it can be taken, and how much this process took."""
 
 import os
+import sys
 from contextlib import suppress
 from pathlib import Path
+
+import torch
 
 
 def installed_memory() -> int | None:
@@ -10,6 +13,20 @@ def installed_memory() -> int | None:
     if not hasattr(os, "sysconf"):
         return None
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Most bytes that this process has had allocated at once, of a GPU's memory or of the host's.
+
+    None where it cannot be told.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with suppress(ImportError):  # there is no such module on Windows
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return None
 
 
 def available_memory(root: Path = Path("/")) -> int | None:

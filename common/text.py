@@ -26,6 +26,12 @@ def _escaped(letter: str) -> str:
     return SHORT.get(letter, f"\\u{ord(letter):04x}")
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 class`, `2 classes`, `3,000 files`."""
+    plural = noun + ("es" if noun.endswith("s") else "s")
+    return f"{number:,} {noun if number == 1 else plural}"
+
+
 def quoted(word: object) -> str:
     """A word of a command as a shell reads it back: quoted where it has to be, always on one line."""
     word = str(word)

@@ -6,6 +6,7 @@ from typing import Literal
 
 from common.paths import absolute, cache_folder
 
+MOST = 10**9
 DEFAULT_FOLDER = cache_folder("features")
 
 
@@ -29,5 +30,5 @@ class FeaturesConfig:
     def __post_init__(self):
         self.cache_dir = None if self.cache_dir is None else absolute(self.cache_dir)
         for name in ("views", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"features.{name} is {getattr(self, name)}: it must be at least 1")
+            if not 1 <= getattr(self, name) <= MOST:
+                raise ValueError(f"features.{name} is {getattr(self, name)}: it must be from 1 to {MOST:,}")

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+WIDEST = 10_000  # pixels of a shift
 ASPECT = 1.2  # widest ratio of the sides of a random resized crop
 
 
@@ -28,8 +29,8 @@ class AugmentConfig:
     """Seed of the views; the same seed gives the same view v of image n whatever the batch."""
 
     def __post_init__(self):
-        if self.crop < 0:
-            raise ValueError(f"augment.crop is {self.crop}: it is a number of pixels, 0 or more")
+        if not 0 <= self.crop <= WIDEST:
+            raise ValueError(f"augment.crop is {self.crop}: it is a number of pixels, from 0 to {WIDEST:,}")
         if not 0.05 <= self.scale <= 1:
             raise ValueError(f"augment.scale is {self.scale}: it is a share of the image's area, 0.05 to 1 (1: off)")
         if not 0 <= self.color_jitter < 1:

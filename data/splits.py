@@ -1,6 +1,7 @@
 """DataConfig: which data set, and how it is split; load_splits does both."""
 
 import hashlib
+import math
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 
 from common.errors import UserError, warn
 from common.paths import absolute, cache_folder
+from common.text import counted
 from data.image_set import ImageSet, Splits
 from data.registry import DATASETS, Dataset, explain_datasets
 
@@ -103,6 +105,7 @@ def load_splits(config: DataConfig) -> Splits:
     train, validation, test = DATASETS[config.name].load(config)
     if config.max_classes is not None or config.max_per_class is not None:
         train, validation, test = (part and _limit(part, config) for part in (train, validation, test))
+    _require_enough(train, 1 + (validation is None) + (test is None))
     if test is None:
         train, test = stratified_split(train, config.test, config.split_seed, "data.test")
     if validation is None:
@@ -120,6 +123,18 @@ def load_splits(config: DataConfig) -> Splits:
     if not DATASETS[config.name].published:
         _tell_copies(splits)
     return splits
+
+
+def _require_enough(train: ImageSet, parts: int) -> None:
+    """Raise UserError where a class has not one image for each of the parts that train is to be split into."""
+    counts_C = torch.bincount(train.labels_N, minlength=train.num_classes)
+    if parts > 1 and counts_C.min() < parts:
+        name, count = train.class_names[int(counts_C.argmin())], counted(int(counts_C.min()), "image")
+        splits = {2: "two splits", 3: "three splits (data.validation, data.test)"}[parts]
+        raise UserError(
+            f"class '{name}' has {count}, and is to be in {splits}: there must be {parts} of each class; add images "
+            "(or raise data.max_per_class, where that is set)"
+        )
 
 
 def _tell_copies(splits: Splits) -> None:
@@ -151,21 +166,21 @@ def stratified_split(images: ImageSet, fraction: float, seed: int, option: str) 
     """Split into (the rest, `fraction` of the images), every class in proportion, the same for the same seed.
 
     option: the configuration field that asked for the fraction, for the message.
-    Raises UserError where a class is too small to be in both parts.
+    Raises UserError where a part has no room for an image of each class.
     """
     from sklearn.model_selection import train_test_split
 
-    counts_C = torch.bincount(images.labels_N, minlength=images.num_classes)
-    if counts_C.min() < 2:
-        name, count = images.class_names[int(counts_C.argmin())], int(counts_C.min())
-        raise UserError(f"class '{name}' has {count} image(s): {option} needs at least 2 of each class to split")
+    _require_enough(images, 2)
+    least = math.ceil(100 * images.num_classes / len(images)) / 100
     try:
         rest, held_out = train_test_split(
             np.arange(len(images)), test_size=fraction, random_state=seed, stratify=images.labels_N.numpy()
         )
     except ValueError as error:
-        raise UserError(
-            f"{option} {fraction} of {len(images)} images cannot hold all {images.num_classes} classes: use a larger "
-            f"fraction, from {images.num_classes / len(images):.2g} up, or more images"
-        ) from error
+        what = f"{option} {fraction} of {len(images)} images"
+        if fraction < least:
+            remedy = f"cannot hold all {images.num_classes} classes: use a larger fraction, from {least:g} up"
+        else:
+            remedy = f"leaves too few for all {images.num_classes} classes: use a smaller fraction, up to {1 - least:g}"
+        raise UserError(f"{what} {remedy}, or more images") from error
     return images.subset(torch.from_numpy(np.sort(rest))), images.subset(torch.from_numpy(np.sort(held_out)))

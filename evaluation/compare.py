@@ -18,14 +18,16 @@ from common.paths import absolute, expanded
 from common.text import command
 from config.config import flatten
 from evaluation.figures import save_figure
+from evaluation.run_cost import LEGEND as COST_LEGEND
+from evaluation.run_cost import NAMES, shown
+from evaluation.run_state import run_state
 from evaluation.stale import why_stale
 from storage.folder import INCIDENTAL, RunFolder
 
 WIDE = 6  # runs up to which each has a column of the printed table; of more, each has a row
 CELL = 40  # letters of a printed value of the configuration
 
-# Keys of metrics.json -> the name of the figure, and whether it is shown in percent.
-FIGURES = {
+SCORES = {  # keys of metrics.json -> the name of the figure, and whether it is shown in percent
     "macro_f1": ("macro-F1", True),
     "accuracy": ("accuracy", True),
     "superclass_accuracy": ("superclass accuracy", True),
@@ -39,24 +41,34 @@ FIGURES = {
     "gate.boundary_share": ("near the boundary", True),
     "images": ("test images", False),
 }
-MAIN = ("macro-F1", "accuracy", "calibration error", "balance", "specialisation")  # printed where runs are rows
+FIGURES = [*SCORES, *(f"cost.{name}" for name in NAMES)]
+MAIN = (  # printed where runs are rows
+    *("macro-F1", "accuracy", "calibration error", "balance", "specialisation"),
+    *(NAMES[name] for name in ("trained_parameters", "flops", "training_seconds")),
+)
 LEGEND = (
     "Balance: entropy of the load, 1 is even. Specialisation: mutual information of class and expert over log E; "
-    "z: standard deviations above shuffled labels. Near the boundary: images that the gate nearly sent elsewhere."
-)
+    "z: standard deviations above shuffled labels. Near the boundary: images that the gate nearly sent elsewhere. "
+) + COST_LEGEND
 
 
 @dataclass(frozen=True)
 class Compared:
-    """One run: its name, where it came from, its flat configuration and its final figures."""
+    """One run: its name, where it came from, its flat configuration and its final figures.
+
+    load_E: share of the assignments of each expert. state: what speaks against the figures, as `run_state` has it.
+    """
 
     name: str
     source: str
     config: dict[str, Any]
     figures: dict[str, float]
+    load_E: tuple[float, ...] = ()
+    state: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        return {"name": self.name, "source": self.source, "config": self.config, "figures": self.figures}
+        """Nested plain values, for comparison.json."""
+        return {**vars(self), "load_E": list(self.load_E)}
 
 
 def compare(sources: Sequence[str], out: Path) -> str:
@@ -86,7 +98,8 @@ def load(source: str) -> Compared:
         from tracking.clearml_runs import fetch_run  # here, because most comparisons need no server
 
         fetched = fetch_run(source)
-        return Compared(fetched["name"], source, flatten(fetched["config"]), _figures(fetched["metrics"]))
+        metrics = fetched["metrics"]
+        return Compared(fetched["name"], source, flatten(fetched["config"]), _figures(metrics), _load(metrics))
     raise UserError(f"{source} is neither the folder of a run nor the id of a ClearML task (32 hexadecimal digits)")
 
 
@@ -115,11 +128,12 @@ def _load_folder(run: RunFolder, source: str) -> Compared:
         ) from error
     if not isinstance(metrics, dict) or not isinstance(config, dict):
         raise UserError(f"{source} is of another version: its config.yaml or evaluation/metrics.json is no table")
-    name = run.path.resolve().name
     if reason := why_stale(metrics):
         warn(f"{source}: {reason}; {command('evaluate.py', source)} scores what it has now")
-        name += " (stale)"
-    return Compared(name, str(absolute(source)), flatten(config), _figures(metrics))
+    flat, scored = flatten(config), flatten(metrics).get("cost.epochs")
+    state = run_state(run.history(), flat, scored if isinstance(scored, int) else None, reason)
+    name = run.path.resolve().name
+    return Compared(name, str(absolute(source)), flat, _figures(metrics), _load(metrics), state)
 
 
 def _figures(metrics: dict[str, Any]) -> dict[str, float]:
@@ -127,6 +141,12 @@ def _figures(metrics: dict[str, Any]) -> dict[str, float]:
     flat = flatten(metrics)
     numbers = {key: flat[key] for key in FIGURES if isinstance(flat.get(key), int | float)}
     return {key: float(value) for key, value in numbers.items() if math.isfinite(value)}
+
+
+def _load(metrics: dict[str, Any]) -> tuple[float, ...]:
+    load_E = metrics.get("expert_load")
+    good = isinstance(load_E, list) and all(isinstance(share, int | float) for share in load_E)
+    return tuple(load_E) if good else ()
 
 
 def _named(runs: list[Compared]) -> list[Compared]:
@@ -143,11 +163,29 @@ def _longer(run: Compared) -> str:
 def _rows(runs: Sequence[Compared], differing: list[str]) -> list[tuple[str, list[str]]]:
     """(what, a cell for each run), the figures first; those that no run has are left out."""
     rows = []
-    for key, (name, as_percent) in FIGURES.items():
+    if any(run.state for run in runs):
+        rows.append(("state", [run.state or "finished" for run in runs]))
+    for key in FIGURES:
         values = [run.figures.get(key) for run in runs]
         if any(value is not None for value in values):
-            rows.append((name, [_number(value, as_percent) for value in values]))
+            name, cells = _cells(key, values)
+            rows.append((name, cells))
+    if any(run.load_E for run in runs):
+        rows.append(("load of each expert", [_shares(run.load_E) for run in runs]))
     return rows + [(key, [_shown(run.config[key]) if key in run.config else "–" for run in runs]) for key in differing]
+
+
+def _cells(key: str, values: Sequence[float | None]) -> tuple[str, list[str]]:
+    """The name of a figure, and its values as they are printed."""
+    if key in SCORES:
+        name, as_percent = SCORES[key]
+        return name, [_number(value, as_percent) for value in values]
+    name = key.removeprefix("cost.")
+    return NAMES[name], [shown(name, value) for value in values]
+
+
+def _shares(load_E: Sequence[float]) -> str:
+    return " ".join(f"{100 * share:.0f}" for share in load_E) + " %" if load_E else "–"
 
 
 def _number(value: float | None, as_percent: bool) -> str:
@@ -172,7 +210,7 @@ def _grid(runs: Sequence[Compared], rows: list[tuple[str, list[str]]]) -> list[l
 
 def _text(runs: Sequence[Compared], rows: list[tuple[str, list[str]]]) -> str:
     if len(runs) > WIDE:
-        left_out = {name for name, _ in FIGURES.values()} - set(MAIN)
+        left_out = {_cells(key, [])[0] for key in FIGURES} - set(MAIN)
         rows = [row for row in rows if row[0] not in left_out]
     rows = [(what, [cell if len(cell) <= CELL else cell[: CELL - 1] + "…" for cell in cells]) for what, cells in rows]
     grid = _grid(runs, rows)
@@ -200,10 +238,10 @@ def _escape(cell: str) -> str:
 def _figure(runs: Sequence[Compared]):
     """The best run by macro-F1 on top."""
     order = sorted(range(len(runs)), key=lambda index: -runs[index].figures.get("macro_f1", -1.0))
-    shown = [runs[index] for index in order]
+    ordered = [runs[index] for index in order]
 
     def column(key: str, factor: float = 1.0) -> np.ndarray:
-        return np.array([factor * run.figures.get(key, math.nan) for run in shown])
+        return np.array([factor * run.figures.get(key, math.nan) for run in ordered])
 
     panels = {
         "test score (%)": {"macro-F1": column("macro_f1", 100), "accuracy": column("accuracy", 100)},
@@ -218,5 +256,7 @@ def _figure(runs: Sequence[Compared]):
         for label, series in panels.items()
         if not all(np.isnan(values).all() for values in series.values())
     }
-    names = [run.name if len(run.name) <= CELL else "…" + run.name[1 - CELL :] for run in shown]
+    names = [run.name if len(run.name) <= CELL else "…" + run.name[1 - CELL :] for run in ordered]
+    marks = [f" ({run.state.split(':')[0]})" if run.state else "" for run in ordered]
+    names = [name + mark for name, mark in zip(names, marks, strict=True)]
     return plots.comparison(names, known, from_zero=[*panels][1:])

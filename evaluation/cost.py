@@ -48,6 +48,11 @@ class HeadCost:
     flops: int
 
 
+def trained_cost(model: AnyMoE, feature_shape: tuple[int, ...], load_E: np.ndarray | None = None) -> HeadCost:
+    """What all that is trained costs an image, as means under the load (None: even)."""
+    return inside_cost(model, load_E) if isinstance(model, MoEViT) else head_cost(model, feature_shape, load_E)
+
+
 def head_cost(model: VisionMoE, feature_shape: tuple[int, ...], load_E: np.ndarray | None = None) -> HeadCost:
     """What the trained part costs a sample, as means under the load: fractions of the assignments (None: even).
 
@@ -119,7 +124,7 @@ def expert_costs(model: AnyMoE) -> list[ExpertCost]:
 def cost(model: AnyMoE, backbone: Backbone, feature_shape: tuple[int, ...]) -> Cost:
     """Count parameters and FLOPs of backbone and head, the latter as `head_cost` does under an even load."""
     size = backbone.image_size
-    head = inside_cost(model) if isinstance(model, MoEViT) else head_cost(model, feature_shape)
+    head = trained_cost(model, feature_shape)
     return Cost(
         backbone_parameters=parameters(backbone),
         trainable_parameters=parameters(model),

@@ -16,9 +16,12 @@ from evaluation.metrics import per_class_scores, scores
 from evaluation.predict import Predictions, predict
 from evaluation.report import write_report
 from evaluation.reporting import report
+from evaluation.run_cost import run_cost
 from features.bank import FeatureBank
 from features.images import ImageBank
+from model.backbone import Backbone
 from model.moe_vit import AnyMoE
+from storage.export import read_description
 from storage.folder import RunFolder
 from tracking.tracker import Tracker
 
@@ -26,17 +29,25 @@ Rows = list[dict[str, Any]]
 
 
 def evaluate(
-    run: RunFolder, config: Config, model: AnyMoE, bank: FeatureBank | ImageBank, tracker: Tracker | None = None
+    run: RunFolder,
+    config: Config,
+    model: AnyMoE,
+    bank: FeatureBank | ImageBank,
+    tracker: Tracker | None = None,
+    backbone: Backbone | None = None,
 ) -> dict[str, Any]:
     """Score `model` on the test split, write evaluation/metrics.json, figures/*.png and report.html, and report to
     `tracker`.
 
-    Leaves the model in evaluation mode. Returns what metrics.json holds.
+    backbone: for the cost of the whole. Leaves the model in evaluation mode. Returns what metrics.json holds.
     """
     model.eval()
     predictions = predict(model, bank, "test", removals=True)
     test = bank.splits.test
     results = _results(predictions, test, config, model) | {"environment": environment(bank.device)}
+    kept = read_description(run).get("epoch") if run.model.is_file() else None
+    load_E, history = np.array(results["expert_load"]), run.history()
+    results["cost"] = run_cost(model, backbone, bank.feature_shape, load_E, history, kept)
     write_json(run.results, results)
     warn_of_letters([*test.class_names, *test.coarse_names])
     drawings = draw(Evaluated(run, config, model, bank, predictions, results))
@@ -188,7 +199,7 @@ def table(results: dict[str, Any], hardest: int = 5) -> str:
         lines.append(f"{label + mark:<26}{100 * load:>6.1f} %{100 * weight:>6.1f} %{shown:>10}{change:>28}")
     if any(hardly_used):
         lines.append("! below 1 % of the load: the gate hardly uses the expert")
-    imperfect = [(name, values["f1"]) for name, values in results["per_class"].items() if values["f1"] < 1]
-    worst = sorted(imperfect, key=lambda item: item[1])[:hardest]
+    scored = {name: values["f1"] for name, values in results["per_class"].items() if values["support"]}
+    worst = sorted((item for item in scored.items() if item[1] < 1), key=lambda item: item[1])[:hardest]
     lines += ["", "lowest F1    " + (", ".join(f"{name}: {100 * f1:.0f} %" for name, f1 in worst) or "100 % for all")]
     return "\n".join(lines)

@@ -13,6 +13,7 @@ from analysis.routing import top_classes
 from common.files import write_atomically
 from config.config import Config
 from evaluation.figures import Drawing
+from evaluation.run_cost import LEGEND, NAMES, duration, shown, si
 from storage.folder import RunFolder
 
 SPREAD_NOTE = "For each expert: share of the gate's weight / of the assignments."
@@ -67,15 +68,6 @@ def percent(value: float | None, digits: int = 1) -> str:
     return "–" if value is None else f"{100 * value:.{digits}f}\u00a0%"
 
 
-def si(value: float) -> str:
-    """1234567 as "1.23 M"."""
-    for unit in ("", " k", " M"):
-        if abs(value) < 999.5:
-            return f"{value:.3g}{unit}"
-        value /= 1000
-    return f"{value:.3g} G"
-
-
 def _headline(results: dict[str, Any]) -> list[tuple[str, str, str]]:
     """(what, value, how to read it) of the single figures."""
     special, gate = results["specialisation"], results["gate"]
@@ -98,21 +90,35 @@ def _headline(results: dict[str, Any]) -> list[tuple[str, str, str]]:
             reading += f"; {near} of them are right, {rest} of the others"
         shown.append(("near the boundary", percent(gate["boundary_share"]), reading))
     shown.append(("gate entropy", f"{gate['entropy_mean']:.2f}", "of a mean image; 1 is no preference, 0 is certain"))
+    shown.append(_cost_card(results["cost"]))
     if "superclass_accuracy" in results:
         shown.insert(2, ("superclass accuracy", percent(results["superclass_accuracy"]), "right superclass, any class"))
     return shown
 
 
+def _cost_card(cost: dict[str, Any]) -> tuple[str, str, str]:
+    reading = f"{si(cost['active_parameters'])} of {si(cost['trained_parameters'])} trained parameters active"
+    if cost["training_seconds"] is not None:
+        reading += f"; trained in {duration(cost['training_seconds'])}"
+    flops = cost["flops"] or cost["head_flops"]
+    return "FLOPs of an image" if cost["flops"] else "FLOPs of an image, without the backbone", si(flops), reading
+
+
 def _tables(results: dict[str, Any]) -> list[Table]:
-    tables = [_expert_table(results), _worth_table(results), _co_activation(results)]
+    tables = [_cost_table(results["cost"]), _expert_table(results), _worth_table(results), _co_activation(results)]
     if "superclass_names" in results:
         rows = _spread(results["superclass_names"], results, "superclass")
         tables.append(Table("Superclasses", SPREAD_NOTE, ["superclass", *results["experts"]], rows))
     names = results["class_names"]
     scored = zip((results["per_class"][name] for name in names), _spread(names, results, "class"), strict=True)
     rows = [
-        [name, *(percent(score[key]) for key in ("f1", "precision", "recall")), str(score["support"]), *shares]
-        for score, (name, *shares) in sorted(scored, key=lambda pair: pair[0]["f1"])
+        [
+            name,
+            *(percent(score[key] if score["support"] else None) for key in ("f1", "precision", "recall")),
+            str(score["support"]),
+            *shares,
+        ]
+        for score, (name, *shares) in sorted(scored, key=lambda pair: (not pair[0]["support"], pair[0]["f1"]))
     ]
     header = ["class", "F1", "precision", "recall", "images", *results["experts"]]
     tables.append(Table("Classes", "The hardest first. " + SPREAD_NOTE, header, rows, folded=len(names) > 20))
@@ -126,6 +132,11 @@ def _spread(names: list[str], results: dict[str, Any], kind: str) -> list[list[s
         [name, *(f"{100 * weight:.0f} / {percent(share, 0)}" for weight, share in zip(*shares, strict=True))]
         for name, *shares in zip(names, *tables, strict=True)
     ]
+
+
+def _cost_table(cost: dict[str, Any]) -> Table:
+    rows = [[what, shown(name, cost[name])] for name, what in NAMES.items() if cost[name] is not None]
+    return Table("Cost", LEGEND, ["what", "value"], rows)
 
 
 def _expert_table(results: dict[str, Any]) -> Table:

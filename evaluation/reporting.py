@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from evaluation.figures import Drawing
+from evaluation.run_cost import NAMES
 from storage.folder import RunFolder
 from tracking.tracker import Tracker
 
@@ -17,7 +18,8 @@ def report(run: RunFolder, results: dict[str, Any], drawings: Sequence[Drawing],
     differ in the experts' sizes, which the configuration tells.
     """
     single = {f"test/{name}": results[name] for name in SINGLE}
-    tracker.summary(single | {"test/specialisation": results["specialisation"]["normalised"]})
+    single |= {"test/specialisation": results["specialisation"]["normalised"]}
+    tracker.summary(single | {f"cost/{name}": results["cost"][name] for name in NAMES})
     _report_experts(results, tracker)
     _report_classes(results, tracker)
     bins = results["calibration"]
@@ -60,7 +62,8 @@ def _report_classes(results: dict[str, Any], tracker: Tracker) -> None:
         confusion = results["superclass_confusion"]
         tracker.matrix("superclass confusion", "test", confusion, ("true", groups), ("predicted", groups))
     scores = results["per_class"]
-    tracker.bars("F1 by class", "test", list(scores), {"F1": [row["f1"] for row in scores.values()]})
+    drawn = [row["f1"] if row["support"] else None for row in scores.values()]  # without images: a gap, not 0
+    tracker.bars("F1 by class", "test", list(scores), {"F1": drawn})
     columns = ("precision", "recall", "f1", "support")
     rows = [[name, *(row[column] for column in columns)] for name, row in scores.items()]
     tracker.table("scores by class", "test", ["class", *columns], rows)

@@ -30,7 +30,7 @@ from common.arguments import Parser, path_option
 from common.errors import EnvironmentFault, UserError, exit_code_of
 from common.locks import try_lock
 from common.paths import absolute
-from common.text import command, printable
+from common.text import command, counted, printable
 from config.features import DEFAULT_FOLDER
 from features.file import UNREADABLE, Draft, canonical, checksums, gigabytes, read, reason, say
 
@@ -241,7 +241,7 @@ def _clear(folder: Path, entries: list[Entry], options: argparse.Namespace) -> N
         print(entry.line() + ("" if deleted else "; kept, a running process uses it"))
         count, total = count + deleted, total + deleted * entry.size
     done = "would delete" if options.dry_run else "deleted"
-    print(f"{done} {count} files, {gigabytes(total)}, from {printable(folder)}")
+    print(f"{done} {counted(count, 'file')}, {gigabytes(total)}, from {printable(folder)}")
 
 
 def _delete(path: Path, dry_run: bool) -> bool:

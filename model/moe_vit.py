@@ -40,7 +40,7 @@ class MoEViT(nn.Module):
         self.width, self.num_tokens = vit.embed_dim, vit.patch_embed.num_patches + vit.num_prefix_tokens
         prefix = int(vit.num_prefix_tokens)
         parts = (vit.embed_dim, router, experts)
-        self.mixtures = nn.ModuleList(
+        self.mixtures: Any = nn.ModuleList(
             BlockMixture(*parts, vit.blocks[block].mlp, backbone.has_class_token, prefix) for block in self.blocks
         )
         self.neck = NECKS[neck.kind]((len(backbone.features) * vit.embed_dim,), neck)
@@ -111,7 +111,7 @@ class MoEViT(nn.Module):
 
 
 def run_block(
-    block: nn.Module,
+    block: Any,
     x_BTD: Tensor,
     rope: Tensor | None,
     mixture: BlockMixture | None,

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.errors import Interrupted, UserError
+from common.memory import peak_memory
 from common.signals import unbroken
 from config.config import Config
 from features.bank import FeatureBank
@@ -115,12 +116,16 @@ class Trainer:
             self._begin_epoch()
         started -= self.progress.seconds
         try:
+            before, begun = self.progress.sums.samples, time.perf_counter()
             values = self._train_epoch(self.progress)
+            values["speed/images_per_second"] = (self.progress.sums.samples - before) / (time.perf_counter() - begun)
             values |= self._validate()
         except Interrupted:
             self.progress.seconds = time.perf_counter() - started
             raise
         values["speed/epoch_seconds"] = time.perf_counter() - started
+        if (peak := peak_memory(self.device)) is not None:
+            values["speed/peak_memory_gib"] = peak / 2**30
         with unbroken:
             self._end_epoch(values)
 

@@ -57,7 +57,8 @@ def confused_pairs(pairs: Sequence[tuple[str, str, int, int]], errors: int) -> F
     how many images were misclassified in all, for the title.
     """
     drawn = sum(there + back for _, _, there, back in pairs)
-    title = f"The {len(pairs)} most confused pairs of classes: {drawn} of {errors} errors"
+    most = f"{len(pairs)} most confused pairs" if len(pairs) > 1 else "most confused pair"
+    title = f"The {most} of classes: {drawn} of {errors} {'errors' if errors > 1 else 'error'}"
     figure = new_figure(max(2.2, 1.3 + 0.2 * len(pairs)), title if pairs else "No two classes are confused")
     ax = figure.subplots()
     rows = np.arange(len(pairs))

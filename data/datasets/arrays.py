@@ -15,7 +15,7 @@ from torch import Tensor
 
 from common.errors import EnvironmentFault, UserError, one_line, warn
 from common.memory import available_memory
-from common.text import printable
+from common.text import counted, printable
 from data.image_file import centre_square, decode_picture
 from data.image_set import ImageSet, empty_images
 from data.image_tree import SPLITS, hidden
@@ -56,7 +56,7 @@ def load(config) -> Parts:
         for split, table in tables.items():
             table.labels_N = _places(root, split, table.labels_N, values)
     if len(names) < 2:
-        raise UserError(f"{root} has {len(names)} class(es): a classifier needs at least 2")
+        raise UserError(f"{root} has {counted(len(names), 'class')}: a classifier needs at least 2")
     parts = {split: _image_set(root, split, table, names) for split, table in tables.items()}
     return parts["train"], parts.get("validation"), parts.get("test")
 
@@ -74,7 +74,9 @@ def _places(root: Path, split: str, labels_N: np.ndarray, values: np.ndarray) ->
 def _image_set(root: Path, split: str, table: Table, names: Sequence[str]) -> ImageSet:
     labels_N = table.labels_N
     if len(labels_N) != len(table.images_NCHW):
-        raise UserError(f"{root} has {len(table.images_NCHW):,} {split} images but {len(labels_N):,} labels")
+        raise UserError(
+            f"{root} has {counted(len(table.images_NCHW), f'{split} image')} but {counted(len(labels_N), 'label')}"
+        )
     if labels_N.dtype.kind not in "iu":
         numbers = {name: number for number, name in enumerate(names)}
         if unknown := sorted(set(labels_N.tolist()) - numbers.keys()):

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from common.errors import UserError, warn
-from common.text import printable
+from common.text import counted, printable
 from data.image_file import read_picture
 from data.image_set import ImageSet, empty_images
 from data.image_tree import LeftOut, find_classes, find_splits, label_files
@@ -32,7 +32,7 @@ def load_image_folder(root: Path, size: int) -> Parts:
     names = [path.name for path in find_classes(splits["train"], LeftOut())]
     if len(names) < 2:
         left_out.tell()
-        raise UserError(f"{splits['train']} holds {len(names)} class folder(s): a classifier needs at least 2")
+        raise UserError(f"{splits['train']} holds {counted(len(names), 'class folder')}: a classifier needs at least 2")
     labelled = label_files(splits, names, left_out)
     left_out.tell()
     shown = tuple(map(printable, names))

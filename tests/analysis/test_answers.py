@@ -36,6 +36,13 @@ def test_calibration_by_hand():
     assert answers.calibration(probs, [0, 0, 0, 1], bins=4)["error"] == pytest.approx((2 * 0.075 + 2 * 0.15) / 4)
 
 
+def test_a_confidence_on_the_edge_of_two_bins_counts_in_the_lower_one():
+    # (0, .5] holds .5 twice, (.5, 1] holds 1.
+    result = answers.calibration([[0.5, 0.5], [0.5, 0.5], [1.0, 0.0]], [0, 1, 0], bins=2)
+    assert result["count_B"].tolist() == [2, 1]
+    assert result["accuracy_B"].tolist() == [0.5, 1.0] and result["error"] == 0.0
+
+
 def test_calibration_agrees_with_a_loop():
     rng = np.random.default_rng(0)
     probs, labels = rng.dirichlet(np.full(4, 0.3), 300), rng.integers(0, 4, 300)
@@ -84,6 +91,15 @@ def test_gate_summary_by_hand():
     assert alone == dict.fromkeys(alone) | {"entropy_mean": 0.0, "nearest_samples": []}
 
 
+def test_a_choice_far_against_the_logits_is_not_near_the_boundary():
+    # Margins -2, .05, -.04 and 3: the rule chose against the logits twice, once by far.
+    logits = [[0.0, 2.0], [0.05, 0.0], [0.0, 0.04], [3.0, 0.0]]
+    result = gate.gate_summary(logits, [0, 1, 2, 3], [0] * 4, [1, 1, 0, 1])
+    assert result["boundary_share"] == 0.5 and result["boundary_accuracy"] == 0.5
+    assert result["elsewhere_accuracy"] == 1.0
+    assert result["nearest_samples"] == [2, 1, 0, 3]
+
+
 def test_co_activation_agrees_with_sets():
     rng = np.random.default_rng(0)
     sample, expert = rng.integers(0, 30, 90), rng.integers(0, 4, 90)
@@ -99,6 +115,17 @@ def test_hardest_classes_by_hand():
     table = experts.hardest_classes(correct, labels, np.arange(10), np.zeros(10, int), "abc", 2, at_least=3)
     assert table == [[("a", pytest.approx(1 / 3), 3), ("b", 0.5, 4)], []]
     assert experts.hardest_classes(correct, labels, np.arange(10), [0] * 10, "abc", 1, at_least=4) == [[("b", 0.5, 4)]]
+
+
+def test_of_classes_that_are_as_hard_the_larger_one_comes_first():
+    table = experts.hardest_classes([1, 0, 1, 0, 1, 0], [0, 0, 1, 1, 1, 1], np.arange(6), [0] * 6, "ab", 1, at_least=2)
+    assert table == [[("b", 0.5, 4), ("a", 0.5, 2)]]
+
+
+def test_the_deviation_of_a_removal_is_that_of_its_resamples_alone():
+    labels, predicted, without = [0, 0, 1, 1], [0, 0, 1, 0], [[1, 0, 1, 0]]
+    result = experts.removal(labels, predicted, without, 2, resamples=1)  # one resample does not deviate from itself
+    assert result["macro_f1_deviation"].tolist() == [0.0] and result["macro_f1_change"][0] < 0
 
 
 def test_removal_agrees_with_scikit_learn():

@@ -81,3 +81,8 @@ def test_shares_of_positions_are_counted_by_hand():
 )
 def test_blocks_are_chosen_from_first_to_last(arguments, expected):
     assert evenly_spaced(*arguments) == expected
+
+
+def test_blocks_are_ordered_by_what_they_tell_beyond_chance():
+    found = [{"mutual_information": 0.5, "null_mean": 0.45}, {"mutual_information": 0.3, "null_mean": 0.1}]
+    assert most_specialised(found) == [1, 0]

@@ -25,6 +25,26 @@ def test_it_separates_groups_that_lie_apart_where_the_variance_is_small():
     assert plane.explained_2[0] == pytest.approx(0.75, abs=0.04)
 
 
+def test_groups_keep_their_numbers_and_the_axes_their_share_of_all_differences():
+    # The same groups as experts 0, 3 and 5, and two samples of expert 1, too few to count.
+    fit_MD, fit_M = three_groups(600, 4)
+    shown_ND, shown_N = three_groups(300, 4, seed=1)
+    number_G = np.array([0, 3, 5])
+    fit_M = number_G[fit_M]
+    fit_M[:2] = 1
+    plane = discriminant_plane(fit_MD, fit_M, shown_ND[::2], number_G[shown_N[::2]])
+    assert plane.told > 0.97
+    # A fourth group apart along a third axis as far as the others: two axes hold two thirds.
+    rng = np.random.default_rng(0)
+    group_M = np.arange(800) % 4
+    x_MD = rng.normal(size=(800, 10))
+    x_MD[:, :3] += 8 * np.array([[1, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]])[group_M]
+    few_M = group_M[:400]
+    plane = discriminant_plane(x_MD, group_M, x_MD[:300], np.minimum(few_M[:300], 2))
+    assert plane.explained_2.sum() == pytest.approx(2 / 3, abs=0.04)
+    assert plane.chance == pytest.approx(0.5)  # of what is shown: group 2 is half of it
+
+
 def test_it_tells_no_more_than_chance_of_groups_that_do_not_differ():
     fit_MD, fit_M = three_groups(60, 0, features=200)
     shown_ND, shown_N = three_groups(300, 0, features=200, seed=1)

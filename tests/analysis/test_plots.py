@@ -214,7 +214,11 @@ def test_the_load_of_one_batch_has_a_title_of_its_own():
 
 
 def test_bars_of_pairs_have_the_lengths_of_their_counts():
-    ax = plots.confused_pairs([("a", "b", 5, 2), ("c", "d", 3, 0)], 11).axes[0]
+    figure = plots.confused_pairs([("a", "b", 5, 2), ("c", "d", 3, 0)], 11)
+    assert figure.get_suptitle() == "The 2 most confused pairs of classes: 10 of 11 errors"
+    single = plots.confused_pairs([("a", "b", 1, 0)], 1)
+    assert single.get_suptitle() == "The most confused pair of classes: 1 of 1 error"
+    ax = figure.axes[0]
     there, back = (container.datavalues.tolist() for container in ax.containers)
     assert (there, back) == ([5, 3], [2, 0])
     assert [label.get_text() for label in ax.get_yticklabels()] == ["a – b", "c – d"]

@@ -128,6 +128,13 @@ def test_specialisation_sees_nothing_in_random_routing_and_repeats_itself():
     assert result == routing.specialisation(labels_N, sample_A, expert_A, 5, 4)
 
 
+def test_specialisation_shuffles_the_labels_of_samples_that_have_an_expert():
+    # Classes 0 and 1 have an expert each; two samples of class 2 have none, and may not enter the null.
+    result = routing.specialisation([2, 2, 0, 1], [2, 3], [0, 1], 3, 2, permutations=9)
+    assert result["mutual_information"] == pytest.approx(math.log(2))
+    assert result["null_mean"] == pytest.approx(math.log(2)) and result["p_value"] == 1.0
+
+
 def test_specialisation_keeps_the_assignments_of_a_sample_together():
     # Every sample has both experts, so no shuffling of labels can change the table: all trials tie.
     result = routing.specialisation([0, 0, 0, 1], np.repeat(np.arange(4), 2), [0, 1] * 4, 2, 2, permutations=20)

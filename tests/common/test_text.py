@@ -82,7 +82,7 @@ def opens_without_encoding(source):
     """The lines of a program that read or write text in the encoding of whoever runs it."""
     for call in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)):
         name = ast.unparse(call.func)
-        opens = name == "open" or (name.endswith(".open") and name not in ("os.open", "Image.open"))
+        opens = name == "open" or (name.endswith(".open") and name not in ("os.open", "Image.open", "tarfile.open"))
         binary = any(isinstance(a, ast.Constant) and "b" in str(a.value) for a in call.args[0 if "." in name else 1 :])
         texts = name.endswith((".read_text", ".write_text")) or (opens and not binary)
         if texts and not any(keyword.arg == "encoding" for keyword in call.keywords):

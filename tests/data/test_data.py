@@ -3,6 +3,7 @@
 import hashlib
 import io
 import pickle
+import re
 import tarfile
 
 import numpy as np
@@ -60,6 +61,23 @@ def test_a_split_partitions_the_images():
 def test_what_cannot_be_split_is_said(labels, fraction, words):
     with pytest.raises(UserError, match=words):
         stratified_split(image_set(labels), fraction, 0, "data.validation")
+
+
+@pytest.mark.parametrize(("classes", "count"), [(2, 2), (2, 3), (10, 2), (300, 2), (300, 3), (7, 20)])
+@pytest.mark.parametrize("fraction", [0.001, 0.1, 0.33, 0.66, 0.9, 0.999])
+def test_the_fraction_that_is_advised_for_few_images_does(classes, count, fraction):
+    images = image_set(list(range(classes)) * count, size=1)
+    try:
+        stratified_split(images, fraction, 0, "data.test")
+    except UserError as error:
+        advised = float(re.search(r"use a (?:larger|smaller) fraction, (?:from|up to) ([\d.]+)", str(error))[1])
+        assert all(len(part) >= classes for part in stratified_split(images, advised, 0, "data.test"))
+
+
+def test_a_class_needs_an_image_for_each_split_that_is_taken_from_the_training_images(tmp_path):
+    np.savez(tmp_path / "a.npz", images=np.arange(16)[:, None, None] * np.ones((16, 8, 8)), labels=np.arange(16) // 2)
+    with pytest.raises(UserError, match=r"class '0' has 2 images, and is to be in three splits \(data\.validation"):
+        load_splits(DataConfig(name="arrays", root=tmp_path / "a.npz", image_size=8))
 
 
 def test_limits_keep_the_first_classes_and_images():

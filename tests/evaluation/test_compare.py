@@ -82,6 +82,23 @@ def test_two_runs_side_by_side(call, tmp_path):
         image.verify()
 
 
+def test_cost_load_and_state_stand_beside_the_scores(call, tmp_path):
+    cost = {"trained_parameters": 937748, "flops": 4.87e8, "training_seconds": 67.0, "kept_epoch": 2, "epochs": 2}
+    a = write_run(tmp_path / "a", METRICS | {"cost": cost, "expert_load": [0.26, 0.74]})
+    b = write_run(tmp_path / "b")
+    lines = [{"epoch": t, "step": t, "macro_f1/validation": 0.1 * t} for t in (1, 2)]
+    (a / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    code, out, _ = call("--compare", a, b)
+    assert code == 0
+    assert cells(out, "state") == ["unfinished:", "2", "of", "3", "epochs", "finished"]
+    assert cells(out, "parameters, trained") == ["938", "k", "–"]
+    assert cells(out, "training time") == ["1", "min", "7", "s", "–"]
+    assert cells(out, "load of each expert") == ["26", "74", "%", "–"]
+    written = json.loads((tmp_path / "comparison" / "comparison.json").read_text())
+    assert written["runs"][0]["state"] == "unfinished: 2 of 3 epochs" and written["runs"][1]["load_E"] == []
+    assert "Peak memory: of the GPU" in (tmp_path / "comparison" / "comparison.md").read_text(encoding="utf-8")
+
+
 def test_many_runs_have_a_row_each_and_one_name_for_each(call, tmp_path):
     runs = [write_run(tmp_path / str(i % 2) / f"run {i // 2}", train={"epochs": 3, "seed": i}) for i in range(8)]
     code, out, _ = call("--compare", *runs, "--out", tmp_path / "out")

@@ -162,7 +162,10 @@ def test_the_closing_table_says_which_way_a_change_goes_and_sets_scores_off_from
     run, results = evaluated[0], copy.deepcopy(evaluated[1])
     for expert, row in enumerate(results["expert_worth"]):
         row["macro_f1_change"] = -0.01 * expert
-    results["per_class"] = {"8": {"f1": 0.97}, "3": {"f1": 0.99}, "1": {"f1": 1.0}}
+    scores = {"8": (0.97, 9), "3": (0.99, 9), "1": (1.0, 9), "none": (0.0, 0)}  # of the last there is no test image
+    results["per_class"] = {
+        name: {"f1": f1, "precision": f1, "recall": f1, "support": count} for name, (f1, count) in scores.items()
+    }
     lines = table(results).splitlines()
     assert max(map(len, lines)) <= 80
     assert lines[5].endswith("  macro-F1 change without it") and lines[8].endswith(" -2.00")

@@ -292,7 +292,7 @@ def test_clear_keeps_what_a_running_process_reads_or_writes(tmp_path, capsys):
     stored_file(tmp_path, key={**KEY, "view": 3})
     clear = [sys.executable, "-m", "features.cache", "clear", "--dir", str(tmp_path)]
     out = subprocess.run(clear, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert out.count("kept, a running process uses it") == 2 and "deleted 1 files" in out
+    assert out.count("kept, a running process uses it") == 2 and "deleted 1 file," in out
     assert path.exists() and torch.all(features == 1.5)
     reader.commit(draft)
     reader.wait()

@@ -4,12 +4,13 @@ import os
 
 import pytest
 import torch
-from feature_helpers import SPLITS, Memory, bank, everything
+from feature_helpers import KEY, SPLITS, Memory, bank, everything, stored_file
 
 from common.errors import EnvironmentFault
 from common.memory import available_memory
 from config.features import FeaturesConfig
 from data.augment import AugmentConfig
+from features import file as feature_file
 from features.bank import FeatureBank
 from features.cache import FeatureCache
 from features.placement import fetch_ahead
@@ -126,3 +127,38 @@ def test_the_host_memory_of_a_container_is_what_its_limit_leaves(tmp_path):
 def test_the_host_memory_that_is_available_is_between_none_and_all_of_it():
     pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert 0 < available_memory() <= pages
+
+
+def test_a_stronger_augmentation_has_features_of_its_own():
+    keys = []
+    for crop in (1, 2):
+        config = FeaturesConfig(batch_size=16)
+        features = FeatureBank(SPLITS, lambda batch: batch, AugmentConfig(flip=True, crop=crop), config, CPU)
+        keys.append([features._key("train", 0), features._key("train", None)])
+    (weak, plain), (strong, plain_too) = keys
+    assert weak != strong and plain == plain_too  # images as they are know no augmentation
+
+
+def test_extraction_on_several_cores_gives_them_back(monkeypatch):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        seen = set()
+        features = bank()
+        features.extract = lambda batch: (seen.add(torch.get_num_threads()), batch.float().flatten(1))[1]
+        everything(features)
+        assert torch.get_num_threads() == 3
+        assert 1 in seen  # each core on a batch of its own
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_change_behind_the_first_chunk_of_a_file_is_found(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(feature_file, "CHUNK", 64)
+    cache, path = stored_file(tmp_path, shape=(50, 3))
+    assert cache.load(KEY) is not None
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert FeatureCache(tmp_path).load(KEY) is None
+    assert "its checksum differs" in capsys.readouterr().err
