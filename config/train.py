@@ -32,6 +32,9 @@ class TrainConfig:
     them; off: never."""
     compile: Literal["auto", "always", "never"] = "auto"
     """experts.place blocks: compile the ViT's blocks, in training and in evaluation; auto: on a GPU."""
+    recompute: Literal["auto", "on", "off"] = "auto"
+    """experts.place blocks: compute attention and FFNs again in the backward pass, which takes longer and keeps a third
+    of the activations; auto: on a GPU whose memory they would not fit into."""
     deterministic: bool = False
     """Forbid PyTorch what may differ between two runs on a GPU, at some cost in speed; a CPU needs no such thing."""
 
