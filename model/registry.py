@@ -32,6 +32,8 @@ class Registry(dict[str, Part], Generic[Part]):
         parts: Any = self
 
         def add(part: Any) -> Any:
+            if not name.isidentifier():
+                raise InputError(f"{self.what} '{name}' has no name for an option's value: use letters, digits and _")
             if name in self:
                 first = self[name].__module__
                 raise InputError(f"{self.what} '{name}' is registered twice, by {first} and by {part.__module__}")

@@ -8,7 +8,6 @@ from ..options import Option, share
 from .base import ExpertKind
 from .config import ExpertsConfig, register
 
-
 DROP_PATH = Option(
     "drop_path",
     float,
