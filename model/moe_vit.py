@@ -86,7 +86,7 @@ class MoEViT(nn.Module):
         return prepare(images_BCHW, self.backbone.image_size, self.backbone.mean, self.backbone.std)
 
     def _features(
-        self, images_BCHW: Tensor, warmup: bool, allowed_E: Tensor | None, patch_dropout: float
+        self, images_BCHW: Tensor, warmup: bool, allowed_E: Tensor | None, patch_dropout: float = 0.0
     ) -> tuple[Tensor, tuple[Routing, ...]]:
         """What the head reads, float32 (B, F), and the routings."""
         backbone = self.backbone
