@@ -35,6 +35,11 @@ class TrainConfig:
     recompute: Literal["auto", "on", "off"] = "auto"
     """experts.place blocks: compute attention and FFNs again in the backward pass, which takes longer and keeps a third
     of the activations; auto: on a GPU whose memory they would not fit into."""
+    patch_dropout: float = 0.0
+    """experts.place blocks: share of the patch tokens that each training image leaves out, drawn anew in every step
+    (PatchDropout, Liu 2022): less work, and less overfitting. Evaluation sees all patches."""
+    all_patches: float = 0.1
+    """Share of the steps, the last ones, that see all patches whatever patch_dropout says."""
     deterministic: bool = False
     """Forbid PyTorch what may differ between two runs on a GPU, at some cost in speed; a CPU needs no such thing."""
 
@@ -46,6 +51,10 @@ class TrainConfig:
             raise ValueError(f"train.label_smoothing is {self.label_smoothing}: it must be at least 0 and below 1")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"train.ema_decay is {self.ema_decay}: it must be at least 0 and below 1 (0: off)")
+        if not 0 <= self.patch_dropout < 1:
+            raise ValueError(f"train.patch_dropout is {self.patch_dropout}: it must be at least 0 and below 1 (0: off)")
+        if not 0 <= self.all_patches <= 1:
+            raise ValueError(f"train.all_patches is {self.all_patches}: it is a share of the steps, 0 to 1")
         if self.patience < 0:
             raise ValueError(f"train.patience is {self.patience}: it is a number of epochs, 0 for no early stopping")
         if self.patience and self.keep == "last":

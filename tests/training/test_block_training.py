@@ -79,19 +79,31 @@ def test_each_block_is_logged_beside_the_mean(tmp_path, splits):
 
 
 def test_a_resumed_run_is_the_run_that_was_not_interrupted(tmp_path, splits):
-    whole = block_trainer(tmp_path / "whole", splits, epochs=3, router={"kind": "deepseek", "capacity_factor": 1.0})
+    options = {"epochs": 3, "router": {"kind": "deepseek", "capacity_factor": 1.0}, "patch_dropout": 0.3}
+    whole = block_trainer(tmp_path / "whole", splits, **options)
     whole.fit()
-    part = block_trainer(tmp_path / "part", splits, epochs=3, router={"kind": "deepseek", "capacity_factor": 1.0})
+    part = block_trainer(tmp_path / "part", splits, **options)
     part.config.epochs = 1
     part.fit()
-    again = block_trainer(
-        tmp_path / "part", splits, resume=True, epochs=3, router={"kind": "deepseek", "capacity_factor": 1.0}
-    )
+    again = block_trainer(tmp_path / "part", splits, resume=True, **options)
     assert again.epoch == 1
     again.fit()
     assert equal_states(again.model.state_dict(), whole.model.state_dict())
     assert equal_states(again.ema.module.state_dict(), whole.ema.module.state_dict())
     assert any(mixture.router.bias_E.any() for mixture in whole.model.mixtures)
+
+
+def test_the_last_steps_see_all_patches(tmp_path, splits, monkeypatch):
+    trainer = block_trainer(tmp_path / "run", splits, epochs=2, patch_dropout=0.5, all_patches=0.25)
+    seen, step = [], trainer.train_step
+    monkeypatch.setattr(
+        trainer,
+        "train_step",
+        lambda *batch, **options: seen.append(options.get("patch_dropout", 0)) or step(*batch, **options),
+    )
+    trainer.fit()
+    assert len(seen) == trainer.total_steps
+    assert seen == [0.5 if number < 0.75 * len(seen) else 0 for number in range(len(seen))]
 
 
 def test_the_auxiliary_loss_is_the_mean_over_blocks():
