@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tracking.tracker import Tracker
+from tracking.tracker import Tracker, _remember, tasks_of
 
 
 class Logger:
@@ -77,3 +77,18 @@ def test_curves_and_bars_leave_out_what_is_not_finite(tracker):
     assert (histogram[2]["labels"], histogram[2]["xlabels"]) == (["share", "due"], ["e0", "e1"])
     assert table[2]["table_plot"] == [["name", "value"], ["a", ""], ["b", 1.5], ["c", None]]
     assert single == ("report_single_value", ("accuracy", 0.5), {})
+
+
+def test_the_tasks_of_a_run_are_listed_oldest_first_and_each_once(tmp_path):
+    def remember(task_id, whole):
+        task = SimpleNamespace(mode="clearml", task=SimpleNamespace(id=task_id), place=lambda: {"page": "p"})
+        _remember(tmp_path, task, whole)
+
+    for task_id in ("1", "2", "3"):
+        remember(task_id, whole=False)
+    remember("3", whole=True)
+    assert [(task["task_id"], task["whole"]) for task in tasks_of(tmp_path)] == [
+        ("1", False),
+        ("2", False),
+        ("3", True),
+    ]
