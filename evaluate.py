@@ -20,7 +20,6 @@ from common.arguments import Parser, path_option
 from common.errors import blaming_files, exit_code_of, leave
 from common.text import printable, quoted
 from data.datasets import load_splits
-from evaluation.compare import compare
 from evaluation.evaluation import evaluate, table
 from model.backbone import load_backbone
 from storage.checkpoint import check_inputs
@@ -82,6 +81,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     options = parse()
     if options.compare:
+        from evaluation.compare import compare  # here, because importing what draws takes a second
+
         out = options.out or Path("comparison")
         print(compare(options.compare, out))
         print(f"written to   {printable(out)}")
