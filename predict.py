@@ -23,6 +23,7 @@ from assembly.loading import load_trained
 from common.arguments import Parser, path_option
 from common.errors import EnvironmentFault, UserError, exit_code_of, leave, say
 from common.files import write_atomically
+from common.plugins import add_plugins_option, load_plugins
 from common.text import printable
 from data.datasets import DATASETS
 from data.image_file import Picture, read_picture
@@ -58,6 +59,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--backbone.weights", dest="weights", type=path_option, help="the backbone's file, if it has moved"
     )
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, or cuda:1")
+    add_plugins_option(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(argv)
     if options.top < 1:
@@ -80,6 +82,7 @@ def _sides() -> list[str]:
 
 def main() -> None:
     options = parse()
+    load_plugins(options.plugins)
     files, failed = gather(options.images)
     if options.explain and options.explain.resolve() in {path.resolve() for path in files}:
         raise UserError(

@@ -134,7 +134,7 @@ def compile_blocks(config: Config, model: AnyMoE, device: torch.device) -> None:
     """Have the blocks of a ViT with experts compiled for the batches of this run, where train.compile says so."""
     wanted = config.train.compile == "always" or (config.train.compile == "auto" and device.type == "cuda")
     if wanted and isinstance(model, MoEViT):
-        model.compile({config.train.batch_size, config.features.batch_size})
+        model.compile({config.train.batch_size, config.features.batch_size}, warn)
 
 
 def fingerprint_of(backbone: Backbone) -> str:

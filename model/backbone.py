@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -92,13 +92,13 @@ class Backbone(nn.Module):
     Raises InputError for a block or a class token that the ViT has not.
     """
 
-    def __init__(self, vit: nn.Module, features: list[str], dtype: torch.dtype = torch.float32):
+    def __init__(self, vit: Any, features: list[str], dtype: torch.dtype = torch.float32):
         from timm.data import resolve_model_data_config
 
         super().__init__()
-        self.vit = vit.requires_grad_(False).eval()
+        self.vit: Any = vit.requires_grad_(False).eval()
         self.dtype = dtype
-        self._fast: dict[torch.device, nn.Module] = {}  # no submodule: `vit` alone is what is hashed and counted
+        self._fast: dict[torch.device, Any] = {}  # no submodule: `vit` alone is what is hashed and counted
         depth = len(vit.blocks)
         self.features = [(pool, self._block(block, depth)) for pool, block in map(parse_feature, features)]
         self.blocks = sorted({block for _, block in self.features})
@@ -126,7 +126,7 @@ class Backbone(nn.Module):
     def train(self, mode: bool = True) -> "Backbone":
         return super().train(False)
 
-    def runner(self, device: torch.device) -> nn.Module:
+    def runner(self, device: torch.device) -> Any:
         """The ViT that does the work on `device`, in `dtype`; made when it is first asked for."""
         if self.dtype == torch.float32:
             return self.vit
@@ -148,8 +148,9 @@ class Backbone(nn.Module):
         by_block = dict(zip(self.blocks, outputs, strict=True))
         return torch.cat([self._pool(pool, by_block[block]) for pool, block in self.features], dim=-1)
 
-    def _pool(self, pool: str, output) -> Tensor:
+    def _pool(self, pool: str, output: Any) -> Tensor:
         """One feature of one block: `output` is (patches_BPD, prefix_BRD), or patches_BPD without a prefix."""
+        prefix_BRD: Any
         patches_BPD, prefix_BRD = output if isinstance(output, tuple) else (output, None)
         if pool == "cls":
             return prefix_BRD[:, 0].float()
@@ -281,7 +282,7 @@ def _require_download(name: str, reachable: Callable[[str], bool] | None) -> Non
     hub = config.hf_hub_id
     if hub and any(isinstance(try_to_load_from_cache(hub, file), str) for file in files if file):
         return
-    if reachable is not None and not reachable(url := constants.ENDPOINT if hub else config.url):
+    if reachable is not None and not reachable(url := constants.ENDPOINT if hub else str(config.url)):
         raise UnavailableError(
             f"the weights of {name} are not on this machine and {url} cannot be reached: pass a local file with "
             "--backbone.weights FILE, or run without a download: python train.py --config configs/digits.yaml"

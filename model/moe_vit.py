@@ -1,5 +1,7 @@
 """MoEViT: a frozen ViT with mixtures of experts in its blocks, and a linear head."""
 
+import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from .backbone import Backbone
 from .blocks import BlockMixture, check_block_parts
 from .classifier import NECKS, NeckConfig, VisionMoE
+from .errors import one_line
 from .experts import ExpertsConfig
 from .preparation import prepare
 from .routers import RouterConfig, Routing
@@ -40,7 +43,7 @@ class MoEViT(nn.Module):
         self.width, self.num_tokens = vit.embed_dim, vit.patch_embed.num_patches + vit.num_prefix_tokens
         prefix = int(vit.num_prefix_tokens)
         parts = (vit.embed_dim, router, experts)
-        self.mixtures = nn.ModuleList(
+        self.mixtures: Any = nn.ModuleList(
             BlockMixture(*parts, vit.blocks[block].mlp, backbone.has_class_token, prefix) for block in self.blocks
         )
         self.neck = NECKS[neck.kind]((len(backbone.features) * vit.embed_dim,), neck)
@@ -96,12 +99,13 @@ class MoEViT(nn.Module):
         pooled = [pool(how, normed[index], prefix) for how, index in backbone.features]
         return torch.cat(pooled, dim=-1), tuple(routings)
 
-    def compile(self, batch_sizes: set[int]) -> None:
-        """Compile the blocks for batches of these sizes; others run as they are.
+    def compile(self, batch_sizes: set[int], say: Callable[[str], None] = warnings.warn) -> None:
+        """Compile the blocks for batches of these sizes when the first one comes; others run as they are.
 
         One block is compiled at a time: all of one kind share the result, so that this takes seconds, not minutes.
+        say: gets one line where that fails, and all batches run as they are.
         """
-        self._compiled = torch.compile(run_block, dynamic=False, fullgraph=True)
+        self._compiled = CompiledBlock(say)
         self._compiled_for = frozenset(batch_sizes)
 
     def after_step(self, routings: tuple[Routing, ...]) -> None:
@@ -111,7 +115,7 @@ class MoEViT(nn.Module):
 
 
 def run_block(
-    block: nn.Module,
+    block: Any,
     x_BTD: Tensor,
     rope: Tensor | None,
     mixture: BlockMixture | None,
@@ -125,6 +129,32 @@ def run_block(
     if mixture is not None:
         out_BTD, routing = mixture(h_BTD, out_BTD, warmup, allowed_E)
     return add_ffn(block, x_BTD, out_BTD), routing
+
+
+class CompiledBlock:
+    """`run_block`, compiled for each kind of block and each way to run it; as it is where compiling fails."""
+
+    def __init__(self, say: Callable[[str], None]):
+        self.say = say
+        # First, middle or last of the blocks with experts, warm-up or not, training or not, of two sizes.
+        dynamo = torch._dynamo.config
+        dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
+        self.run: Callable = torch.compile(run_block, dynamic=False, fullgraph=True)
+
+    def __call__(self, *block) -> tuple[Tensor, Routing | None]:
+        try:
+            return self.run(*block)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a compiler fails in every way there is
+            if self.run is run_block:
+                raise
+            self.say(f"the ViT's blocks cannot be compiled ({one_line(error, 160)}): going on without")
+            self.run = run_block
+            return run_block(*block)
+
+    def __deepcopy__(self, memo: dict) -> "CompiledBlock":
+        return self
 
 
 class _Shared:

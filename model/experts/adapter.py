@@ -19,6 +19,7 @@ class Adapters(ExpertKind, nn.Module):
     """
 
     place = "blocks"
+    units_EH: Tensor
 
     def __init__(self, width: int, config: ExpertsConfig, ffn: nn.Module):
         super().__init__()
@@ -27,7 +28,7 @@ class Adapters(ExpertKind, nn.Module):
         total = sum(self.widths)
         self.down = nn.Linear(width, total)
         self.up = nn.Parameter(torch.zeros(width, total))
-        self.dropout = nn.Dropout(config.dropout or 0.0)
+        self.dropout = nn.Dropout(0.0 if isinstance(config.dropout, list) else config.dropout or 0.0)
         units = [torch.ones(1, units) for units in self.widths]
         self.register_buffer("units_EH", torch.block_diag(*units), persistent=False)
 

@@ -22,6 +22,7 @@ class HashRouter(TokenChoiceRouter):
 
     learns = False
     warms_up = False
+    projection_DE: Tensor
 
     def _build_gate(self, width: int, config: RouterConfig) -> None:
         self.register_buffer("projection_DE", torch.randn(width, self.num_experts) / width**0.5)

@@ -71,7 +71,7 @@ class SoftMoERouter(Router):
             torch.arange(batch, device=x_BTD.device).repeat_interleave(slots),
             expert_P.repeat(batch),
             weight_BP.flatten(),
-            tuple(share_BE.shape),
+            (batch, self.num_experts),
             rows_AD=rows_BPD.flatten(0, 1),
         )
         logits_BE = share_BE.clamp_min(torch.finfo(share_BE.dtype).tiny).log()

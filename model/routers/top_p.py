@@ -31,6 +31,7 @@ class TopPRouter(SoftmaxFirstRouter):
 
     fixed_k = False
     momentum = 0.1
+    mean_experts: Tensor
 
     def _build_gate(self, width: int, config: RouterConfig) -> None:
         super()._build_gate(width, config)
