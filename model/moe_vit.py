@@ -15,7 +15,7 @@ from .errors import one_line
 from .experts import ExpertsConfig
 from .preparation import prepare
 from .routers import RouterConfig, Routing
-from .vit_parts import add_ffn, attend, check_vit, embed, pool
+from .vit_parts import add_ffn, attend, check_vit, drop_patches, embed, pool
 
 
 class MoEViT(nn.Module):
@@ -56,18 +56,24 @@ class MoEViT(nn.Module):
         return self._frozen.part
 
     def forward(
-        self, images_BCHW: Tensor, warmup: bool = False, allowed_E: Tensor | None = None
+        self,
+        images_BCHW: Tensor,
+        warmup: bool = False,
+        allowed_E: Tensor | None = None,
+        patch_dropout: float = 0.0,
     ) -> tuple[Tensor, tuple[Routing, ...]]:
         """Logits (B, C) in float32, and the routing of each of `blocks`.
 
         images_BCHW: uint8 of any size, or floating-point numbers that `prepare` gave. warmup: route at random.
-        allowed_E: bool, the experts that may be chosen in all blocks, or (L, E) in each (None: all).
+        allowed_E: bool, the experts that may be chosen in all blocks, or (L, E) in each (None: all). patch_dropout:
+        share of the patch tokens that each image leaves out, at random (PatchDropout, Liu 2022). Raises ValueError for
+        it where the ViT has rotary embeddings.
         """
         images_BCHW = self.prepare(images_BCHW)
         # Autocast would norm in float32; the ViT's own number format is for the experts too. Gates are always float32.
         own = self.backbone.dtype != torch.float32
         with torch.autocast(images_BCHW.device.type, enabled=False) if own else nullcontext():
-            features_BF, routings = self._features(images_BCHW, warmup, allowed_E)
+            features_BF, routings = self._features(images_BCHW, warmup, allowed_E, patch_dropout)
         if self.training:
             for mixture, routing in zip(self.mixtures, routings, strict=True):
                 mixture.count(routing)
@@ -80,13 +86,17 @@ class MoEViT(nn.Module):
         return prepare(images_BCHW, self.backbone.image_size, self.backbone.mean, self.backbone.std)
 
     def _features(
-        self, images_BCHW: Tensor, warmup: bool, allowed_E: Tensor | None
+        self, images_BCHW: Tensor, warmup: bool, allowed_E: Tensor | None, patch_dropout: float = 0.0
     ) -> tuple[Tensor, tuple[Routing, ...]]:
         """What the head reads, float32 (B, F), and the routings."""
         backbone = self.backbone
         vit = backbone.runner(images_BCHW.device)
         run = self._compiled if len(images_BCHW) in self._compiled_for else run_block
         x_BTD, ropes = embed(vit, images_BCHW.to(backbone.dtype))
+        if patch_dropout:
+            if ropes[0] is not None:
+                raise ValueError("train.patch_dropout is not for a ViT with rotary embeddings: set it to 0")
+            x_BTD = drop_patches(x_BTD, int(vit.num_prefix_tokens), patch_dropout)
         mixtures = dict(zip(self.blocks, self.mixtures, strict=True))
         routings, normed = [], {}
         for index in range(backbone.blocks[-1] + 1):
