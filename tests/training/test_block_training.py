@@ -19,6 +19,7 @@ from evaluation.predict import predict
 from evaluation.validation import validate
 from features.images import ImageBank
 from model.balance import BalanceConfig, balance_losses, losses_by_place, weighted_sum
+from model.experts import ExpertsConfig
 from model.moe_vit import MoEViT
 from model.routers import RouterConfig
 from storage.checkpoint import load_checkpoint, seed_everything
@@ -41,7 +42,8 @@ def block_trainer(path, splits, resume=False, router=None, **train) -> Trainer:
     tracker = open_tracker("none", path, {}, name="test", resume_step=checkpoint and checkpoint["step"])
     train = TrainConfig(**{"epochs": 2, "batch_size": 64, "ema_decay": 0.9, "save_every": 1, **train})
     router = RouterConfig(warmup_steps=3, **(router or {}))
-    config = Config(train=train, optim=OptimConfig(lr=0.02, warmup_steps=2), router=router)
+    experts = ExpertsConfig(place="blocks", kind="adapter", sizes=[[2], [4], [6]])
+    config = Config(train=train, optim=OptimConfig(lr=0.02, warmup_steps=2), router=router, experts=experts)
     seed_everything(train.seed)
     model = digits_vit(experts={"blocks": [1, 2], "dropout": 0.1}, **vars(router))
     bank = ImageBank(splits, AugmentConfig(flip=True, crop=1), CPU, evaluation_batch=100)
