@@ -18,9 +18,9 @@ from assembly.loading import configure, describe
 from assembly.pipeline import build_bank, build_model, compile_blocks, identity, pick_device
 from common.arguments import Parser, path_option
 from common.errors import blaming_files, exit_code_of, leave
+from common.plugins import add_plugins_option, load_plugins
 from common.text import printable, quoted
 from data.datasets import load_splits
-from evaluation.compare import compare
 from evaluation.evaluation import evaluate, table
 from model.backbone import load_backbone
 from storage.checkpoint import check_inputs
@@ -63,6 +63,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="MODE",
         help="auto (default): the training's server; clearml; none",
     )
+    add_plugins_option(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options, rest = parser.parse_known_args(argv)
     if options.run is not None and rest and not rest[0].startswith("-"):
@@ -81,7 +82,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
+    load_plugins(options.plugins)
     if options.compare:
+        from evaluation.compare import compare  # here, because importing what draws takes a second
+
         out = options.out or Path("comparison")
         print(compare(options.compare, out))
         print(f"written to   {printable(out)}")

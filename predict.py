@@ -18,17 +18,16 @@ from typing import Any
 
 import torch
 
-from analysis.plots.pictures import explanation
 from assembly.loading import load_trained
 from common.arguments import Parser, path_option
 from common.errors import EnvironmentFault, UserError, exit_code_of, leave, say
 from common.files import write_atomically
+from common.plugins import add_plugins_option, load_plugins
 from common.text import as_json, is_unicode, printable
 from data.datasets import DATASETS
 from data.image_file import Picture, read_picture
 from data.image_tree import find_images
 from evaluation.classify import Answer, classify
-from evaluation.figures import warn_of_letters
 from evaluation.trained import TrainedRun
 
 BATCH = 32  # images that are held at once
@@ -59,6 +58,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--backbone.weights", dest="weights", type=path_option, help="the backbone's file, if it has moved"
     )
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, or cuda:1")
+    add_plugins_option(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(argv)
     if options.top < 1:
@@ -81,6 +81,7 @@ def _sides() -> list[str]:
 
 def main() -> None:
     options = parse()
+    load_plugins(options.plugins)
     files, failed = gather(options.images)
     if options.explain and options.explain.resolve() in {path.resolve() for path in files}:
         raise UserError(
@@ -169,6 +170,10 @@ def document(trained: TrainedRun, rows: list[dict[str, Any]], failed: list[dict[
 
 def draw(path: Path, shown: list[tuple[Path, Picture, Answer]], shared: bool) -> None:
     """Write the picture of --explain. Raises EnvironmentFault where it cannot be written."""
+    # Here, because importing what draws takes a second, which answers need not wait for.
+    from analysis.plots.pictures import explanation
+    from evaluation.figures import warn_of_letters
+
     warn_of_letters(
         [text for name, _, answer in shown for text in (name.name, *(score.name for score in answer.classes))]
     )

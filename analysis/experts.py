@@ -129,7 +129,8 @@ def _tallies(drawn_RN: FloatArray, labels_N: IntArray, predicted_N: IntArray, nu
 def _count_rows(drawn_RN: FloatArray, class_N: IntArray, num_classes: int) -> FloatArray:
     rows = len(drawn_RN)
     cell = (np.arange(rows)[:, None] * num_classes + class_N).ravel()
-    return np.bincount(cell, weights=drawn_RN.ravel(), minlength=rows * num_classes).reshape(rows, num_classes)
+    counts = np.bincount(cell, weights=drawn_RN.ravel(), minlength=rows * num_classes)
+    return np.asarray(counts, dtype=np.float64).reshape(rows, num_classes)
 
 
 def _macro_f1(actual_RC: FloatArray, predicted_RC: FloatArray, right_RC: FloatArray) -> FloatArray:

@@ -36,7 +36,8 @@ def expert_importance(expert_A: ArrayLike, weight_A: ArrayLike, num_experts: int
     """
     expert_A = indices(expert_A, num_experts, "expert_A")
     weight_A = weights(weight_A, expert_A)
-    return _normalised(np.bincount(expert_A, weights=weight_A, minlength=num_experts))
+    total_E = np.bincount(expert_A, weights=weight_A, minlength=num_experts)
+    return _normalised(np.asarray(total_E, dtype=np.float64))
 
 
 def expert_by_class(
@@ -195,7 +196,7 @@ def top_classes(table_CE: ArrayLike, class_names: Sequence[str], expert: int, n:
         raise ValueError(f"expert {expert} is not among the {table_CE.shape[1]} experts")
     value_C = table_CE[:, expert]
     order = np.argsort(-value_C, kind="stable")[: max(n, 0)]
-    return [(class_names[c], float(value_C[c])) for c in order if value_C[c] > 0]
+    return [(str(class_names[c]), float(value_C[c])) for c in order if value_C[c] > 0]
 
 
 def _counts(labels_N, sample_A, expert_A, num_classes, num_experts, weight_A=None) -> FloatArray:

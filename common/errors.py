@@ -19,6 +19,10 @@ class UserError(Exception):
     exit_code = 2
 
 
+class CommandError(UserError):
+    """What a file asks for has to be said on the command line, whatever is wrong with the file."""
+
+
 class EnvironmentFault(UserError):
     """The input is fine but the machine is not (no network, full disk, dead server); the exit code is 1."""
 
@@ -57,7 +61,7 @@ def blaming_files() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if exit_code(error) != UserError.exit_code:
+        if exit_code(error) != UserError.exit_code or isinstance(error, CommandError):
             raise
         raise EnvironmentFault(str(error)) from error
 

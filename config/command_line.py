@@ -2,10 +2,12 @@
 
 import sys
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 from common.errors import UserError
 from common.paths import absolute, expanded
+from common.plugins import load_plugins
 from common.text import is_unicode, printable, quoted
 from config.config import Config, Values, as_yaml
 from config.help import help_text
@@ -13,7 +15,7 @@ from config.yaml_file import read_yaml
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "cifar100.yaml"
 FLAGS = ("print_config", "debug")
-NAMED = {"config": "a YAML file with options", "resume": "the folder of a run"}
+NAMED = {"config": "a YAML file with options", "resume": "the folder of a run", "plugins": "a Python file"}
 
 
 @dataclass
@@ -38,17 +40,16 @@ def parse_command_line(
     unknown name, a wrong type or an impossible value.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    load_plugins(_named_plugins(words))
     flags, pairs = _split(words)
     resume, files = _sources(pairs)
     values = Values()
     for file in files:
-        for name, value in read_yaml(file).items():
-            values.add(str(name), value, lambda key, file=file: f"{key} in {file}")
+        values.add_all(read_yaml(file), lambda key, file=file: f"{key} in {file}")
     for name, text in pairs:
         if name not in NAMED:
             values.add(name, text, lambda key: f"--{key}")
-    for name, text in (above or {}).items():
-        values.add(name, text, lambda key: f"{key} in {source}")
+    values.add_all(above or {}, lambda key: f"{key} in {source}")
     config = values.build()
     if resume is not None:
         config.run_dir = resume
@@ -56,6 +57,12 @@ def parse_command_line(
         print(as_yaml(config, is_unicode(sys.stdout)), end="")
         sys.exit()
     return Invocation(config, files[-1].stem if resume is None else resume.name, resume, words)
+
+
+def _named_plugins(words: list[str]) -> list[str]:
+    """The values of --plugins: code, which comes before all that it may have a part in, --help included."""
+    after = (word for option, word in pairwise(words) if option == "--plugins")
+    return [*after, *(word.partition("=")[2] for word in words if word.startswith("--plugins="))]
 
 
 def _split(words: list[str]) -> tuple[set[str], list[tuple[str, str | None]]]:

@@ -12,6 +12,7 @@ import yaml
 from common.errors import UserError, one_line
 from common.files import write_text
 from common.paths import absolute
+from common.plugins import HELP, loaded_plugins, require_plugins
 from common.text import printable
 from config.features import FeaturesConfig
 from config.optim import OptimConfig
@@ -42,6 +43,7 @@ class Config:
     """ClearML: auto uses the configured server if it answers, else offline; none writes metrics.jsonl only."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, or cuda:1."""
+    plugins: list[str] = field(default_factory=list, metadata={"help": HELP})
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
@@ -72,6 +74,8 @@ class Config:
                 )
             self._check_balance()
             return
+        if self.train.patch_dropout:
+            raise ValueError("train.patch_dropout is for experts.place blocks: set that, or leave it out")
         if self.router.level != "token":
             raise ValueError(f"router.level {self.router.level} is for experts.place blocks: set that, or level token")
         if self.neck.needs_tokens and not self.backbone.gives_tokens:
@@ -125,6 +129,9 @@ class Values:
             raise UserError(f"unknown option {printable(place(name)).removeprefix('--')}: {self._hint(name)}")
         if value is None and place(name) == f"--{name}":
             raise UserError(f"--{name} has no value: give {expected(kind)}")
+        if name == "plugins":  # which only a command line loads
+            require_plugins(self._converted(name, value, place), place(name))
+            return
         if is_dataclass(kind):
             table = spelled(value) if isinstance(value, str) else value
             if not isinstance(table, dict):
@@ -132,10 +139,18 @@ class Values:
             for inner, item in table.items():
                 self.add(f"{name}.{inner}", item, place)
             return
+        self.given[name] = self._converted(name, value, place)
+
+    def add_all(self, values: dict[str, Any], place: Callable[[str], str]) -> None:
+        """Take the options of one source; plug-ins first, which others may be of."""
+        for name in sorted(map(str, values), key=lambda name: name != "plugins"):
+            self.add(name, values[name], place)
+
+    def _converted(self, name: str, value: Any, place: Callable[[str], str]) -> Any:
         try:
-            self.given[name] = convert(kind, value)
+            return convert(self.types[name], value)
         except (ValueError, RecursionError) as error:
-            raise misfit(place(name), value, kind) from error
+            raise misfit(place(name), value, self.types[name]) from error
 
     def _hint(self, name: str) -> str:
         options = [key for key, kind in self.types.items() if not is_dataclass(kind)]
@@ -148,7 +163,7 @@ class Values:
 
         Raises UserError for a value that is out of its range, and for values that do not fit each other.
         """
-        parts = {}
+        parts: dict[str, Any] = {}
         try:
             for item in fields(Config):
                 if is_dataclass(item.type):
@@ -157,7 +172,7 @@ class Values:
                     parts[item.name] = item.type(**options)
                 elif item.name in self.given:
                     parts[item.name] = self.given[item.name]
-            return Config(**parts)
+            return Config(**parts, plugins=loaded_plugins())
         except (ValueError, OverflowError) as error:
             raise UserError(one_line(error)) from error
 
@@ -171,8 +186,7 @@ def misfit(place: str, value: Any, kind: Any) -> UserError:
 def config_from_dict(stored: dict[str, Any]) -> Config:
     """The Config that `Config.to_dict` described. Raises UserError where it does not fit."""
     values = Values()
-    for name, value in stored.items():
-        values.add(str(name), value, lambda key: f"{key} in the stored configuration")
+    values.add_all(stored, lambda key: f"{key} in the stored configuration")
     return values.build()
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from shutil import get_terminal_size
 from typing import Any
 
+from common.plugins import HELP
 from config.config import Config, flatten
 from config.values import expected
 
@@ -23,6 +24,7 @@ GENERAL = {
     "the file does not have is at its default, and one on the command line counts more than the file.",
     "--print_config": "Print the whole configuration as YAML, once every value is known to fit, and end.",
     "--resume RUN": "Go on with a run that was interrupted, in its folder.",
+    "--plugins FILE": HELP,
     "--debug": "Show the traceback of an error.",
 }
 EXAMPLES = """examples:
@@ -38,7 +40,7 @@ def help_text(config: Config) -> str:
     width = min(120, get_terminal_size().columns)
     values, bare = flatten(config.to_dict()), flatten(Config().to_dict())
     parts = [USAGE, "general:\n" + "".join(_entry(name, text, width) for name, text in GENERAL.items())]
-    top = [item for item in fields(Config) if not is_dataclass(item.type)]
+    top = [item for item in fields(Config) if not is_dataclass(item.type) and item.name != "plugins"]
     for name, kind, items in [("", Config, top), *_sections()]:
         texts = field_texts(kind)
         lines = [f"{inspect.getdoc(kind)}\n"]

@@ -11,10 +11,8 @@ from common.files import write_json
 from config.config import Config
 from data.image_set import ImageSet
 from evaluation.cost import expert_costs
-from evaluation.figures import Evaluated, draw, warn_of_letters
 from evaluation.metrics import per_class_scores, scores
 from evaluation.predict import Predictions, predict
-from evaluation.report import write_report
 from evaluation.reporting import report
 from evaluation.run_cost import run_cost
 from features.bank import FeatureBank
@@ -41,6 +39,10 @@ def evaluate(
 
     backbone: for the cost of the whole. Leaves the model in evaluation mode. Returns what metrics.json holds.
     """
+    # Here, because importing what draws and writes pages takes a second, which a wrong option need not wait for.
+    from evaluation.figures import Evaluated, draw, warn_of_letters
+    from evaluation.report import write_report
+
     model.eval()
     predictions = predict(model, bank, "test", removals=True)
     test = bank.splits.test

@@ -34,5 +34,5 @@ def _check_pickle(content: bytes) -> None:
     for operation, argument, _ in pickletools.genops(content):
         if operation.name == "STACK_GLOBAL":  # torch.save writes an older protocol
             raise ValueError("it names what it needs in an unexpected way")
-        if operation.name in ("GLOBAL", "INST") and argument.split(".")[0].split(" ")[0] not in MODULES:
-            raise ValueError(f"it asks for {argument.replace(' ', '.')}")
+        if operation.name in ("GLOBAL", "INST") and str(argument).split(".")[0].split(" ")[0] not in MODULES:
+            raise ValueError(f"it asks for {str(argument).replace(' ', '.')}")

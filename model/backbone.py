@@ -9,10 +9,11 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from .errors import InputError, UnavailableError, one_line
 from .fast_vit import fast_copy
@@ -70,6 +71,18 @@ def parse_feature(spec: str) -> tuple[str, int]:
     raise ValueError(f"backbone.features has '{spec}': expected POOL:BLOCK with POOL one of {', '.join(POOLS)}")
 
 
+class _Uninitialised(TorchFunctionMode):
+    """Leaves out the random numbers of weights that a file is about to replace, all of them: a second for a ViT-B."""
+
+    DRAWN = ("uniform_", "normal_", "trunc_normal_", "erfinv_", "kaiming_uniform_", "kaiming_normal_")
+    DRAWN += ("xavier_uniform_", "xavier_normal_", "orthogonal_")
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__name__", "") in self.DRAWN:
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
 class Backbone(nn.Module):
     """A timm ViT that stays frozen: no gradients, evaluation mode whatever `train()` is called on.
 
@@ -79,13 +92,13 @@ class Backbone(nn.Module):
     Raises InputError for a block or a class token that the ViT has not.
     """
 
-    def __init__(self, vit: nn.Module, features: list[str], dtype: torch.dtype = torch.float32):
+    def __init__(self, vit: Any, features: list[str], dtype: torch.dtype = torch.float32):
         from timm.data import resolve_model_data_config
 
         super().__init__()
-        self.vit = vit.requires_grad_(False).eval()
+        self.vit: Any = vit.requires_grad_(False).eval()
         self.dtype = dtype
-        self._fast: dict[torch.device, nn.Module] = {}  # no submodule: `vit` alone is what is hashed and counted
+        self._fast: dict[torch.device, Any] = {}  # no submodule: `vit` alone is what is hashed and counted
         depth = len(vit.blocks)
         self.features = [(pool, self._block(block, depth)) for pool, block in map(parse_feature, features)]
         self.blocks = sorted({block for _, block in self.features})
@@ -113,7 +126,7 @@ class Backbone(nn.Module):
     def train(self, mode: bool = True) -> "Backbone":
         return super().train(False)
 
-    def runner(self, device: torch.device) -> nn.Module:
+    def runner(self, device: torch.device) -> Any:
         """The ViT that does the work on `device`, in `dtype`; made when it is first asked for."""
         if self.dtype == torch.float32:
             return self.vit
@@ -135,8 +148,9 @@ class Backbone(nn.Module):
         by_block = dict(zip(self.blocks, outputs, strict=True))
         return torch.cat([self._pool(pool, by_block[block]) for pool, block in self.features], dim=-1)
 
-    def _pool(self, pool: str, output) -> Tensor:
+    def _pool(self, pool: str, output: Any) -> Tensor:
         """One feature of one block: `output` is (patches_BPD, prefix_BRD), or patches_BPD without a prefix."""
+        prefix_BRD: Any
         patches_BPD, prefix_BRD = output if isinstance(output, tuple) else (output, None)
         if pool == "cls":
             return prefix_BRD[:, 0].float()
@@ -192,7 +206,8 @@ def _load_vit(config: BackboneConfig, reachable: Callable[[str], bool] | None) -
     options = {} if config.image_size is None else {"img_size": config.image_size}
     if config.weights is not None:
         state = read_weights(config.weights)
-        vit = _create(config, pretrained=False, **options)
+        with _Uninitialised():
+            vit = _create(config, pretrained=False, **options)
         load_converted(vit, state, config.weights, config.name)
         return vit
     if not config.pretrained:
@@ -267,7 +282,7 @@ def _require_download(name: str, reachable: Callable[[str], bool] | None) -> Non
     hub = config.hf_hub_id
     if hub and any(isinstance(try_to_load_from_cache(hub, file), str) for file in files if file):
         return
-    if reachable is not None and not reachable(url := constants.ENDPOINT if hub else config.url):
+    if reachable is not None and not reachable(url := constants.ENDPOINT if hub else str(config.url)):
         raise UnavailableError(
             f"the weights of {name} are not on this machine and {url} cannot be reached: pass a local file with "
             "--backbone.weights FILE, or run without a download: python train.py --config configs/digits.yaml"

@@ -1,5 +1,7 @@
 """A mixture of experts inside one block of a frozen ViT, beside its FFN."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -19,6 +21,9 @@ class BlockMixture(nn.Module):
     expert by the learned gate and by random warm-up.
     """
 
+    usage_E: Tensor
+    warmup_usage_E: Tensor
+
     def __init__(
         self, width: int, router: RouterConfig, experts: ExpertsConfig, ffn: nn.Module, class_token: bool, prefix: int
     ):
@@ -26,7 +31,8 @@ class BlockMixture(nn.Module):
         super().__init__()
         num_experts = len(experts.sizes)
         self.router = build_router(router, width, num_experts, experts.work(width, width))
-        self.experts = EXPERTS[experts.kind](width, experts, ffn)
+        kind: Any = EXPERTS[experts.kind]
+        self.experts = kind(width, experts, ffn)
         self.by_image, self.class_token, self.prefix = router.level == "image", class_token, prefix
         self.register_buffer("usage_E", torch.zeros(num_experts, dtype=torch.int64))
         self.register_buffer("warmup_usage_E", torch.zeros(num_experts, dtype=torch.int64))

@@ -7,6 +7,8 @@
 Those that never wait can be captured in a CUDA graph. A sample names an expert at most once.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -45,6 +47,7 @@ def dispatch(x_BD: Tensor, assignments: Assignments, experts: Experts, how: str 
 def choose(number: int, experts: Experts, x_BD: Tensor, static: bool = False) -> str:
     """The way for so many assignments on this device; static: one that never waits, and whose launches cost nothing."""
     samples, several = x_BD.shape[0], len(experts.groups) > 1
+    members: Any = experts
     if number == samples * len(experts):
         return "dense"
     if not x_BD.is_cuda:
@@ -55,7 +58,7 @@ def choose(number: int, experts: Experts, x_BD: Tensor, static: bool = False) ->
     # a sample goes to less than half of all.
     pays = not several or (2 * len(experts.groups) <= len(experts) and 2 * number < samples * len(experts))
     few = number < SORTED_FROM[several] * len(experts)
-    if pays and (static or few) and has_kernel(x_BD) and fits(experts) and experts.go_together(x_BD.shape[1]):
+    if pays and (static or few) and has_kernel(x_BD) and fits(members) and experts.go_together(x_BD.shape[1]):
         return "grouped"
     return "dense" if static else "sorted"
 
@@ -73,7 +76,7 @@ def run_dense(x_BD: Tensor, assignments: Assignments, experts: Experts) -> tuple
     """Every expert on every sample: more arithmetic, in fewer and larger products."""
     row_A = experts.rank_E.index_select(0, assignments.expert_A) * len(x_BD) + assignments.sample_A
     order_A = torch.arange(len(row_A), device=row_A.device)
-    shapes = [[experts[e] for e in group] for group in experts.groups]
+    shapes: list[list[Any]] = [[experts[e] for e in group] for group in experts.groups]
     if experts.go_together(x_BD.shape[1]):
         outputs_EBC = run_on_all(shapes, x_BD)
     else:
@@ -89,13 +92,14 @@ def run_grouped(x_BD: Tensor, assignments: Assignments, experts: Experts) -> tup
     if not experts.go_together(x_BD.shape[1]):
         return run_dense(x_BD, assignments, experts)
     groups = experts.groups
+    members: list[Any] = list(experts)
     key_A = experts.rank_E.index_select(0, assignments.expert_A)
     order_A = torch.argsort(key_A, stable=True)
     sorted_key_A, sample_A = key_A.index_select(0, order_A), assignments.sample_A.index_select(0, order_A)
     ends_E = assignments.counts_E.index_select(0, experts.expert_E).cumsum(0)
     if len(groups) == 1:
         rows_AD = gather(x_BD, sample_A, inverse(order_A), assignments)
-        return run_on_own(list(experts), rows_AD, ends_E, sorted_key_A), order_A
+        return run_on_own(members, rows_AD, ends_E, sorted_key_A), order_A
     position_A = torch.arange(len(order_A), device=x_BD.device)
     place_A = torch.zeros_like(position_A)  # row of each assignment, sorted as they are
     windows, first, before = [], 0, 0
@@ -114,7 +118,7 @@ def run_grouped(x_BD: Tensor, assignments: Assignments, experts: Experts) -> tup
     row_A = torch.empty_like(place_A).scatter_(0, order_A, place_A)
     rows = gather(x_BD, sample_A.index_select(0, torch.cat(taken)), row_A, assignments).split([len(t) for t in taken])
     outputs = [
-        run_on_own([experts[e] for e in group], rows_RD, ends_G, key_R)
+        run_on_own([members[e] for e in group], rows_RD, ends_G, key_R)
         for group, rows_RD, ends_G, key_R in zip(groups, rows, ends, keys, strict=True)
     ]
     return pick(torch.cat(outputs), row_A), position_A

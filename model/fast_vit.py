@@ -1,6 +1,7 @@
 """The same frozen ViT in half precision, its slow parts written in another way that means the same."""
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +58,7 @@ class PatchProjection(nn.Module):
         return out_BPD.transpose(1, 2).unflatten(2, (down, across))
 
 
-def _replace_patch_convolution(vit: nn.Module) -> None:
+def _replace_patch_convolution(vit: Any) -> None:
     convolution = getattr(getattr(vit, "patch_embed", None), "proj", None)
     if type(convolution) is not nn.Conv2d or convolution.groups != 1 or convolution.stride != convolution.kernel_size:
         return

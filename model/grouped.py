@@ -27,9 +27,9 @@ def run_on_all(shapes: Sequence[Sequence[LayeredExpert]], x_BD: Tensor) -> Tenso
 
     All first layers are one product; behind them experts of one shape go together.
     """
-    first = [expert[0] for experts in shapes for expert in experts]
+    first = [expert.linears[0] for experts in shapes for expert in experts]
     weight_HD, bias_H = (joined([getattr(layer, name) for layer in first], x_BD.dtype) for name in ("weight", "bias"))
-    widths = [len(experts) * experts[0][0].out_features for experts in shapes]
+    widths = [len(experts) * experts[0].linears[0].out_features for experts in shapes]
     hidden = F.linear(x_BD, weight_HD, bias_H).split(widths, dim=1)
     return torch.cat([_after_first(experts, h_BH) for experts, h_BH in zip(shapes, hidden, strict=True)])
 

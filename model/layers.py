@@ -5,7 +5,7 @@ computed together with others of its shape.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +17,16 @@ ALIGNMENT = 8  # numbers: rows of the grouped kernel's operands begin at multipl
 class Layout(Protocol):
     """How the rows of G experts of one shape lie in a tensor, and so what a layer of each of them does to it."""
 
-    def linear(self, layers: Sequence[nn.Linear], h: Tensor) -> Tensor:
+    def linear(self, layers: Sequence[nn.Linear], h: Tensor, /) -> Tensor:
         """Each expert's linear layer on its rows."""
+        ...
 
-    def norm(self, layers: Sequence[nn.LayerNorm], h: Tensor) -> Tensor:
+    def norm(self, layers: Sequence[nn.LayerNorm], h: Tensor, /) -> Tensor:
         """Each expert's LayerNorm of its rows."""
+        ...
 
 
-def run(layers: Iterable[Sequence[nn.Module]], h: Tensor, layout: Layout) -> Tensor:
+def run(layers: Iterable[Sequence[Any]], h: Tensor, layout: Layout) -> Tensor:
     """What experts of one shape make of their rows. layers: at each depth the layer of each expert.
 
     Computes in the number format of `h`, to which weights are cast: autocast would norm in float32 and so move twice

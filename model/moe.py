@@ -20,6 +20,9 @@ class MixtureOfExperts(nn.Module):
     because even random routing would hide a collapsed gate.
     """
 
+    usage_E: Tensor
+    warmup_usage_E: Tensor
+
     def __init__(
         self,
         in_features: int,
@@ -63,7 +66,7 @@ class MixtureOfExperts(nn.Module):
         for expert in self.shared:
             logits_BC = logits_BC + expert(pooled_BD).float()
         residual_B = None if routing.drops is None else routing.drops.residual_B
-        if residual_B is not None:
+        if residual_B is not None and self.skip is not None:
             logits_BC = logits_BC + residual_B[:, None] * self.skip(pooled_BD).float()
         return logits_BC, routing
 

@@ -16,8 +16,8 @@ class Standardise(nn.BatchNorm1d):
         self.by_running = by_running
 
     def forward(self, x_BD: Tensor) -> Tensor:
-        alone = self.training and len(x_BD) == 1
-        normalised_BD = None if alone else super().forward(x_BD)
-        if alone or self.by_running:
-            return F.batch_norm(x_BD, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
-        return normalised_BD
+        if not self.training or len(x_BD) > 1:
+            normalised_BD = super().forward(x_BD)  # in training this updates the running statistics
+            if not self.by_running:
+                return normalised_BD
+        return F.batch_norm(x_BD, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+Preparation = tuple[Tensor | None, Tensor | None, Tensor, Tensor]
+
 
 def prepare(images_BCHW: Tensor, size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """uint8 images as the backbone's float32 input (B, 3, size, size).
@@ -17,14 +19,14 @@ def prepare(images_BCHW: Tensor, size: int, mean: tuple[float, ...], std: tuple[
     return resize_and_normalise(images_BCHW, preparation(sides, tuple(mean), tuple(std), images_BCHW.device))
 
 
-def resize_and_normalise(images_BCHW: Tensor, preparation: tuple[Tensor | None, ...]) -> Tensor:
+def resize_and_normalise(images_BCHW: Tensor, preparation: Preparation) -> Tensor:
     """The arithmetic of `prepare`: uint8 (B, 3, H, W) -> float32 (B, 3, S, S).
 
     Resizing is linear and separable, so it is two matrix products.
     """
     rows_SH, columns_SW, shift_C11, scale_C11 = preparation
     x_BCHW = images_BCHW.float() / 255
-    if rows_SH is not None:
+    if rows_SH is not None and columns_SW is not None:
         with torch.autocast(x_BCHW.device.type, enabled=False):
             x_BCHW = (rows_SH @ (x_BCHW @ columns_SW.T)).clamp_(0, 1)
     return torch.addcmul(shift_C11, x_BCHW, scale_C11)
@@ -33,7 +35,7 @@ def resize_and_normalise(images_BCHW: Tensor, preparation: tuple[Tensor | None, 
 @lru_cache(maxsize=64)
 def preparation(
     sides: tuple[int, int, int], mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
-) -> tuple[Tensor | None, ...]:
+) -> Preparation:
     """What resizes images of `sides` (H, W) to a side S, the third of them, and normalises them.
 
     Returns rows (S, H) and columns (S, W), None where nothing is to be resized, and shift and scale (3, 1, 1). Kept on

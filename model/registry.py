@@ -29,7 +29,11 @@ class Registry(dict[str, Part], Generic[Part]):
         Raises InputError for a name that is taken.
         """
 
+        parts: Any = self
+
         def add(part: Any) -> Any:
+            if not name.isidentifier():
+                raise InputError(f"{self.what} '{name}' has no name for an option's value: use letters, digits and _")
             if name in self:
                 first = self[name].__module__
                 raise InputError(f"{self.what} '{name}' is registered twice, by {first} and by {part.__module__}")
@@ -38,7 +42,7 @@ class Registry(dict[str, Part], Generic[Part]):
             part.name, part.summary, part.options = name, summary, tuple(option.name for option in options)
             self[name] = part
             if self.choice is not None:
-                text = "; ".join(f"{known}: {other.summary}" for known, other in self.items())
+                text = "; ".join(f"{known}: {other.summary}" for known, other in parts.items())
                 set_field(self.config, self.choice, Literal[tuple(self)], help=f"{text}.")
             return part
 
@@ -46,8 +50,9 @@ class Registry(dict[str, Part], Generic[Part]):
 
     def readers(self) -> dict[str, tuple[str, ...]]:
         """The options that parts have brought along, and the names of those that read each."""
-        options = dict.fromkeys(option for part in self.values() for option in part.options)
-        return {option: tuple(name for name, part in self.items() if option in part.options) for option in options}
+        parts: Any = self
+        options = dict.fromkeys(option for part in parts.values() for option in part.options)
+        return {option: tuple(name for name, part in parts.items() if option in part.options) for option in options}
 
 
 def import_all(package: str, path: Iterable[str]) -> None:

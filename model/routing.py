@@ -61,8 +61,8 @@ class Assignments:
 
     def kept(self, kept_A: Tensor) -> "Assignments":
         """Those for which kept_A, bool, is true."""
-        lists = (values_A[kept_A] for values_A in (self.sample_A, self.expert_A, self.weight_A))
-        return Assignments.listed(*lists, (self.num_samples, self.num_experts))
+        sample_A, expert_A, weight_A = self.sample_A[kept_A], self.expert_A[kept_A], self.weight_A[kept_A]
+        return Assignments.listed(sample_A, expert_A, weight_A, (self.num_samples, self.num_experts))
 
     def by_row(self) -> "Assignments":
         """The same with each row of rows_AD as a sample of its own."""

@@ -6,6 +6,7 @@
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load as load_safetensors
 from timm.models.vision_transformer import VisionTransformer
@@ -31,7 +32,7 @@ def vit_micro(drop_path_rate: float = 0.0) -> VisionTransformer:
     8 blocks, 3 heads, 0.5 GFLOP an image. drop_path_rate: stochastic depth of the last block, rising linearly
     from 0 at the first.
     """
-    model = VisionTransformer(
+    model: Any = VisionTransformer(
         img_size=IMAGE_SIZE,
         patch_size=4,
         num_classes=0,

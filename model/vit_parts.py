@@ -1,16 +1,19 @@
 """A frozen timm ViT in parts: what comes before its blocks, and what a block does before and after its FFN.
 
 A frozen ViT is in evaluation mode, so that dropout and stochastic depth, which its blocks may have, do nothing.
+timm's ViTs have no type in common: one is Any here.
 """
 
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 STANDARD = ("norm1", "attn", "ls1", "norm2", "mlp", "ls2")  # timm's Block: AugReg, DeiT, CLIP, DINOv2, SigLIP, ...
 EVA = ("norm1", "attn", "gamma_1", "norm2", "mlp", "gamma_2")  # timm's EvaBlock: EVA-02, DINOv3, ...
 
 
-def check_vit(vit: nn.Module) -> None:
+def check_vit(vit: Any) -> None:
     """Raise ValueError where the blocks of a ViT are not made of attention, then an FFN, on a residual stream."""
     for block in vit.blocks:
         if not any(all(hasattr(block, name) for name in names) for names in (STANDARD, EVA)):
@@ -20,7 +23,7 @@ def check_vit(vit: nn.Module) -> None:
             )
 
 
-def embed(vit: nn.Module, images_BCHW: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+def embed(vit: Any, images_BCHW: Tensor) -> tuple[Tensor, list[Tensor | None]]:
     """Tokens (B, T, D) that the first block reads, and the rotary embedding of each block (None: it has none)."""
     x, ropes = vit._pos_embed(vit.patch_embed(images_BCHW)), None
     if isinstance(x, tuple):
@@ -32,7 +35,21 @@ def embed(vit: nn.Module, images_BCHW: Tensor) -> tuple[Tensor, list[Tensor | No
     return vit.norm_pre(x), each
 
 
-def attend(block: nn.Module, x_BTD: Tensor, rope: Tensor | None) -> Tensor:
+def drop_patches(x_BTD: Tensor, prefix_tokens: int, share: float) -> Tensor:
+    """The tokens with `share` of each image's patches left out at random, at least one kept, the others in any order.
+
+    PatchDropout (Liu 2022). The tokens carry their positions, so that their order means nothing. The number kept
+    depends on the shape alone.
+    """
+    prefix_BRD, patches_BPD = x_BTD[:, :prefix_tokens], x_BTD[:, prefix_tokens:]
+    batch, patches, width = patches_BPD.shape
+    kept = max(1, round((1 - share) * patches))
+    index_BP = torch.rand(batch, patches, device=x_BTD.device).argsort(dim=1)[:, :kept]
+    kept_BPD = patches_BPD.gather(1, index_BP[:, :, None].expand(-1, -1, width))
+    return torch.cat([prefix_BRD, kept_BPD], dim=1)
+
+
+def attend(block: Any, x_BTD: Tensor, rope: Tensor | None) -> Tensor:
     """The first half of a block: the tokens with what attention adds to them."""
     if hasattr(block, "ls1"):
         return x_BTD + block.ls1(block.attn(block.norm1(x_BTD)))
@@ -40,7 +57,7 @@ def attend(block: nn.Module, x_BTD: Tensor, rope: Tensor | None) -> Tensor:
     return x_BTD + (added_BTD if block.gamma_1 is None else block.gamma_1 * added_BTD)
 
 
-def add_ffn(block: nn.Module, x_BTD: Tensor, out_BTD: Tensor) -> Tensor:
+def add_ffn(block: Any, x_BTD: Tensor, out_BTD: Tensor) -> Tensor:
     """The end of a block: the tokens with the output of the FFN, scaled as the block scales it."""
     if hasattr(block, "ls2"):
         return x_BTD + block.ls2(out_BTD)

@@ -18,6 +18,7 @@ from storage.folder import INCIDENTAL, RunFolder
 CHANGEABLE = INCIDENTAL | {
     "features.batch_size",
     "features.compile",
+    "plugins",
     "experts.dispatch",
     "train.compile",
     "train.epochs",

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import textwrap
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import EngFormatter, NullLocator, PercentFormatter
 from numpy.typing import ArrayLike
@@ -129,8 +131,8 @@ def expert_worth(
     ax.errorbar(x_E, lost_E, deviation_E, fmt="none", ecolor="0.5", elinewidth=1, capsize=3)
     # The largest first, so that no small bubble hides behind one.
     for expert in np.argsort(-load_E, kind="stable"):
-        label = f"{short(expert_labels[expert], 26)}: {round(lost_E[expert], 2) + 0.0:+.2f}"
-        at = (x_E[expert], lost_E[expert])
+        label = f"{short(expert_labels[expert], 26)}: {round(float(lost_E[expert]), 2) + 0.0:+.2f}"
+        at = (float(x_E[expert]), float(lost_E[expert]))
         area = 90 * crowding + 14 * load_E[expert]
         ax.scatter(*at, area, color=expert_colour(expert), edgecolor="white", zorder=3, label=label)
         ax.text(*at, str(expert), ha="center", va="center", fontsize=5 + 2 * crowding, zorder=4, path_effects=STROKE)
@@ -148,9 +150,10 @@ def expert_worth(
     value = np.argsort(-lost_E[np.argsort(-load_E, kind="stable")], kind="stable")[:16]
     legend = figure.legend([handles[i] for i in value], [labels[i] for i in value], loc="outside right upper")
     most = f", the first {len(value)}" if len(value) < len(labels) else ""
-    legend.set_title(f"points lost without it{most}\n(area: load; bars: ± 1 s.d.)", {"size": 8})
+    legend.set_title(f"points lost without it{most}\n(area: load; bars: ± 1 s.d.)", FontProperties(size=8))
     for text in legend.get_texts():
         text.set_fontsize(7.5)
+    handle: Any
     for handle in legend.legend_handles:
         handle.set_sizes([45])
     return figure
@@ -178,14 +181,16 @@ def gate_map(
         colour = expert_colour(expert if num_experts <= 8 else rank)
         label = f"{short(expert_labels[expert])} ({counts_E[expert]})"
         ax.scatter(*points_N2[expert_N == expert].T, s=size, color=colour, alpha=0.6, label=label, linewidths=0)
+    of_N = np.asarray(() if group_N is None else group_N)
     medians = {
-        name: np.median(points_N2[group_N == group], axis=0)
+        name: np.median(points_N2[of_N == group], axis=0)
         for group, name in enumerate(group_names)
-        if (group_N == group).any()
+        if (of_N == group).any()
     }
     for name, place in _spread(medians, np.maximum(np.ptp(points_N2, axis=0), 1e-9) / (5.7, 4.9)).items():
         weight = "bold" if len(short(name)) < 3 else "normal"
-        ax.text(*place, short(name, 36), fontsize=7, weight=weight, ha="center", va="center", path_effects=STROKE)
+        x, y = place.tolist()
+        ax.text(x, y, short(name, 36), fontsize=7, weight=weight, ha="center", va="center", path_effects=STROKE)
     ax.set(xticks=[], yticks=[])
     first, second = (f"{100 * share:.0f} % of the variance between experts" for share in plane.explained_2)
     told, chance = (f"{100 * share:.0f} %" for share in (plane.told, plane.chance))

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 
 from analysis.plots.fonts import Page
 
@@ -41,10 +44,10 @@ def new_figure(height: float, title: str, width: float = 8.0) -> Figure:
     return figure
 
 
-def short(text: str, length: int = 30) -> str:
+def short(text: object, length: int = 30) -> str:
     """Shortened, on one line, words parted by blanks, and with no $ that matplotlib would set as mathematics."""
-    text = " ".join(str(text).replace("_", " ").split())
-    return (text if len(text) <= length else text[: length - 1] + "…").replace("$", r"\$")
+    line = " ".join(str(text).replace("_", " ").split())
+    return (line if len(line) <= length else line[: length - 1] + "…").replace("$", r"\$")
 
 
 def expert_colour(expert: int) -> str:
@@ -54,7 +57,7 @@ def expert_colour(expert: int) -> str:
 
 def heat_map(
     ax: Axes, table: np.ndarray, norm: Normalize, values: bool = False, second: np.ndarray | None = None
-) -> matplotlib.image.AxesImage:
+) -> AxesImage:
     """Heat map, grey where unknown, white below the scale.
 
     values: print the percentages that do not round to 0. second: another table of the same shape, whose percentages are
@@ -63,7 +66,7 @@ def heat_map(
     colours = matplotlib.colormaps["viridis"].with_extremes(bad="0.85", under="white")
     image = ax.imshow(table, norm=norm, cmap=colours, aspect="auto", interpolation="nearest")
     for (row, column), value in np.ndenumerate(table) if values else ():
-        style = {"ha": "center", "color": "black" if norm(value) > 0.6 else "white"}
+        style: dict[str, Any] = {"ha": "center", "color": "black" if norm(value) > 0.6 else "white"}
         below = 0.0 if second is None else second[row, column]
         if value > 0.005 or below > 0.005:
             place = "center" if second is None else "bottom"
@@ -73,7 +76,7 @@ def heat_map(
     return image
 
 
-def name_ticks(axis: matplotlib.axis.Axis, labels: Names, inches: float, largest: float = 8) -> None:
+def name_ticks(axis: Axis, labels: Names, inches: float, largest: float = 8) -> None:
     """Name as many of the rows or columns as fit without overlap."""
     size = float(np.clip(60 * inches / max(1, len(labels)), 5.5, largest))
     step = max(1, int(-(-len(labels) * size * 1.15 // (72 * inches))))

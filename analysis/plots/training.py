@@ -36,9 +36,9 @@ def training_curves(history: Sequence[dict], best_by: str | None = None, kept: i
             curves[key] = curve_T
     best_by = best_by or next((key for key in BEST_BY if key in curves), None)
     starred, what = None, "best epoch"
-    if kept in epoch_T:
+    if kept is not None and kept in epoch_T:
         starred, what = epoch_T.index(kept), "kept epoch"
-    elif best_by in curves:
+    elif best_by is not None and best_by in curves:
         pick = np.nanmin if "loss" in best_by else np.nanmax
         starred = int(np.flatnonzero(curves[best_by] == pick(curves[best_by]))[-1])
     figure = new_figure(3.5, "Training")
@@ -47,7 +47,7 @@ def training_curves(history: Sequence[dict], best_by: str | None = None, kept: i
         _curves(ax, kind, epoch_T, panel)
         if starred is not None:
             ax.axvline(epoch_T[starred], color="0.4", linewidth=1, linestyle=":")
-        if best_by in panel:
+        if starred is not None and best_by in panel:
             label = f"{what}, {epoch_T[starred]:g}: {panel[best_by][starred]:.4g}"
             ax.plot(epoch_T[starred], panel[best_by][starred], "k*", markersize=9, label=label)
         if panel:

@@ -1,5 +1,7 @@
 """Experts of several sizes. One file a kind; each registers itself."""
 
+from typing import Any
+
 from torch import nn
 
 from ..registry import import_all
@@ -28,8 +30,9 @@ def build_experts(
 
     num_groups: equally wide groups of features, which `inputs` names. Raises ValueError for one that is not there.
     """
-    kind, experts = EXPERTS[config.kind], []
+    kind: Any = EXPERTS[config.kind]
     kind.check(config)
+    experts = []
     for index in range(len(config.sizes) + len(config.shared)):
         columns = None if config.inputs is None else group_columns(in_features, num_groups, config.inputs[index])
         hidden, dropout = config.hidden(index), config.dropout_of(index)

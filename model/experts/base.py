@@ -39,6 +39,8 @@ class LayeredExpert(ExpertKind, nn.Sequential):
     int64, the features that this expert reads (None: all).
     """
 
+    columns: Tensor | None
+
     def __init__(
         self, in_features: int, hidden: list[int], num_outputs: int, dropout: float, columns: Tensor | None = None
     ):
@@ -81,6 +83,9 @@ class Experts(nn.ModuleList):
     rank_E, expert_E: each expert's place where those of one shape stand together, and the expert at each place; kept
     on the device, because a copy from the host is no part of a CUDA graph.
     """
+
+    expert_E: Tensor
+    rank_E: Tensor
 
     def __init__(self, experts: Iterable[nn.Module]):
         super().__init__(experts)

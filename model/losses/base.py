@@ -50,7 +50,7 @@ class Loss:
 
     def floor_of(self, router: Router) -> float:
         """The value at perfect balance for this router."""
-        return self.floor if isinstance(self.floor, float) else self.floor(router)
+        return self.floor(router) if callable(self.floor) else self.floor
 
     def check(self, rule: type[Router], config: RouterConfig) -> None:
         """Raise ValueError where the rule gives the loss nothing to act on."""

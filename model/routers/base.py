@@ -2,6 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,10 @@ class Router(nn.Module, ABC):
     has_load = False  # gives load_BE while training
     reads_tokens = False  # reads (B, T, D) instead of (B, D)
     only_top_k: int | None = None  # the one number of experts a sample that the rule is for
+    paper: ClassVar[dict[str, float]] = {}  # options that its paper sets to something else than their defaults, by name
+
+    work_E: Tensor
+    target_E: Tensor
 
     def __init__(
         self,
@@ -44,8 +49,9 @@ class Router(nn.Module, ABC):
         self.register_buffer("target_E", torch.tensor([float(share) for share in self.shares]), persistent=False)
         layers: list[nn.Module] = []
         if config.inputs is not None:
-            layers.append(FeatureGroups(in_features, num_groups, config.inputs))
-            in_features = len(layers[0].columns)
+            chosen = FeatureGroups(in_features, num_groups, config.inputs)
+            layers.append(chosen)
+            in_features = len(chosen.columns)
         if config.norm == "batch" and not self.reads_tokens:
             layers.append(Standardise(in_features, affine=False, by_running=not self.learns))
         width = in_features
@@ -158,6 +164,8 @@ class GatedRouter(Router):
 
 class FeatureGroups(nn.Module):
     """Some of the equally wide groups that a vector is made of: (B, D) -> (B, number chosen * D / num_groups)."""
+
+    columns: Tensor
 
     def __init__(self, in_features: int, num_groups: int, chosen: list[int]):
         super().__init__()

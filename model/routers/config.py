@@ -129,8 +129,10 @@ class RouterConfig:
         """
         costs = [exact(cost) for cost in work]
         shares = {"even": [Fraction(1)] * len(work), "size": costs, "inverse_size": [1 / cost for cost in costs]}
-        listed = isinstance(self.target_load, list)
-        chosen = [exact(share) for share in self.target_load] if listed else shares[self.target_load]
+        if isinstance(self.target_load, list):
+            chosen = [exact(share) for share in self.target_load]
+        else:
+            chosen = shares[self.target_load]
         if len(chosen) != len(work):
             raise ValueError(f"router.target_load names {len(chosen)} shares, but there are {len(work)} experts")
         return [share / sum(chosen) for share in chosen]

@@ -1,6 +1,7 @@
 """Expert choice: each expert takes its best samples."""
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +28,8 @@ class ExpertChoiceRouter(GatedRouter):
 
     token_choice = False
     momentum = 0.1
+    paper: ClassVar = {"balance.switch": 0.0}
+    threshold_E: Tensor
 
     def _build_gate(self, width: int, config: RouterConfig) -> None:
         super()._build_gate(width, config)
@@ -54,7 +57,7 @@ class ExpertChoiceRouter(GatedRouter):
         taken_BE = (gate_BE >= self.threshold_E) & (logits_BE > -math.inf)
         best_BE = torch.zeros_like(taken_BE).scatter_(1, gate_BE.argmax(dim=-1, keepdim=True), True)
         sample_A, expert_A = (taken_BE | (best_BE & ~taken_BE.any(dim=-1, keepdim=True))).nonzero(as_tuple=True)
-        chosen = Assignments.listed(sample_A, expert_A, gate_BE[sample_A, expert_A], tuple(gate_BE.shape))
+        chosen = Assignments.listed(sample_A, expert_A, gate_BE[sample_A, expert_A], (len(gate_BE), self.num_experts))
         return Routing(chosen, self._gate(logits_BE))
 
     def _take_best(self, logits_BE: Tensor, gate_BE: Tensor) -> Routing:
@@ -69,5 +72,5 @@ class ExpertChoiceRouter(GatedRouter):
             smallest_E = torch.stack([value_PE[places[e] - 1, e] for e in columns])
             self.threshold_E.lerp_(smallest_E, self.momentum)
             unseen_B = torch.ones(batch, dtype=torch.int64, device=sample_A.device).index_fill(0, sample_A, 0)
-        taken = Assignments.listed(sample_A, expert_A, weight_A, tuple(gate_BE.shape))
+        taken = Assignments.listed(sample_A, expert_A, weight_A, (batch, self.num_experts))
         return Routing(taken, self._gate(logits_BE), Drops(unseen_B.sum()))

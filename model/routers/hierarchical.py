@@ -84,8 +84,8 @@ class HierarchicalRouter(LearnedNoiseRouter):
         # Finite at every temperature, so that a group whose experts are all barred has weight 0 instead of 0/0.
         least = torch.finfo(joint_BE.dtype).min / 4
         expert_BGM = joint_BE.clamp_min(least).unflatten(1, (self.groups, -1))
-        levels = expert_BGM.logsumexp(dim=-1), expert_BGM
-        return tuple((level / temperature).clamp_min(least) for level in levels)
+        group_BG = expert_BGM.logsumexp(dim=-1)
+        return (group_BG / temperature).clamp_min(least), (expert_BGM / temperature).clamp_min(least)
 
     def _scores(self, logits_BE: Tensor, sigma_BE: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if sigma_BE is None:

@@ -24,6 +24,7 @@ class TokenChoiceRouter(GatedRouter):
     """
 
     default_bias_rate = 0.0
+    bias_E: Tensor
 
     def __init__(self, in_features: int, num_experts: int, config: RouterConfig, work=None, num_groups: int = 1):
         super().__init__(in_features, num_experts, config, work, num_groups)
@@ -90,6 +91,7 @@ class TokenChoiceRouter(GatedRouter):
 
     def _route_to_places(self, logits_BE, scores_BE, ranked_BE, expert_BK, weight_BK, wanted_BK, load_BE) -> Routing:
         """The assignments that find a place under the capacities."""
+        assert self.capacity_factor is not None
         batch, k = expert_BK.shape
         wanted_BK = torch.ones_like(expert_BK, dtype=torch.bool) if wanted_BK is None else wanted_BK
         places = expert_capacity(batch, self.top_k * exact(self.capacity_factor), self.shares)

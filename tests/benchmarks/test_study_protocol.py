@@ -49,7 +49,7 @@ def highest_rate_by_validation_lowest_by_test(job):
 def test_validation_images_are_for_selection_and_test_images_for_the_scores(monkeypatch):
     backbone = argparse.Namespace(fingerprint=lambda: "w" * 64)
     monkeypatch.setattr(study, "load_splits", lambda config: SPLITS)
-    monkeypatch.setattr(study, "load_backbone", lambda config, device: backbone)
+    monkeypatch.setattr(study, "load_backbone", lambda *_: backbone)
     monkeypatch.setattr(study, "build_bank", lambda *_: bank(mode="live"))
     options, rest = study.arguments(["--tiny"])
     config = study.configuration(study.PARTS["routers"], options, rest)
