@@ -50,7 +50,7 @@ class MoEViT(nn.Module):
         self.mixtures: Any = nn.ModuleList(
             BlockMixture(*parts, vit.blocks[block].mlp, backbone.has_class_token, prefix) for block in self.blocks
         )
-        self.neck = NECKS[neck.kind]((len(backbone.features) * vit.embed_dim,), neck)
+        self.neck = NECKS[neck.kind]((len(backbone.features) * vit.embed_dim,), neck, len(backbone.features))
         self.dropout = nn.Dropout(neck.dropout)
         self.head = nn.Linear(self.neck.out_features, num_classes)
 
