@@ -1,6 +1,7 @@
 """predict.py as a user calls it, on a run of digits: every kind of file, good and bad, and every kind of output."""
 
 import json
+import os
 import shutil
 from argparse import Namespace
 
@@ -268,3 +269,15 @@ def test_a_folder_without_images_does_not_keep_the_others_from_an_answer(tmp_pat
     files, failed = predict.gather([tmp_path / "empty", tmp_path / "a.png"])
     assert files == [tmp_path / "a.png"] and [row["file"] for row in failed] == [str(tmp_path / "empty")]
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_names_of_files_and_classes_never_reach_the_terminal_raw(tiny_run, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / os.fsdecode(b"a\nb\x1b[31m\xff")
+    folder.mkdir()
+    square().save(folder / "x.png")
+    code, out, err = run(monkeypatch, capsys, tiny_run, folder, folder / "gone.png", "--explain", folder / "out.png")
+    shown = f"{tmp_path}/a\\nb\\u001b[31m\\udcff/"
+    assert code == 1 and out.startswith(f"{shown}x.png\n") and "\x1b" not in out + "".join(err)
+    assert err[:2] == [f"error: {shown}gone.png is not there: check the name", f"drawn in {shown}out.png"]
+    code, out, _ = run(monkeypatch, capsys, tiny_run, folder / "x.png", "--json")
+    assert json.loads(out)["images"][0]["file"] == str(folder / "x.png")
