@@ -12,6 +12,7 @@ if __name__ == "__main__":
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any, TextIO
 
 import torch
 
+from analysis.blocks import evenly_spaced
 from analysis.plots.pictures import explanation
 from assembly.loading import load_trained
 from common.arguments import Parser, path_option
@@ -35,6 +37,7 @@ from evaluation.trained import TrainedRun
 
 BATCH = 32  # images that are held at once
 EXPLAINED = 12  # images in one picture
+MAPS = 4  # blocks in it, of a ViT with experts inside
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -99,7 +102,7 @@ def main() -> None:
         if not options.json:
             print(text(path, picture, answer, bool(trained.config.experts.shared)), flush=True)
     if options.json:
-        print(json.dumps(document(trained, rows, failed), indent=2, ensure_ascii=not _is_unicode(sys.stdout)))
+        print(_json(document(trained, rows, failed), ascii_only=not _is_unicode(sys.stdout)))
     if options.explain and shown:
         draw(options.explain, shown, bool(trained.config.experts.shared))
         say(f"drawn in {options.explain}" + (f", the first {EXPLAINED}" if len(rows) > EXPLAINED else ""))
@@ -160,6 +163,14 @@ def text(path: Path, picture: Picture, answer: Answer, shared: bool) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _json(value: dict[str, Any], ascii_only: bool) -> str:
+    """Indented, but a list of whole numbers, such as a row of a patch map, stands on one line."""
+    lines = json.dumps(value, indent=2, ensure_ascii=ascii_only)
+    # No string is touched: within one a line break is written as \n.
+    whole_numbers = r"\[\n\s*(\d+(?:,\n\s*\d+)*)\n\s*\]"
+    return re.sub(whole_numbers, lambda found: "[" + " ".join(found[1].split()) + "]", lines)
+
+
 def _is_unicode(stream: TextIO) -> bool:
     """Whether a stream takes every character; JSON escapes them in its own way where it does not."""
     return (stream.encoding or "").lower().replace("-", "") == "utf8"
@@ -176,6 +187,12 @@ def document(trained: TrainedRun, rows: list[dict[str, Any]], failed: list[dict[
     }
 
 
+def _maps(answer: Answer) -> list[tuple[str, list[list[int]]]]:
+    """The patch maps of a few blocks, from the first to the last."""
+    chosen = [answer.patches[place] for place in evenly_spaced(len(answer.patches), MAPS)]
+    return [(f"block {patches.block}", patches.experts) for patches in chosen]
+
+
 def draw(path: Path, shown: list[tuple[Path, Picture, Answer]], shared: bool) -> None:
     """Write the picture of --explain. Raises EnvironmentFault where it cannot be written."""
     warn_of_letters(
@@ -190,6 +207,7 @@ def draw(path: Path, shown: list[tuple[Path, Picture, Answer]], shared: bool) ->
             for _, _, answer in shown
         ],
         shared,
+        [_maps(answer) for _, _, answer in shown] if shown[0][2].patches else (),
     )
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
 

@@ -268,3 +268,10 @@ def test_a_folder_without_images_does_not_keep_the_others_from_an_answer(tmp_pat
     files, failed = predict.gather([tmp_path / "empty", tmp_path / "a.png"])
     assert files == [tmp_path / "a.png"] and [row["file"] for row in failed] == [str(tmp_path / "empty")]
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_row_of_whole_numbers_is_a_line_of_the_document_and_a_name_is_as_it_was():
+    value = {"file": "[\n  1,\n  2\n]", "experts": [[0, 12, 3], []], "weights": [0.5, 1.0], "one": [7]}
+    text = predict._json(value, ascii_only=True)
+    assert json.loads(text) == value
+    assert "    [0, 12, 3],\n" in text and '"one": [7]' in text
