@@ -21,7 +21,6 @@ from common.errors import blaming_files, exit_code_of, leave
 from common.plugins import add_plugins_option, load_plugins
 from common.text import printable, quoted
 from data.datasets import load_splits
-from evaluation.compare import compare
 from evaluation.evaluation import evaluate, table
 from model.backbone import load_backbone
 from storage.checkpoint import check_inputs
@@ -94,6 +93,8 @@ def main() -> None:
     options = parse()
     load_plugins(options.plugins)
     if options.compare:
+        from evaluation.compare import compare  # here, because importing what draws takes a second
+
         out = options.out or Path("comparison")
         print(compare(options.compare, out))
         print(f"written to   {printable(out)}")

@@ -21,7 +21,6 @@ from typing import Any, TextIO
 import torch
 
 from analysis.blocks import evenly_spaced
-from analysis.plots.pictures import explanation
 from assembly.loading import load_trained
 from common.arguments import Parser, path_option
 from common.errors import EnvironmentFault, UserError, exit_code_of, leave, say
@@ -32,7 +31,6 @@ from data.datasets import DATASETS
 from data.image_file import Picture, read_picture
 from data.image_tree import find_images
 from evaluation.classify import Answer, classify
-from evaluation.figures import warn_of_letters
 from evaluation.trained import TrainedRun
 
 BATCH = 32  # images that are held at once
@@ -195,6 +193,10 @@ def _maps(answer: Answer) -> list[tuple[str, list[list[int]]]]:
 
 def draw(path: Path, shown: list[tuple[Path, Picture, Answer]], shared: bool) -> None:
     """Write the picture of --explain. Raises EnvironmentFault where it cannot be written."""
+    # Here, because importing what draws takes a second, which answers need not wait for.
+    from analysis.plots.pictures import explanation
+    from evaluation.figures import warn_of_letters
+
     warn_of_letters(
         [text for name, _, answer in shown for text in (name.name, *(score.name for score in answer.classes))]
     )

@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -85,7 +86,7 @@ def build_bank(config: Config, splits: Splits, backbone: Backbone, device: torch
         cache = FeatureCache(features.cache_dir, config.data.name)
         source = {
             "backbone": config.backbone.name,
-            "weights": backbone.fingerprint(),
+            "weights": fingerprint_of(backbone),
             "precision": str(backbone.dtype),
             "features": list(config.backbone.features),
         } | ({"compiled": True} if compiled else {})  # it rounds differently
@@ -133,14 +134,24 @@ def compile_blocks(config: Config, model: AnyMoE, device: torch.device) -> None:
     """Have the blocks of a ViT with experts compiled for the batches of this run, where train.compile says so."""
     wanted = config.train.compile == "always" or (config.train.compile == "auto" and device.type == "cuda")
     if wanted and isinstance(model, MoEViT):
-        model.compile({config.train.batch_size, config.features.batch_size})
+        model.compile({config.train.batch_size, config.features.batch_size}, warn)
+
+
+def fingerprint_of(backbone: Backbone) -> str:
+    """The backbone's fingerprint; it is frozen, and hashed once."""
+    if backbone not in _FINGERPRINTS:
+        _FINGERPRINTS[backbone] = backbone.fingerprint()
+    return _FINGERPRINTS[backbone]
+
+
+_FINGERPRINTS: WeakKeyDictionary[Backbone, str] = WeakKeyDictionary()
 
 
 def identity(config: Config, splits: Splits, backbone: Backbone, feature_shape: tuple[int, ...]) -> dict[str, Any]:
     """What weights mean nothing without, as plain values: it is stored beside them wherever they are."""
     return {
         "config": config.to_dict(),
-        "backbone": {"name": config.backbone.name, "fingerprint": backbone.fingerprint()},
+        "backbone": {"name": config.backbone.name, "fingerprint": fingerprint_of(backbone)},
         "data": {name: splits[name].fingerprint() for name in ("train", "validation", "test")},
         "class_names": list(splits.train.class_names),
         "feature_shape": list(feature_shape),

@@ -13,7 +13,7 @@ from benchmarks.common import width_of_cost
 from evaluation.cost import flops, head_cost
 from model.classifier import NeckConfig, VisionMoE
 from model.experts import ExpertsConfig
-from model.routers import RouterConfig
+from model.routers import ROUTERS, RouterConfig
 
 SETTINGS = {"batch": 1024, "ema": 0.999, "smoothing": 0.1, "warmup": 0.125}
 """Of every head; warmup: share of the steps that route at random."""
@@ -63,13 +63,29 @@ def dense(*width: int, against: str | None = None) -> dict[str, Any]:
     }
 
 
-def mixture(
-    against: str, kind: str, sizes: list[int], top_k: int, switch: float = 0.01, shared: int = 0, **router
-) -> dict[str, Any]:
-    """A mixture of experts with one hidden layer each, paired with the dense head `against`."""
+def mixture(against: str, kind: str, sizes: list[int], top_k: int, shared: int = 0, **router) -> dict[str, Any]:
+    """A mixture of experts with one hidden layer each, paired with the dense head `against`.
+
+    Losses and capacities are those that the rule has in its paper, Switch's loss at 0.01 where that says nothing.
+    """
     experts = {"sizes": [[width] for width in sizes], "shared": [[shared]] if shared else []}
+    balance = {"switch": 0.01}
+    for name, value in ROUTERS[kind].paper.items():
+        section, _, option = name.partition(".")
+        (router if section == "router" else balance)[option] = value
     router |= {"kind": kind, "top_k": top_k}
-    return {"router": router, "experts": experts, "balance": {"switch": switch}, "against": against}
+    return {"router": router, "experts": experts, "balance": balance, "against": against}
+
+
+def rule_methods(against: str, equal: list[int], half: list[int]) -> dict[str, dict[str, Any]]:
+    """Every rule that reads one vector a sample, with two experts of `equal` a sample, or one of `half`."""
+    found = {}
+    for kind, rule in ROUTERS.items():
+        if rule.only_top_k == 1:
+            found[f"{kind}, {len(half)} experts"] = mixture(against, kind, half, 1)
+        elif not rule.reads_tokens:
+            found[kind] = mixture(against, kind, equal, 2)
+    return found
 
 
 def router_methods(width: int) -> dict[str, dict[str, Any]]:
@@ -85,18 +101,10 @@ def router_methods(width: int) -> dict[str, dict[str, Any]]:
         "logistic regression": {"logistic": "plain images", "against": active},
         "linear head": dense(against=active),
         active: dense(2 * width),
-        "article": mixture(active, "article", equal, 2, switch=0.0),
-        "noisy_topk": noisy,
+        **rule_methods(active, equal, half),
         "noisy_topk, unequal": mixture(active, "noisy_topk", unequal, 2),
         "noisy_topk, probabilities": {**noisy, "combine": "probabilities"},
-        "vmoe": mixture(active, "vmoe", equal, 2),
-        "switch, 4 experts": mixture(active, "switch", half, 1, capacity_factor=1.25),
-        "gshard": mixture(active, "gshard", equal, 2, capacity_factor=2.0),
-        "mixtral": mixture(active, "mixtral", equal, 2),
-        "deepseek, shared": mixture(active, "deepseek", equal, 1, switch=0.0, shared=width),
-        "hierarchical": mixture(active, "hierarchical", equal, 2),
-        "expert_choice": mixture(active, "expert_choice", equal, 2, switch=0.0),
-        "hash": mixture(active, "hash", equal, 2, switch=0.0),
+        "deepseek, shared": mixture(active, "deepseek", equal, 1, shared=width),
         "shared + 16 small": mixture(active, "noisy_topk", [width // 4] * 16, 2, shared=3 * width // 2, inputs=[-1]),
     }
     sums = sorted({units_of(head) for head in found.values() if is_mixture(head)})
@@ -133,10 +141,10 @@ def token_methods(width: int, features: Features) -> dict[str, dict[str, Any]]:
     """
 
     def one_slot(*units: int) -> dict[str, Any]:
-        head = mixture("", "soft_moe", [], 1, switch=0.0)
+        head = mixture("", "soft_moe", [], 1)
         return {**head, "experts": {"sizes": [list(units)], "shared": []}, "against": None}
 
-    soft = mixture("", "soft_moe", [width] * 8, 1, switch=0.0)
+    soft = mixture("", "soft_moe", [width] * 8, 1)
     goal = flops_of(build(soft, features, 0.0), features)
     units = width_of_cost(lambda units: flops_of(build(one_slot(units), features, 0.0), features), goal)
     name = f"dense behind one slot, {units} units"

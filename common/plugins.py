@@ -96,6 +96,7 @@ def _run_file(source: Path) -> None:
         raise UserError("there is no such file")
     name = f"plugin_{source.stem}"
     spec = importlib.util.spec_from_file_location(name, source)
+    assert spec is not None and spec.loader is not None  # it ends in .py
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # for what looks a class's module up, as dataclasses do
     try:

@@ -74,6 +74,8 @@ class Config:
                 )
             self._check_balance()
             return
+        if self.train.patch_dropout:
+            raise ValueError("train.patch_dropout is for experts.place blocks: set that, or leave it out")
         if self.router.level != "token":
             raise ValueError(f"router.level {self.router.level} is for experts.place blocks: set that, or level token")
         if self.neck.needs_tokens and not self.backbone.gives_tokens:

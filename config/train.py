@@ -32,6 +32,11 @@ class TrainConfig:
     them; off: never."""
     compile: Literal["auto", "always", "never"] = "auto"
     """experts.place blocks: compile the ViT's blocks, in training and in evaluation; auto: on a GPU."""
+    patch_dropout: float = 0.0
+    """experts.place blocks: share of the patch tokens that each training image leaves out, drawn anew in every step
+    (PatchDropout, Liu 2022): less work, and less overfitting. Evaluation sees all patches."""
+    all_patches: float = 0.1
+    """Share of the steps, the last ones, that see all patches whatever patch_dropout says."""
     deterministic: bool = False
     """Forbid PyTorch what may differ between two runs on a GPU, at some cost in speed; a CPU needs no such thing."""
 
@@ -43,6 +48,10 @@ class TrainConfig:
             raise ValueError(f"train.label_smoothing is {self.label_smoothing}: it must be at least 0 and below 1")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"train.ema_decay is {self.ema_decay}: it must be at least 0 and below 1 (0: off)")
+        if not 0 <= self.patch_dropout < 1:
+            raise ValueError(f"train.patch_dropout is {self.patch_dropout}: it must be at least 0 and below 1 (0: off)")
+        if not 0 <= self.all_patches <= 1:
+            raise ValueError(f"train.all_patches is {self.all_patches}: it is a share of the steps, 0 to 1")
         if self.patience < 0:
             raise ValueError(f"train.patience is {self.patience}: it is a number of epochs, 0 for no early stopping")
         if self.patience and self.keep == "last":

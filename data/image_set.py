@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -55,7 +56,11 @@ class ImageSet:
         )
 
     def fingerprint(self) -> str:
-        """SHA-256 over images and labels: equal fingerprints, equal data in equal order."""
+        """SHA-256 over images and labels, which do not change: equal fingerprints, equal data in equal order."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         digest = hashlib.sha256(str(tuple(self.images_NCHW.shape)).encode())
         digest.update(self.images_NCHW.contiguous().numpy())
         digest.update(self.labels_N.numpy())

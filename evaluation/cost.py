@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from model.backbone import Backbone
 from model.classifier import VisionMoE
@@ -146,6 +145,8 @@ def flops(module: nn.Module, inputs: torch.Tensor) -> int:
     Attention is counted as the two matrix products that it is, on every device: PyTorch's counter knows its fused
     kernels on a GPU, and misses those on a CPU.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # here, because it takes a quarter of a second
+
     was_training = module.training
     module.eval()
     fused = torch.backends.mha.get_fastpath_enabled()

@@ -12,10 +12,8 @@ from config.config import Config
 from data.image_set import ImageSet
 from evaluation.blocks import WORTH_IMAGES, block_results, without_each_in_one_block
 from evaluation.cost import expert_costs
-from evaluation.figures import Evaluated, draw, warn_of_letters
 from evaluation.metrics import per_class_scores, scores
 from evaluation.predict import Predictions, predict
-from evaluation.report import write_report
 from evaluation.reporting import report
 from evaluation.run_cost import run_cost
 from features.bank import FeatureBank
@@ -45,6 +43,10 @@ def evaluate(
     one block at a time (None: 2,048 on a GPU, none on a CPU). Leaves the model in evaluation mode. Returns what
     metrics.json holds.
     """
+    # Here, because importing what draws and writes pages takes a second, which a wrong option need not wait for.
+    from evaluation.figures import Evaluated, draw, warn_of_letters
+    from evaluation.report import write_report
+
     model.eval()
     predictions = predict(model, bank, "test", removals=True)
     test = bank.splits.test

@@ -1,12 +1,16 @@
 """What ClearML shows of an evaluation: single values, tables, and plots that it can lay side by side for many runs."""
 
-from collections.abc import Sequence
-from typing import Any
+from __future__ import annotations
 
-from evaluation.figures import Drawing
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
 from evaluation.run_cost import NAMES
 from storage.folder import RunFolder
 from tracking.tracker import Tracker
+
+if TYPE_CHECKING:
+    from evaluation.figures import Drawing
 
 SINGLE = ("accuracy", "macro_f1", "loss", "entropy", "cv", "expected_calibration_error")
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from .errors import InputError, UnavailableError, one_line
 from .fast_vit import fast_copy
@@ -68,6 +69,18 @@ def parse_feature(spec: str) -> tuple[str, int]:
     except ValueError:
         pass
     raise ValueError(f"backbone.features has '{spec}': expected POOL:BLOCK with POOL one of {', '.join(POOLS)}")
+
+
+class _Uninitialised(TorchFunctionMode):
+    """Leaves out the random numbers of weights that a file is about to replace, all of them: a second for a ViT-B."""
+
+    DRAWN = ("uniform_", "normal_", "trunc_normal_", "erfinv_", "kaiming_uniform_", "kaiming_normal_")
+    DRAWN += ("xavier_uniform_", "xavier_normal_", "orthogonal_")
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__name__", "") in self.DRAWN:
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
 
 
 class Backbone(nn.Module):
@@ -193,7 +206,8 @@ def _load_vit(config: BackboneConfig, reachable: Callable[[str], bool] | None) -
     options = {} if config.image_size is None else {"img_size": config.image_size}
     if config.weights is not None:
         state = read_weights(config.weights)
-        vit = _create(config, pretrained=False, **options)
+        with _Uninitialised():
+            vit = _create(config, pretrained=False, **options)
         load_converted(vit, state, config.weights, config.name)
         return vit
     if not config.pretrained:

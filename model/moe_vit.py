@@ -1,5 +1,7 @@
 """MoEViT: a frozen ViT with mixtures of experts in its blocks, and a linear head."""
 
+import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -9,10 +11,11 @@ from torch import Tensor, nn
 from .backbone import Backbone
 from .blocks import BlockMixture, check_block_parts
 from .classifier import NECKS, NeckConfig, VisionMoE
+from .errors import one_line
 from .experts import ExpertsConfig
 from .preparation import prepare
 from .routers import RouterConfig, Routing
-from .vit_parts import add_ffn, attend, check_vit, embed, pool
+from .vit_parts import add_ffn, attend, check_vit, drop_patches, embed, pool
 
 
 class MoEViT(nn.Module):
@@ -53,18 +56,24 @@ class MoEViT(nn.Module):
         return self._frozen.part
 
     def forward(
-        self, images_BCHW: Tensor, warmup: bool = False, allowed_E: Tensor | None = None
+        self,
+        images_BCHW: Tensor,
+        warmup: bool = False,
+        allowed_E: Tensor | None = None,
+        patch_dropout: float = 0.0,
     ) -> tuple[Tensor, tuple[Routing, ...]]:
         """Logits (B, C) in float32, and the routing of each of `blocks`.
 
         images_BCHW: uint8 of any size, or floating-point numbers that `prepare` gave. warmup: route at random.
-        allowed_E: bool, the experts that may be chosen in all blocks, or (L, E) in each (None: all).
+        allowed_E: bool, the experts that may be chosen in all blocks, or (L, E) in each (None: all). patch_dropout:
+        share of the patch tokens that each image leaves out, at random (PatchDropout, Liu 2022). Raises ValueError for
+        it where the ViT has rotary embeddings.
         """
         images_BCHW = self.prepare(images_BCHW)
         # Autocast would norm in float32; the ViT's own number format is for the experts too. Gates are always float32.
         own = self.backbone.dtype != torch.float32
         with torch.autocast(images_BCHW.device.type, enabled=False) if own else nullcontext():
-            features_BF, routings = self._features(images_BCHW, warmup, allowed_E)
+            features_BF, routings = self._features(images_BCHW, warmup, allowed_E, patch_dropout)
         if self.training:
             for mixture, routing in zip(self.mixtures, routings, strict=True):
                 mixture.count(routing)
@@ -77,13 +86,17 @@ class MoEViT(nn.Module):
         return prepare(images_BCHW, self.backbone.image_size, self.backbone.mean, self.backbone.std)
 
     def _features(
-        self, images_BCHW: Tensor, warmup: bool, allowed_E: Tensor | None
+        self, images_BCHW: Tensor, warmup: bool, allowed_E: Tensor | None, patch_dropout: float = 0.0
     ) -> tuple[Tensor, tuple[Routing, ...]]:
         """What the head reads, float32 (B, F), and the routings."""
         backbone = self.backbone
         vit = backbone.runner(images_BCHW.device)
         run = self._compiled if len(images_BCHW) in self._compiled_for else run_block
         x_BTD, ropes = embed(vit, images_BCHW.to(backbone.dtype))
+        if patch_dropout:
+            if ropes[0] is not None:
+                raise ValueError("train.patch_dropout is not for a ViT with rotary embeddings: set it to 0")
+            x_BTD = drop_patches(x_BTD, int(vit.num_prefix_tokens), patch_dropout)
         mixtures = dict(zip(self.blocks, self.mixtures, strict=True))
         routings, normed = [], {}
         for index in range(backbone.blocks[-1] + 1):
@@ -96,12 +109,13 @@ class MoEViT(nn.Module):
         pooled = [pool(how, normed[index], prefix) for how, index in backbone.features]
         return torch.cat(pooled, dim=-1), tuple(routings)
 
-    def compile(self, batch_sizes: set[int]) -> None:
-        """Compile the blocks for batches of these sizes; others run as they are.
+    def compile(self, batch_sizes: set[int], say: Callable[[str], None] = warnings.warn) -> None:
+        """Compile the blocks for batches of these sizes when the first one comes; others run as they are.
 
         One block is compiled at a time: all of one kind share the result, so that this takes seconds, not minutes.
+        say: gets one line where that fails, and all batches run as they are.
         """
-        self._compiled = torch.compile(run_block, dynamic=False, fullgraph=True)
+        self._compiled = CompiledBlock(say)
         self._compiled_for = frozenset(batch_sizes)
 
     def after_step(self, routings: tuple[Routing, ...]) -> None:
@@ -125,6 +139,32 @@ def run_block(
     if mixture is not None:
         out_BTD, routing = mixture(h_BTD, out_BTD, warmup, allowed_E)
     return add_ffn(block, x_BTD, out_BTD), routing
+
+
+class CompiledBlock:
+    """`run_block`, compiled for each kind of block and each way to run it; as it is where compiling fails."""
+
+    def __init__(self, say: Callable[[str], None]):
+        self.say = say
+        # First, middle or last of the blocks with experts, warm-up or not, training or not, of two sizes.
+        dynamo = torch._dynamo.config
+        dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
+        self.run: Callable = torch.compile(run_block, dynamic=False, fullgraph=True)
+
+    def __call__(self, *block) -> tuple[Tensor, Routing | None]:
+        try:
+            return self.run(*block)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a compiler fails in every way there is
+            if self.run is run_block:
+                raise
+            self.say(f"the ViT's blocks cannot be compiled ({one_line(error, 160)}): going on without")
+            self.run = run_block
+            return run_block(*block)
+
+    def __deepcopy__(self, memo: dict) -> "CompiledBlock":
+        return self
 
 
 class _Shared:

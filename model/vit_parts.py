@@ -35,6 +35,20 @@ def embed(vit: Any, images_BCHW: Tensor) -> tuple[Tensor, list[Tensor | None]]:
     return vit.norm_pre(x), each
 
 
+def drop_patches(x_BTD: Tensor, prefix_tokens: int, share: float) -> Tensor:
+    """The tokens with `share` of each image's patches left out at random, at least one kept, the others in any order.
+
+    PatchDropout (Liu 2022). The tokens carry their positions, so that their order means nothing. The number kept
+    depends on the shape alone.
+    """
+    prefix_BRD, patches_BPD = x_BTD[:, :prefix_tokens], x_BTD[:, prefix_tokens:]
+    batch, patches, width = patches_BPD.shape
+    kept = max(1, round((1 - share) * patches))
+    index_BP = torch.rand(batch, patches, device=x_BTD.device).argsort(dim=1)[:, :kept]
+    kept_BPD = patches_BPD.gather(1, index_BP[:, :, None].expand(-1, -1, width))
+    return torch.cat([prefix_BRD, kept_BPD], dim=1)
+
+
 def attend(block: Any, x_BTD: Tensor, rope: Tensor | None) -> Tensor:
     """The first half of a block: the tokens with what attention adds to them."""
     if hasattr(block, "ls1"):

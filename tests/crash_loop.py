@@ -26,7 +26,7 @@ from assembly import pipeline
 from common.errors import exit_code_of
 from common.signals import stoppable
 from config.command_line import Invocation, parse_command_line
-from evaluation import evaluation
+from evaluation import figures, report
 
 EPOCHS, SAVE_EVERY = 18, 3
 PATIENCE = 600  # seconds, for what takes about one: a busy machine is slow, but does not hang
@@ -49,8 +49,8 @@ def share_features() -> None:
     train.parse_command_line = lambda: _parsed(*sys.argv[1:])
     pipeline.build_bank = lambda *arguments: bank
     train.announce = lambda *arguments: print(f"run folder   {arguments[-1].run.path}", flush=True)
-    evaluation.draw = lambda *arguments: []  # figures cost seconds and are no part of what is compared
-    evaluation.write_report = lambda *arguments: None
+    figures.draw = lambda *arguments: []  # figures cost seconds and are no part of what is compared
+    report.write_report = lambda *arguments: None
 
 
 @lru_cache

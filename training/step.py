@@ -1,6 +1,7 @@
 """One training step, all of it on the device, so that no step waits for a number."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,13 +56,13 @@ class TrainingStep:
         terms = [OUTPUT, "task loss", *(f"auxiliary loss {name}" for name in vars(balance)), "gradient"]
         self.numbers = NumberWatch(terms, self.device)
 
-    def __call__(self, features: Tensor, labels_B: Tensor, warmup: bool, **dispatch: bool) -> StepResult | None:
+    def __call__(self, features: Tensor, labels_B: Tensor, warmup: bool, **options: Any) -> StepResult | None:
         """Train on one batch. None: not done, because a number is not finite (CPU only).
 
-        dispatch: static=True, for shapes that suit a CUDA graph.
+        options: of the model's forward pass: static=True for shapes that suit a CUDA graph, patch_dropout.
         """
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
-            logits_BC, routings = self.model(features, warmup=warmup, **dispatch)
+            logits_BC, routings = self.model(features, warmup=warmup, **options)
         auxiliary = losses_by_place(routings, self.balance)
         task_loss = F.cross_entropy(logits_BC, labels_B, label_smoothing=self.label_smoothing)
         self.optimizer.zero_grad(set_to_none=True)

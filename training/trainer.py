@@ -194,7 +194,7 @@ class Trainer:
 
     def _train_batch(self, features: Tensor, labels_B: Tensor, progress: Progress) -> None:
         set_learning_rate(self.optimizer, self.step, self.total_steps, self.optim)
-        result = self.train_step(features, labels_B, self.step < self.routing_warmup_steps)
+        result = self.train_step(features, labels_B, self.step < self.routing_warmup_steps, **self._forward_options())
         if result is None:
             self._require_finite()
         progress.sums.add(result, len(labels_B))
@@ -202,6 +202,11 @@ class Trainer:
         progress.batches += 1
         if self.ema:
             self.ema.update(self.model, step=self.step)
+
+    def _forward_options(self) -> dict[str, Any]:
+        """What this step asks of the model's forward pass, besides random routing."""
+        drops = self.config.patch_dropout and self.step < (1 - self.config.all_patches) * self.total_steps
+        return {"patch_dropout": self.config.patch_dropout} if drops else {}
 
     def _require_finite(self) -> None:
         """Raise UserError where a step of this epoch had a number that is not finite."""

@@ -118,7 +118,7 @@ def _image_set(content: bytes, meta: dict) -> ImageSet:
     entries = pickle.loads(content, encoding="latin1")
     pixels_NCHW = np.asarray(entries["data"], dtype=np.uint8).reshape(-1, 3, 32, 32)
     return ImageSet(
-        images_NCHW=torch.from_numpy(pixels_NCHW.copy()),
+        images_NCHW=torch.from_numpy(pixels_NCHW),
         labels_N=torch.tensor(entries["fine_labels"], dtype=torch.int64),
         class_names=tuple(meta["fine_label_names"]),
         coarse_N=torch.tensor(entries["coarse_labels"], dtype=torch.int64),

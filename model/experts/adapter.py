@@ -4,11 +4,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..options import Option, share
 from .base import ExpertKind
 from .config import ExpertsConfig, register
 
+DROP_PATH = Option(
+    "drop_path",
+    float,
+    0.0,
+    "adapter: share of the training images that a block's experts skip, drawn for each block (stochastic depth, Huang "
+    "2016); the others' weights are divided by the rest.",
+    share,
+)
 
-@register("adapter", "down, GELU, up, of one hidden layer, which adds nothing at the start (place blocks)")
+
+@register(
+    "adapter",
+    "down, GELU, up, of one hidden layer, which adds nothing at the start (place blocks)",
+    options=[DROP_PATH],
+)
 class Adapters(ExpertKind, nn.Module):
     """E adapters up(GELU(down(x))) (Houlsby 2019), beside the FFN as in AdaptFormer (Chen 2022), in two products.
 
@@ -28,6 +42,7 @@ class Adapters(ExpertKind, nn.Module):
         total = sum(self.widths)
         self.down = nn.Linear(width, total)
         self.up = nn.Parameter(torch.zeros(width, total))
+        self.drop_path = config.drop_path
         self.dropout = nn.Dropout(0.0 if isinstance(config.dropout, list) else config.dropout or 0.0)
         units = [torch.ones(1, units) for units in self.widths]
         self.register_buffer("units_EH", torch.block_diag(*units), persistent=False)
@@ -52,6 +67,9 @@ class Adapters(ExpertKind, nn.Module):
         """
         dtype = x_BTD.dtype
         hidden_BTH = F.gelu(F.linear(x_BTD, self.down.weight.to(dtype), self.down.bias.to(dtype)))
+        if self.training and self.drop_path:
+            kept_B11 = torch.rand(len(x_BTD), 1, 1, device=x_BTD.device) >= self.drop_path
+            weights_BTE = weights_BTE * (kept_B11 / (1 - self.drop_path))
         weights_BTH = weights_BTE.to(hidden_BTH.dtype) @ self.units_EH.to(hidden_BTH.dtype)
         return dense_BTD + F.linear(self.dropout(hidden_BTH) * weights_BTH, self.up.to(dtype))
 

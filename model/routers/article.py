@@ -1,5 +1,7 @@
 """The gate of the reference recipe."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,8 @@ class ArticleRouter(TokenChoiceRouter):
 
     At training time noise of std `noise_std` * std(logits of the sample), the latter at least 1e-3.
     """
+
+    paper: ClassVar = {"balance.switch": 0.0}
 
     def _build_gate(self, width: int, config: RouterConfig) -> None:
         super()._build_gate(width, config)

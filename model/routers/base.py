@@ -2,6 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ class Router(nn.Module, ABC):
     has_load = False  # gives load_BE while training
     reads_tokens = False  # reads (B, T, D) instead of (B, D)
     only_top_k: int | None = None  # the one number of experts a sample that the rule is for
+    paper: ClassVar[dict[str, float]] = {}  # options that its paper sets to something else than their defaults, by name
 
     work_E: Tensor
     target_E: Tensor

@@ -1,6 +1,6 @@
 """DeepSeek's gate, balanced without an auxiliary loss."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -31,6 +31,7 @@ class DeepSeekRouter(TokenChoiceRouter):
     """
 
     default_bias_rate = 1e-3
+    paper: ClassVar = {"balance.switch": 0.0}
 
     def _build_gate(self, width: int, config: RouterConfig) -> None:
         super()._build_gate(width, config)

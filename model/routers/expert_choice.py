@@ -1,6 +1,7 @@
 """Expert choice: each expert takes its best samples."""
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ class ExpertChoiceRouter(GatedRouter):
 
     token_choice = False
     momentum = 0.1
+    paper: ClassVar = {"balance.switch": 0.0}
     threshold_E: Tensor
 
     def _build_gate(self, width: int, config: RouterConfig) -> None:

@@ -1,5 +1,7 @@
 """GShard's gate."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,7 @@ class GShardRouter(TokenChoiceRouter):
     """
 
     only_top_k = 2
+    paper: ClassVar = {"router.capacity_factor": 2.0}
 
     def _wanted(self, weight_BK: Tensor) -> Tensor | None:
         if not self.training:

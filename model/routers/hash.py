@@ -1,5 +1,7 @@
 """Hash routing: a fixed function of the sample decides."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,7 @@ class HashRouter(TokenChoiceRouter):
 
     learns = False
     warms_up = False
+    paper: ClassVar = {"balance.switch": 0.0}
     projection_DE: Tensor
 
     def _build_gate(self, width: int, config: RouterConfig) -> None:

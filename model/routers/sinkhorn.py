@@ -1,5 +1,7 @@
 """Sinkhorn routing: balance by optimal transport."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -33,6 +35,8 @@ class SinkhornRouter(SoftmaxFirstRouter):
     So **training depends on the batch**, evaluation does not: it is plain top-k of the logits. A batch with fewer
     choices than there are experts is routed that way too.
     """
+
+    paper: ClassVar = {"balance.switch": 0.0}
 
     def _build_gate(self, width: int, config: RouterConfig) -> None:
         super()._build_gate(width, config)

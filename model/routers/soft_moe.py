@@ -1,5 +1,7 @@
 """Soft MoE: every expert reads its own mixtures of a sample's tokens."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -29,6 +31,7 @@ class SoftMoERouter(Router):
     token_choice = False
     reads_tokens = True
     warms_up = False
+    paper: ClassVar = {"balance.switch": 0.0}
 
     @classmethod
     def check(cls, config: RouterConfig, num_experts: int) -> None:

@@ -1,5 +1,7 @@
 """Switch Transformers' gate."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,7 @@ class SwitchRouter(SoftmaxFirstRouter):
     """
 
     only_top_k = 1
+    paper: ClassVar = {"router.capacity_factor": 1.25}
 
     def _build_gate(self, width: int, config: RouterConfig) -> None:
         super()._build_gate(width, config)

@@ -1,5 +1,7 @@
 """Top-p routing: as many experts as a sample needs."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -31,6 +33,7 @@ class TopPRouter(SoftmaxFirstRouter):
 
     fixed_k = False
     momentum = 0.1
+    paper: ClassVar = {"balance.entropy_local": 1e-4}
     mean_experts: Tensor
 
     def _build_gate(self, width: int, config: RouterConfig) -> None:

@@ -137,7 +137,7 @@ def test_tokens_and_rules_whose_shapes_vary_are_not_captured_together(features):
     )
     methods = router_methods(16)
     alone = {name for name, head in methods.items() if not side_by_side(head, vectors)}
-    assert alone == {"logistic regression", "switch, 4 experts", "gshard"}
+    assert alone == {"logistic regression", "switch, 4 experts", "gshard", "top_p"}
     assert not side_by_side(methods["noisy_topk"], tokens) and not side_by_side(methods["noisy_topk"], features)
 
 

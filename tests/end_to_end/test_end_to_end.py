@@ -159,7 +159,7 @@ def test_ten_real_classes_on_a_real_vit(assets, tmp_path, monkeypatch):
         *("--optim.warmup_steps", "10", "--optim.lr", "0.003", "--train.ema_decay", "0.9"),
         *("--tracking", "none", "--run_dir", tmp_path / "run"),
     ]
-    monkeypatch.setattr("evaluation.evaluation.draw", lambda *_: [])  # seconds, and drawn above
+    monkeypatch.setattr("evaluation.figures.draw", lambda *_: [])  # seconds, and drawn above
     monkeypatch.setattr("sys.argv", ["train.py", *map(str, arguments)])
     assert exit_code_of(train.main) == 0
     metrics = json.loads((tmp_path / "run" / "evaluation" / "metrics.json").read_text())
@@ -174,7 +174,7 @@ def test_an_unfinished_run_is_scored_by_its_best_epoch_so_far(digits_run, tmp_pa
     shutil.copytree(folder, moved)
     (moved / "model.json").unlink()
     (moved / "model.safetensors").unlink()
-    monkeypatch.setattr("evaluation.evaluation.draw", lambda *_: [])  # seconds, and drawn above
+    monkeypatch.setattr("evaluation.figures.draw", lambda *_: [])  # seconds, and drawn above
     words = ["--device", "cpu", "--features.cache_dir", str(tmp_path / "features")]
     monkeypatch.setattr("sys.argv", ["evaluate.py", str(moved), *words])
     assert exit_code_of(evaluate.main) == 0

@@ -179,7 +179,7 @@ def test_an_expert_that_is_hardly_used_is_marked_in_the_closing_table_and_on_the
     config, model, bank, _ = build()
     with torch.no_grad():
         model.moe.router.gate.bias.copy_(torch.tensor([0.0, 1000.0, 2000.0]))
-    monkeypatch.setattr("evaluation.evaluation.draw", lambda *_: [])  # drawn above
+    monkeypatch.setattr("evaluation.figures.draw", lambda *_: [])  # drawn above
     results = evaluate(run, config, model, bank)
     assert (results["expert_underused"], results["expert_accuracy"][0]) == ([True, False, False], None)
     lines = table(results).splitlines()
@@ -217,7 +217,7 @@ def test_an_experts_own_classes_are_those_of_which_it_has_most_weight(evaluated)
 
 def test_one_expert_cannot_be_removed(tmp_path, monkeypatch):
     config, model, bank, _ = build(sizes=((4,),), top_k=1)
-    monkeypatch.setattr("evaluation.evaluation.draw", lambda *_: [])  # drawn above
+    monkeypatch.setattr("evaluation.figures.draw", lambda *_: [])  # drawn above
     results = evaluate(RunFolder(tmp_path), config, model, bank)
     assert results["expert_worth"][0].keys() == {"parameters", "bytes", "flops"}
     assert results["gate"]["boundary_share"] is None

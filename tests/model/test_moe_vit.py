@@ -282,3 +282,16 @@ def test_a_block_is_one_static_graph():
 
 def test_resolve_blocks_reads_no_weights():
     assert resolve_blocks(ExpertsConfig(place="blocks", kind="adapter"), moe_vit().backbone) == [0, 1, 2]
+
+
+def test_blocks_that_cannot_be_compiled_run_as_they_are(monkeypatch):
+    def no_compiler(*_):
+        raise RuntimeError("no compiler\nfound")
+
+    model, lines = spread(moe_vit()).eval(), []
+    expected = model(images())[0]
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: no_compiler)
+    model.compile({6}, lines.append)
+    torch.testing.assert_close(model(images())[0], expected)
+    assert lines == ["the ViT's blocks cannot be compiled (no compiler found): going on without"]
+    assert copy.deepcopy(model)._compiled is model._compiled

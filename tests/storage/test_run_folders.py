@@ -19,7 +19,7 @@ from common import errors
 from common.errors import EnvironmentFault, UserError, exit_code_of
 from common.files import write_json
 from config.config import Config, write_config
-from evaluation import evaluation
+from evaluation import figures, report
 from features.cache import FeatureCache
 from storage.export import export_model
 from storage.folder import RunFolder
@@ -109,8 +109,8 @@ def test_two_runs_that_fill_one_feature_cache_end_with_the_same_bits(tmp_path, m
         return draft(cache, *arguments)
 
     monkeypatch.setattr(FeatureCache, "draft", draft_together)
-    monkeypatch.setattr(evaluation, "draw", lambda *arguments: [])  # figures cost seconds
-    monkeypatch.setattr(evaluation, "write_report", lambda *arguments: None)
+    monkeypatch.setattr(figures, "draw", lambda *arguments: [])  # figures cost seconds
+    monkeypatch.setattr(report, "write_report", lambda *arguments: None)
     options = [*OPTIONS, "--train.epochs", 3, "--router.warmup_steps", 5, "--features.cache_dir", features]
     runs = [tmp_path / name for name in ("a", "b")]
     both = [context.Process(target=_train, args=(f"{run}.log", "--run_dir", run, *options)) for run in runs]

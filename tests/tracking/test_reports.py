@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tracking.tracker import Tracker
+from tracking.tracker import Tracker, _remember, open_evaluation, tasks_of
 
 
 class Logger:
@@ -77,3 +77,34 @@ def test_curves_and_bars_leave_out_what_is_not_finite(tracker):
     assert (histogram[2]["labels"], histogram[2]["xlabels"]) == (["share", "due"], ["e0", "e1"])
     assert table[2]["table_plot"] == [["name", "value"], ["a", ""], ["b", 1.5], ["c", None]]
     assert single == ("report_single_value", ("accuracy", 0.5), {})
+
+
+def test_the_tasks_of_a_run_are_listed_oldest_first_and_each_once(tmp_path):
+    def remember(task_id, whole):
+        task = SimpleNamespace(mode="clearml", task=SimpleNamespace(id=task_id), place=lambda: {"page": "p"})
+        _remember(tmp_path, task, whole)
+
+    for task_id in ("1", "2", "3"):
+        remember(task_id, whole=False)
+    remember("3", whole=True)
+    assert [(task["task_id"], task["whole"]) for task in tasks_of(tmp_path)] == [
+        ("1", False),
+        ("2", False),
+        ("3", True),
+    ]
+
+
+def test_an_evaluation_belongs_to_the_last_task_on_a_server(tmp_path, monkeypatch):
+    tasks = [("clearml", "1"), ("clearml", "2"), ("offline", "3")]
+    listed = [{"mode": mode, "task_id": task_id, "whole": True} for mode, task_id in tasks]
+    (tmp_path / "clearml.json").write_text(json.dumps(listed), encoding="utf-8")
+    asked = []
+    monkeypatch.setattr("tracking.tracker.ClearMLTask", lambda *task: asked.append(task) or made)
+    made = SimpleNamespace(mode="clearml", task=SimpleNamespace(id="9"), jobs=queue.SimpleQueue())
+    tracker = open_evaluation("auto", tmp_path, {}, name="test")
+    ((mode, *_, kind, parent),) = asked
+    assert (mode, kind, parent) == ("clearml", "testing", "2")
+    assert not tracker.sends_again  # the last one has everything
+    listed[1]["whole"] = False
+    (tmp_path / "clearml.json").write_text(json.dumps(listed), encoding="utf-8")
+    assert open_evaluation("auto", tmp_path, {}, name="test").sends_again

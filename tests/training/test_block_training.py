@@ -19,6 +19,7 @@ from evaluation.predict import predict
 from evaluation.validation import validate
 from features.images import ImageBank
 from model.balance import BalanceConfig, balance_losses, losses_by_place, weighted_sum
+from model.experts import ExpertsConfig
 from model.moe_vit import MoEViT
 from model.routers import RouterConfig
 from storage.checkpoint import load_checkpoint, seed_everything
@@ -41,7 +42,8 @@ def block_trainer(path, splits, resume=False, router=None, **train) -> Trainer:
     tracker = open_tracker("none", path, {}, name="test", resume_step=checkpoint and checkpoint["step"])
     train = TrainConfig(**{"epochs": 2, "batch_size": 64, "ema_decay": 0.9, "save_every": 1, **train})
     router = RouterConfig(warmup_steps=3, **(router or {}))
-    config = Config(train=train, optim=OptimConfig(lr=0.02, warmup_steps=2), router=router)
+    experts = ExpertsConfig(place="blocks", kind="adapter", sizes=[[2], [4], [6]])
+    config = Config(train=train, optim=OptimConfig(lr=0.02, warmup_steps=2), router=router, experts=experts)
     seed_everything(train.seed)
     model = digits_vit(experts={"blocks": [1, 2], "dropout": 0.1}, **vars(router))
     bank = ImageBank(splits, AugmentConfig(flip=True, crop=1), CPU, evaluation_batch=100)
@@ -79,19 +81,31 @@ def test_each_block_is_logged_beside_the_mean(tmp_path, splits):
 
 
 def test_a_resumed_run_is_the_run_that_was_not_interrupted(tmp_path, splits):
-    whole = block_trainer(tmp_path / "whole", splits, epochs=3, router={"kind": "deepseek", "capacity_factor": 1.0})
+    options = {"epochs": 3, "router": {"kind": "deepseek", "capacity_factor": 1.0}, "patch_dropout": 0.3}
+    whole = block_trainer(tmp_path / "whole", splits, **options)
     whole.fit()
-    part = block_trainer(tmp_path / "part", splits, epochs=3, router={"kind": "deepseek", "capacity_factor": 1.0})
+    part = block_trainer(tmp_path / "part", splits, **options)
     part.config.epochs = 1
     part.fit()
-    again = block_trainer(
-        tmp_path / "part", splits, resume=True, epochs=3, router={"kind": "deepseek", "capacity_factor": 1.0}
-    )
+    again = block_trainer(tmp_path / "part", splits, resume=True, **options)
     assert again.epoch == 1
     again.fit()
     assert equal_states(again.model.state_dict(), whole.model.state_dict())
     assert equal_states(again.ema.module.state_dict(), whole.ema.module.state_dict())
     assert any(mixture.router.bias_E.any() for mixture in whole.model.mixtures)
+
+
+def test_the_last_steps_see_all_patches(tmp_path, splits, monkeypatch):
+    trainer = block_trainer(tmp_path / "run", splits, epochs=2, patch_dropout=0.5, all_patches=0.25)
+    seen, step = [], trainer.train_step
+    monkeypatch.setattr(
+        trainer,
+        "train_step",
+        lambda *batch, **options: seen.append(options.get("patch_dropout", 0)) or step(*batch, **options),
+    )
+    trainer.fit()
+    assert len(seen) == trainer.total_steps
+    assert seen == [0.5 if number < 0.75 * len(seen) else 0 for number in range(len(seen))]
 
 
 def test_the_auxiliary_loss_is_the_mean_over_blocks():
