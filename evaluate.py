@@ -59,8 +59,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--worth_images",
         type=int,
         metavar="N",
-        help="experts inside the ViT: remove each from one block at a time on N test images (default: 2048 on a GPU, "
-        "0 on a CPU, where it takes long)",
+        help="inside the ViT: remove each expert from single blocks on N test images (default: 2048 on a GPU, else 0)",
     )
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, or cuda:1")
     parser.add_argument(

@@ -146,6 +146,6 @@ def test_the_page_and_clearml_have_a_row_for_each_block(evaluated):
 
 
 def test_on_a_cpu_single_blocks_are_not_asked_unless_told_to(tmp_path, monkeypatch):
-    monkeypatch.setattr("evaluation.evaluation.draw", lambda *_: [])  # drawn above
+    monkeypatch.setattr("evaluation.figures.draw", lambda *_: [])  # drawn above
     results = evaluate(RunFolder(tmp_path), config(), spread(moe_vit()).eval(), bank(test_images=10))
     assert "expert_worth" not in results["blocks"][0] and "macro_f1_change" in results["expert_worth"][0]
