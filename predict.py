@@ -11,12 +11,10 @@ if __name__ == "__main__":
     leave_on_signal()  # before the imports, which take seconds
 
 import argparse
-import json
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 
@@ -26,7 +24,7 @@ from common.arguments import Parser, path_option
 from common.errors import EnvironmentFault, UserError, exit_code_of, leave, say
 from common.files import write_atomically
 from common.plugins import add_plugins_option, load_plugins
-from common.text import printable
+from common.text import as_json, is_unicode, printable
 from data.datasets import DATASETS
 from data.image_file import Picture, read_picture
 from data.image_tree import find_images
@@ -100,7 +98,7 @@ def main() -> None:
         if not options.json:
             print(text(path, picture, answer, bool(trained.config.experts.shared)), flush=True)
     if options.json:
-        print(_json(document(trained, rows, failed), ascii_only=not _is_unicode(sys.stdout)))
+        print(as_json(document(trained, rows, failed), is_unicode(sys.stdout)))
     if options.explain and shown:
         draw(options.explain, shown, bool(trained.config.experts.shared))
         say(f"drawn in {options.explain}" + (f", the first {EXPLAINED}" if len(rows) > EXPLAINED else ""))
@@ -161,19 +159,6 @@ def text(path: Path, picture: Picture, answer: Answer, shared: bool) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _json(value: dict[str, Any], ascii_only: bool) -> str:
-    """Indented, but a list of whole numbers, such as a row of a patch map, stands on one line."""
-    lines = json.dumps(value, indent=2, ensure_ascii=ascii_only)
-    # No string is touched: within one a line break is written as \n.
-    whole_numbers = r"\[\n\s*(\d+(?:,\n\s*\d+)*)\n\s*\]"
-    return re.sub(whole_numbers, lambda found: "[" + " ".join(found[1].split()) + "]", lines)
-
-
-def _is_unicode(stream: TextIO) -> bool:
-    """Whether a stream takes every character; JSON escapes them in its own way where it does not."""
-    return (stream.encoding or "").lower().replace("-", "") == "utf8"
-
-
 def document(trained: TrainedRun, rows: list[dict[str, Any]], failed: list[dict[str, str]]) -> dict[str, Any]:
     """What --json prints."""
     return {
@@ -202,7 +187,7 @@ def draw(path: Path, shown: list[tuple[Path, Picture, Answer]], shared: bool) ->
     )
     figure = explanation(
         [picture.pixels_CHW.permute(1, 2, 0).numpy() for _, picture, _ in shown],
-        [name.name for name, _, _ in shown],
+        [printable(name.name) for name, _, _ in shown],
         [[(score.name, score.probability) for score in answer.classes] for _, _, answer in shown],
         [
             [(vote.name, vote.weight, vote.alone.name, vote.alone.probability) for vote in answer.experts]

@@ -20,6 +20,7 @@ from features.bank import FeatureBank
 from features.cache import FeatureCache
 from features.extraction import Extractor, worth_compiling
 from features.images import ImageBank
+from features.placement import DeviceMemory
 from model.backbone import Backbone, load_backbone
 from model.classifier import VisionMoE
 from model.moe_vit import AnyMoE, MoEViT, resolve_blocks
@@ -28,6 +29,7 @@ from storage.folder import RunFolder
 from storage.resume import best_kept
 from tracking.tracker import Tracker
 from training.length import steps_per_epoch
+from training.memory import bytes_per_image, must_recompute
 from training.trainer import Trainer
 
 
@@ -137,6 +139,17 @@ def compile_blocks(config: Config, model: AnyMoE, device: torch.device) -> None:
         model.compile({config.train.batch_size, config.features.batch_size}, warn)
 
 
+def plan_memory(config: Config, model: AnyMoE, bank: FeatureBank | ImageBank, device: torch.device) -> None:
+    """Decide whether the ViT's activations are kept. Raises UserError where a GPU is too small for the batch."""
+    if not isinstance(model, MoEViT):
+        return
+    model.recompute = config.train.recompute == "on"
+    if device.type == "cuda":
+        per_image = bytes_per_image(model, next(iter(bank.batches("train", 1, torch.tensor([0]))))[0])
+        free = DeviceMemory(device).free()
+        model.recompute = must_recompute(config.train.recompute, per_image, config.train.batch_size, free)
+
+
 def fingerprint_of(backbone: Backbone) -> str:
     """The backbone's fingerprint; it is frozen, and hashed once."""
     if backbone not in _FINGERPRINTS:
@@ -177,6 +190,7 @@ def build_trainer(
     bank = bank or build_bank(config, splits, backbone, inputs.device)
     model = build_model(config, bank.feature_shape, splits.train.num_classes, backbone).to(inputs.device)
     compile_blocks(config, model, inputs.device)
+    plan_memory(config, model, bank, inputs.device)
     stored = identity(config, splits, backbone, bank.feature_shape)
     trainer = Trainer(config, model, bank, run, tracker, stored, lambda evaluated: validate(evaluated, bank))
     if checkpoint is not None:

@@ -1,6 +1,5 @@
 """How files are written, so that none is ever half there."""
 
-import json
 import os
 from collections.abc import Callable
 from contextlib import suppress
@@ -10,6 +9,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from common.errors import EnvironmentFault, one_line
+from common.text import as_json
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any], kept: str = "", previous: Path | None = None) -> None:
@@ -73,5 +73,9 @@ def _flush_folder(folder: Path) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write readable JSON, atomically."""
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_text(path, as_json(value) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text as UTF-8, atomically; bytes of a file name that are no text are escaped."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8", errors="backslashreplace"))

@@ -1,8 +1,11 @@
 """Names and commands as a terminal shows them: on one line, and valid when they are pasted back into a shell."""
 
+import json
 import os
+import re
 import shlex
 import unicodedata
+from typing import Any, TextIO
 
 SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 # Control characters, halves of characters (bytes of no encoding in a file name), separators of lines and paragraphs.
@@ -24,6 +27,25 @@ def _unseen(letter: str) -> bool:
 
 def _escaped(letter: str) -> str:
     return SHORT.get(letter, f"\\u{ord(letter):04x}")
+
+
+WHOLE_NUMBERS = re.compile(r"\[\n\s*(-?\d+(?:,\n\s*-?\d+)*)\n\s*\]")
+
+
+def is_unicode(stream: TextIO) -> bool:
+    """Whether a stream takes every character; YAML and JSON escape them in their own way where it does not."""
+    return (stream.encoding or "").lower().replace("-", "") == "utf8"
+
+
+def as_json(value: Any, unicode: bool = True) -> str:
+    """Readable JSON, each list of whole numbers on one line.
+
+    unicode: characters beyond ASCII as they are, but for bytes of a file name that are no text.
+    """
+    text = json.dumps(value, indent=2, ensure_ascii=not unicode)
+    # No string is touched: a line break within one is written as \\n.
+    text = WHOLE_NUMBERS.sub(lambda found: "[" + " ".join(found[1].split()) + "]", text)
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def counted(number: int, noun: str) -> str:

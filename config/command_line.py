@@ -8,7 +8,7 @@ from pathlib import Path
 from common.errors import UserError
 from common.paths import absolute, expanded
 from common.plugins import load_plugins
-from common.text import printable, quoted
+from common.text import is_unicode, printable, quoted
 from config.config import Config, Values, as_yaml
 from config.help import help_text
 from config.yaml_file import read_yaml
@@ -54,7 +54,7 @@ def parse_command_line(
     if resume is not None:
         config.run_dir = resume
     if "print_config" in flags:
-        print(as_yaml(config), end="")
+        print(as_yaml(config, is_unicode(sys.stdout)), end="")
         sys.exit()
     return Invocation(config, files[-1].stem if resume is None else resume.name, resume, words)
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import yaml
 
 from common.errors import UserError, one_line
-from common.files import write_atomically
+from common.files import write_text
 from common.paths import absolute
 from common.plugins import HELP, loaded_plugins, require_plugins
 from common.text import printable
@@ -190,14 +190,14 @@ def config_from_dict(stored: dict[str, Any]) -> Config:
     return values.build()
 
 
-def as_yaml(config: Config) -> str:
-    """The resolved configuration as YAML that --config reads back."""
-    return yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
+def as_yaml(config: Config, unicode: bool = True) -> str:
+    """The resolved configuration as YAML that --config reads back. unicode: characters beyond ASCII as they are."""
+    return yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=unicode)
 
 
 def write_config(config: Config, path: Path) -> None:
     """Write the resolved configuration as YAML."""
-    write_atomically(path, lambda temporary: temporary.write_text(as_yaml(config), encoding="utf-8"))
+    write_text(path, as_yaml(config))
 
 
 def _plain(value: Any) -> Any:

@@ -32,6 +32,9 @@ class TrainConfig:
     them; off: never."""
     compile: Literal["auto", "always", "never"] = "auto"
     """experts.place blocks: compile the ViT's blocks, in training and in evaluation; auto: on a GPU."""
+    recompute: Literal["auto", "on", "off"] = "auto"
+    """experts.place blocks: compute attention and FFNs again in the backward pass, which takes longer and keeps a third
+    of the activations; auto: on a GPU whose memory they would not fit into."""
     patch_dropout: float = 0.0
     """experts.place blocks: share of the patch tokens that each training image leaves out, drawn anew in every step
     (PatchDropout, Liu 2022): less work, and less overfitting. Evaluation sees all patches."""

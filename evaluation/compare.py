@@ -13,9 +13,9 @@ import yaml
 
 from analysis import plots
 from common.errors import UserError, one_line, warn
-from common.files import write_atomically, write_json
+from common.files import write_json, write_text
 from common.paths import absolute, expanded
-from common.text import command
+from common.text import command, printable
 from config.config import flatten
 from evaluation.figures import save_figure
 from evaluation.run_cost import LEGEND as COST_LEGEND
@@ -84,7 +84,7 @@ def compare(sources: Sequence[str], out: Path) -> str:
     value = {"differing": differing, "runs": [run.to_dict() for run in runs]}
     write_json(out / "comparison.json", value)
     markdown = _markdown(runs, rows)
-    write_atomically(out / "comparison.md", lambda temporary: temporary.write_text(markdown, encoding="utf-8"))
+    write_text(out / "comparison.md", markdown)
     save_figure(_figure(runs), out / "comparison.png")
     return _text(runs, rows)
 
@@ -99,7 +99,9 @@ def load(source: str) -> Compared:
 
         fetched = fetch_run(source)
         metrics = fetched["metrics"]
-        return Compared(fetched["name"], source, flatten(fetched["config"]), _figures(metrics), _load(metrics))
+        return Compared(
+            printable(fetched["name"]), source, flatten(fetched["config"]), _figures(metrics), _load(metrics)
+        )
     raise UserError(f"{source} is neither the folder of a run nor the id of a ClearML task (32 hexadecimal digits)")
 
 
@@ -133,7 +135,7 @@ def _load_folder(run: RunFolder, source: str) -> Compared:
     flat, scored = flatten(config), flatten(metrics).get("cost.epochs")
     state = run_state(run.history(), flat, scored if isinstance(scored, int) else None, reason)
     name = run.path.resolve().name
-    return Compared(name, str(absolute(source)), flat, _figures(metrics), _load(metrics), state)
+    return Compared(printable(name), str(absolute(source)), flat, _figures(metrics), _load(metrics), state)
 
 
 def _figures(metrics: dict[str, Any]) -> dict[str, float]:
@@ -157,7 +159,7 @@ def _named(runs: list[Compared]) -> list[Compared]:
 
 def _longer(run: Compared) -> str:
     path = expanded(run.source)
-    return str(path) if path.is_dir() else f"{run.name} ({run.source[:8]})"
+    return printable(path) if path.is_dir() else f"{run.name} ({run.source[:8]})"
 
 
 def _rows(runs: Sequence[Compared], differing: list[str]) -> list[tuple[str, list[str]]]:

@@ -10,7 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from analysis.routing import top_classes
-from common.files import write_atomically
+from common.files import write_text
 from config.config import Config
 from evaluation.figures import Drawing
 from evaluation.run_cost import LEGEND, NAMES, duration, shown, si
@@ -46,7 +46,7 @@ def write_report(run: RunFolder, config: Config, results: dict[str, Any], drawin
         config=_sections(config.to_dict()),
         environment=results["environment"],
     )
-    write_atomically(run.report, lambda temporary: temporary.write_text(page, encoding="utf-8"))
+    write_text(run.report, page)
     return run.report
 
 

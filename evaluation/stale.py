@@ -5,7 +5,7 @@ from contextlib import suppress
 from html import escape
 from typing import Any
 
-from common.files import write_atomically, write_json
+from common.files import write_json, write_text
 from storage.folder import RunFolder
 
 STALE = "stale"  # the key of metrics.json that says why
@@ -22,7 +22,7 @@ def mark_stale(run: RunFolder, reason: str) -> None:
         note = f'<p class="{STALE}" style="color: #a00000"><strong>{escape(reason)}.</strong></p>'
         if f'class="{STALE}"' not in page:
             page = page.replace("<body>", f"<body>\n{note}", 1)
-            write_atomically(run.report, lambda temporary: temporary.write_text(page, encoding="utf-8"))
+            write_text(run.report, page)
 
 
 def why_stale(results: dict[str, Any]) -> str:

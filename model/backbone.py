@@ -78,9 +78,10 @@ class _Uninitialised(TorchFunctionMode):
     DRAWN += ("xavier_uniform_", "xavier_normal_", "orthogonal_")
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
+        named = kwargs or {}
         if getattr(function, "__name__", "") in self.DRAWN:
-            return args[0] if args else kwargs["tensor"]
-        return function(*args, **(kwargs or {}))
+            return args[0] if args else named["tensor"]
+        return function(*args, **named)
 
 
 class Backbone(nn.Module):

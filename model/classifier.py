@@ -1,13 +1,14 @@
 """VisionMoE: a neck that turns frozen features into one vector a sample, and a mixture of experts on it."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from torch import Tensor, nn
 
 from .experts import ExpertsConfig
 from .moe import MixtureOfExperts, check_mixture
-from .norm import Standardise
+from .norm import EachNorm, Standardise
 from .options import check_options
 from .routers import ROUTERS, RouterConfig, Routing
 
@@ -19,8 +20,9 @@ class NeckConfig:
     kind: Literal["pooled", "attention", "flatten", "tokens"] = "pooled"
     """pooled: normalise pooled features; flatten: normalise tokens and flatten them; attention: LayerNorm,
     self-attention over the tokens, residual, LayerNorm, flatten; tokens: normalise tokens and keep them (soft_moe)."""
-    norm: Literal["layer", "batch", "none"] = "layer"
-    """pooled: normalisation of the features."""
+    norm: Literal["layer", "batch", "each", "none"] = "layer"
+    """pooled: normalisation of the features; layer: of all of them together, each: of each of backbone.features by
+    itself, so that a mean over patches counts as much as a class token."""
     dropout: float = 0.0
     """Dropout on the vector that the gate and the experts read."""
     heads: int = 8
@@ -40,12 +42,13 @@ class NeckConfig:
 
 
 class PooledNeck(nn.Module):
-    """Normalise pooled features: (B, F) -> (B, F)."""
+    """Normalise pooled features: (B, F) -> (B, F). num_groups: equally wide features that they are made of."""
 
-    def __init__(self, shape: tuple[int, ...], config: NeckConfig):
+    def __init__(self, shape: tuple[int, ...], config: NeckConfig, num_groups: int = 1):
         super().__init__()
         (self.out_features,) = shape
-        norms = {"layer": nn.LayerNorm, "batch": Standardise, "none": nn.Identity}
+        each = partial(EachNorm, num_groups=num_groups)
+        norms = {"layer": nn.LayerNorm, "batch": Standardise, "each": each, "none": nn.Identity}
         self.norm = norms[config.norm](self.out_features)
 
     def forward(self, features_BF: Tensor) -> Tensor:
@@ -55,7 +58,7 @@ class PooledNeck(nn.Module):
 class FlattenNeck(nn.Module):
     """Normalise each token and flatten: (B, T, D) -> (B, T * D)."""
 
-    def __init__(self, shape: tuple[int, ...], config: NeckConfig):
+    def __init__(self, shape: tuple[int, ...], config: NeckConfig, num_groups: int = 1):
         super().__init__()
         tokens, width = shape
         self.out_features = tokens * width
@@ -68,7 +71,7 @@ class FlattenNeck(nn.Module):
 class AttentionNeck(nn.Module):
     """LayerNorm, multi-head self-attention over the tokens, residual, LayerNorm, flatten: (B, T, D) -> (B, T * D)."""
 
-    def __init__(self, shape: tuple[int, ...], config: NeckConfig):
+    def __init__(self, shape: tuple[int, ...], config: NeckConfig, num_groups: int = 1):
         super().__init__()
         tokens, width = shape
         if width % config.heads:
@@ -87,7 +90,7 @@ class AttentionNeck(nn.Module):
 class TokensNeck(nn.Module):
     """Normalise each token and keep them all: (B, T, D) -> (B, T, D)."""
 
-    def __init__(self, shape: tuple[int, ...], config: NeckConfig):
+    def __init__(self, shape: tuple[int, ...], config: NeckConfig, num_groups: int = 1):
         super().__init__()
         self.out_features = shape[1]
         self.norm = nn.LayerNorm(shape[1])
@@ -122,7 +125,7 @@ class VisionMoE(nn.Module):
         expected = 2 if neck.needs_tokens else 1
         if len(feature_shape) != expected:
             raise ValueError(f"neck.kind {neck.kind} reads {expected}-dimensional features, not {feature_shape}")
-        self.neck = NECKS[neck.kind](feature_shape, neck)
+        self.neck = NECKS[neck.kind](feature_shape, neck, num_groups)
         self.dropout = nn.Dropout(neck.dropout)
         self.moe = MixtureOfExperts(self.neck.out_features, num_classes, router, experts, num_groups)
 

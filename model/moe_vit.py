@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .backbone import Backbone
 from .blocks import BlockMixture, check_block_parts
@@ -28,6 +29,8 @@ class MoEViT(nn.Module):
 
     The ViT is the one of `backbone`, which all copies of this model share: it is not among the parameters, the buffers
     or the state. Gradients flow down to the first block with experts. Raises ValueError where the parts do not fit.
+
+    recompute: whether the backward pass computes attention and FFNs again, to keep about a third of the activations.
     """
 
     def __init__(
@@ -39,6 +42,7 @@ class MoEViT(nn.Module):
         self.blocks = resolve_blocks(experts, backbone)
         self.places = tuple(f"block_{block}" for block in self.blocks)
         self._compiled, self._compiled_for = run_block, frozenset()
+        self.recompute = False
         vit = backbone.vit
         self.width, self.num_tokens = vit.embed_dim, vit.patch_embed.num_patches + vit.num_prefix_tokens
         prefix = int(vit.num_prefix_tokens)
@@ -46,7 +50,7 @@ class MoEViT(nn.Module):
         self.mixtures: Any = nn.ModuleList(
             BlockMixture(*parts, vit.blocks[block].mlp, backbone.has_class_token, prefix) for block in self.blocks
         )
-        self.neck = NECKS[neck.kind]((len(backbone.features) * vit.embed_dim,), neck)
+        self.neck = NECKS[neck.kind]((len(backbone.features) * vit.embed_dim,), neck, len(backbone.features))
         self.dropout = nn.Dropout(neck.dropout)
         self.head = nn.Linear(self.neck.out_features, num_classes)
 
@@ -101,7 +105,8 @@ class MoEViT(nn.Module):
         routings, normed = [], {}
         for index in range(backbone.blocks[-1] + 1):
             each = allowed_E if allowed_E is None or allowed_E.ndim == 1 else allowed_E[len(routings)]
-            x_BTD, routing = run(vit.blocks[index], x_BTD, ropes[index], mixtures.get(index), warmup, each)
+            mixture, keep = mixtures.get(index), not (self.recompute and x_BTD.requires_grad)
+            x_BTD, routing = run(vit.blocks[index], x_BTD, ropes[index], mixture, warmup, each, keep)
             routings += [] if routing is None else [routing]
             if index in backbone.blocks:
                 normed[index] = vit.norm(x_BTD)
@@ -131,14 +136,23 @@ def run_block(
     mixture: BlockMixture | None,
     warmup: bool,
     allowed_E: Tensor | None,
+    keep: bool = True,
 ) -> tuple[Tensor, Routing | None]:
-    """One block of the ViT, with the experts of its mixture where it has one: tokens (B, T, D), and the routing."""
-    x_BTD = attend(block, x_BTD, rope)
+    """One block of the ViT, with the experts of its mixture where it has one: tokens (B, T, D), and the routing.
+
+    keep: hold the activations of attention and FFN for the backward pass, instead of computing them again.
+    """
+    x_BTD = attend(block, x_BTD, rope) if keep else _again(attend, block, x_BTD, rope)
     h_BTD = block.norm2(x_BTD)
-    out_BTD, routing = block.mlp(h_BTD), None
+    out_BTD, routing = block.mlp(h_BTD) if keep else _again(block.mlp, h_BTD), None
     if mixture is not None:
         out_BTD, routing = mixture(h_BTD, out_BTD, warmup, allowed_E)
     return add_ffn(block, x_BTD, out_BTD), routing
+
+
+def _again(frozen: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """A frozen part, computed again in the backward pass (Chen 2016). It draws no random numbers."""
+    return checkpoint(frozen, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 class CompiledBlock:

@@ -1,4 +1,4 @@
-"""Normalisation over the training samples."""
+"""Normalisation of features: over the training samples, or of each feature by itself."""
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,3 +21,14 @@ class Standardise(nn.BatchNorm1d):
             if not self.by_running:
                 return normalised_BD
         return F.batch_norm(x_BD, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+
+
+class EachNorm(nn.Module):
+    """LayerNorm (Ba 2016) without weights of each of `num_groups` equally wide features: (B, F) -> (B, F)."""
+
+    def __init__(self, num_features: int, num_groups: int):
+        super().__init__()
+        self.width = num_features // num_groups
+
+    def forward(self, x_BF: Tensor) -> Tensor:
+        return F.layer_norm(x_BF.unflatten(1, (-1, self.width)), (self.width,)).flatten(1)

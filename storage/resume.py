@@ -24,6 +24,7 @@ CHANGEABLE = INCIDENTAL | {
     "train.epochs",
     "train.graph",
     "train.patience",
+    "train.recompute",
 }
 
 

@@ -1,6 +1,7 @@
 """Training steps as CUDA graphs: one launch in place of some hundreds, each of which costs the host microseconds."""
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -16,13 +17,16 @@ EAGER_STEPS = 3  # before a capture, so that kernels are loaded and the optimize
 
 
 def worth_capturing(choice: str, model: AnyMoE, batch_size: int) -> bool:
-    """Whether train.graph (auto, off) asks for captured steps: a small head on a GPU, with shapes that stay.
+    """Whether train.graph (auto, off) asks for captured steps: a small head, or a ViT with experts, whose shapes stay.
 
-    Not where dispatch would wait for the device, or deterministic algorithms may.
+    On a GPU alone, and not where dispatch would wait for the device, or deterministic algorithms may.
     """
-    if isinstance(model, MoEViT):  # the ViT's kernels take longer than their launches
-        return False
-    parameters, moe = list(model.parameters()), model.moe
+    parameters = list(model.parameters())
+    if isinstance(model, MoEViT):
+        static = all(part.static_shapes for mixture in model.mixtures for part in (mixture.router, mixture.experts))
+        possible = static and not torch.are_deterministic_algorithms_enabled()
+        return choice == "auto" and parameters[0].is_cuda and possible
+    moe = model.moe
     number = sum(parameter.numel() for parameter in parameters)
     small = number <= PARAMETERS and number * batch_size <= WORK
     possible = moe.router.static_shapes and not torch.are_deterministic_algorithms_enabled()
@@ -31,25 +35,25 @@ def worth_capturing(choice: str, model: AnyMoE, batch_size: int) -> bool:
 
 
 class Captured:
-    """A function of whether to route at random, as a CUDA graph for each: captured after a few calls as it is.
+    """A function of one argument, as a CUDA graph for each of its values: captured after a few calls as it is.
 
-    It is the same one in every call, and not held here. Its work must have static shapes, on tensors that stay where
-    they are. The tensors of a result are overwritten by the next call.
+    The function is the same one in every call, and not held here. Its work must have static shapes, on tensors that
+    stay where they are. The tensors of a result are overwritten by the next call.
     """
 
     def __init__(self, device: torch.device):
         self.device = device
         self.stream = torch.cuda.Stream(device)
-        self.seen = {True: 0, False: 0}  # calls by warmup
-        self.graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Any]] = {}
+        self.seen: Counter[Hashable] = Counter()  # calls by argument
+        self.graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, Any]] = {}
 
-    def __call__(self, run: Callable[[bool], Any], warmup: bool) -> Any:
-        if warmup not in self.graphs:
-            self.seen[warmup] += 1
-            if self.seen[warmup] <= EAGER_STEPS:
-                return self.eagerly(run, warmup)
-            self._capture(run, warmup)
-        graph, result = self.graphs[warmup]
+    def __call__(self, run: Callable[[Any], Any], argument: Hashable) -> Any:
+        if argument not in self.graphs:
+            self.seen[argument] += 1
+            if self.seen[argument] <= EAGER_STEPS:
+                return self.eagerly(run, argument)
+            self._capture(run, argument)
+        graph, result = self.graphs[argument]
         graph.replay()
         return result
 
@@ -61,12 +65,12 @@ class Captured:
         torch.cuda.current_stream(self.device).wait_stream(self.stream)
         return result
 
-    def _capture(self, run: Callable[[bool], Any], warmup: bool) -> None:
+    def _capture(self, run: Callable[[Any], Any], argument: Hashable) -> None:
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self.graphs.values()))[0].pool() if self.graphs else None
         with torch.cuda.graph(graph, pool=pool, stream=self.stream):
-            result = run(warmup)
-        self.graphs[warmup] = graph, result
+            result = run(argument)
+        self.graphs[argument] = graph, result
 
 
 class GraphedStep:
@@ -80,21 +84,23 @@ class GraphedStep:
     def __init__(self, step: TrainingStep, batch_size: int):
         self.step, self.batch_size = step, batch_size
         self.captured = Captured(step.device)
+        self.static = {} if isinstance(step.model, MoEViT) else {"static": True}  # a ViT's shapes never change
         self.features: Tensor | None = None
         self.labels_B: Tensor | None = None
 
-    def __call__(self, features: Tensor, labels_B: Tensor, warmup: bool) -> StepResult | None:
-        """Train on one batch."""
+    def __call__(self, features: Tensor, labels_B: Tensor, warmup: bool, **options: Any) -> StepResult | None:
+        """Train on one batch; options: as of TrainingStep, each combination a graph of its own."""
         if len(labels_B) != self.batch_size:
-            return self.captured.eagerly(self._step, features, labels_B, warmup)
+            return self.captured.eagerly(self._step, features, labels_B, warmup, options)
         if self.features is None:
             self.features, self.labels_B = torch.empty_like(features), torch.empty_like(labels_B)
         self.features.copy_(features)
         self.labels_B.copy_(labels_B)
-        return self.captured(self._on_buffers, warmup)
+        return self.captured(self._on_buffers, (warmup, *sorted(options.items())))
 
-    def _on_buffers(self, warmup: bool) -> StepResult | None:
-        return self._step(self.features, self.labels_B, warmup)
+    def _on_buffers(self, kind: tuple) -> StepResult | None:
+        warmup, *options = kind
+        return self._step(self.features, self.labels_B, warmup, dict(options))
 
-    def _step(self, features: Tensor, labels_B: Tensor, warmup: bool) -> StepResult | None:
-        return self.step(features, labels_B, warmup, static=True)
+    def _step(self, features: Tensor, labels_B: Tensor, warmup: bool, options: dict[str, Any]) -> StepResult | None:
+        return self.step(features, labels_B, warmup, **self.static, **options)

@@ -43,6 +43,8 @@ class Adapters(ExpertKind, nn.Module):
         self.down = nn.Linear(width, total)
         self.up = nn.Parameter(torch.zeros(width, total))
         self.drop_path = config.drop_path
+        nn.init.normal_(self.down.weight, std=width**-0.5)  # of normalised tokens: hidden units of variance one
+        nn.init.zeros_(self.down.bias)
         self.dropout = nn.Dropout(0.0 if isinstance(config.dropout, list) else config.dropout or 0.0)
         units = [torch.ones(1, units) for units in self.widths]
         self.register_buffer("units_EH", torch.block_diag(*units), persistent=False)

@@ -20,6 +20,7 @@ class ExpertKind:
     """
 
     place = "head"
+    static_shapes = True  # place blocks: no shape depends on what is in the batch
 
     @classmethod
     def check(cls, config: ExpertsConfig) -> None:

@@ -23,6 +23,7 @@ class UpcycledFFN(ExpertKind, nn.Module):
     """
 
     place = "blocks"
+    static_shapes = False  # where it is not compiled
 
     def __init__(self, width: int, config: ExpertsConfig, ffn: nn.Module):
         super().__init__()

@@ -2,6 +2,7 @@
 
 import ast
 import io
+import json
 import os
 import shlex
 import subprocess
@@ -13,8 +14,11 @@ from conftest import ROOT
 
 from common.arguments import Parser, path_option
 from common.errors import UserError, exit_code_of, say
+from common.files import write_json
 from common.paths import absolute, expanded
-from common.text import command, printable, quoted
+from common.text import as_json, command, printable, quoted
+from config.command_line import parse_command_line
+from config.config import Config, as_yaml
 
 NASTY = "a\nb\x1b[31m\t\u202edc\x9b"
 NO_ENCODING = os.fsdecode(b"caf\xe9 .png")
@@ -35,6 +39,18 @@ def test_a_command_is_read_back_by_a_shell_as_it_was_meant():
     assert done.stdout == b"\0".join([b"python", *map(os.fsencode, words)]) + b"\0"
     assert shlex.split(command("evaluate.py", "/a b/c")) == ["python", "evaluate.py", "/a b/c"]
     assert quoted("/plain/path-1") == "/plain/path-1"
+
+
+def test_what_is_stored_of_a_path_leads_back_to_it(tmp_path):
+    write_json(tmp_path / "a.json", {"path": NASTY + NO_ENCODING})
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"path": NASTY + NO_ENCODING}
+    for unicode in (False, True):
+        assert json.loads(as_json(["é苹", NO_ENCODING], unicode)) == ["é苹", NO_ENCODING]
+        assert as_json("é苹", unicode).isascii() != unicode
+        config = Config(run_dir=tmp_path / NO_ENCODING / "é苹")
+        assert as_yaml(config, unicode).isascii() != unicode
+        (tmp_path / "config.yaml").write_text(as_yaml(config, unicode), encoding="utf-8")
+        assert parse_command_line(["--config", str(tmp_path / "config.yaml")]).config == config
 
 
 def test_paths_are_expanded_and_stored_absolute(tmp_path, monkeypatch):
@@ -99,3 +115,10 @@ def test_every_text_file_is_read_and_written_as_utf8():
     assert len(files) > 50
     found = [f"{path}:{line}" for path in files for line in opens_without_encoding(path.read_text(encoding="utf-8"))]
     assert found == []
+
+
+def test_a_row_of_whole_numbers_is_a_line_of_json_and_a_string_is_as_it_was():
+    value = {"file": "[\n  1,\n  2\n]", "experts": [[0, -12, 3], []], "weights": [0.5, 1.0], "one": [7]}
+    text = as_json(value)
+    assert json.loads(text) == value
+    assert "    [0, -12, 3],\n" in text and '"one": [7]' in text

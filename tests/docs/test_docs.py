@@ -239,6 +239,12 @@ def test_one_version_everywhere():
     assert project is None or project[1] == version
 
 
+def test_the_library_needs_what_the_requirements_say():
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    wanted = re.findall(r'"([^"]+)"', re.search(r"^dependencies = \[(.*)\]$", project, re.MULTILINE)[1])
+    assert wanted and set(wanted) <= set((ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines())
+
+
 def test_one_ruff_everywhere():
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"][0]["hooks"]
     [wanted] = re.findall(r"^ruff.*$", (ROOT / "requirements-dev.txt").read_text(encoding="utf-8"), re.MULTILINE)

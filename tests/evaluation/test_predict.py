@@ -1,6 +1,7 @@
 """predict.py as a user calls it, on a run of digits: every kind of file, good and bad, and every kind of output."""
 
 import json
+import os
 import shutil
 from argparse import Namespace
 
@@ -270,8 +271,13 @@ def test_a_folder_without_images_does_not_keep_the_others_from_an_answer(tmp_pat
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_a_row_of_whole_numbers_is_a_line_of_the_document_and_a_name_is_as_it_was():
-    value = {"file": "[\n  1,\n  2\n]", "experts": [[0, 12, 3], []], "weights": [0.5, 1.0], "one": [7]}
-    text = predict._json(value, ascii_only=True)
-    assert json.loads(text) == value
-    assert "    [0, 12, 3],\n" in text and '"one": [7]' in text
+def test_names_of_files_and_classes_never_reach_the_terminal_raw(tiny_run, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / os.fsdecode(b"a\nb\x1b[31m\xff")
+    folder.mkdir()
+    square().save(folder / "x.png")
+    code, out, err = run(monkeypatch, capsys, tiny_run, folder, folder / "gone.png", "--explain", folder / "out.png")
+    shown = f"{tmp_path}/a\\nb\\u001b[31m\\udcff/"
+    assert code == 1 and out.startswith(f"{shown}x.png\n") and "\x1b" not in out + "".join(err)
+    assert err[:2] == [f"error: {shown}gone.png is not there: check the name", f"drawn in {shown}out.png"]
+    code, out, _ = run(monkeypatch, capsys, tiny_run, folder / "x.png", "--json")
+    assert json.loads(out)["images"][0]["file"] == str(folder / "x.png")

@@ -68,8 +68,9 @@ def test_an_installed_wheel_works_in_an_empty_folder(tmp_path):
     assert files(site / "vision_moe") == files(source / "model")
 
 
-def test_the_example_is_ten_lines():
+def test_the_example_is_ten_lines_and_in_the_readme_too():
     assert len([line for line in SNIPPETS[0].splitlines() if line]) == 10
+    assert SNIPPETS[0] in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("kind", ["noisy_topk", "switch", "expert_choice", "hash"])

@@ -271,13 +271,14 @@ def test_a_block_is_one_static_graph():
     mixture = spread(moe_vit(kind="vmoe", noise_std=1e-6, experts={"blocks": [1]})).mixtures[0].train()
     compiled = torch.compile(run_block, backend="aot_eager", fullgraph=True, dynamic=False)
     found = {}
-    for name, run in (("eager", run_block), ("compiled", compiled)):
+    for name, run, keep in (("eager", run_block, True), ("compiled", compiled, True), ("recomputed", compiled, False)):
         mixture.zero_grad()
-        out_BTD, routing = run(block, x_BTD, None, mixture, False, None)
+        out_BTD, routing = run(block, x_BTD, None, mixture, False, None, keep)
         (out_BTD.square().sum() + balance_losses(routing, BalanceConfig())["switch"]).backward()
         gradients = [parameter.grad for parameter in mixture.parameters() if parameter.grad is not None]
         found[name] = [out_BTD, routing.counts_E, routing.logits_BE, *gradients]
-    torch.testing.assert_close(found["compiled"], found["eager"], rtol=1e-4, atol=1e-4)
+    for name in ("compiled", "recomputed"):
+        torch.testing.assert_close(found[name], found["eager"], rtol=1e-4, atol=1e-4)
 
 
 def test_resolve_blocks_reads_no_weights():
@@ -295,3 +296,14 @@ def test_blocks_that_cannot_be_compiled_run_as_they_are(monkeypatch):
     torch.testing.assert_close(model(images())[0], expected)
     assert lines == ["the ViT's blocks cannot be compiled (no compiler found): going on without"]
     assert copy.deepcopy(model)._compiled is model._compiled
+
+
+def test_recomputing_changes_no_gradient():
+    model, found = spread(moe_vit(kind="mixtral", norm="none")).train(), []
+    for recompute in (False, True):
+        model.recompute = recompute
+        model.zero_grad()
+        logits_BC, _ = model(images())
+        F.cross_entropy(logits_BC, torch.tensor([0, 1, 2, 3, 4, 0])).backward()
+        found.append([parameter.grad for parameter in model.parameters()])
+    torch.testing.assert_close(*found, rtol=0, atol=0)

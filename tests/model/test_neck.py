@@ -121,3 +121,10 @@ def test_shared_experts_train_the_neck(kind):
     # Each logit is a product with the neck's output, and so with its bias: of 7 samples the sum of all weights.
     expected_D = 7 * sum(expert[0].weight.sum(dim=0) for expert in model.moe.shared)
     torch.testing.assert_close(model.neck.norm.bias.grad, expected_D)
+
+
+def test_each_feature_is_normalised_by_itself():
+    neck = NECKS["pooled"]((4,), NeckConfig(norm="each"), 2)
+    features_BF = torch.tensor([[1.0, 3.0, 100.0, 500.0]])  # deviations of 1 and 200 from the means 2 and 300
+    torch.testing.assert_close(neck(features_BF), torch.tensor([[-1.0, 1.0, -1.0, 1.0]]), atol=1e-4, rtol=0)
+    assert not list(neck.parameters())

@@ -98,10 +98,11 @@ class Recorded:
     """What a step was called with, and where that lay."""
 
     def __init__(self):
-        self.model, self.device, self.read = model(), torch.device("cpu"), []
+        self.model, self.device, self.read, self.options = model(), torch.device("cpu"), [], []
 
-    def __call__(self, features, labels_B, warmup, static):
+    def __call__(self, features, labels_B, warmup, static, **options):
         assert static
+        self.options.append(options)
         self.read.append((features.data_ptr(), features.clone(), labels_B.clone()))
 
 
@@ -117,6 +118,19 @@ def test_a_graphed_step_reads_every_whole_batch_from_the_same_place(monkeypatch)
     places = [place for place, *_ in step.read]
     assert places[0] == places[2] != places[1]
     assert step.model.moe.how == "auto"  # passed along, not changed
+
+
+def test_each_combination_of_options_has_a_graph_of_its_own(monkeypatch):
+    pretended = Pretended(monkeypatch)
+    step = Recorded()
+    run = GraphedStep(step, 4)
+    batch = (torch.zeros(4, 2), torch.arange(4))
+    for options in ({}, {"patch_dropout": 0.5}):
+        for _ in range(EAGER_STEPS + 2):
+            run(*batch, False, **options)
+    assert step.options == [{}] * (EAGER_STEPS + 1) + [{"patch_dropout": 0.5}] * (EAGER_STEPS + 1)
+    assert pretended.log.count("replay") == 4
+    assert pretended.log.count("capture in pool") == 1
 
 
 @pytest.mark.parametrize(("configured", "used"), [("auto", "static"), ("dense", "dense")])

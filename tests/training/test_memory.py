@@ -1,0 +1,35 @@
+"""The memory that a step through the ViT takes: counted, compared with what is free, and told."""
+
+import pytest
+import torch
+from block_helpers import images, moe_vit
+
+from common.errors import UserError
+from training.memory import bytes_per_image, must_recompute
+
+
+def test_bytes_are_counted_for_the_blocks_that_have_gradients():
+    counted = {}
+    for blocks in ([2], [1, 2], [0, 1, 2]):
+        model = moe_vit(experts={"blocks": blocks}, norm="none", kind="mixtral").train()
+        before = model.mixtures[0].usage_E.clone()
+        counted[len(blocks)] = bytes_per_image(model, images(1))
+        assert model.training and torch.equal(model.mixtures[0].usage_E, before)
+    # A whole block keeps twelve times its 17 tokens of 16 float32 and more; the first with experts no attention.
+    assert counted[3] - counted[2] == pytest.approx(counted[2] - counted[1], rel=0.05)
+    assert counted[3] - counted[2] > 12 * 17 * 16 * 4
+    assert counted[1] < counted[2] - counted[1]
+
+
+@pytest.mark.parametrize(
+    "choice, batch, expected",
+    [("auto", 85, False), ("auto", 86, True), ("auto", 255, True), ("off", 85, False), ("on", 10, True)],
+)
+def test_recomputing_is_chosen_where_the_activations_do_not_fit(choice, batch, expected):
+    assert must_recompute(choice, per_image=10, batch_size=batch, free=1000) is expected
+
+
+@pytest.mark.parametrize("choice, batch, fits", [("auto", 256, 255), ("off", 86, "85 or --train.recompute on")])
+def test_a_batch_that_does_not_fit_is_refused_with_one_that_does(choice, batch, fits):
+    with pytest.raises(UserError, match=f"set --train.batch_size {fits}$"):
+        must_recompute(choice, per_image=10, batch_size=batch, free=1000)

@@ -1,0 +1,53 @@
+"""Whether the activations of a training step through the ViT fit into a GPU, and what to do where they do not."""
+
+import torch
+from torch import Tensor
+
+from common.errors import UserError
+from model.moe_vit import MoEViT
+
+SHARE = 0.85  # of the free memory that activations may take; gradients, optimizer and workspaces take the rest
+KEPT = 1 / 3  # of the activations that recomputing leaves: what experts, gates and norms read
+
+
+def bytes_per_image(model: MoEViT, image_1CHW: Tensor) -> int:
+    """Bytes that a training step keeps of one more image for its backward pass; the model stays as it is."""
+    was_training = model.training
+    model.eval()
+    sizes = []
+    for count in (1, 2):
+        kept: dict[int, int] = {}
+
+        def keep(value: Tensor, kept=kept) -> Tensor:
+            storage = value.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+            return value
+
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+            logits_BC, _ = model(image_1CHW.expand(count, -1, -1, -1))  # held until all has been counted
+        sizes.append(sum(kept.values()))
+        del logits_BC
+    model.train(was_training)
+    return sizes[1] - sizes[0]
+
+
+def must_recompute(choice: str, per_image: int, batch_size: int, free: int) -> bool:
+    """Whether a step recomputes the frozen parts of the blocks, by train.recompute (auto, on, off).
+
+    per_image: what `bytes_per_image` counts without that. free: bytes of the device. Raises UserError where the batch
+    does not fit, and says which would.
+    """
+    room = SHARE * free
+    fits_kept, fits_recomputed = int(room // per_image), int(room // (KEPT * per_image))
+    if choice == "on" or (choice == "auto" and batch_size > fits_kept):
+        fits, recompute = fits_recomputed, True
+    else:
+        fits, recompute = fits_kept, False
+    if batch_size > fits:
+        need = batch_size * per_image * (KEPT if recompute else 1)
+        less = " or --train.recompute on" if choice == "off" else ""
+        raise UserError(
+            f"a step of train.batch_size {batch_size} keeps about {need / 1e9:.0f} GB of activations, and the GPU has "
+            f"{free / 1e9:.0f} GB free: set --train.batch_size {max(1, fits)}{less}"
+        )
+    return recompute
