@@ -43,7 +43,7 @@ def as_json(value: Any, unicode: bool = True) -> str:
     unicode: characters beyond ASCII as they are, but for bytes of a file name that are no text.
     """
     text = json.dumps(value, indent=2, ensure_ascii=not unicode)
-    # No string is touched: a line break within one is written as \\n.
+    # No string is touched: JSON writes a line break within one as a backslash and an n.
     text = WHOLE_NUMBERS.sub(lambda found: "[" + " ".join(found[1].split()) + "]", text)
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
