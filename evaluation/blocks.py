@@ -64,7 +64,7 @@ def without_each_in_one_block(model: MoEViT, bank: ImageBank, split: str, images
 
     model: in evaluation mode. images: at least so many, a whole number of batches or all there are.
     """
-    blocks, num_experts = len(model.places), model.mixtures[0].router.num_experts
+    blocks, num_experts = len(model.blocks), model.mixtures[0].router.num_experts
     size = bank.evaluation_batch
     order_M = torch.arange(min(len(bank.splits[split]), -(-images // size) * size))
     batches = []

@@ -23,7 +23,7 @@ def worth_capturing(choice: str, model: AnyMoE, batch_size: int) -> bool:
     """
     parameters = list(model.parameters())
     if isinstance(model, MoEViT):
-        static = all(part.static_shapes for mixture in model.mixtures for part in (mixture.router, mixture.experts))
+        static = all(mixture.static_shapes for mixture in model.mixtures)
         possible = static and not torch.are_deterministic_algorithms_enabled()
         return choice == "auto" and parameters[0].is_cuda and possible
     moe = model.moe
