@@ -102,7 +102,7 @@ def test_a_task_that_cannot_be_read_ends_the_run(clone, monkeypatch):
 def test_what_a_comparison_reads_has_the_types_of_the_options():
     edited = {
         "train": {"epochs": "2.0", "deterministic": "true", "lr": "1e-05"},
-        "router": {"noise_std": "", "kind": "1"},
+        "router": {"noise_std": "", "top_k": "many"},
     }
     sections = {s: {n: SimpleNamespace(value=v, type=None) for n, v in values.items()} for s, values in edited.items()}
     sections["General"] = {
@@ -111,7 +111,7 @@ def test_what_a_comparison_reads_has_the_types_of_the_options():
     }
     assert _config(sections) == {
         "train": {"epochs": 2, "deterministic": True, "lr": 1e-05},
-        "router": {"noise_std": None, "kind": "1"},
+        "router": {"noise_std": None, "top_k": "many"},
         "run_dir": "runs/a",
         "note": None,
     }
