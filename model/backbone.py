@@ -6,6 +6,7 @@ timm is imported where it is used: it takes seconds, which --help and a wrong op
 import difflib
 import hashlib
 import inspect
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,7 +45,7 @@ class BackboneConfig:
     bfloat16, for a ViT whose activations stay below its largest number, 65,504."""
 
     def __post_init__(self):
-        self.weights = None if self.weights is None else Path(self.weights).expanduser().absolute()
+        self.weights = None if self.weights is None else Path(os.path.expanduser(self.weights)).absolute()
         check_options(self, "backbone")
         if self.image_size is not None and self.image_size < 1:
             raise ValueError(f"backbone.image_size is {self.image_size}: it is a number of pixels")
