@@ -143,8 +143,8 @@ class Values:
 
     def add_all(self, values: dict[str, Any], place: Callable[[str], str]) -> None:
         """Take the options of one source; plug-ins first, which others may be of."""
-        for name in sorted(map(str, values), key=lambda name: name != "plugins"):
-            self.add(name, values[name], place)
+        for name, value in sorted(values.items(), key=lambda item: item[0] != "plugins"):
+            self.add(str(name), value, place)
 
     def _converted(self, name: str, value: Any, place: Callable[[str], str]) -> Any:
         try:
