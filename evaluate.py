@@ -55,6 +55,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="DIR",
         help="where features are stored; null: in memory only",
     )
+    parser.add_argument(
+        "--worth_images",
+        type=int,
+        metavar="N",
+        help="inside the ViT: remove each expert from single blocks on N test images (default: 2048 on a GPU, else 0)",
+    )
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, or cuda:1")
     parser.add_argument(
         "--tracking",
@@ -73,6 +79,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if (options.run is None) == (options.compare is None):
         parser.error("name one RUN to score, or two or more after --compare")
+    if options.worth_images is not None and options.worth_images < 0:
+        parser.error(f"--worth_images is {options.worth_images}: it is a number of images, 0 for none")
     if options.out is not None and options.compare is None:
         parser.error("--out belongs to --compare; the files of a single run go to RUN/evaluation")
     if options.out is not None and options.out.exists() and not options.out.is_dir():
@@ -114,7 +122,7 @@ def score(options: argparse.Namespace) -> None:
     with open_evaluation(options.tracking, run.path, config.to_dict(), name=run.path.name, tags=tags) as tracker:
         if tracker.sends_again:
             tracker.model(run.weights, name=run.path.name)
-        print(table(evaluate(run, config, model, bank, tracker, backbone)))
+        print(table(evaluate(run, config, model, bank, tracker, backbone, options.worth_images)))
     print(f"written to   {printable(run.evaluation)}; open {run.report.name} in a browser")
 
 

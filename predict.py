@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from analysis.blocks import evenly_spaced
 from assembly.loading import load_trained
 from common.arguments import Parser, path_option
 from common.errors import EnvironmentFault, UserError, exit_code_of, leave, say
@@ -32,6 +33,7 @@ from evaluation.trained import TrainedRun
 
 BATCH = 32  # images that are held at once
 EXPLAINED = 12  # images in one picture
+MAPS = 4  # blocks in it, of a ViT with experts inside
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -168,6 +170,12 @@ def document(trained: TrainedRun, rows: list[dict[str, Any]], failed: list[dict[
     }
 
 
+def _maps(answer: Answer) -> list[tuple[str, list[list[int]]]]:
+    """The patch maps of a few blocks, from the first to the last."""
+    chosen = [answer.patches[place] for place in evenly_spaced(len(answer.patches), MAPS)]
+    return [(f"block {patches.block}", patches.experts) for patches in chosen]
+
+
 def draw(path: Path, shown: list[tuple[Path, Picture, Answer]], shared: bool) -> None:
     """Write the picture of --explain. Raises EnvironmentFault where it cannot be written."""
     # Here, because importing what draws takes a second, which answers need not wait for.
@@ -186,6 +194,7 @@ def draw(path: Path, shown: list[tuple[Path, Picture, Answer]], shared: bool) ->
             for _, _, answer in shown
         ],
         shared,
+        [_maps(answer) for _, _, answer in shown] if shown[0][2].patches else (),
     )
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import unicodedata
 from typing import Any, TextIO
@@ -28,14 +29,22 @@ def _escaped(letter: str) -> str:
     return SHORT.get(letter, f"\\u{ord(letter):04x}")
 
 
+WHOLE_NUMBERS = re.compile(r"\[\n\s*(-?\d+(?:,\n\s*-?\d+)*)\n\s*\]")
+
+
 def is_unicode(stream: TextIO) -> bool:
     """Whether a stream takes every character; YAML and JSON escape them in their own way where it does not."""
     return (stream.encoding or "").lower().replace("-", "") == "utf8"
 
 
 def as_json(value: Any, unicode: bool = True) -> str:
-    """Readable JSON. unicode: characters beyond ASCII as they are, but for bytes of a file name that are no text."""
+    """Readable JSON, each list of whole numbers on one line.
+
+    unicode: characters beyond ASCII as they are, but for bytes of a file name that are no text.
+    """
     text = json.dumps(value, indent=2, ensure_ascii=not unicode)
+    # No string is touched: JSON writes a line break within one as a backslash and an n.
+    text = WHOLE_NUMBERS.sub(lambda found: "[" + " ".join(found[1].split()) + "]", text)
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 

@@ -1,14 +1,16 @@
 """Images of any source through a trained run: the likeliest classes, and the experts that decided."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from evaluation.block_routing import BlockRoutingSums
+from analysis.blocks import patch_choices
+from evaluation.block_routing import BlockRouting, BlockRoutingSums
+from evaluation.blocks import patch_grid
 from evaluation.trained import TrainedRun
 from features.bank import FeatureBank
 from features.images import ImageBank
@@ -42,15 +44,28 @@ class Vote:
 
 
 @dataclass(frozen=True)
+class PatchMap:
+    """The expert with the largest gate weight for each patch of the image in one block: rows from top to bottom."""
+
+    block: int
+    experts: list[list[int]]
+
+
+@dataclass(frozen=True)
 class Answer:
-    """The likeliest classes, likeliest first, and the experts that saw the image, heaviest first."""
+    """The likeliest classes, likeliest first, and the experts that saw the image, heaviest first.
+
+    patches: a map for each block that has experts, where these are inside the ViT and each token chooses its own.
+    """
 
     classes: list[ClassScore]
     experts: list[Vote]
+    patches: list[PatchMap] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """Nested plain values, for JSON."""
-        return asdict(self)
+        """Nested plain values, for JSON; without patches where there are no maps."""
+        values = asdict(self)
+        return values if self.patches else {key: value for key, value in values.items() if key != "patches"}
 
 
 @torch.no_grad()
@@ -59,12 +74,14 @@ def classify(trained: TrainedRun, images_BCHW: Tensor, top: int = 5) -> list[Ans
     inputs = _inputs(trained, images_BCHW.to(trained.device))
     logits_BC, routings = trained.model(inputs)
     values_BT, classes_BT = logits_BC.softmax(dim=-1).topk(min(top, logits_BC.shape[1]))
+    found = _block_routing(trained.model, routings, len(inputs))
+    votes_B = _votes(trained, inputs, routings, found)
     answers = []
-    for values_T, classes_T, votes in zip(
-        values_BT.tolist(), classes_BT.tolist(), _votes(trained, inputs, routings), strict=True
+    for values_T, classes_T, votes, patches in zip(
+        values_BT.tolist(), classes_BT.tolist(), votes_B, _patches(trained.model, found, len(inputs)), strict=True
     ):
         scores = [ClassScore(trained.class_names[c], value) for c, value in zip(classes_T, values_T, strict=True)]
-        answers.append(Answer(scores, votes))
+        answers.append(Answer(scores, votes, patches))
     return answers
 
 
@@ -76,13 +93,31 @@ def _inputs(trained: TrainedRun, images_BCHW: Tensor) -> Tensor:
     return backbone(prepare(images_BCHW, backbone.image_size, backbone.mean, backbone.std))
 
 
-def _weights(model: AnyMoE, routings: Sequence[Routing], images: int) -> list[dict[int, float]]:
+def _block_routing(model: AnyMoE, routings: Sequence[Routing], images: int) -> BlockRouting | None:
+    """The routing in each block, where the experts are inside the ViT."""
+    if not isinstance(model, MoEViT):
+        return None
+    sums = BlockRoutingSums(model.places)
+    sums.add(routings, images)
+    return sums.result()
+
+
+def _patches(model: AnyMoE, found: BlockRouting | None, images: int) -> list[list[PatchMap]]:
+    """The maps of each image, none where there are none."""
+    if found is None or found.first_MLT.shape[2] == 1:
+        return [[] for _ in range(images)]
+    choice_BLHW = patch_choices(found.first_MLT, *patch_grid(model)).tolist()
+    return [
+        [PatchMap(block, choice_HW) for block, choice_HW in zip(model.blocks, choice_LHW, strict=True)]
+        for choice_LHW in choice_BLHW
+    ]
+
+
+def _weights(routings: Sequence[Routing], found: BlockRouting | None, images: int) -> list[dict[int, float]]:
     """The gate's weight of each expert of each image; inside the ViT its share over all tokens and blocks."""
     weights: list[dict[int, float]] = [{} for _ in range(images)]
-    if isinstance(model, MoEViT):
-        sums = BlockRoutingSums(model.places)
-        sums.add(routings, images)
-        table_NE = sums.result().weight_NLE.sum(axis=1)
+    if found is not None:
+        table_NE = found.weight_NLE.sum(axis=1)
         shares_NE = table_NE / table_NE.sum(axis=1, keepdims=True)
         return [{e: float(share) for e, share in enumerate(shares_E) if share > 0} for shares_E in shares_NE]
     (routing,) = routings
@@ -92,10 +127,12 @@ def _weights(model: AnyMoE, routings: Sequence[Routing], images: int) -> list[di
     return weights
 
 
-def _votes(trained: TrainedRun, inputs: Tensor, routings: Sequence[Routing]) -> list[list[Vote]]:
+def _votes(
+    trained: TrainedRun, inputs: Tensor, routings: Sequence[Routing], found: BlockRouting | None
+) -> list[list[Vote]]:
     """The experts of each sample, heaviest first; one that sees a sample more than once has the sum of its weights."""
     alone_EB, said_EB = (table.tolist() for table in alone_probabilities(trained.model, inputs).max(dim=-1))
-    weights = _weights(trained.model, routings, len(inputs))
+    weights = _weights(routings, found, len(inputs))
     labels, names = trained.config.experts.labels(), trained.class_names
     votes = []
     for sample, chosen in enumerate(weights):

@@ -10,6 +10,7 @@ from common.environment import environment
 from common.files import write_json
 from config.config import Config
 from data.image_set import ImageSet
+from evaluation.blocks import WORTH_IMAGES, block_results, without_each_in_one_block
 from evaluation.cost import expert_costs
 from evaluation.metrics import per_class_scores, scores
 from evaluation.predict import Predictions, predict
@@ -18,7 +19,7 @@ from evaluation.run_cost import run_cost
 from features.bank import FeatureBank
 from features.images import ImageBank
 from model.backbone import Backbone
-from model.moe_vit import AnyMoE
+from model.moe_vit import AnyMoE, MoEViT
 from storage.export import read_description
 from storage.folder import RunFolder
 from tracking.tracker import Tracker
@@ -33,11 +34,14 @@ def evaluate(
     bank: FeatureBank | ImageBank,
     tracker: Tracker | None = None,
     backbone: Backbone | None = None,
+    worth_images: int | None = None,
 ) -> dict[str, Any]:
     """Score `model` on the test split, write evaluation/metrics.json, figures/*.png and report.html, and report to
     `tracker`.
 
-    backbone: for the cost of the whole. Leaves the model in evaluation mode. Returns what metrics.json holds.
+    backbone: for the cost of the whole. worth_images: inside a ViT, on so many test images each expert is removed from
+    one block at a time (None: 2,048 on a GPU, none on a CPU). Leaves the model in evaluation mode. Returns what
+    metrics.json holds.
     """
     # Here, because importing what draws and writes pages takes a second, which a wrong option need not wait for.
     from evaluation.figures import Evaluated, draw, warn_of_letters
@@ -47,6 +51,7 @@ def evaluate(
     predictions = predict(model, bank, "test", removals=True)
     test = bank.splits.test
     results = _results(predictions, test, config, model) | {"environment": environment(bank.device)}
+    results |= _blocks(predictions, test, model, bank, worth_images)
     kept = read_description(run).get("epoch") if run.model.is_file() else None
     load_E, history = np.array(results["expert_load"]), run.history()
     results["cost"] = run_cost(model, backbone, bank.feature_shape, load_E, history, kept)
@@ -78,7 +83,6 @@ def _results(predictions: Predictions, test: ImageSet, config: Config, model: An
             labels_N, predictions.sample_A, predictions.expert_A, num_classes, num_experts
         ),
         **_experts(predictions, test, config, model),
-        **_blocks(predictions, num_classes),
         "class_names": list(test.class_names),
         **_class_tables(predictions, test, num_experts),
         "confused_pairs": [
@@ -86,6 +90,18 @@ def _results(predictions: Predictions, test: ImageSet, config: Config, model: An
         ],
         "per_class": per_class_scores(labels_N, predicted_N, test.class_names),
     }
+
+
+def _blocks(
+    predictions: Predictions, test: ImageSet, model: AnyMoE, bank: FeatureBank | ImageBank, worth_images: int | None
+) -> dict[str, Any]:
+    """What happens in each block, where the experts are inside the ViT."""
+    if not isinstance(model, MoEViT):
+        return {}
+    images = worth_images if worth_images is not None else WORTH_IMAGES if bank.device.type == "cuda" else 0
+    asked = images > 0 and predictions.num_experts > 1
+    without_LEM = without_each_in_one_block(model, bank, "test", images) if asked else None
+    return block_results(predictions, test, model.mixtures[0].router.target_E.cpu().numpy(), without_LEM)
 
 
 def _calibration(predictions: Predictions) -> dict[str, Any]:
@@ -155,28 +171,6 @@ def _class_tables(predictions: Predictions, test: ImageSet, num_experts: int) ->
     return tables
 
 
-def _blocks(predictions: Predictions, num_classes: int) -> dict[str, Any]:
-    """With experts inside the ViT what happens in each block."""
-    found = predictions.blocks
-    if found is None:
-        return {}
-    tables_LCE = found.by_class(predictions.labels_N, num_classes)
-    shares_LCE = tables_LCE / tables_LCE.sum(axis=2, keepdims=True).clip(min=1e-30)
-    rows = zip(found.places, found.load_LE, found.importance_LE, shares_LCE, tables_LCE, strict=True)
-    return {
-        "blocks": [
-            {
-                "block": int(place.removeprefix("block_")),
-                "expert_load": load_E.tolist(),
-                "expert_importance": importance_E.tolist(),
-                "mutual_information": routing.mutual_information(table_CE),
-                "expert_by_class_weight": shares_CE.tolist(),
-            }
-            for place, load_E, importance_E, shares_CE, table_CE in rows
-        ]
-    }
-
-
 def _plain(values: np.ndarray) -> list[float | None]:
     """JSON has no nan."""
     return [None if np.isnan(value) else float(value) for value in values]
@@ -197,7 +191,7 @@ def table(results: dict[str, Any], hardest: int = 5) -> str:
     marks = [" !" if mark else "" for mark in hardly_used]
     for mark, label, load, weight, accuracy, worth in zip(marks, *(results[c] for c in columns), strict=True):
         shown = "-" if accuracy is None else f"{100 * accuracy:.1f} %"
-        change = f"{100 * worth['macro_f1_change']:+.2f}" if "macro_f1_change" in worth else "-"
+        change = f"{round(100 * worth['macro_f1_change'], 2) + 0.0:+.2f}" if "macro_f1_change" in worth else "-"
         lines.append(f"{label + mark:<26}{100 * load:>6.1f} %{100 * weight:>6.1f} %{shown:>10}{change:>28}")
     if any(hardly_used):
         lines.append("! below 1 % of the load: the gate hardly uses the expert")

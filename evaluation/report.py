@@ -105,7 +105,8 @@ def _cost_card(cost: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def _tables(results: dict[str, Any]) -> list[Table]:
-    tables = [_cost_table(results["cost"]), _expert_table(results), _worth_table(results), _co_activation(results)]
+    tables = [_cost_table(results["cost"]), _expert_table(results), _worth_table(results)]
+    tables += [_block_table(results), _co_activation(results)]
     if "superclass_names" in results:
         rows = _spread(results["superclass_names"], results, "superclass")
         tables.append(Table("Superclasses", SPREAD_NOTE, ["superclass", *results["experts"]], rows))
@@ -163,6 +164,24 @@ def _expert_table(results: dict[str, Any]) -> Table:
         header=["expert", "load", "gate weight", "accuracy", "confidence", "serves most", "hardest"],
         rows=rows,
         text=("serves most", "hardest"),
+    )
+
+
+def _block_table(results: dict[str, Any]) -> Table:
+    """Where the experts are inside the ViT, a row for each block."""
+    rows = []
+    for row in results.get("blocks", []):
+        special = row["specialisation"]
+        z_score = "–" if special["z_score"] is None else f"{special['z_score']:.0f}"
+        shares = zip(row["expert_importance"], row["expert_load"], strict=True)
+        cells = [f"{100 * weight:.0f} / {percent(load, 0)}" for weight, load in shares]
+        rows.append([str(row["block"]), f"{special['normalised']:.3f}", z_score, *cells])
+    return Table(
+        title="Blocks",
+        note="Specialisation: mutual information of class and expert over log E, by gate weight; z: standard "
+        "deviations above shuffled labels. " + SPREAD_NOTE,
+        header=["block", "specialisation", "z", *results["experts"]],
+        rows=rows,
     )
 
 

@@ -25,6 +25,7 @@ def report(run: RunFolder, results: dict[str, Any], drawings: Sequence[Drawing],
     single |= {"test/specialisation": results["specialisation"]["normalised"]}
     tracker.summary(single | {f"cost/{name}": results["cost"][name] for name in NAMES})
     _report_experts(results, tracker)
+    _report_blocks(results, tracker)
     _report_classes(results, tracker)
     bins = results["calibration"]
     points = [(x, y) for x, y in zip(bins["confidence"], bins["accuracy"], strict=True) if None not in (x, y)]
@@ -51,6 +52,21 @@ def _report_experts(results: dict[str, Any], tracker: Tracker) -> None:
     for row, values, change in zip(rows, worth, changes, strict=True):
         row += [values["parameters"], change]
     tracker.table("experts", "test", header, rows)
+
+
+def _report_blocks(results: dict[str, Any], tracker: Tracker) -> None:
+    """Where the experts are inside the ViT, blocks by experts; of many runs ClearML lays them side by side."""
+    rows = results.get("blocks", [])
+    if not rows:
+        return
+    blocks, experts = [str(row["block"]) for row in rows], [str(index) for index in range(len(results["experts"]))]
+    axes = (("block", blocks), ("expert", experts))
+    tracker.matrix("expert load by block", "test", [row["expert_load"] for row in rows], *axes)
+    if "expert_worth" in rows[0]:
+        changes = [row["expert_worth"]["macro_f1_change"] for row in rows]
+        tracker.matrix("macro-F1 without the expert, by block", "test", changes, *axes)
+    normalised = [row["specialisation"]["normalised"] for row in rows]
+    tracker.bars("specialisation by block", "test", blocks, {"mutual information": normalised})
 
 
 def _report_classes(results: dict[str, Any], tracker: Tracker) -> None:

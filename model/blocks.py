@@ -46,8 +46,7 @@ class BlockMixture(nn.Module):
         random. allowed_E: bool, the experts that may be chosen (None: all).
         """
         routing = self.router(self._read(x_BTD), warmup, allowed_E)
-        weights_BTE = routing.assignments.weights_BE.view(len(x_BTD), -1, routing.num_experts)
-        return self.experts(x_BTD, dense_BTD, weights_BTE), routing
+        return self.experts(x_BTD, dense_BTD, routing.assignments), routing
 
     def _read(self, x_BTD: Tensor) -> Tensor:
         """What the gate reads: (N, D)."""

@@ -12,9 +12,12 @@ from .layers import ALIGNMENT, Alone, SideBySide, Sorted, joined, run
 
 def has_kernel(x_BD: Tensor) -> bool:
     """Whether grouped products of such rows have a kernel that does not wait for the device (Hopper and later)."""
-    if not hasattr(F, "grouped_mm") or x_BD.dtype != torch.bfloat16 or x_BD.shape[1] % ALIGNMENT:
-        return False
-    return x_BD.is_cuda and torch.cuda.get_device_capability(x_BD.device)[0] >= 9
+    return x_BD.dtype == torch.bfloat16 and x_BD.shape[1] % ALIGNMENT == 0 and kernel_on(x_BD.device)
+
+
+def kernel_on(device: torch.device) -> bool:
+    """Whether a device has a kernel for grouped products."""
+    return hasattr(F, "grouped_mm") and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def fits(experts: Iterable[LayeredExpert]) -> bool:

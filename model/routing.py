@@ -64,6 +64,23 @@ class Assignments:
         sample_A, expert_A, weight_A = self.sample_A[kept_A], self.expert_A[kept_A], self.weight_A[kept_A]
         return Assignments.listed(sample_A, expert_A, weight_A, (self.num_samples, self.num_experts))
 
+    def repeated(self, times: int) -> "Assignments":
+        """The same for so many samples in place of each one: those of sample b are b * times and so on."""
+        if times == 1:
+            return self
+        offset_T = torch.arange(times, device=self.sample_A.device)
+        if self.top_k is None:
+            sample_A = (self.sample_A[:, None] * times + offset_T).flatten()
+            expert_A, weight_A = (values_A.repeat_interleave(times) for values_A in (self.expert_A, self.weight_A))
+        else:  # so that assignment a stays one of sample a // k
+            sample_A = torch.arange(self.num_samples * times, device=offset_T.device).repeat_interleave(self.top_k)
+            expert_A, weight_A = (
+                values_A.view(-1, 1, self.top_k).expand(-1, times, -1).flatten()
+                for values_A in (self.expert_A, self.weight_A)
+            )
+        counts = (self.num_samples * times, self.counts_E * times)
+        return Assignments(sample_A, expert_A, weight_A, *counts, self.top_k)
+
     def by_row(self) -> "Assignments":
         """The same with each row of rows_AD as a sample of its own."""
         rows_A = torch.arange(len(self.sample_A), device=self.sample_A.device)

@@ -112,10 +112,12 @@ def _remedy(router: Router, balance: BalanceConfig, warmup_steps: int) -> str:
     """Which option evens the load under this rule."""
     if not router.learns:
         return "a fixed rule decides, so use fewer --experts.sizes"
-    options = [f"raise --balance.switch (now {balance.switch:g})"]
-    if rate := getattr(router, "bias_rate", 0.0):
-        options = [f"raise --router.bias_rate (now {rate:g})"]
-    options.append(f"--router.warmup_steps (now {warmup_steps})")
+    loss = f"raise --balance.switch (now {balance.switch:g}), tenfold or more"
+    rate = getattr(router, "bias_rate", None)
+    options = [f"raise --router.bias_rate (now {rate:g})"] if rate else [loss]
+    if rate == 0:
+        options = ["set --router.bias_rate 0.001", loss]
+    options.append(f"raise --router.warmup_steps (now {warmup_steps})")
     if not any(isinstance(layer, Standardise) for layer in router.trunk):
         options.append("set --router.norm batch")
-    return " or ".join(options)
+    return ", or ".join(options)

@@ -43,7 +43,7 @@ def block_load_over_time(
     num_blocks, num_experts = load_TLE.shape[1:]
     columns = min(4, num_blocks)
     rows = -(-num_blocks // columns)
-    figure = new_figure(1.75 * rows + 1.1, "Expert load in each block on the validation images", 9.0)
+    figure = new_figure(1.75 * rows + 1.1, "Expert load in each block, in training", 9.0)
     axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     for ax in axes.flat[num_blocks:]:
         ax.set_visible(False)
@@ -81,21 +81,22 @@ def block_worth(
     """Heat map of the macro-F1 that is lost without an expert in one block, and, in the last row, in all blocks.
 
     lost_LE, lost_E: macro-F1 (0 to 1), above 0 where the expert is of use; nan where it was not asked. deviation_LE,
-    deviation_E: standard deviations; numbers within one of them are grey.
+    deviation_E: standard deviations; cells within one of them are white, their numbers grey.
     """
     lost = 100 * np.vstack([np.asarray(lost_LE, dtype=float), np.asarray(lost_E, dtype=float)])
     deviation = 100 * np.vstack([np.asarray(deviation_LE, dtype=float), np.asarray(deviation_E, dtype=float)])
     rows = [*block_names, "all blocks"]
     printed = lost.shape[1] <= PRINTED
     figure, ax, height = _table_page("What each expert is worth", rows, expert_labels, printed)
-    limit = float(np.nanmax(np.abs(lost), initial=0.1))
+    limit = float(np.nanmax(np.where(np.abs(lost) > deviation, np.abs(lost), 0.0), initial=0.1))
     norm = TwoSlopeNorm(0, -limit, limit)
-    image = ax.imshow(np.ma.masked_invalid(lost), norm=norm, cmap="PuOr_r", aspect="auto", interpolation="nearest")
+    coloured = np.where(np.abs(lost) > deviation, lost, 0 * lost)  # nan stays nan
+    image = ax.imshow(np.ma.masked_invalid(coloured), norm=norm, cmap="PuOr_r", aspect="auto", interpolation="nearest")
     ax.set_facecolor("0.85")
     for (row, column), value in np.ndenumerate(lost) if printed else ():
         if np.isfinite(value):
             certain = abs(value) > deviation[row, column]
-            colour = "white" if abs(value) > 0.7 * limit else "black" if certain else "0.45"
+            colour = "0.45" if not certain else "white" if abs(value) > 0.7 * limit else "black"
             weight = "bold" if certain else "normal"
             text = f"{round(value, 2) + 0.0:.2f}"
             ax.text(column, row, text, ha="center", va="center", fontsize=7.5, color=colour, weight=weight)

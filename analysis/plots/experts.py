@@ -67,6 +67,7 @@ def expert_by_class(
     group_C: ArrayLike | None = None,
     group_names: Names | None = None,
     load_CE: ArrayLike | None = None,
+    title: str = "Which expert serves which class",
 ) -> Figure:
     """Heat map of each class's spread over the experts: experts as rows, classes as columns, colours by gate weight.
 
@@ -90,7 +91,7 @@ def expert_by_class(
     printed = widest <= 12 and num_experts <= 16
     map_height = 0.36 * num_experts if printed else float(np.clip(0.24 * num_experts, 1.3, 3.2))
     label_height = (longest if named else 0.2) + (0.2 if group_names is None else 0.65)
-    figure = new_figure(len(panels) * (map_height + label_height) + 0.8, "Which expert serves which class", 9.0)
+    figure = new_figure(len(panels) * (map_height + label_height) + 0.8, title, 9.0)
     axes = figure.subplots(len(panels), squeeze=False)[:, 0]
     norm = Normalize(0, max(weight_CE.max(), 1e-9))
     for ax, columns in zip(axes, panels, strict=True):

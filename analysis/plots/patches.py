@@ -17,7 +17,7 @@ from analysis.plots.style import OKABE_ITO, Names, new_figure, short
 SIDE = 224  # pixels of an image as it is drawn, at least
 TINT = 0.55  # share of the expert's colour in that of a pixel
 OTHERS = "#BBBBBB"
-COLOURS = OKABE_ITO[:7]  # without black, which tints nothing
+COLOURS = (*OKABE_ITO[:7], "#555555")  # grey instead of black, under which nothing is seen
 
 
 def patch_maps(
@@ -38,7 +38,8 @@ def patch_maps(
     colours_E = expert_tints(share_E)
     rows, columns = len(images_MHWC), 1 + len(block_names)
     cell = min(1.75, 10.2 / columns)
-    figure = new_figure(rows * (cell + 0.3) + 1.0, title, cell * columns + 0.3)
+    figure = new_figure(rows * (cell + 0.2) + 1.0, title, cell * columns + 0.3)
+    figure.get_layout_engine().set(h_pad=0.02, hspace=0.01)
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes, image, name, choice_LHW in zip(grid, images_MHWC, names, choice_MLHW, strict=True):
         show_patches(axes, image, choice_LHW, colours_E)
@@ -71,7 +72,7 @@ def expert_legend(figure: Figure, labels: Names, share_E: np.ndarray, colours_E:
 
 
 def expert_tints(share_E: ArrayLike) -> list[str]:
-    """A colour for each expert: of more than seven the seven busiest have one each, and the others grey."""
+    """A colour for each expert, as in all figures; of more than eight the eight busiest have one each, others grey."""
     share_E = np.asarray(share_E, dtype=float)
     if len(share_E) <= len(COLOURS):
         return list(COLOURS[: len(share_E)])

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
 
+from analysis.plots.patches import COLOURS, tinted
 from analysis.plots.style import BLUE, Names, expert_colour, new_figure, short
 
 
@@ -17,25 +19,34 @@ def explanation(
     classes: Sequence[Sequence[tuple[str, float]]],
     votes: Sequence[Sequence[tuple[str, float, str, float]]],
     shared: bool = False,
+    maps: Sequence[Sequence[tuple[str, ArrayLike]]] = (),
 ) -> Figure:
-    """One row an image: pixels, probabilities of the likeliest classes, gate weights of the experts.
+    """One row an image: pixels, probabilities of the likeliest classes, gate weights of the experts, patch maps.
 
     images_MHWC: uint8 RGB. names: of the files. classes: (name, probability), likeliest first. votes: (expert,
     gate weight, class that the expert alone would name, its probability), heaviest first; an expert's label begins
     with its index, which decides its colour. shared: what an expert alone would name is what it names with the shared
-    experts, which see every image.
+    experts, which see every image. maps: for each image (block, the expert of each of H x W patches), as many for all;
+    left out where there are none.
     """
     bars = max(map(len, [*classes, *votes]))
     rows = len(images_MHWC)
-    figure = new_figure(rows * max(1.5, 0.34 + 0.26 * bars) + 0.7, "What the model says, and which experts say it", 9.0)
-    grid = figure.subplots(rows, 3, squeeze=False, width_ratios=[1, 2, 2])
+    columns = len(maps[0]) if maps else 0
+    height, width = max(1.5, 0.34 + 0.26 * bars), 9.0 + 1.5 * columns
+    figure = new_figure(rows * height + 0.7, "What the model says, and which experts say it", width)
+    grid = figure.subplots(rows, 3 + columns, squeeze=False, width_ratios=[1, 2, 2, *[0.9] * columns])
     for (picture, left, right), image, name, scores, experts in zip(
-        grid, images_MHWC, names, classes, votes, strict=True
+        grid[:, :3], images_MHWC, names, classes, votes, strict=True
     ):
         _show(picture, image)
         picture.set_title(_name(name, 24), fontsize=8)
         _bars(left, bars, [(score, BLUE, short(label, 28), f"{score:.1%}") for label, score in scores])
         _bars(right, bars, [_vote(" + shared" if shared else ", alone", *vote) for vote in experts])
+    for axes, image, row in zip(grid[:, 3:], images_MHWC, maps, strict=False):
+        for ax, (block, choice_HW) in zip(axes, row, strict=True):
+            ax.imshow(tinted(image, choice_HW, [COLOURS[e % len(COLOURS)] for e in range(1 + int(np.max(choice_HW)))]))
+            ax.set(xticks=[], yticks=[])
+            ax.set_title(block, fontsize=9)
     grid[0, 1].set_title("class, probability", fontsize=9)
     grid[0, 2].set_title(
         f"expert · hidden units, its answer {'+ shared' if shared else 'alone'}, gate weight", fontsize=9

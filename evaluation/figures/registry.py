@@ -14,6 +14,7 @@ from analysis.plots.fonts import undrawable
 from common.errors import EnvironmentFault, one_line, warn
 from config.config import Config
 from data.image_set import ImageSet
+from evaluation.block_routing import BlockRouting
 from evaluation.predict import Predictions
 from features.bank import FeatureBank
 from features.images import ImageBank
@@ -49,6 +50,16 @@ class Evaluated:
     def superclasses(self) -> Sequence[str]:
         """Names of the superclasses, empty where the data set has none."""
         return self.test.coarse_names
+
+    @property
+    def blocks(self) -> BlockRouting | None:
+        """The routing in each block, where the experts are inside the ViT."""
+        return self.predictions.blocks
+
+    @property
+    def block_names(self) -> list[str]:
+        """The blocks with experts, by their numbers."""
+        return [f"block {row['block']}" for row in self.results.get("blocks", [])]
 
     @cached_property
     def history(self) -> list[dict[str, Any]]:

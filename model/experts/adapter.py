@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..options import Option, share
+from ..routing import Assignments
 from .base import ExpertKind
 from .config import ExpertsConfig, register
 
@@ -61,12 +62,12 @@ class Adapters(ExpertKind, nn.Module):
         if isinstance(config.dropout, list):
             raise ValueError("experts.dropout is a list: adapters share one number")
 
-    def forward(self, x_BTD: Tensor, dense_BTD: Tensor, weights_BTE: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, dense_BTD: Tensor, assignments: Assignments) -> Tensor:
         """dense + sum_e weight_e adapter_e(x), in the number format of x.
 
-        dense_BTD: the frozen FFN's output. weights_BTE: float32, 0 where an expert is not chosen; (B, 1, E) where all
-        tokens of an image share them.
+        dense_BTD: the frozen FFN's output. assignments: of all tokens, or of the images for all their tokens.
         """
+        weights_BTE = assignments.weights_BE.view(len(x_BTD), -1, assignments.num_experts)
         dtype = x_BTD.dtype
         hidden_BTH = F.gelu(F.linear(x_BTD, self.down.weight.to(dtype), self.down.bias.to(dtype)))
         if self.training and self.drop_path:

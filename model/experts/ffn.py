@@ -1,11 +1,15 @@
 """Experts inside a frozen ViT's blocks: copies of the block's own FFN."""
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .base import ExpertKind
+from ..dispatch import combine_logits, dispatch
+from ..grouped import kernel_on
+from ..routing import Assignments
+from .base import ExpertKind, Experts, LayeredExpert
 from .config import ExpertsConfig, register
 
 
@@ -23,7 +27,6 @@ class UpcycledFFN(ExpertKind, nn.Module):
     """
 
     place = "blocks"
-    static_shapes = False  # where it is not compiled
 
     def __init__(self, width: int, config: ExpertsConfig, ffn: nn.Module):
         super().__init__()
@@ -37,8 +40,9 @@ class UpcycledFFN(ExpertKind, nn.Module):
                 )
         # float32, whatever the ViT computes in, since these are trained; on the device that new tensors are on.
         device = torch.empty(0).device
-        copies = (copy.deepcopy(ffn).float().to(device).requires_grad_(True) for _ in config.sizes)
-        self.copies = nn.ModuleList(copies)
+        copies = (_copied(copy.deepcopy(ffn).float().to(device).requires_grad_(True)) for _ in config.sizes)
+        self.copies = Experts(copies)
+        self.how = config.dispatch
 
     @classmethod
     def check(cls, config: ExpertsConfig) -> None:
@@ -46,34 +50,24 @@ class UpcycledFFN(ExpertKind, nn.Module):
         if config.dropout is not None:
             raise ValueError("experts.dropout is not for experts.kind ffn, which has the ViT's own: leave it out")
 
-    def forward(self, x_BTD: Tensor, dense_BTD: Tensor, weights_BTE: Tensor) -> Tensor:
+    @property
+    def static_shapes(self) -> bool:
+        """Whether a step never waits to know how many tokens an expert has."""
+        first: Any = self.copies[0]
+        grouped = isinstance(first, LayeredExpert) and kernel_on(first[0].weight.device)
+        return self.how in ("grouped", "dense") or (self.how == "auto" and grouped)
+
+    def forward(self, x_BTD: Tensor, dense_BTD: Tensor, assignments: Assignments) -> Tensor:
         """(1 - sum_e weight_e) dense + sum_e weight_e expert_e(x), in the number format of x.
 
-        dense_BTD: the frozen FFN's output. weights_BTE: float32, 0 where an expert is not chosen; (B, 1, E) where all
-        tokens of an image share them.
+        dense_BTD: the frozen FFN's output. assignments: of all tokens, or of the images for all their tokens.
         """
-        x_ND, weights_NE = x_BTD.flatten(0, 1), weights_BTE.expand(*x_BTD.shape[:2], -1).flatten(0, 1)
-        half = x_ND.dtype != torch.float32 or torch.is_autocast_enabled(x_ND.device.type)
-        dtype = torch.bfloat16 if x_ND.dtype == torch.float32 else x_ND.dtype
-        out_ND = ((1 - weights_NE.sum(dim=1, keepdim=True)) * dense_BTD.flatten(0, 1)).float()
-        with torch.autocast(x_ND.device.type, dtype, enabled=half):
-            run = self._all_tokens if torch.compiler.is_compiling() else self._chosen_tokens
-            out_ND = run(x_ND, out_ND, weights_NE)
-        return out_ND.to(dense_BTD.dtype).view_as(dense_BTD)
-
-    def _chosen_tokens(self, x_ND: Tensor, out_ND: Tensor, weights_NE: Tensor) -> Tensor:
-        """Each expert on the tokens that chose it; waits for the device, which has to say how many these are."""
-        for expert, copied in enumerate(self.copies):
-            (token_M,) = (weights_NE[:, expert] > 0).nonzero(as_tuple=True)
-            weight_M1 = weights_NE[token_M, expert, None]
-            out_ND = out_ND.index_add(0, token_M, weight_M1 * copied(x_ND[token_M]).float())
-        return out_ND
-
-    def _all_tokens(self, x_ND: Tensor, out_ND: Tensor, weights_NE: Tensor) -> Tensor:
-        """Each expert on every token: more arithmetic, in shapes that never change."""
-        for expert, copied in enumerate(self.copies):
-            out_ND = out_ND + weights_NE[:, expert, None] * copied(x_ND).float()
-        return out_ND
+        x_ND = x_BTD.flatten(0, 1)
+        each = assignments.repeated(len(x_ND) // assignments.num_samples)
+        how = "static" if self.how == "auto" and self.static_shapes else self.how
+        mixed_ND = combine_logits(*dispatch(x_ND, each, self.copies, how), each)
+        rest_N = 1 - each.weights_BE.sum(dim=1)
+        return (mixed_ND + rest_N[:, None] * dense_BTD.flatten(0, 1)).to(dense_BTD.dtype).view_as(dense_BTD)
 
     def parameters_of(self, expert: int) -> int:
         """Weights and biases of one expert."""
@@ -83,3 +77,33 @@ class UpcycledFFN(ExpertKind, nn.Module):
         """Floating-point operations of one expert on one token; a multiply-add counts as two."""
         linears = (module for module in self.copies[expert].modules() if isinstance(module, nn.Linear))
         return sum(2 * linear.in_features * linear.out_features for linear in linears)
+
+
+def _copied(ffn: nn.Module) -> nn.Module:
+    """An FFN as an expert: by its layers, so that experts can be computed together, where it is a plain one."""
+    from timm.layers import Mlp
+
+    plain = type(ffn) is Mlp and isinstance(ffn.norm, nn.Identity) and isinstance(ffn.fc1, nn.Linear)
+    return CopiedMlp(ffn) if plain and ffn.fc1.bias is not None and ffn.fc2.bias is not None else CopiedFFN(ffn)
+
+
+class CopiedMlp(LayeredExpert):
+    """fc1, activation, fc2 of timm's Mlp, and its dropout where it has any."""
+
+    def __init__(self, ffn: Any):
+        drops = [[drop] if drop.p else [] for drop in (ffn.drop1, ffn.drop2)]
+        nn.Sequential.__init__(self, ffn.fc1, ffn.act, *drops[0], ffn.fc2, *drops[1])
+        self.register_buffer("columns", None, persistent=False)
+
+
+class CopiedFFN(nn.Module):
+    """Any other FFN, in the number format of its input."""
+
+    def __init__(self, ffn: nn.Module):
+        super().__init__()
+        self.ffn = ffn
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        half = x_ND.dtype != torch.float32
+        with torch.autocast(x_ND.device.type, x_ND.dtype if half else torch.bfloat16, enabled=half):
+            return self.ffn(x_ND)

@@ -7,6 +7,7 @@ from matplotlib.colors import to_rgb
 
 from analysis import plots
 from analysis.plots.patches import OTHERS, TINT, enlarged, expert_tints, tinted
+from analysis.plots.pictures import explanation
 
 pytestmark = pytest.mark.filterwarnings(
     "error", "ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning"
@@ -83,9 +84,9 @@ def test_images_of_any_size_and_grey_ones_are_enlarged_as_they_are():
 
 
 def test_of_more_experts_than_colours_the_busiest_have_one_each():
-    colours = expert_tints([0.01, 0.2, 0.2, 0.1, 0.1, 0.1, 0.1, 0.1, 0.09])
-    assert colours.count(OTHERS) == 2 and colours[0] == colours[8] == OTHERS
-    assert len(set(colours)) == 8 and len({to_rgb(colour) for colour in colours}) == 8
+    colours = expert_tints([0.01, 0.2, 0.2, 0.1, 0.1, 0.1, 0.1, 0.1, 0.08, 0.01])
+    assert colours.count(OTHERS) == 2 and colours[0] == colours[9] == OTHERS
+    assert len({to_rgb(colour) for colour in colours}) == 9
     assert expert_tints([0.1, 0.9]) == list(plots.OKABE_ITO[:2])
 
 
@@ -95,6 +96,16 @@ def test_the_legend_says_sizes_and_shares():
     )
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["expert 0 · 16: 25 %", "expert 1 · 64: 75 %"]
     assert [ax.get_title() for ax in figure.axes] == ["cat", "block 3"]
+
+
+def test_an_explanation_has_a_map_for_each_block_beside_the_bars():
+    pixels = [np.zeros((8, 8, 3), dtype=np.uint8)] * 2
+    votes = [[("1 · 4", 0.9, "cat", 0.5), ("0 · 2", 0.1, "dog", 0.5)]] * 2
+    maps = [[("block 0", [[0, 1]]), ("block 3", [[1, 1]])]] * 2
+    figure = explanation(pixels, ["a.png", "b.png"], [[("cat", 0.8)]] * 2, votes, maps=maps)
+    FigureCanvasAgg(figure).draw()
+    assert [ax.get_title() for ax in figure.axes[3:5]] == ["block 0", "block 3"] and len(figure.axes) == 10
+    assert len(explanation(pixels, ["a.png", "b.png"], [[("cat", 0.8)]] * 2, votes).axes) == 6
 
 
 def test_worth_is_printed_in_points_and_grey_within_its_deviation():

@@ -115,3 +115,10 @@ def test_every_text_file_is_read_and_written_as_utf8():
     assert len(files) > 50
     found = [f"{path}:{line}" for path in files for line in opens_without_encoding(path.read_text(encoding="utf-8"))]
     assert found == []
+
+
+def test_a_row_of_whole_numbers_is_a_line_of_json_and_a_string_is_as_it_was():
+    value = {"file": "[\n  1,\n  2\n]", "experts": [[0, -12, 3], []], "weights": [0.5, 1.0], "one": [7]}
+    text = as_json(value)
+    assert json.loads(text) == value
+    assert "    [0, -12, 3],\n" in text and '"one": [7]' in text

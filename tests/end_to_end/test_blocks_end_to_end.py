@@ -60,6 +60,9 @@ def test_a_run_is_trained_scored_asked_and_gone_on_with(tmp_path, call):
     Image.new("L", (8, 8), 100).save(picture)
     (image,) = json.loads(call(predict, run, picture, "--json", "--explain", tmp_path / "out.png"))["images"]
     assert sum(vote["weight"] for vote in image["experts"]) == pytest.approx(1, abs=1e-4)
+    assert [patches["block"] for patches in image["patches"]] == [1, 2]
+    assert all(len(row) == 8 and set(row) <= {0, 1, 2, 3} for patches in image["patches"] for row in patches["experts"])
+    assert (tmp_path / "out.png").is_file()
 
     assert "epoch   3/3" in call(train, "--resume", run, "--train.epochs", "3")
 

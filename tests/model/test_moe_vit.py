@@ -15,6 +15,7 @@ from model.experts import ExpertsConfig
 from model.experts.adapter import Adapters
 from model.moe_vit import resolve_blocks, run_block
 from model.routers import ROUTERS, RouterConfig
+from model.routing import Assignments
 
 TOKEN_RULES = sorted(kind for kind, rule in ROUTERS.items() if rule.token_choice)
 
@@ -34,7 +35,19 @@ def test_two_adapters_by_hand():
     expected = torch.tensor(
         [[[100 + 2 * 0.25 * 0.8413447 - 4 * 0.5 * 0.1586553, 200 + 10 * 0.25 * 0.8413447 - 20 * 0.5 * 0.1586553]]]
     )
-    torch.testing.assert_close(adapters(x_BTD, dense_BTD, torch.tensor([[[0.25, 0.5]]])), expected)
+    chosen = Assignments.of_each(torch.tensor([[1, 0]]), torch.tensor([[0.5, 0.25]]), 2)
+    torch.testing.assert_close(adapters(x_BTD, dense_BTD, chosen), expected)
+
+
+@pytest.mark.parametrize("top_k", [2, None])
+def test_the_assignments_of_images_are_repeated_for_their_tokens(top_k):
+    lists = (torch.tensor([0, 0, 1, 1]), torch.tensor([2, 0, 1, 2]), torch.tensor([0.7, 0.3, 0.6, 0.4]))
+    each = Assignments.listed(*lists, (2, 3), top_k).repeated(3)
+    assert each.num_samples == 6 and each.counts_E.tolist() == [3, 3, 6]
+    expected = torch.tensor([[0.3, 0.0, 0.7], [0.0, 0.6, 0.4]]).repeat_interleave(3, dim=0)
+    torch.testing.assert_close(each.weights_BE, expected)
+    if top_k:
+        assert each.sample_A.tolist() == [token for token in range(6) for _ in range(2)]
 
 
 def test_the_table_of_weights_by_hand():
@@ -73,14 +86,19 @@ def brute_force(mixture: BlockMixture, x_BTD, ffn, kind: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("level", ["token", "image"])
-@pytest.mark.parametrize("kind, sizes", [("adapter", [[2], [3], [1]]), ("ffn", [[4]] * 3)])
+@pytest.mark.parametrize(
+    "kind, sizes, how",
+    [("adapter", [[2], [3], [1]], "auto"), *(("ffn", [[4]] * 3, how) for how in ("sorted", "grouped", "dense"))],
+)
 @pytest.mark.parametrize("rule", ["noisy_topk", "vmoe"])  # weights that sum to 1, and that do not
 @pytest.mark.parametrize("class_token", [True, False])
-def test_a_block_equals_the_loop_over_tokens_and_experts(rule, kind, sizes, level, class_token):
+def test_a_block_equals_the_loop_over_tokens_and_experts(rule, kind, sizes, how, level, class_token):
     ffn = plain_ffn()
     torch.manual_seed(0)
     router = RouterConfig(kind=rule, level=level, norm="none")
-    mixture = BlockMixture(3, router, block_experts(kind, sizes), ffn, class_token, prefix=int(class_token)).eval()
+    mixture = BlockMixture(
+        3, router, block_experts(kind, sizes, dispatch=how), ffn, class_token, prefix=int(class_token)
+    ).eval()
     for parameter in mixture.parameters():
         parameter.data = torch.randn_like(parameter)
     x_BTD = torch.randn(2, 5, 3)

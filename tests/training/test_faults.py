@@ -157,7 +157,8 @@ def test_collapse_and_unused_experts_are_said_once_with_the_remedy(capsys):
     usages = ([5, 5, 5, 5], [90, 1, 90, 90], [90, 0, 90, 90], [300, 2, 2, 300], [0, 9, 0, 9], [9, 0, 0, 9])
     for epoch, usage in enumerate(usages, start=1):
         watch.check(np.array(usage), epoch, "training")
-    remedy = "; raise --balance.switch (now 0.01) or --router.warmup_steps (now 500)"
+    remedy = "; set --router.bias_rate 0.001, or raise --balance.switch (now 0.01), tenfold or more, or raise "
+    remedy += "--router.warmup_steps (now 500)"
     assert capsys.readouterr().err.splitlines() == [
         f"warning: expert 1 received 0.4 % of the training assignments of epoch 2{remedy}",
         f"warning: expert 2 received 0.3 % of the training assignments of epoch 4{remedy}",

@@ -1,0 +1,84 @@
+"""What the experts inside a ViT do, block by block, and what each is worth in one block."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from analysis import experts, routing
+from analysis.blocks import block_specialisation, most_specialised
+from data.image_set import ImageSet
+from evaluation.block_routing import BlockRouting
+from evaluation.predict import Predictions
+from features.images import ImageBank
+from model.moe_vit import MoEViT
+
+WORTH_IMAGES = 2048  # on which each expert is removed from one block at a time, on a GPU
+
+
+def block_results(
+    predictions: Predictions, test: ImageSet, target_E: np.ndarray, without_LEM: np.ndarray | None = None
+) -> dict[str, Any]:
+    """The part of metrics.json on single blocks; empty where the experts are not inside the ViT.
+
+    target_E: the load that each expert should have. without_LEM: the answers to the first M test images without an
+    expert in one block, where they were asked for.
+    """
+    found = predictions.blocks
+    if found is None:
+        return {}
+    labels_N, group_C = predictions.labels_N, test.superclass_of_class()
+    special = block_specialisation(labels_N, found.weight_NLE, test.num_classes)
+    rows: list[dict[str, Any]] = [
+        {
+            "block": int(place.removeprefix("block_")),
+            "expert_load": load_E.tolist(),
+            "expert_importance": importance_E.tolist(),
+            "expert_underused": routing.underused(load_E, target_E).tolist(),
+            "specialisation": specialisation,
+        }
+        for place, load_E, importance_E, specialisation in zip(
+            found.places, found.load_LE, found.importance_LE, special, strict=True
+        )
+    ]
+    _add_shares(rows, "expert_by_class_weight", found, labels_N, test.num_classes)
+    if group_C is not None:
+        _add_shares(rows, "expert_by_superclass_weight", found, group_C[labels_N], len(test.coarse_names))
+    for row, without_EM in zip(rows, () if without_LEM is None else without_LEM, strict=False):
+        count = without_EM.shape[1]
+        answers = (labels_N[:count], predictions.predicted_N[:count], without_EM)
+        columns = experts.removal(*answers, test.num_classes)
+        row["expert_worth"] = {key: values_E.tolist() for key, values_E in columns.items()} | {"images": count}
+    return {"blocks": rows, "most_specialised_block": rows[most_specialised(special)[0]]["block"]}
+
+
+def _add_shares(rows: list[dict[str, Any]], key: str, found: BlockRouting, labels_N: np.ndarray, count: int) -> None:
+    """Add to each block's row how the weight of each class is spread over the experts."""
+    for row, table_CE in zip(rows, found.by_class(labels_N, count), strict=True):
+        row[key] = (table_CE / table_CE.sum(axis=1, keepdims=True).clip(min=1e-30)).tolist()
+
+
+@torch.no_grad()
+def without_each_in_one_block(model: MoEViT, bank: ImageBank, split: str, images: int) -> np.ndarray:
+    """The answers (L, E, M) to the first M images of a split without expert e in block l, which its tokens then avoid.
+
+    model: in evaluation mode. images: at least so many, a whole number of batches or all there are.
+    """
+    blocks, num_experts = len(model.places), model.mixtures[0].router.num_experts
+    size = bank.evaluation_batch
+    order_M = torch.arange(min(len(bank.splits[split]), -(-images // size) * size))
+    batches = []
+    for inputs, _ in bank.batches(split, size, order_M):
+        batch_LE = []
+        for place in np.ndindex(blocks, num_experts):
+            allowed_LE = torch.ones(blocks, num_experts, dtype=torch.bool, device=inputs.device)
+            allowed_LE[place] = False
+            batch_LE.append(model(inputs, allowed_E=allowed_LE)[0].argmax(dim=1))
+        batches.append(torch.stack(batch_LE))
+    return torch.cat(batches, dim=1).view(blocks, num_experts, -1).cpu().numpy()
+
+
+def patch_grid(model: MoEViT) -> tuple[int, int]:
+    """Rows and columns of the patches of an image."""
+    rows, columns = model.backbone.vit.patch_embed.grid_size
+    return int(rows), int(columns)

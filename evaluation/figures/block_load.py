@@ -1,0 +1,18 @@
+"""How the work of each block is spread over its experts."""
+
+from matplotlib.figure import Figure
+
+from analysis import plots
+from evaluation.figures.registry import Evaluated, register
+
+
+@register(
+    "block_load",
+    "Share of the tokens that each expert receives in each block; in brackets, where there is room, its share of the "
+    "gate's weight.",
+    needs=["blocks"],
+    place=31,
+)
+def block_load(evaluated: Evaluated) -> Figure:
+    found = evaluated.blocks
+    return plots.block_load(found.load_LE, found.importance_LE, evaluated.block_names, evaluated.labels)
