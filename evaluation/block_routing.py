@@ -1,5 +1,6 @@
 """Who saw what inside the ViT: the routing of many tokens in several blocks, in sums that stay small."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,12 +19,14 @@ class BlockRouting:
 
     places: a name for each block. count_NLE: int32, how many of an image's tokens chose the expert. weight_NLE:
     float32, the sum of their weights. first_MLT: uint8, the expert of the largest weight of each of T tokens, for the
-    first M images. Where an image decides for all its tokens, it counts as one, and T is 1.
+    first M images. Where an image decides for all its tokens, it counts as one, and T is 1. entropy_NL: float32, the
+    mean entropy of the gate of an image's tokens over its greatest value log E.
     """
 
     places: tuple[str, ...]
     count_NLE: np.ndarray
     weight_NLE: np.ndarray
+    entropy_NL: np.ndarray
     first_MLT: np.ndarray
 
     @property
@@ -57,25 +60,35 @@ class BlockRoutingSums:
 
     def __init__(self, places: Sequence[str]):
         self.places = tuple(places)
-        self.parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.parts: list[tuple[Tensor, ...]] = []
         self.kept = 0
 
     def add(self, routings: Sequence[Routing], images: int) -> None:
         """Take note of a batch of so many images."""
-        counts, weights, firsts = [], [], []
+        counts, weights, entropies, firsts = [], [], [], []
         for routing in routings:
             weights_NE = routing.assignments.weights_BE
             chosen_NE = torch.zeros_like(weights_NE, dtype=torch.int32)
             chosen_NE[routing.sample_A, routing.expert_A] = 1
             counts.append(chosen_NE.view(images, -1, routing.num_experts).sum(dim=1, dtype=torch.int32))
             weights.append(weights_NE.view(images, -1, routing.num_experts).sum(dim=1))
+            entropies.append(_entropy(routing.gate_logits_BE).view(images, -1).mean(dim=1))
             firsts.append(weights_NE.argmax(dim=1).to(torch.uint8).view(images, -1))
         first_BLT = torch.stack(firsts, dim=1)
         room = max(0, KEPT_TOKENS - self.kept) // first_BLT[0].numel()
         self.kept += first_BLT[:room].numel()
-        self.parts.append((torch.stack(counts, dim=1), torch.stack(weights, dim=1), first_BLT[:room]))
+        sums = (torch.stack(column, dim=1) for column in (counts, weights, entropies))
+        self.parts.append((*sums, first_BLT[:room]))
 
     def result(self) -> BlockRouting:
         """The routing of all batches."""
         columns = (torch.cat(column).cpu().numpy() for column in zip(*self.parts, strict=True))
         return BlockRouting(self.places, *columns)
+
+
+def _entropy(logits_NE: Tensor) -> Tensor:
+    """Entropy of each row's softmax over log E, float32 (N,); zeros for a single expert."""
+    log_NE = logits_NE.float().log_softmax(dim=1)
+    # An expert of logit -inf has probability 0, and no part in the entropy.
+    entropy_N = -(log_NE.exp() * log_NE.clamp_min(torch.finfo(torch.float32).min)).sum(dim=1)
+    return entropy_N / max(math.log(logits_NE.shape[1]), 1e-30)

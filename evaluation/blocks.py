@@ -21,6 +21,7 @@ def block_results(
 ) -> dict[str, Any]:
     """The part of metrics.json on single blocks; empty where the experts are not inside the ViT.
 
+    `specialisation` becomes that of the block that specialises most: over all blocks an image has no one expert.
     target_E: the load that each expert should have. without_LEM: the answers to the first M test images without an
     expert in one block, where they were asked for.
     """
@@ -49,7 +50,8 @@ def block_results(
         answers = (labels_N[:count], predictions.predicted_N[:count], without_EM)
         columns = experts.removal(*answers, test.num_classes)
         row["expert_worth"] = {key: values_E.tolist() for key, values_E in columns.items()} | {"images": count}
-    return {"blocks": rows, "most_specialised_block": rows[most_specialised(special)[0]]["block"]}
+    first = rows[most_specialised(special)[0]]
+    return {"blocks": rows, "most_specialised_block": first["block"], "specialisation": first["specialisation"]}
 
 
 def _add_shares(rows: list[dict[str, Any]], key: str, found: BlockRouting, labels_N: np.ndarray, count: int) -> None:

@@ -123,7 +123,7 @@ def _experts(predictions: Predictions, test: ImageSet, config: Config, model: An
     confidence_E, _ = routing.mean_by_expert(predictions.probs_NC.max(axis=1), sample_A, expert_A, num_experts)
     hardest = experts.hardest_classes(correct_N, labels_N, sample_A, expert_A, test.class_names, num_experts)
     return {
-        "gate": gate.gate_summary(predictions.gate_NE, sample_A, expert_A, correct_N),
+        "gate": _gate(predictions, correct_N),
         "experts": config.experts.labels(),
         "expert_samples": samples_E.tolist(),
         "expert_accuracy": _plain(accuracy_E),
@@ -134,6 +134,15 @@ def _experts(predictions: Predictions, test: ImageSet, config: Config, model: An
         "co_activation": experts.co_activation(sample_A, expert_A, len(labels_N), num_experts).tolist(),
         "expert_worth": _worth(predictions, test, model),
     }
+
+
+def _gate(predictions: Predictions, correct_N: np.ndarray) -> dict[str, Any]:
+    """How sure the gate is. Inside the ViT of a mean token in a mean block; there an image has no one boundary."""
+    summary = gate.gate_summary(predictions.gate_NE, predictions.sample_A, predictions.expert_A, correct_N)
+    if predictions.blocks is None:
+        return summary
+    nothing = {key: [] if key == "nearest_samples" else None for key in summary}
+    return nothing | {"entropy_mean": float(predictions.blocks.entropy_NL.mean())}
 
 
 def _worth(predictions: Predictions, test: ImageSet, model: AnyMoE) -> Rows:

@@ -71,6 +71,7 @@ def percent(value: float | None, digits: int = 1) -> str:
 def _headline(results: dict[str, Any]) -> list[tuple[str, str, str]]:
     """(what, value, how to read it) of the single figures."""
     special, gate = results["specialisation"], results["gate"]
+    where = f", in block {results['most_specialised_block']}" if "blocks" in results else ""
     z_score = "" if special["z_score"] is None else f", {special['z_score']:.0f} s.d. above chance"
     shown = [
         ("macro-F1", percent(results["macro_f1"]), f"{results['images']:,} test images"),
@@ -79,7 +80,7 @@ def _headline(results: dict[str, Any]) -> list[tuple[str, str, str]]:
         (
             "specialisation",
             f"{special['normalised']:.3f}",
-            f"mutual information of class and expert over log E{z_score} (p {special['p_value']:.3f})",
+            f"mutual information of class and expert over log E{z_score} (p {special['p_value']:.3f}){where}",
         ),
         ("calibration error", percent(results["expected_calibration_error"]), "expected, 15 bins; 0 is best"),
     ]
@@ -89,7 +90,13 @@ def _headline(results: dict[str, Any]) -> list[tuple[str, str, str]]:
             near, rest = percent(gate["boundary_accuracy"]), percent(gate["elsewhere_accuracy"])
             reading += f"; {near} of them are right, {rest} of the others"
         shown.append(("near the boundary", percent(gate["boundary_share"]), reading))
-    shown.append(("gate entropy", f"{gate['entropy_mean']:.2f}", "of a mean image; 1 is no preference, 0 is certain"))
+    shown.append(
+        (
+            "gate entropy",
+            f"{gate['entropy_mean']:.2f}",
+            f"of a mean {'token' if 'blocks' in results else 'image'}; 1 is no preference, 0 is certain",
+        )
+    )
     shown.append(_cost_card(results["cost"]))
     if "superclass_accuracy" in results:
         shown.insert(2, ("superclass accuracy", percent(results["superclass_accuracy"]), "right superclass, any class"))
@@ -173,13 +180,13 @@ def _block_table(results: dict[str, Any]) -> Table:
     for row in results.get("blocks", []):
         special = row["specialisation"]
         z_score = "–" if special["z_score"] is None else f"{special['z_score']:.0f}"
-        shares = zip(row["expert_importance"], row["expert_load"], strict=True)
-        cells = [f"{100 * weight:.0f} / {percent(load, 0)}" for weight, load in shares]
+        shares = zip(row["expert_importance"], row["expert_load"], row["expert_underused"], strict=True)
+        cells = [f"{100 * weight:.0f} / {percent(load, 0)}{' !' if mark else ''}" for weight, load, mark in shares]
         rows.append([str(row["block"]), f"{special['normalised']:.3f}", z_score, *cells])
     return Table(
         title="Blocks",
         note="Specialisation: mutual information of class and expert over log E, by gate weight; z: standard "
-        "deviations above shuffled labels. " + SPREAD_NOTE,
+        "deviations above shuffled labels. " + SPREAD_NOTE + " !: below 1 % of the load.",
         header=["block", "specialisation", "z", *results["experts"]],
         rows=rows,
     )

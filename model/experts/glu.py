@@ -17,17 +17,18 @@ class SwiGLU(nn.Module):
         return F.silu(gate) * value
 
 
-@register("glu", "hidden layers of SwiGLU, a gate and a value for each unit (Shazeer 2020), dropout (place head)")
+@register("glu", "hidden layers of Linear, LayerNorm, SwiGLU (Shazeer 2020), dropout (place head)")
 class GLUExpert(LayeredExpert):
-    """SwiGLU (Shazeer 2020, "GLU variants improve transformer", eq. 6): (SiLU(x W) * x V) W2, with biases.
+    """SwiGLU (Shazeer 2020, "GLU variants improve transformer"): (SiLU(x W) * x V) W2, with biases.
 
-    Gate W and value V of a layer are one product of twice its units. Two thirds of an MLP's units take as many
-    parameters as the MLP.
+    Gate W and value V of a layer are one product of twice its units. As in MLP experts a LayerNorm comes before the
+    activation: it keeps in range the sums over many features, of which SwiGLU would make squares. Two thirds of an
+    MLP's units take as many parameters as the MLP.
     """
 
     @staticmethod
     def hidden_layer(width: int, units: int, dropout: float) -> list[nn.Module]:
-        return [nn.Linear(width, 2 * units), SwiGLU(), nn.Dropout(dropout)]
+        return [nn.Linear(width, 2 * units), nn.LayerNorm(2 * units), SwiGLU(), nn.Dropout(dropout)]
 
     @classmethod
     def work(cls, widths: list[int]) -> int:

@@ -30,7 +30,10 @@ class SinkhornRouter(SoftmaxFirstRouter):
     matrix of exp(logits at the temperature), its rows and columns scaled in turn until each sample has the same mass
     and each expert its target load. Scaling a row changes no choice in it, so the plan ranks as logits + the
     logarithms of the columns' scales, `column_scales`. Weights come from the gate alone, as in Megatron-LM: its
-    sigmoid for k = 1, else its softmax over all experts. Loads are about even without an auxiliary loss.
+    sigmoid for k = 1, else its softmax over all experts.
+
+    What is even is the plan. For k = 1, as in the papers, the loads are about even too, without an auxiliary loss. For
+    more they need not be: an expert that is everybody's second choice keeps that place.
 
     So **training depends on the batch**, evaluation does not: it is plain top-k of the logits. A batch with fewer
     choices than there are experts is routed that way too.

@@ -9,6 +9,9 @@ from conftest import ROOT
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
+import train
+from common.errors import exit_code_of
+
 NOTEBOOK = ROOT / "notebooks" / "expert_assignments.ipynb"
 
 
@@ -54,6 +57,25 @@ def test_it_runs_on_a_run_and_agrees_with_its_evaluation(executed, tiny_run):
         assert f"| {label} | {change}" in shown
     assert "| 0 and 1 |" in shown or "| 2 and 3 |" in shown
     assert images(executed) >= 2
+
+
+@pytest.mark.slow
+def test_with_experts_inside_the_vit_it_shows_patches(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    options = ["--data.max_per_class", "13", "--experts.blocks", "[0,1]", "--backbone.features", "[cls:1,mean:1]"]
+    options += ["--train.epochs", "1", "--train.batch_size", "16", "--router.warmup_steps", "1", "--tracking", "none"]
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(
+        "sys.argv", ["train.py", "--config", "configs/digits_blocks.yaml", *options, "--run_dir", str(run)]
+    )
+    assert exit_code_of(train.main) == 0
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    client_of(notebook).execute(env=os.environ | {"VISION_MOE_RUN": str(run), "OMP_NUM_THREADS": "1"})
+    shown = texts(notebook)
+    assert "the expert with the largest gate weight for each patch" in shown
+    assert "block  0: specialisation " in shown and "block  1: specialisation " in shown
+    (cell,) = [cell for cell in notebook.cells if cell.source.startswith('show("patch_maps"')]
+    assert images(nbformat.from_dict({"cells": [cell]})) == 3  # what each expert is worth in a block takes a GPU
 
 
 @pytest.mark.slow

@@ -18,12 +18,17 @@ from evaluation.blocks import patch_grid, without_each_in_one_block
 from evaluation.evaluation import evaluate
 from evaluation.figures import FIGURES, Evaluated
 from evaluation.predict import predict
-from evaluation.report import _block_table
+from evaluation.report import _block_table, _headline
 from evaluation.reporting import _report_blocks
 from features.images import ImageBank
 from model.experts import ExpertsConfig
 from model.routers import RouterConfig
 from storage.folder import RunFolder
+
+
+def _cards(results):
+    return [(what, value) for what, value, _ in _headline(results)]
+
 
 CPU = torch.device("cpu")
 SIZES = [[2], [4], [6]]
@@ -69,6 +74,16 @@ def test_each_block_has_its_shares_and_the_one_that_tells_most_about_the_class_i
             assert np.sum(row[key], axis=-1) == pytest.approx(1.0)
     gains = [row["specialisation"]["mutual_information"] - row["specialisation"]["null_mean"] for row in rows]
     assert results["most_specialised_block"] == int(np.argmax(gains))
+    assert results["specialisation"] == rows[int(np.argmax(gains))]["specialisation"]
+
+
+def test_the_gate_is_as_sure_as_it_is_of_a_mean_token(evaluated):
+    _, results, model, images = evaluated
+    with torch.no_grad():
+        _, routings = model(images.splits.test.images_NCHW)
+    gates = torch.stack([routing.probs_BE for routing in routings]).double()
+    assert results["gate"]["entropy_mean"] == pytest.approx(float(-(gates * gates.log()).sum(2).mean()) / np.log(3))
+    assert results["gate"]["boundary_share"] is None and "near the boundary" not in dict(_cards(results))
 
 
 def test_what_an_expert_is_worth_in_one_block_agrees_with_asking_the_model_without_it(evaluated):

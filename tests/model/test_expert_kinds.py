@@ -25,8 +25,9 @@ def test_a_swiglu_expert_by_hand():
     expert[0].weight.data = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 0.0], [1.0, 1.0]])
     expert[0].bias.data = torch.tensor([0.0, 0.5, 0.0, -1.0])
     expert[-1].weight.data, expert[-1].bias.data = torch.tensor([[1.0, 10.0]]), torch.tensor([0.25])
-    # x = (1, 3): gates 1 and 3.5, values 2 and 3.
-    expected = silu(1.0) * 2 + 10 * silu(3.5) * 3 + 0.25
+    # x = (1, 3): gates 1 and 3.5, values 2 and 3, of mean 2.375 and variance 0.921875 (+ 1e-5).
+    gate1, gate2, value1, value2 = ((h - 2.375) / math.sqrt(0.921885) for h in (1.0, 3.5, 2.0, 3.0))
+    expected = silu(gate1) * value1 + 10 * silu(gate2) * value2 + 0.25
     assert expert(torch.tensor([[1.0, 3.0]])).item() == pytest.approx(expected)
 
 
