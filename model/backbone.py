@@ -106,7 +106,7 @@ class Backbone(nn.Module):
         self.blocks = sorted({block for _, block in self.features})
         # Some have no tokens before the patches in their blocks, or do not give them (CaiT, XCiT).
         parameters = inspect.signature(vit.forward_intermediates).parameters
-        self.has_prefix = vit.num_prefix_tokens > 0 and "return_prefix_tokens" in parameters
+        self.has_prefix = getattr(vit, "num_prefix_tokens", 0) > 0 and "return_prefix_tokens" in parameters
         self.has_class_token = self.has_prefix and getattr(vit, "cls_token", None) is not None
         if any(pool == "cls" for pool, _ in self.features) and not self.has_class_token:
             raise InputError(
