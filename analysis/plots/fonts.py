@@ -50,11 +50,10 @@ def _font_of(letter: str) -> str | None:
     """The first font that has a letter: "" for the default one, None where none has it."""
     if not letter.isprintable() or letter.isspace() or ord(letter) in _letters(findfont(FontProperties())):
         return ""
-    # Upright and of normal weight first, which is how matplotlib will look for the family.
-    for font in sorted(fontManager.ttflist, key=lambda font: (font.style != "normal", str(font.weight) != "400")):
-        if not font.name.startswith(NOT_FOR_TEXT) and ord(letter) in _letters(font.fname):
-            return font.name
-    return None
+    # One file a family, upright and of normal weight where there is one, as matplotlib will choose it.
+    plain_last = sorted(fontManager.ttflist, key=lambda font: (font.style == "normal", str(font.weight) == "400"))
+    families = {font.name: font.fname for font in plain_last if not font.name.startswith(NOT_FOR_TEXT)}
+    return next((name for name, path in sorted(families.items()) if ord(letter) in _letters(path)), None)
 
 
 @cache
