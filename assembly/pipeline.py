@@ -101,6 +101,8 @@ def check_backbone(config: Config, backbone: Backbone) -> None:
     if config.experts.place == "blocks":
         try:
             resolve_blocks(config.experts, backbone)
+            if config.train.patch_dropout and getattr(backbone.vit, "rope", None) is not None:
+                raise ValueError("train.patch_dropout is not for a ViT with rotary embeddings: set it to 0")
         except ValueError as error:
             raise UserError(one_line(error)) from error
 

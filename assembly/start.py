@@ -33,9 +33,11 @@ def announce(config: Config, inputs: Inputs, trainer: Trainer) -> None:
     print(f"data         {config.data.name}: {sizes} images, {splits.train.num_classes} classes")
     random_weights = "" if config.backbone.pretrained or config.backbone.weights else " with RANDOM weights"
     print(f"backbone     {config.backbone.name}{random_weights}, frozen; features {' '.join(config.backbone.features)}")
-    inside, mixtures = config.experts.place == "blocks", trainer.model.mixtures
-    unit = f"{config.router.level}, in {len(mixtures)} blocks," if inside else "sample"
-    seen = f"{mixtures[0].router.experts_per_sample:g} a {unit} by {config.router.kind}"
+    model, unit = trainer.model, "sample"
+    if config.experts.place == "blocks":
+        top = " and on top" if config.experts.head else ""
+        unit = f"{config.router.level}, in {len(model.blocks)} blocks{top},"
+    seen = f"{model.mixtures[0].router.experts_per_sample:g} a {unit} by {config.router.kind}"
     print(f"experts      {', '.join(config.experts.labels())}; {seen}")
     if shared := config.experts.shared_labels():
         print(f"shared       {', '.join(shared)}; every sample passes all of them")

@@ -60,13 +60,23 @@ def _add_shares(rows: list[dict[str, Any]], key: str, found: BlockRouting, label
         row[key] = (table_CE / table_CE.sum(axis=1, keepdims=True).clip(min=1e-30)).tolist()
 
 
+def hardly_used(results: dict[str, Any]) -> list[str]:
+    """For each expert "below 1 % of the load", inside the ViT with the blocks where that is so; empty elsewhere."""
+    said = []
+    for expert, mark in enumerate(results["expert_underused"]):
+        blocks = [str(row["block"]) for row in results.get("blocks", []) if row["expert_underused"][expert]]
+        where = f" in block{'s' * (len(blocks) > 1)} {', '.join(blocks)}" if blocks else ""
+        said.append(f"below 1 % of the load{where}" if mark or blocks else "")
+    return said
+
+
 @torch.no_grad()
 def without_each_in_one_block(model: MoEViT, bank: ImageBank, split: str, images: int) -> np.ndarray:
     """The answers (L, E, M) to the first M images of a split without expert e in block l, which its tokens then avoid.
 
     model: in evaluation mode. images: at least so many, a whole number of batches or all there are.
     """
-    blocks, num_experts = len(model.places), model.mixtures[0].router.num_experts
+    blocks, num_experts = len(model.blocks), model.mixtures[0].router.num_experts
     size = bank.evaluation_batch
     order_M = torch.arange(min(len(bank.splits[split]), -(-images // size) * size))
     batches = []

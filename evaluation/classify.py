@@ -97,8 +97,8 @@ def _block_routing(model: AnyMoE, routings: Sequence[Routing], images: int) -> B
     """The routing in each block, where the experts are inside the ViT."""
     if not isinstance(model, MoEViT):
         return None
-    sums = BlockRoutingSums(model.places)
-    sums.add(routings, images)
+    sums = BlockRoutingSums(model.block_places)
+    sums.add(routings[: len(model.blocks)], images)
     return sums.result()
 
 

@@ -79,7 +79,7 @@ def head_cost(model: VisionMoE, feature_shape: tuple[int, ...], load_E: np.ndarr
 
 def inside_cost(model: MoEViT, load_E: np.ndarray | None = None) -> HeadCost:
     """What is trained inside and behind the ViT costs an image, as means under the load of every block (None: even)."""
-    mixtures, tokens, device = list(model.mixtures), model.num_tokens, next(model.parameters()).device
+    mixtures, tokens, device = model.mixtures[: len(model.blocks)], model.num_tokens, next(model.parameters()).device
     num_experts = mixtures[0].router.num_experts
     load_E = np.full(num_experts, 1 / num_experts) if load_E is None else np.asarray(load_E)
     visits_E = mixtures[0].router.experts_per_sample * load_E
@@ -87,7 +87,8 @@ def inside_cost(model: MoEViT, load_E: np.ndarray | None = None) -> HeadCost:
     flops_E = np.array([mixtures[0].experts.flops_of(expert) for expert in range(num_experts)]) * tokens
     read_ND = torch.zeros(1 if mixtures[0].by_image else tokens, model.width, device=device)
     always = len(mixtures) * flops(mixtures[0].router, read_ND)
-    always += flops(model.head, torch.zeros(1, model.head.in_features, device=device))
+    on_top = model.mixtures[-1] if model.head is None else model.head
+    always += flops(on_top, torch.zeros(1, model.neck.out_features, device=device))
     return HeadCost(
         active_parameters=round(parameters(model) - parameters_E.sum() + float(visits_E.clip(max=1) @ parameters_E)),
         flops=round(always + len(mixtures) * float(visits_E @ flops_E)),
@@ -107,7 +108,7 @@ def expert_costs(model: AnyMoE) -> list[ExpertCost]:
     """What each routed expert weighs and costs."""
     if isinstance(model, MoEViT):
         tokens = model.num_tokens if model.mixtures[0].by_image else 1
-        each = [mixture.experts for mixture in model.mixtures]
+        each = [mixture.experts for mixture in model.mixtures[: len(model.blocks)]]
         counts = [
             sum(experts.parameters_of(e) for experts in each) for e in range(model.mixtures[0].router.num_experts)
         ]

@@ -10,7 +10,7 @@ from common.environment import environment
 from common.files import write_json
 from config.config import Config
 from data.image_set import ImageSet
-from evaluation.blocks import WORTH_IMAGES, block_results, without_each_in_one_block
+from evaluation.blocks import WORTH_IMAGES, block_results, hardly_used, without_each_in_one_block
 from evaluation.cost import expert_costs
 from evaluation.metrics import per_class_scores, scores
 from evaluation.predict import Predictions, predict
@@ -196,14 +196,13 @@ def table(results: dict[str, Any], hardest: int = 5) -> str:
         f"{'expert':<26}{'load':>8}{'weight':>8}{'accuracy':>10}{'macro-F1 change without it':>28}",
     ]
     columns = ("experts", "expert_load", "expert_importance", "expert_accuracy", "expert_worth")
-    hardly_used = results["expert_underused"]
-    marks = [" !" if mark else "" for mark in hardly_used]
+    said = hardly_used(results)
+    marks = [" !" if words else "" for words in said]
     for mark, label, load, weight, accuracy, worth in zip(marks, *(results[c] for c in columns), strict=True):
         shown = "-" if accuracy is None else f"{100 * accuracy:.1f} %"
         change = f"{round(100 * worth['macro_f1_change'], 2) + 0.0:+.2f}" if "macro_f1_change" in worth else "-"
         lines.append(f"{label + mark:<26}{100 * load:>6.1f} %{100 * weight:>6.1f} %{shown:>10}{change:>28}")
-    if any(hardly_used):
-        lines.append("! below 1 % of the load: the gate hardly uses the expert")
+    lines += [f"! expert {expert} is {words}: hardly used" for expert, words in enumerate(said) if words]
     scored = {name: values["f1"] for name, values in results["per_class"].items() if values["support"]}
     worst = sorted((item for item in scored.items() if item[1] < 1), key=lambda item: item[1])[:hardest]
     lines += ["", "lowest F1    " + (", ".join(f"{name}: {100 * f1:.0f} %" for name, f1 in worst) or "100 % for all")]

@@ -105,9 +105,11 @@ def predict(model: AnyMoE, bank: FeatureBank | ImageBank, split: str, removals: 
     model.eval()
     inside = isinstance(model, MoEViT)
     answers, flat, gates, without = [], [], [], []
-    sums, seen = BlockRoutingSums(model.places), 0
+    sums, seen = BlockRoutingSums(model.block_places if isinstance(model, MoEViT) else model.places), 0
     for inputs, labels_B in bank.batches(split, bank.evaluation_batch):
         logits_BC, routings = model(inputs)
+        if isinstance(model, MoEViT):  # a mixture on top is not looked at
+            routings = routings[: len(model.blocks)]
         answers.append((logits_BC, labels_B))
         if inside:
             sums.add(routings, len(labels_B))
@@ -167,7 +169,7 @@ def _without_each_inside(
     for expert in range(len(experts_E)):
         without_BC, rerouted = model(images, allowed_E=experts_E != expert)
         predicted.append(without_BC.argmax(dim=1))
-        after.append(sum(_visits(routing) for routing in rerouted))
+        after.append(sum(_visits(routing) for routing in rerouted[: len(routings)]))
     return torch.stack(predicted), before_E.repeat(len(experts_E), 1), torch.stack(after)
 
 

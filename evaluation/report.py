@@ -12,6 +12,7 @@ from PIL import Image
 from analysis.routing import top_classes
 from common.files import write_text
 from config.config import Config
+from evaluation.blocks import hardly_used
 from evaluation.figures import Drawing
 from evaluation.run_cost import LEGEND, NAMES, duration, shown, si
 from storage.folder import RunFolder
@@ -148,13 +149,13 @@ def _cost_table(cost: dict[str, Any]) -> Table:
 
 
 def _expert_table(results: dict[str, Any]) -> Table:
-    rows = []
+    rows, said = [], hardly_used(results)
     for expert, label in enumerate(results["experts"]):
         favourites = top_classes(results["expert_by_class_weight"], results["class_names"], expert, 5)
         hardest = results["expert_hardest_classes"][expert]
         rows.append(
             [
-                label + (", hardly used" if results["expert_underused"][expert] else ""),
+                label + (f", hardly used: {said[expert]}" if said[expert] else ""),
                 percent(results["expert_load"][expert]),
                 percent(results["expert_importance"][expert]),
                 percent(results["expert_accuracy"][expert]),
@@ -166,8 +167,7 @@ def _expert_table(results: dict[str, Any]) -> Table:
     return Table(
         title="Experts",
         note="Accuracy and confidence are those of the whole mixture on the images that the expert had a part in. "
-        "Serves most: share of the gate's weight for the class. Hardest: accuracy on the class, of 5 images or more. "
-        "Hardly used: below 1 % of the load.",
+        "Serves most: share of the gate's weight for the class. Hardest: accuracy on the class, of 5 images or more.",
         header=["expert", "load", "gate weight", "accuracy", "confidence", "serves most", "hardest"],
         rows=rows,
         text=("serves most", "hardest"),

@@ -6,6 +6,7 @@ timm is imported where it is used: it takes seconds, which --help and a wrong op
 import difflib
 import hashlib
 import inspect
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,7 +45,7 @@ class BackboneConfig:
     bfloat16, for a ViT whose activations stay below its largest number, 65,504."""
 
     def __post_init__(self):
-        self.weights = None if self.weights is None else Path(self.weights).expanduser().absolute()
+        self.weights = None if self.weights is None else Path(os.path.expanduser(self.weights)).absolute()
         check_options(self, "backbone")
         if self.image_size is not None and self.image_size < 1:
             raise ValueError(f"backbone.image_size is {self.image_size}: it is a number of pixels")
@@ -105,7 +106,7 @@ class Backbone(nn.Module):
         self.blocks = sorted({block for _, block in self.features})
         # Some have no tokens before the patches in their blocks, or do not give them (CaiT, XCiT).
         parameters = inspect.signature(vit.forward_intermediates).parameters
-        self.has_prefix = vit.num_prefix_tokens > 0 and "return_prefix_tokens" in parameters
+        self.has_prefix = getattr(vit, "num_prefix_tokens", 0) > 0 and "return_prefix_tokens" in parameters
         self.has_class_token = self.has_prefix and getattr(vit, "cls_token", None) is not None
         if any(pool == "cls" for pool, _ in self.features) and not self.has_class_token:
             raise InputError(

@@ -14,6 +14,7 @@ from .blocks import BlockMixture, check_block_parts
 from .classifier import NECKS, NeckConfig, VisionMoE
 from .errors import one_line
 from .experts import ExpertsConfig
+from .moe import MixtureOfExperts
 from .preparation import prepare
 from .routers import RouterConfig, Routing
 from .vit_parts import add_ffn, attend, check_vit, drop_patches, embed, pool
@@ -25,7 +26,8 @@ class MoEViT(nn.Module):
     In each of experts.blocks a gate sends every token, or every image, to k of E experts beside the block's frozen
     FFN, which stays and sees every token (V-MoE, Riquelme 2021, on a frozen ViT): y = x + ffn(norm x) +
     sum_e g_e expert_e(norm x), with the ViT's layer scale on both parts. The head reads backbone.features, as the
-    final norm of the ViT gives them: neck, then one linear layer.
+    final norm of the ViT gives them: neck, then one linear layer, or a mixture of the experts of experts.head, whose
+    routing comes last.
 
     The ViT is the one of `backbone`, which all copies of this model share: it is not among the parameters, the buffers
     or the state. Gradients flow down to the first block with experts. Raises ValueError where the parts do not fit.
@@ -52,7 +54,11 @@ class MoEViT(nn.Module):
         )
         self.neck = NECKS[neck.kind]((len(backbone.features) * vit.embed_dim,), neck, len(backbone.features))
         self.dropout = nn.Dropout(neck.dropout)
-        self.head = nn.Linear(self.neck.out_features, num_classes)
+        self.head = None if experts.head else nn.Linear(self.neck.out_features, num_classes)
+        if experts.head:
+            on_top = ExpertsConfig(sizes=experts.head)
+            self.mixtures.append(MixtureOfExperts(self.neck.out_features, num_classes, router, on_top))
+            self.places += ("head",)
 
     @property
     def backbone(self) -> Backbone:
@@ -66,7 +72,7 @@ class MoEViT(nn.Module):
         allowed_E: Tensor | None = None,
         patch_dropout: float = 0.0,
     ) -> tuple[Tensor, tuple[Routing, ...]]:
-        """Logits (B, C) in float32, and the routing of each of `blocks`.
+        """Logits (B, C) in float32, and the routing at each of `places`.
 
         images_BCHW: uint8 of any size, or floating-point numbers that `prepare` gave. warmup: route at random.
         allowed_E: bool, the experts that may be chosen in all blocks, or (L, E) in each (None: all). patch_dropout:
@@ -79,9 +85,18 @@ class MoEViT(nn.Module):
         with torch.autocast(images_BCHW.device.type, enabled=False) if own else nullcontext():
             features_BF, routings = self._features(images_BCHW, warmup, allowed_E, patch_dropout)
         if self.training:
-            for mixture, routing in zip(self.mixtures, routings, strict=True):
+            for mixture, routing in zip(self.mixtures, routings, strict=False):
                 mixture.count(routing)
-        return self.head(self.dropout(self.neck(features_BF))).float(), routings
+        features_BF = self.dropout(self.neck(features_BF))
+        if self.head is not None:
+            return self.head(features_BF).float(), routings
+        logits_BC, routing = self.mixtures[-1](features_BF, warmup, static=features_BF.is_cuda)
+        return logits_BC, (*routings, routing)
+
+    @property
+    def block_places(self) -> tuple[str, ...]:
+        """The places inside the ViT, whose routings come first."""
+        return self.places[: len(self.blocks)]
 
     def prepare(self, images_BCHW: Tensor) -> Tensor:
         """uint8 images resized and normalised for the ViT, float32; others as they are."""
@@ -101,7 +116,7 @@ class MoEViT(nn.Module):
             if ropes[0] is not None:
                 raise ValueError("train.patch_dropout is not for a ViT with rotary embeddings: set it to 0")
             x_BTD = drop_patches(x_BTD, int(vit.num_prefix_tokens), patch_dropout)
-        mixtures = dict(zip(self.blocks, self.mixtures, strict=True))
+        mixtures = dict(zip(self.blocks, self.mixtures, strict=False))
         routings, normed = [], {}
         for index in range(backbone.blocks[-1] + 1):
             each = allowed_E if allowed_E is None or allowed_E.ndim == 1 else allowed_E[len(routings)]

@@ -38,14 +38,15 @@ def moe_vit(
     features: tuple[str, ...] = ("mean:1", "mean:2"),
     experts: dict | None = None,
     neck: dict | None = None,
+    classes: int = 5,
     **router,
 ) -> MoEViT:
-    """A MoEViT of five classes, by default with three unequal adapters in all blocks."""
+    """A MoEViT, by default of five classes with three unequal adapters in all blocks."""
     torch.manual_seed(2)
     backbone = Backbone(tiny_vit() if vit is None else vit, list(features))
     router = {"kind": "noisy_topk", "top_k": 2} | router
     experts = {"place": "blocks", "kind": "adapter", "sizes": SIZES} | (experts or {})
-    return MoEViT(backbone, 5, NeckConfig(**(neck or {})), RouterConfig(**router), ExpertsConfig(**experts))
+    return MoEViT(backbone, classes, NeckConfig(**(neck or {})), RouterConfig(**router), ExpertsConfig(**experts))
 
 
 def spread(model: MoEViT) -> MoEViT:

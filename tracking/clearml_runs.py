@@ -3,11 +3,14 @@
 import json
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from common.errors import EnvironmentFault, UserError
+from config.config import Config
+from config.values import convert, option_types
+from config.yaml_file import spelled
 from tracking.clearml_task import attempt, server_problem
 
 
@@ -73,17 +76,15 @@ def _config(sections: dict[str, Any]) -> dict[str, Any]:
             place = config
             for key in path[:-1]:
                 place = place.setdefault(key, {})
-            place[path[-1]] = _plain(parameter.value, parameter.type)
+            place[path[-1]] = _plain(".".join(path), parameter.value or "", parameter.type)
     return config
 
 
-def _plain(text: str | None, kind: str | None) -> Any:
-    """The value that the SDK wrote as text: numbers and lists are JSON, None is empty and has no type."""
-    if kind == "str":
-        return text
-    if kind == "bool":
-        return text == "True"
-    try:
-        return json.loads(text or "null")
-    except ValueError:
-        return text
+def _plain(name: str, text: str, kind: str | None) -> Any:
+    """The value that the SDK wrote, or a person edited, as text: an option's by its type, another's as it spells."""
+    types = option_types(Config)
+    if name in types:
+        with suppress(ValueError):
+            found = convert(types[name], text)
+            return str(found) if isinstance(found, Path) else found
+    return text if kind == "str" else spelled(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -39,7 +40,8 @@ def patch_maps(
     rows, columns = len(images_MHWC), 1 + len(block_names)
     cell = min(1.75, 10.2 / columns)
     figure = new_figure(rows * (cell + 0.2) + 1.0, title, cell * columns + 0.3)
-    figure.get_layout_engine().set(h_pad=0.02, hspace=0.01)
+    layout: Any = figure.get_layout_engine()
+    layout.set(h_pad=0.02, hspace=0.01)
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes, image, name, choice_LHW in zip(grid, images_MHWC, names, choice_MLHW, strict=True):
         show_patches(axes, image, choice_LHW, colours_E)

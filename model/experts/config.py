@@ -35,6 +35,9 @@ class ExpertsConfig:
     blocks: Literal["all"] | list[int] = "all"
     """place blocks: the blocks that have experts, counted from 0, negative ones from the end; all: every one that
     backbone.features depend on."""
+    head: list[Size] = field(default_factory=list)
+    """place blocks: experts of a mixture on backbone.features, with a gate of the same rule, as many as there are sizes
+    and given like them; none: one linear layer."""
     kind: str = "mlp"
     sizes: list[Size] = field(default_factory=lambda: ["small", "medium", "large", "very_large"])
     """One entry an expert: a named size, or its hidden layers such as [512, 256]; [] is a linear expert."""
@@ -58,7 +61,7 @@ class ExpertsConfig:
             """An option that a kind has brought along."""
 
     def __post_init__(self):
-        for name in ("sizes", "shared"):
+        for name in ("sizes", "shared", "head"):
             for size in getattr(self, name) if isinstance(getattr(self, name), list) else ():
                 _check_size(f"experts.{name}", size)
         check_options(self, "experts")
@@ -71,6 +74,10 @@ class ExpertsConfig:
             )
         if self.place == "head" and self.blocks != "all":
             raise ValueError(f"experts.blocks {self.blocks} needs experts.place blocks: set it, or leave blocks out")
+        if self.head and (self.place == "head" or len(self.head) != len(self.sizes)):
+            misfit = f"needs {len(self.sizes)} entries, as sizes"
+            misfit = "is for experts.place blocks" if self.place == "head" else misfit
+            raise ValueError(f"experts.head {self.head} {misfit}: set that, or leave it out")
         if self.blocks == []:
             raise ValueError("experts.blocks is empty: name at least one block, or all")
         count = len(self.sizes) + len(self.shared)

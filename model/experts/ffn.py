@@ -54,7 +54,7 @@ class UpcycledFFN(ExpertKind, nn.Module):
     def static_shapes(self) -> bool:
         """Whether a step never waits to know how many tokens an expert has."""
         first: Any = self.copies[0]
-        grouped = isinstance(first, LayeredExpert) and kernel_on(first[0].weight.device)
+        grouped = isinstance(first, LayeredExpert) and kernel_on(first.linears[0].weight.device)
         return self.how in ("grouped", "dense") or (self.how == "auto" and grouped)
 
     def forward(self, x_BTD: Tensor, dense_BTD: Tensor, assignments: Assignments) -> Tensor:
@@ -83,8 +83,11 @@ def _copied(ffn: nn.Module) -> nn.Module:
     """An FFN as an expert: by its layers, so that experts can be computed together, where it is a plain one."""
     from timm.layers import Mlp
 
-    plain = type(ffn) is Mlp and isinstance(ffn.norm, nn.Identity) and isinstance(ffn.fc1, nn.Linear)
-    return CopiedMlp(ffn) if plain and ffn.fc1.bias is not None and ffn.fc2.bias is not None else CopiedFFN(ffn)
+    if type(ffn) is Mlp and isinstance(ffn.norm, nn.Identity):
+        linears = ffn.fc1, ffn.fc2
+        if all(isinstance(linear, nn.Linear) and linear.bias is not None for linear in linears):
+            return CopiedMlp(ffn)
+    return CopiedFFN(ffn)
 
 
 class CopiedMlp(LayeredExpert):

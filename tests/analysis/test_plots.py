@@ -235,6 +235,7 @@ def test_the_worth_of_an_expert_is_drawn_in_points_and_listed_by_value():
     assert offsets == {(100.0, 1.0), (400.0, 5.0)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EDGE)
 def test_edge_sizes_are_drawn_without_warnings(name):
     FigureCanvasAgg(EDGE[name]()).draw()

@@ -51,6 +51,7 @@ def whole(tmp_path_factory, splits):
     return trainer
 
 
+@pytest.mark.slow
 @fuzz(25, changes=BYTES)
 def test_configuration_files(tmp_path_factory, changes):
     path = tmp_path_factory.getbasetemp() / "fuzz.yaml"

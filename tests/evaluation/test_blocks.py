@@ -14,7 +14,7 @@ from sklearn.metrics import f1_score
 from config.config import Config
 from data.augment import AugmentConfig
 from data.image_set import ImageSet, Splits
-from evaluation.blocks import patch_grid, without_each_in_one_block
+from evaluation.blocks import hardly_used, patch_grid, without_each_in_one_block
 from evaluation.evaluation import evaluate
 from evaluation.figures import FIGURES, Evaluated
 from evaluation.predict import predict
@@ -158,6 +158,14 @@ def test_the_page_and_clearml_have_a_row_for_each_block(evaluated):
         ("expert", ["0", "1", "2"]),
     )
     assert "macro-F1 without the expert, by block" in shown and "specialisation by block" in shown
+
+
+def test_an_expert_that_single_blocks_hardly_use_is_said_with_the_blocks():
+    rows = [{"block": block, "expert_underused": [False, block > 2, block == 5]} for block in (1, 3, 5)]
+    results = {"expert_underused": [False, True, False], "blocks": rows}
+    below = "below 1 % of the load in block"
+    assert hardly_used(results) == ["", f"{below}s 3, 5", f"{below} 5"]
+    assert hardly_used({"expert_underused": [False, True]}) == ["", "below 1 % of the load"]
 
 
 def test_on_a_cpu_single_blocks_are_not_asked_unless_told_to(tmp_path, monkeypatch):

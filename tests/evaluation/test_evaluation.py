@@ -184,8 +184,8 @@ def test_an_expert_that_is_hardly_used_is_marked_in_the_closing_table_and_on_the
     assert (results["expert_underused"], results["expert_accuracy"][0]) == ([True, False, False], None)
     lines = table(results).splitlines()
     assert lines[6].split()[:4] == ["0", "·", "4", "!"] and " ! " not in lines[7]
-    assert "! below 1 % of the load: the gate hardly uses the expert" in lines
-    assert "0 · 4, hardly used" in run.report.read_text(encoding="utf-8")
+    assert "! expert 0 is below 1 % of the load: hardly used" in lines
+    assert "0 · 4, hardly used: below 1 % of the load" in run.report.read_text(encoding="utf-8")
 
 
 def test_clearml_leaves_out_what_an_expert_without_samples_or_a_class_without_images_has_not():

@@ -325,3 +325,30 @@ def test_recomputing_changes_no_gradient():
         F.cross_entropy(logits_BC, torch.tensor([0, 1, 2, 3, 4, 0])).backward()
         found.append([parameter.grad for parameter in model.parameters()])
     torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+def test_a_mixture_on_top_is_one_place_more():
+    model = spread(moe_vit(experts={"blocks": [1, 2], "head": [[4], [8], []]}))
+    assert model.places == ("block_1", "block_2", "head")
+    assert model.head is None and [expert.linears[0].in_features for expert in model.mixtures[-1].experts] == [32] * 3
+    before = copy.deepcopy(model.state_dict())
+    routings = train(model)
+    assert [routing.num_samples for routing in routings] == [102, 102, 6]
+    assert [int(mixture.usage_E.sum()) for mixture in model.mixtures] == [3 * 2 * 102] * 2 + [3 * 2 * 6]
+    after = model.state_dict()
+    assert not torch.equal(before["mixtures.2.experts.0.0.weight"], after["mixtures.2.experts.0.0.weight"])
+    # What is barred in the blocks is not barred there.
+    _, routings = model.eval()(images(), allowed_E=torch.tensor([True, True, False]))
+    assert [bool(routing.logits_BE[:, 2].isfinite().all()) for routing in routings] == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"head": [[4]], "sizes": SIZES, "place": "blocks", "kind": "adapter"}, "needs 3 entries"),
+        ({"head": [[4]] * 4}, r"is for experts\.place blocks"),
+    ],
+)
+def test_a_mixture_on_top_that_does_not_fit_is_one_line(options, message):
+    with pytest.raises(ValueError, match=message):
+        ExpertsConfig(**options)

@@ -9,6 +9,7 @@ from config.command_line import parse_command_line
 from config.config import write_config
 from tracking import agent
 from tracking.agent import obey_agent
+from tracking.clearml_runs import _config
 
 TASK = "0" * 32
 
@@ -96,3 +97,21 @@ def test_a_task_that_cannot_be_read_ends_the_run(clone, monkeypatch):
     with pytest.raises(UserError, match=f"the values of ClearML task {TASK}.* no ClearML server is conf") as caught:
         obey_agent(parse_command_line([]))
     assert caught.value.exit_code == 1
+
+
+def test_what_a_comparison_reads_has_the_types_of_the_options():
+    edited = {
+        "train": {"epochs": "2.0", "deterministic": "true", "lr": "1e-05"},
+        "router": {"noise_std": "", "top_k": "many"},
+    }
+    sections = {s: {n: SimpleNamespace(value=v, type=None) for n, v in values.items()} for s, values in edited.items()}
+    sections["General"] = {
+        "run_dir": SimpleNamespace(value="runs/a", type="str"),
+        "note": SimpleNamespace(value="", type=None),
+    }
+    assert _config(sections) == {
+        "train": {"epochs": 2, "deterministic": True, "lr": 1e-05},
+        "router": {"noise_std": None, "top_k": "many"},
+        "run_dir": "runs/a",
+        "note": None,
+    }

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from block_helpers import moe_vit, spread
+from block_helpers import SIZES, moe_vit, spread
 from torch.nn import functional as F
 from trainer_helpers import CPU, IDENTITY, equal_states
 
@@ -30,22 +30,20 @@ from training.trainer import Trainer
 
 def digits_vit(**options) -> MoEViT:
     """Ten classes on the tiny ViT, whose 8 x 8 pixels are those of the digits."""
-    model = moe_vit(**options)
-    torch.manual_seed(5)
-    model.head = torch.nn.Linear(model.head.in_features, 10)
-    return model
+    return moe_vit(classes=10, **options)
 
 
-def block_trainer(path, splits, resume=False, router=None, **train) -> Trainer:
+def block_trainer(path, splits, resume=False, router=None, experts=None, **train) -> Trainer:
     run = RunFolder(path) if resume else RunFolder.create(path, "test")
     checkpoint = load_checkpoint(run.last) if resume else None
     tracker = open_tracker("none", path, {}, name="test", resume_step=checkpoint and checkpoint["step"])
     train = TrainConfig(**{"epochs": 2, "batch_size": 64, "ema_decay": 0.9, "save_every": 1, **train})
     router = RouterConfig(warmup_steps=3, **(router or {}))
-    experts = ExpertsConfig(place="blocks", kind="adapter", sizes=[[2], [4], [6]])
-    config = Config(train=train, optim=OptimConfig(lr=0.02, warmup_steps=2), router=router, experts=experts)
+    experts = {"place": "blocks", "kind": "adapter", "blocks": [1, 2], "sizes": SIZES, "dropout": 0.1} | (experts or {})
+    optim = OptimConfig(lr=0.02, warmup_steps=2)
+    config = Config(train=train, optim=optim, router=router, experts=ExpertsConfig(**experts))
     seed_everything(train.seed)
-    model = digits_vit(experts={"blocks": [1, 2], "dropout": 0.1}, **vars(router))
+    model = digits_vit(experts=experts, **vars(router))
     bank = ImageBank(splits, AugmentConfig(flip=True, crop=1), CPU, evaluation_batch=100)
     trainer = Trainer(config, model, bank, run, tracker, dict(IDENTITY), lambda evaluated: validate(evaluated, bank))
     if checkpoint:
@@ -157,3 +155,15 @@ def test_parameters_and_flops_by_hand():
     whole = cost(model, model.backbone, (3, 8, 8))
     assert whole.trainable_parameters == everything
     assert whole.backbone_parameters == sum(parameter.numel() for parameter in model.backbone.parameters())
+
+
+def test_a_mixture_on_top_is_logged_and_left_out_of_the_blocks(tmp_path, splits):
+    trainer = block_trainer(tmp_path / "run", splits, experts={"head": [[4], [8], [16]]}, epochs=1)
+    trainer.fit()
+    line = lines_of(tmp_path / "run")[-1]
+    assert sum(line[f"expert_load_head/expert_{e}"] for e in range(3)) == pytest.approx(1)
+    assert "loss_auxiliary_head/switch" in line
+    predictions = predict(trainer.model, trainer.bank, "validation", removals=True)
+    assert predictions.blocks.places == ("block_1", "block_2")
+    costs = cost(trainer.model, trainer.model.backbone, (3, 8, 8))
+    assert costs.head_flops > 0
