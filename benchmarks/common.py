@@ -18,6 +18,7 @@ from common import arguments
 from common.environment import device_name, versions
 from common.errors import one_line
 
+HEAD_RECIPE = Path(__file__).resolve().parent.parent / "configs" / "cifar100_head.yaml"
 PACKAGES = ("torch", "timm", "transformers", "mixture-of-experts", "st-moe-pytorch")
 
 

@@ -1,12 +1,12 @@
 """A recipe over many seeds, next to a dense head that costs a sample the same, both as train.py trains them.
 
-python -m benchmarks.recipe --data.root DATA --backbone.weights FILE      the default recipe, 10 seeds, on a GPU
+python -m benchmarks.recipe --data.root DATA --backbone.weights FILE      the head recipe, 10 seeds, on a GPU
 python -m benchmarks.recipe --config configs/digits.yaml --seeds 3        another one
 python -m benchmarks.recipe --tiny                                        a rehearsal on a CPU, with digits
 
 Options that are none of those below go to train.py's configuration. The dense head is one expert whose hidden layer is
 as wide as the recipe's FLOPs a sample allow under an even load, its gate included, with the learning rate, decay and
-dropout that are best for it on validation images (of the default recipe). Both read the same features, and those of one
+dropout that are best for it on validation images (of the head recipe). Both read the same features, and those of one
 seed the same batches. The test images are scored once a run, with the weights that train.keep says.
 """
 
@@ -17,6 +17,7 @@ import time
 
 from assembly.pipeline import build_bank, build_model
 from benchmarks.common import (
+    HEAD_RECIPE,
     Failure,
     Parser,
     Timing,
@@ -55,6 +56,8 @@ def main(argv: list[str] | None = None) -> None:
     options, rest = parser.parse_known_args(argv)
     if options.tiny:
         rest = [*TINY, *rest]
+    elif not any(word.split("=")[0] == "--config" for word in rest):
+        rest = ["--config", str(HEAD_RECIPE), *rest]
     device = start(options)
     where = environment(device)
     config = parse_command_line([*rest, "--features.cache_dir", "null", "--train.save_every", "1000"]).config

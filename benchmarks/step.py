@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.common import Failure, Parser, attempt, environment, header, start, table, timed, write
+from benchmarks.common import HEAD_RECIPE, Failure, Parser, attempt, environment, header, start, table, timed, write
 from common.errors import exit_code_of
 from config.command_line import parse_command_line
 from config.optim import OptimConfig
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser("step", __doc__, seconds=30, tiny={"batch": 32})
     parser.add_argument("--batch", type=int, default=1024, help="samples a step (default 1024)")
     options = parser.parse_args(argv)
-    config = parse_command_line([]).config
+    config = parse_command_line(["--config", str(HEAD_RECIPE)]).config
     groups = len(config.backbone.features)
     features = 768 * groups
     if options.tiny:

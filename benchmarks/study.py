@@ -131,7 +131,7 @@ def arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
 
 def configuration(part: Part, options: argparse.Namespace, rest: list[str]) -> Config:
     """What decides the features of a part; the head of it is nobody's."""
-    recipe = ROOT / "configs" / ("digits.yaml" if options.tiny else "cifar100.yaml")
+    recipe = ROOT / "configs" / ("digits.yaml" if options.tiny else "cifar100_head.yaml")
     tokens = part.features == PARTS["tokens"].features
     names = part.features
     if options.tiny:  # a ViT of two blocks

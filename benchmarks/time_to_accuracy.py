@@ -4,9 +4,9 @@ python -m benchmarks.time_to_accuracy --data.root DATA --backbone.weights FILE  
 python -m benchmarks.time_to_accuracy --article-epochs 7 --seconds 900                until the article is at its best
 python -m benchmarks.time_to_accuracy --tiny                                          a rehearsal on a CPU, with digits
 
-Ours are configs/cifar100.yaml and cifar100_fast.yaml, or the one that --config names; options that are none of those
-below go to their configuration. The clock of a contestant starts with images and backbone in memory, and stops when its
-answers on the test images are scored. Each run is in the JSON once it is done, should the rest be interrupted.
+Ours are configs/cifar100_head.yaml and cifar100_fast.yaml, or the one that --config names; options that are none of
+those below go to their configuration. The clock of a contestant starts with images and backbone in memory, and stops
+when its answers on the test images are scored. Each run is in the JSON once it is done.
 The article's recipe is written as an ordinary user would: float32, the backbone in the loop, a DataLoader of batch 64,
 a loop over the experts with masks; its test score is taken after each epoch, off the clock.
 """
@@ -118,7 +118,7 @@ def arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
 
 def configurations(options: argparse.Namespace, rest: list[str]) -> tuple[dict[str, Config], Config]:
     """Ours by name and the article's, on the data and the backbone of our first."""
-    names = ["digits.yaml"] if options.tiny else ["cifar100.yaml", "cifar100_fast.yaml"]
+    names = ["digits.yaml"] if options.tiny else ["cifar100_head.yaml", "cifar100_fast.yaml"]
     files = {"ours" if options.tiny else f"ours, {name}": ["--config", str(CONFIGS / name)] for name in names}
     if any(word.split("=")[0] == "--config" for word in rest):
         files = {"ours": []}  # a second file would be laid over the first

@@ -17,16 +17,13 @@ EAGER_STEPS = 3  # before a capture, so that kernels are loaded and the optimize
 
 
 def worth_capturing(choice: str, model: AnyMoE, batch_size: int) -> bool:
-    """Whether train.graph (auto, off) asks for captured steps: a small head, or a ViT with experts, whose shapes stay.
+    """Whether train.graph (auto, off) asks for captured steps: a small head on a GPU, with shapes that stay.
 
-    On a GPU alone, and not where dispatch would wait for the device, or deterministic algorithms may.
+    Not where dispatch would wait for the device, or deterministic algorithms may, and not a ViT with experts.
     """
-    parameters = list(model.parameters())
     if isinstance(model, MoEViT):
-        static = all(mixture.static_shapes for mixture in model.mixtures)
-        possible = static and not torch.are_deterministic_algorithms_enabled()
-        return choice == "auto" and parameters[0].is_cuda and possible
-    moe = model.moe
+        return False
+    parameters, moe = list(model.parameters()), model.moe
     number = sum(parameter.numel() for parameter in parameters)
     small = number <= PARAMETERS and number * batch_size <= WORK
     possible = moe.router.static_shapes and not torch.are_deterministic_algorithms_enabled()
@@ -84,7 +81,6 @@ class GraphedStep:
     def __init__(self, step: TrainingStep, batch_size: int):
         self.step, self.batch_size = step, batch_size
         self.captured = Captured(step.device)
-        self.static = {} if isinstance(step.model, MoEViT) else {"static": True}  # a ViT's shapes never change
         self.features: Tensor | None = None
         self.labels_B: Tensor | None = None
 
@@ -103,4 +99,4 @@ class GraphedStep:
         return self._step(self.features, self.labels_B, warmup, dict(options))
 
     def _step(self, features: Tensor, labels_B: Tensor, warmup: bool, options: dict[str, Any]) -> StepResult | None:
-        return self.step(features, labels_B, warmup, **self.static, **options)
+        return self.step(features, labels_B, warmup, static=True, **options)

@@ -130,7 +130,7 @@ def test_tiny_leaves_what_was_given_as_it_is(tmp_path):
     assert (recipes["ours"].train.epochs, recipes["ours"].router.warmup_steps) == (4, 2)
     options, rest = time_to_accuracy.arguments(["--train.seed", "3"])
     recipes, _ = time_to_accuracy.configurations(options, rest)
-    assert list(recipes) == ["ours, cifar100.yaml", "ours, cifar100_fast.yaml"]
+    assert list(recipes) == ["ours, cifar100_head.yaml", "ours, cifar100_fast.yaml"]
     assert all(recipe.train.seed == 3 for recipe in recipes.values())
     file = "configs/digits.yaml"
     for words in ([f"--config={file}"], ["--config", file]):
