@@ -34,7 +34,7 @@ def hardest_classes(
     """For each expert the at most n classes that the mixture gets wrong most where that expert has a part.
 
     Only classes of which the expert serves `at_least` samples and not all right. Returns lists of (name, accuracy,
-    samples), the lowest accuracy first, of equals the more samples.
+    samples), the lowest accuracy first, more samples first among equals.
     """
     correct_N = np.asarray(correct_N, dtype=np.float64)
     labels_N = indices(labels_N, len(class_names), "labels_N")

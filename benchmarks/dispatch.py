@@ -150,7 +150,7 @@ def agree(options, device: torch.device) -> dict[str, float]:
         x_BD = torch.randn(200, options.features, device=device, requires_grad=True)
         run, gradients = _step(layer, lambda x_BD, layer=layer: layer(x_BD)[0], x_BD), {}
         for how in ("sorted", "grouped", "dense"):
-            layer.how = how
+            layer.dispatch_mode = how
             run()
             parts = [x_BD.grad, *(p.grad for p in layer.experts.parameters())]
             gradients[how] = [part.float().clone() for part in parts]

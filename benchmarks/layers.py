@@ -68,7 +68,7 @@ def contestants(shape: Shape, device: torch.device) -> Iterator[tuple[str, Calla
 
 def _forced(layer: MixtureOfExperts, how: str) -> Callable[[Tensor], Tensor]:
     def forward(x_BD: Tensor) -> Tensor:
-        layer.how = how
+        layer.dispatch_mode = how
         return layer(x_BD)[0]
 
     return forward

@@ -37,7 +37,7 @@ class Results:
         for line in lines:
             try:
                 found = json.loads(line)
-            except ValueError:  # torn by a kill: that run is done again
+            except ValueError:  # truncated by a kill: that run is done again
                 continue
             self._take(**found)
 

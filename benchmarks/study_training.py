@@ -98,7 +98,7 @@ class Head:
 
     def outcome(self, features: Features) -> Outcome:
         """The scores of the trained head, or the term that was not finite."""
-        if found := self.step.numbers.look():
+        if found := self.step.numbers.check():
             return f"the {found[1]} is not finite after {found[0]} steps"
         return score(self.average.model, features)
 

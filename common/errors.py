@@ -197,6 +197,6 @@ def _explain(error: Exception) -> tuple[str, int]:
         return f"out of memory ({one_line(error, 120) or 'on the host'}): {remedy}", 1
     if isinstance(error, OSError) and error.strerror:
         named = f"{error.filename}: " if error.filename else ""
-        return f"{named}{error.strerror}; free the disk, mend the path or its permissions, and run again", 1
+        return f"{named}{error.strerror}; free the disk, fix the path or its permissions, and run again", 1
     *_, frame = traceback.extract_tb(error.__traceback__)
     return f"unforeseen {type(error).__name__} in {frame.filename}:{frame.lineno}: {one_line(error)}", 1

@@ -35,7 +35,7 @@ def write_atomically(path: Path, write: Callable[[Path], Any], kept: str = "", p
     except (OSError, RuntimeError, SafetensorError) as error:  # PyTorch and safetensors raise their own on a full disk
         kept = kept or (f"{path} as it was" if path.exists() else "none yet")
         raise EnvironmentFault(
-            f"{path} could not be written: {_reason(error)}; kept: {kept}; free the disk or mend the path"
+            f"{path} could not be written: {_reason(error)}; kept: {kept}; free the disk or fix the path"
         ) from error
     finally:
         with suppress(OSError):

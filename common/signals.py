@@ -2,7 +2,7 @@
 
     with stoppable():            # of a program: the signals now raise Interrupted
         ...
-        with unbroken:           # what must not be torn: the signal waits until its end
+        with defer_signals:           # what must be whole: the signal waits until its end
             ...
 
 A second signal ends the process at once. A signal that the caller chose to ignore stays ignored, so that a run
@@ -20,7 +20,7 @@ from common.errors import Interrupted, say
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 
 
-class _Unbroken:
+class _DeferredSignals:
     """A block that signals wait for; one object for the process, as signals are its own. It may be nested."""
 
     def __init__(self):
@@ -51,7 +51,7 @@ class _Unbroken:
         self._depth, self._pending, self._raised = 0, 0, False
 
 
-unbroken = _Unbroken()
+defer_signals = _DeferredSignals()
 
 
 @contextmanager
@@ -61,9 +61,9 @@ def stoppable() -> Iterator[None]:
     if threading.current_thread() is threading.main_thread():
         numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
         before = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) not in (signal.SIG_IGN, None)}
-    unbroken.reset()
+    defer_signals.reset()
     for number in before:
-        signal.signal(number, unbroken.receive)
+        signal.signal(number, defer_signals.receive)
     try:
         yield
     finally:

@@ -126,7 +126,7 @@ def _load_folder(run: RunFolder, source: str) -> Compared:
     except (OSError, ValueError, yaml.YAMLError) as error:
         reason = one_line(error, 160)
         raise UserError(
-            f"{source} has a torn config.yaml or evaluation/metrics.json ({reason}): evaluate it again"
+            f"{source} has a corrupt config.yaml or evaluation/metrics.json ({reason}): evaluate it again"
         ) from error
     if not isinstance(metrics, dict) or not isinstance(config, dict):
         raise UserError(f"{source} is of another version: its config.yaml or evaluation/metrics.json is no table")

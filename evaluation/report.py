@@ -196,7 +196,7 @@ def _worth_table(results: dict[str, Any]) -> Table:
     rows = []
     for expert, row in enumerate(results["expert_worth"]):
         if "macro_f1_change" in row:
-            heirs = sorted(enumerate(row["taken_over_by"]), key=lambda item: -item[1])[:3]
+            successors = sorted(enumerate(row["taken_over_by"]), key=lambda item: -item[1])[:3]
             change = f"{100 * row['macro_f1_change']:+.2f} ± {100 * row['macro_f1_deviation']:.2f}"
             rows.append(
                 [
@@ -207,7 +207,9 @@ def _worth_table(results: dict[str, Any]) -> Table:
                     f"{row['bytes'] / 2**20:.2f} MiB",
                     si(row["flops"]),
                     si(row["flops_saved"]),
-                    ", ".join(f"expert {heir}: {percent(share, 0)}" for heir, share in heirs if share > 0),
+                    ", ".join(
+                        f"expert {successor}: {percent(share, 0)}" for successor, share in successors if share > 0
+                    ),
                 ]
             )
     return Table(
@@ -224,10 +226,10 @@ def _worth_table(results: dict[str, Any]) -> Table:
             "memory saved",
             "FLOPs of the expert",
             "FLOPs saved, mean image",
-            "taken over by",
+            "reassigned to",
         ],
         rows=rows,
-        text=("taken over by",),
+        text=("reassigned to",),
     )
 
 

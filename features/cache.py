@@ -70,7 +70,7 @@ class FeatureCache:
     def load(self, key: dict[str, Any]) -> Tensor | None:
         """The features, memory-mapped, after their checksum was verified; None where there are none to use.
 
-        A file that is torn or altered, or that holds other features than its name says, is reported in one line.
+        A file that is truncated or altered, or that holds other features than its name says, is reported in one line.
         """
         path = self.path(key)
         with suppress(OSError), path.open("rb") as file:
@@ -81,7 +81,7 @@ class FeatureCache:
             features, metadata = read(path)
             intact = metadata["crc32"] == checksums(features)
         except Exception as error:  # bytes that are no safetensors file make the reader fail in every way there is
-            say(f"{path} is torn ({type(error).__name__}): extracting its features again")
+            say(f"{path} is corrupt ({type(error).__name__}): extracting its features again")
             return None
         if metadata.get("key") != canonical(key):
             clear = command("-m", "features.cache", "clear", Entry.digest(path), "--dir", self.folder)
@@ -161,13 +161,13 @@ def _release(held: dict[Path, int]) -> None:
 def _is_of_another_key(path: Path, key: dict[str, Any]) -> bool:
     try:
         return read(path)[1].get("key") != canonical(key)
-    except UNREADABLE:  # torn: it may be replaced
+    except UNREADABLE:  # corrupt: it may be replaced
         return False
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A file that the cache named. metadata: of its header; None where it is torn."""
+    """A file that the cache named. metadata: of its header; None where it is corrupt."""
 
     path: Path
     size: int
@@ -197,7 +197,7 @@ class Entry:
     def line(self) -> str:
         """Key, size, date, and what it holds."""
         written = time.strftime("%Y-%m-%d %H:%M", time.localtime(self.written))
-        about = "torn" if self.metadata is None else "unfinished"
+        about = "corrupt" if self.metadata is None else "unfinished"
         if self.metadata is not None and self.path.suffix != ".partial":
             known = self.metadata
             view = "plain" if known.get("view") is None else f"view {known['view']}"

@@ -19,7 +19,7 @@ from common.locks import try_lock
 # Part of every key: raise it when the file format changes, or the arithmetic between images and stored features.
 FORMAT = 1
 TENSOR = "features"
-# What reading a torn or foreign file raises; ValueError covers JSON and Unicode.
+# What reading a corrupt or foreign file raises; ValueError covers JSON and Unicode.
 UNREADABLE = (SafetensorError, OSError, RuntimeError, ValueError, KeyError, TypeError, MemoryError)
 CHUNK = 64 * 2**20  # bytes under one checksum, so that several cores check a file at once
 NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}  # as safetensors calls them
@@ -105,7 +105,7 @@ def read(path: Path) -> tuple[Tensor, dict[str, str]]:
 
 
 def checksums(features: Tensor) -> str:
-    """CRC-32 of every 64 MiB, on several cores: it tells a torn or altered file, and costs less than reading one."""
+    """CRC-32 of every 64 MiB, on several cores: it finds a truncated or altered file faster than reading it."""
     if not features.numel():
         return ""
     view = memoryview(features.reshape(-1).view(torch.uint8).numpy())

@@ -23,8 +23,8 @@ def check_archive(path: Path) -> None:
             raise ValueError("a record is compressed")
         if sum(record.file_size for record in records) > path.stat().st_size:
             raise ValueError("its records claim to be larger than the file")
-        if torn := archive.testzip():
-            raise ValueError(f"record {torn} is damaged")
+        if corrupt := archive.testzip():
+            raise ValueError(f"record {corrupt} is damaged")
         for record in records:
             if record.filename.endswith(".pkl"):
                 _check_pickle(archive.read(record))

@@ -27,21 +27,23 @@ SORTED_FROM = 16_384, 4096
 NO_WEIGHT = -1e3  # in place of log 0: below what logarithms of probabilities come to, and not far, for precision
 
 
-def dispatch(x_BD: Tensor, assignments: Assignments, experts: Experts, how: str = "auto") -> tuple[Tensor, Tensor]:
+def dispatch(
+    x_BD: Tensor, assignments: Assignments, experts: Experts, dispatch_mode: str = "auto"
+) -> tuple[Tensor, Tensor]:
     """Run the experts on the samples assigned to them, in autocast's number format where that is on.
 
-    how: sorted, grouped, dense, auto, or static: the way that suits a CUDA graph. Returns (outputs (A, C), order_A):
-    row i of the outputs belongs to assignment order_A[i]. An expert without samples has a gradient of
-    zero in every way, since those that never wait for the device cannot know that it has none: the optimizer applies
-    weight decay to it, and lets its moments decay.
+    dispatch_mode: sorted, grouped, dense, auto, or static: the way that suits a CUDA graph. Returns
+    (outputs (A, C), order_A): row i of the outputs belongs to assignment order_A[i]. An expert without samples has a
+    gradient of zero in every way, since those that never wait for the device cannot know that it has none: the
+    optimizer applies weight decay to it, and lets its moments decay.
     """
     device = x_BD.device.type
     if torch.is_autocast_enabled(device):
         x_BD = x_BD.to(torch.get_autocast_dtype(device))
-    if how in ("auto", "static"):
-        how = choose(len(assignments.sample_A), experts, x_BD, static=how == "static")
+    if dispatch_mode in ("auto", "static"):
+        dispatch_mode = choose(len(assignments.sample_A), experts, x_BD, static=dispatch_mode == "static")
     with torch.autocast(device, enabled=False):
-        return WAYS[how](x_BD, assignments, experts)
+        return WAYS[dispatch_mode](x_BD, assignments, experts)
 
 
 def choose(number: int, experts: Experts, x_BD: Tensor, static: bool = False) -> str:

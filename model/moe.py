@@ -39,7 +39,7 @@ class MixtureOfExperts(nn.Module):
         self.router = build_router(router, in_features, num_experts, work, num_groups)
         self.experts, self.shared = build_experts(experts, in_features, num_classes, num_groups)
         self.skip = nn.Linear(in_features, num_classes) if router.overflow == "residual" else None
-        self.combine, self.how = COMBINE[experts.combine], experts.dispatch
+        self.combine, self.dispatch_mode = COMBINE[experts.combine], experts.dispatch
         self.register_buffer("usage_E", torch.zeros(num_experts, dtype=torch.int64))
         self.register_buffer("warmup_usage_E", torch.zeros(num_experts, dtype=torch.int64))
 
@@ -52,15 +52,15 @@ class MixtureOfExperts(nn.Module):
         shapes that suit a CUDA graph, where experts.dispatch is auto.
         """
         check_shape(x_BD, self.in_features, "(B, T, {})" if self.router.reads_tokens else "(B, {})")
-        how = "static" if static and self.how == "auto" else self.how
+        dispatch_mode = "static" if static and self.dispatch_mode == "auto" else self.dispatch_mode
         routing = self.router(x_BD, warmup, allowed_E)
         if self.training:
             self._count(routing)
         chosen = routing.assignments
         if chosen.rows_AD is None:
-            outputs_AC, order_A = dispatch(x_BD, chosen, self.experts, how)
+            outputs_AC, order_A = dispatch(x_BD, chosen, self.experts, dispatch_mode)
         else:
-            outputs_AC, order_A = dispatch(chosen.rows_AD, chosen.by_row(), self.experts, how)
+            outputs_AC, order_A = dispatch(chosen.rows_AD, chosen.by_row(), self.experts, dispatch_mode)
         logits_BC = self.combine(outputs_AC, order_A, chosen)
         pooled_BD = x_BD if x_BD.ndim == 2 else x_BD.mean(dim=1)
         for expert in self.shared:
@@ -73,7 +73,7 @@ class MixtureOfExperts(nn.Module):
     @property
     def static_shapes(self) -> bool:
         """Whether no shape of a training step depends on what is in the batch, where it may choose how to dispatch."""
-        return self.router.static_shapes and self.how in ("auto", "dense")
+        return self.router.static_shapes and self.dispatch_mode in ("auto", "dense")
 
     def after_step(self, routing: Routing) -> None:
         """To be called once after each optimizer step: moves the loss-free bias, where there is one."""

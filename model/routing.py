@@ -179,8 +179,8 @@ class Routing:
     @property
     def demand_E(self) -> Tensor:
         """Assignments of each expert before any capacity drop, int64, no gradient: what balance is measured on."""
-        asked_E = None if self.drops is None else self.drops.demand_E
-        return self.counts_E if asked_E is None else asked_E
+        tokens_before_drop_E = None if self.drops is None else self.drops.demand_E
+        return self.counts_E if tokens_before_drop_E is None else tokens_before_drop_E
 
     @property
     def importance_E(self) -> Tensor:

@@ -41,7 +41,7 @@ RESUMABLE = {
 def save_checkpoint(path: Path, state: dict[str, Any], kept: str = "") -> None:
     """Write a checkpoint of tensors and plain values under a temporary name, then rename it.
 
-    The one before stays beside it, for the case that this one turns out torn. kept: what remains where this fails.
+    The one before stays beside it, for the case that this one turns out corrupt. kept: what remains where this fails.
     """
 
     def write(temporary: Path) -> None:
@@ -57,7 +57,7 @@ def previous(path: Path) -> Path:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint, or the one before it where it is torn, onto the CPU without running code.
+    """Read a checkpoint, or the one before it where it is corrupt, onto the CPU without running code.
 
     Raises UserError where neither can be used.
     """
@@ -68,7 +68,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         if not before.is_file():
             raise
         state = _read_checkpoint(before)
-        warn(f"{path} is torn or missing; going on with {before} of epoch {state['epoch']}")
+        warn(f"{path} is corrupt or missing; going on with {before} of epoch {state['epoch']}")
         return state
 
 

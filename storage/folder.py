@@ -160,7 +160,7 @@ class RunFolder:
             self.path.rmdir()
 
     def history(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl, less those that are not what the tracker writes (one that was torn)."""
+        """The lines of metrics.jsonl, less those that are not what the tracker writes (a truncated one)."""
         lines = []
         if self.metrics.exists():
             for line in self.metrics.read_text(encoding="utf-8", errors="replace").splitlines():

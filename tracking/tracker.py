@@ -265,7 +265,7 @@ def _is_finite(value: float | None) -> bool:
 
 
 def _open_lines(path: Path, last_step: int | None) -> tuple[TextIO, list[dict[str, Any]]]:
-    """The file, to append to, less its lines after last_step and a torn one; and the lines it keeps.
+    """The file, to append to, less its lines after last_step and a truncated one; and the lines it keeps.
 
     Raises EnvironmentFault.
     """

@@ -27,7 +27,7 @@ def worth_capturing(choice: str, model: AnyMoE, batch_size: int) -> bool:
     number = sum(parameter.numel() for parameter in parameters)
     small = number <= PARAMETERS and number * batch_size <= WORK
     possible = moe.router.static_shapes and not torch.are_deterministic_algorithms_enabled()
-    never_waits = moe.how in ("auto", "dense")
+    never_waits = moe.dispatch_mode in ("auto", "dense")
     return choice == "auto" and parameters[0].is_cuda and small and possible and never_waits
 
 

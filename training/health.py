@@ -23,8 +23,8 @@ COLLAPSED = 0.999  # share of the assignments on as many experts as one sample s
 class NumberWatch:
     """The first step of which a number is not finite, kept on the device so that no step has to wait for it.
 
-    terms: names of what is watched, causes before effects. From that step on `refuse` is 1.0, by which the fused
-    optimizer on a GPU leaves the weights as they are; the host learns of it when it next calls `look`: when the
+    terms: names of what is watched, causes before effects. From that step on `found_inf` is 1.0, by which the fused
+    optimizer on a GPU leaves the weights as they are; the host learns of it when it next calls `check`: when the
     progress bar is drawn, and before anything is validated, saved or logged. On a CPU every step looks.
     """
 
@@ -32,25 +32,25 @@ class NumberWatch:
         self.terms = list(terms)
         self.bad_T = torch.zeros(len(self.terms), dtype=torch.bool, device=device)
         self.good_steps = torch.zeros((), dtype=torch.int64, device=device)
-        self.refuse = torch.zeros((), device=device)
+        self.found_inf = torch.zeros((), device=device)
         self._zero = torch.zeros((), device=device)
 
     def reset(self) -> None:
         """Count steps from here; in place, because a captured step writes where it always did."""
-        for tensor in (self.bad_T, self.good_steps, self.refuse):
+        for tensor in (self.bad_T, self.good_steps, self.found_inf):
             tensor.zero_()
 
-    def see(self, values: dict[str, Tensor]) -> None:
+    def record(self, values: dict[str, Tensor]) -> None:
         """Take note of a step's scalars; a term that the step has not counts as good."""
         values_T = torch.stack([values.get(term, self._zero).detach().float() for term in self.terms])
         now_T = ~torch.isfinite(values_T)
         self.bad_T.copy_(torch.where(self.bad_T.any(), self.bad_T, now_T))
-        self.refuse.copy_(self.bad_T.any())
-        self.good_steps += self.refuse == 0
+        self.found_inf.copy_(self.bad_T.any())
+        self.good_steps += self.found_inf == 0
 
-    def look(self) -> tuple[int, str] | None:
+    def check(self) -> tuple[int, str] | None:
         """(good steps before the first bad one, its offending term), or None where all is well; waits for a GPU."""
-        if not float(self.refuse):
+        if not float(self.found_inf):
             return None
         return int(self.good_steps), self.terms[int(self.bad_T.to(torch.uint8).argmax())]
 

@@ -70,11 +70,11 @@ class TrainingStep:
         norm = self._clip()
         # A sum over the features, in float32, is not finite where one of them is not.
         values = {OUTPUT: features.sum(dtype=torch.float32), "task loss": task_loss, "gradient": norm}
-        self.numbers.see(values | {f"auxiliary loss {name}": loss.sum() for name, loss in auxiliary.items()})
-        if self.looks and self.numbers.look():
+        self.numbers.record(values | {f"auxiliary loss {name}": loss.sum() for name, loss in auxiliary.items()})
+        if self.looks and self.numbers.check():
             return None
         if not self.looks:
-            self.optimizer.found_inf = self.numbers.refuse
+            self.optimizer.found_inf = self.numbers.found_inf
         self.optimizer.step()
         self.model.after_step(routings)
         return self._result(task_loss, logits_BC, labels_B, routings, auxiliary)

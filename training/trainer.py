@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from common.errors import Interrupted, UserError
 from common.memory import peak_memory
-from common.signals import unbroken
+from common.signals import defer_signals
 from config.config import Config
 from features.bank import FeatureBank
 from features.images import ImageBank
@@ -126,11 +126,11 @@ class Trainer:
         values["speed/epoch_seconds"] = time.perf_counter() - started
         if (peak := peak_memory(self.device)) is not None:
             values["speed/peak_memory_gib"] = peak / 2**30
-        with unbroken:
+        with defer_signals:
             self._end_epoch(values)
 
     def _begin_epoch(self) -> None:
-        with unbroken:
+        with defer_signals:
             self.epoch += 1
             usage_LE = self._usage()
             self.progress = Progress(EpochSums.zeros(*usage_LE.shape, self.device), usage_LE)
@@ -140,7 +140,7 @@ class Trainer:
         self.run.require()
         macro_f1 = values["macro_f1/validation"]
         last = self.config.keep == "last"
-        better = macro_f1 >= self.best["macro_f1"] and not last  # of equals the later, which learned longer
+        better = macro_f1 >= self.best["macro_f1"] and not last  # the later of equals, which learned longer
         self.improved = self.epoch if macro_f1 > self.best["macro_f1"] else self.improved
         if better or last:
             self.best = {"epoch": self.epoch, "macro_f1": macro_f1}
@@ -169,7 +169,7 @@ class Trainer:
         self.first_step = self.step
         with self._bar(progress) as bar:
             for features, labels_B in batches:
-                with unbroken:
+                with defer_signals:
                     self._train_batch(features, labels_B, progress)
                 bar.update()
                 if time.perf_counter() - looked > BAR_SECONDS:
@@ -210,7 +210,7 @@ class Trainer:
 
     def _require_finite(self) -> None:
         """Raise UserError where a step of this epoch had a number that is not finite."""
-        if found := self.numbers.look():
+        if found := self.numbers.check():
             good_steps, term = found
             raise not_finite(term, self.first_step + good_steps + 1, self.epoch, self.kept)
 

@@ -18,7 +18,7 @@ CURVE_COLOURS = {"macro_f1/validation": GREEN, "train": BLUE, "validation": ORAN
 
 
 def training_curves(history: Sequence[dict], best_by: str | None = None, kept: int | None = None) -> Figure:
-    """Losses on the left, scores on the right, the epoch that was kept or else the best (of equals the last) marked.
+    """Losses on the left, scores on the right, the epoch that was kept or else the best (the last of equals) marked.
 
     history: a dict per epoch, of "epoch" and keys such as "loss/train" or "accuracy/validation" (0 to 1);
     missing and non-finite values leave gaps, other keys are ignored. best_by: the key that decides the best

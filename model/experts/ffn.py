@@ -42,7 +42,7 @@ class UpcycledFFN(ExpertKind, nn.Module):
         device = torch.empty(0).device
         copies = (_copied(copy.deepcopy(ffn).float().to(device).requires_grad_(True)) for _ in config.sizes)
         self.copies = Experts(copies)
-        self.how = config.dispatch
+        self.dispatch_mode = config.dispatch
 
     @classmethod
     def check(cls, config: ExpertsConfig) -> None:
@@ -55,7 +55,7 @@ class UpcycledFFN(ExpertKind, nn.Module):
         """Whether a step never waits to know how many tokens an expert has."""
         first: Any = self.copies[0]
         grouped = isinstance(first, LayeredExpert) and kernel_on(first.linears[0].weight.device)
-        return self.how in ("grouped", "dense") or (self.how == "auto" and grouped)
+        return self.dispatch_mode in ("grouped", "dense") or (self.dispatch_mode == "auto" and grouped)
 
     def forward(self, x_BTD: Tensor, dense_BTD: Tensor, assignments: Assignments) -> Tensor:
         """(1 - sum_e weight_e) dense + sum_e weight_e expert_e(x), in the number format of x.
@@ -64,8 +64,8 @@ class UpcycledFFN(ExpertKind, nn.Module):
         """
         x_ND = x_BTD.flatten(0, 1)
         each = assignments.repeated(len(x_ND) // assignments.num_samples)
-        how = "static" if self.how == "auto" and self.static_shapes else self.how
-        mixed_ND = combine_logits(*dispatch(x_ND, each, self.copies, how), each)
+        dispatch_mode = "static" if self.dispatch_mode == "auto" and self.static_shapes else self.dispatch_mode
+        mixed_ND = combine_logits(*dispatch(x_ND, each, self.copies, dispatch_mode), each)
         rest_N = 1 - each.weights_BE.sum(dim=1)
         return (mixed_ND + rest_N[:, None] * dense_BTD.flatten(0, 1)).to(dense_BTD.dtype).view_as(dense_BTD)
 

@@ -158,8 +158,8 @@ def test_a_file_that_cannot_be_written_is_one_line(call, tmp_path, blocked):
     assert blocked in err and "could not be written" in err
 
 
-def torn(tmp_path):
-    run = write_run(tmp_path / "torn")
+def truncated(tmp_path):
+    run = write_run(tmp_path / "truncated")
     (run / "evaluation" / "metrics.json").write_text('{"accuracy": 0.')
     return run
 
@@ -177,7 +177,7 @@ def nameless(tmp_path):
 @pytest.mark.parametrize(
     "bad, words",
     [
-        (torn, "torn config.yaml or evaluation/metrics.json"),
+        (truncated, "corrupt config.yaml or evaluation/metrics.json"),
         (listed, "another version"),
         (nameless, "has no config.yaml"),
         (lambda path: path / "none", "neither the folder of a run nor the id of a ClearML task"),

@@ -147,8 +147,8 @@ def test_who_takes_over_and_what_it_saves(evaluated):
     # Of three experts a sample has two, so without one of them it has the other two.
     for expert, row in enumerate(results["expert_worth"]):
         served = results["co_activation"][expert]
-        heirs = [0 if other == expert else served[expert] - served[other] for other in range(3)]
-        assert row["taken_over_by"] == pytest.approx([count / sum(heirs) for count in heirs])
+        successors = [0 if other == expert else served[expert] - served[other] for other in range(3)]
+        assert row["taken_over_by"] == pytest.approx([count / sum(successors) for count in successors])
         costs = [other["flops"] for other in results["expert_worth"]]
         before = sum(count * cost for count, cost in zip(served, costs, strict=True))
         after = served[expert] * (sum(costs) - costs[expert])

@@ -86,7 +86,7 @@ def test_a_file_that_lies_about_its_name_is_left_alone(tmp_path, capsys):
     assert other.exists()
 
 
-def torn(path):
+def truncated(path):
     path.write_bytes(path.read_bytes()[:-3])
 
 
@@ -109,7 +109,7 @@ def pickled(path):
     path.write_bytes(pickle.dumps(Bomb()))
 
 
-@pytest.mark.parametrize("damage", [torn, altered, emptied, pickled])
+@pytest.mark.parametrize("damage", [truncated, altered, emptied, pickled])
 def test_a_damaged_file_is_said_in_one_line_and_rebuilt(tmp_path, capsys, damage):
     first = bank(FeatureCache(tmp_path))
     expected = everything(first)[0]
@@ -185,7 +185,7 @@ def test_a_torn_file_counts_as_one_that_is_to_be_written(tmp_path, capsys):
     everything(first)
     first.cache.wait()
     (path,) = tmp_path.iterdir()
-    torn(path)
+    truncated(path)
     capsys.readouterr()
     everything(bank(FeatureCache(tmp_path), views=1))
     assert f"0 of 1 in {tmp_path}, 4 kB to be written" in capsys.readouterr().out

@@ -44,7 +44,7 @@ def test_every_way_of_dispatch_agrees(kind, sizes):
     moe = MixtureOfExperts(8, 5, RouterConfig(kind="mixtral"), ExpertsConfig(kind=kind, sizes=sizes)).double().eval()
     moe.router.float()
     x_BD, found = torch.randn(30, 8, dtype=torch.float64), []
-    for moe.how in WAYS:
+    for moe.dispatch_mode in WAYS:
         moe.zero_grad()
         logits_BC, _ = moe(x_BD)
         logits_BC.square().sum().backward()

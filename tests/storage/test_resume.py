@@ -1,4 +1,4 @@
-"""Resume is exact: kills, signals and torn files, and what a run gives that nobody disturbed."""
+"""Resume is exact: kills, signals and corrupt files, and what a run gives that nobody disturbed."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from trainer_helpers import equal_states, make_trainer
 
 import train
 from common.errors import Interrupted, UserError, exit_code_of
-from common.signals import stoppable, unbroken
+from common.signals import defer_signals, stoppable
 from config.features import FeaturesConfig
 from data.augment import AugmentConfig
 from features.bank import FeatureBank
@@ -108,7 +108,7 @@ def resumed_config(trainer):
 def test_a_signal_waits_for_what_must_not_be_torn_and_a_second_does_not():
     done = []
     with pytest.raises(Interrupted) as caught, stoppable():
-        with unbroken, unbroken:
+        with defer_signals, defer_signals:
             os.kill(os.getpid(), signal.SIGINT)
             done.append("whole")
         done.append("never")
@@ -116,7 +116,7 @@ def test_a_signal_waits_for_what_must_not_be_torn_and_a_second_does_not():
     pid = os.fork()
     if pid == 0:
         try:
-            with stoppable(), unbroken:
+            with stoppable(), defer_signals:
                 for _ in range(2):
                     os.kill(os.getpid(), signal.SIGTERM)
                 time.sleep(60)
@@ -201,7 +201,7 @@ def test_the_best_epoch_is_the_one_whose_weights_are_there(tmp_path):
         return type("Config", (), {"train": type("Train", (), {"epochs": epochs})})()
 
     save_checkpoint(run.best, {**identity, "epoch": 2, "macro_f1": 0.4})
-    assert best_kept(run, planned(9), state) == {"epoch": 2, "macro_f1": 0.4}  # that of epoch 3 was torn
+    assert best_kept(run, planned(9), state) == {"epoch": 2, "macro_f1": 0.4}  # that of epoch 3 was truncated
     save_checkpoint(run.best, {**identity, "epoch": 6, "macro_f1": 0.7})
     assert best_kept(run, planned(9), state)["epoch"] == 3  # epochs 5 and 6 will be the same again
     assert best_kept(run, planned(5), state)["epoch"] == 6  # they will not

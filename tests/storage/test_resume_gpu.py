@@ -36,10 +36,10 @@ def test_killed_and_resumed_on_a_gpu_equals_undisturbed(tmp_path):
     kept, expected = (load_checkpoint(RunFolder(run).last) for run in (part, whole))
     for name in ("model", "ema"):
         assert all(torch.equal(value, expected[name][key]) for key, value in kept[name].items())
-    lines, unbroken = (
+    lines, undisturbed = (
         [{k: v for k, v in line.items() if not k.startswith("speed")} for line in RunFolder(run).history()]
         for run in (part, whole)
     )
-    assert lines == unbroken and len(lines) == 60
+    assert lines == undisturbed and len(lines) == 60
     scores = [json.loads((run / "evaluation" / "metrics.json").read_text()) for run in (part, whole)]
     assert scores[0]["macro_f1"] == scores[1]["macro_f1"]

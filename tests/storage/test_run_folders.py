@@ -124,7 +124,7 @@ def test_two_runs_that_fill_one_feature_cache_end_with_the_same_bits(tmp_path, m
             process.kill()
     said = [Path(f"{run}.log").read_text() for run in runs]
     assert [process.exitcode for process in both] == [0, 0], said
-    assert not any("features: " in text for text in said), said  # nothing torn, altered, or not kept
+    assert not any("features: " in text for text in said), said  # nothing corrupt, altered, or not kept
     a, b = map(outcome, runs)
     assert same(a, b) and len(a["lines"]) == 3
     stored = sorted(features.iterdir())

@@ -60,7 +60,7 @@ def train(part, name, value):
     for number in range(3):
         features = torch.randn(16, 3, 8) if tokens else torch.randn(16, 8)
         if step(features, torch.randint(3, (16,)), warmup=number == 0) is None:
-            return "the {1} is not finite after {0} steps".format(*step.numbers.look())
+            return "the {1} is not finite after {0} steps".format(*step.numbers.check())
     assert all(parameter.isfinite().all() for parameter in model.parameters())
     finite = bool(model.eval()(features)[0].isfinite().all())
     return None if finite else "the validation loss is not finite"

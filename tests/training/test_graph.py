@@ -50,7 +50,7 @@ def test_nothing_is_captured_on_a_cpu():
 )
 def test_a_small_head_with_shapes_that_stay_is_captured_on_a_gpu(parameters, batch, how, static, expected):
     weight = SimpleNamespace(numel=lambda: parameters, is_cuda=True)
-    moe = SimpleNamespace(how=how, router=SimpleNamespace(static_shapes=static))
+    moe = SimpleNamespace(dispatch_mode=how, router=SimpleNamespace(static_shapes=static))
     head = SimpleNamespace(parameters=lambda: [weight], moe=moe)
     assert worth_capturing("auto", head, batch) is expected
     assert not worth_capturing("off", head, batch)
@@ -117,7 +117,7 @@ def test_a_graphed_step_reads_every_whole_batch_from_the_same_place(monkeypatch)
         assert torch.equal(features, batch[0]) and torch.equal(labels_B, batch[1])
     places = [place for place, *_ in step.read]
     assert places[0] == places[2] != places[1]
-    assert step.model.moe.how == "auto"  # passed along, not changed
+    assert step.model.moe.dispatch_mode == "auto"  # passed along, not changed
 
 
 def test_each_combination_of_options_has_a_graph_of_its_own(monkeypatch):
@@ -136,7 +136,7 @@ def test_each_combination_of_options_has_a_graph_of_its_own(monkeypatch):
 @pytest.mark.parametrize(("configured", "used"), [("auto", "static"), ("dense", "dense")])
 def test_static_dispatch_is_what_a_choice_left_open_becomes(configured, used, monkeypatch):
     head = model()
-    head.moe.how = configured
+    head.moe.dispatch_mode = configured
     seen = []
     monkeypatch.setattr(
         "model.moe.dispatch",
