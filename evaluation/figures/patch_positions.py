@@ -13,7 +13,8 @@ IMAGES, BLOCKS = 2000, 6
 @register(
     "patch_positions",
     "How often the patch at each place of a test image goes to each expert, by its largest gate weight. Were an "
-    "expert's map of one colour, the gate would go by what a patch shows and not by where it lies. White line: the even share.",
+    "expert's map of one colour, the gate would go by what a patch shows and not by where it lies. White line: "
+    "the even share.",
     needs=["blocks"],
     place=6,
 )
