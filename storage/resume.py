@@ -14,7 +14,7 @@ from config.config import Config, flatten
 from storage.checkpoint import RESUMABLE, load_checkpoint, previous, require_like
 from storage.folder import INCIDENTAL, RunFolder
 
-# What a resumed run may change: the rest would make it another experiment, or none at all.
+# What a resumed run may change: the rest would make it another experiment.
 CHANGEABLE = INCIDENTAL | {
     "features.batch_size",
     "features.compile",
