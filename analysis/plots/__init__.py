@@ -9,7 +9,7 @@ from analysis.plots.answers import confused_pairs, reliability, samples, supercl
 from analysis.plots.blocks import block_load, block_load_over_time, block_worth
 from analysis.plots.comparison import comparison
 from analysis.plots.experts import expert_by_class, expert_load, expert_worth, gate_map
-from analysis.plots.patches import patch_maps
+from analysis.plots.patches import patch_maps, patch_positions
 from analysis.plots.style import BLUE, OKABE_ITO, save
 from analysis.plots.training import load_over_time, training_curves
 
@@ -27,6 +27,7 @@ __all__ = [
     "gate_map",
     "load_over_time",
     "patch_maps",
+    "patch_positions",
     "reliability",
     "samples",
     "save",

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb
+from matplotlib.colors import Normalize, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import PercentFormatter
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
@@ -49,6 +50,33 @@ def patch_maps(
     for ax, name in zip(grid[0, 1:], block_names, strict=True):
         ax.set_title(short(name, int(cell * 13)), fontsize=8.5, pad=3)
     expert_legend(figure, expert_labels, share_E, colours_E)
+    return figure
+
+
+def patch_positions(share_LEHW: ArrayLike, block_names: Names, expert_labels: Names) -> Figure:
+    """A row for each expert, a column for each block: how often a patch at each place of the image goes to the expert.
+
+    share_LEHW: shares that sum to 1 over the experts. Of more than eight experts the eight busiest are shown.
+    """
+    share_LEHW = np.asarray(share_LEHW, dtype=float)
+    blocks, num_experts = share_LEHW.shape[:2]
+    busiest = np.sort(np.argsort(-share_LEHW.mean(axis=(0, 2, 3)), kind="stable")[:8])
+    columns = max(3, blocks)  # or the names of the experts would be wider than the page
+    figure = new_figure(1.25 * len(busiest) + 0.9, "Where on an image each expert sees patches", 1.25 * columns + 2.0)
+    figure.get_layout_engine().set(w_pad=0.08)
+    grid = figure.subplots(len(busiest), blocks, squeeze=False)
+    norm = Normalize(0, max(share_LEHW.max(), 2 / num_experts))
+    for axes, expert in zip(grid, busiest, strict=True):
+        for ax, share_HW in zip(axes, share_LEHW[:, expert], strict=True):
+            image = ax.imshow(share_HW, norm=norm, cmap="viridis", interpolation="nearest")
+            ax.set(xticks=[], yticks=[])
+        label = f"expert\n{short(expert_labels[expert], 14)}"
+        axes[0].set_ylabel(label, fontsize=8, rotation=0, ha="right", va="center")
+    for ax, name in zip(grid[0], block_names, strict=True):
+        ax.set_title(short(name, 12), fontsize=8.5, pad=3)
+    bar = figure.colorbar(image, ax=grid, aspect=35, format=PercentFormatter(1.0, decimals=0))
+    bar.set_label("share of the images", fontsize=8)
+    bar.ax.axhline(1 / num_experts, color="white", lw=1.5)
     return figure
 
 

@@ -48,6 +48,9 @@ FIGURES = {
     "worth": lambda: worth(12, 4),
     "worth of many": lambda: worth(2, 64),
     "maps": lambda: maps(3, 4, 4),
+    "positions": lambda: plots.patch_positions(np.moveaxis(shares(6, 8, 8, 4), -1, 1), *names(6, 4)),
+    "positions of one": lambda: plots.patch_positions(np.ones((1, 1, 4, 4)), *names(1, 1)),
+    "positions of many": lambda: plots.patch_positions(np.moveaxis(shares(6, 4, 4, 64), -1, 1), *names(6, 64)),
     "maps of one": lambda: maps(1, 1, 2, side=8, grid=(4, 4), channels=1),
     "maps of many": lambda: maps(1, 5, 20, side=224),
 }

@@ -75,7 +75,7 @@ def test_with_experts_inside_the_vit_it_shows_patches(tmp_path, monkeypatch):
     assert "the expert with the largest gate weight for each patch" in shown
     assert "block  0: specialisation " in shown and "block  1: specialisation " in shown
     (cell,) = [cell for cell in notebook.cells if cell.source.startswith('show("patch_maps"')]
-    assert images(nbformat.from_dict({"cells": [cell]})) == 3  # what each expert is worth in a block takes a GPU
+    assert images(nbformat.from_dict({"cells": [cell]})) == 4  # what each expert is worth in a block takes a GPU
 
 
 @pytest.mark.slow

@@ -110,7 +110,14 @@ def test_more_images_than_there_are_are_all_of_them():
 def test_figures_of_blocks_are_drawn_and_say_which_block(evaluated):
     run, results, model, images = evaluated
     drawn = {path.stem for path in run.figures.iterdir()}
-    assert {"block_load", "block_load_over_time", "block_by_class", "block_worth", "patch_maps"} <= drawn
+    assert {
+        "block_load",
+        "block_load_over_time",
+        "block_by_class",
+        "block_worth",
+        "patch_maps",
+        "patch_positions",
+    } <= drawn
     assert "gate_map" not in drawn
     material = Evaluated(run, config(), model, images, predict(model, images, "test"), results)
     title = FIGURES["block_by_class"].draw(material).get_suptitle()
@@ -137,7 +144,7 @@ def test_a_patch_map_shows_what_the_gate_chose(evaluated):
 def test_an_image_that_decides_for_all_its_patches_has_no_map(tmp_path):
     model, images = spread(moe_vit(level="image")).eval(), bank()
     material = Evaluated(RunFolder(tmp_path), config(), model, images, predict(model, images, "test"), {})
-    assert FIGURES["patch_maps"].draw(material) is None
+    assert FIGURES["patch_maps"].draw(material) is None and FIGURES["patch_positions"].draw(material) is None
 
 
 def test_the_page_and_clearml_have_a_row_for_each_block(evaluated):
