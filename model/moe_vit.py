@@ -177,7 +177,9 @@ class CompiledBlock:
         self.say = say
         # First, middle or last of the blocks with experts, warm-up or not, training or not, of two sizes.
         dynamo = torch._dynamo.config
-        dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
+        dynamo.cache_size_limit = max(
+            dynamo.cache_size_limit, 64
+        )  # recompile_limit, by the name that torch 2.6 knows too
         self.run: Callable = torch.compile(run_block, dynamic=False, fullgraph=True)
 
     def __call__(self, *block) -> tuple[Tensor, Routing | None]:

@@ -63,7 +63,8 @@ def patch_positions(share_LEHW: ArrayLike, block_names: Names, expert_labels: Na
     busiest = np.sort(np.argsort(-share_LEHW.mean(axis=(0, 2, 3)), kind="stable")[:8])
     columns = max(3, blocks)  # or the names of the experts would be wider than the page
     figure = new_figure(1.25 * len(busiest) + 0.9, "Where on an image each expert sees patches", 1.25 * columns + 2.0)
-    figure.get_layout_engine().set(w_pad=0.08)
+    layout: Any = figure.get_layout_engine()
+    layout.set(w_pad=0.08)
     grid = figure.subplots(len(busiest), blocks, squeeze=False)
     norm = Normalize(0, max(share_LEHW.max(), 2 / num_experts))
     for axes, expert in zip(grid, busiest, strict=True):

@@ -35,7 +35,7 @@ def test_every_shipped_configuration_trains_for_one_epoch(path, capsys):
 
 @pytest.mark.parametrize("kind", ROUTERS)
 def test_the_warm_up_of_every_rule_fits_a_single_step(kind):
-    words = ["--router.kind", kind, "--train.epochs", "1", "--train.batch_size", "8", "--experts.shared", "[]"]
+    words = ["--config", "configs/digits.yaml", "--router.kind", kind, "--train.epochs", "1", "--train.batch_size", "8"]
     words += ["--router.top_k", "1"] if kind == "switch" else []
     tokens = ["--neck.kind", "tokens", "--backbone.features", "[tokens:-1]", "--router.hidden", "[]"]
     config = parse_command_line([*words, *(tokens if ROUTERS[kind].reads_tokens else []), *hidden(kind)]).config
