@@ -175,11 +175,10 @@ class CompiledBlock:
 
     def __init__(self, say: Callable[[str], None]):
         self.say = say
-        # First, middle or last of the blocks with experts, warm-up or not, training or not, of two sizes.
+        # First, middle or last of the blocks with experts, warm-up or not, training or not, of two sizes. The limit is
+        # called recompile_limit now; torch 2.6 knows this name alone.
         dynamo = torch._dynamo.config
-        dynamo.cache_size_limit = max(
-            dynamo.cache_size_limit, 64
-        )  # recompile_limit, by the name that torch 2.6 knows too
+        dynamo.cache_size_limit = max(dynamo.cache_size_limit, 64)
         self.run: Callable = torch.compile(run_block, dynamic=False, fullgraph=True)
 
     def __call__(self, *block) -> tuple[Tensor, Routing | None]:
