@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 import yaml
-from conftest import CLIP, run_program
+from conftest import CLIP, ROOT, run_program
 from PIL import Image
 
 import evaluate
@@ -150,7 +150,8 @@ def test_ten_real_classes_on_a_real_vit(assets, tmp_path, monkeypatch):
                 Image.fromarray(image.permute(1, 2, 0).numpy()).save(place / f"{seen[label_name]}.png")
                 seen[label_name] += 1
     arguments = [
-        *("--data.name", "folder", "--data.root", tmp_path / "data", "--data.image_size", "32"),
+        *("--config", ROOT / "configs" / "cifar100_head.yaml", "--data.name", "folder"),
+        *("--data.root", tmp_path / "data", "--data.image_size", "32"),
         *("--backbone.weights", assets / f"{CLIP}.safetensors", "--backbone.image_size", "128"),
         *("--backbone.features", "[cls:8,cls:9,cls:10,cls:11,mean:10,mean:11]"),
         *("--augment.flip", "false", "--augment.crop", "0", "--augment.strong", "0", "--experts.shared", "[]"),
