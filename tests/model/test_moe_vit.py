@@ -9,6 +9,7 @@ from block_helpers import SIZES, images, moe_vit, plain_ffn, spread, tiny_vit
 from routing_helpers import listed_routing
 from torch.nn import functional as F
 
+from model.backbone import Backbone
 from model.balance import BalanceConfig, balance_losses
 from model.blocks import BlockMixture
 from model.experts import ExpertsConfig
@@ -352,3 +353,22 @@ def test_a_mixture_on_top_is_one_place_more():
 def test_a_mixture_on_top_that_does_not_fit_is_one_line(options, message):
     with pytest.raises(ValueError, match=message):
         ExpertsConfig(**options)
+
+
+@pytest.mark.parametrize("kind, sizes", [("adapter", SIZES), ("ffn", [[64]] * 3)])
+def test_half_precision_starts_at_the_vit_too_and_trains_float32_weights(kind, sizes):
+    """As on a GPU: the ViT in bfloat16, gates and logits in float32."""
+    model = moe_vit(experts={"kind": kind, "sizes": sizes}, neck={"norm": "none"}, kind="switch", top_k=1)
+    backbone = Backbone(model.backbone.vit, ["mean:1", "mean:2"], torch.bfloat16)
+    model._frozen.part = backbone
+    close = {"rtol": 0, "atol": 0} if kind == "adapter" else {"rtol": 0.05, "atol": 0.05}
+    features_BF, routings = model.eval()._features(model.prepare(images()), warmup=False, allowed_E=None)
+    torch.testing.assert_close(features_BF, backbone(model.prepare(images())), **close)
+    assert {routing.logits_BE.dtype for routing in routings} == {torch.float32}
+    before = copy.deepcopy(model.state_dict())
+    with torch.autocast("cpu", torch.bfloat16):
+        train(model, steps=2)
+    after = model.state_dict()
+    assert {value.dtype for value in after.values() if value.is_floating_point()} == {torch.float32}
+    assert sum(not torch.equal(before[name], after[name]) for name in before if ".experts." in name) >= 9
+    assert model(images())[0].dtype == torch.float32
