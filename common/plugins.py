@@ -101,6 +101,6 @@ def _run_file(source: Path) -> None:
     sys.modules[name] = module  # for what looks a class's module up, as dataclasses do
     try:
         spec.loader.exec_module(module)
-    except BaseException:
+    except BaseException:  # Ctrl-C too: a module that is half there must not be found again
         del sys.modules[name]
         raise

@@ -54,11 +54,6 @@ class BlockMixture(nn.Module):
             return x_BTD.flatten(0, 1)
         return x_BTD[:, 0] if self.class_token else x_BTD[:, self.prefix :].float().mean(dim=1)
 
-    @property
-    def static_shapes(self) -> bool:
-        """Whether no shape of a training step depends on what is in the batch."""
-        return self.router.static_shapes and self.experts.static_shapes
-
     def after_step(self, routing: Routing) -> None:
         """To be called once after each optimizer step: moves the loss-free bias, where there is one."""
         self.router.after_step(routing)

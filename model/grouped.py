@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .experts import LayeredExpert
+from .experts import LayerStack
 from .layers import ALIGNMENT, Alone, SideBySide, Sorted, joined, run
 
 
@@ -20,12 +20,12 @@ def kernel_on(device: torch.device) -> bool:
     return hasattr(F, "grouped_mm") and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
-def fits(experts: Iterable[LayeredExpert]) -> bool:
+def fits(experts: Iterable[LayerStack]) -> bool:
     """Whether every hidden layer is as wide as the kernel wants it; the outputs are padded."""
     return all(layer.in_features % ALIGNMENT == 0 for expert in experts for layer in expert.linears[1:])
 
 
-def run_on_all(shapes: Sequence[Sequence[LayeredExpert]], x_BD: Tensor) -> Tensor:
+def run_on_all(shapes: Sequence[Sequence[LayerStack]], x_BD: Tensor) -> Tensor:
     """Every expert on every row (B, D): outputs (E, B, C). shapes: the experts of each shape.
 
     All first layers are one product; behind them experts of one shape go together.
@@ -37,7 +37,7 @@ def run_on_all(shapes: Sequence[Sequence[LayeredExpert]], x_BD: Tensor) -> Tenso
     return torch.cat([_after_first(experts, h_BH) for experts, h_BH in zip(shapes, hidden, strict=True)])
 
 
-def _after_first(experts: Sequence[LayeredExpert], h_BN: Tensor) -> Tensor:
+def _after_first(experts: Sequence[LayerStack], h_BN: Tensor) -> Tensor:
     """What G experts of one shape make of the outputs of their first layers, side by side (B, G * H): (G, B, C)."""
     behind = list(zip(*experts, strict=True))[1:]
     if len(experts) == 1:
@@ -45,7 +45,7 @@ def _after_first(experts: Sequence[LayeredExpert], h_BN: Tensor) -> Tensor:
     return run(behind, h_BN.unflatten(1, (len(experts), -1)).transpose(0, 1), SideBySide())
 
 
-def run_on_own(experts: Sequence[LayeredExpert], h_RD: Tensor, ends_G: Tensor, key_R: Tensor) -> Tensor:
+def run_on_own(experts: Sequence[LayerStack], h_RD: Tensor, ends_G: Tensor, key_R: Tensor) -> Tensor:
     """G experts of one shape, each on its own rows, sorted by expert (R, D): outputs (R, C).
 
     ends_G: where each expert's rows end, int64, on the device. key_R: the expert of each row in [0, G).

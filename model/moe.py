@@ -70,11 +70,6 @@ class MixtureOfExperts(nn.Module):
             logits_BC = logits_BC + residual_B[:, None] * self.skip(pooled_BD).float()
         return logits_BC, routing
 
-    @property
-    def static_shapes(self) -> bool:
-        """Whether no shape of a training step depends on what is in the batch, where it may choose how to dispatch."""
-        return self.router.static_shapes and self.dispatch_mode in ("auto", "dense")
-
     def after_step(self, routing: Routing) -> None:
         """To be called once after each optimizer step: moves the loss-free bias, where there is one."""
         self.router.after_step(routing)

@@ -6,7 +6,7 @@ from torch import nn
 
 from ..registry import import_all
 from ..routers import group_columns
-from .base import ExpertKind, Experts, LayeredExpert
+from .base import ExpertKind, Experts, LayeredExpert, LayerStack
 from .config import EXPERTS, SIZES, ExpertsConfig, register
 
 import_all(__name__, __path__)
@@ -17,6 +17,7 @@ __all__ = [
     "ExpertKind",
     "Experts",
     "ExpertsConfig",
+    "LayerStack",
     "LayeredExpert",
     "build_experts",
     "register",

@@ -1,5 +1,6 @@
 """What kinds of experts have in common, and the experts of a mixture."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from functools import cached_property
 from itertools import pairwise
@@ -20,7 +21,6 @@ class ExpertKind:
     """
 
     place = "head"
-    static_shapes = True  # place blocks: no shape depends on what is in the batch
 
     @classmethod
     def check(cls, config: ExpertsConfig) -> None:
@@ -32,34 +32,18 @@ class ExpertKind:
         return sum(fan_in * fan_out for fan_in, fan_out in pairwise(widths))
 
 
-class LayeredExpert(ExpertKind, nn.Sequential):
-    """An expert of hidden layers, then a linear layer to the outputs: (B, D) -> (B, C).
+class LayerStack(ExpertKind, nn.Sequential):
+    """An expert made of layers that can be computed together with those of its shape: (B, D) -> (B, C).
 
-    A kind says what one hidden layer is made of: see `model.layers` for what can be computed together with others of
-    its shape. Xavier-uniform weights (Glorot 2010), zero biases. Computes in the number format of its input. columns:
-    int64, the features that this expert reads (None: all).
+    See `model.layers` for the modules that can. Computes in the number format of its input. columns: int64, the
+    features that it reads (None: all).
     """
 
     columns: Tensor | None
 
-    def __init__(
-        self, in_features: int, hidden: list[int], num_outputs: int, dropout: float, columns: Tensor | None = None
-    ):
-        layers: list[nn.Module] = []
-        width = in_features if columns is None else len(columns)
-        for units in hidden:
-            layers += self.hidden_layer(width, units, dropout)
-            width = units
-        super().__init__(*layers, nn.Linear(width, num_outputs))
+    def __init__(self, *layers: nn.Module, columns: Tensor | None = None):
+        super().__init__(*layers)
         self.register_buffer("columns", columns, persistent=False)
-        for layer in self.linears:
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
-
-    @staticmethod
-    def hidden_layer(width: int, units: int, dropout: float) -> list[nn.Module]:
-        """The modules of one hidden layer, (B, width) -> (B, units), the first of them linear."""
-        raise NotImplementedError
 
     @property
     def linears(self) -> list[nn.Linear]:
@@ -76,6 +60,32 @@ class LayeredExpert(ExpertKind, nn.Sequential):
         if x_BD.dtype == self[0].weight.dtype:
             return super().forward(x_BD)
         return run(zip(self), x_BD, Alone())
+
+
+class LayeredExpert(LayerStack, ABC):
+    """An expert of hidden layers, then a linear layer to the outputs: (B, D) -> (B, C).
+
+    A kind says what one hidden layer is made of. Xavier-uniform weights (Glorot 2010), zero biases. columns: int64,
+    the features that this expert reads (None: all).
+    """
+
+    def __init__(
+        self, in_features: int, hidden: list[int], num_outputs: int, dropout: float, columns: Tensor | None = None
+    ):
+        layers: list[nn.Module] = []
+        width = in_features if columns is None else len(columns)
+        for units in hidden:
+            layers += self.hidden_layer(width, units, dropout)
+            width = units
+        super().__init__(*layers, nn.Linear(width, num_outputs), columns=columns)
+        for layer in self.linears:
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    @staticmethod
+    @abstractmethod
+    def hidden_layer(width: int, units: int, dropout: float) -> list[nn.Module]:
+        """The modules of one hidden layer, (B, width) -> (B, units), the first of them linear."""
 
 
 class Experts(nn.ModuleList):
@@ -99,7 +109,7 @@ class Experts(nn.ModuleList):
         """Indices of the experts of each shape (hidden layers and dropout), in order of their first."""
         groups: dict[tuple, list[int]] = {}
         for index, expert in enumerate(self):
-            shape = expert.shape if isinstance(expert, LayeredExpert) else (index,)
+            shape = expert.shape if isinstance(expert, LayerStack) else (index,)
             groups.setdefault(shape, []).append(index)
         return tuple(map(tuple, groups.values()))
 
@@ -111,6 +121,6 @@ class Experts(nn.ModuleList):
     def go_together(self, features: int) -> bool:
         """Whether experts of one shape can be computed together: all have layers, and read all of so many features."""
         return all(
-            isinstance(expert, LayeredExpert) and expert.columns is None and expert[0].in_features == features
+            isinstance(expert, LayerStack) and expert.columns is None and expert[0].in_features == features
             for expert in self
         )

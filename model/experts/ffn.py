@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..dispatch import combine_logits, dispatch
 from ..grouped import kernel_on
 from ..routing import Assignments
-from .base import ExpertKind, Experts, LayeredExpert
+from .base import ExpertKind, Experts, LayerStack
 from .config import ExpertsConfig, register
 
 
@@ -54,7 +54,7 @@ class UpcycledFFN(ExpertKind, nn.Module):
     def static_shapes(self) -> bool:
         """Whether a step never waits to know how many tokens an expert has."""
         first: Any = self.copies[0]
-        grouped = isinstance(first, LayeredExpert) and kernel_on(first.linears[0].weight.device)
+        grouped = isinstance(first, LayerStack) and kernel_on(first.linears[0].weight.device)
         return self.dispatch_mode in ("grouped", "dense") or (self.dispatch_mode == "auto" and grouped)
 
     def forward(self, x_BTD: Tensor, dense_BTD: Tensor, assignments: Assignments) -> Tensor:
@@ -90,13 +90,12 @@ def _copied(ffn: nn.Module) -> nn.Module:
     return CopiedFFN(ffn)
 
 
-class CopiedMlp(LayeredExpert):
+class CopiedMlp(LayerStack):
     """fc1, activation, fc2 of timm's Mlp, and its dropout where it has any."""
 
     def __init__(self, ffn: Any):
         drops = [[drop] if drop.p else [] for drop in (ffn.drop1, ffn.drop2)]
-        nn.Sequential.__init__(self, ffn.fc1, ffn.act, *drops[0], ffn.fc2, *drops[1])
-        self.register_buffer("columns", None, persistent=False)
+        super().__init__(ffn.fc1, ffn.act, *drops[0], ffn.fc2, *drops[1])
 
 
 class CopiedFFN(nn.Module):

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from routing_helpers import identity_router
 
 from model.routers import RouterConfig, build_router
 from model.routers.noise import load_probability
@@ -11,18 +12,9 @@ from model.routers.noise import load_probability
 KINDS = ["article", "noisy_topk"]
 
 
-def router_with_logits(kind, num_experts, top_k, **options):
-    """A router whose clean logits equal its input: the gate is the identity."""
-    router = build_router(RouterConfig(kind=kind, top_k=top_k, norm="none", **options), num_experts, num_experts)
-    with torch.no_grad():
-        router.gate.weight.copy_(torch.eye(num_experts))
-        router.gate.bias.zero_()
-    return router.eval()
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_are_the_softmax_of_the_kept_logits(kind):
-    routing = router_with_logits(kind, 4, 2)(torch.tensor([[1.0, 3.0, 2.0, 0.0]]))
+    routing = identity_router(kind, 4, 2)(torch.tensor([[1.0, 3.0, 2.0, 0.0]]))
     # The two largest are 3 and 2: e^3 / (e^3 + e^2) = 1 / (1 + e^-1) = 0.731059 and 0.268941.
     assert routing.expert_A.tolist() == [1, 2]
     assert routing.sample_A.tolist() == [0, 0]
@@ -31,14 +23,14 @@ def test_weights_are_the_softmax_of_the_kept_logits(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_temperature_divides_the_logits(kind):
-    routing = router_with_logits(kind, 4, 2, temperature=2.0)(torch.tensor([[1.0, 3.0, 2.0, 0.0]]))
+    routing = identity_router(kind, 4, 2, temperature=2.0)(torch.tensor([[1.0, 3.0, 2.0, 0.0]]))
     # 1 / (1 + e^-0.5) = 0.622459.
     assert routing.weight_A[0].item() == pytest.approx(0.622459, abs=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_expert_a_sample_keeps_the_probability_so_that_the_gate_learns(kind):
-    router = router_with_logits(kind, 3, 1).train()
+    router = identity_router(kind, 3, 1).train()
     routing = router(torch.tensor([[0.0, math.log(2.0), 0.0]]))
     routing.weight_A.sum().backward()
     assert 0 < routing.weight_A.item() < 1
@@ -49,17 +41,17 @@ def test_one_expert_a_sample_keeps_the_probability_so_that_the_gate_learns(kind)
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_experts_and_a_single_expert(kind):
-    routing = router_with_logits(kind, 3, 3)(torch.randn(5, 3))
+    routing = identity_router(kind, 3, 3)(torch.randn(5, 3))
     assert routing.weight_A.view(5, 3).sum(dim=1).tolist() == pytest.approx([1.0] * 5)
     assert sorted(routing.expert_A[:3].tolist()) == [0, 1, 2]
-    single = router_with_logits(kind, 1, 1).train()(torch.randn(4, 1))
+    single = identity_router(kind, 1, 1).train()(torch.randn(4, 1))
     assert single.expert_A.tolist() == [0] * 4
     assert single.weight_A.tolist() == [1.0] * 4
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_noise_is_added_in_training_only(kind):
-    router = router_with_logits(kind, 6, 2)
+    router = identity_router(kind, 6, 2)
     x = torch.randn(64, 6) * 0.1
     assert torch.equal(router(x).expert_A, router(x).expert_A)
     router.train()
@@ -67,7 +59,7 @@ def test_noise_is_added_in_training_only(kind):
 
 
 def test_article_noise_grows_with_the_spread_of_the_samples_own_logits():
-    router = router_with_logits("article", 2, 1, noise_std=0.5, dropout=0.0).train()
+    router = identity_router("article", 2, 1, noise_std=0.5, dropout=0.0).train()
     torch.manual_seed(0)
     for scale in (1.0, 100.0):
         # Logits (s, 0): spread s / sqrt 2, noise of each 0.5 s / sqrt 2, so that their difference is
@@ -80,7 +72,7 @@ def test_article_noise_grows_with_the_spread_of_the_samples_own_logits():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 def test_warm_up_draws_distinct_experts_evenly_and_weights_them_alike(kind, top_k):
-    router = router_with_logits(kind, 4, top_k).train()
+    router = identity_router(kind, 4, top_k).train()
     torch.manual_seed(0)
     routing = router(torch.randn(4000, 4) * 50, warmup=True)
     chosen = routing.expert_A.view(4000, top_k)
@@ -92,7 +84,7 @@ def test_warm_up_draws_distinct_experts_evenly_and_weights_them_alike(kind, top_
 
 
 def test_counts_and_importance():
-    routing = router_with_logits("article", 3, 2)(torch.tensor([[2.0, 1.0, 0.0], [2.0, 0.0, 1.0]]))
+    routing = identity_router("article", 3, 2)(torch.tensor([[2.0, 1.0, 0.0], [2.0, 0.0, 1.0]]))
     assert routing.counts_E.tolist() == [2, 1, 1]
     # Both samples weight (2, 1) as 0.731059, 0.268941.
     assert routing.importance_E.tolist() == pytest.approx([1.462117, 0.268941, 0.268941], abs=1e-6)
@@ -132,7 +124,7 @@ def test_load_probability_is_the_chance_to_be_chosen():
 
 
 def test_gate_stays_float32_under_autocast():
-    router = router_with_logits("noisy_topk", 4, 2)
+    router = identity_router("noisy_topk", 4, 2)
     with torch.autocast("cpu", torch.bfloat16):
         routing = router(torch.randn(3, 4).bfloat16())
     assert routing.logits_BE.dtype == torch.float32

@@ -4,19 +4,10 @@ from dataclasses import fields
 
 import pytest
 import torch
-from routing_helpers import listed_routing
+from routing_helpers import identity_router, listed_routing
 
 from model.losses.importance import importance_loss
 from model.routers import ROUTERS, RouterConfig, build_router
-
-
-def identity_router(kind, num_experts, top_k, **options):
-    """A router in evaluation mode whose clean logits equal its input: the gate is the identity."""
-    router = build_router(RouterConfig(kind=kind, top_k=top_k, norm="none", **options), num_experts, num_experts)
-    with torch.no_grad():
-        router.gate.weight.copy_(torch.eye(num_experts))
-        router.gate.bias.zero_()
-    return router.eval()
 
 
 def logs(*rows):

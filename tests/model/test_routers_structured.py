@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from test_routers_rules import identity_router, logs
+from routing_helpers import identity_router
+from test_routers_rules import logs
 
 from model.experts import ExpertsConfig
 from model.moe import MixtureOfExperts

@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from test_routers_rules import ONE_SAMPLE, identity_router, logs
+from routing_helpers import identity_router
+from test_routers_rules import ONE_SAMPLE, logs
 from test_routers_structured import TWO_LEVELS, hierarchical, soft
 
 from model.losses.importance import importance_loss
