@@ -41,7 +41,8 @@ def leave_on_signal() -> None:
     """Let Ctrl-C and SIGTERM end a program that is still importing, in one line in place of a traceback."""
 
     def leave_now(number: int, _frame: object) -> None:
-        say(f"interrupted by {signal.Signals(number).name}")
+        if os.environ.get("RANK", "0") == "0":  # of several processes one says it
+            say(f"interrupted by {signal.Signals(number).name}")
         os._exit(128 + number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -172,7 +173,7 @@ def _run(main: Callable[[], None], output: _Output) -> int:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        message, code = _explain(error)
+        message, code = explained(error)
         say(f"error: {message}" + ("" if debug or exit_code(error) is not None else "; --debug shows the traceback"))
         return code
     return 0
@@ -188,7 +189,7 @@ def leave(code: int) -> NoReturn:
     sys.exit(code)
 
 
-def _explain(error: Exception) -> tuple[str, int]:
+def explained(error: BaseException) -> tuple[str, int]:
     """The line and the exit code of an exception."""
     if (code := exit_code(error)) is not None:
         return str(error), code
