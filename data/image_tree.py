@@ -22,7 +22,14 @@ SPLITS = {
     "validation": ("val", "valid", "validation", "dev"),
     "test": ("test", "testing"),
 }
-UNREAD = {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # a program; formats of which Pillow knows the header alone
+UNREADABLE_FORMATS = {
+    "EPS",
+    "BUFR",
+    "GRIB",
+    "HDF5",
+    "MPEG",
+    "WMF",
+}  # a program; formats of which Pillow knows the header alone
 HIDDEN = {"__macosx", "@eadir", "$recycle.bin", "system volume information", "thumbs.db", "desktop.ini"}
 
 SHARED = "holds no image of its own: each is in another class or split as well, by a link: keep it in one"
@@ -32,7 +39,7 @@ SHARED = "holds no image of its own: each is in another class or split as well, 
 def formats() -> tuple[str, ...]:
     """The formats that Pillow reads without running a program."""
     Image.init()
-    return tuple(sorted(Image.OPEN.keys() - UNREAD))
+    return tuple(sorted(Image.OPEN.keys() - UNREADABLE_FORMATS))
 
 
 @cache
@@ -194,11 +201,11 @@ def find_splits(root: Path, left_out: LeftOut) -> dict[str, Path]:
         else:
             found[split] = path
     if "train" not in found:
-        _refuse_without_train(root, meant)
+        _require_train(root, meant)
     return {split: found[split] for split in SPLITS if split in found}
 
 
-def _refuse_without_train(root: Path, meant: dict[str, str]) -> None:
+def _require_train(root: Path, meant: dict[str, str]) -> None:
     above = root.absolute().parent
     if root.name.lower() in meant and any((above / name).is_dir() for name in SPLITS["train"]):
         raise UserError(f"--data.root {root} is the {root.name} folder of a data set: name its parent, {above}")

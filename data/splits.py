@@ -121,7 +121,7 @@ def load_splits(config: DataConfig) -> Splits:
             )
     splits = Splits(train, validation, test)
     if not DATASETS[config.name].published:
-        _tell_copies(splits)
+        _warn_of_copies(splits)
     return splits
 
 
@@ -137,7 +137,7 @@ def _require_enough(train: ImageSet, parts: int) -> None:
         )
 
 
-def _tell_copies(splits: Splits) -> None:
+def _warn_of_copies(splits: Splits) -> None:
     """Warn of images that are trained on as well as scored: they make a score better than it is."""
     seen: set[bytes] = set()
     for name in ("train", "validation", "test"):

@@ -46,7 +46,7 @@ def load_cifar100(root: Path, download: bool = True) -> tuple[ImageSet, ImageSet
     files = dict([*CIFAR100.train_list, *CIFAR100.test_list, (CIFAR100.meta["filename"], CIFAR100.meta["md5"])])
     missing = [name for name in files if not (folder / name).is_file()]
     if missing:
-        _refuse_the_folder_itself(root, folder, files)
+        _reject_inner_folder(root, folder, files)
         if not _unpacked(root / CIFAR100.filename, folder, files):
             _download(root, folder, missing, download)
     contents = {name: _verified(folder / name, md5) for name, md5 in files.items()}
@@ -54,7 +54,7 @@ def load_cifar100(root: Path, download: bool = True) -> tuple[ImageSet, ImageSet
     return _image_set(contents["train"], meta), _image_set(contents["test"], meta)
 
 
-def _refuse_the_folder_itself(root: Path, folder: Path, files: Iterable[str]) -> None:
+def _reject_inner_folder(root: Path, folder: Path, files: Iterable[str]) -> None:
     """Raise UserError where the files lie in `root`, not in the folder of theirs in it."""
     if all((root / name).is_file() for name in files):
         at_home = root.absolute().name == folder.name

@@ -131,7 +131,7 @@ def test_bad_files_are_a_line_each_and_the_others_are_answered(tiny_run, digits,
     for name, words in (expected | {"gone.png": "is not there"}).items():
         (line,) = [line for line in err if name in line]
         assert words in line and line.startswith("error: ")
-    assert err[-1] == f"error: {len(expected) + 1} of {len(expected) + 3} could not be read"
+    assert err[-1] == f"error: {len(expected) + 1} of {len(expected) + 3} images could not be read"
 
 
 def test_json_is_one_document_and_explain_a_picture(tiny_run, digits, bad, tmp_path, monkeypatch, capsys):
@@ -201,22 +201,22 @@ def test_mistakes_are_one_line(tiny_run, tmp_path, monkeypatch, capsys):
     assert "neither model.json nor" in mistake(tmp_path, image, expected=1)
     assert "required: IMAGE" in mistake(tiny_run)
     assert "--top is 0" in mistake(tiny_run, image, "--top", "0")
-    assert "give it that ending" in mistake(tiny_run, image, "--explain", "out.jpg")
+    assert "the name must end in .png" in mistake(tiny_run, image, "--explain", "out.jpg")
     assert "is not a folder" in mistake(tiny_run, image, "--explain", tmp_path / "gone" / "out.png")
     describe(format_version=0)
     assert "is not of format" in mistake(other, image, expected=1)
     moved = {"weights": "/gone/vit.safetensors", "name": "vit_tiny_patch16_224"}
     describe(config=lambda config: config | {"backbone": config["backbone"] | moved})
-    assert "/gone/vit.safetensors are not there: name the file with --backbone.weights" in mistake(
+    assert "/gone/vit.safetensors are missing: name the file with --backbone.weights" in mistake(
         other, image, expected=1
     )
     describe(backbone=lambda backbone: backbone | {"fingerprint": "0" * 64})
     assert "fingerprint 000000000000" in mistake(other, image, expected=1)
     describe()
     (other / "model.safetensors").write_bytes(b"cut")
-    assert "model.safetensors is damaged" in mistake(other, image, expected=1)
+    assert "model.safetensors is corrupt" in mistake(other, image, expected=1)
     describe(weights_sha256=None)  # as a run of an earlier version
-    assert "is truncated or no safetensors file" in mistake(other, image, expected=1)
+    assert "is truncated or not a safetensors file" in mistake(other, image, expected=1)
     (other / "model.safetensors").unlink()
     assert "model.safetensors" in mistake(other, image, expected=1)
 
@@ -241,7 +241,7 @@ def test_what_is_advised_about_damaged_weights_mends_them(tiny_run, tmp_path, mo
     whole = (copy / "model.safetensors").read_bytes()
     (copy / "model.safetensors").write_bytes(damage(whole))
     code, _, (line,) = run(monkeypatch, capsys, copy, image)
-    assert code == 1 and "model.safetensors is damaged" in line
+    assert code == 1 and "model.safetensors is corrupt" in line
     assert f"delete {copy}/model.json and run this again" in line
     (copy / "model.json").unlink()
     assert run(monkeypatch, capsys, copy, image)[0] == 0
@@ -249,7 +249,7 @@ def test_what_is_advised_about_damaged_weights_mends_them(tiny_run, tmp_path, mo
     (copy / "model.safetensors").write_bytes(damage(whole))
     shutil.rmtree(copy / "checkpoints")
     code, _, (line,) = run(monkeypatch, capsys, copy, image)
-    assert code == 1 and "bring the folder again" in line and "delete" not in line
+    assert code == 1 and "copy the run folder again" in line and "delete" not in line
 
 
 def test_a_damaged_best_checkpoint_does_not_replace_the_weights_by_older_ones(tiny_run, tmp_path):
