@@ -16,6 +16,7 @@ from common.plugins import HELP, loaded_plugins, require_plugins
 from common.text import printable
 from config.features import FeaturesConfig
 from config.optim import OptimConfig
+from config.parallel import ParallelConfig
 from config.train import TrainConfig
 from config.values import convert, expected, option_types
 from config.yaml_file import spelled
@@ -54,6 +55,7 @@ class Config:
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self):
         self.run_dir = None if self.run_dir is None else absolute(self.run_dir)

@@ -24,6 +24,9 @@ INCIDENTAL = {
     "backbone.weights",
     "features.cache_dir",
     "train.save_every",
+    "parallel.experts",
+    "parallel.placement",
+    "parallel.timeout",
 }
 
 
