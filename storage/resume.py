@@ -110,8 +110,8 @@ def load_resumable(run: RunFolder, config: Config) -> dict[str, Any] | None:
             )
     if (threads := checkpoint.get("threads")) != torch.get_num_threads():
         warn(
-            f"{run.path} used {threads} CPU threads, now there are {torch.get_num_threads()}: results on a CPU may differ "
-            "by rounding"
+            f"{run.path} used {threads} CPU threads, now there are {torch.get_num_threads()}: results on a "
+            "CPU may differ by rounding"
         )
     return checkpoint
 
