@@ -11,10 +11,11 @@ from PIL import Image
 
 from analysis.routing import top_classes
 from common.files import write_text
+from common.meter import duration
 from config.config import Config
 from evaluation.blocks import hardly_used
 from evaluation.figures import Drawing
-from evaluation.run_cost import LEGEND, NAMES, duration, shown, si
+from evaluation.run_cost import LEGEND, NAMES, shown, si
 from storage.folder import RunFolder
 
 SPREAD_NOTE = "For each expert: share of the gate's weight / of the assignments."

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from common.meter import meter
 from config.features import FeaturesConfig
 from data.augment import AugmentConfig, View, apply_view, draw_view
 from data.image_set import Splits
@@ -193,13 +193,12 @@ class FeatureBank:
         with ExitStack() as unless_whole:  # an error, or Ctrl-C: nothing half made stays behind
             if stored.draft is not None:
                 unless_whole.callback(stored.draft.discard)
-            bar = tqdm(total=total, desc=label, unit="image", leave=False, disable=None)
             batches = torch.arange(total, device=images.device).split(self.config.batch_size)
-            with bar, _batch_by_core(self.device) as each:
+            with meter(label, total) as done, _batch_by_core(self.device) as each:
                 starts = range(0, total, self.config.batch_size)
                 for start, features in zip(starts, each(extract, batches), strict=True):
                     stored.put(start, features, host_copy)
-                    bar.update(len(features))
+                    done(len(features))
             host_copy.finish()
             unless_whole.pop_all()
         return self._settle(stored)

@@ -63,7 +63,7 @@ class EpochSums:
         return self
 
     def running(self) -> str:
-        """Loss, accuracy and balance so far, for the progress bar; waits for the device."""
+        """Loss, accuracy and balance so far; waits for the device."""
         load_E = self.importance_LE.sum(0).cpu().numpy()
         balance = f"balance {balance_figures(load_E)['balance/entropy']:.2f}" if load_E.sum() else "random routing"
         loss, accuracy = float(self.loss) / self.samples, float(self.correct) / self.samples

@@ -3,15 +3,16 @@
 import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from common.errors import Interrupted, UserError
 from common.memory import peak_memory
+from common.meter import Meter, meter
 from common.signals import defer_signals
 from config.config import Config
 from features.bank import FeatureBank
@@ -37,7 +38,7 @@ from training.optim import build_optimizer, set_learning_rate
 from training.progress import EpochSums, Progress, epoch_line
 from training.step import TrainingStep
 
-BAR_SECONDS = 0.5  # between two updates of the progress bar, each of which waits for the device
+CHECK_SECONDS = 0.5  # between two checks for numbers that are not finite, each of which waits for the device
 
 
 class Trainer:
@@ -167,15 +168,16 @@ class Trainer:
         checked = time.perf_counter()
         self.numbers.reset()
         self.first_step = self.step
-        with self._bar(progress) as bar:
+        with self._meter(progress) as done:
+            done.note = progress.sums.running
             for features, labels_B in batches:
                 with defer_signals:
                     self._train_batch(features, labels_B, progress)
-                bar.update()
-                if time.perf_counter() - checked > BAR_SECONDS:
-                    self._check_progress(progress, bar)
+                if time.perf_counter() - checked > CHECK_SECONDS:
+                    self._require_finite()
                     checked = time.perf_counter()
-            self._check_progress(progress, bar)
+                done(len(labels_B))
+        self._require_finite()
         usage_LE = (self._usage() - progress.usage_before_LE).cpu().numpy()
         if progress.sums.learned_samples == progress.sums.samples:
             self._check_routing(usage_LE, "training")
@@ -187,10 +189,10 @@ class Trainer:
         for load_E, where in zip(load_LE, self.where, strict=True):
             self.routing.check(load_E, self.epoch, split, where)
 
-    def _bar(self, progress: Progress) -> tqdm:
-        label = f"epoch {self.epoch}/{self.config.epochs}"
-        total, done = self.steps_per_epoch, progress.batches
-        return tqdm(total=total, initial=done, desc=label, unit="step", leave=False, disable=None)
+    def _meter(self, progress: Progress) -> AbstractContextManager[Meter]:
+        images, epochs = len(self.bank.splits.train), self.config.epochs
+        later = (epochs - self.epoch) * images
+        return meter(f"epoch {self.epoch}/{epochs}", images, progress.sums.samples, later=later)
 
     def _train_batch(self, features: Tensor, labels_B: Tensor, progress: Progress) -> None:
         set_learning_rate(self.optimizer, self.step, self.total_steps, self.optim)
@@ -213,11 +215,6 @@ class Trainer:
         if found := self.numbers.check():
             good_steps, term = found
             raise not_finite(term, self.first_step + good_steps + 1, self.epoch, self.last_saved)
-
-    def _check_progress(self, progress: Progress, bar: tqdm) -> None:
-        """Update the progress bar. Raises UserError if a number is not finite."""
-        self._require_finite()
-        bar.set_postfix_str(progress.sums.running())
 
     def _validate(self) -> dict[str, float]:
         validated = self.validate(self.evaluated)
