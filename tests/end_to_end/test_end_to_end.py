@@ -133,7 +133,7 @@ def test_missing_data_ends_in_one_line_and_leaves_no_run(tmp_path):
     )
     assert result.returncode == 2
     assert len(result.stderr.strip().splitlines()) == 1
-    assert "CIFAR-100 is not complete" in result.stderr and "--data.root" in result.stderr
+    assert "CIFAR-100 is incomplete" in result.stderr and "--data.root" in result.stderr
     assert not run_dir.exists()
 
 

@@ -111,9 +111,9 @@ def bad(tmp_path_factory):
     return folder, {
         "cut.jpg": "cannot be read as an image (",
         "cut.png": "cannot be read as an image (",
-        "text.png": "no format that Pillow knows",
-        "program.png": "no format that Pillow knows",
-        "empty.jpg": "no format that Pillow knows",
+        "text.png": "Pillow does not know its format",
+        "program.png": "Pillow does not know its format",
+        "empty.jpg": "Pillow does not know its format",
         "dot.png": "1 x 1 pixels",
         "huge.png": "100 megapixels",
         "bomb.png": "more than 178 megapixels",
@@ -128,7 +128,7 @@ def test_bad_files_are_a_line_each_and_the_others_are_answered(tiny_run, digits,
     assert code == 1
     assert out.count("good.png") == 2
     assert len(err) == len(expected) + 2
-    for name, words in (expected | {"gone.png": "is not there"}).items():
+    for name, words in (expected | {"gone.png": "does not exist"}).items():
         (line,) = [line for line in err if name in line]
         assert words in line and line.startswith("error: ")
     assert err[-1] == f"error: {len(expected) + 1} of {len(expected) + 3} images could not be read"
@@ -145,7 +145,7 @@ def test_json_is_one_document_and_explain_a_picture(tiny_run, digits, bad, tmp_p
     code, out, err = run(monkeypatch, capsys, tiny_run, *words, "--device", "cpu")
     document = json.loads(out)
     assert code == 1 and len(err) == 4
-    assert err[0].endswith(f"not that of an image (.txt): {images}/notes.txt")
+    assert err[0].endswith(f"not the extension of an image (.txt): {images}/notes.txt")
     assert [document[key] for key in ("run", "data", "backbone")] == [str(tiny_run), "digits", "bundled/vit_micro"]
     assert [row["file"] for row in document["images"]] == [str(images / f"{index}.png") for index in range(3)]
     assert [row["file"] for row in document["failed"]] == [str(broken)]
@@ -278,6 +278,6 @@ def test_names_of_files_and_classes_never_reach_the_terminal_raw(tiny_run, tmp_p
     code, out, err = run(monkeypatch, capsys, tiny_run, folder, folder / "gone.png", "--explain", folder / "out.png")
     shown = f"{tmp_path}/a\\nb\\u001b[31m\\udcff/"
     assert code == 1 and out.startswith(f"{shown}x.png\n") and "\x1b" not in out + "".join(err)
-    assert err[:2] == [f"error: {shown}gone.png is not there: check the name", f"drawn in {shown}out.png"]
+    assert err[:2] == [f"error: {shown}gone.png does not exist: check the name", f"drawn in {shown}out.png"]
     code, out, _ = run(monkeypatch, capsys, tiny_run, folder / "x.png", "--json")
     assert json.loads(out)["images"][0]["file"] == str(folder / "x.png")
