@@ -44,7 +44,7 @@ def drop_patches(x_BTD: Tensor, prefix_tokens: int, share: float) -> Tensor:
     depends on the shape alone.
     """
     prefix_BRD, patches_BPD = x_BTD[:, :prefix_tokens], x_BTD[:, prefix_tokens:]
-    batch, patches, width = patches_BPD.shape
+    _, patches, width = patches_BPD.shape
     kept = max(1, round((1 - share) * patches))
     index_BP = rand_like(patches_BPD[:, :, 0].float()).argsort(dim=1)[:, :kept]
     kept_BPD = patches_BPD.gather(1, index_BP[:, :, None].expand(-1, -1, width))

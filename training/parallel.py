@@ -1,12 +1,12 @@
-"""What several processes do about a training step: their shares of a batch, one gradient, and when they look up."""
+"""How several processes train as one: their shares of each batch, their random numbers, when they stop."""
 
 import time
-from collections.abc import Iterator, Sequence
-from itertools import chain, repeat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from common.distributed import World
@@ -15,10 +15,10 @@ from common.signals import defer_signals
 from features.bank import FeatureBank
 from features.images import ImageBank
 from model.distributed import Share
+from model.moe_vit import AnyMoE
 from storage.checkpoint import random_state, restore_random_state
 
-LOOK_SECONDS = 0.5  # between two looks whether all is finite, each of which waits for the device
-BUCKET = 2**25  # gradients that are added up at once, at least
+CHECK_SECONDS = 0.5  # between two checks for numbers that are not finite, each of which waits for the device
 
 
 class Shares:
@@ -35,12 +35,18 @@ class Shares:
         self.generator: torch.Generator | None = None
         self._known: dict[int, Share | None] = {}
 
-    def begin(self) -> None:
-        """Part the random numbers of the processes, which have built one model of one seed."""
-        if self.world.several:
-            self.generator = torch.Generator(self.device).manual_seed(self.seed)
-            self.generator.set_state(_generator_state(self.device))
+        if world.several:  # which have built one model from one seed
+            self.generator = torch.Generator(device)
+            self.generator.set_state(_generator_state(device))
             self._draw_apart(0)
+
+    def samples_here(self, samples: int) -> int:
+        """How many of a batch of so many samples are this process's."""
+        return samples if (share := self.of(samples)) is None else len(share.own(torch.empty(samples)))
+
+    def static(self, model: AnyMoE) -> bool:
+        """Whether the assignments of a process are as many in each step: not where experts choose among all samples."""
+        return not self.world.several or model.mixtures[0].router.token_choice or model.mixtures[0].router.reads_tokens
 
     def of(self, samples: int) -> Share | None:
         """This process's share of a batch of so many samples; None where it is alone."""
@@ -69,6 +75,16 @@ class Shares:
         own_N = torch.cat([share.own(index_B) for index_B in batches])
         served = bank.batches("train", len(share.own(batches[0])), own_N, view=view)
         return ((features, labels_B, share) for features, labels_B in served)
+
+    @contextmanager
+    def random_numbers(self, share: Share | None, step: int) -> Iterator[None]:
+        """Inside, processes that each have a whole batch draw the same random numbers, and go on with their own."""
+        if share is None or share.split:
+            yield
+            return
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(self.seed * 1_000_003 + step)
+            yield
 
     def state(self) -> dict[str, Any]:
         """The random numbers to come: what one process goes on with, and beside it what each of several does."""
@@ -107,34 +123,40 @@ def _runs(batches: list[Tensor]) -> Iterator[list[Tensor]]:
     yield from (part for part in (full, batches[len(full) :]) if part)
 
 
-class Exchange:
-    """Adds up gradients, and a few numbers with them, over all processes."""
+class Checks:
+    """When training looks up: every half second. Several processes do so after the same step.
 
-    def __init__(self, parameters: Sequence[Tensor]):
-        self.parameters = parameters
+    There each learns of a signal that another one got, so that all stop after one step, with one checkpoint.
+    """
 
-    def __call__(self, numbers: Sequence[Tensor], share: Share) -> list[Tensor]:
-        """Replace the gradients by their sums, where each process had the whole batch by their means; return those of
-        `numbers`, scalars. Parameters without a gradient have none in any process."""
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        sums: list[Tensor] = []
-        for bucket in _buckets([*gradients, torch.stack([number.detach().float() for number in numbers])]):
-            flat = torch.cat([tensor.flatten() for tensor in bucket])
-            dist.all_reduce(flat, group=share.group)
-            if not share.split:
-                flat /= dist.get_world_size(share.group)
-            sums += flat.split([tensor.numel() for tensor in bucket])
-        if gradients:
-            torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(sums, gradients, strict=False)])
-        return list(sums[-1].unbind())
+    def __init__(self, world: World):
+        self.world = world
+        self._checked, self._steps, self._after = time.perf_counter(), 0, 1
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Around a training: of several processes none stops by itself at a signal."""
+        if not self.world.several:
+            yield
+            return
+        with defer_signals.until_asked():
+            yield
 
-def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
-    bucket: list[Tensor] = []
-    for tensor in tensors:
-        bucket.append(tensor)
-        if sum(part.numel() for part in bucket) >= BUCKET:
-            yield bucket
-            bucket = []
-    if bucket:
-        yield bucket
+    def due(self) -> bool:
+        """Whether to check now, after a step. Raises Interrupted in all processes where one of several got a signal."""
+        now = time.perf_counter()
+        if not self.world.several:
+            found = now - self._checked > CHECK_SECONDS
+            self._checked = now if found else self._checked
+            return found
+        self._steps += 1
+        if self._steps < self._after:
+            return False
+        pace = self._steps / max(now - self._checked, 1e-6)
+        told = self.world.gather((defer_signals.pending, pace))
+        if number := next((number for number, _ in told if number), 0):
+            raise Interrupted(number)
+        # As rank 0 has it, so that all agree; no more than twice as long as before, because the first steps are slow.
+        self._after = max(1, min(2 * self._after, int(CHECK_SECONDS * told[0][1])))
+        self._checked, self._steps = time.perf_counter(), 0
+        return True

@@ -1,6 +1,5 @@
 """Noisy top-k gating."""
 
-import torch
 from torch import Tensor
 
 from ..distributed import randn_like
