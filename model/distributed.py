@@ -63,7 +63,7 @@ class Share:
         if len(sent) < most:
             sent = torch.cat([sent, sent.new_zeros(most - len(sent), *sent.shape[1:])])
         got = sent.new_empty(len(self.sizes) * most, *sent.shape[1:])
-        dist.all_gather_into_tensor(got, sent, group=self.group)
+        _all_gather(got, sent, group=self.group)
         rows = [part[: each * size] for part, size in zip(got.split(most), self.sizes, strict=True)]
         rows = [part.to(x.dtype) for part in rows] if x.dtype == torch.bool else rows
         rows[self.rank] = x
@@ -154,6 +154,10 @@ def _drawn(draw: Callable[..., Tensor], alone: Callable[[Tensor], Tensor], x: Te
         return alone(x)
     shape = (whole_size(len(x)), *x.shape[1:])
     return own_rows(draw(shape, generator=_current.generator, dtype=x.dtype, device=x.device))
+
+
+# Its name since torch 2.14, and before.
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class _Sum(torch.autograd.Function):

@@ -34,6 +34,7 @@ class Standardise(nn.BatchNorm1d):
         centred_BD = x_BD - mean_D
         var_D = summed(centred_BD.square().sum(dim=0)) / count
         assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
+        assert self.momentum is not None
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean_D, self.momentum)

@@ -68,9 +68,9 @@ class Captured:
         pool = next(iter(self.graphs.values()))[0].pool() if self.graphs else None
         if self.generator is not None:
             graph.register_generator_state(self.generator)
-        # Threads of NCCL make CUDA calls of their own meanwhile.
-        mode = "thread_local" if world().several else "global"
-        with torch.cuda.graph(graph, pool=pool, stream=self.stream, capture_error_mode=mode):
+        # Of several processes, threads of NCCL make CUDA calls of their own meanwhile.
+        mode = {"capture_error_mode": "thread_local"} if world().several else {}
+        with torch.cuda.graph(graph, pool=pool, stream=self.stream, **mode):
             result = run(argument)
         self.graphs[argument] = graph, result
 

@@ -87,7 +87,7 @@ class TrainingStep:
             output, task_loss, correct, bad_P = self.exchange(share, output, task_loss, correct)
         values = {OUTPUT: output, "task loss": task_loss, "gradient": self._clip()}
         values |= {f"auxiliary loss {name}": loss.sum() for name, loss in auxiliary.items()}
-        self.numbers.record(values, bad_P)
+        self.numbers.record(values, *(() if bad_P is None else (bad_P,)))
         if self.looks and self.numbers.check():
             return None
         if not self.looks:
