@@ -20,10 +20,15 @@ def start_tracking(config: Config, run: RunFolder, checkpoint: dict[str, Any] | 
         run.path,
         config.to_dict(),
         name=run.path.name,
-        tags=[config.data.name, config.backbone.name, config.router.kind],
+        tags=tags_of(config),
         task_id=checkpoint and checkpoint["task_id"],
         resume_step=metrics_step(checkpoint),
     )
+
+
+def tags_of(config: Config) -> list[str]:
+    """What the tasks of a run are tagged with in ClearML."""
+    return [config.data.name, config.backbone.name, "dense twin" if config.train.twin_of else config.router.kind]
 
 
 def announce(config: Config, inputs: Inputs, trainer: Trainer) -> None:
