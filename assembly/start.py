@@ -1,5 +1,6 @@
-"""How a training begins: where its numbers go, and the lines that say what is about to be trained on what."""
+"""The start of a training: tracking, and the lines that describe data, backbone and model."""
 
+import json
 from typing import Any
 
 from assembly.pipeline import Inputs
@@ -14,7 +15,7 @@ from training.trainer import Trainer
 
 
 def start_tracking(config: Config, run: RunFolder, checkpoint: dict[str, Any] | None) -> Tracker:
-    """ClearML and metrics.jsonl; a resumed run goes on with its own task and drops lines it will write again."""
+    """Open the tracker; a resumed run continues its own task and drops the lines that it will write again."""
     return open_tracker(
         config.tracking,
         run.path,
@@ -32,7 +33,7 @@ def tags_of(config: Config) -> list[str]:
 
 
 def announce(config: Config, inputs: Inputs, trainer: Trainer) -> None:
-    """Print what is about to be trained on what, and what it costs."""
+    """Print data, backbone and model, and the model's cost."""
     splits = inputs.splits
     sizes = ", ".join(f"{len(splits[name]):,} {name}" for name in ("train", "validation", "test"))
     print(f"data         {config.data.name}: {sizes} images, {splits.train.num_classes} classes")
@@ -44,6 +45,9 @@ def announce(config: Config, inputs: Inputs, trainer: Trainer) -> None:
         unit = f"{config.router.level}, in {len(model.blocks)} blocks{top},"
     seen = f"{model.mixtures[0].router.experts_per_sample:g} a {unit} by {config.router.kind}"
     print(f"experts      {', '.join(config.experts.labels())}; {seen}")
+    if config.train.twin_of:
+        of = json.loads(config.train.twin_of)
+        print(f"dense twin   in place of experts {of.get('experts.sizes')} by {of.get('router.kind', 'soft_moe')}")
     if shared := config.experts.shared_labels():
         print(f"shared       {', '.join(shared)}; every sample passes all of them")
     costs = cost(trainer.model, inputs.backbone, trainer.bank.feature_shape)

@@ -157,7 +157,7 @@ def _cost_table(cost: dict[str, Any]) -> Table:
 def _expert_table(results: dict[str, Any]) -> Table:
     rows, said = [], hardly_used(results)
     for expert, label in enumerate(results["experts"]):
-        favourites = top_classes(results["expert_by_class_weight"], results["class_names"], expert, 5)
+        most_weighted = top_classes(results["expert_by_class_weight"], results["class_names"], expert, 5)
         hardest = results["expert_hardest_classes"][expert]
         rows.append(
             [
@@ -166,7 +166,7 @@ def _expert_table(results: dict[str, Any]) -> Table:
                 percent(results["expert_importance"][expert]),
                 percent(results["expert_accuracy"][expert]),
                 percent(results["expert_confidence"][expert]),
-                ", ".join(f"{name}: {percent(share, 0)}" for name, share in favourites),
+                ", ".join(f"{name}: {percent(share, 0)}" for name, share in most_weighted),
                 ", ".join(f"{row['class']}: {percent(row['accuracy'], 0)}" for row in hardest),
             ]
         )

@@ -14,7 +14,7 @@ from storage.folder import RunFolder
 
 
 def verdict(run: RunFolder, config: Config, macro_f1: float) -> dict[str, Any] | None:
-    """What the runs in the same folder say of mixture and dense twin, of this recipe; None where one of them is missing.
+    """What this run and those beside it say of mixture and dense twin; None where there is not one of each.
 
     macro_f1: what `run`, whose results need not be written yet, scores on the test set. Returns {"text", "seeds",
     "mean", "low", "high"}: a sentence, the seeds that pair, and mixture minus twin in macro-F1 with its 95 % interval
