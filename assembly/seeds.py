@@ -7,7 +7,8 @@ from pathlib import Path
 
 from assembly.pipeline import Inputs, build_bank, load_inputs
 from assembly.twin import dense_twin
-from common.text import printable
+from common.errors import UserError
+from common.text import printable, quoted
 from config.command_line import Invocation
 from config.config import Config, config_from_dict
 from features.bank import FeatureBank
@@ -58,5 +59,9 @@ def _start(invocation: Invocation, config: Config) -> Start:
     run = RunFolder(config.run_dir)
     if not run.last.exists():
         return start_of(replace(invocation, config=config))
-    run.refuse_busy()
-    return Start(config, run.path.name, run, load_resumable(run, config))
+    run.require_not_busy()
+    try:
+        return Start(config, run.path.name, run, load_resumable(run, config))
+    except UserError as error:
+        folder = quoted(run.path)
+        raise UserError(f"--seeds cannot go on with {folder}, choose another --run_dir: {error}") from error

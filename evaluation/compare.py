@@ -46,12 +46,12 @@ def compare(sources: Sequence[str], out: Path) -> str:
     runs = _named([load(source) for source in sources])
     differing = differences(runs)
     rows, (found, left_out) = _rows(runs, differing), groups(runs)
-    minus = differences_of(found)
+    minus, unpaired = differences_of(found)
     value = {"differing": differing, "runs": [run.to_dict() for run in runs]}
     value |= {"seeds": [group.to_dict() for group in found], "differences": [each.to_dict() for each in minus]}
     write_json(out / "comparison.json", value)
     together = seed_rows(found, minus)
-    for line in left_out if together else ():
+    for line in [*(left_out if together else []), *unpaired]:
         warn(line)
     write_text(out / "comparison.md", _markdown(runs, rows, together))
     save_figure(_figure(runs), out / "comparison.png")

@@ -8,7 +8,6 @@ from functools import cache
 from typing import Any
 
 from analysis.seeds import mean_and_deviation, paired_interval
-from common.errors import warn
 from config.config import Config, flatten
 from evaluation.compared import Compared
 from storage.folder import INCIDENTAL
@@ -89,24 +88,21 @@ def recipe_key(config: dict[str, Any]) -> str:
     return json.dumps({key: flat[key] for key in sorted(flat) if key not in APART | INCIDENTAL}, default=repr)
 
 
-def differences_of(found: Sequence[Group]) -> list[Difference]:
-    """Mixtures minus their twins; and the other groups minus the first of them, where two seeds or more pair."""
-    pairs = [
-        (group, twin) for group in found for twin in found if twin.twin and not group.twin and twin.key == group.key
-    ]
+def differences_of(found: Sequence[Group]) -> tuple[list[Difference], list[str]]:
+    """What to subtract from what, by seed, and the seeds that do not pair, in words.
+
+    Mixtures minus their twins; and of the other groups of two seeds or more, each minus the first.
+    """
+    twins, mixtures = [group for group in found if group.twin], [group for group in found if not group.twin]
+    pairs = [(mixture, twin) for mixture in mixtures for twin in twins if twin.key == mixture.key]
     rest = [group for group in found if not any(group in pair for pair in pairs) and len(group.by_seed) > 1]
     pairs += [(group, rest[0]) for group in rest[1:]]
-    return [difference for first, second in pairs if (difference := _difference(first, second)) is not None]
+    minus = [difference for pair in pairs if (difference := _difference(*pair)) is not None]
+    return minus, [line for pair in pairs if (line := _unpaired(*pair))]
 
 
 def _difference(first: Group, second: Group) -> Difference | None:
     shared = [seed for seed in first.by_seed if seed in second.by_seed]
-    alone = [seed for seed in {**first.by_seed, **second.by_seed} if seed not in shared]
-    if alone:
-        named = ", ".join(map(str, sorted(alone)))
-        what = "none pairs" if not shared else f"{named} without a partner: left out of the difference"
-        mine, theirs = (", ".join(map(str, group.by_seed)) for group in (first, second))
-        warn(f"seeds of {first.name} ({mine}) and of {second.name} ({theirs}): {what}")
     if not shared:
         return None
     figures = {}
@@ -115,6 +111,19 @@ def _difference(first: Group, second: Group) -> Difference | None:
         if not any(value is None for column in columns for value in column):
             figures[key] = paired_interval(*columns)
     return Difference(first, second, shared, figures)
+
+
+def _unpaired(first: Group, second: Group) -> str:
+    """The seeds that only one of two groups has; empty where there are none."""
+    alone = sorted(first.by_seed.keys() ^ second.by_seed.keys())
+    if not alone:
+        return ""
+    mine, theirs = (_listed(list(group.by_seed)) for group in (first, second))
+    shared = first.by_seed.keys() & second.by_seed.keys()
+    what = f"{_listed(alone)} {'is' if len(alone) == 1 else 'are'} left out of the difference"
+    if not shared:
+        what = f"no seed is in both, so give both the same ones, such as --train.seed {alone[0]}"
+    return f"the seeds of {first.name} ({mine}) and of {second.name} ({theirs}) do not pair: {what}"
 
 
 def seed_rows(found: Sequence[Group], differences: Sequence[Difference]) -> list[list[str]]:

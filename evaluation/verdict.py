@@ -29,7 +29,7 @@ def verdict(run: RunFolder, config: Config, macro_f1: float) -> dict[str, Any] |
     own = Compared(printable(path.name), str(path), flat, {"macro_f1": macro_f1})
     same = [other for other in (*mixtures, *twins) if recipe_key(other.config) == key]
     found, _ = groups([own, *same])
-    minus = [difference for difference in differences_of(found) if difference.second.twin]
+    minus = [difference for difference in differences_of(found)[0] if difference.second.twin]
     return _told(minus[0]) if minus and "macro_f1" in minus[0].figures else None
 
 
@@ -47,15 +47,11 @@ def _neighbours(path: Path, words: str) -> Iterator[Compared]:
 def _told(difference: Difference) -> dict[str, Any]:
     mean, low, high = difference.figures["macro_f1"]
     seeds = difference.seeds
-    points = f"macro-F1 is {abs(100 * mean):.2f} points {'above' if mean >= 0 else 'below'} that of a dense twin"
+    points = f"its macro-F1 minus that of a dense twin of equal FLOPs is {100 * mean:+.2f} points"
     if low is None or high is None:
-        text = f"One seed cannot tell whether the mixture earned its keep: {points} of equal FLOPs (seed {seeds[0]})"
+        text = f"One seed cannot tell whether the mixture earned its keep: {points} (seed {seeds[0]})"
     else:
-        told = f"{points} of equal FLOPs (95 % interval {100 * low:+.2f} to {100 * high:+.2f}, {len(seeds)} seeds)"
-        if low > 0:
-            text = f"The mixture earned its keep: {told}"
-        elif high < 0:
-            text = f"The mixture did not earn its keep: {told}"
-        else:
-            text = f"These seeds cannot tell whether the mixture earned its keep: {told}"
+        told = "These seeds cannot tell whether the mixture earned its keep"
+        told = "The mixture earned its keep" if low > 0 else "The mixture did not earn its keep" if high < 0 else told
+        text = f"{told}: {points} (95 % interval {100 * low:+.2f} to {100 * high:+.2f}, {len(seeds)} seeds)"
     return {"text": text, "seeds": seeds, "mean": mean, "low": low, "high": high}
