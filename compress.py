@@ -4,17 +4,17 @@ python compress.py RUN --out RUN2 --prune 0 3                without experts 0 a
 python compress.py RUN --out RUN2 --prune auto --budget 0.3  without all whose removal costs 0.3 points at most
 """
 
-from common.errors import leave_on_signal
+from common.errors import exit_on_signal
 
 if __name__ == "__main__":
-    leave_on_signal()  # before the imports, which take seconds
+    exit_on_signal()  # before the imports, which take seconds
 
 import argparse
 
 from assembly.compressing import AUTO, Plan, check_plan, compress
 from assembly.loading import configure, describe, open_run
 from common.arguments import Parser, path_option
-from common.errors import UserError, exit_code_of, leave
+from common.errors import UserError, exit_code_of, exit_process
 from common.plugins import add_plugins_option, load_plugins
 from common.signals import stoppable
 from common.text import printable
@@ -94,4 +94,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    leave(exit_code_of(main, lasting=True))
+    exit_process(exit_code_of(main, keep_going=True))

@@ -72,7 +72,7 @@ def test_a_run_without_an_expert_is_a_run(tiny_run, tmp_path, call):
         ("--prune auto --budget -1", "--budget is -1"),
         ("", "nothing to do"),
         ("--prune 1 --device gpu", "device is 'gpu'"),
-        ("--prune 1 --data.root nowhere --backbone.weights nowhere", "nowhere are not there"),
+        ("--prune 1 --data.root nowhere --backbone.weights nowhere", "nowhere are missing"),
     ],
 )
 def test_what_cannot_be_done_is_one_line_and_writes_nothing(tiny_run, tmp_path, call, words, message):
