@@ -112,7 +112,7 @@ def test_a_configuration_survives_writing_and_reading(tmp_path):
         (["--experts.sizes", "[[0]]"], "experts.sizes has [0]"),
         (["--experts.dropout", "-0.1"], "experts.dropout is -0.1"),
         (["--balance.switch", "-1"], "balance.switch is -1"),
-        (["--balance.switch", "1e300"], "balance.switch is 1e+300: a loss weight is from 0 to 1e+06"),
+        (["--balance.switch", "1e300"], "balance.switch is 1e+300: a loss weight must be from 0 to 1e+06"),
         (["--optim.lr", "1e39"], "optim.lr is 1e+39: it must be above 0, and at most 1e+06"),
         (["--optim.weight_decay", "1e39"], "optim.weight_decay is 1e+39"),
         (["--optim.clip_norm", "1e-300"], "too small to train with"),
@@ -140,10 +140,10 @@ def test_a_configuration_survives_writing_and_reading(tmp_path):
         (["--experts.shared", "[]", "--experts.inputs", "[[0],[1],[2],[-1]]"], "experts.inputs names feature -1"),
         (["--neck.kind", "flatten", "--backbone.features", "[tokens:-1]", "--router.inputs", "[0]"], "pooled features"),
         (["--router.kind", "mixtral", "--balance.load", "1"], "balance.load needs noise"),
-        (["--router.kind", "hash", "--router.hidden", "[]", "--balance.z_loss", "1"], "no logits to act on"),
+        (["--router.kind", "hash", "--router.hidden", "[]", "--balance.z_loss", "1"], "needs logits"),
         (["--router.target_load", "[1,2]"], "router.target_load names 2 shares, but there are 4 experts"),
         (["--router.target_load", "big"], "give one of even, size, inverse_size, or a list in brackets of numbers"),
-        (["--router.overflow", "residual"], "does nothing without router.capacity_factor"),
+        (["--router.overflow", "residual"], "has no effect without router.capacity_factor"),
     ],
 )
 def test_mistakes_end_in_one_line_that_names_them(arguments, words):
