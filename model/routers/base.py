@@ -2,6 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -98,6 +99,11 @@ class Router(nn.Module, ABC):
 
     def _build_gate(self, width: int, config: RouterConfig) -> None:
         self.gate = nn.Linear(width, self.num_experts)
+
+    def entries_of(self, experts: Sequence[int], size: int) -> list[int]:
+        """Where the entries of some experts are, along an axis of a state tensor that has `size` of them for all."""
+        each = size // self.num_experts
+        return [expert * each + entry for expert in experts for entry in range(each)]
 
     @property
     def experts_per_sample(self) -> float:

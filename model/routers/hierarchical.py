@@ -1,5 +1,7 @@
 """Hierarchical routing: groups of experts, then experts in them."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -65,6 +67,14 @@ class HierarchicalRouter(LearnedNoiseRouter):
     @property
     def _outputs(self) -> int:
         return self.groups + self.num_experts
+
+    def entries_of(self, experts: Sequence[int], size: int) -> list[int]:
+        """As for every rule; of the gate's outputs those of the groups that the experts form, then their own."""
+        if size != self._outputs:
+            return super().entries_of(experts, size)
+        members = self.num_experts // self.groups
+        groups = [expert // members for expert in experts if expert % members == 0]
+        return [*groups, *(self.groups + expert for expert in experts)]
 
     def _logits(self, hidden_BH: Tensor, noisy: bool) -> tuple[Tensor, Tensor | None]:
         values, sigma = super()._logits(hidden_BH, noisy)
