@@ -86,6 +86,8 @@ def _load_folder(run: RunFolder, source: str) -> Compared:
         raise UserError(f"{source} is of another version: its config.yaml or evaluation/metrics.json is no table")
     if reason := why_stale(metrics):
         warn(f"{source}: {reason}; {command('evaluate.py', source)} scores what it has now")
+    if run.compression.is_file():
+        config = config | {"compressed": True}  # which no option says
     flat, scored = flatten(config), flatten(metrics).get("cost.epochs")
     state = run_state(history, flat, scored if isinstance(scored, int) else None, reason)
     if not file.is_file():

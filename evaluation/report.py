@@ -13,7 +13,9 @@ from analysis.routing import top_classes
 from common.files import write_text
 from common.meter import duration
 from config.config import Config
+from evaluation import compression
 from evaluation.blocks import hardly_used
+from evaluation.compression import EXPERT_HEADER, EXPERT_LEGEND, expert_rows, figure_rows
 from evaluation.figures import Drawing
 from evaluation.run_cost import LEGEND, NAMES, shown, si
 from storage.folder import RunFolder
@@ -119,7 +121,8 @@ def _cost_card(cost: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def _tables(results: dict[str, Any]) -> list[Table]:
-    tables = [_cost_table(results["cost"]), _expert_table(results), _worth_table(results)]
+    tables = [_cost_table(results["cost"]), *_compression_tables(results.get("compression"))]
+    tables += [_expert_table(results), _worth_table(results)]
     tables += [_block_table(results), _co_activation(results)]
     if "superclass_names" in results:
         rows = _spread(results["superclass_names"], results, "superclass")
@@ -152,6 +155,17 @@ def _spread(names: list[str], results: dict[str, Any], kind: str) -> list[list[s
 def _cost_table(cost: dict[str, Any]) -> Table:
     rows = [[what, shown(name, cost[name])] for name, what in NAMES.items() if cost[name] is not None]
     return Table("Cost", LEGEND, ["what", "value"], rows)
+
+
+def _compression_tables(found: dict[str, Any] | None) -> list[Table]:
+    """Of a run that compress.py made: what it was before, and what became of each expert."""
+    if not found:
+        return []
+    what = EXPERT_HEADER[2]
+    return [
+        Table("Compression", compression.LEGEND, ["what", "before", "after"], figure_rows(found)),
+        Table("What became of the experts", EXPERT_LEGEND, EXPERT_HEADER, expert_rows(found), text=(what,)),
+    ]
 
 
 def _expert_table(results: dict[str, Any]) -> Table:

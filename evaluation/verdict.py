@@ -23,7 +23,7 @@ def verdict(run: RunFolder, config: Config, macro_f1: float) -> dict[str, Any] |
     flat = flatten(config.to_dict())
     key, path = recipe_key(flat), run.path.resolve()
     twins = list(_neighbours(path, "twin_of: '{"))
-    if not twins and config.train.twin_of is None:
+    if run.compression.is_file() or (not twins and config.train.twin_of is None):
         return None
     mixtures = _neighbours(path, "twin_of: null")
     own = Compared(printable(path.name), str(path), flat, {"macro_f1": macro_f1})
