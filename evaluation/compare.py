@@ -1,4 +1,4 @@
-"""Several runs side by side: what differs in their configurations, and what came of it."""
+"""Comparison of runs: the differences of their configurations, and their scores."""
 
 import json
 import math
@@ -24,8 +24,8 @@ from evaluation.run_state import run_state
 from evaluation.stale import why_stale
 from storage.folder import INCIDENTAL, RunFolder
 
-WIDE = 6  # runs up to which each has a column of the printed table; of more, each has a row
-CELL = 40  # letters of a printed value of the configuration
+WIDE = 6  # up to this many runs are columns of the printed table; more are rows
+CELL = 40  # characters of a printed configuration value
 
 SCORES = {  # keys of metrics.json -> the name of the figure, and whether it is shown in percent
     "macro_f1": ("macro-F1", True),
@@ -48,15 +48,15 @@ MAIN = (  # printed where runs are rows
 )
 LEGEND = (
     "Balance: entropy of the load, 1 is even. Specialisation: mutual information of class and expert over log E; "
-    "z: standard deviations above shuffled labels. Near the boundary: images that the gate nearly sent elsewhere. "
+    "z: standard deviations above shuffled labels. Near the boundary: images that nearly had another expert. "
 ) + COST_LEGEND
 
 
 @dataclass(frozen=True)
 class Compared:
-    """One run: its name, where it came from, its flat configuration and its final figures.
+    """One run: name, source, flat configuration and final scores.
 
-    load_E: share of the assignments of each expert. state: what speaks against the figures, as `run_state` has it.
+    load_E: share of the assignments of each expert. state: the text of `run_state`.
     """
 
     name: str
@@ -74,7 +74,7 @@ class Compared:
 def compare(sources: Sequence[str], out: Path) -> str:
     """Compare runs, given as folders or ClearML task ids; write comparison.md, .json and .png to `out`.
 
-    Returns the table for the terminal. Raises UserError where a source is neither, or has no figures.
+    Returns the table for the terminal. Raises UserError if a source is neither, or was not evaluated.
     """
     if len(sources) < 2:
         raise UserError(f"--compare needs two runs or more, not {len(sources)}: evaluate.py --compare RUN RUN ...")
@@ -90,7 +90,7 @@ def compare(sources: Sequence[str], out: Path) -> str:
 
 
 def load(source: str) -> Compared:
-    """A run folder that evaluate.py has scored, or a ClearML task. Raises UserError."""
+    """Load an evaluated run folder or a ClearML task. Raises UserError."""
     path = expanded(source)
     if path.is_dir():
         return _load_folder(RunFolder(path), source)
@@ -106,7 +106,7 @@ def load(source: str) -> Compared:
 
 
 def differences(runs: Sequence[Compared]) -> list[str]:
-    """The configuration fields that not all runs share, in the order of the first run that has them."""
+    """The configuration fields that differ between runs, in order of appearance."""
     keys = dict.fromkeys(key for run in runs for key in run.config)
     missing = object()
     return [
@@ -129,9 +129,9 @@ def _load_folder(run: RunFolder, source: str) -> Compared:
             f"{source} has a corrupt config.yaml or evaluation/metrics.json ({reason}): evaluate it again"
         ) from error
     if not isinstance(metrics, dict) or not isinstance(config, dict):
-        raise UserError(f"{source} is of another version: its config.yaml or evaluation/metrics.json is no table")
+        raise UserError(f"{source} is of another version: its config.yaml or evaluation/metrics.json is not a table")
     if reason := why_stale(metrics):
-        warn(f"{source}: {reason}; {command('evaluate.py', source)} scores what it has now")
+        warn(f"{source}: {reason}; {command('evaluate.py', source)} evaluates its present weights")
     flat, scored = flatten(config), flatten(metrics).get("cost.epochs")
     state = run_state(run.history(), flat, scored if isinstance(scored, int) else None, reason)
     name = run.path.resolve().name
@@ -139,7 +139,7 @@ def _load_folder(run: RunFolder, source: str) -> Compared:
 
 
 def _figures(metrics: dict[str, Any]) -> dict[str, float]:
-    """The figures that are there; of an older version, or a task, some are not."""
+    """The available scores; older versions and tasks lack some."""
     flat = flatten(metrics)
     numbers = {key: flat[key] for key in FIGURES if isinstance(flat.get(key), int | float)}
     return {key: float(value) for key, value in numbers.items() if math.isfinite(value)}
@@ -152,7 +152,7 @@ def _load(metrics: dict[str, Any]) -> tuple[float, ...]:
 
 
 def _named(runs: list[Compared]) -> list[Compared]:
-    """The runs under names that tell them apart: with their folder, or the start of their id, where two have one."""
+    """The runs with unique names: folder or start of the id is added where two runs have the same name."""
     names = [run.name for run in runs]
     return [replace(run, name=_longer(run)) if names.count(run.name) > 1 else run for run in runs]
 
@@ -163,7 +163,7 @@ def _longer(run: Compared) -> str:
 
 
 def _rows(runs: Sequence[Compared], differing: list[str]) -> list[tuple[str, list[str]]]:
-    """(what, a cell for each run), the figures first; those that no run has are left out."""
+    """(name, a cell for each run), scores first; scores that no run has are left out."""
     rows = []
     if any(run.state for run in runs):
         rows.append(("state", [run.state or "finished" for run in runs]))
@@ -205,7 +205,7 @@ def _shown(value: Any) -> str:
 
 
 def _grid(runs: Sequence[Compared], rows: list[tuple[str, list[str]]]) -> list[list[str]]:
-    """Header and lines, of few runs with a column for each, of many with a row for each."""
+    """Header and lines: a column for each of few runs, or a row for each of many."""
     grid = [["", *(run.name for run in runs)], *([what, *cells] for what, cells in rows)]
     return grid if len(runs) <= WIDE else [list(line) for line in zip(*grid, strict=True)]
 
@@ -233,7 +233,7 @@ def _markdown(runs: Sequence[Compared], rows: list[tuple[str, list[str]]]) -> st
 
 
 def _escape(cell: str) -> str:
-    """Text that Markdown shows as it is."""
+    """Escape text for Markdown."""
     return re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", " ".join(cell.split()))
 
 
