@@ -108,6 +108,7 @@ def configuration(options: argparse.Namespace, rest: list[str]) -> Config:
     """What images and backbone are; a study selects, and needs more validation images than a selected recipe."""
     recipe = ROOT / "configs" / ("digits_blocks.yaml" if options.tiny else "cifar100.yaml")
     words = ["--config", str(recipe), "--device", options.device, "--data.validation", "0.1"]
+    words += ["--train.batch_size", str(options.batch)]
     return parse_command_line([*words, *rest]).config
 
 

@@ -11,6 +11,7 @@ from common.files import write_json
 from config.config import Config
 from data.image_set import ImageSet
 from evaluation.blocks import WORTH_IMAGES, block_results, hardly_used, without_each_in_one_block
+from evaluation.compression import with_test_score
 from evaluation.cost import expert_costs
 from evaluation.metrics import per_class_scores, scores
 from evaluation.predict import Predictions, predict
@@ -55,6 +56,8 @@ def evaluate(
     kept = read_description(run).get("epoch") if run.model.is_file() else None
     load_E, history = np.array(results["expert_load"]), run.history()
     results["cost"] = run_cost(model, backbone, bank.feature_shape, load_E, history, kept)
+    if compression := with_test_score(run, results["macro_f1"]):
+        results["compression"] = compression
     write_json(run.results, results)
     warn_of_letters([*test.class_names, *test.coarse_names])
     drawings = draw(Evaluated(run, config, model, bank, predictions, results))

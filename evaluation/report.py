@@ -13,7 +13,9 @@ from analysis.routing import top_classes
 from common.files import write_text
 from common.meter import duration
 from config.config import Config
+from evaluation import compression
 from evaluation.blocks import hardly_used
+from evaluation.compression import EXPERT_HEADER, EXPERT_LEGEND, expert_rows, figure_rows
 from evaluation.figures import Drawing
 from evaluation.run_cost import LEGEND, NAMES, shown, si
 from storage.folder import RunFolder
@@ -114,7 +116,8 @@ def _cost_card(cost: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def _tables(results: dict[str, Any]) -> list[Table]:
-    tables = [_cost_table(results["cost"]), _expert_table(results), _worth_table(results)]
+    tables = [_cost_table(results["cost"]), *_compression_tables(results.get("compression"))]
+    tables += [_expert_table(results), _worth_table(results)]
     tables += [_block_table(results), _co_activation(results)]
     if "superclass_names" in results:
         rows = _spread(results["superclass_names"], results, "superclass")
@@ -149,10 +152,21 @@ def _cost_table(cost: dict[str, Any]) -> Table:
     return Table("Cost", LEGEND, ["what", "value"], rows)
 
 
+def _compression_tables(found: dict[str, Any] | None) -> list[Table]:
+    """Of a run that compress.py made: what it was before, and what became of each expert."""
+    if not found:
+        return []
+    what = EXPERT_HEADER[2]
+    return [
+        Table("Compression", compression.LEGEND, ["what", "before", "after"], figure_rows(found)),
+        Table("What became of the experts", EXPERT_LEGEND, EXPERT_HEADER, expert_rows(found), text=(what,)),
+    ]
+
+
 def _expert_table(results: dict[str, Any]) -> Table:
     rows, said = [], hardly_used(results)
     for expert, label in enumerate(results["experts"]):
-        favourites = top_classes(results["expert_by_class_weight"], results["class_names"], expert, 5)
+        most_weighted = top_classes(results["expert_by_class_weight"], results["class_names"], expert, 5)
         hardest = results["expert_hardest_classes"][expert]
         rows.append(
             [
@@ -161,7 +175,7 @@ def _expert_table(results: dict[str, Any]) -> Table:
                 percent(results["expert_importance"][expert]),
                 percent(results["expert_accuracy"][expert]),
                 percent(results["expert_confidence"][expert]),
-                ", ".join(f"{name}: {percent(share, 0)}" for name, share in favourites),
+                ", ".join(f"{name}: {percent(share, 0)}" for name, share in most_weighted),
                 ", ".join(f"{row['class']}: {percent(row['accuracy'], 0)}" for row in hardest),
             ]
         )

@@ -1,4 +1,4 @@
-"""Normalisation of features: over the training samples, or of each feature by itself."""
+"""Normalisation of features: over the training samples, or of each feature group separately."""
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -7,8 +7,7 @@ from torch.nn import functional as F
 class Standardise(nn.BatchNorm1d):
     """BatchNorm (Ioffe 2015) over (B, D) that also trains on a batch of one sample, by its running statistics.
 
-    by_running: training updates the running statistics but uses them too, so that an output does not depend on
-    the batch.
+    by_running: training also normalises by the running statistics, so that an output does not depend on the batch.
     """
 
     def __init__(self, num_features: int, affine: bool = True, by_running: bool = False):
@@ -17,7 +16,7 @@ class Standardise(nn.BatchNorm1d):
 
     def forward(self, x_BD: Tensor) -> Tensor:
         if not self.training or len(x_BD) > 1:
-            normalised_BD = super().forward(x_BD)  # in training this updates the running statistics
+            normalised_BD = super().forward(x_BD)  # updates the running statistics in training
             if not self.by_running:
                 return normalised_BD
         return F.batch_norm(x_BD, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
