@@ -78,7 +78,7 @@ def head_cost(model: VisionMoE, feature_shape: tuple[int, ...], load_E: np.ndarr
 
 
 def inside_cost(model: MoEViT, load_E: np.ndarray | None = None) -> HeadCost:
-    """Cost per image of the trained part inside and behind the ViT, means under the load of every block (None: even)."""
+    """Cost per image of the trained part in and behind the ViT, means under the load of every block (None: even)."""
     mixtures, tokens, device = model.mixtures[: len(model.blocks)], model.num_tokens, next(model.parameters()).device
     num_experts = mixtures[0].router.num_experts
     load_E = np.full(num_experts, 1 / num_experts) if load_E is None else np.asarray(load_E)

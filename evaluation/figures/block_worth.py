@@ -11,8 +11,8 @@ from evaluation.figures.registry import Evaluated, register
     "block_worth",
     "Macro-F1 (points) lost when an expert is removed from one block, or (last row) from all blocks, and its tokens go "
     "to the gate's next choice. Above 0: the expert is useful. If the next choice was hardly used in training, the "
-    "loss reflects that too. Grey numbers lie within one standard deviation over bootstrap resamples of the test images. "
-    "Single blocks are measured on the first test images.",
+    "loss reflects that too. Grey numbers lie within one standard deviation over bootstrap resamples of the test "
+    "images. Single blocks are measured on the first test images.",
     needs=["blocks"],
     place=51,
 )
