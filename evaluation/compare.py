@@ -1,4 +1,4 @@
-"""Several runs side by side: what differs in their configurations, and what came of it."""
+"""Comparison of runs: the differences of their configurations, and their scores."""
 
 import json
 import math
@@ -22,8 +22,8 @@ from evaluation.run_cost import NAMES, shown
 from evaluation.seeds import NOTE, differences_of, groups, seed_rows
 from storage.folder import INCIDENTAL
 
-WIDE = 6  # runs up to which each has a column of the printed table; of more, each has a row
-CELL = 40  # letters of a printed value of the configuration
+WIDE = 6  # up to this many runs are columns of the printed table; more are rows
+CELL = 40  # characters of a printed configuration value
 
 MAIN = (  # printed where runs are rows
     *("macro-F1", "accuracy", "calibration error", "balance", "specialisation"),
@@ -32,14 +32,14 @@ MAIN = (  # printed where runs are rows
 HIDDEN = INCIDENTAL | {"train.twin_of"}  # what that has replaced differs in rows of its own
 LEGEND = (
     "Balance: entropy of the load, 1 is even. Specialisation: mutual information of class and expert over log E; "
-    "z: standard deviations above shuffled labels. Near the boundary: images that the gate nearly sent elsewhere. "
+    "z: standard deviations above shuffled labels. Near the boundary: images that nearly had another expert. "
 ) + COST_LEGEND
 
 
 def compare(sources: Sequence[str], out: Path) -> str:
     """Compare runs, given as folders or ClearML task ids; write comparison.md, .json and .png to `out`.
 
-    Returns the table for the terminal. Raises UserError where a source is neither, or has no figures.
+    Returns the table for the terminal. Raises UserError if a source is neither, or was not evaluated.
     """
     if len(sources) < 2:
         raise UserError(f"--compare needs two runs or more, not {len(sources)}: evaluate.py --compare RUN RUN ...")
@@ -59,7 +59,7 @@ def compare(sources: Sequence[str], out: Path) -> str:
 
 
 def differences(runs: Sequence[Compared]) -> list[str]:
-    """The configuration fields that not all runs share, in the order of the first run that has them."""
+    """The configuration fields that differ between runs, in order of appearance."""
     keys = dict.fromkeys(key for run in runs for key in run.config)
     missing = object()
     return [
@@ -68,7 +68,7 @@ def differences(runs: Sequence[Compared]) -> list[str]:
 
 
 def _named(runs: list[Compared]) -> list[Compared]:
-    """The runs under names that tell them apart: with their folder, or the start of their id, where two have one."""
+    """The runs with unique names: folder or start of the id is added where two runs have the same name."""
     names = [run.name for run in runs]
     return [replace(run, name=_longer(run)) if names.count(run.name) > 1 else run for run in runs]
 
@@ -79,7 +79,7 @@ def _longer(run: Compared) -> str:
 
 
 def _rows(runs: Sequence[Compared], differing: list[str]) -> list[tuple[str, list[str]]]:
-    """(what, a cell for each run), the figures first; those that no run has are left out."""
+    """(name, a cell for each run), scores first; scores that no run has are left out."""
     rows = []
     if any(run.state for run in runs):
         rows.append(("state", [run.state or "finished" for run in runs]))
@@ -121,7 +121,7 @@ def _shown(value: Any) -> str:
 
 
 def _grid(runs: Sequence[Compared], rows: list[tuple[str, list[str]]]) -> list[list[str]]:
-    """Header and lines, of few runs with a column for each, of many with a row for each."""
+    """Header and lines: a column for each of few runs, or a row for each of many."""
     grid = [["", *(run.name for run in runs)], *([what, *cells] for what, cells in rows)]
     return grid if len(runs) <= WIDE else [list(line) for line in zip(*grid, strict=True)]
 
@@ -158,7 +158,7 @@ def _table(grid: list[list[str]]) -> str:
 
 
 def _escape(cell: str) -> str:
-    """Text that Markdown shows as it is."""
+    """Escape text for Markdown."""
     return re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", " ".join(cell.split()))
 
 

@@ -36,9 +36,9 @@ FIGURES = [*SCORES, *(f"cost.{name}" for name in NAMES)]
 
 @dataclass(frozen=True)
 class Compared:
-    """One run: its name, where it came from, its flat configuration and its final figures.
+    """One run: name, source, flat configuration and final scores.
 
-    load_E: share of the assignments of each expert. state: what speaks against the figures, as `run_state` has it.
+    load_E: share of the assignments of each expert. state: the text of `run_state`.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Compared:
 
 
 def load(source: str) -> Compared:
-    """A run folder that evaluate.py has scored, or a ClearML task. Raises UserError."""
+    """Load a run folder or a ClearML task. Raises UserError."""
     path = expanded(source)
     if path.is_dir():
         return _load_folder(RunFolder(path), source)
@@ -83,9 +83,9 @@ def _load_folder(run: RunFolder, source: str) -> Compared:
             f"{source} has a corrupt config.yaml or evaluation/metrics.json ({reason}): evaluate it again"
         ) from error
     if not isinstance(metrics, dict) or not isinstance(config, dict):
-        raise UserError(f"{source} is of another version: its config.yaml or evaluation/metrics.json is no table")
+        raise UserError(f"{source} is of another version: its config.yaml or evaluation/metrics.json is not a table")
     if reason := why_stale(metrics):
-        warn(f"{source}: {reason}; {command('evaluate.py', source)} scores what it has now")
+        warn(f"{source}: {reason}; {command('evaluate.py', source)} evaluates its present weights")
     if run.compression.is_file():
         config = config | {"compressed": True}  # which no option says
     flat, scored = flatten(config), flatten(metrics).get("cost.epochs")
@@ -97,7 +97,7 @@ def _load_folder(run: RunFolder, source: str) -> Compared:
 
 
 def _figures(metrics: dict[str, Any]) -> dict[str, float]:
-    """The figures that are there; of an older version, or a task, some are not."""
+    """The available scores; older versions and tasks lack some."""
     flat = flatten(metrics)
     numbers = {key: flat[key] for key in FIGURES if isinstance(flat.get(key), int | float)}
     return {key: float(value) for key, value in numbers.items() if math.isfinite(value)}
