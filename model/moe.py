@@ -10,15 +10,14 @@ from .routers import ROUTERS, RouterConfig, Routing, build_router
 
 
 class MixtureOfExperts(nn.Module):
-    """Features (B, D), or tokens (B, T, D), -> class logits (B, C), each sample through a few of E unequal experts.
+    """Features (B, D), or tokens (B, T, D), -> class logits (B, C); each sample passes a few of E unequal experts.
 
-    Shared experts see every sample, of tokens their mean, and their logits are added. A class head has no identity
-    path that a choice without a place could fall back on; where `router.overflow` is residual, a linear head is that
-    path and is used in training only, since evaluation drops nothing.
+    Shared experts process every sample (of tokens their mean), and their logits are added. A class head has no residual
+    connection for dropped choices; with `router.overflow residual` a linear head replaces it, in training only, because
+    evaluation drops nothing.
 
-    usage_E and warmup_usage_E count, as int64 buffers that are saved with the model, how many training
-    samples each expert received from the learned gate and from random warm-up. They are kept apart
-    because even random routing would hide a collapsed gate.
+    usage_E and warmup_usage_E, int64 buffers that are saved with the model, count the training samples of each expert
+    in learned routing and in random warm-up, separately, because random routing would hide a collapsed gate.
     """
 
     usage_E: Tensor
@@ -50,7 +49,7 @@ class MixtureOfExperts(nn.Module):
         """Logits (B, C) in float32 and the routing.
 
         warmup: route at random. allowed_E: bool, the experts that may be chosen (None: all). static: dispatch with
-        shapes that suit a CUDA graph, where experts.dispatch is auto.
+        static shapes for a CUDA graph, if experts.dispatch is auto.
         """
         check_shape(x_BD, self.in_features, "(B, T, {})" if self.router.reads_tokens else "(B, {})")
         dispatch_mode = "static" if static and self.dispatch_mode == "auto" else self.dispatch_mode
@@ -72,7 +71,7 @@ class MixtureOfExperts(nn.Module):
         return logits_BC, routing
 
     def after_step(self, routing: Routing) -> None:
-        """To be called once after each optimizer step: moves the loss-free bias, where there is one."""
+        """Call once after each optimizer step: updates the loss-free bias, if there is one."""
         self.router.after_step(routing)
 
     @torch.no_grad()
@@ -88,13 +87,13 @@ class MixtureOfExperts(nn.Module):
 
 
 def check_shape(x: Tensor, width: int, shape: str) -> None:
-    """Raise ValueError for a tensor of another shape, whose last size is `width`: "(B, {})"."""
+    """Raise ValueError for a tensor of another shape. shape: the expected one, such as "(B, {})", with `width` last."""
     if x.ndim != shape.count(",") + 1 or x.shape[-1] != width:
         raise ValueError(f"the mixture of experts reads a tensor of shape {shape.format(width)}, not {tuple(x.shape)}")
 
 
 def check_mixture(router: RouterConfig, experts: ExpertsConfig) -> None:
-    """Raise ValueError where router and experts do not fit each other, behind the ViT."""
+    """Raise ValueError if router and experts behind the ViT do not fit each other."""
     if experts.place != "head":
         raise ValueError(f"experts.place {experts.place} is not behind the ViT: MoEViT has experts inside it")
     rule = ROUTERS[router.kind]

@@ -1,4 +1,4 @@
-"""Normalisation of features: over the training samples, or of each feature by itself."""
+"""Normalisation of features: over the training samples, or of each feature group separately."""
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +10,8 @@ from .distributed import is_split, summed, whole_size
 class Standardise(nn.BatchNorm1d):
     """BatchNorm (Ioffe 2015) over (B, D) that also trains on a batch of one sample, by its running statistics.
 
-    by_running: training updates the running statistics but uses them too, so that an output does not depend on
-    the batch. A batch that several processes hold is normalised as a whole.
+    by_running: training also normalises by the running statistics, so that an output does not depend on the batch.
+    A batch that several processes share is normalised as a whole.
     """
 
     def __init__(self, num_features: int, affine: bool = True, by_running: bool = False):

@@ -112,6 +112,23 @@ class Trainer:
             raise
         return self.chosen or load_checkpoint(self.run.best)  # best epoch of an earlier process
 
+    def adopt(self, weights: dict[str, Tensor], validated: Any) -> dict[str, Any]:
+        """Take weights from elsewhere for those of the last epoch and write both checkpoints, to go on from.
+
+        validated: what `validate` says of them. Returns what best.pt holds, as `fit` does.
+        """
+        for model in (self.model, self.evaluated):
+            model.load_state_dict(weights)
+        values = validated.values()
+        self.epoch = self.improved = self.config.epochs
+        self.step = self.total_steps
+        self.best = {"epoch": self.epoch, "macro_f1": values["macro_f1/validation"]}
+        if not any(line["epoch"] == self.epoch for line in self.run.history()):
+            self.tracker.scalars(values, step=self.step, epoch=self.epoch)
+        self._keep_weights(keep=True)
+        assert self.chosen is not None
+        return self.chosen
+
     def _epoch(self) -> None:
         started = time.perf_counter()
         if self.progress is None:

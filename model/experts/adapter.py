@@ -77,6 +77,11 @@ class Adapters(ExpertKind, nn.Module):
         weights_BTH = weights_BTE.to(hidden_BTH.dtype) @ self.units_EH.to(hidden_BTH.dtype)
         return dense_BTD + F.linear(self.dropout(hidden_BTH) * weights_BTH, self.up.to(dtype))
 
+    def units_of(self, expert: int) -> range:
+        """Where the hidden units of one expert are among those of all."""
+        first = sum(self.widths[:expert])
+        return range(first, first + self.widths[expert])
+
     def parameters_of(self, expert: int) -> int:
         """Weights and biases of one expert."""
         return self.widths[expert] * (self.down.in_features + 1 + self.up.shape[0])

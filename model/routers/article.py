@@ -10,9 +10,9 @@ from .noise import NOISE_STD
 from .token_choice import TokenChoiceRouter
 
 
-@register("article", "noise in proportion to the logits' spread", options=[NOISE_STD])
+@register("article", "noise proportional to the standard deviation of the logits", options=[NOISE_STD])
 class ArticleRouter(TokenChoiceRouter):
-    """The reference recipe's gate: top-k of logits with noise in proportion to each sample's own spread.
+    """The reference recipe's gate: top-k of logits with noise proportional to each sample's own standard deviation.
 
     At training time noise of std `noise_std` * std(logits of the sample), the latter at least 1e-3.
     """

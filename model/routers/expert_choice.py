@@ -17,14 +17,14 @@ from .config import RouterConfig, register
 class ExpertChoiceRouter(GatedRouter):
     """Expert choice (Zhou 2022, "Mixture-of-experts with expert choice routing", eq. 1-2).
 
-    The gate is a softmax over the experts; expert i takes the C_i = ceil(B c t_i) samples of a batch that it has the
-    largest gate for and weights them by it. c is capacity_factor (null: top_k), the experts that see a sample on
-    average; t the target load, even by default, so that the load is what it should be without a loss.
+    The gate is a softmax over the experts; expert i takes the C_i = ceil(B c t_i) samples of a batch with its largest
+    gates, which are their weights. c is capacity_factor (null: top_k), the mean number of experts per sample; t the
+    target load, even by default, so the load is balanced without a loss.
 
-    So **training depends on the batch**: a sample has more or fewer experts according to what stands beside it, or
-    none. Evaluation does not: an expert takes every sample whose gate reaches threshold_E, the running mean (as
-    BatchNorm keeps its own, momentum 0.1) of the smallest gate it took in training; a sample that no expert would
-    take goes to the one with its largest gate. Random warm-up draws top_k experts a sample and moves no threshold.
+    So **training depends on the batch**: the number of a sample's experts, which may be 0, depends on the other
+    samples. Evaluation does not: an expert takes every sample whose gate reaches threshold_E, the running mean
+    (momentum 0.1, as in BatchNorm) of the smallest gate it took in training; a sample that no expert takes goes to the
+    expert with its largest gate. Random warm-up draws top_k experts per sample and does not change thresholds.
     """
 
     token_choice = False
@@ -35,7 +35,7 @@ class ExpertChoiceRouter(GatedRouter):
     def _build_gate(self, width: int, config: RouterConfig) -> None:
         super()._build_gate(width, config)
         self.per_sample = float(config.top_k if config.capacity_factor is None else config.capacity_factor)
-        # Below every gate: before any training all experts take all samples.
+        # Below every gate: before training all experts take all samples.
         self.register_buffer("threshold_E", torch.zeros(self.num_experts))
 
     @classmethod
@@ -43,8 +43,8 @@ class ExpertChoiceRouter(GatedRouter):
         super().check(config, num_experts)
         if config.capacity_factor is not None and config.capacity_factor > num_experts:
             raise ValueError(
-                f"router.capacity_factor {config.capacity_factor} with kind expert_choice is the experts that see a "
-                f"sample on average, and there are {num_experts}: lower it"
+                f"router.capacity_factor {config.capacity_factor} with kind expert_choice is the mean number of "
+                f"experts per sample, but there are only {num_experts}: lower it"
             )
 
     @property

@@ -10,12 +10,12 @@ from .config import register
 from .token_choice import TokenChoiceRouter
 
 
-@register("gshard", "the best two, the second by chance (Lepikhin 2020)")
+@register("gshard", "the best two experts, the second with a probability (Lepikhin 2020)")
 class GShardRouter(TokenChoiceRouter):
     """GShard (Lepikhin 2020, algorithm 1): the best two experts, their probabilities renormalised over the two.
 
-    At training time the second is used with probability 2 g2, g2 <= 1/2 its renormalised gate; the first keeps
-    its weight. Evaluation uses both.
+    In training the second is used with probability 2 g2, where g2 <= 1/2 is its renormalised gate; the first keeps its
+    weight. Evaluation uses both.
     """
 
     only_top_k = 2
