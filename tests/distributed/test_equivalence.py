@@ -155,11 +155,13 @@ BLOCKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HEADS)
 def test_experts_behind_the_vit(name, trained):
     compare([found[name] for found in trained(3, False)], HEADS[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("name", BLOCKS)
 def test_experts_in_the_blocks(name, size, trained):
