@@ -46,6 +46,7 @@ def evaluate(
     # Here, because importing what draws and writes pages takes a second, which a wrong option need not wait for.
     from evaluation.figures import Evaluated, draw, warn_of_letters
     from evaluation.report import write_report
+    from evaluation.verdict import verdict
 
     model.eval()
     predictions = predict(model, bank, "test", removals=True)
@@ -55,6 +56,8 @@ def evaluate(
     kept = read_description(run).get("epoch") if run.model.is_file() else None
     load_E, history = np.array(results["expert_load"]), run.history()
     results["cost"] = run_cost(model, backbone, bank.feature_shape, load_E, history, kept)
+    if (found := verdict(run, config, results["macro_f1"])) is not None:
+        results["dense_twin"] = found
     if compression := with_test_score(run, results["macro_f1"]):
         results["compression"] = compression
     write_json(run.results, results)
@@ -207,5 +210,7 @@ def table(results: dict[str, Any], hardest: int = 5) -> str:
     lines += [f"! expert {expert} is {words}: hardly used" for expert, words in enumerate(said) if words]
     scored = {name: values["f1"] for name, values in results["per_class"].items() if values["support"]}
     worst = sorted((item for item in scored.items() if item[1] < 1), key=lambda item: item[1])[:hardest]
+    if "dense_twin" in results:
+        lines += ["", results["dense_twin"]["text"]]
     lines += ["", "lowest F1    " + (", ".join(f"{name}: {100 * f1:.0f} %" for name, f1 in worst) or "100 % for all")]
     return "\n".join(lines)

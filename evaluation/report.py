@@ -43,7 +43,8 @@ def write_report(run: RunFolder, config: Config, results: dict[str, Any], drawin
     )
     page = templates.get_template("report.html.j2").render(
         name=run.path.resolve().name,
-        subtitle=f"{config.data.name}, {config.backbone.name}, {config.router.kind} top-{config.router.top_k}",
+        subtitle=f"{config.data.name}, {config.backbone.name}, {_rule(config)}",
+        verdict=results.get("dense_twin", {}).get("text", ""),
         headline=_headline(results),
         figures=[_embed(drawing) for drawing in drawings],
         tables=[table for table in _tables(results) if table.rows],
@@ -52,6 +53,10 @@ def write_report(run: RunFolder, config: Config, results: dict[str, Any], drawin
     )
     write_text(run.report, page)
     return run.report
+
+
+def _rule(config: Config) -> str:
+    return "dense twin" if config.train.twin_of else f"{config.router.kind} top-{config.router.top_k}"
 
 
 def _embed(drawing: Drawing) -> dict[str, Any]:
