@@ -4,18 +4,24 @@ import json
 from typing import Any
 
 from assembly.pipeline import Inputs
+from common.distributed import world
 from common.text import printable
 from config.config import Config
 from evaluation.cost import cost
 from features.extraction import warn_of_hours
 from storage.folder import RunFolder
 from storage.resume import metrics_step
-from tracking.tracker import Tracker, open_tracker
+from tracking.tracker import Tracker, open_tracker, silent_tracker
 from training.trainer import Trainer
 
 
 def start_tracking(config: Config, run: RunFolder, checkpoint: dict[str, Any] | None) -> Tracker:
-    """Open the tracker; a resumed run continues its own task and drops the lines that it will write again."""
+    """Open the tracker; a resumed run continues its own task and drops the lines that it will write again.
+
+    Of several processes rank 0 alone tracks.
+    """
+    if not world().first:
+        return silent_tracker()
     return open_tracker(
         config.tracking,
         run.path,
