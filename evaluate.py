@@ -14,7 +14,7 @@ if __name__ == "__main__":
 import argparse
 from pathlib import Path
 
-from assembly.loading import configure, describe
+from assembly.loading import configure
 from assembly.pipeline import build_bank, build_model, compile_blocks, identity, pick_device
 from common.arguments import Parser, path_option
 from common.errors import blaming_files, exit_code_of, leave
@@ -24,6 +24,7 @@ from data.datasets import load_splits
 from evaluation.evaluation import evaluate, table
 from model.backbone import load_backbone
 from storage.checkpoint import check_inputs
+from storage.described import describe
 from storage.export import load_exported
 from storage.folder import RunFolder
 from tracking.tracker import open_evaluation

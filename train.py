@@ -5,6 +5,7 @@ python train.py --config configs/digits.yaml           no download, half a minut
 python train.py --config configs/article.yaml          the reference recipe
 python train.py --router.top_k 1 --train.epochs 20     any field of the configuration
 python train.py --resume runs/cifar100-20260101-120000 go on with an interrupted run
+python train.py --init RUN --data.name folder --data.root ROOT --freeze router    learn on, from a trained run
 """
 
 from common.errors import leave_on_signal
@@ -33,9 +34,9 @@ def main() -> None:
         if start.finished:
             print(start.finished)
             return
-        checkpoint, inputs = start.checkpoint, load_inputs(start.config)
+        checkpoint, inputs = start.checkpoint, load_inputs(start.config, start.checkpoint is not None)
         config = start.config if checkpoint else shorten_warmup(start.config, len(inputs.splits.train))
-        with start.claimed() as run, start_tracking(config, run, checkpoint) as tracker:
+        with start.claimed() as run, start_tracking(config, run, checkpoint, inputs) as tracker:
             write_config(config, run.config)
             trainer = build_trainer(config, inputs, run, tracker, checkpoint)
             announce(config, inputs, trainer)

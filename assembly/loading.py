@@ -5,15 +5,15 @@ from pathlib import Path
 from typing import Any
 
 from assembly.pipeline import build_model, pick_device
-from common.errors import EnvironmentFault, UserError, blaming_files
+from common.errors import EnvironmentFault, blaming_files
 from common.network import reachable
 from common.paths import absolute
-from common.text import command
 from config.config import Config, config_from_dict
 from evaluation.trained import TrainedRun
 from model.backbone import load_backbone
-from storage.checkpoint import check_inputs, load_checkpoint
-from storage.export import export_model, load_exported, read_description
+from storage.checkpoint import check_inputs
+from storage.described import describe
+from storage.export import load_exported
 from storage.folder import RunFolder
 
 
@@ -38,35 +38,6 @@ def load_trained(
         model = build_model(config, tuple(described["feature_shape"]), len(class_names), backbone)
         load_exported(run, model, described.get("weights_sha256"))
     return TrainedRun(run, config, device, backbone, model.to(device).eval(), class_names)
-
-
-def describe(run: RunFolder, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """model.json, written first from the best checkpoint where training has not come to do that.
-
-    Raises UserError for what is no folder, EnvironmentFault where it holds neither, or what it holds
-    cannot be used.
-    """
-    if not run.path.is_dir():
-        raise UserError(f"{run.path} is not a folder: name a run that train.py wrote")
-    with blaming_files():
-        return _described(run, say)
-
-
-def _described(run: RunFolder, say: Callable[[str], None]) -> dict[str, Any]:
-    if run.best.is_file():
-        best = load_checkpoint(run.best)
-        kept = read_description(run).get("epoch") if run.model.is_file() else None
-        if not isinstance(kept, int) or kept < best["epoch"]:  # later: best.pt is damaged, and the one before it read
-            say(f"{run.weights} is written from {run.best}: the epoch kept so far is {best['epoch']}")
-            export_model(run, best)
-    elif not run.model.is_file() and run.config.is_file():
-        raise UserError(
-            f"{run.path} has no checkpoint yet: wait for its first epoch, or where it was interrupted before that, "
-            f"{command('train.py', '--resume', run.path)}"
-        )
-    elif not run.model.is_file():
-        raise UserError(f"{run.path} holds neither model.json nor checkpoints/best.pt: name a run that train.py wrote")
-    return read_description(run)
 
 
 def configure(

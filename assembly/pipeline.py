@@ -7,6 +7,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from assembly.transfer import Origin, begin, freeze, read_origin
 from common.errors import EnvironmentFault, UserError, one_line, warn
 from common.memory import installed_memory
 from common.network import reachable
@@ -35,15 +36,16 @@ from training.trainer import Trainer
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run reads, and the device that it runs on."""
+    """What a run reads, and the device that it runs on. origin: the run that it starts from, where there is one."""
 
     device: torch.device
     splits: Splits
     backbone: Backbone
+    origin: Origin | None = None
 
 
-def load_inputs(config: Config) -> Inputs:
-    """Device, images and backbone: what can be missing, before anything is written.
+def load_inputs(config: Config, resumed: bool = False) -> Inputs:
+    """Device, images, backbone, and the run that this one starts from: what can be missing, before anything is written.
 
     Raises UserError and EnvironmentFault, as those who load them, and for a batch larger than the data.
     """
@@ -53,7 +55,8 @@ def load_inputs(config: Config) -> Inputs:
     steps_per_epoch(config.train, len(splits.train))
     backbone = load_backbone(config.backbone, device, reachable)
     check_backbone(config, backbone)
-    return Inputs(device, splits, backbone)
+    origin = None if resumed else read_origin(config, backbone_identity(config, backbone))
+    return Inputs(device, splits, backbone, origin)
 
 
 def pick_device(name: str) -> torch.device:
@@ -162,11 +165,16 @@ def fingerprint_of(backbone: Backbone) -> str:
 _FINGERPRINTS: WeakKeyDictionary[Backbone, str] = WeakKeyDictionary()
 
 
+def backbone_identity(config: Config, backbone: Backbone) -> dict[str, str]:
+    """What tells one backbone from another."""
+    return {"name": config.backbone.name, "fingerprint": fingerprint_of(backbone)}
+
+
 def identity(config: Config, splits: Splits, backbone: Backbone, feature_shape: tuple[int, ...]) -> dict[str, Any]:
     """What weights mean nothing without, as plain values: it is stored beside them wherever they are."""
     return {
         "config": config.to_dict(),
-        "backbone": {"name": config.backbone.name, "fingerprint": fingerprint_of(backbone)},
+        "backbone": backbone_identity(config, backbone),
         "data": {name: splits[name].fingerprint() for name in ("train", "validation", "test")},
         "class_names": list(splits.train.class_names),
         "feature_shape": list(feature_shape),
@@ -194,7 +202,11 @@ def build_trainer(
     compile_blocks(config, model, inputs.device)
     plan_memory(config, model, bank, inputs.device)
     stored = identity(config, splits, backbone, bank.feature_shape)
-    trainer = Trainer(config, model, bank, run, tracker, stored, lambda evaluated: validate(evaluated, bank))
+    names, origin = splits.train.class_names, inputs.origin
+    taken = checkpoint.get("init") if checkpoint else origin and begin(model, origin, names, bank.feature_shape)
+    stored |= {"init": taken} if taken else {}
+    frozen = freeze(config, model, taken, names)
+    trainer = Trainer(config, model, bank, run, tracker, stored, lambda evaluated: validate(evaluated, bank), frozen)
     if checkpoint is not None:
         check_inputs(checkpoint, stored, run.last)
         trainer.load_state_dict(checkpoint)

@@ -3,6 +3,7 @@
 from typing import Any
 
 from assembly.pipeline import Inputs
+from assembly.transfer import lines
 from common.text import printable
 from config.config import Config
 from evaluation.cost import cost
@@ -13,8 +14,11 @@ from tracking.tracker import Tracker, open_tracker
 from training.trainer import Trainer
 
 
-def start_tracking(config: Config, run: RunFolder, checkpoint: dict[str, Any] | None) -> Tracker:
-    """ClearML and metrics.jsonl; a resumed run goes on with its own task and drops lines it will write again."""
+def start_tracking(config: Config, run: RunFolder, checkpoint: dict[str, Any] | None, inputs: Inputs) -> Tracker:
+    """ClearML and metrics.jsonl; a resumed run goes on with its own task and drops lines it will write again.
+
+    The task of a run that starts from another one is under that one's.
+    """
     return open_tracker(
         config.tracking,
         run.path,
@@ -23,6 +27,7 @@ def start_tracking(config: Config, run: RunFolder, checkpoint: dict[str, Any] | 
         tags=[config.data.name, config.backbone.name, config.router.kind],
         task_id=checkpoint and checkpoint["task_id"],
         resume_step=metrics_step(checkpoint),
+        parent=inputs.origin and inputs.origin.task_id,
     )
 
 
@@ -41,6 +46,8 @@ def announce(config: Config, inputs: Inputs, trainer: Trainer) -> None:
     print(f"experts      {', '.join(config.experts.labels())}; {seen}")
     if shared := config.experts.shared_labels():
         print(f"shared       {', '.join(shared)}; every sample passes all of them")
+    if taken := trainer.identity.get("init"):
+        print("\n".join(lines(config, model, taken, splits.train.class_names)))
     costs = cost(trainer.model, inputs.backbone, trainer.bank.feature_shape)
     print("\n".join(costs.lines()))
     warn_of_hours(trainer.bank, costs.backbone_flops, config.train.epochs)

@@ -52,7 +52,9 @@ def evaluate(
     test = bank.splits.test
     results = _results(predictions, test, config, model) | {"environment": environment(bank.device)}
     results |= _blocks(predictions, test, model, bank, worth_images)
-    kept = read_description(run).get("epoch") if run.model.is_file() else None
+    described = read_description(run) if run.model.is_file() else {}
+    kept = described.get("epoch")
+    results |= {"init": described["init"]} if described.get("init") else {}
     load_E, history = np.array(results["expert_load"]), run.history()
     results["cost"] = run_cost(model, backbone, bank.feature_shape, load_E, history, kept)
     write_json(run.results, results)

@@ -167,14 +167,16 @@ def open_tracker(
     tags: Sequence[str] = (),
     task_id: str | None = None,
     resume_step: int | None = None,
+    parent: str | None = None,
 ) -> Tracker:
     """Open RUN/metrics.jsonl and, by mode, a ClearML task; prints one line on where the numbers go.
 
     mode: "clearml" (the configured server, or an error), "offline" (a session, to be imported later), "none",
     or "auto": the server if one is configured and answers, else offline, else none. config: nested dicts,
     shown as hyperparameters, one section for each top-level key. task_id: go on with this task, if it is on the
-    server. resume_step: drop the lines of metrics.jsonl after this step, and send the others again. ClearML sets the
-    seeds of random, numpy and torch to a number of its own: seed after this call.
+    server. resume_step: drop the lines of metrics.jsonl after this step, and send the others again. parent: id of the
+    task that a new one is under. ClearML sets the seeds of random, numpy and torch to a number of its own: seed after
+    this call.
 
     Raises UserError (unknown mode, no server configured, login refused) and its subclass EnvironmentFault (no
     answer from the server, clearml or the file cannot be used). Mode "auto" raises only for the file.
@@ -184,7 +186,7 @@ def open_tracker(
     lines, before = _open_lines(Path(run_dir) / "metrics.jsonl", resume_step)
     attempts = {"auto": ("clearml", "offline"), "none": ()}.get(mode, (mode,))
     try:
-        clearml, reasons = _first_task(attempts, mode == "auto", config, name, list(tags), task_id)
+        clearml, reasons = _first_task(attempts, mode == "auto", config, name, list(tags), task_id, "training", parent)
     except UserError:
         lines.close()
         raise

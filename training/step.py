@@ -10,6 +10,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from model.balance import BalanceConfig, losses_by_place, weighted_sum
 from model.moe_vit import AnyMoE
+from model.transfer import Frozen
 from training.health import OUTPUT, NumberWatch
 
 
@@ -46,8 +47,9 @@ class TrainingStep:
         label_smoothing: float,
         clip_norm: float,
         precision: str,
+        frozen: Frozen | None = None,
     ):
-        self.model, self.optimizer, self.balance = model, optimizer, balance
+        self.model, self.optimizer, self.balance, self.frozen = model, optimizer, balance, frozen
         self.label_smoothing, self.clip_norm = label_smoothing, clip_norm
         self.parameters = list(model.parameters())
         self.device = self.parameters[0].device
@@ -67,6 +69,8 @@ class TrainingStep:
         task_loss = F.cross_entropy(logits_BC, labels_B, label_smoothing=self.label_smoothing)
         self.optimizer.zero_grad(set_to_none=True)
         (task_loss + weighted_sum(auxiliary, self.balance)).backward()
+        if self.frozen:
+            self.frozen.before_step()
         norm = self._clip()
         # A sum over the features, in float32, is not finite where one of them is not.
         values = {OUTPUT: features.sum(dtype=torch.float32), "task loss": task_loss, "gradient": norm}
@@ -77,6 +81,8 @@ class TrainingStep:
             self.optimizer.found_inf = self.numbers.found_inf
         self.optimizer.step()
         self.model.after_step(routings)
+        if self.frozen:
+            self.frozen.after_step()
         return self._result(task_loss, logits_BC, labels_B, routings, auxiliary)
 
     @torch.no_grad()
