@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from common.errors import UserError, blaming_files, one_line
+from common.errors import UserError, as_environment_fault, one_line
 from common.text import counted, printable, quoted
 from config.config import Config, flatten
 from model.moe_vit import AnyMoE
@@ -67,7 +67,7 @@ def read_origin(config: Config, backbone: dict[str, str]) -> Origin | None:
     for key in SHAPING:
         if theirs.get(key) != ours[key]:
             raise UserError(f"{named} has {key} {theirs.get(key)}, and not {ours[key]}: leave {key} out")
-    with blaming_files():
+    with as_environment_fault():
         return Origin(run, described, load_weights_of(run, described.get("weights_sha256")))
 
 
