@@ -15,6 +15,7 @@ from pathlib import Path
 
 from assembly.loading import open_run
 from assembly.pipeline import compile_blocks
+from assembly.start import tags_of
 from common.arguments import Parser, path_option
 from common.errors import exit_code_of, exit_process
 from common.plugins import add_plugins_option, load_plugins
@@ -104,8 +105,8 @@ def score(options: argparse.Namespace) -> None:
     opened = open_run(options.run, options.device, options.root, options.weights, options.cache_dir)
     run, config, model = opened.run, opened.config, opened.model
     compile_blocks(config, model, opened.inputs.device)
-    tags = [config.data.name, config.backbone.name, config.router.kind]
-    with open_evaluation(options.tracking, run.path, config.to_dict(), name=run.path.name, tags=tags) as tracker:
+    named = {"name": run.path.name, "tags": tags_of(config)}
+    with open_evaluation(options.tracking, run.path, config.to_dict(), **named) as tracker:
         if tracker.resends:
             tracker.model(run.weights, name=run.path.name)
         print(table(evaluate(run, config, model, opened.bank, tracker, opened.inputs.backbone, options.worth_images)))

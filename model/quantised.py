@@ -11,7 +11,7 @@ They take no gradient: training goes on with what else the model has.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -109,7 +109,7 @@ def stored_in(module: nn.Module, name: str) -> tuple[Stored, list[nn.Parameter]]
     """How a parameter is stored, and the tensors of it; None where it is as it is."""
     if not parametrize.is_parametrized(module, name):
         return None
-    held = module.parametrizations[name]  # type: ignore[index]
+    held: Any = cast(Any, module).parametrizations[name]
     return held[0], [getattr(held, f"original{index}") for index in range(held.ntensors)]
 
 
