@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .classifier import NeckConfig
+from .distributed import is_split
 from .experts import EXPERTS, ExpertsConfig
 from .quantised import store
 from .routers import ROUTERS, RouterConfig, Routing, build_router
@@ -63,7 +64,9 @@ class BlockMixture(nn.Module):
 
     @torch.no_grad()
     def count(self, routing: Routing) -> None:
-        """Add a training batch to the counters."""
+        """Add a training batch to the counters, as `MixtureOfExperts.count`."""
+        if is_split():
+            return
         counter_E = self.usage_E if routing.learned else self.warmup_usage_E
         counter_E += routing.counts_E
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..distributed import rand_like
 from ..options import Option, share
 from ..quantised import Matrix
 from ..routing import Assignments
@@ -72,7 +73,7 @@ class Adapters(ExpertKind, nn.Module):
         dtype = x_BTD.dtype
         hidden_BTH = F.gelu(F.linear(x_BTD, self.down.weight.to(dtype), self.down.bias.to(dtype)))
         if self.training and self.drop_path:
-            kept_B11 = torch.rand(len(x_BTD), 1, 1, device=x_BTD.device) >= self.drop_path
+            kept_B11 = rand_like(weights_BTE[:, :1, :1]) >= self.drop_path
             weights_BTE = weights_BTE * (kept_B11 / (1 - self.drop_path))
         weights_BTH = weights_BTE.to(hidden_BTH.dtype) @ self.units_EH.to(hidden_BTH.dtype)
         return dense_BTD + F.linear(self.dropout(hidden_BTH) * weights_BTH, self.up.to(dtype))
