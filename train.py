@@ -6,6 +6,7 @@ python train.py --config configs/article.yaml          the reference recipe
 python train.py --router.top_k 1 --train.epochs 20     any field of the configuration
 python train.py --resume runs/cifar100-20260101-120000 continue an interrupted run
 torchrun --nproc-per-node 2 train.py                   the same run on two GPUs (docs/devices.md)
+python train.py --init RUN --data.name folder --data.root ROOT --freeze router    continue from a trained run
 """
 
 from common.errors import exit_on_signal
@@ -45,7 +46,7 @@ def main() -> None:
             if start.finished:
                 print(start.finished)
             else:
-                train(start, load_inputs(start.config))
+                train(start, load_inputs(start.config, start.checkpoint is not None))
 
 
 def train(start: Start, inputs: Inputs, bank: FeatureBank | ImageBank | None = None) -> None:
@@ -53,7 +54,7 @@ def train(start: Start, inputs: Inputs, bank: FeatureBank | ImageBank | None = N
     checkpoint = start.checkpoint
     config = start.config if checkpoint else shorten_warmup(start.config, len(inputs.splits.train))
     config = dense_twin(config, inputs)
-    with start.claimed() as run, start_tracking(config, run, checkpoint) as tracker:
+    with start.claimed() as run, start_tracking(config, run, checkpoint, inputs) as tracker:
         if world().first:
             write_config(config, run.config)
         trainer = build_trainer(config, inputs, run, tracker, checkpoint, bank)

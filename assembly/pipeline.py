@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from assembly.agreement import require_same, require_same_inputs, require_samples
+from assembly.transfer import Origin, begin, freeze, read_origin
 from common.distributed import expected_world, world
 from common.errors import EnvironmentFault, UserError, one_line, warn
 from common.memory import installed_memory
@@ -37,15 +38,16 @@ from training.trainer import Trainer
 
 @dataclass(frozen=True)
 class Inputs:
-    """The inputs of a run, and its device."""
+    """The inputs of a run, and its device. origin: the run that it starts from, if there is one."""
 
     device: torch.device
     splits: Splits
     backbone: Backbone
+    origin: Origin | None = None
 
 
-def load_inputs(config: Config) -> Inputs:
-    """Load device, images and backbone: everything that can be missing, before anything is written.
+def load_inputs(config: Config, resumed: bool = False) -> Inputs:
+    """Load device, images, backbone, and the run to start from: all that can be missing, before anything is written.
 
     Raises UserError and EnvironmentFault as the loaders do, and UserError for a batch larger than the data.
     """
@@ -57,7 +59,8 @@ def load_inputs(config: Config) -> Inputs:
     backbone = load_backbone(config.backbone, device, reachable)
     check_backbone(config, backbone)
     require_same_inputs(config, splits, backbone)
-    return Inputs(device, splits, backbone)
+    origin = None if resumed else read_origin(config, backbone_identity(config, backbone))
+    return Inputs(device, splits, backbone, origin)
 
 
 def pick_device(name: str) -> torch.device:
@@ -179,11 +182,16 @@ def fingerprint_of(backbone: Backbone) -> str:
 _FINGERPRINTS: WeakKeyDictionary[Backbone, str] = WeakKeyDictionary()
 
 
+def backbone_identity(config: Config, backbone: Backbone) -> dict[str, str]:
+    """What tells one backbone from another."""
+    return {"name": config.backbone.name, "fingerprint": fingerprint_of(backbone)}
+
+
 def identity(config: Config, splits: Splits, backbone: Backbone, feature_shape: tuple[int, ...]) -> dict[str, Any]:
     """What trained weights depend on (backbone, data, classes, feature shape), as plain values stored beside them."""
     return {
         "config": config.to_dict(),
-        "backbone": {"name": config.backbone.name, "fingerprint": fingerprint_of(backbone)},
+        "backbone": backbone_identity(config, backbone),
         "data": {name: splits[name].fingerprint() for name in ("train", "validation", "test")},
         "class_names": list(splits.train.class_names),
         "feature_shape": list(feature_shape),
@@ -212,7 +220,11 @@ def build_trainer(
     compile_blocks(config, model, inputs.device)
     plan_memory(config, model, bank, inputs.device)
     stored = identity(config, splits, backbone, bank.feature_shape)
-    trainer = Trainer(config, model, bank, run, tracker, stored, lambda evaluated: validate(evaluated, bank))
+    names, origin = splits.train.class_names, inputs.origin
+    taken = checkpoint.get("init") if checkpoint else origin and begin(model, origin, names, bank.feature_shape)
+    stored |= {"init": taken} if taken else {}
+    frozen = freeze(config, model, taken, names)
+    trainer = Trainer(config, model, bank, run, tracker, stored, lambda evaluated: validate(evaluated, bank), frozen)
     if checkpoint is not None:
         check_inputs(checkpoint, stored, run.last)
         trainer.load_state_dict(checkpoint)

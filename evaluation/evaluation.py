@@ -61,7 +61,9 @@ def evaluate(
     results |= _blocks(predictions, test, model, bank, worth_images)
     if not world().first:
         return results
-    kept = read_description(run).get("epoch") if run.model.is_file() else None
+    described = read_description(run) if run.model.is_file() else {}
+    kept = described.get("epoch")
+    results |= {"init": described["init"]} if described.get("init") else {}
     load_E, history = np.array(results["expert_load"]), run.history()
     results["cost"] = run_cost(model, backbone, bank.feature_shape, load_E, history, kept)
     if (found := verdict(run, config, results["macro_f1"])) is not None:

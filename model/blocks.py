@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from .classifier import NeckConfig
 from .distributed import is_split
 from .experts import EXPERTS, ExpertsConfig
+from .quantised import store
 from .routers import ROUTERS, RouterConfig, Routing, build_router
 
 
@@ -34,6 +35,8 @@ class BlockMixture(nn.Module):
         self.router = build_router(router, width, num_experts, experts.work(width, width))
         kind: Any = EXPERTS[experts.kind]
         self.experts = kind(width, experts, ffn)
+        if experts.quantised:
+            store(self.experts.matrices(), experts.formats)
         self.by_image, self.class_token, self.prefix = router.level == "image", class_token, prefix
         self.register_buffer("usage_E", torch.zeros(num_experts, dtype=torch.int64))
         self.register_buffer("warmup_usage_E", torch.zeros(num_experts, dtype=torch.int64))

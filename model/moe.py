@@ -1,11 +1,14 @@
 """MixtureOfExperts: router, experts, dispatch and usage counters."""
 
+from itertools import chain
+
 import torch
 from torch import Tensor, nn
 
 from .dispatch import COMBINE, dispatch
 from .distributed import is_split
 from .experts import ExpertsConfig, build_experts
+from .quantised import linear_matrices, store
 from .routers import ROUTERS, RouterConfig, Routing, build_router
 
 
@@ -38,6 +41,8 @@ class MixtureOfExperts(nn.Module):
         work = experts.work(in_features, num_classes, num_groups)
         self.router = build_router(router, in_features, num_experts, work, num_groups)
         self.experts, self.shared = build_experts(experts, in_features, num_classes, num_groups)
+        shared = (linear_matrices(expert, num_experts + index) for index, expert in enumerate(self.shared))
+        store([*self.experts.matrices(), *chain.from_iterable(shared)], experts.formats)
         self.skip = nn.Linear(in_features, num_classes) if router.overflow == "residual" else None
         self.combine, self.dispatch_mode = COMBINE[experts.combine], experts.dispatch
         self.register_buffer("usage_E", torch.zeros(num_experts, dtype=torch.int64))
