@@ -7,7 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..dispatch import combine_logits, send
+from ..distributed import rand_like
 from ..options import Option, share
+from ..quantised import Matrix
 from ..routing import Assignments
 from .base import ExpertKind, ExpertSet, Part
 from .config import ExpertsConfig, register
@@ -79,7 +81,7 @@ class Adapters(ExpertKind, ExpertSet, nn.Module):
         dense_BTD: the frozen FFN's output. assignments: of all tokens, or of the images for all their tokens.
         """
         if self.training and self.drop_path:
-            kept_B = torch.rand(len(x_BTD), device=x_BTD.device) >= self.drop_path
+            kept_B = rand_like(assignments.weight_A.new_empty(len(x_BTD))) >= self.drop_path
             assignments = assignments.scaled(kept_B / (1 - self.drop_path))
         if not self.dispatcher.local:
             return dense_BTD + self._exchanged(x_BTD, assignments)
@@ -122,10 +124,30 @@ class Adapters(ExpertKind, ExpertSet, nn.Module):
                     shape = list(old.shape)
                     shape[dim] = self.widths[expert]
                     found[expert] = old.new_empty(shape)
-            setattr(module, name, nn.Parameter(torch.cat([found[expert] for expert in numbers], dim)))
+            setattr(module, name, nn.Parameter(torch.cat([found[e] for e in numbers], dim), old.requires_grad))
         self.here = list(numbers)
         self.down.out_features = len(self.down.bias)
         self._count()
+
+    def hidden_of(self, expert: int, x_ND: Tensor) -> Tensor:
+        """The hidden units of one expert for tokens (N, D): (N, units), without dropout."""
+        units = slice(self.units_of(expert).start, self.units_of(expert).stop)
+        return F.gelu(F.linear(x_ND, self.down.weight[units].to(x_ND.dtype), self.down.bias[units].to(x_ND.dtype)))
+
+    def output_of(self, expert: int, x_ND: Tensor) -> Tensor:
+        """As ExpertKind has it."""
+        units = slice(self.units_of(expert).start, self.units_of(expert).stop)
+        return F.linear(self.hidden_of(expert, x_ND), self.up[:, units].to(x_ND.dtype))
+
+    def matrices(self) -> list[Matrix]:
+        """As ExpertKind has it; a row of an expert's part is an output channel of it."""
+        parts = tuple(range(len(self.widths))), tuple(self.widths)
+        return [Matrix(self.down, "weight", *parts, dim=0), Matrix(self, "up", *parts, dim=1)]
+
+    def units_of(self, expert: int) -> range:
+        """Where the hidden units of one expert are among those of all."""
+        first = sum(self.widths[:expert])
+        return range(first, first + self.widths[expert])
 
     def parameters_of(self, expert: int) -> int:
         """Weights and biases of one expert."""

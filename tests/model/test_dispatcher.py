@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import on_ranks
+from distributed_helpers import in_processes
 
 from model.dispatch import COMBINE, dispatch
 from model.dispatcher import AllToAllDispatcher
@@ -53,13 +53,13 @@ def build():
     return experts, torch.randn(BATCH, FEATURES), torch.randn(BATCH, CLASSES)
 
 
-def sharded(ends: list[int], share_EM, whole: Assignments, mode: str, combine: str):
+def sharded(world, ends: list[int], share_EM, whole: Assignments, mode: str, combine: str):
     """In one of the processes: what its samples, from ends[rank] to before ends[rank + 1], come to."""
     experts, x_BD, target_BC = build()
     dispatcher = AllToAllDispatcher(dist.group.WORLD, share_EM, torch.device("cpu"))
     experts.keep(dispatcher.mine)
     experts.dispatcher = dispatcher
-    first, last = ends[dist.get_rank()], ends[dist.get_rank() + 1]
+    first, last = ends[world.rank], ends[world.rank + 1]
     part = part_of(whole, first, last)
     return outcome(experts, x_BD[first:last], part, target_BC[first:last], mode, combine)
 
@@ -87,7 +87,7 @@ def test_values_and_gradients_are_those_of_one_process(case):
     ends, share_EM, whole, mode, combine = CASES[case]
     experts, x_BD, target_BC = build()
     out_BC, grad_BD, grad_A, gradients = outcome(experts, x_BD, whole, target_BC, "sorted", combine)
-    found = on_ranks(len(ends) - 1, sharded, ends, share_EM, whole, mode, combine)
+    found = in_processes(len(ends) - 1, sharded, ends, share_EM, whole, mode, combine)
     torch.testing.assert_close(torch.cat([part[0] for part in found]), out_BC)
     torch.testing.assert_close(torch.cat([part[1] for part in found]), grad_BD)
     torch.testing.assert_close(torch.cat([part[2] for part in found]), grad_A)
@@ -99,9 +99,10 @@ def test_values_and_gradients_are_those_of_one_process(case):
 
 
 def test_shares_must_be_those_of_the_group():
-    def build_wrong(shares):
-        with pytest.raises(ValueError, match="do not sum to 1"):
-            AllToAllDispatcher(dist.group.WORLD, shares, torch.device("cpu"))
+    in_processes(2, refuse_shares, [[0.5, 0.4], [1.0, 0.0]])
+    in_processes(2, refuse_shares, [[1.0]])
 
-    on_ranks(1, build_wrong, [[0.5], [1.0]])
-    on_ranks(1, build_wrong, [[0.5, 0.5]])
+
+def refuse_shares(world, shares):
+    with pytest.raises(ValueError, match="do not sum to 1"):
+        AllToAllDispatcher(dist.group.WORLD, shares, torch.device("cpu"))
