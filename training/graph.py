@@ -9,6 +9,7 @@ from torch import Tensor
 
 from common.distributed import world
 from model.moe_vit import AnyMoE, MoEViT
+from model.spread import is_spread
 from training.step import StepResult, TrainingStep
 
 # Above so many parameters, or parameters times samples, the kernels of a step take longer than its launches (estimates
@@ -28,7 +29,7 @@ def worth_capturing(choice: str, model: AnyMoE, batch_size: int) -> bool:
     number = sum(parameter.numel() for parameter in parameters)
     small = number <= PARAMETERS and number * batch_size <= WORK
     possible = moe.router.static_shapes and not torch.are_deterministic_algorithms_enabled()
-    never_waits = moe.dispatch_mode in ("auto", "dense")
+    never_waits = moe.dispatch_mode in ("auto", "dense") and not is_spread(model)
     return choice == "auto" and parameters[0].is_cuda and small and possible and never_waits
 
 
