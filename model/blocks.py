@@ -37,6 +37,11 @@ class BlockMixture(nn.Module):
         self.register_buffer("usage_E", torch.zeros(num_experts, dtype=torch.int64))
         self.register_buffer("warmup_usage_E", torch.zeros(num_experts, dtype=torch.int64))
 
+    @property
+    def static_shapes(self) -> bool:
+        """Whether a training step never waits to know how many tokens an expert has."""
+        return self.router.static_shapes and self.experts.static_shapes
+
     def forward(
         self, x_BTD: Tensor, dense_BTD: Tensor, warmup: bool = False, allowed_E: Tensor | None = None
     ) -> tuple[Tensor, Routing]:

@@ -34,6 +34,7 @@ class Adapters(ExpertKind, nn.Module):
     """
 
     place = "blocks"
+    static_shapes = True
     units_EH: Tensor
 
     def __init__(self, width: int, config: ExpertsConfig, ffn: nn.Module):

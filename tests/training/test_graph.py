@@ -48,10 +48,14 @@ def test_nothing_is_captured_on_a_cpu():
         (600_000_000, 128, "auto", True, False),
     ],
 )
-def test_a_small_head_with_shapes_that_stay_is_captured_on_a_gpu(parameters, batch, how, static, expected):
+def test_a_small_head_with_shapes_that_stay_is_captured_on_a_gpu(
+    parameters, batch, how, static, expected, monkeypatch
+):
     weight = SimpleNamespace(numel=lambda: parameters, is_cuda=True)
-    moe = SimpleNamespace(dispatch_mode=how, router=SimpleNamespace(static_shapes=static))
-    head = SimpleNamespace(parameters=lambda: [weight], moe=moe)
+    head = model()
+    head.parameters = lambda: [weight]
+    head.moe.dispatch_mode = how
+    monkeypatch.setattr(type(head.moe.router), "static_shapes", static)
     assert worth_capturing("auto", head, batch) is expected
     assert not worth_capturing("off", head, batch)
 
