@@ -167,7 +167,7 @@ def run_block(
     h_BTD = block.norm2(x_BTD)
     out_BTD, routing = block.mlp(h_BTD) if keep else _again(block.mlp, h_BTD), None
     if mixture is not None:
-        out_BTD, routing = mixture(h_BTD, out_BTD, warmup, allowed_E)
+        out_BTD, routing = mixture(x_BTD, h_BTD, out_BTD, warmup, allowed_E)
     return add_ffn(block, x_BTD, out_BTD), routing
 
 
@@ -185,6 +185,7 @@ class CompiledBlock:
         # called recompile_limit now; torch 2.6 knows this name alone.
         dynamo = torch._dynamo.config
         dynamo.cache_size_limit = max(dynamo.cache_size_limit, 64)
+        warnings.filterwarnings("ignore", module=r"torch\._inductor")  # advice to its developers, once a graph
         self.run: Callable = torch.compile(run_block, dynamic=False, fullgraph=True)
 
     def __call__(self, *block) -> tuple[Tensor, Routing | None]:

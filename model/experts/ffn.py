@@ -49,6 +49,8 @@ class UpcycledFFN(ExpertKind, nn.Module):
         """Raise ValueError for options that copies of an FFN do not have."""
         if config.dropout is not None:
             raise ValueError("experts.dropout is not for experts.kind ffn, which has the ViT's own: leave it out")
+        if config.norm != "ffn":
+            raise ValueError(f"experts.norm {config.norm} is not for experts.kind ffn, whose copies read what it reads")
 
     @property
     def static_shapes(self) -> bool:

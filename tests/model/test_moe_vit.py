@@ -103,7 +103,7 @@ def test_a_block_equals_the_loop_over_tokens_and_experts(rule, kind, sizes, how,
     for parameter in mixture.parameters():
         parameter.data = torch.randn_like(parameter)
     x_BTD = torch.randn(2, 5, 3)
-    out_BTD, routing = mixture(x_BTD, ffn(x_BTD))
+    out_BTD, routing = mixture(torch.full_like(x_BTD, torch.nan), x_BTD, ffn(x_BTD))
     assert routing.num_samples == (2 if level == "image" else 10)
     torch.testing.assert_close(out_BTD.double(), brute_force(mixture, x_BTD, ffn, kind), rtol=1e-5, atol=1e-5)
 
@@ -239,8 +239,24 @@ def test_the_state_is_the_trained_part_and_copies_share_the_vit():
 def test_the_image_level_reads_the_class_token():
     model = spread(moe_vit(level="image", norm="none")).eval()
     mixture, x_BTD = model.mixtures[0], torch.randn(4, 17, 16)
-    _, routing = mixture(x_BTD, x_BTD)
+    _, routing = mixture(x_BTD, x_BTD, x_BTD)
     torch.testing.assert_close(routing.logits_BE, mixture.router.gate(x_BTD[:, 0]))
+
+
+def test_gate_and_experts_with_a_norm_of_their_own_read_standardised_tokens():
+    """(1, 2, 3) less its mean over its deviation is (-1.2247, 0, 1.2247), whatever the FFN's norm makes of it."""
+    chosen = block_experts("adapter", [[1], [1]], norm="own", activation="relu")
+    mixture = BlockMixture(3, RouterConfig(kind="mixtral", norm="none"), chosen, plain_ffn(), True, prefix=1).eval()
+    mixture.router.gate.weight.data = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+    mixture.router.gate.bias.data.zero_()
+    mixture.experts.down.weight.data = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+    mixture.experts.down.bias.data.zero_()
+    mixture.experts.up.data = torch.tensor([[5.0, 2.0]] * 3)
+    x_BTD = torch.tensor([[[1.0, 2.0, 3.0]]])
+    out_BTD, routing = mixture(x_BTD, torch.full_like(x_BTD, torch.nan), torch.tensor([[[10.0, 20.0, 30.0]]]))
+    torch.testing.assert_close(routing.logits_BE, torch.tensor([[-1.224736, 1.224736]]), rtol=1e-4, atol=0)
+    # Weight of the second expert: 1 / (1 + exp(-2.449472)) = 0.920521; it adds 2 * 1.224736 of that, the first relu(-) = 0.
+    torch.testing.assert_close(out_BTD - torch.tensor([10.0, 20.0, 30.0]), torch.full((1, 1, 3), 2.254792))
 
 
 def test_blocks_are_resolved_from_the_end_and_by_what_is_read():
@@ -258,6 +274,7 @@ def test_blocks_are_resolved_from_the_end_and_by_what_is_read():
         ({"experts": {"sizes": [[2, 2]]}, "top_k": 1}, "one hidden layer"),
         ({"experts": {"sizes": ["small", "large"]}}, "one hidden layer"),
         ({"experts": {"kind": "ffn", "sizes": [[3], [3]]}}, "have 64 hidden units"),
+        ({"experts": {"kind": "ffn", "sizes": [[64], [64]], "norm": "own"}}, "norm own is not for experts.kind ffn"),
         ({"experts": {"kind": "mlp"}}, "is a class head"),
         ({"experts": {"shared": [[4]]}}, "the frozen FFN is the shared expert"),
         ({"experts": {"inputs": [[0], [0], [0]]}}, "has no meaning"),
