@@ -255,7 +255,7 @@ def test_gate_and_experts_with_a_norm_of_their_own_read_standardised_tokens():
     x_BTD = torch.tensor([[[1.0, 2.0, 3.0]]])
     out_BTD, routing = mixture(x_BTD, torch.full_like(x_BTD, torch.nan), torch.tensor([[[10.0, 20.0, 30.0]]]))
     torch.testing.assert_close(routing.logits_BE, torch.tensor([[-1.224736, 1.224736]]), rtol=1e-4, atol=0)
-    # Weight of the second expert: 1 / (1 + exp(-2.449472)) = 0.920521; it adds 2 * 1.224736 of that, the first relu(-) = 0.
+    # The second expert weighs 1 / (1 + exp(-2.449472)) = 0.920521 and adds 2 * 1.224736 of that; the first, relu(-), 0.
     torch.testing.assert_close(out_BTD - torch.tensor([10.0, 20.0, 30.0]), torch.full((1, 1, 3), 2.254792))
 
 

@@ -48,9 +48,7 @@ def test_nothing_is_captured_on_a_cpu():
         (600_000_000, 128, "auto", True, False),
     ],
 )
-def test_a_small_head_with_shapes_that_stay_is_captured_on_a_gpu(
-    parameters, batch, how, static, expected, monkeypatch
-):
+def test_a_small_head_with_shapes_that_stay_is_captured_on_a_gpu(parameters, batch, how, static, expected, monkeypatch):
     weight = SimpleNamespace(numel=lambda: parameters, is_cuda=True)
     head = model()
     head.parameters = lambda: [weight]
