@@ -4,17 +4,17 @@ python train.py                                        CIFAR-100, the default re
 python train.py --config configs/digits.yaml           no download, half a minute on a CPU
 python train.py --config configs/article.yaml          the reference recipe
 python train.py --router.top_k 1 --train.epochs 20     any field of the configuration
-python train.py --resume runs/cifar100-20260101-120000 go on with an interrupted run
+python train.py --resume runs/cifar100-20260101-120000 continue an interrupted run
 """
 
-from common.errors import leave_on_signal
+from common.errors import exit_on_signal
 
 if __name__ == "__main__":
-    leave_on_signal()  # before the imports, which take seconds
+    exit_on_signal()  # before the imports, which take seconds
 
 from assembly.pipeline import build_trainer, load_inputs
 from assembly.start import announce, start_tracking
-from common.errors import exit_code_of, leave
+from common.errors import exit_code_of, exit_process
 from common.signals import stoppable
 from common.text import printable
 from config.command_line import parse_command_line
@@ -22,14 +22,14 @@ from config.config import write_config
 from evaluation.evaluation import evaluate, table
 from storage.export import export_model
 from storage.resume import start_of
-from tracking.agent import obey_agent
+from tracking.agent import apply_agent_values
 from training.length import shorten_warmup
 
 
 def main() -> None:
-    """Configuration, data, model, fit, evaluate, report."""
+    """Read the configuration, load the data, build the model, train, evaluate, report."""
     with stoppable():
-        start = start_of(obey_agent(parse_command_line()))
+        start = start_of(apply_agent_values(parse_command_line()))
         if start.finished:
             print(start.finished)
             return
@@ -49,4 +49,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    leave(exit_code_of(main, lasting=True))
+    exit_process(exit_code_of(main, keep_going=True))

@@ -1,11 +1,11 @@
-"""A trained run, put together again from its folder: configuration, backbone, model."""
+"""Loading a trained run from its folder: configuration, backbone, model."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from assembly.pipeline import build_model, pick_device
-from common.errors import EnvironmentFault, UserError, blaming_files
+from common.errors import EnvironmentFault, UserError, as_environment_fault
 from common.network import reachable
 from common.paths import absolute
 from common.text import command
@@ -20,17 +20,17 @@ from storage.folder import RunFolder
 def load_trained(
     path: Path, device: str = "auto", weights: Path | None = None, say: Callable[[str], None] = print
 ) -> TrainedRun:
-    """Rebuild the model of the run in `path`; its data set need not be there.
+    """Load the model of the run in `path`, without its dataset.
 
-    weights: the backbone's file, if it has moved. say: gets a line where the weights are written first.
-    Raises UserError for what is no folder, and a GPU that is not there; EnvironmentFault for a run of
-    another version, a file that is missing or does not fit, or a backbone other than that of training.
+    weights: the backbone's file, if it has moved. say: receives a line if the weights are exported first.
+    Raises UserError for a path that is not a folder and for a missing GPU; EnvironmentFault for a run of another
+    version, a file that is missing or does not fit, or a backbone other than that of training.
     """
     run = RunFolder(path)
     described = describe(run, say)
     config = configure(described["config"], device, weights=weights)
     device = pick_device(config.device)
-    with blaming_files():
+    with as_environment_fault():
         backbone = load_backbone(config.backbone, device, reachable)
         here = {"name": config.backbone.name, "fingerprint": backbone.fingerprint()}
         check_inputs(described, {**described, "backbone": here}, run.weights)
@@ -41,14 +41,13 @@ def load_trained(
 
 
 def describe(run: RunFolder, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """model.json, written first from the best checkpoint where training has not come to do that.
+    """The content of model.json; it is exported from the best checkpoint if training has not finished.
 
-    Raises UserError for what is no folder, EnvironmentFault where it holds neither, or what it holds
-    cannot be used.
+    Raises UserError for a path that is not a folder, EnvironmentFault if neither file is there or usable.
     """
     if not run.path.is_dir():
         raise UserError(f"{run.path} is not a folder: name a run that train.py wrote")
-    with blaming_files():
+    with as_environment_fault():
         return _described(run, say)
 
 
@@ -56,8 +55,10 @@ def _described(run: RunFolder, say: Callable[[str], None]) -> dict[str, Any]:
     if run.best.is_file():
         best = load_checkpoint(run.best)
         kept = read_description(run).get("epoch") if run.model.is_file() else None
-        if not isinstance(kept, int) or kept < best["epoch"]:  # later: best.pt is damaged, and the one before it read
-            say(f"{run.weights} is written from {run.best}: the epoch kept so far is {best['epoch']}")
+        if (
+            not isinstance(kept, int) or kept < best["epoch"]
+        ):  # later: best.pt is corrupt and the one before it was read
+            say(f"{run.weights} is exported from {run.best}: the best epoch so far is {best['epoch']}")
             export_model(run, best)
     elif not run.model.is_file() and run.config.is_file():
         raise UserError(
@@ -72,11 +73,11 @@ def _described(run: RunFolder, say: Callable[[str], None]) -> dict[str, Any]:
 def configure(
     values: dict[str, Any], device: str = "auto", root: Path | None = None, weights: Path | None = None
 ) -> Config:
-    """The run's configuration for this machine: device, and where data set and backbone file lie if they have moved.
+    """The run's configuration on this machine: device, and the new paths of dataset and backbone if they have moved.
 
-    Raises EnvironmentFault where the values do not fit this version or the backbone's file is not there.
+    Raises EnvironmentFault if the values do not fit this version or the backbone's file is missing.
     """
-    with blaming_files():
+    with as_environment_fault():
         config = config_from_dict(values)
     config.device = device
     if root is not None:
@@ -85,6 +86,6 @@ def configure(
         config.backbone.weights = absolute(weights)
     if config.backbone.weights is not None and not config.backbone.weights.is_file():
         raise EnvironmentFault(
-            f"the backbone's weights {config.backbone.weights} are not there: name the file with --backbone.weights"
+            f"the backbone's weights {config.backbone.weights} are missing: name the file with --backbone.weights"
         )
     return config

@@ -1,4 +1,4 @@
-"""From a configuration to its parts: device, images, backbone, features, model, and the trainer of them."""
+"""Builds the parts of a run from its configuration: device, images, backbone, features, model, trainer."""
 
 import re
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ from training.trainer import Trainer
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run reads, and the device that it runs on."""
+    """The inputs of a run, and its device."""
 
     device: torch.device
     splits: Splits
@@ -43,9 +43,9 @@ class Inputs:
 
 
 def load_inputs(config: Config) -> Inputs:
-    """Device, images and backbone: what can be missing, before anything is written.
+    """Load device, images and backbone: everything that can be missing, before anything is written.
 
-    Raises UserError and EnvironmentFault, as those who load them, and for a batch larger than the data.
+    Raises UserError and EnvironmentFault as the loaders do, and UserError for a batch larger than the data.
     """
     for line in config.router.idle:
         warn(line)
@@ -57,7 +57,7 @@ def load_inputs(config: Config) -> Inputs:
 
 
 def pick_device(name: str) -> torch.device:
-    """The torch device for `device`, a GPU made the current one. Raises UserError for one that is not there."""
+    """The torch device for a name; a GPU becomes the current one. Raises UserError if it is not available."""
     if not re.fullmatch(DEVICES, name):
         raise UserError(f"device is '{name}': use auto, cpu, cuda or cuda:N")
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
@@ -66,19 +66,19 @@ def pick_device(name: str) -> torch.device:
     index = int(name.partition(":")[2] or 0)
     seen = torch.cuda.device_count()
     if index >= seen:
-        raise UserError(f"device {name} is not there: PyTorch sees {counted(seen, 'GPU')}; use --device cpu")
+        raise UserError(f"device {name} is not available: PyTorch finds {counted(seen, 'GPU')}; use --device cpu")
     device = torch.device("cuda", index)
-    torch.cuda.set_device(device)  # where graphs, streams and memory figures of no named device land
+    torch.cuda.set_device(device)  # the default of graphs, streams and memory figures
     return device
 
 
 def build_bank(config: Config, splits: Splits, backbone: Backbone, device: torch.device) -> FeatureBank | ImageBank:
-    """What the model reads: the features of `splits` under `backbone`, kept where config.features says, or images."""
+    """The inputs of the model: features of `splits`, stored where config.features says, or images."""
     features = config.features
     if config.experts.place == "blocks":
         return ImageBank(splits, config.augment, device, features.batch_size)
     views = min(features.views, config.train.epochs) if config.augment.active else 1
-    # Not the views that a short run comes to: a longer one is to find its features.
+    # All views, not only those of a short run, so that a longer run finds its features.
     views_kept = features.views if config.augment.active else 1
     views_run = views_kept if features.mode == "cached" else config.train.epochs
     images = views_run * len(splits.train) + len(splits.validation) + len(splits.test)
@@ -91,18 +91,18 @@ def build_bank(config: Config, splits: Splits, backbone: Backbone, device: torch
             "weights": fingerprint_of(backbone),
             "precision": str(backbone.dtype),
             "features": list(config.backbone.features),
-        } | ({"compiled": True} if compiled else {})  # it rounds differently
+        } | ({"compiled": True} if compiled else {})  # compiled code rounds differently
     extractor = Extractor(backbone, features.batch_size, compiled)
     return FeatureBank(splits, extractor, config.augment, features, device, cache, source, views)
 
 
 def check_backbone(config: Config, backbone: Backbone) -> None:
-    """Raise UserError where the backbone does not have what experts inside it need."""
+    """Raise UserError if the backbone cannot have experts inside."""
     if config.experts.place == "blocks":
         try:
             resolve_blocks(config.experts, backbone)
             if config.train.patch_dropout and getattr(backbone.vit, "rope", None) is not None:
-                raise ValueError("train.patch_dropout is not for a ViT with rotary embeddings: set it to 0")
+                raise ValueError("train.patch_dropout does not work with rotary position embeddings: set it to 0")
         except ValueError as error:
             raise UserError(one_line(error)) from error
 
@@ -110,10 +110,10 @@ def check_backbone(config: Config, backbone: Backbone) -> None:
 def build_model(
     config: Config, feature_shape: tuple[int, ...], num_classes: int, backbone: Backbone | None = None
 ) -> AnyMoE:
-    """The trained part, on the CPU. backbone: the one that has experts inside it (None: the experts are behind it).
+    """The trained part, on the CPU. backbone: the ViT that gets experts inside (None: the experts are behind it).
 
-    Raises UserError where the configured parts do not fit each other, EnvironmentFault where the
-    weights alone need more memory than the machine has.
+    Raises UserError if the configured parts do not fit each other, EnvironmentFault if the weights alone need more
+    memory than the machine has.
     """
     configured, groups = (config.neck, config.router, config.experts), len(config.backbone.features)
     if config.experts.place == "blocks":
@@ -135,14 +135,14 @@ def build_model(
 
 
 def compile_blocks(config: Config, model: AnyMoE, device: torch.device) -> None:
-    """Have the blocks of a ViT with experts compiled for the batches of this run, where train.compile says so."""
+    """Compile the blocks of a ViT with experts for the batches of this run, if train.compile says so."""
     wanted = config.train.compile == "always" or (config.train.compile == "auto" and device.type == "cuda")
     if wanted and isinstance(model, MoEViT):
         model.compile({config.train.batch_size, config.features.batch_size}, warn)
 
 
 def plan_memory(config: Config, model: AnyMoE, bank: FeatureBank | ImageBank, device: torch.device) -> None:
-    """Decide whether the ViT's activations are kept. Raises UserError where a GPU is too small for the batch."""
+    """Decide whether activations of the ViT are recomputed. Raises UserError if the batch does not fit on the GPU."""
     if not isinstance(model, MoEViT):
         return
     model.recompute = config.train.recompute == "on"
@@ -153,7 +153,7 @@ def plan_memory(config: Config, model: AnyMoE, bank: FeatureBank | ImageBank, de
 
 
 def fingerprint_of(backbone: Backbone) -> str:
-    """The backbone's fingerprint; it is frozen, and hashed once."""
+    """The backbone's fingerprint, computed once because it is frozen."""
     if backbone not in _FINGERPRINTS:
         _FINGERPRINTS[backbone] = backbone.fingerprint()
     return _FINGERPRINTS[backbone]
@@ -163,7 +163,7 @@ _FINGERPRINTS: WeakKeyDictionary[Backbone, str] = WeakKeyDictionary()
 
 
 def identity(config: Config, splits: Splits, backbone: Backbone, feature_shape: tuple[int, ...]) -> dict[str, Any]:
-    """What weights mean nothing without, as plain values: it is stored beside them wherever they are."""
+    """What trained weights depend on (backbone, data, classes, feature shape), as plain values stored beside them."""
     return {
         "config": config.to_dict(),
         "backbone": {"name": config.backbone.name, "fingerprint": fingerprint_of(backbone)},
@@ -181,10 +181,10 @@ def build_trainer(
     checkpoint: dict[str, Any] | None = None,
     bank: FeatureBank | ImageBank | None = None,
 ) -> Trainer:
-    """Seeds, features, model and trainer, which writes to `run` and `tracker`: at the beginning, or at a checkpoint.
+    """Set the seeds and build features, model and trainer, new or from a checkpoint.
 
-    bank: features that several runs share (None: made here). To be called after the tracker was opened (see
-    seed_everything). Raises what `build_model` and `Trainer` do, and UserError where the checkpoint is of other data,
+    bank: features that several runs share (None: built here). Call it after the tracker was opened (see
+    seed_everything). Raises what `build_model` and `Trainer` raise, and UserError if the checkpoint is of other data,
     another backbone or another model.
     """
     seed_everything(config.train.seed, config.train.deterministic)

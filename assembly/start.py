@@ -1,4 +1,4 @@
-"""How a training begins: where its numbers go, and the lines that say what is about to be trained on what."""
+"""The start of a training: tracking, and the lines that describe data, backbone and model."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from training.trainer import Trainer
 
 
 def start_tracking(config: Config, run: RunFolder, checkpoint: dict[str, Any] | None) -> Tracker:
-    """ClearML and metrics.jsonl; a resumed run goes on with its own task and drops lines it will write again."""
+    """Open the tracker; a resumed run continues its own task and drops the lines that it will write again."""
     return open_tracker(
         config.tracking,
         run.path,
@@ -27,7 +27,7 @@ def start_tracking(config: Config, run: RunFolder, checkpoint: dict[str, Any] | 
 
 
 def announce(config: Config, inputs: Inputs, trainer: Trainer) -> None:
-    """Print what is about to be trained on what, and what it costs."""
+    """Print data, backbone and model, and the model's cost."""
     splits = inputs.splits
     sizes = ", ".join(f"{len(splits[name]):,} {name}" for name in ("train", "validation", "test"))
     print(f"data         {config.data.name}: {sizes} images, {splits.train.num_classes} classes")

@@ -1,4 +1,4 @@
-"""A command line whose mistakes end in one line."""
+"""Command-line parsing with one-line error messages."""
 
 import argparse
 import re
@@ -11,7 +11,7 @@ KINDS = {"int": "a whole number", "float": "a number"}
 
 
 def path_option(text: str) -> Path:
-    """The type of every option that names a file or folder: ~ is the home folder. Raises ArgumentTypeError."""
+    """Type of an option that names a file or folder; ~ is expanded. Raises ArgumentTypeError."""
     try:
         return expanded(text)
     except ValueError as error:
@@ -19,7 +19,7 @@ def path_option(text: str) -> Path:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with its complaint in one line."""
+    """An argparse parser that reports an error in one line."""
 
     def error(self, message: str):
         if found := re.fullmatch(r"argument (\S+): invalid (int|float) value: (.*)", message):

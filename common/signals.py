@@ -1,12 +1,12 @@
-"""Ctrl-C, SIGTERM and a lost terminal: end at the next point where nothing is half done.
+"""Ctrl-C, SIGTERM and a closed terminal end a program at the next safe point.
 
-    with stoppable():            # of a program: the signals now raise Interrupted
+    with stoppable():            # around a program: signals raise Interrupted
         ...
-        with defer_signals:           # what must be whole: the signal waits until its end
+        with defer_signals:           # around a critical section: signals wait until its end
             ...
 
-A second signal ends the process at once. A signal that the caller chose to ignore stays ignored, so that a run
-under nohup, or in the background of a shell script, is not ended by what is meant for others.
+A second signal ends the process at once. A signal that the caller ignores stays ignored, so that a run under nohup
+or in the background of a shell script continues.
 """
 
 import os
@@ -21,7 +21,7 @@ SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 
 
 class _DeferredSignals:
-    """A block that signals wait for; one object for the process, as signals are its own. It may be nested."""
+    """A critical section that defers signals; one object per process, may be nested."""
 
     def __init__(self):
         self.reset()
@@ -36,7 +36,7 @@ class _DeferredSignals:
             raise Interrupted(self._pending)
 
     def receive(self, number: int, frame: object) -> None:
-        """The handler of all signals."""
+        """Handle a signal."""
         if self._pending:
             os._exit(128 + number)
         self._pending = number
@@ -47,7 +47,7 @@ class _DeferredSignals:
             raise Interrupted(number)
 
     def reset(self) -> None:
-        """Forget a signal that has been dealt with."""
+        """Clear a signal that has been handled."""
         self._depth, self._pending, self._raised = 0, 0, False
 
 

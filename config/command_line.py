@@ -20,7 +20,7 @@ NAMED = {"config": "a YAML file with options", "resume": "the folder of a run", 
 
 @dataclass
 class Invocation:
-    """What a command line asked for."""
+    """A parsed command line."""
 
     config: Config
     name: str
@@ -33,11 +33,11 @@ class Invocation:
 def parse_command_line(
     argv: list[str] | None = None, above: dict[str, str] | None = None, source: str = ""
 ) -> Invocation:
-    """Read the command line; print and exit for --help and, once every value is known to fit, --print_config.
+    """Read the command line; print and exit for --help and, after all checks, for --print_config.
 
-    above: texts of options that count more than those of the command line, {"train.epochs": "3"}, and where they
-    are from. An option counts more than a file, and the later of two more than the earlier. Raises UserError for an
-    unknown name, a wrong type or an impossible value.
+    above: options that override the command line, {"train.epochs": "3"}; source: where they come from. An option
+    overrides a file, and the later of two overrides the earlier. Raises UserError for an unknown name, a wrong type
+    or an invalid value.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     load_plugins(_named_plugins(words))
@@ -60,13 +60,13 @@ def parse_command_line(
 
 
 def _named_plugins(words: list[str]) -> list[str]:
-    """The values of --plugins: code, which comes before all that it may have a part in, --help included."""
+    """The values of --plugins: they load first, because they may change everything else, --help included."""
     after = (word for option, word in pairwise(words) if option == "--plugins")
     return [*after, *(word.partition("=")[2] for word in words if word.startswith("--plugins="))]
 
 
 def _split(words: list[str]) -> tuple[set[str], list[tuple[str, str | None]]]:
-    """The flags, and the options with their texts, None where there is none; --help is obeyed at once."""
+    """The flags, and the options with their texts (None if missing); --help prints and exits."""
     flags, pairs = set(), []
     waiting = list(reversed(words))
     while waiting:
@@ -76,7 +76,7 @@ def _split(words: list[str]) -> tuple[set[str], list[tuple[str, str | None]]]:
             print(help_text(parse_command_line([]).config), end="")
             sys.exit()
         if not word.startswith("--"):
-            raise _stray(word)
+            raise _unexpected_word(word)
         if name in FLAGS and not joined:
             flags.add(name)
         elif joined:
@@ -86,26 +86,28 @@ def _split(words: list[str]) -> tuple[set[str], list[tuple[str, str | None]]]:
     return flags, pairs
 
 
-def _stray(word: str) -> UserError:
-    """A word that belongs to no option."""
+def _unexpected_word(word: str) -> UserError:
+    """The error for a word that belongs to no option."""
     if word.endswith((".yaml", ".yml")) and expanded(word).is_file():
         return UserError(f"{printable(word)} is a configuration file: write --config {quoted(word)}")
     return UserError(f"unknown option {printable(word)}: write --section.option VALUE; --help lists all options")
 
 
 def _sources(pairs: list[tuple[str, str | None]]) -> tuple[Path | None, list[Path]]:
-    """The run to resume, if any, and the files that the options come from."""
+    """The run to resume, if any, and the configuration files."""
     named: dict[str, list[Path]] = {name: [] for name in NAMED}
     for name, text in pairs:
         if name in NAMED:
             if not text:
-                raise UserError(f"--{name} names nothing: give {NAMED[name]}")
+                raise UserError(f"--{name} has no value: give {NAMED[name]}")
             named[name].append(expanded(text))
     if not named["resume"]:
         return None, named["config"] or [DEFAULT_CONFIG]
     if lost := next((name for name, _ in pairs if name in ("config", "run_dir")), None):
-        raise UserError(f"--resume takes configuration and folder from the run that it names: leave out --{lost}")
+        raise UserError(f"--resume uses the configuration and folder of its run: leave out --{lost}")
     run = absolute(named["resume"][-1])
     if not (run / "config.yaml").is_file():
-        raise UserError(f"{printable(run)} is not a run: it has no config.yaml; name a folder that train.py wrote")
+        raise UserError(
+            f"{printable(run)} is not a run folder: it has no config.yaml; name a folder that train.py wrote"
+        )
     return run, [run / "config.yaml"]

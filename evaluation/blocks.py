@@ -7,6 +7,7 @@ import torch
 
 from analysis import experts, routing
 from analysis.blocks import block_specialisation, most_specialised
+from common.meter import meter
 from data.image_set import ImageSet
 from evaluation.block_routing import BlockRouting
 from evaluation.predict import Predictions
@@ -80,13 +81,15 @@ def without_each_in_one_block(model: MoEViT, bank: ImageBank, split: str, images
     size = bank.evaluation_batch
     order_M = torch.arange(min(len(bank.splits[split]), -(-images // size) * size))
     batches = []
-    for inputs, _ in bank.batches(split, size, order_M):
-        batch_LE = []
-        for place in np.ndindex(blocks, num_experts):
-            allowed_LE = torch.ones(blocks, num_experts, dtype=torch.bool, device=inputs.device)
-            allowed_LE[place] = False
-            batch_LE.append(model(inputs, allowed_E=allowed_LE)[0].argmax(dim=1))
-        batches.append(torch.stack(batch_LE))
+    with meter("without each expert of each block", len(order_M)) as done:
+        for inputs, _ in bank.batches(split, size, order_M):
+            batch_LE = []
+            for place in np.ndindex(blocks, num_experts):
+                allowed_LE = torch.ones(blocks, num_experts, dtype=torch.bool, device=inputs.device)
+                allowed_LE[place] = False
+                batch_LE.append(model(inputs, allowed_E=allowed_LE)[0].argmax(dim=1))
+            batches.append(torch.stack(batch_LE))
+            done(len(inputs))
     return torch.cat(batches, dim=1).view(blocks, num_experts, -1).cpu().numpy()
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from analysis.routing import expert_importance, expert_load
+from common.meter import meter
 from evaluation.block_routing import BlockRouting, BlockRoutingSums
 from features.bank import FeatureBank
 from features.images import ImageBank
@@ -106,22 +107,24 @@ def predict(model: AnyMoE, bank: FeatureBank | ImageBank, split: str, removals: 
     inside = isinstance(model, MoEViT)
     answers, flat, gates, without = [], [], [], []
     sums, seen = BlockRoutingSums(model.block_places if isinstance(model, MoEViT) else model.places), 0
-    for inputs, labels_B in bank.batches(split, bank.evaluation_batch):
-        logits_BC, routings = model(inputs)
-        if isinstance(model, MoEViT):  # a mixture on top is not looked at
-            routings = routings[: len(model.blocks)]
-        answers.append((logits_BC, labels_B))
-        if inside:
-            sums.add(routings, len(labels_B))
-            gates.append(_mean_gate(routings, len(labels_B)).log())
-        else:
-            (routing,) = routings
-            flat.append((routing.sample_A + seen, routing.expert_A, routing.weight_A))
-            gates.append(routing.gate_logits_BE)
-        if removals and routings[0].num_experts > 1:
-            remove = _without_each_inside if inside else _without_each
-            without.append(remove(model, inputs, logits_BC, routings))
-        seen += len(labels_B)
+    with meter(split, len(bank.splits[split])) as done:
+        for inputs, labels_B in bank.batches(split, bank.evaluation_batch):
+            logits_BC, routings = model(inputs)
+            if isinstance(model, MoEViT):  # a mixture on top is not looked at
+                routings = routings[: len(model.blocks)]
+            answers.append((logits_BC, labels_B))
+            if inside:
+                sums.add(routings, len(labels_B))
+                gates.append(_mean_gate(routings, len(labels_B)).log())
+            else:
+                (routing,) = routings
+                flat.append((routing.sample_A + seen, routing.expert_A, routing.weight_A))
+                gates.append(routing.gate_logits_BE)
+            if removals and routings[0].num_experts > 1:
+                remove = _without_each_inside if inside else _without_each
+                without.append(remove(model, inputs, logits_BC, routings))
+            seen += len(labels_B)
+            done(len(labels_B))
     model.train(was_training)
     blocks = sums.result() if inside else None
     routing = blocks.heaviest() if inside else _columns(flat)

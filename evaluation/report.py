@@ -11,10 +11,11 @@ from PIL import Image
 
 from analysis.routing import top_classes
 from common.files import write_text
+from common.meter import duration
 from config.config import Config
 from evaluation.blocks import hardly_used
 from evaluation.figures import Drawing
-from evaluation.run_cost import LEGEND, NAMES, duration, shown, si
+from evaluation.run_cost import LEGEND, NAMES, shown, si
 from storage.folder import RunFolder
 
 SPREAD_NOTE = "For each expert: share of the gate's weight / of the assignments."
@@ -151,7 +152,7 @@ def _cost_table(cost: dict[str, Any]) -> Table:
 def _expert_table(results: dict[str, Any]) -> Table:
     rows, said = [], hardly_used(results)
     for expert, label in enumerate(results["experts"]):
-        favourites = top_classes(results["expert_by_class_weight"], results["class_names"], expert, 5)
+        most_weighted = top_classes(results["expert_by_class_weight"], results["class_names"], expert, 5)
         hardest = results["expert_hardest_classes"][expert]
         rows.append(
             [
@@ -160,7 +161,7 @@ def _expert_table(results: dict[str, Any]) -> Table:
                 percent(results["expert_importance"][expert]),
                 percent(results["expert_accuracy"][expert]),
                 percent(results["expert_confidence"][expert]),
-                ", ".join(f"{name}: {percent(share, 0)}" for name, share in favourites),
+                ", ".join(f"{name}: {percent(share, 0)}" for name, share in most_weighted),
                 ", ".join(f"{row['class']}: {percent(row['accuracy'], 0)}" for row in hardest),
             ]
         )

@@ -43,7 +43,7 @@ def dispatch(
     if dispatch_mode in ("auto", "static"):
         dispatch_mode = choose(len(assignments.sample_A), experts, x_BD, static=dispatch_mode == "static")
     with torch.autocast(device, enabled=False):
-        return WAYS[dispatch_mode](x_BD, assignments, experts)
+        return DISPATCHERS[dispatch_mode](x_BD, assignments, experts)
 
 
 def choose(number: int, experts: Experts, x_BD: Tensor, static: bool = False) -> str:
@@ -126,7 +126,7 @@ def run_grouped(x_BD: Tensor, assignments: Assignments, experts: Experts) -> tup
     return pick(torch.cat(outputs), row_A), position_A
 
 
-WAYS = {"sorted": run_sorted, "grouped": run_grouped, "dense": run_dense}
+DISPATCHERS = {"sorted": run_sorted, "grouped": run_grouped, "dense": run_dense}
 
 
 def combine_logits(outputs_AC: Tensor, order_A: Tensor, assignments: Assignments) -> Tensor:

@@ -9,7 +9,7 @@ from config.optim import OptimConfig
 
 
 def lr_factor(step: int, total_steps: int, config: OptimConfig) -> float:
-    """Learning rate of a step (0-based) as a share of the peak.
+    """Learning rate of a step (0-based) relative to the peak.
 
     Linear from 1/w to 1 over the w warm-up steps, then constant, or half a cosine down to 0 at `total_steps`
     (Loshchilov 2017, SGDR, without restarts).
@@ -23,7 +23,7 @@ def lr_factor(step: int, total_steps: int, config: OptimConfig) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, total_steps: int, config: OptimConfig) -> None:
-    """Give every group the learning rate of a step (0-based)."""
+    """Set the learning rate of a step (0-based) in every parameter group."""
     lr = config.lr * lr_factor(step, total_steps, config)
     for group in optimizer.param_groups:
         if isinstance(group["lr"], torch.Tensor):
@@ -41,8 +41,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     device = next(model.parameters()).device
     if device.type != "cuda":
         return kinds[config.kind](groups, lr=config.lr)
-    for group in groups:  # one tensor each, which a captured step reads again
+    for group in groups:  # one tensor each, which a captured step reads
         group["lr"] = torch.tensor(config.lr, device=device)
     optimizer = kinds[config.kind](groups, fused=True, capturable=True)
-    optimizer._warned_capturable_if_run_uncaptured = True  # the first steps are, and PyTorch would warn of it
+    optimizer._warned_capturable_if_run_uncaptured = True  # the first steps are not captured, and PyTorch would warn
     return optimizer

@@ -75,9 +75,9 @@ class ExpertsConfig:
         if self.place == "head" and self.blocks != "all":
             raise ValueError(f"experts.blocks {self.blocks} needs experts.place blocks: set it, or leave blocks out")
         if self.head and (self.place == "head" or len(self.head) != len(self.sizes)):
-            misfit = f"needs {len(self.sizes)} entries, as sizes"
-            misfit = "is for experts.place blocks" if self.place == "head" else misfit
-            raise ValueError(f"experts.head {self.head} {misfit}: set that, or leave it out")
+            rule = f"needs {len(self.sizes)} entries, as sizes"
+            rule = "is for experts.place blocks" if self.place == "head" else rule
+            raise ValueError(f"experts.head {self.head} {rule}: set that, or leave it out")
         if self.blocks == []:
             raise ValueError("experts.blocks is empty: name at least one block, or all")
         count = len(self.sizes) + len(self.shared)

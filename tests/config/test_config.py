@@ -115,13 +115,13 @@ def test_a_configuration_survives_writing_and_reading(tmp_path):
         (["--balance.switch", "1e300"], "balance.switch is 1e+300: a loss weight is from 0 to 1e+06"),
         (["--optim.lr", "1e39"], "optim.lr is 1e+39: it must be above 0, and at most 1e+06"),
         (["--optim.weight_decay", "1e39"], "optim.weight_decay is 1e+39"),
-        (["--optim.clip_norm", "1e-300"], "leaves next to nothing of a gradient"),
+        (["--optim.clip_norm", "1e-300"], "too small to train with"),
         (["--data.validation", "1.5"], "data.validation is 1.5"),
         (["--neck.kind", "attention"], "neck.kind attention reads tokens"),
         (["--backbone.features", "[max:-1]"], "backbone.features has 'max:-1'"),
         (["--device", "tpu"], "device is 'tpu'"),
         (["--config", "nowhere.yaml"], "--config nowhere.yaml: no such file"),
-        (["--config"], "--config names nothing"),
+        (["--config"], "--config has no value"),
         (["configs/digits.yaml"], "configs/digits.yaml is a configuration file: write --config configs/digits.yaml"),
         (["--device", "cpu", "configs/digits.yaml", "--train.epochs=3"], "write --config configs/digits.yaml"),
         (["configs/nowhere.yaml"], "unknown option configs"),
@@ -282,7 +282,7 @@ def test_help_explains_every_field_and_print_config_round_trips(tmp_path, capsys
     assert all(f"{kind}: " in " ".join(text.split()) for kind in ROUTERS)
     shown = {match[1]: " ".join(match[2].split()) for match in options}
     assert all("default: " in explanation for explanation in shown.values())
-    assert "default: 10, 40 in a file without it" in shown["train.epochs"]  # configs/cifar100.yaml has 10
+    assert "default: 10, 40 if the file leaves it out" in shown["train.epochs"]  # configs/cifar100.yaml has 10
     examples = re.findall(r"^  python (train\.py .*?)(?:   |$)", text.partition("examples:")[2], re.MULTILINE)
     assert len(examples) == 3
     for example in examples:

@@ -76,7 +76,7 @@ def test_the_fraction_that_is_advised_for_few_images_does(classes, count, fracti
 
 def test_a_class_needs_an_image_for_each_split_that_is_taken_from_the_training_images(tmp_path):
     np.savez(tmp_path / "a.npz", images=np.arange(16)[:, None, None] * np.ones((16, 8, 8)), labels=np.arange(16) // 2)
-    with pytest.raises(UserError, match=r"class '0' has 2 images, and is to be in three splits \(data\.validation"):
+    with pytest.raises(UserError, match=r"class '0' has 2 images for three splits \(data\.validation"):
         load_splits(DataConfig(name="arrays", root=tmp_path / "a.npz", image_size=8))
 
 

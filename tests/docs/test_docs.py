@@ -29,7 +29,10 @@ from model.routers import ROUTERS
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
-SECTIONS = ("data", "augment", "backbone", "features", "neck", "router", "experts", "balance", "optim", "train")
+SECTIONS = (
+    *("data", "augment", "backbone", "features", "neck", "router", "experts", "balance", "optim", "train"),
+    "parallel",
+)
 TOOLS = {"clearml-init", "pre-commit"}  # of other projects
 PARSERS = {
     "evaluate.py": evaluate.parse,

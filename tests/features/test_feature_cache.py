@@ -81,7 +81,7 @@ def test_a_file_that_lies_about_its_name_is_left_alone(tmp_path, capsys):
     other = cache.path({**KEY, "view": 2})
     os.replace(path, other)
     assert cache.load({**KEY, "view": 2}) is None
-    assert "other features than its name says" in capsys.readouterr().err
+    assert "does not have the features that its name says" in capsys.readouterr().err
     assert cache.draft({**KEY, "view": 2}, (5, 3), torch.float16) is None
     assert other.exists()
 
@@ -159,7 +159,7 @@ def test_a_disk_that_is_too_small_is_an_error_before_anything_is_extracted(tmp_p
     monkeypatch.setattr(FeatureCache, "free", lambda self: 1000)
     calls = []
     with pytest.raises(
-        EnvironmentFault, match=r"need 10 kB in .*, where 1 kB are free: choose another --features\.cache_dir"
+        EnvironmentFault, match=r"need 10 kB in .*, but only 1 kB are free: choose another --features\.cache_dir"
     ):
         everything(bank(FeatureCache(tmp_path), calls=calls))
     assert calls == [] and not list(tmp_path.iterdir())
@@ -188,7 +188,7 @@ def test_a_torn_file_counts_as_one_that_is_to_be_written(tmp_path, capsys):
     truncated(path)
     capsys.readouterr()
     everything(bank(FeatureCache(tmp_path), views=1))
-    assert f"0 of 1 in {tmp_path}, 4 kB to be written" in capsys.readouterr().out
+    assert f"0 of 1 in {tmp_path}, 4 kB to write" in capsys.readouterr().out
 
 
 def test_what_a_killed_process_left_is_removed_and_what_another_writes_is_not(tmp_path):
@@ -222,9 +222,9 @@ def test_the_size_is_said_before_it_is_written(tmp_path, capsys):
     assert out.count("features     train") == 1
     # 40 images of 48 numbers in float16 are 3,840 bytes a view; 10 of validation and 12 of test 960 and 1,152.
     assert "12 kB (3 views of 4 kB), kept in host memory; 0 of 3 in" in out
-    assert "12 kB to be written there, and 2 kB of other splits (" in out
+    assert "12 kB to write, and 2 kB for other splits (" in out
     everything(bank(FeatureCache(tmp_path), views=3))
-    assert f"2 of 3 in {tmp_path}, 4 kB to be written" in capsys.readouterr().out
+    assert f"2 of 3 in {tmp_path}, 4 kB to write" in capsys.readouterr().out
 
 
 def test_list_and_clear(tmp_path, capsys):
@@ -269,7 +269,7 @@ def test_clear_deletes_what_it_was_asked_to_and_shows_it_first(tmp_path, capsys)
     assert "cls:-1 to mean:-1 (3), " in shown and shown.endswith(", crop 3 flip True")
     assert any(", cls:-1, " in line for line in lines) and any(", cls:-1 mean:-2, " in line for line in lines)
     for words in (["0" * 12], ["--older_than", "31"], ["--data.name", "vit"]):
-        with pytest.raises(UserError, match="no stored features"):
+        with pytest.raises(UserError, match="no features in"):
             feature_cache.main(["clear", *words, "--dir", str(tmp_path)])
     feature_cache.main(["list", "--backbone.name", "other", "--dir", str(tmp_path)])
     assert len(capsys.readouterr().out.splitlines()) == 2
@@ -292,7 +292,7 @@ def test_clear_keeps_what_a_running_process_reads_or_writes(tmp_path, capsys):
     stored_file(tmp_path, key={**KEY, "view": 3})
     clear = [sys.executable, "-m", "features.cache", "clear", "--dir", str(tmp_path)]
     out = subprocess.run(clear, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert out.count("kept, a running process uses it") == 2 and "deleted 1 file," in out
+    assert out.count("kept: a running process uses it") == 2 and "deleted 1 file," in out
     assert path.exists() and torch.all(features == 1.5)
     reader.commit(draft)
     reader.wait()
