@@ -34,8 +34,8 @@ from evaluation.predict import predict
 
 RATES = {"dense": [5e-4, 1e-3], "lora": [3e-4, 1e-3], "full": [1e-5, 3e-5]}
 METHODS = ["experts", "dense", "lora", "full", "head"]
-TINY = ["--config", "configs/digits_blocks.yaml", "--data.max_per_class", "40", "--train.epochs", "1"]
-TINY += ["--router.warmup_steps", "2"]
+TINY = ["--config", "configs/digits_blocks.yaml", "--data.max_per_class", "20", "--train.epochs", "1"]
+TINY += ["--train.batch_size", "32", "--data.validation", "0.2", "--router.warmup_steps", "2"]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -46,7 +46,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method (default 3)")
     parser.add_argument("--first_seed", type=int, default=0, help="the first of the seeds (default 0)")
     parser.add_argument("--pick_epochs", type=int, default=3, help="of a run that chooses a learning rate (default 3)")
-    parser.add_argument("--pick_only", action="store_true", help="choose learning rates, and leave the test images")
+    parser.add_argument(
+        "--pick_only", action="store_true", help="choose learning rates, and leave the test images (default: no)"
+    )
     options, rest = parser.parse_known_args(argv)
     rest = [*TINY, *rest] if options.tiny else rest
     device = start(options)
