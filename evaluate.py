@@ -6,7 +6,6 @@ python evaluate.py --compare RUN RUN ...    a table and a figure of run folders 
 """
 
 from common.errors import exit_on_signal
-from common.network import reachable
 
 if __name__ == "__main__":
     exit_on_signal()  # before the imports, which take seconds
@@ -14,18 +13,14 @@ if __name__ == "__main__":
 import argparse
 from pathlib import Path
 
-from assembly.loading import configure, describe
-from assembly.pipeline import build_bank, build_model, compile_blocks, identity, pick_device
+from assembly.loading import open_run
+from assembly.pipeline import compile_blocks
+from assembly.start import tags_of
 from common.arguments import Parser, path_option
-from common.errors import as_environment_fault, exit_code_of, exit_process
+from common.errors import exit_code_of, exit_process
 from common.plugins import add_plugins_option, load_plugins
 from common.text import printable, quoted
-from data.datasets import load_splits
 from evaluation.evaluation import evaluate, table
-from model.backbone import load_backbone
-from storage.checkpoint import check_inputs
-from storage.export import load_exported
-from storage.folder import RunFolder
 from tracking.tracker import open_evaluation
 
 
@@ -107,26 +102,14 @@ def main() -> None:
 
 def score(options: argparse.Namespace) -> None:
     """Load the model of a run, evaluate it on the test set and write the results."""
-    run = RunFolder(options.run)
-    described = describe(run)
-    config = configure(described["config"], options.device, options.root, options.weights)
-    if options.cache_dir is not None:
-        config.features.cache_dir = None if str(options.cache_dir) == "null" else options.cache_dir.absolute()
-    device = pick_device(config.device)
-    splits = load_splits(config.data)
-    with as_environment_fault():
-        backbone = load_backbone(config.backbone, device, reachable)
-    bank = build_bank(config, splits, backbone, device)
-    with as_environment_fault():
-        check_inputs(described, identity(config, splits, backbone, bank.feature_shape), run.weights)
-        model = build_model(config, bank.feature_shape, splits.test.num_classes, backbone).to(device)
-        compile_blocks(config, model, device)
-        load_exported(run, model, described.get("weights_sha256"))
-    tags = [config.data.name, config.backbone.name, config.router.kind]
-    with open_evaluation(options.tracking, run.path, config.to_dict(), name=run.path.name, tags=tags) as tracker:
+    opened = open_run(options.run, options.device, options.root, options.weights, options.cache_dir)
+    run, config, model = opened.run, opened.config, opened.model
+    compile_blocks(config, model, opened.inputs.device)
+    named = {"name": run.path.name, "tags": tags_of(config)}
+    with open_evaluation(options.tracking, run.path, config.to_dict(), **named) as tracker:
         if tracker.resends:
             tracker.model(run.weights, name=run.path.name)
-        print(table(evaluate(run, config, model, bank, tracker, backbone, options.worth_images)))
+        print(table(evaluate(run, config, model, opened.bank, tracker, opened.inputs.backbone, options.worth_images)))
     print(f"written to   {printable(run.evaluation)}; open {run.report.name} in a browser")
 
 

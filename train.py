@@ -12,40 +12,54 @@ from common.errors import exit_on_signal
 if __name__ == "__main__":
     exit_on_signal()  # before the imports, which take seconds
 
-from assembly.pipeline import build_trainer, load_inputs
+from assembly.pipeline import Inputs, build_trainer, load_inputs
+from assembly.seeds import train_seeds
 from assembly.start import announce, start_tracking
+from assembly.twin import dense_twin
 from common.errors import exit_code_of, exit_process
 from common.signals import stoppable
 from common.text import printable
 from config.command_line import parse_command_line
 from config.config import write_config
 from evaluation.evaluation import evaluate, table
+from features.bank import FeatureBank
+from features.images import ImageBank
 from storage.export import export_model
-from storage.resume import start_of
+from storage.resume import Start, start_of
 from tracking.agent import apply_agent_values
 from training.length import shorten_warmup
 
 
 def main() -> None:
-    """Read the configuration, load the data, build the model, train, evaluate, report."""
+    """One run, or one a seed."""
     with stoppable():
-        start = start_of(apply_agent_values(parse_command_line()))
+        invocation = apply_agent_values(parse_command_line())
+        if invocation.seeds is not None:
+            train_seeds(invocation, train)
+            return
+        start = start_of(invocation)
         if start.finished:
             print(start.finished)
-            return
-        checkpoint, inputs = start.checkpoint, load_inputs(start.config)
-        config = start.config if checkpoint else shorten_warmup(start.config, len(inputs.splits.train))
-        with start.claimed() as run, start_tracking(config, run, checkpoint) as tracker:
-            write_config(config, run.config)
-            trainer = build_trainer(config, inputs, run, tracker, checkpoint)
-            announce(config, inputs, trainer)
-            best = trainer.fit()
-            print(f"{config.train.keep} epoch   {best['epoch']}, validation macro-F1 {100 * best['macro_f1']:.2f} %")
-            export_model(run, best)
-            tracker.model(run.weights, name=run.path.name)
-            trainer.model.load_state_dict(best["model"])
-            print(table(evaluate(run, config, trainer.model, trainer.bank, tracker, inputs.backbone)))
-            print(f"run folder   {printable(run.path)}")
+        else:
+            train(start, load_inputs(start.config))
+
+
+def train(start: Start, inputs: Inputs, bank: FeatureBank | ImageBank | None = None) -> None:
+    """Configuration, data, model, fit, evaluate, report. bank: features that several runs share (None: made here)."""
+    checkpoint = start.checkpoint
+    config = start.config if checkpoint else shorten_warmup(start.config, len(inputs.splits.train))
+    config = dense_twin(config, inputs)
+    with start.claimed() as run, start_tracking(config, run, checkpoint) as tracker:
+        write_config(config, run.config)
+        trainer = build_trainer(config, inputs, run, tracker, checkpoint, bank)
+        announce(config, inputs, trainer)
+        best = trainer.fit()
+        print(f"{config.train.keep} epoch   {best['epoch']}, validation macro-F1 {100 * best['macro_f1']:.2f} %")
+        export_model(run, best)
+        tracker.model(run.weights, name=run.path.name)
+        trainer.model.load_state_dict(best["model"])
+        print(table(evaluate(run, config, trainer.model, trainer.bank, tracker, inputs.backbone)))
+        print(f"run folder   {printable(run.path)}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The start of a training: tracking, and the lines that describe data, backbone and model."""
 
+import json
 from typing import Any
 
 from assembly.pipeline import Inputs
@@ -20,10 +21,15 @@ def start_tracking(config: Config, run: RunFolder, checkpoint: dict[str, Any] | 
         run.path,
         config.to_dict(),
         name=run.path.name,
-        tags=[config.data.name, config.backbone.name, config.router.kind],
+        tags=tags_of(config),
         task_id=checkpoint and checkpoint["task_id"],
         resume_step=metrics_step(checkpoint),
     )
+
+
+def tags_of(config: Config) -> list[str]:
+    """What the tasks of a run are tagged with in ClearML."""
+    return [config.data.name, config.backbone.name, "dense twin" if config.train.twin_of else config.router.kind]
 
 
 def announce(config: Config, inputs: Inputs, trainer: Trainer) -> None:
@@ -39,6 +45,9 @@ def announce(config: Config, inputs: Inputs, trainer: Trainer) -> None:
         unit = f"{config.router.level}, in {len(model.blocks)} blocks{top},"
     seen = f"{model.mixtures[0].router.experts_per_sample:g} a {unit} by {config.router.kind}"
     print(f"experts      {', '.join(config.experts.labels())}; {seen}")
+    if config.train.twin_of:
+        of = json.loads(config.train.twin_of)
+        print(f"dense twin   in place of experts {of.get('experts.sizes')} by {of.get('router.kind', 'soft_moe')}")
     if shared := config.experts.shared_labels():
         print(f"shared       {', '.join(shared)}; every sample passes all of them")
     costs = cost(trainer.model, inputs.backbone, trainer.bank.feature_shape)

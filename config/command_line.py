@@ -15,6 +15,7 @@ from config.yaml_file import read_yaml
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "cifar100.yaml"
 FLAGS = ("print_config", "debug")
+MOST_SEEDS = 1000
 NAMED = {"config": "a YAML file with options", "resume": "the folder of a run", "plugins": "a Python file"}
 
 
@@ -26,6 +27,8 @@ class Invocation:
     name: str
     """Stem of the configuration file, for the run's name."""
     resume: Path | None
+    seeds: int | None = None
+    """How many seeds to train, from train.seed up; None: that one alone."""
     words: list[str] = field(default_factory=list)
     """The command line itself."""
 
@@ -42,7 +45,10 @@ def parse_command_line(
     words = list(sys.argv[1:] if argv is None else argv)
     load_plugins(_named_plugins(words))
     flags, pairs = _split(words)
+    seeds, pairs = _seeds(pairs)
     resume, files = _sources(pairs)
+    if seeds is not None and resume is not None:
+        raise UserError("--seeds starts runs of its own: leave it out, or --resume")
     values = Values()
     for file in files:
         values.add_all(read_yaml(file), lambda key, file=file: f"{key} in {file}")
@@ -56,7 +62,7 @@ def parse_command_line(
     if "print_config" in flags:
         print(as_yaml(config, is_unicode(sys.stdout)), end="")
         sys.exit()
-    return Invocation(config, files[-1].stem if resume is None else resume.name, resume, words)
+    return Invocation(config, files[-1].stem if resume is None else resume.name, resume, seeds, words)
 
 
 def _named_plugins(words: list[str]) -> list[str]:
@@ -91,6 +97,14 @@ def _unexpected_word(word: str) -> UserError:
     if word.endswith((".yaml", ".yml")) and expanded(word).is_file():
         return UserError(f"{printable(word)} is a configuration file: write --config {quoted(word)}")
     return UserError(f"unknown option {printable(word)}: write --section.option VALUE; --help lists all options")
+
+
+def _seeds(pairs: list[tuple[str, str | None]]) -> tuple[int | None, list[tuple[str, str | None]]]:
+    """The number of seeds, if any, and the other options."""
+    texts = [text or "" for name, text in pairs if name == "seeds"]
+    if texts and not (texts[-1].isdecimal() and 1 <= int(texts[-1]) <= MOST_SEEDS):
+        raise UserError(f"--seeds is '{texts[-1]}': give a number of seeds, 1 to {MOST_SEEDS}")
+    return int(texts[-1]) if texts else None, [pair for pair in pairs if pair[0] != "seeds"]
 
 
 def _sources(pairs: list[tuple[str, str | None]]) -> tuple[Path | None, list[Path]]:

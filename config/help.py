@@ -14,7 +14,7 @@ from common.plugins import HELP
 from config.config import Config, flatten
 from config.values import expected
 
-USAGE = """usage: python train.py [--config FILE] [--section.option VALUE ...] [--resume RUN]
+USAGE = """usage: python train.py [--config FILE] [--section.option VALUE ...] [--seeds N] [--resume RUN]
 
 Train a vision mixture of experts on the features of a frozen ViT, then evaluate it.
 """
@@ -24,6 +24,8 @@ GENERAL = {
     "line override the file; options that are in neither have their own defaults.",
     "--print_config": "Check the configuration, print it as YAML and exit.",
     "--resume RUN": "Continue an interrupted run in its folder.",
+    "--seeds N": "Train N runs from train.seed up, each in a folder of its own, on inputs that are loaded once, and "
+    "print their mean, deviation and what pairs them.",
     "--plugins FILE": HELP,
     "--debug": "Show the traceback of an error.",
 }

@@ -41,6 +41,12 @@ class TrainConfig:
     (PatchDropout, Liu 2022): less work, and less overfitting. Evaluation uses all patches."""
     all_patches: float = 0.1
     """Share of the steps, at the end of training, that use all patches in spite of patch_dropout."""
+    dense_twin: bool = False
+    """Train the run's dense twin: in place of the mixture one part that every sample passes, with the FLOPs that gate
+    and experts have for a sample, in the same place and trained alike. What is better tells whether a mixture pays."""
+    twin_of: str | None = None
+    """Written by dense_twin, not by you: the options that it has replaced, as JSON, by which a comparison finds the
+    runs that belong together."""
     deterministic: bool = False
     """Use only deterministic algorithms of PyTorch on a GPU, which is slower; a CPU is deterministic without it."""
 
@@ -65,5 +71,7 @@ class TrainConfig:
                 f"train.patience {self.patience} stops after the best epoch, but train.keep last uses a later one: "
                 "set patience to 0, or keep to best"
             )
+        if self.twin_of is not None and not self.dense_twin:
+            raise ValueError("train.twin_of is written by train.dense_twin: leave it out, or set train.dense_twin true")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"train.seed is {self.seed}: it must be at least 0 and below 2^32")

@@ -1,4 +1,4 @@
-"""What the experts inside a ViT do, block by block, and what each is worth in one block."""
+"""Results for each block with experts, and the ablation of experts in single blocks."""
 
 from typing import Any
 
@@ -14,17 +14,16 @@ from evaluation.predict import Predictions
 from features.images import ImageBank
 from model.moe_vit import MoEViT
 
-WORTH_IMAGES = 2048  # on which each expert is removed from one block at a time, on a GPU
+WORTH_IMAGES = 2048  # images for the ablation of experts in single blocks, on a GPU
 
 
 def block_results(
     predictions: Predictions, test: ImageSet, target_E: np.ndarray, without_LEM: np.ndarray | None = None
 ) -> dict[str, Any]:
-    """The part of metrics.json on single blocks; empty where the experts are not inside the ViT.
+    """The part of metrics.json on single blocks; empty if the experts are behind the ViT.
 
-    `specialisation` becomes that of the block that specialises most: over all blocks an image has no one expert.
-    target_E: the load that each expert should have. without_LEM: the answers to the first M test images without an
-    expert in one block, where they were asked for.
+    `specialisation` is that of the most specialised block. target_E: target load of each expert. without_LEM: answers
+    to the first M test images without an expert in one block (None: not computed).
     """
     found = predictions.blocks
     if found is None:
@@ -56,13 +55,13 @@ def block_results(
 
 
 def _add_shares(rows: list[dict[str, Any]], key: str, found: BlockRouting, labels_N: np.ndarray, count: int) -> None:
-    """Add to each block's row how the weight of each class is spread over the experts."""
+    """Add the distribution of each class's weight over the experts to each block's row."""
     for row, table_CE in zip(rows, found.by_class(labels_N, count), strict=True):
         row[key] = (table_CE / table_CE.sum(axis=1, keepdims=True).clip(min=1e-30)).tolist()
 
 
 def hardly_used(results: dict[str, Any]) -> list[str]:
-    """For each expert "below 1 % of the load", inside the ViT with the blocks where that is so; empty elsewhere."""
+    """For each expert "below 1 % of the load", with the blocks concerned, or an empty text."""
     said = []
     for expert, mark in enumerate(results["expert_underused"]):
         blocks = [str(row["block"]) for row in results.get("blocks", []) if row["expert_underused"][expert]]
@@ -73,9 +72,9 @@ def hardly_used(results: dict[str, Any]) -> list[str]:
 
 @torch.no_grad()
 def without_each_in_one_block(model: MoEViT, bank: ImageBank, split: str, images: int) -> np.ndarray:
-    """The answers (L, E, M) to the first M images of a split without expert e in block l, which its tokens then avoid.
+    """The answers (L, E, M) to the first M images of a split without expert e in block l.
 
-    model: in evaluation mode. images: at least so many, a whole number of batches or all there are.
+    model: in evaluation mode. images: minimum M, rounded up to whole batches, at most the split.
     """
     blocks, num_experts = len(model.blocks), model.mixtures[0].router.num_experts
     size = bank.evaluation_batch

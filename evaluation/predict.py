@@ -1,4 +1,4 @@
-"""Run a trained model over a split and keep what the scores and the figures need."""
+"""Runs a trained model on a split and collects what scores and figures need."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,11 +20,10 @@ from model.routers import Routing
 
 @dataclass
 class Removals:
-    """What the model would do without each of its E experts.
+    """Results of removing each of E experts.
 
-    predicted_EN: the answers once the expert is barred and its samples go to their next choice. before_EE,
-    after_EE: row e, the assignments of positive weight, to each expert, of the samples that expert e has a part
-    in, with it and without it.
+    predicted_EN: the answers if the expert is excluded and its samples go to their next choice. before_EE, after_EE:
+    row e has the assignments (with positive weight) to each expert, of the samples of expert e, with and without it.
     """
 
     predicted_EN: np.ndarray

@@ -1,4 +1,4 @@
-"""evaluation/report.html: one evaluation as a single page that opens offline, figures and all."""
+"""evaluation/report.html: an evaluation as a single page that opens offline, including figures."""
 
 import base64
 import json
@@ -13,12 +13,14 @@ from analysis.routing import top_classes
 from common.files import write_text
 from common.meter import duration
 from config.config import Config
+from evaluation import compression
 from evaluation.blocks import hardly_used
+from evaluation.compression import EXPERT_HEADER, EXPERT_LEGEND, expert_rows, figure_rows
 from evaluation.figures import Drawing
 from evaluation.run_cost import LEGEND, NAMES, shown, si
 from storage.folder import RunFolder
 
-SPREAD_NOTE = "For each expert: share of the gate's weight / of the assignments."
+SPREAD_NOTE = "For each expert: share of the gate weight / of the assignments."
 CO_ACTIVATION = 16  # experts up to which the table of pairs is shown
 
 
@@ -41,7 +43,8 @@ def write_report(run: RunFolder, config: Config, results: dict[str, Any], drawin
     )
     page = templates.get_template("report.html.j2").render(
         name=run.path.resolve().name,
-        subtitle=f"{config.data.name}, {config.backbone.name}, {config.router.kind} top-{config.router.top_k}",
+        subtitle=f"{config.data.name}, {config.backbone.name}, {_rule(config)}",
+        verdict=results.get("dense_twin", {}).get("text", ""),
         headline=_headline(results),
         figures=[_embed(drawing) for drawing in drawings],
         tables=[table for table in _tables(results) if table.rows],
@@ -50,6 +53,10 @@ def write_report(run: RunFolder, config: Config, results: dict[str, Any], drawin
     )
     write_text(run.report, page)
     return run.report
+
+
+def _rule(config: Config) -> str:
+    return "dense twin" if config.train.twin_of else f"{config.router.kind} top-{config.router.top_k}"
 
 
 def _embed(drawing: Drawing) -> dict[str, Any]:
@@ -114,7 +121,8 @@ def _cost_card(cost: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def _tables(results: dict[str, Any]) -> list[Table]:
-    tables = [_cost_table(results["cost"]), _expert_table(results), _worth_table(results)]
+    tables = [_cost_table(results["cost"]), *_compression_tables(results.get("compression"))]
+    tables += [_expert_table(results), _worth_table(results)]
     tables += [_block_table(results), _co_activation(results)]
     if "superclass_names" in results:
         rows = _spread(results["superclass_names"], results, "superclass")
@@ -149,6 +157,17 @@ def _cost_table(cost: dict[str, Any]) -> Table:
     return Table("Cost", LEGEND, ["what", "value"], rows)
 
 
+def _compression_tables(found: dict[str, Any] | None) -> list[Table]:
+    """Of a run that compress.py made: what it was before, and what became of each expert."""
+    if not found:
+        return []
+    what = EXPERT_HEADER[2]
+    return [
+        Table("Compression", compression.LEGEND, ["what", "before", "after"], figure_rows(found)),
+        Table("What became of the experts", EXPERT_LEGEND, EXPERT_HEADER, expert_rows(found), text=(what,)),
+    ]
+
+
 def _expert_table(results: dict[str, Any]) -> Table:
     rows, said = [], hardly_used(results)
     for expert, label in enumerate(results["experts"]):
@@ -167,8 +186,8 @@ def _expert_table(results: dict[str, Any]) -> Table:
         )
     return Table(
         title="Experts",
-        note="Accuracy and confidence are those of the whole mixture on the images that the expert had a part in. "
-        "Serves most: share of the gate's weight for the class. Hardest: accuracy on the class, of 5 images or more.",
+        note="Accuracy and confidence of the whole mixture on the expert's images. "
+        "Serves most: share of the gate weight for the class. Hardest: accuracy on the class, from 5 images.",
         header=["expert", "load", "gate weight", "accuracy", "confidence", "serves most", "hardest"],
         rows=rows,
         text=("serves most", "hardest"),
@@ -215,8 +234,8 @@ def _worth_table(results: dict[str, Any]) -> Table:
             )
     return Table(
         title="What each expert is worth",
-        note="Each expert removed in turn, its images sent to the gate's next choice, nothing trained again. "
-        "Change of macro-F1 in points, below 0 where the expert is of use, ± one standard deviation over bootstrap "
+        note="Each expert is removed in turn, without retraining; its images go to the gate's next choice. "
+        "Change of macro-F1 in points (below 0: the expert is useful) ± one standard deviation over bootstrap "
         "resamples of the test images. "
         "FLOPs saved below 0: its images go to larger experts.",
         header=[
@@ -239,7 +258,7 @@ def _co_activation(results: dict[str, Any]) -> Table:
     shown = 1 < len(labels) <= CO_ACTIVATION
     return Table(
         title="Experts that work together",
-        note="Of the images of the expert on the left, the share that the expert above sees as well.",
+        note="Of the images of the expert on the left, the share that also goes to the expert above.",
         header=["expert", *labels],
         rows=[
             [label, *("" if e == other else percent(count / max(1, row[e]), 0) for other, count in enumerate(row))]

@@ -1,4 +1,4 @@
-"""What a run cost to train, and what an image costs it, beside its scores."""
+"""The cost of a run: training time, and parameters and FLOPs per image."""
 
 from collections.abc import Sequence
 from statistics import median
@@ -23,9 +23,9 @@ NAMES = {
 }
 """What `run_cost` returns, in words."""
 LEGEND = (
-    "Active parameters: those of the trained ones that a mean test image passes. FLOPs: of one image, backbone "
-    "included, a multiply-add as two. Training time: all epochs with validation, and the features where they were "
-    "made. Images/s: of the median epoch, training alone. Peak memory: of the GPU, on a CPU of the process."
+    "Active parameters: trained parameters that a mean test image uses. FLOPs: of one image, with the backbone; a "
+    "multiply-add counts as two. Training time: all epochs with validation, and the extraction of features. Images/s: "
+    "of the median epoch, training only. Peak memory: of the GPU, or of the process on a CPU."
 )
 
 

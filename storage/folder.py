@@ -62,6 +62,11 @@ class RunFolder:
         return self.path / "model.json"
 
     @property
+    def compression(self) -> Path:
+        """What compress.py did, of a run that it made."""
+        return self.path / "compression.json"
+
+    @property
     def evaluation(self) -> Path:
         return self.path / "evaluation"
 

@@ -69,10 +69,16 @@ class Start:
 def start_of(invocation: Invocation) -> Start:
     """The start of the requested run; nothing is written.
 
-    Raises UserError as `load_resumable` does, and if the folder is in use or already holds a run.
+    Raises UserError as `load_resumable` does, if the folder is in use or already holds a run, and for a new run of
+    quantised experts.
     """
     config = invocation.config
     if invocation.resume is None:
+        if config.experts.quantised:
+            raise UserError(
+                "experts.weights and experts.head_weights are written by compress.py --quantise: train in float32, "
+                "then compress the run"
+            )
         if config.run_dir is not None:
             RunFolder(config.run_dir).require_not_busy()
             RunFolder(config.run_dir).require_no_run()

@@ -15,10 +15,10 @@ LAYERS = (
     {"config"},
     {"features", "storage"},
     {"tracking"},
-    {"training", "evaluation"},
+    {"training", "evaluation", "compression"},
     {"assembly"},
     {"benchmarks", "distillation"},
-    {"train", "evaluate", "predict"},
+    {"train", "evaluate", "predict", "compress"},
 )
 """From the ground up: each imports those below it, none beside it."""
 RANK = {room: rank for rank, layer in enumerate(LAYERS) for room in layer}

@@ -13,6 +13,9 @@ from config.values import convert, option_types
 from config.yaml_file import spelled
 from tracking.clearml_task import attempt, server_problem
 
+WHOLE = ("completed", "closed", "published")
+"""What ClearML calls a task that has come to its end."""
+
 
 def get_task(task_id: str) -> Any:
     """The SDK's object for a task on the configured ClearML server.
@@ -46,14 +49,17 @@ def fetch_run(task_id: str) -> dict[str, Any]:
     """Name, configuration and final scores of a task on the configured ClearML server.
 
     Returns {"name", "config" (nested as config.yaml), "metrics" (as evaluation/metrics.json if the task has that file,
-    else the single values, such as {"accuracy": 0.7})}. Raises as `get_task`.
+    else the single values, such as {"accuracy": 0.7}), "state" (what speaks against the scores: the task has not
+    completed; else empty)}. Raises as `get_task`.
     """
     task = get_task(task_id)
     with _quiet():
         metrics, error = attempt(_metrics, task)
     if error is not None:
         raise EnvironmentFault(f"ClearML task {task_id} cannot be read ({type(error).__name__}: {error})") from error
-    return {"name": task.name, "config": _config(task.data.hyperparams or {}), "metrics": metrics}
+    config, status = _config(task.data.hyperparams or {}), str(task.status)
+    state = "" if status in WHOLE else f"unfinished: the task is {status.replace('_', ' ')}"
+    return {"name": task.name, "config": config, "metrics": metrics, "state": state}
 
 
 def _metrics(task: Any) -> dict[str, Any]:

@@ -239,7 +239,7 @@ def _remember(run_dir: Path, clearml: ClearMLTask, whole: bool) -> None:
     try:
         write_json(run_dir / "clearml.json", [*others, task])
     except UserError as error:
-        say(f"tracking: {error}; going on")
+        say(f"tracking: {error}; training continues")
 
 
 def _first_task(attempts: Sequence[str], tolerant: bool, *task: Any) -> tuple[ClearMLTask | None, list[str]]:

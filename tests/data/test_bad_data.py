@@ -81,5 +81,5 @@ def test_an_option_that_does_nothing_is_told_before_the_data_is_read(tmp_path, m
     monkeypatch.setattr("sys.argv", ["train.py", *words, "--data.root", str(tmp_path / "none")])
     assert exit_code_of(train.main) == 2
     warning, error = capsys.readouterr().err.splitlines()
-    assert warning == "warning: router.jitter 0.5 does nothing under router.kind noisy_topk: only switch reads it"
+    assert warning == "warning: router.jitter 0.5 has no effect with router.kind noisy_topk: only switch reads it"
     assert error.startswith("error: ")
