@@ -49,21 +49,19 @@ class BlockMixture(nn.Module):
         return self.router.static_shapes and self.experts.static_shapes
 
     def forward(
-        self,
-        x_BTD: Tensor,
-        normed_BTD: Tensor,
-        dense_BTD: Tensor,
-        warmup: bool = False,
-        allowed_E: Tensor | None = None,
+        self, x_BTD: Tensor, dense_BTD: Tensor, warmup: bool = False, allowed_E: Tensor | None = None
     ) -> tuple[Tensor, Routing]:
         """The FFN's output with the experts' part (B, T, D), and the routing.
 
-        x_BTD: tokens before the FFN's norm. normed_BTD: after it, which the FFN reads. dense_BTD: the frozen FFN's
-        output. warmup: route at random. allowed_E: bool, the experts that may be chosen (None: all).
+        x_BTD: tokens as `normalise` gives them, which gate and experts read. dense_BTD: the frozen FFN's output.
+        warmup: route at random. allowed_E: bool, the experts that may be chosen (None: all).
         """
-        x_BTD = F.layer_norm(x_BTD, x_BTD.shape[-1:]) if self.own_norm else normed_BTD
         routing = self.router(self._read(x_BTD), warmup, allowed_E)
         return self.experts(x_BTD, dense_BTD, routing.assignments), routing
+
+    def normalise(self, x_BTD: Tensor, normed_BTD: Tensor) -> Tensor:
+        """What gate and experts read, from the tokens before the FFN's norm and after it."""
+        return F.layer_norm(x_BTD, x_BTD.shape[-1:]) if self.own_norm else normed_BTD
 
     def _read(self, x_BTD: Tensor) -> Tensor:
         """What the gate reads: (N, D)."""

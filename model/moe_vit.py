@@ -170,7 +170,7 @@ def run_block(
     h_BTD = block.norm2(x_BTD)
     out_BTD, routing = block.mlp(h_BTD) if keep else _again(block.mlp, h_BTD), None
     if mixture is not None:
-        out_BTD, routing = mixture(x_BTD, h_BTD, out_BTD, warmup, allowed_E)
+        out_BTD, routing = mixture(mixture.normalise(x_BTD, h_BTD), out_BTD, warmup, allowed_E)
     return add_ffn(block, x_BTD, out_BTD), routing
 
 

@@ -50,10 +50,10 @@ def test_drop_path_skips_the_experts_of_whole_images_and_keeps_their_mean():
     mixture = model.mixtures[0].train()
     torch.manual_seed(0)
     x_BTD, dense_BTD = torch.randn(1, 3, 16).expand(4000, 3, 16), torch.zeros(4000, 3, 16)
-    added_BTD = mixture(x_BTD, x_BTD, dense_BTD)[0].detach()
+    added_BTD = mixture(x_BTD, dense_BTD)[0].detach()
     skipped_B = (added_BTD == 0).all(dim=(1, 2))
     assert abs(skipped_B.float().mean() - 0.25) < 0.035
-    whole_BTD = mixture.eval()(x_BTD, x_BTD, dense_BTD)[0].detach()
+    whole_BTD = mixture.eval()(x_BTD, dense_BTD)[0].detach()
     assert (whole_BTD != 0).any(dim=(1, 2)).all()
     torch.testing.assert_close(added_BTD[~skipped_B], whole_BTD[~skipped_B] / 0.75)
 
