@@ -15,7 +15,7 @@ import argparse
 
 from assembly.compressing import check_plan, compress
 from assembly.compression_steps import AUTO, CALIBRATIONS, Plan
-from assembly.loading import configure, describe, open_run
+from assembly.loading import configure, open_run
 from common.arguments import Parser, path_option
 from common.errors import UserError, exit_code_of, exit_process
 from common.plugins import add_plugins_option, load_plugins
@@ -23,6 +23,7 @@ from common.signals import stoppable
 from common.text import printable
 from evaluation.compression import text
 from evaluation.evaluation import table
+from storage.described import describe
 from storage.folder import RunFolder
 from tracking.tracker import MODES
 

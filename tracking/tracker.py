@@ -167,14 +167,15 @@ def open_tracker(
     tags: Sequence[str] = (),
     task_id: str | None = None,
     resume_step: int | None = None,
+    parent: str | None = None,
 ) -> Tracker:
     """Open RUN/metrics.jsonl and, by mode, a ClearML task; prints one line about both.
 
     mode: "clearml" (the configured server, or an error), "offline" (a session to import later), "none",
     or "auto": the server if one is configured and answers, else offline, else none. config: nested dicts,
     shown as hyperparameters, one section per top-level key. task_id: continue this task, if the server has it.
-    resume_step: drop the lines of metrics.jsonl after this step, and send the others again. ClearML sets its own seeds
-    for random, numpy and torch: set yours after this call.
+    resume_step: drop the lines of metrics.jsonl after this step, and send the others again. parent: id of the parent
+    of a new task. ClearML sets its own seeds for random, numpy and torch: set yours after this call.
 
     Raises UserError (unknown mode, no server configured, login refused) and its subclass EnvironmentFault (no
     answer from the server, clearml or the file cannot be used). Mode "auto" raises only for the file.
@@ -184,7 +185,7 @@ def open_tracker(
     lines, before = _open_lines(Path(run_dir) / "metrics.jsonl", resume_step)
     attempts = {"auto": ("clearml", "offline"), "none": ()}.get(mode, (mode,))
     try:
-        clearml, reasons = _first_task(attempts, mode == "auto", config, name, list(tags), task_id)
+        clearml, reasons = _first_task(attempts, mode == "auto", config, name, list(tags), task_id, "training", parent)
     except UserError:
         lines.close()
         raise
@@ -196,6 +197,11 @@ def open_tracker(
     if resume_step is not None:
         tracker._resend(before)
     return tracker
+
+
+def silent_tracker() -> Tracker:
+    """A tracker that writes nothing: of a process whose numbers another one writes."""
+    return Tracker(open(os.devnull, "w", encoding="utf-8"))
 
 
 def open_evaluation(mode: str, run_dir: Path, config: dict, *, name: str, tags: Sequence[str] = ()) -> Tracker:
@@ -239,7 +245,7 @@ def _remember(run_dir: Path, clearml: ClearMLTask, whole: bool) -> None:
     try:
         write_json(run_dir / "clearml.json", [*others, task])
     except UserError as error:
-        say(f"tracking: {error}; going on")
+        say(f"tracking: {error}; training continues")
 
 
 def _first_task(attempts: Sequence[str], tolerant: bool, *task: Any) -> tuple[ClearMLTask | None, list[str]]:

@@ -13,6 +13,7 @@ from model.balance import BalanceConfig, losses_by_place, weighted_sum
 from model.distributed import Share, sharing
 from model.moe_vit import AnyMoE
 from model.routers import Routing
+from model.transfer import Frozen
 from model.whole_batch import whole_batch
 from training.exchange import Exchange
 from training.health import OUTPUT, NumberWatch
@@ -52,8 +53,9 @@ class TrainingStep:
         label_smoothing: float,
         clip_norm: float,
         precision: str,
+        frozen: Frozen | None = None,
     ):
-        self.model, self.optimizer, self.balance = model, optimizer, balance
+        self.model, self.optimizer, self.balance, self.frozen = model, optimizer, balance, frozen
         self.label_smoothing, self.clip_norm = label_smoothing, clip_norm
         self.parameters = list(model.parameters())
         self.device = self.parameters[0].device
@@ -85,6 +87,8 @@ class TrainingStep:
         output, bad_P = features.sum(dtype=torch.float32), None
         if share is not None:
             output, task_loss, correct, bad_P = self.exchange(share, output, task_loss, correct)
+        if self.frozen:
+            self.frozen.before_step()
         values = {OUTPUT: output, "task loss": task_loss, "gradient": self._clip()}
         values |= {f"auxiliary loss {name}": loss.sum() for name, loss in auxiliary.items()}
         self.numbers.record(values, *(() if bad_P is None else (bad_P,)))
@@ -94,6 +98,8 @@ class TrainingStep:
             self.optimizer.found_inf = self.numbers.found_inf
         self.optimizer.step()
         self.model.after_step(routings)
+        if self.frozen:
+            self.frozen.after_step()
         return self._result(task_loss, correct, routings, auxiliary, share is not None and share.split)
 
     def _of_whole_batch(self, routings: tuple[Routing, ...], share: Share) -> tuple[Routing, ...]:

@@ -21,6 +21,7 @@ from features.images import ImageBank
 from model.balance import floors
 from model.distributed import Share
 from model.moe_vit import AnyMoE
+from model.transfer import Frozen
 from storage.checkpoint import (
     RESUMABLE,
     fitting,
@@ -44,8 +45,8 @@ class Trainer:
     """Trains a VisionMoE on a FeatureBank, or a MoEViT on an ImageBank; saves the best and the last state.
 
     validate: scores weights after each epoch, as evaluation.validation.validate does. identity: dict from
-    assembly.pipeline.identity, stored in every checkpoint. Raises UserError for a batch larger than the training set,
-    or a routing warm-up as long as the training.
+    assembly.pipeline.identity, stored in every checkpoint. frozen: the parts of the model that do not change. Raises
+    UserError for a batch larger than the training set, or a routing warm-up as long as the training.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Trainer:
         tracker: Tracker,
         identity: dict[str, Any],
         validate: Callable[[AnyMoE], Any],
+        frozen: Frozen | None = None,
     ):
         from timm.utils import ModelEmaV3  # here, because importing timm takes seconds
 
@@ -74,7 +76,8 @@ class Trainer:
         self.ema = ModelEmaV3(model, decay=decay, use_warmup=True) if decay else None
         captured = worth_capturing(self.config.graph, model, batch_size) and self.shares.static(model)
         smoothing, clip_norm, precision = self.config.label_smoothing, self.optim.clip_norm, self.config.precision
-        step = TrainingStep(model, self.optimizer, self.balance, smoothing, clip_norm, precision)
+        self.frozen = frozen
+        step = TrainingStep(model, self.optimizer, self.balance, smoothing, clip_norm, precision, frozen)
         self.numbers = step.numbers
         self.train_step = GraphedStep(step, batch_size, self.shares.generator) if captured else step
         self.routing = RoutingWatch(model.mixtures[0].router, self.balance, self.routing_warmup_steps)
@@ -180,6 +183,8 @@ class Trainer:
 
     def _train_epoch(self, progress: Progress) -> dict[str, float]:
         self.model.train()
+        if self.frozen:
+            self.frozen.hold()
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.epoch)
         order_N = torch.randperm(len(self.bank.splits.train), generator=generator)
         remaining_N = order_N[progress.batches * self.config.batch_size :]
@@ -300,6 +305,8 @@ class Trainer:
         require_like(state, RESUMABLE, self.run.last)
         with fitting(self.run.last):
             self.model.load_state_dict(state["model"])
+            if self.frozen:
+                self.frozen.remember()
             if self.ema:
                 self.ema.module.load_state_dict(state["ema"])
             load_optimizer(self.optimizer, state["optimizer"])

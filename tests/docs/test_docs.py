@@ -76,6 +76,10 @@ def parse_train(words: list[str], folder: Path) -> None:
         run = words.index("--resume") + 1
         assert re.fullmatch(r"RUN2?|runs/\w+-[\d-]+", words[run])
         words[run] = str(folder)
+    if "--init" in words:  # starts from the run's configuration
+        run = words.index("--init") + 1
+        assert words[run] == "RUN"
+        words[run] = str(folder)
     if "--help" in words or "--print_config" in words:
         with pytest.raises(SystemExit) as left:
             parse_command_line(words)
