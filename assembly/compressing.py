@@ -54,11 +54,11 @@ def compress(opened: OpenRun, plan: Plan, out: Path, say: Callable[[str], None] 
     for name, step in STEPS.items():
         if getattr(plan, name) is not None:
             step(work, say)
-    config = replace(work.config, run_dir=out.absolute())
+    config = replace(work.config, run_dir=out.absolute(), init=None, freeze=[])
     with ExitStack() as stack:
         run = RunFolder.create(out, out.name)
         stack.enter_context(run.claimed())
-        tracker = stack.enter_context(start_tracking(config, run, None))
+        tracker = stack.enter_context(start_tracking(config, run, None, opened.inputs))
         write_config(config, run.config)
         trainer = build_trainer(config, opened.inputs, run, tracker, bank=opened.bank)
         best = trainer.adopt(work.model.state_dict(), work.validated)
