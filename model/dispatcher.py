@@ -85,7 +85,6 @@ class AllToAllDispatcher:
     def __deepcopy__(self, memo: dict) -> "AllToAllDispatcher":
         return self  # a moving average has its experts where the model has them
 
-    @torch.compiler.disable
     def dispatch(self, x_BD: Tensor, assignments: Assignments) -> Received:
         order_A, counts_ME = self._plan(assignments)
         counts_SE = torch.empty_like(counts_ME)  # how many rows come from each process for each expert
@@ -109,7 +108,6 @@ class AllToAllDispatcher:
         )
         return Received(rows_RD, here, (order_A, sent, came))
 
-    @torch.compiler.disable
     def combine(self, received: Received, outputs_RC: Tensor, order_R: Tensor) -> tuple[Tensor, Tensor]:
         order_A, sent, came = received.way_back
         outputs_RC = pick(outputs_RC, inverse(order_R))

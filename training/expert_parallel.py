@@ -1,4 +1,4 @@
-"""Experts on several processes while training: gradients, checkpoints of one process, and a new placement each epoch."""
+"""Experts on several processes while training: gradients, checkpoints of one process, a new placement each epoch."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -61,8 +61,7 @@ class ExpertParallel:
         if spread.copied:
             self._add_up_copies(copied)
         if divisor != 1:
-            for gradient in gradients.values():
-                gradient /= divisor
+            torch._foreach_div_(list(gradients.values()), divisor)
 
     def _add_up_copies(self, here: dict[tuple[str, int], Tensor]) -> None:
         """Of experts with copies, over all processes; who has none adds zeros."""
@@ -157,7 +156,7 @@ class ExpertParallel:
         return [aligned(RULES[self.rule](work_E, members), before_EM).tolist() for work_E, before_EM in pairs]
 
     def start_from(self, shares: Shares | None, models: Sequence[nn.Module]) -> bool:
-        """Give models the experts that they had under these shares, to be loaded. False: of other processes, or none."""
+        """Give models, to be loaded then, the experts of these shares. False: none, or of another number of processes."""
         spread = self.spread
         if shares is None or np.shape(shares) != np.shape(spread.shares) or shares == spread.shares:
             return False

@@ -137,10 +137,8 @@ class TrainingStep:
     def _clip(self) -> Tensor:
         """The norm of the gradient, which is cut to `clip_norm` where that is not 0."""
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        if self.experts:
-            norm = self.experts.norm(gradients, _gradients(self.of_experts))
-        else:
-            norm = get_total_norm(gradients)
+        own = _gradients(self.of_experts)
+        norm = self.experts.norm(gradients, own) if self.experts else get_total_norm(gradients)
         if self.clip_norm:
             clip_grads_with_norm_([*self.parameters, *self.of_experts.values()], self.clip_norm, norm)
         return norm

@@ -52,6 +52,8 @@ class UpcycledFFN(ExpertKind, nn.Module):
             raise ValueError(
                 "experts.dropout has no effect on experts.kind ffn, which keeps the ViT's dropout: leave it out"
             )
+        if config.norm != "ffn":
+            raise ValueError(f"experts.norm {config.norm} is not for experts.kind ffn, whose copies read what it reads")
 
     @property
     def static_shapes(self) -> bool:
@@ -68,7 +70,8 @@ class UpcycledFFN(ExpertKind, nn.Module):
         x_ND = x_BTD.flatten(0, 1)
         each = assignments.repeated(len(x_ND) // assignments.num_samples)
         dispatch_mode = "static" if self.dispatch_mode == "auto" and self.static_shapes else self.dispatch_mode
-        mixed_ND = combine_logits(*dispatch(x_ND, each, self.copies, dispatch_mode), each)
+        mix = self._mixed if self.copies.dispatcher.local else self._exchanged
+        mixed_ND = mix(x_ND, each, dispatch_mode)
         rest_N = 1 - each.weights_BE.sum(dim=1)
         return (mixed_ND + rest_N[:, None] * dense_BTD.flatten(0, 1)).to(dense_BTD.dtype).view_as(dense_BTD)
 
@@ -79,6 +82,13 @@ class UpcycledFFN(ExpertKind, nn.Module):
     def matrices(self) -> list[Matrix]:
         """As ExpertKind has it."""
         return self.copies.matrices()
+
+    def _mixed(self, x_ND: Tensor, each: Assignments, dispatch_mode: str) -> Tensor:
+        return combine_logits(*dispatch(x_ND, each, self.copies, dispatch_mode), each)
+
+    @torch.compiler.disable  # how many rows come is another number in each step
+    def _exchanged(self, x_ND: Tensor, each: Assignments, dispatch_mode: str) -> Tensor:
+        return self._mixed(x_ND, each, dispatch_mode)
 
     def parameters_of(self, expert: int) -> int:
         """Weights and biases of one expert."""
