@@ -20,6 +20,7 @@ from compression.merge import check_merge
 from compression.prune import check_prune
 from compression.quantise import check_format
 from config.config import Config, write_config
+from config.parallel import ParallelConfig
 from evaluation.cost import cost, expert_costs, parameters, trained_cost
 from evaluation.evaluation import evaluate
 from evaluation.latency import latency
@@ -54,7 +55,7 @@ def compress(opened: OpenRun, plan: Plan, out: Path, say: Callable[[str], None] 
     for name, step in STEPS.items():
         if getattr(plan, name) is not None:
             step(work, say)
-    config = replace(work.config, run_dir=out.absolute(), init=None, freeze=[])
+    config = replace(work.config, run_dir=out.absolute(), init=None, freeze=[], parallel=ParallelConfig())
     with ExitStack() as stack:
         run = RunFolder.create(out, out.name)
         stack.enter_context(run.claimed())

@@ -18,6 +18,10 @@ from .routing import Assignments
 from .rows import gather, inverse, pick
 
 
+eagerly: Any = torch.compiler.disable
+"""A decorator: what sends rows to other processes, of which there are as many as it happens, is never compiled."""
+
+
 @dataclass(frozen=True)
 class Received:
     """What the experts of this process are to do: rows (R, D), and which of its experts sees which of them.

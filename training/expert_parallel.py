@@ -22,11 +22,15 @@ class ExpertParallel:
     """What training does differently where the experts of `model` are spread over groups of processes.
 
     To be made in all processes, from the model with all experts, which then has those of this process. rule: of
-    parallel.placement. Placements start even; after each epoch `replace` solves them anew by the measured load.
+    parallel.placement. costs: of the model with all experts, for who asks.
+
+    Placements start even; after each epoch `replace` solves them anew by the measured load.
     """
 
-    def __init__(self, model: AnyMoE, members: int, rule: str, optim: OptimConfig, device: torch.device):
-        self.rule, self.optim = rule, optim
+    def __init__(
+        self, model: AnyMoE, members: int, rule: str, optim: OptimConfig, device: torch.device, costs: Any = None
+    ):
+        self.rule, self.optim, self.costs = rule, optim, costs
         self.work_LE = np.array([mixture.router.work for mixture in model.mixtures])
         experts = self.work_LE.shape[1]
         self.spread = Spread(model, members, [even(experts, members).tolist() for _ in model.mixtures], device)
@@ -128,27 +132,24 @@ class ExpertParallel:
 
     # Placement
 
-    def solved(self, load_LE: np.ndarray) -> tuple[Shares, dict[str, float]] | None:
-        """New shares by the assignments of an epoch, and what is reported; None where they are to stay.
+    def solved(self, load_LE: np.ndarray) -> tuple[Shares | None, dict[str, float]]:
+        """New shares by the assignments of an epoch, None where experts are to stay, and what is reported.
 
-        Numbers by "title/series": the largest over the mean work of a process, as this epoch measured it and as the
-        next one is predicted to have it.
+        That is by "title/series" the largest over the mean work of a process, as this epoch measured it and as the
+        same loads would have it in the next one.
         """
-        work_LE = self.work_LE * load_LE
-        before = self.spread.shares
+        work_LE, before = self.work_LE * load_LE, self.spread.shares
         if not load_LE.any():  # random routing
-            return None
+            return None, {}
         measured = total_imbalance(before, work_LE)
-        numbers = {"placement/measured": measured, "placement/predicted": measured}
-        found: Shares = before
-        if self.rule in RULES:
-            found = world().broadcast(self._solve(work_LE) if world().first else before)
-            predicted = total_imbalance(found, work_LE)
-            if predicted > (1 - WORTH) * measured:
-                found = before
-            else:
-                numbers["placement/predicted"] = predicted
-        return found, numbers
+        unchanged = {"placement/measured": measured, "placement/predicted": measured}
+        if self.rule not in RULES:
+            return None, unchanged
+        found = world().broadcast(self._solve(work_LE) if world().first else before)
+        predicted = total_imbalance(found, work_LE)
+        if predicted > (1 - WORTH) * measured:
+            return None, unchanged
+        return found, unchanged | {"placement/predicted": predicted}
 
     def _solve(self, work_LE: np.ndarray) -> Shares:
         members = self.spread.members
@@ -156,7 +157,7 @@ class ExpertParallel:
         return [aligned(RULES[self.rule](work_E, members), before_EM).tolist() for work_E, before_EM in pairs]
 
     def start_from(self, shares: Shares | None, models: Sequence[nn.Module]) -> bool:
-        """Give models, to be loaded then, the experts of these shares. False: none, or of another number of processes."""
+        """Give models, to be loaded then, the experts of these shares. False: none, or of other processes."""
         spread = self.spread
         if shares is None or np.shape(shares) != np.shape(spread.shares) or shares == spread.shares:
             return False
@@ -185,6 +186,14 @@ class ExpertParallel:
         fresh = build_optimizer(first, self.optim)
         fresh.load_state_dict(self._as_optimizer_state(moments, fresh, first))
         return fresh
+
+
+def moved_line(values: dict[str, float]) -> str:
+    """The line that says that experts move, and why."""
+    measured, predicted = values["placement/measured"], values["placement/predicted"]
+    return (
+        f"placement    largest over mean work of a process {measured:.2f}, by the same loads {predicted:.2f} from here"
+    )
 
 
 def _names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[str]:

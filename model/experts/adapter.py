@@ -1,16 +1,14 @@
 """Experts inside a frozen ViT's blocks, beside the FFN: bottleneck adapters of unequal widths."""
 
-<<<<<<< HEAD
 from collections.abc import Sequence
-=======
 from typing import Literal
->>>>>>> main
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..dispatch import combine_logits, send
+from ..dispatcher import eagerly
 from ..distributed import rand_like
 from ..options import Option, share
 from ..quantised import Matrix
@@ -43,13 +41,8 @@ NORM = Option(
     "down, activation, up, of one hidden layer, which adds nothing at the start (place blocks)",
     options=[DROP_PATH, ACTIVATION, NORM],
 )
-<<<<<<< HEAD
 class Adapters(ExpertKind, ExpertSet, nn.Module):
-    """E adapters up(GELU(down(x))) (Houlsby 2019), beside the FFN as in AdaptFormer (Chen 2022), in two products.
-=======
-class Adapters(ExpertKind, nn.Module):
     """E adapters up(activation(down(x))) (Houlsby 2019), beside the FFN as in AdaptFormer (Chen 2022), in two products.
->>>>>>> main
 
     The hidden units of all experts, H in total, stand side by side: down is (H, D), up (D, H). Each unit is multiplied
     by the weight that the gate gives its expert, which is 0 for an expert that is not chosen, so that one product more
@@ -100,12 +93,6 @@ class Adapters(ExpertKind, nn.Module):
 
         dense_BTD: the frozen FFN's output. assignments: of all tokens, or of the images for all their tokens.
         """
-<<<<<<< HEAD
-=======
-        weights_BTE = assignments.weights_BE.view(len(x_BTD), -1, assignments.num_experts)
-        dtype = x_BTD.dtype
-        hidden_BTH = self.activation(F.linear(x_BTD, self.down.weight.to(dtype), self.down.bias.to(dtype)))
->>>>>>> main
         if self.training and self.drop_path:
             kept_B = rand_like(assignments.weight_A.new_empty(len(x_BTD))) >= self.drop_path
             assignments = assignments.scaled(kept_B / (1 - self.drop_path))
@@ -117,11 +104,11 @@ class Adapters(ExpertKind, nn.Module):
     def _mixed(self, x_XD: Tensor, weights_XE: Tensor) -> Tensor:
         """Of each row the adapters that are here, mixed by these weights."""
         dtype = x_XD.dtype
-        hidden_XH = F.gelu(F.linear(x_XD, self.down.weight.to(dtype), self.down.bias.to(dtype)))
+        hidden_XH = self.activation(F.linear(x_XD, self.down.weight.to(dtype), self.down.bias.to(dtype)))
         weights_XH = weights_XE.to(hidden_XH.dtype) @ self.units_EH.to(hidden_XH.dtype)
         return F.linear(self.dropout(hidden_XH) * weights_XH, self.up.to(dtype))
 
-    @torch.compiler.disable  # how many rows come is another number in each step
+    @eagerly
     def _exchanged(self, x_BTD: Tensor, assignments: Assignments) -> Tensor:
         """The experts' part where they are on several processes, (B, T, D)."""
         x_ND = x_BTD.flatten(0, 1)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..dispatch import combine_logits, dispatch
+from ..dispatcher import eagerly
 from ..grouped import kernel_on
 from ..quantised import Matrix, num_parameters
 from ..routing import Assignments
@@ -86,7 +87,7 @@ class UpcycledFFN(ExpertKind, nn.Module):
     def _mixed(self, x_ND: Tensor, each: Assignments, dispatch_mode: str) -> Tensor:
         return combine_logits(*dispatch(x_ND, each, self.copies, dispatch_mode), each)
 
-    @torch.compiler.disable  # how many rows come is another number in each step
+    @eagerly
     def _exchanged(self, x_ND: Tensor, each: Assignments, dispatch_mode: str) -> Tensor:
         return self._mixed(x_ND, each, dispatch_mode)
 
