@@ -14,6 +14,7 @@ import yaml
 from conftest import ROOT, in_a_fork
 
 import evaluate
+import export
 import predict
 from common.errors import UserError
 from config.command_line import DEFAULT_CONFIG, parse_command_line
@@ -37,6 +38,7 @@ TOOLS = {"clearml-init", "pre-commit"}  # of other projects
 PARSERS = {
     "evaluate.py": evaluate.parse,
     "predict.py": predict.parse,
+    "export.py": export.parse,
     "features.cache": cache._options,
     "distillation.train_vit_micro": train_vit_micro.parse,
 }
@@ -55,7 +57,7 @@ def commands(path: Path) -> list[str]:
     quoted = [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", prose)]
     lines += [code for code in quoted if re.match(r"(python|pip|sh|bash|pytest) ", code)]
     lines += [f"python -m {code}" for code in quoted if re.match(r"benchmarks\.\w+( |$)", code)]
-    lines += [f"python {code}" for code in quoted if re.match(r"(train|evaluate|predict)\.py ", code)]
+    lines += [f"python {code}" for code in quoted if re.match(r"(train|evaluate|predict|export)\.py ", code)]
     parts = [part.strip() for line in lines for part in line.split("&&")]
     return list(dict.fromkeys(part for part in parts if shlex.split(part, comments=True)))
 
