@@ -14,9 +14,9 @@ if __name__ == "__main__":
 import argparse
 from pathlib import Path
 
-from assembly.loading import configure, describe
+from assembly.loading import configure, describe, offload_line, place
 from assembly.pipeline import build_bank, build_model, compile_blocks, identity, pick_device
-from common.arguments import Parser, path_option
+from common.arguments import Parser, add_offload_options, check_offload, path_option
 from common.errors import blaming_files, exit_code_of, leave
 from common.plugins import add_plugins_option, load_plugins
 from common.text import printable, quoted
@@ -69,6 +69,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="MODE",
         help="auto (default): the training's server; clearml; none",
     )
+    add_offload_options(parser)
     add_plugins_option(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options, rest = parser.parse_known_args(argv)
@@ -79,6 +80,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if (options.run is None) == (options.compare is None):
         parser.error("name one RUN to score, or two or more after --compare")
+    check_offload(parser, options)
+    if options.offload is not None and options.compare is not None:
+        parser.error("--offload is for scoring a RUN, not for --compare")
     if options.worth_images is not None and options.worth_images < 0:
         parser.error(f"--worth_images is {options.worth_images}: it is a number of images, 0 for none")
     if options.out is not None and options.compare is None:
@@ -115,14 +119,18 @@ def score(options: argparse.Namespace) -> None:
     bank = build_bank(config, splits, backbone, device)
     with blaming_files():
         check_inputs(described, identity(config, splits, backbone, bank.feature_shape), run.weights)
-        model = build_model(config, bank.feature_shape, splits.test.num_classes, backbone).to(device)
-        compile_blocks(config, model, device)
+        model = build_model(config, bank.feature_shape, splits.test.num_classes, backbone)
         load_exported(run, model, described.get("weights_sha256"))
+        traffic = place(model, device, options.offload_memory)
+        if traffic is None:  # a compiled block cannot bring experts
+            compile_blocks(config, model, device)
     tags = [config.data.name, config.backbone.name, config.router.kind]
     with open_evaluation(options.tracking, run.path, config.to_dict(), name=run.path.name, tags=tags) as tracker:
         if tracker.sends_again:
             tracker.model(run.weights, name=run.path.name)
         print(table(evaluate(run, config, model, bank, tracker, backbone, options.worth_images)))
+    if traffic is not None:
+        print(offload_line(traffic))
     print(f"written to   {printable(run.evaluation)}; open {run.report.name} in a browser")
 
 

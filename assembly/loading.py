@@ -4,25 +4,35 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from assembly.pipeline import build_model, pick_device
-from common.errors import EnvironmentFault, UserError, blaming_files
+from common.errors import EnvironmentFault, UserError, blaming_files, warn
 from common.network import reachable
 from common.paths import absolute
-from common.text import command
+from common.text import command, counted
 from config.config import Config, config_from_dict
 from evaluation.trained import TrainedRun
+from features.file import gigabytes
 from model.backbone import load_backbone
+from model.moe_vit import AnyMoE
+from model.offload import Traffic, offload
 from storage.checkpoint import check_inputs, load_checkpoint
 from storage.export import export_model, load_exported, read_description
 from storage.folder import RunFolder
 
 
 def load_trained(
-    path: Path, device: str = "auto", weights: Path | None = None, say: Callable[[str], None] = print
+    path: Path,
+    device: str = "auto",
+    weights: Path | None = None,
+    say: Callable[[str], None] = print,
+    offload_memory: int | None = None,
 ) -> TrainedRun:
     """Rebuild the model of the run in `path`; its data set need not be there.
 
     weights: the backbone's file, if it has moved. say: gets a line where the weights are written first.
+    offload_memory: experts stay in host memory, but for so many bytes of them (None: all are on the device).
     Raises UserError for what is no folder, and a GPU that is not there; EnvironmentFault for a run of
     another version, a file that is missing or does not fit, or a backbone other than that of training.
     """
@@ -37,7 +47,27 @@ def load_trained(
         class_names = tuple(described["class_names"])
         model = build_model(config, tuple(described["feature_shape"]), len(class_names), backbone)
         load_exported(run, model, described.get("weights_sha256"))
-    return TrainedRun(run, config, device, backbone, model.to(device).eval(), class_names)
+    traffic = place(model, device, offload_memory)
+    return TrainedRun(run, config, device, backbone, model.eval(), class_names, traffic)
+
+
+def place(model: AnyMoE, device: torch.device, offload_memory: int | None) -> Traffic | None:
+    """Move a model to the device, all of it, or all but experts in host memory (see `load_trained`)."""
+    if offload_memory is None:
+        model.to(device)
+        return None
+    if device.type == "cpu":
+        warn("--offload cpu saves nothing on a CPU, which has the experts in its memory anyway")
+    return offload(model, device, offload_memory)
+
+
+def offload_line(traffic: Traffic) -> str:
+    """Where the experts were, and what was copied, in words."""
+    return (
+        f"offload      {counted(traffic.kept, 'expert')} on the device ({gigabytes(traffic.kept_bytes)}), "
+        f"{traffic.offloaded:,} in host memory ({gigabytes(traffic.offloaded_bytes)}), "
+        f"{gigabytes(traffic.copied_bytes)} copied in {traffic.copies:,} fetches"
+    )
 
 
 def describe(run: RunFolder, say: Callable[[str], None] = print) -> dict[str, Any]:

@@ -18,6 +18,14 @@ BATCHES = (1, 7, 64)
 TOLERANCE = 1e-4  # of probabilities in any image, and of weights in the mean image
 
 
+TORCH = (2, 8)  # the oldest version that exports all runs: 2.6 lacks half
+
+
+def fits_torch() -> bool:
+    """Whether this PyTorch is new enough."""
+    return tuple(int(part) for part in torch.__version__.split(".")[:2]) >= TORCH
+
+
 @dataclass(frozen=True)
 class Checked:
     """The file's size in bytes, and the largest differences of its answers from the run's."""
@@ -39,6 +47,12 @@ def check_target(out: Path) -> Format:
         raise UserError(f"{out}: {out.parent} is not a folder")
     if out.is_dir():
         raise UserError(f"{out} is a folder: name a file")
+    if not fits_torch():
+        needed = ".".join(map(str, TORCH))
+        raise EnvironmentFault(
+            f"{out} needs the exporter of torch {needed} or later, and this is {torch.__version__}: "
+            "pip install --upgrade torch"
+        )
     if found.missing:
         names = found.missing
         raise EnvironmentFault(f"{out} needs {', '.join(names)}: pip install {' '.join(names)}, or name a .pt2 file")

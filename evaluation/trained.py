@@ -7,12 +7,16 @@ import torch
 from config.config import Config
 from model.backbone import Backbone
 from model.moe_vit import AnyMoE
+from model.offload import Traffic
 from storage.folder import RunFolder
 
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """What a run needs to answer for images of any source; `model` is in evaluation mode."""
+    """What a run needs to answer for images of any source; `model` is in evaluation mode.
+
+    traffic: where its experts are in host memory, what that has come to so far.
+    """
 
     run: RunFolder
     config: Config
@@ -20,3 +24,4 @@ class TrainedRun:
     backbone: Backbone
     model: AnyMoE
     class_names: tuple[str, ...]
+    traffic: Traffic | None = None

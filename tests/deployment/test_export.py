@@ -16,7 +16,7 @@ from common.errors import EnvironmentFault, UserError, exit_code_of
 from data.datasets import load_splits
 from deployment import formats
 from deployment.about import about
-from deployment.export import BATCHES, TOLERANCE, check_target, compare, export, pictures
+from deployment.export import BATCHES, TOLERANCE, check_target, compare, export, fits_torch, pictures
 from deployment.formats import FORMATS
 from deployment.graph import ImagesToAnswers, in_float32, traced
 from evaluation.classify import classify
@@ -31,6 +31,7 @@ OPTIONS = {
         "backbone": {"features": ["tokens:2"]},
     },
 }
+pytestmark = pytest.mark.skipif(not fits_torch(), reason="the exporter of this PyTorch is too old")
 needs_onnx = pytest.mark.skipif(bool(FORMATS[".onnx"].missing), reason=f"lacks {FORMATS['.onnx'].missing}")
 
 
@@ -115,10 +116,11 @@ def test_copies_of_the_ffn_are_exported():
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: of_rule("top_p", combine="probabilities"),
+        lambda: of_rule("top_p"),
+        lambda: of_rule("vmoe", combine="probabilities"),
         lambda: inside("eva", router={"level": "image"}, experts={"head": [[4], [4], [8]]}),
     ],
-    ids=["a sort, and a mixture of probabilities", "one choice an image, and a mixture on top"],
+    ids=["a sort", "a mixture of probabilities", "one choice an image, and a mixture on top"],
 )
 def test_onnx_runtime_gives_the_same_answers(make):
     checked = rounded(make(), ".onnx")
@@ -202,6 +204,9 @@ def test_mistakes_are_one_line_before_anything_is_read(tmp_path, monkeypatch, ca
     assert "y.pt2 is a folder: name a file" in mistake(tmp_path, tmp_path / "y.pt2")
     monkeypatch.setattr(formats.importlib.util, "find_spec", lambda name: None)
     assert "needs onnx, onnxscript, onnxruntime: pip install" in mistake(gone, tmp_path / "x.onnx", expected=1)
+    monkeypatch.setattr(torch, "__version__", "2.6.0+cu124")
+    assert "needs the exporter of torch 2.8 or later" in mistake(gone, tmp_path / "x.onnx", expected=1)
+    monkeypatch.undo()
     assert check_target(tmp_path / "x.pt2") is FORMATS[".pt2"]
     assert not list(tmp_path.glob("x.*"))
 
