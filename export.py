@@ -4,16 +4,16 @@ python export.py runs/cifar100-20260101-120000 model.onnx      for ONNX Runtime 
 python export.py RUN model.pt2                                 for torch.export.load
 """
 
-from common.errors import leave_on_signal
+from common.errors import exit_on_signal
 
 if __name__ == "__main__":
-    leave_on_signal()  # before the imports, which take seconds
+    exit_on_signal()  # before the imports, which take seconds
 
 import argparse
 
 from assembly.loading import load_trained
 from common.arguments import Parser, path_option
-from common.errors import exit_code_of, leave, say
+from common.errors import exit_code_of, exit_process, say
 from common.plugins import add_plugins_option, load_plugins
 from common.text import printable
 from deployment.export import BATCHES, check_target, export
@@ -44,4 +44,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    leave(exit_code_of(main))
+    exit_process(exit_code_of(main))

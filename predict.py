@@ -1,14 +1,14 @@
-"""Classify images of your own with a trained run: the likeliest classes, and the experts that decided.
+"""Classify your own images with a trained run: the most likely classes, and the experts that were chosen.
 
 python predict.py runs/cifar100-20260101-120000 cat.jpg holiday/
 python predict.py RUN cat.jpg --json                        one JSON document instead of text
-python predict.py RUN cat.jpg dog.png --explain out.png     a picture of images, classes and experts
+python predict.py RUN cat.jpg dog.png --explain out.png     a figure of images, classes and experts
 """
 
-from common.errors import leave_on_signal
+from common.errors import exit_on_signal
 
 if __name__ == "__main__":
-    leave_on_signal()  # before the imports, which take seconds
+    exit_on_signal()  # before the imports, which take seconds
 
 import argparse
 import sys
@@ -21,7 +21,7 @@ import torch
 from analysis.blocks import evenly_spaced
 from assembly.loading import load_trained, offload_line
 from common.arguments import Parser, add_offload_options, check_offload, path_option
-from common.errors import EnvironmentFault, UserError, exit_code_of, leave, say
+from common.errors import EnvironmentFault, UserError, exit_code_of, exit_process, say
 from common.files import write_atomically
 from common.plugins import add_plugins_option, load_plugins
 from common.text import as_json, is_unicode, printable
@@ -31,9 +31,9 @@ from data.image_tree import find_images
 from evaluation.classify import Answer, classify
 from evaluation.trained import TrainedRun
 
-BATCH = 32  # images that are held at once
-EXPLAINED = 12  # images in one picture
-MAPS = 4  # blocks in it, of a ViT with experts inside
+BATCH = 32  # images per batch
+EXPLAINED = 12  # images in the figure
+MAPS = 4  # blocks shown in it, for experts inside the ViT
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -45,10 +45,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         type=path_option,
         metavar="IMAGE",
         nargs="+",
-        help="image files of any format that Pillow reads, and folders of them; the centre square is taken, at the "
-        f"resolution of the run's data set ({', '.join(_sides())}; else its data.image_size)",
+        help="image files of any format that Pillow reads, or folders of them; they are cropped to the centre square "
+        f"and resized to the resolution of the run's dataset ({', '.join(_sides())}; else its data.image_size)",
     )
-    parser.add_argument("--top", type=int, default=5, metavar="K", help="classes to name (default 5)")
+    parser.add_argument("--top", type=int, default=5, metavar="K", help="number of classes to show (default 5)")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of text")
     parser.add_argument(
         "--explain",
@@ -57,7 +57,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help=f"draw the first {EXPLAINED} images, their classes and experts",
     )
     parser.add_argument(
-        "--backbone.weights", dest="weights", type=path_option, help="the backbone's file, if it has moved"
+        "--backbone.weights", dest="weights", type=path_option, help="the backbone's weights, if they have moved"
     )
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, or cuda:1")
     add_offload_options(parser)
@@ -66,16 +66,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     check_offload(parser, options)
     if options.top < 1:
-        raise UserError(f"--top is {options.top}: name at least one class")
+        raise UserError(f"--top is {options.top}: it must be at least 1")
     if options.explain and options.explain.suffix.lower() != ".png":
-        raise UserError(f"--explain {options.explain}: it is a PNG, give it that ending")
+        raise UserError(f"--explain {options.explain}: the name must end in .png")
     if options.explain and not options.explain.parent.is_dir():
         raise UserError(f"--explain {options.explain}: {options.explain.parent} is not a folder")
     return options
 
 
 def _sides() -> list[str]:
-    """The data sets whose images have a size of their own."""
+    """The image sizes of datasets with a fixed one, in words."""
     return [
         f"{found.side} pixels for {name}" + (", without colour" if found.grey else "")
         for name, found in sorted(DATASETS.items())
@@ -88,9 +88,7 @@ def main() -> None:
     load_plugins(options.plugins)
     files, failed = gather(options.images)
     if options.explain and options.explain.resolve() in {path.resolve() for path in files}:
-        raise UserError(
-            f"--explain {options.explain} is one of the images, and would be written over: name another file"
-        )
+        raise UserError(f"--explain {options.explain} is one of the images and would be overwritten: name another file")
     trained = load_trained(options.run, options.device, options.weights, say, options.offload_memory)
     rows, shown = [], []
     for path, picture, answer in answers(trained, files, options.top, failed):
@@ -107,13 +105,13 @@ def main() -> None:
     if trained.traffic is not None:
         say(offload_line(trained.traffic))
     if failed:
-        raise EnvironmentFault(f"{len(failed)} of {len(failed) + len(rows)} could not be read")
+        raise EnvironmentFault(f"{len(failed)} of {len(failed) + len(rows)} images could not be read")
 
 
 def gather(paths: list[Path]) -> tuple[list[Path], list[dict[str, str]]]:
-    """The image files of all paths, and the folders without one, each of which is told at once.
+    """The image files of all paths, and the folders without any, which are reported at once.
 
-    Raises UserError where no file is left.
+    Raises UserError if there is no file.
     """
     files, failed = [], []
     for path in paths:
@@ -132,7 +130,7 @@ def gather(paths: list[Path]) -> tuple[list[Path], list[dict[str, str]]]:
 def answers(
     trained: TrainedRun, files: list[Path], top: int, failed: list[dict[str, str]]
 ) -> Iterator[tuple[Path, Picture, Answer]]:
-    """Each image that can be read, with its answer; one that cannot is told at once and added to `failed`."""
+    """Each readable image with its answer; an unreadable one is reported at once and added to `failed`."""
     data = trained.config.data
     for start in range(0, len(files), BATCH):
         pictures = []
@@ -149,9 +147,9 @@ def answers(
 
 
 def text(path: Path, picture: Picture, answer: Answer, shared: bool) -> str:
-    """An answer as lines: the file, its classes, its experts and what each would have said alone.
+    """An answer as lines: file, classes, experts, and the class that each expert predicts alone.
 
-    shared: there are experts that every sample passes, so alone means: with these only.
+    shared: the run has shared experts, so "alone" means: with the shared experts only.
     """
     lines = [printable(path) + "".join(f" ({note})" for note in picture.notes)]
     lines += [f"{100 * score.probability:7.1f} %  {printable(score.name)}" for score in answer.classes]
@@ -181,8 +179,8 @@ def _maps(answer: Answer) -> list[tuple[str, list[list[int]]]]:
 
 
 def draw(path: Path, shown: list[tuple[Path, Picture, Answer]], shared: bool) -> None:
-    """Write the picture of --explain. Raises EnvironmentFault where it cannot be written."""
-    # Here, because importing what draws takes a second, which answers need not wait for.
+    """Write the figure of --explain. Raises EnvironmentFault if it cannot be written."""
+    # here, because importing matplotlib takes a second
     from analysis.plots.pictures import explanation
     from evaluation.figures import warn_of_letters
 
@@ -204,4 +202,4 @@ def draw(path: Path, shown: list[tuple[Path, Picture, Answer]], shared: bool) ->
 
 
 if __name__ == "__main__":
-    leave(exit_code_of(main))
+    exit_process(exit_code_of(main))

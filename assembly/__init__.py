@@ -1,1 +1,1 @@
-"""From a configuration to its parts: device, features, model, trainer; and back from a run's folder."""
+"""Builds the parts of a run from its configuration (device, features, model, trainer), and loads trained runs."""

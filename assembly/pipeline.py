@@ -1,4 +1,4 @@
-"""From a configuration to its parts: device, images, backbone, features, model, and the trainer of them."""
+"""Builds the parts of a run from its configuration: device, images, backbone, features, model, trainer."""
 
 import re
 from dataclasses import dataclass
@@ -7,6 +7,9 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from assembly.agreement import require_same, require_same_inputs, require_samples
+from assembly.transfer import Origin, begin, freeze, read_origin
+from common.distributed import expected_world, world
 from common.errors import EnvironmentFault, UserError, one_line, warn
 from common.memory import installed_memory
 from common.network import reachable
@@ -35,50 +38,62 @@ from training.trainer import Trainer
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run reads, and the device that it runs on."""
+    """The inputs of a run, and its device. origin: the run that it starts from, if there is one."""
 
     device: torch.device
     splits: Splits
     backbone: Backbone
+    origin: Origin | None = None
 
 
-def load_inputs(config: Config) -> Inputs:
-    """Device, images and backbone: what can be missing, before anything is written.
+def load_inputs(config: Config, resumed: bool = False) -> Inputs:
+    """Load device, images, backbone, and the run to start from: all that can be missing, before anything is written.
 
-    Raises UserError and EnvironmentFault, as those who load them, and for a batch larger than the data.
+    Raises UserError and EnvironmentFault as the loaders do, and UserError for a batch larger than the data.
     """
     for line in config.router.idle:
         warn(line)
     device, splits = pick_device(config.device), load_splits(config.data)
     steps_per_epoch(config.train, len(splits.train))
+    require_samples(config.train.batch_size)
     backbone = load_backbone(config.backbone, device, reachable)
     check_backbone(config, backbone)
-    return Inputs(device, splits, backbone)
+    require_same_inputs(config, splits, backbone)
+    origin = None if resumed else read_origin(config, backbone_identity(config, backbone))
+    return Inputs(device, splits, backbone, origin)
 
 
 def pick_device(name: str) -> torch.device:
-    """The torch device for `device`, a GPU made the current one. Raises UserError for one that is not there."""
+    """The torch device for a name; a GPU becomes the current one. Raises UserError if it is not available.
+
+    Of several processes on a machine each gets a GPU of its own.
+    """
     if not re.fullmatch(DEVICES, name):
         raise UserError(f"device is '{name}': use auto, cpu, cuda or cuda:N")
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     # With its index, because tensors report cuda:0, which does not equal a plain cuda.
-    index = int(name.partition(":")[2] or 0)
+    index = int(name.partition(":")[2] or expected_world().local_rank)
     seen = torch.cuda.device_count()
+    if index >= seen and ":" not in name and index:
+        raise UserError(
+            f"each process needs a GPU of its own, and PyTorch finds {counted(seen, 'GPU')} for process {index + 1} of "
+            f"this machine: start at most {seen}, or choose --device cpu"
+        )
     if index >= seen:
-        raise UserError(f"device {name} is not there: PyTorch sees {counted(seen, 'GPU')}; use --device cpu")
+        raise UserError(f"device {name} is not available: PyTorch finds {counted(seen, 'GPU')}; use --device cpu")
     device = torch.device("cuda", index)
-    torch.cuda.set_device(device)  # where graphs, streams and memory figures of no named device land
+    torch.cuda.set_device(device)  # the default of graphs, streams and memory figures
     return device
 
 
 def build_bank(config: Config, splits: Splits, backbone: Backbone, device: torch.device) -> FeatureBank | ImageBank:
-    """What the model reads: the features of `splits` under `backbone`, kept where config.features says, or images."""
+    """The inputs of the model: features of `splits`, stored where config.features says, or images."""
     features = config.features
     if config.experts.place == "blocks":
         return ImageBank(splits, config.augment, device, features.batch_size)
     views = min(features.views, config.train.epochs) if config.augment.active else 1
-    # Not the views that a short run comes to: a longer one is to find its features.
+    # All views, not only those of a short run, so that a longer run finds its features.
     views_kept = features.views if config.augment.active else 1
     views_run = views_kept if features.mode == "cached" else config.train.epochs
     images = views_run * len(splits.train) + len(splits.validation) + len(splits.test)
@@ -91,18 +106,18 @@ def build_bank(config: Config, splits: Splits, backbone: Backbone, device: torch
             "weights": fingerprint_of(backbone),
             "precision": str(backbone.dtype),
             "features": list(config.backbone.features),
-        } | ({"compiled": True} if compiled else {})  # it rounds differently
+        } | ({"compiled": True} if compiled else {})  # compiled code rounds differently
     extractor = Extractor(backbone, features.batch_size, compiled)
     return FeatureBank(splits, extractor, config.augment, features, device, cache, source, views)
 
 
 def check_backbone(config: Config, backbone: Backbone) -> None:
-    """Raise UserError where the backbone does not have what experts inside it need."""
+    """Raise UserError if the backbone cannot have experts inside."""
     if config.experts.place == "blocks":
         try:
             resolve_blocks(config.experts, backbone)
             if config.train.patch_dropout and getattr(backbone.vit, "rope", None) is not None:
-                raise ValueError("train.patch_dropout is not for a ViT with rotary embeddings: set it to 0")
+                raise ValueError("train.patch_dropout does not work with rotary position embeddings: set it to 0")
         except ValueError as error:
             raise UserError(one_line(error)) from error
 
@@ -110,10 +125,10 @@ def check_backbone(config: Config, backbone: Backbone) -> None:
 def build_model(
     config: Config, feature_shape: tuple[int, ...], num_classes: int, backbone: Backbone | None = None
 ) -> AnyMoE:
-    """The trained part, on the CPU. backbone: the one that has experts inside it (None: the experts are behind it).
+    """The trained part, on the CPU. backbone: the ViT that gets experts inside (None: the experts are behind it).
 
-    Raises UserError where the configured parts do not fit each other, EnvironmentFault where the
-    weights alone need more memory than the machine has.
+    Raises UserError if the configured parts do not fit each other, EnvironmentFault if the weights alone need more
+    memory than the machine has.
     """
     configured, groups = (config.neck, config.router, config.experts), len(config.backbone.features)
     if config.experts.place == "blocks":
@@ -135,25 +150,30 @@ def build_model(
 
 
 def compile_blocks(config: Config, model: AnyMoE, device: torch.device) -> None:
-    """Have the blocks of a ViT with experts compiled for the batches of this run, where train.compile says so."""
+    """Compile the blocks of a ViT with experts for the batches of this run, if train.compile says so."""
     wanted = config.train.compile == "always" or (config.train.compile == "auto" and device.type == "cuda")
     if wanted and isinstance(model, MoEViT):
-        model.compile({config.train.batch_size, config.features.batch_size}, warn)
+        model.compile({samples_of_this(config), config.features.batch_size}, warn)
 
 
 def plan_memory(config: Config, model: AnyMoE, bank: FeatureBank | ImageBank, device: torch.device) -> None:
-    """Decide whether the ViT's activations are kept. Raises UserError where a GPU is too small for the batch."""
+    """Decide whether activations of the ViT are recomputed. Raises UserError if the batch does not fit on the GPU."""
     if not isinstance(model, MoEViT):
         return
     model.recompute = config.train.recompute == "on"
     if device.type == "cuda":
         per_image = bytes_per_image(model, next(iter(bank.batches("train", 1, torch.tensor([0]))))[0])
         free = DeviceMemory(device).free()
-        model.recompute = must_recompute(config.train.recompute, per_image, config.train.batch_size, free)
+        model.recompute = must_recompute(config.train.recompute, per_image, samples_of_this(config), free)
+
+
+def samples_of_this(config: Config) -> int:
+    """How many samples of a training batch this process has."""
+    return world().sizes(config.train.batch_size)[world().rank]
 
 
 def fingerprint_of(backbone: Backbone) -> str:
-    """The backbone's fingerprint; it is frozen, and hashed once."""
+    """The backbone's fingerprint, computed once because it is frozen."""
     if backbone not in _FINGERPRINTS:
         _FINGERPRINTS[backbone] = backbone.fingerprint()
     return _FINGERPRINTS[backbone]
@@ -162,11 +182,16 @@ def fingerprint_of(backbone: Backbone) -> str:
 _FINGERPRINTS: WeakKeyDictionary[Backbone, str] = WeakKeyDictionary()
 
 
+def backbone_identity(config: Config, backbone: Backbone) -> dict[str, str]:
+    """What tells one backbone from another."""
+    return {"name": config.backbone.name, "fingerprint": fingerprint_of(backbone)}
+
+
 def identity(config: Config, splits: Splits, backbone: Backbone, feature_shape: tuple[int, ...]) -> dict[str, Any]:
-    """What weights mean nothing without, as plain values: it is stored beside them wherever they are."""
+    """What trained weights depend on (backbone, data, classes, feature shape), as plain values stored beside them."""
     return {
         "config": config.to_dict(),
-        "backbone": {"name": config.backbone.name, "fingerprint": fingerprint_of(backbone)},
+        "backbone": backbone_identity(config, backbone),
         "data": {name: splits[name].fingerprint() for name in ("train", "validation", "test")},
         "class_names": list(splits.train.class_names),
         "feature_shape": list(feature_shape),
@@ -181,12 +206,13 @@ def build_trainer(
     checkpoint: dict[str, Any] | None = None,
     bank: FeatureBank | ImageBank | None = None,
 ) -> Trainer:
-    """Seeds, features, model and trainer, which writes to `run` and `tracker`: at the beginning, or at a checkpoint.
+    """Set the seeds and build features, model and trainer, new or from a checkpoint.
 
-    bank: features that several runs share (None: made here). To be called after the tracker was opened (see
-    seed_everything). Raises what `build_model` and `Trainer` do, and UserError where the checkpoint is of other data,
+    bank: features that several runs share (None: built here). Call it after the tracker was opened (see
+    seed_everything). Raises what `build_model` and `Trainer` raise, and UserError if the checkpoint is of other data,
     another backbone or another model.
     """
+    require_same({"the step that it goes on from": checkpoint["step"] if checkpoint else 0})
     seed_everything(config.train.seed, config.train.deterministic)
     splits, backbone = inputs.splits, inputs.backbone
     bank = bank or build_bank(config, splits, backbone, inputs.device)
@@ -194,11 +220,17 @@ def build_trainer(
     compile_blocks(config, model, inputs.device)
     plan_memory(config, model, bank, inputs.device)
     stored = identity(config, splits, backbone, bank.feature_shape)
-    trainer = Trainer(config, model, bank, run, tracker, stored, lambda evaluated: validate(evaluated, bank))
+    names, origin = splits.train.class_names, inputs.origin
+    taken = checkpoint.get("init") if checkpoint else origin and begin(model, origin, names, bank.feature_shape)
+    stored |= {"init": taken} if taken else {}
+    frozen = freeze(config, model, taken, names)
+    trainer = Trainer(config, model, bank, run, tracker, stored, lambda evaluated: validate(evaluated, bank), frozen)
     if checkpoint is not None:
         check_inputs(checkpoint, stored, run.last)
         trainer.load_state_dict(checkpoint)
         trainer.best = best_kept(run, config, checkpoint)
-        mark_stale(run, f"Results from before the run was resumed after {trainer.position} of {config.train.epochs}")
-        print(f"resuming     {printable(run.path)} after {trainer.position} of {config.train.epochs}")
+        position = f"after {trainer.position} of {config.train.epochs}"
+        if world().first:
+            mark_stale(run, f"Results from before the run was resumed {position}")
+        print(f"resuming     {printable(run.path)} {position}")
     return trainer

@@ -1,33 +1,48 @@
-"""How a training begins: where its numbers go, and the lines that say what is about to be trained on what."""
+"""The start of a training: tracking, and the lines that describe data, backbone and model."""
 
+import json
 from typing import Any
 
 from assembly.pipeline import Inputs
+from assembly.transfer import lines
+from common.distributed import world
 from common.text import printable
 from config.config import Config
 from evaluation.cost import cost
 from features.extraction import warn_of_hours
 from storage.folder import RunFolder
 from storage.resume import metrics_step
-from tracking.tracker import Tracker, open_tracker
+from tracking.tracker import Tracker, open_tracker, silent_tracker
 from training.trainer import Trainer
 
 
-def start_tracking(config: Config, run: RunFolder, checkpoint: dict[str, Any] | None) -> Tracker:
-    """ClearML and metrics.jsonl; a resumed run goes on with its own task and drops lines it will write again."""
+def start_tracking(config: Config, run: RunFolder, checkpoint: dict[str, Any] | None, inputs: Inputs) -> Tracker:
+    """Open the tracker; a resumed run continues its own task and drops the lines that it will write again.
+
+    The task of a run that starts from another one has that one's task as its parent. Of several processes rank 0 alone
+    tracks.
+    """
+    if not world().first:
+        return silent_tracker()
     return open_tracker(
         config.tracking,
         run.path,
         config.to_dict(),
         name=run.path.name,
-        tags=[config.data.name, config.backbone.name, config.router.kind],
+        tags=tags_of(config),
         task_id=checkpoint and checkpoint["task_id"],
         resume_step=metrics_step(checkpoint),
+        parent=inputs.origin and inputs.origin.task_id,
     )
 
 
+def tags_of(config: Config) -> list[str]:
+    """What the tasks of a run are tagged with in ClearML."""
+    return [config.data.name, config.backbone.name, "dense twin" if config.train.twin_of else config.router.kind]
+
+
 def announce(config: Config, inputs: Inputs, trainer: Trainer) -> None:
-    """Print what is about to be trained on what, and what it costs."""
+    """Print data, backbone and model, and the model's cost."""
     splits = inputs.splits
     sizes = ", ".join(f"{len(splits[name]):,} {name}" for name in ("train", "validation", "test"))
     print(f"data         {config.data.name}: {sizes} images, {splits.train.num_classes} classes")
@@ -39,8 +54,13 @@ def announce(config: Config, inputs: Inputs, trainer: Trainer) -> None:
         unit = f"{config.router.level}, in {len(model.blocks)} blocks{top},"
     seen = f"{model.mixtures[0].router.experts_per_sample:g} a {unit} by {config.router.kind}"
     print(f"experts      {', '.join(config.experts.labels())}; {seen}")
+    if config.train.twin_of:
+        of = json.loads(config.train.twin_of)
+        print(f"dense twin   in place of experts {of.get('experts.sizes')} by {of.get('router.kind', 'soft_moe')}")
     if shared := config.experts.shared_labels():
         print(f"shared       {', '.join(shared)}; every sample passes all of them")
+    if taken := trainer.identity.get("init"):
+        print("\n".join(lines(config, model, taken, splits.train.class_names)))
     costs = cost(trainer.model, inputs.backbone, trainer.bank.feature_shape)
     print("\n".join(costs.lines()))
     warn_of_hours(trainer.bank, costs.backbone_flops, config.train.epochs)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from model.dispatch import WAYS
+from model.dispatch import DISPATCHERS
 from model.experts import ExpertsConfig
 from model.moe import MixtureOfExperts
 from model.routers import RouterConfig
@@ -54,7 +54,7 @@ def contestants(shape: Shape, device: torch.device) -> Iterator[tuple[str, Calla
     """
     with torch.device(device):
         layer = ours(shape)
-    for how in ("auto", *WAYS):
+    for how in ("auto", *DISPATCHERS):
         yield f"ours: {how}", lambda how=how: (layer, _forced(layer, how))
     if device.type == "cuda":
         yield GRAPH, lambda: (layer, _forced(layer, "static"))

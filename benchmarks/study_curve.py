@@ -7,7 +7,7 @@ from typing import Any
 from analysis.plots.style import OKABE_ITO, new_figure, save
 from benchmarks.study_heads import FAMILIES, family_and_width
 
-LOOKS = dict(zip(FAMILIES, (("black", "o"), *zip(OKABE_ITO, "s^D", strict=False)), strict=True))
+STYLES = dict(zip(FAMILIES, (("black", "o"), *zip(OKABE_ITO, "s^D", strict=False)), strict=True))
 
 
 def draw_curve(rows: list[dict[str, Any]], preferred: Collection[str], path: Path) -> Path:
@@ -23,7 +23,7 @@ def draw_curve(rows: list[dict[str, Any]], preferred: Collection[str], path: Pat
     seeds = min(row["seeds"] for row in rows)
     figure = new_figure(7, f"Mixtures against a dense head of equal active FLOPs, {seeds} seeds")
     scores, differences = figure.subplots(2, 1, sharex=True)
-    for index, (family, (color, marker)) in enumerate(LOOKS.items()):
+    for index, (family, (color, marker)) in enumerate(STYLES.items()):
         look = {"color": color, "marker": marker, "markersize": 4, "capsize": 2, "label": family}
         found = sorted(families[family].items())
         spread = [100 * (row["macro_f1_deviation"] or 0) for _, row in found]

@@ -8,21 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from analysis.seeds import paired_interval
 from benchmarks.study_heads import family_and_width, is_mixture
-
-
-def paired_interval(
-    values: list[float], others: list[float], confidence: float = 0.95
-) -> tuple[float, float | None, float | None]:
-    """Mean of values - others, and the ends of its Student-t interval over the pairs (None for a single pair)."""
-    from scipy.stats import t
-
-    differences = [a - b for a, b in zip(values, others, strict=True)]
-    mean, n = statistics.fmean(differences), len(differences)
-    if n < 2:
-        return mean, None, None
-    half = t.ppf((1 + confidence) / 2, n - 1) * statistics.stdev(differences) / math.sqrt(n)
-    return mean, mean - half, mean + half
 
 
 def agreement(first_SM: list[np.ndarray]) -> float | None:

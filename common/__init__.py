@@ -1,1 +1,1 @@
-"""What every room may use: errors, files, locks, memory, network, signals."""
+"""What every part of the project may use: errors, files, locks, memory, network, signals."""

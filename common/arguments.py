@@ -1,4 +1,4 @@
-"""A command line whose mistakes end in one line."""
+"""Command-line parsing with one-line error messages."""
 
 import argparse
 import re
@@ -12,7 +12,7 @@ KINDS = {"int": "a whole number", "float": "a number"}
 
 
 def path_option(text: str) -> Path:
-    """The type of every option that names a file or folder: ~ is the home folder. Raises ArgumentTypeError."""
+    """Type of an option that names a file or folder; ~ is expanded. Raises ArgumentTypeError."""
     try:
         return expanded(text)
     except ValueError as error:
@@ -54,7 +54,7 @@ def check_offload(parser: argparse.ArgumentParser, options: argparse.Namespace) 
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with its complaint in one line."""
+    """An argparse parser that reports an error in one line."""
 
     def error(self, message: str):
         if found := re.fullmatch(r"argument (\S+): invalid (int|float) value: (.*)", message):

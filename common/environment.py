@@ -1,4 +1,4 @@
-"""What a figure was made with: versions, device, date."""
+"""The environment of a measurement: versions, device, date."""
 
 import os
 import platform

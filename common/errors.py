@@ -20,11 +20,11 @@ class UserError(Exception):
 
 
 class CommandError(UserError):
-    """What a file asks for has to be said on the command line, whatever is wrong with the file."""
+    """A file needs an option that only the command line can give, such as --plugins."""
 
 
 class EnvironmentFault(UserError):
-    """The input is fine but the machine is not (no network, full disk, dead server); the exit code is 1."""
+    """The input is right but the machine fails (no network, full disk, server down); the exit code is 1."""
 
     exit_code = 1
 
@@ -37,27 +37,28 @@ class Interrupted(KeyboardInterrupt):
         self.exit_code = 128 + number
 
 
-def leave_on_signal() -> None:
-    """Let Ctrl-C and SIGTERM end a program that is still importing, in one line in place of a traceback."""
+def exit_on_signal() -> None:
+    """Let Ctrl-C and SIGTERM end a program during its imports with one line instead of a traceback."""
 
-    def leave_now(number: int, _frame: object) -> None:
-        say(f"interrupted by {signal.Signals(number).name}")
+    def exit_now(number: int, _frame: object) -> None:
+        if os.environ.get("RANK", "0") == "0":  # of several processes one says it
+            say(f"interrupted by {signal.Signals(number).name}")
         os._exit(128 + number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, leave_now)
+            signal.signal(number, exit_now)
 
 
 def exit_code(error: BaseException) -> int | None:
-    """The exit code of an error whose text is one clear line for the user, of whatever room; None for others."""
+    """The exit code of an error whose text is written for the user; None for other errors."""
     code = getattr(error, "exit_code", None)
     return code if isinstance(code, int) else None
 
 
 @contextmanager
-def blaming_files() -> Iterator[None]:
-    """Inside, what is wrong is a file of a run, not the command line: exit code 1 in place of 2."""
+def as_environment_fault() -> Iterator[None]:
+    """Raise EnvironmentFault for each UserError inside: a file of a run is wrong, not the command line."""
     try:
         yield
     except Exception as error:
@@ -73,7 +74,7 @@ def one_line(error: BaseException | str, limit: int = 300) -> str:
 
 
 def say(message: str) -> None:
-    """One line on standard error, whatever names are in it; a terminal that is gone is no reason to fail."""
+    """Print one line to standard error, with control characters escaped; ignore a closed terminal."""
     if sys.stderr is not None:
         with suppress(OSError):
             _write(sys.stderr, f"{printable(message)}\n")
@@ -81,7 +82,7 @@ def say(message: str) -> None:
 
 
 def warn(message: str) -> None:
-    """Say what the user should know though the program goes on."""
+    """Print a warning; the program continues."""
     say(f"warning: {message}")
 
 
@@ -95,16 +96,15 @@ def _write(stream: TextIO, text: str) -> None:
 
 
 class _Output:
-    """Standard output that may be full, of an encoding that lacks characters, or a pipe that no one reads any more.
+    """Standard output that handles a full disk, an encoding without some characters, and a closed pipe.
 
-    lasting: what cannot be written is dropped and the program goes on; `finish` raises what was in the way. Else
-    that is raised at once.
+    keep_going: drop what cannot be written and continue; `finish` raises the error. Otherwise it is raised at once.
     """
 
-    def __init__(self, stream: TextIO | None, lasting: bool):
-        # None: it was closed from the start, and nobody asked for lines.
+    def __init__(self, stream: TextIO | None, keep_going: bool):
+        # None: standard output was closed when the program started.
         self.stream = open(os.devnull, "w", encoding="utf-8") if stream is None else stream  # noqa: SIM115
-        self.lasting = lasting
+        self.keep_going = keep_going
         self._lost: Exception | None = None
 
     def write(self, text: str) -> int:
@@ -121,33 +121,33 @@ class _Output:
         try:
             action(*arguments)
         except OSError as error:
-            with suppress(OSError):  # what is still buffered would fail again when Python ends
+            with suppress(OSError):  # else the buffered text fails again when Python exits
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-            remedy = "all else was done" if self.lasting else "send it elsewhere"
+            remedy = "the rest of the work is done" if self.keep_going else "send it elsewhere"
             full = EnvironmentFault(f"standard output cannot be written: {error.strerror}; {remedy}")
             self._lost = self._lost or (error if isinstance(error, BrokenPipeError) else full)
-            if not self.lasting:
+            if not self.keep_going:
                 raise self._lost from error
 
     def finish(self) -> None:
-        """Flush; raises what was in the way of any line."""
+        """Flush; raise the error of any line that could not be written."""
         self.flush()
         if self._lost is not None:
             raise self._lost
 
     def drop(self) -> None:
-        """Flush what can be written, and raise nothing: the program ends for another reason."""
-        self.lasting = True
+        """Flush what can be written without raising: the program already ends with another error."""
+        self.keep_going = True
         self.flush()
 
 
-def exit_code_of(main: Callable[[], None], lasting: bool = False) -> int:
-    """Run a program: 0, or the code of what ended it, said in one line on standard error.
+def exit_code_of(main: Callable[[], None], keep_going: bool = False) -> int:
+    """Run a program and return its exit code; an error is printed in one line on standard error.
 
-    With --debug among the arguments the traceback comes first. lasting: a standard output that is full or closed
-    does not end it, because its work is in files; the code is 1 all the same.
+    With --debug the traceback is printed first. keep_going: a full or closed standard output does not stop a program
+    whose results are files; the exit code is still 1.
     """
-    sys.stdout = output = _Output(sys.stdout, lasting)
+    sys.stdout = output = _Output(sys.stdout, keep_going)
     try:
         return _run(main, output)
     finally:
@@ -160,26 +160,26 @@ def _run(main: Callable[[], None], output: _Output) -> int:
     try:
         try:
             main()
-        except SystemExit as ended:  # of --help, whose lines may be lost as well
+        except SystemExit as ended:  # --help exits this way; its output may be unwritable too
             if ended.code:
                 raise
         output.finish()
     except KeyboardInterrupt as error:
         say(str(error) or "interrupted by SIGINT")
         return getattr(error, "exit_code", 128 + signal.SIGINT)
-    except BrokenPipeError:  # who read the output has seen enough
+    except BrokenPipeError:  # the reader closed the pipe, as head does
         return 1
     except Exception as error:
         if debug:
             traceback.print_exc()
-        message, code = _explain(error)
+        message, code = explained(error)
         say(f"error: {message}" + ("" if debug or exit_code(error) is not None else "; --debug shows the traceback"))
         return code
     return 0
 
 
-def leave(code: int) -> NoReturn:
-    """End the process. After a signal at once, because threads that still extract features would hold it up."""
+def exit_process(code: int) -> NoReturn:
+    """End the process; after a signal at once, without waiting for threads that still extract features."""
     if code > 128:
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):
@@ -188,7 +188,7 @@ def leave(code: int) -> NoReturn:
     sys.exit(code)
 
 
-def _explain(error: Exception) -> tuple[str, int]:
+def explained(error: BaseException) -> tuple[str, int]:
     """The line and the exit code of an exception."""
     if (code := exit_code(error)) is not None:
         return str(error), code
@@ -199,4 +199,4 @@ def _explain(error: Exception) -> tuple[str, int]:
         named = f"{error.filename}: " if error.filename else ""
         return f"{named}{error.strerror}; free the disk, fix the path or its permissions, and run again", 1
     *_, frame = traceback.extract_tb(error.__traceback__)
-    return f"unforeseen {type(error).__name__} in {frame.filename}:{frame.lineno}: {one_line(error)}", 1
+    return f"unexpected {type(error).__name__} in {frame.filename}:{frame.lineno}: {one_line(error)}", 1

@@ -1,4 +1,4 @@
-"""How files are written, so that none is ever half there."""
+"""Atomic writing of files."""
 
 import os
 from collections.abc import Callable
@@ -13,10 +13,10 @@ from common.text import as_json
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any], kept: str = "", previous: Path | None = None) -> None:
-    """Call write(temporary path), flush it to the disk, and only then give it its name.
+    """Call write(temporary path), flush the file to disk, then rename it to `path`.
 
-    The folder is made where its parent exists: a run folder that was removed does not come back with one file in it.
-    kept: what remains where this fails, for the message. previous: the name that the file it replaces gets.
+    The folder is created only if its parent exists, so that a removed run folder is not recreated for one file.
+    kept: what remains after a failure, for the message. previous: where to keep the file that is replaced.
     Raises EnvironmentFault.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -25,14 +25,18 @@ def write_atomically(path: Path, write: Callable[[Path], Any], kept: str = "", p
         temporary.touch()
         mode = temporary.stat().st_mode
         write(temporary)
-        temporary.chmod(mode)  # safetensors shuts out everyone else
+        temporary.chmod(mode)  # safetensors creates files that only their owner can read
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         if previous is not None and path.exists():
             _set_aside(path, previous)
         os.replace(temporary, path)
         _flush_folder(path.parent)
-    except (OSError, RuntimeError, SafetensorError) as error:  # PyTorch and safetensors raise their own on a full disk
+    except (
+        OSError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:  # PyTorch and safetensors raise their own errors on a full disk
         kept = kept or (f"{path} as it was" if path.exists() else "none yet")
         raise EnvironmentFault(
             f"{path} could not be written: {_reason(error)}; kept: {kept}; free the disk or fix the path"
@@ -43,7 +47,7 @@ def write_atomically(path: Path, write: Callable[[Path], Any], kept: str = "", p
 
 
 def _reason(error: BaseException) -> str:
-    """What the system said first: PyTorch's own complaint about a file that ended early comes on top of it."""
+    """The first operating-system error: PyTorch raises another one on top of it."""
     first: BaseException | None = error
     while first is not None:
         if isinstance(first, OSError) and first.strerror:
@@ -53,16 +57,16 @@ def _reason(error: BaseException) -> str:
 
 
 def _set_aside(path: Path, previous: Path) -> None:
-    """Keep a file under a second name, so that there is no moment without the first."""
+    """Keep a file under a second name, without removing the first."""
     previous.unlink(missing_ok=True)
     try:
         os.link(path, previous)
-    except OSError:  # a disk without hard links
+    except OSError:  # a file system without hard links
         os.replace(path, previous)
 
 
 def _flush_folder(folder: Path) -> None:
-    """Make the new name survive a power cut, where the system can."""
+    """Make a rename survive a power failure, where the system can."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -77,5 +81,5 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write text as UTF-8, atomically; bytes of a file name that are no text are escaped."""
+    """Write text as UTF-8, atomically; bytes of file names that are not valid text are escaped."""
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8", errors="backslashreplace"))

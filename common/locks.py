@@ -1,13 +1,13 @@
-"""Advisory locks on files, which end with the process that holds them, however it ends."""
+"""Advisory file locks, which the system releases when their process ends."""
 
 from typing import IO
 
 
 def try_lock(file: IO, shared: bool = False) -> bool:
-    """Lock an open file until it is closed, for this process alone or shared with others that only use it.
+    """Lock an open file until it is closed: exclusively, or shared with other readers.
 
-    Returns False where another process is in the way. Where there are no locks (Windows, some network disks), two
-    processes in one place must be avoided by their user: True.
+    Returns False if another process holds the lock. Without lock support (Windows, some network disks) it returns
+    True, and users must avoid running two processes in one folder.
     """
     try:
         import fcntl

@@ -1,4 +1,4 @@
-"""How much memory this machine has, how much of it can be taken, and how much this process took."""
+"""Installed, available and peak memory."""
 
 import os
 import re
@@ -10,7 +10,7 @@ import torch
 
 
 def installed_memory() -> int | None:
-    """Bytes of host memory; None where it cannot be told."""
+    """Bytes of host memory; None if unknown."""
     if not hasattr(os, "sysconf"):
         return None
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -29,9 +29,9 @@ def size_in_bytes(text: str) -> int:
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Most bytes that this process has had allocated at once, of a GPU's memory or of the host's.
+    """Peak memory of this process in bytes, on a GPU or on the host.
 
-    None where it cannot be told.
+    None if unknown.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -43,9 +43,9 @@ def peak_memory(device: torch.device) -> int | None:
 
 
 def available_memory(root: Path = Path("/")) -> int | None:
-    """Bytes of host memory that can be taken without swapping, as Linux estimates them; elsewhere all there are.
+    """Bytes of host memory available without swapping, as Linux estimates them; on other systems the installed memory.
 
-    At most what a container (control groups, version 2) has left. None where it cannot be told.
+    At most what a container (control groups, version 2) has left. None if unknown.
     """
     found = []
     with suppress(OSError, ValueError, IndexError):
@@ -53,9 +53,9 @@ def available_memory(root: Path = Path("/")) -> int | None:
         found += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
     if not found and (installed := installed_memory()) is not None:
         found.append(installed)
-    with suppress(OSError, ValueError, KeyError):  # there, and a number, where a limit is set
+    with suppress(OSError, ValueError, KeyError):  # they hold a number only if a limit is set
         group = root / "sys/fs/cgroup"
         limit, used = (int((group / f"memory.{name}").read_text(encoding="utf-8")) for name in ("max", "current"))
         parts = dict(line.split() for line in (group / "memory.stat").read_text(encoding="utf-8").splitlines())
-        found.append(max(0, limit - used + int(parts["inactive_file"])))  # of files, which can be dropped
+        found.append(max(0, limit - used + int(parts["inactive_file"])))  # page cache, which the system can drop
     return min(found, default=None)

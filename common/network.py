@@ -1,4 +1,4 @@
-"""Whether a host answers, asked before a library that would wait for it silently."""
+"""A quick connection test, for libraries that would wait silently for a host that is down."""
 
 import socket
 import threading
@@ -11,7 +11,7 @@ SECONDS = 3.0  # for a host to accept a connection
 def reachable(url: str) -> bool:
     """Whether the host of `url` accepts a connection within SECONDS, name resolution included.
 
-    Behind a proxy: whether the proxy does.
+    Behind a proxy it is the proxy that is tested.
     """
     parts = urlparse(url)
     if proxy := getproxies().get(parts.scheme):
@@ -26,7 +26,7 @@ def reachable(url: str) -> bool:
             return
         answered.set()
 
-    # A thread, because a resolver that hangs knows no time-out of ours.
+    # In a thread, because name resolution has no timeout.
     thread = threading.Thread(target=connect, daemon=True)
     thread.start()
     thread.join(SECONDS + 0.5)

@@ -1,6 +1,6 @@
-"""Plug-ins: Python of the user's own that registers routing rules, experts, losses, data sets or figures.
+"""Plug-ins: a user's Python code that registers routing rules, experts, losses, datasets or figures.
 
-They are code, so they load only where a command line names them, never because a file, a checkpoint or a server does.
+They are code, so only the command line can load them, never a file, a checkpoint or a server.
 """
 
 import argparse
@@ -21,11 +21,11 @@ GROUP = "vision_moe.plugins"
 """Entry points of installed packages that --plugins can name."""
 
 HELP = (
-    "A Python file that registers a routing rule, an expert, a loss, a data set or a figure, or the name of an "
+    "A Python file that registers a routing rule, an expert, a loss, a dataset or a figure, or the name of an "
     f"installed package's entry point in {GROUP}; may be given more than once."
 )
 
-_loaded: dict[str, str] = {}  # what each is called: where it is from
+_loaded: dict[str, str] = {}  # name of each plug-in -> where it comes from
 
 
 def add_plugins_option(parser: argparse.ArgumentParser) -> None:
@@ -34,14 +34,14 @@ def add_plugins_option(parser: argparse.ArgumentParser) -> None:
 
 
 def loaded_plugins() -> list[str]:
-    """What the plug-ins of this process are called, in order: the names of their files or entry points."""
+    """Names of the plug-ins that are loaded, in order: their file names or entry points."""
     return list(_loaded)
 
 
 def load_plugins(named: Iterable[str]) -> None:
-    """Load plug-ins by the paths of their files or the names of their entry points, each once.
+    """Load plug-ins from files or entry points, each once.
 
-    Raises UserError for one that is not there, does not load, or has the name of another.
+    Raises UserError for one that does not exist, does not load, or has the name of another.
     """
     for text in named:
         path = Path(os.path.expanduser(text))
@@ -58,13 +58,13 @@ def load_plugins(named: Iterable[str]) -> None:
 
 
 def require_plugins(names: Sequence[str], place: str) -> None:
-    """Raise CommandError for a plug-in that is not loaded. place: what names it, for the message."""
+    """Raise CommandError for a plug-in that is not loaded. place: where it is named, for the message."""
     for name in names:
         if name not in _loaded:
             path = f"PATH/{name}" if name.endswith(".py") else name
             raise CommandError(
-                f"{printable(place)} names the plug-in {one_line(printable(name), 80)}, and plug-ins load only where "
-                f"this command line names them: add --plugins {one_line(quoted(path), 80)}"
+                f"{printable(place)} needs the plug-in {one_line(printable(name), 80)}, and only the command line "
+                f"can load plug-ins: add --plugins {one_line(quoted(path), 80)}"
             )
 
 
@@ -83,7 +83,7 @@ def _load(name: str, source: str, text: str, run: Callable[[], Any]) -> None:
 
 
 def _line(error: BaseException, source: str) -> str:
-    """Where in the plug-in an error arose, in words."""
+    """The line of the plug-in in which an error was raised, in words."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == source]
     if isinstance(error, SyntaxError) and error.filename == source:
         lines.append(error.lineno)
@@ -91,16 +91,16 @@ def _line(error: BaseException, source: str) -> str:
 
 
 def _run_file(source: Path) -> None:
-    """Import a file that need not be where modules are looked for."""
+    """Import a file that need not be on the module search path."""
     if not source.is_file():
         raise UserError("there is no such file")
     name = f"plugin_{source.stem}"
     spec = importlib.util.spec_from_file_location(name, source)
     assert spec is not None and spec.loader is not None  # it ends in .py
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # for what looks a class's module up, as dataclasses do
+    sys.modules[name] = module  # dataclasses look up a class's module here
     try:
         spec.loader.exec_module(module)
-    except BaseException:  # Ctrl-C too: a module that is half there must not be found again
+    except BaseException:  # Ctrl-C too: a partly imported module must not stay
         del sys.modules[name]
         raise

@@ -1,12 +1,12 @@
-"""Ctrl-C, SIGTERM and a lost terminal: end at the next point where nothing is half done.
+"""Ctrl-C, SIGTERM and a closed terminal end a program at the next safe point.
 
-    with stoppable():            # of a program: the signals now raise Interrupted
+    with stoppable():            # around a program: signals raise Interrupted
         ...
-        with defer_signals:           # what must be whole: the signal waits until its end
+        with defer_signals:           # around a critical section: signals wait until its end
             ...
 
-A second signal ends the process at once. A signal that the caller chose to ignore stays ignored, so that a run
-under nohup, or in the background of a shell script, is not ended by what is meant for others.
+A second signal ends the process at once. A signal that the caller ignores stays ignored, so that a run under nohup
+or in the background of a shell script continues.
 """
 
 import os
@@ -21,7 +21,7 @@ SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 
 
 class _DeferredSignals:
-    """A block that signals wait for; one object for the process, as signals are its own. It may be nested."""
+    """A critical section that defers signals; one object per process, may be nested."""
 
     def __init__(self):
         self.reset()
@@ -35,20 +35,34 @@ class _DeferredSignals:
             self._raised = True
             raise Interrupted(self._pending)
 
+    @property
+    def pending(self) -> int:
+        """The signal that waits; 0 for none."""
+        return self._pending
+
+    @contextmanager
+    def until_asked(self) -> Iterator[None]:
+        """As the object itself; a second signal changes nothing, since torchrun sends one on top of the terminal's."""
+        self._patient = True
+        with self:
+            yield
+
     def receive(self, number: int, frame: object) -> None:
-        """The handler of all signals."""
-        if self._pending:
+        """Handle a signal."""
+        if self._pending and not self._patient:
             os._exit(128 + number)
+        if self._pending:
+            return
         self._pending = number
         if self._depth:
-            say("finishing the step and saving; a second signal exits at once")
+            say("finishing the step and saving" + ("" if self._patient else "; a second signal exits at once"))
         else:
             self._raised = True
             raise Interrupted(number)
 
     def reset(self) -> None:
-        """Forget a signal that has been dealt with."""
-        self._depth, self._pending, self._raised = 0, 0, False
+        """Clear a signal that has been handled."""
+        self._depth, self._pending, self._raised, self._patient = 0, 0, False, False
 
 
 defer_signals = _DeferredSignals()

@@ -1,4 +1,4 @@
-"""Names and commands as a terminal shows them: on one line, and valid when they are pasted back into a shell."""
+"""Text for terminals: names on one line, and commands that can be pasted into a shell."""
 
 import json
 import os
@@ -8,15 +8,17 @@ import unicodedata
 from typing import Any, TextIO
 
 SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
-# Control characters, halves of characters (bytes of no encoding in a file name), separators of lines and paragraphs.
+# Control characters, surrogates (undecodable bytes of a file name), line and paragraph separators.
 UNSEEN = {"Cc", "Cs", "Zl", "Zp"}
-REORDERING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # show a name in another order
+REORDERING = frozenset(
+    "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+)  # change the order in which a name is shown
 
 
 def printable(text: object) -> str:
-    """`text` on one line, without what a terminal would obey: such characters are escaped as JSON escapes them.
+    """`text` on one line; line breaks and control characters are escaped as in JSON.
 
-    File names may hold line breaks, escape codes that colour or clear the screen, and bytes of no encoding.
+    File names may hold line breaks, escape codes that colour or clear the screen, and undecodable bytes.
     """
     return "".join(_escaped(letter) if _unseen(letter) else letter for letter in str(text))
 
@@ -33,17 +35,17 @@ WHOLE_NUMBERS = re.compile(r"\[\n\s*(-?\d+(?:,\n\s*-?\d+)*)\n\s*\]")
 
 
 def is_unicode(stream: TextIO) -> bool:
-    """Whether a stream takes every character; YAML and JSON escape them in their own way where it does not."""
+    """Whether a stream can write every Unicode character; if not, YAML and JSON escape them."""
     return (stream.encoding or "").lower().replace("-", "") == "utf8"
 
 
 def as_json(value: Any, unicode: bool = True) -> str:
     """Readable JSON, each list of whole numbers on one line.
 
-    unicode: characters beyond ASCII as they are, but for bytes of a file name that are no text.
+    unicode: write characters beyond ASCII as they are, except undecodable bytes of file names.
     """
     text = json.dumps(value, indent=2, ensure_ascii=not unicode)
-    # No string is touched: JSON writes a line break within one as a backslash and an n.
+    # Strings do not change: JSON writes a line break in a string as \n.
     text = WHOLE_NUMBERS.sub(lambda found: "[" + " ".join(found[1].split()) + "]", text)
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
@@ -55,11 +57,11 @@ def counted(number: int, noun: str) -> str:
 
 
 def quoted(word: object) -> str:
-    """A word of a command as a shell reads it back: quoted where it has to be, always on one line."""
+    """A shell word on one line, quoted if needed."""
     word = str(word)
     if not any(map(_unseen, word)):
         return shlex.quote(word)
-    # bash and zsh undo escapes inside $'...'; byte by byte, as the file system has the name.
+    # bash and zsh decode escapes inside $'...'; one per byte of the file name.
     return "$'" + "".join(map(_byte, os.fsencode(word))) + "'"
 
 
@@ -69,5 +71,5 @@ def _byte(value: int) -> str:
 
 
 def command(*words: object) -> str:
-    """The command `python WORDS`, ready to be pasted into a shell."""
+    """The command `python WORDS`, ready to paste into a shell."""
     return " ".join(["python", *map(quoted, words)])

@@ -1,1 +1,1 @@
-"""Config: the options of every part, put together; YAML and command line."""
+"""Config: the options of every part; YAML and command line."""

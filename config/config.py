@@ -1,4 +1,4 @@
-"""Config: the components' own dataclasses put together, and how it is made of values that somebody wrote."""
+"""Config: the dataclasses of all parts in one, and how it is built from options."""
 
 import difflib
 import re
@@ -29,22 +29,30 @@ from model.classifier import NeckConfig, check_parts
 from model.experts import ExpertsConfig
 from model.losses import LOSSES
 from model.options import suggestion
+from model.parts import PARTS
 from model.routers import ROUTERS, RouterConfig
 
 DEVICES = r"auto|cpu|cuda(:\d+)?"
+PART = Literal[PARTS]
 
 
 @dataclass
 class Config:
-    """Run: where it writes, what it runs on, where its numbers go."""
+    """Run: output folder, tracking, device."""
 
     run_dir: Path | None = None
     """Folder of this run; null: runs/<config>-<time>."""
     tracking: Literal["auto", "clearml", "offline", "none"] = "auto"
-    """ClearML: auto uses the configured server if it answers, else offline; none writes metrics.jsonl only."""
+    """ClearML: auto uses the configured server if it answers, else offline; none writes only metrics.jsonl."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, or cuda:1."""
     plugins: list[str] = field(default_factory=list, metadata={"help": HELP})
+    init: Path | None = None
+    """Folder of a trained run whose experts, gates, neck and, where class names agree, class rows this run starts
+    from, and whose configuration holds where nothing else is given; null: from random numbers."""
+    freeze: list[str] | str = field(default_factory=list)
+    """Of what init takes, the parts that are not trained, such as router,experts: neck, router, experts, shared, head
+    (the class rows). Experts, gate columns and class rows that are new are trained all the same."""
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
@@ -59,14 +67,14 @@ class Config:
 
     def __post_init__(self):
         self.run_dir = None if self.run_dir is None else absolute(self.run_dir)
-        self.data.root = self.data.place  # what is stored holds where the caches lie elsewhere, too
+        self._check_init()
+        self.data.root = self.data.place  # stored paths stay valid where the cache folder differs
         if not re.fullmatch(DEVICES, self.device):
             raise ValueError(f"device is '{self.device}': use auto, cpu, cuda or cuda:N")
         num_experts = len(self.experts.sizes)
         if self.router.top_k > num_experts:
             raise ValueError(
-                f"router.top_k is {self.router.top_k} but experts.sizes names {num_experts}: "
-                "lower the one or lengthen the other"
+                f"router.top_k is {self.router.top_k} but experts.sizes names {num_experts}: lower top_k or add sizes"
             )
         if self.experts.place == "blocks":
             check_block_parts(self.neck, self.router, self.experts)
@@ -92,8 +100,19 @@ class Config:
         self._check_inputs()
         self._check_balance()
 
+    def _check_init(self) -> None:
+        """What is for runs that start from another one."""
+        self.init = None if self.init is None else absolute(self.init)
+        words = self.freeze.strip("[]").split(",") if isinstance(self.freeze, str) else self.freeze
+        self.freeze = [word.strip() for word in words if word.strip()]
+        for part in self.freeze:
+            if part not in PARTS:
+                raise ValueError(f"freeze names '{part}': the parts are {', '.join(PARTS)}{suggestion(part, PART)}")
+        if self.init is None and self.freeze:
+            raise ValueError(f"freeze {','.join(self.freeze)} holds what init has taken: name a run with --init")
+
     def _check_inputs(self) -> None:
-        """Features that router.inputs and experts.inputs name must be there."""
+        """Raise ValueError where router.inputs or experts.inputs names a feature that does not exist."""
         count = len(self.backbone.features)
         chosen = {"router.inputs": [self.router.inputs or []], "experts.inputs": self.experts.inputs or []}
         for name, lists in chosen.items():
@@ -104,47 +123,47 @@ class Config:
                     )
 
     def _check_balance(self) -> None:
-        """Losses that the rule gives nothing to act on."""
+        """Raise ValueError for losses that have no effect under the routing rule."""
         for name, loss in LOSSES.items():
             if getattr(self.balance, name) > 0:
                 loss.check(ROUTERS[self.router.kind], self.router)
 
     def to_dict(self) -> dict[str, Any]:
-        """Nested plain values, as config.yaml, checkpoints and ClearML hold them."""
+        """Nested plain values, as stored in config.yaml, checkpoints and ClearML."""
         return _plain(asdict(self))
 
 
 class Values:
-    """Options that files, words and servers give, as the types of their fields; what is given later counts more."""
+    """Options from files, the command line and servers, converted to their types; later ones override earlier ones."""
 
     def __init__(self):
         self.given: dict[str, Any] = {}
         self.types = option_types(Config)
 
     def add(self, name: str, value: Any, place: Callable[[str], str]) -> None:
-        """Take an option, "train.epochs", or a whole section, "train". place: where it stands, for the messages.
+        """Add an option, "train.epochs", or a whole section, "train". place: where it is given, for the messages.
 
-        Raises UserError for an unknown name, and a value of another type.
+        Raises UserError for an unknown name or a value of the wrong type.
         """
         kind = self.types.get(name)
         if kind is None:
             raise UserError(f"unknown option {printable(place(name)).removeprefix('--')}: {self._hint(name)}")
         if value is None and place(name) == f"--{name}":
             raise UserError(f"--{name} has no value: give {expected(kind)}")
-        if name == "plugins":  # which only a command line loads
+        if name == "plugins":  # which only the command line can load
             require_plugins(self._converted(name, value, place), place(name))
             return
         if is_dataclass(kind):
             table = spelled(value) if isinstance(value, str) else value
             if not isinstance(table, dict):
-                raise misfit(place(name), value, kind)
+                raise wrong_type(place(name), value, kind)
             for inner, item in table.items():
                 self.add(f"{name}.{inner}", item, place)
             return
         self.given[name] = self._converted(name, value, place)
 
     def add_all(self, values: dict[str, Any], place: Callable[[str], str]) -> None:
-        """Take the options of one source; plug-ins first, which others may be of."""
+        """Add the options of one source; plug-ins first, because the others may depend on them."""
         for name, value in sorted(values.items(), key=lambda item: item[0] != "plugins"):
             self.add(str(name), value, place)
 
@@ -152,7 +171,7 @@ class Values:
         try:
             return convert(self.types[name], value)
         except (ValueError, RecursionError) as error:
-            raise misfit(place(name), value, self.types[name]) from error
+            raise wrong_type(place(name), value, self.types[name]) from error
 
     def _hint(self, name: str) -> str:
         options = [key for key, kind in self.types.items() if not is_dataclass(kind)]
@@ -161,9 +180,9 @@ class Values:
         return f"did you mean {close[0]}?" if close else "--help lists all options"
 
     def build(self) -> Config:
-        """The configuration of the options given, and the defaults of the others.
+        """The configuration: the options given, and defaults for the others.
 
-        Raises UserError for a value that is out of its range, and for values that do not fit each other.
+        Raises UserError for a value out of range and for values that contradict each other.
         """
         parts: dict[str, Any] = {}
         try:
@@ -179,26 +198,26 @@ class Values:
             raise UserError(one_line(error)) from error
 
 
-def misfit(place: str, value: Any, kind: Any) -> UserError:
-    """That a value is of another type than its option."""
+def wrong_type(place: str, value: Any, kind: Any) -> UserError:
+    """The error for a value of the wrong type."""
     found = "null" if value is None else f"'{one_line(value, 80)}'"
     return UserError(f"{printable(place)} is {printable(found)}: give {expected(kind)}{suggestion(value, kind)}")
 
 
 def config_from_dict(stored: dict[str, Any]) -> Config:
-    """The Config that `Config.to_dict` described. Raises UserError where it does not fit."""
+    """The Config of a dict that `Config.to_dict` made. Raises UserError for values that are not valid."""
     values = Values()
     values.add_all(stored, lambda key: f"{key} in the stored configuration")
     return values.build()
 
 
 def as_yaml(config: Config, unicode: bool = True) -> str:
-    """The resolved configuration as YAML that --config reads back. unicode: characters beyond ASCII as they are."""
+    """The configuration as YAML that --config reads. unicode: write characters beyond ASCII as they are."""
     return yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=unicode)
 
 
 def write_config(config: Config, path: Path) -> None:
-    """Write the resolved configuration as YAML."""
+    """Write the configuration as YAML."""
     write_text(path, as_yaml(config))
 
 

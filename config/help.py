@@ -1,4 +1,4 @@
-"""The text of --help: every option by section, with what it is in the default configuration."""
+"""The text of --help: all options by section, with their values in the default configuration."""
 
 import ast
 import inspect
@@ -14,16 +14,18 @@ from common.plugins import HELP
 from config.config import Config, flatten
 from config.values import expected
 
-USAGE = """usage: python train.py [--config FILE] [--section.option VALUE ...] [--resume RUN]
+USAGE = """usage: python train.py [--config FILE] [--section.option VALUE ...] [--seeds N] [--resume RUN]
 
 Train a vision mixture of experts on the features of a frozen ViT, then evaluate it.
 """
 GENERAL = {
-    "--help": "Show this text.",
-    "--config FILE": "YAML file with any of the options below; configs/cifar100.yaml if none is named. An option that "
-    "the file does not have is at its default, and one on the command line counts more than the file.",
-    "--print_config": "Print the whole configuration as YAML, once every value is known to fit, and end.",
-    "--resume RUN": "Go on with a run that was interrupted, in its folder.",
+    "--help": "Show this help and exit.",
+    "--config FILE": "YAML file with any of the options below (default: configs/cifar100.yaml). Options on the command "
+    "line override the file; options that are in neither have their own defaults.",
+    "--print_config": "Check the configuration, print it as YAML and exit.",
+    "--resume RUN": "Continue an interrupted run in its folder.",
+    "--seeds N": "Train N runs from train.seed up, each in a folder of its own, on inputs that are loaded once, and "
+    "print their mean, deviation and what pairs them.",
     "--plugins FILE": HELP,
     "--debug": "Show the traceback of an error.",
 }
@@ -36,7 +38,7 @@ INDENT = 29
 
 
 def help_text(config: Config) -> str:
-    """What --help prints. config: the default configuration, whose values are shown."""
+    """The text of --help. config: the default configuration, whose values are shown."""
     width = min(120, get_terminal_size().columns)
     values, bare = flatten(config.to_dict()), flatten(Config().to_dict())
     parts = [USAGE, "general:\n" + "".join(_entry(name, text, width) for name, text in GENERAL.items())]
@@ -59,13 +61,13 @@ def _sections() -> Iterator[tuple[str, type, list[Field]]]:
 
 
 def field_texts(kind: type) -> dict[str, str]:
-    """What the dataclass says of each field: the text below it, or "help" in its metadata."""
+    """The documentation of each field of a dataclass: the string below it, or "help" in its metadata."""
     body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body
     texts = {}
     for line, below in pairwise(body):
         if isinstance(line, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
             texts[line.target.id] = " ".join(str(below.value.value).split())
-    for item in fields(kind):  # what registered parts say of themselves
+    for item in fields(kind):  # the help texts of registered parts
         if about := item.metadata.get("help"):
             texts[item.name] = about() if callable(about) else about
     return texts
@@ -79,9 +81,9 @@ def _entry(name: str, text: str, width: int) -> str:
 
 
 def _default(value: Any, bare: Any) -> str:
-    """The value in the default configuration, and what holds in a file that does not name the option."""
+    """The value in the default configuration, and the option's own default where it differs."""
     here, there = _shown(value), _shown(bare)
-    return f"default: {here}" + (f", {there} in a file without it" if here != there else "")
+    return f"default: {here}" + (f", {there} if the file leaves it out" if here != there else "")
 
 
 def _shown(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""TrainConfig: how long and in what steps to train."""
+"""TrainConfig: length, batches, precision and checkpoints of a training."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,42 +6,49 @@ from typing import Literal
 
 @dataclass
 class TrainConfig:
-    """Training: how long, in what batches, when to stop."""
+    """Training: length, batches, precision, checkpoints."""
 
     epochs: int = 40
     """Passes over the training images."""
     batch_size: int = 1024
-    """Training samples in a step."""
+    """Samples in a training step."""
     label_smoothing: float = 0.1
     """Share of each target spread evenly over all classes (Szegedy 2016)."""
     ema_decay: float = 0.999
-    """Decay of the moving average of the weights, which is what is validated and kept; 0: no average."""
+    """Decay of the moving average of the weights, which is validated and saved; 0: no average."""
     patience: int = 0
-    """Stop after so many epochs without a better validation macro-F1; 0: run all epochs."""
+    """Stop after this many epochs without a better validation macro-F1; 0: run all epochs."""
     keep: Literal["best", "last"] = "best"
-    """Whose weights are scored and exported: the epoch of the best validation macro-F1, or the last one, where a cosine
-    schedule has come to its end and the validation images are too few to tell epochs apart."""
+    """Which weights are evaluated and exported: those of the epoch with the best validation macro-F1, or of the last
+    epoch, which suits a cosine schedule and few validation images."""
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Arithmetic of the experts while training (the gate is always float32); auto: bfloat16 on a GPU."""
+    """Precision of the experts in training (the gate is always float32); auto: bfloat16 on a GPU."""
     seed: int = 0
-    """Seed of the weights, the order of the samples, dropout and routing noise."""
+    """Seed of weights, sample order, dropout and routing noise."""
     save_every: int = 5
-    """Epochs between two writes of checkpoints/{last,best}.pt, all that a killed run loses; signals write them too."""
+    """Epochs between checkpoints (checkpoints/{last,best}.pt), the most that a killed run loses; Ctrl-C and SIGTERM
+    write them too."""
     graph: Literal["auto", "off"] = "auto"
-    """auto: on a GPU a small head's steps replay a CUDA graph, since launching their kernels takes longer than running
-    them; off: never."""
+    """auto: replay the training step of a small head as a CUDA graph on a GPU, which saves the launches of its kernels;
+    off: never."""
     compile: Literal["auto", "always", "never"] = "auto"
     """experts.place blocks: compile the ViT's blocks, in training and in evaluation; auto: on a GPU."""
     recompute: Literal["auto", "on", "off"] = "auto"
-    """experts.place blocks: compute attention and FFNs again in the backward pass, which takes longer and keeps a third
-    of the activations; auto: on a GPU whose memory they would not fit into."""
+    """experts.place blocks: recompute attention and FFNs in the backward pass, which is slower and keeps a third of the
+    activations; auto: on a GPU, if they would not fit into its memory."""
     patch_dropout: float = 0.0
-    """experts.place blocks: share of the patch tokens that each training image leaves out, drawn anew in every step
-    (PatchDropout, Liu 2022): less work, and less overfitting. Evaluation sees all patches."""
+    """experts.place blocks: share of the patch tokens dropped at random from each training image in each step
+    (PatchDropout, Liu 2022): less work, and less overfitting. Evaluation uses all patches."""
     all_patches: float = 0.1
-    """Share of the steps, the last ones, that see all patches whatever patch_dropout says."""
+    """Share of the steps, at the end of training, that use all patches in spite of patch_dropout."""
+    dense_twin: bool = False
+    """Train the run's dense twin: in place of the mixture one part that every sample passes, with the FLOPs that gate
+    and experts have for a sample, in the same place and trained alike. What is better tells whether a mixture pays."""
+    twin_of: str | None = None
+    """Written by dense_twin, not by you: the options that it has replaced, as JSON, by which a comparison finds the
+    runs that belong together."""
     deterministic: bool = False
-    """Forbid PyTorch what may differ between two runs on a GPU, at some cost in speed; a CPU needs no such thing."""
+    """Use only deterministic algorithms of PyTorch on a GPU, which is slower; a CPU is deterministic without it."""
 
     def __post_init__(self):
         for name in ("epochs", "batch_size", "save_every"):
@@ -54,13 +61,17 @@ class TrainConfig:
         if not 0 <= self.patch_dropout < 1:
             raise ValueError(f"train.patch_dropout is {self.patch_dropout}: it must be at least 0 and below 1 (0: off)")
         if not 0 <= self.all_patches <= 1:
-            raise ValueError(f"train.all_patches is {self.all_patches}: it is a share of the steps, 0 to 1")
+            raise ValueError(f"train.all_patches is {self.all_patches}: it must be a share of the steps, from 0 to 1")
         if self.patience < 0:
-            raise ValueError(f"train.patience is {self.patience}: it is a number of epochs, 0 for no early stopping")
+            raise ValueError(
+                f"train.patience is {self.patience}: it must be a number of epochs, or 0 for no early stopping"
+            )
         if self.patience and self.keep == "last":
             raise ValueError(
-                f"train.patience {self.patience} stops after the best epoch, train.keep last keeps a later one: set "
-                "patience to 0, or keep to best"
+                f"train.patience {self.patience} stops after the best epoch, but train.keep last uses a later one: "
+                "set patience to 0, or keep to best"
             )
+        if self.twin_of is not None and not self.dense_twin:
+            raise ValueError("train.twin_of is written by train.dense_twin: leave it out, or set train.dense_twin true")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"train.seed is {self.seed}: it must be at least 0 and below 2^32")

@@ -1,7 +1,7 @@
-"""Values of options: what text, YAML, JSON or a server's hyperparameters give, as the types of the fields.
+"""Conversion of option values from text, YAML, JSON or a server's hyperparameters to the types of their fields.
 
-One rule for all sources. Text stands for itself where a field takes text, and else for the value that it spells in
-YAML; a whole number may be written 2.0 or 1e3.
+All sources follow one rule. A text is itself where a field takes text, and otherwise the value that it spells in
+YAML; a whole number may be written as 2.0 or 1e3.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "o
 
 
 def option_types(config: type) -> dict[str, Any]:
-    """The type of every option, "train.epochs", and of every section, "train", of the dataclass `config`, as of now."""
+    """The type of every option, "train.epochs", and of every section, "train", of the dataclass `config`."""
     types: dict[str, Any] = {}
     for item in fields(config):
         types[item.name] = item.type
@@ -32,18 +32,18 @@ def option_types(config: type) -> dict[str, Any]:
 def convert(kind: Any, value: Any) -> Any:
     """`value` as the type `kind`: a number, text, a path, a choice, a list, null, or one of several. Raises ValueError.
 
-    A truth value is no number, and a number no truth value.
+    A boolean is not a number, and a number is not a boolean.
     """
     parts = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     for candidate in _meanings(value):
         for part in parts:
-            with suppress(ValueError, OverflowError):  # of an infinite number, or one too large
+            with suppress(ValueError, OverflowError):  # infinite or too large
                 return _as(part, candidate)
     raise ValueError(f"give {expected(kind)}")
 
 
 def _meanings(value: Any) -> Iterator[Any]:
-    """What a value may mean: text null, itself, or what it spells."""
+    """The possible meanings of a value: null, itself, or what the text spells."""
     if not isinstance(value, str):
         yield value
         return
@@ -74,5 +74,5 @@ def _as(kind: Any, value: Any) -> Any:
 
 
 def expected(kind: Any) -> str:
-    """What a value of this type is called by someone who writes it."""
+    """What users call a value of this type."""
     return f"a table of options such as {fields(kind)[0].name}" if is_dataclass(kind) else described(kind)

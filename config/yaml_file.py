@@ -9,11 +9,11 @@ import yaml
 from common.errors import UserError, one_line
 from common.text import printable
 
-LARGEST = 1_000_000  # bytes of a file, and values in it: a few lines of aliases make more than fit into memory
+LARGEST = 1_000_000  # most bytes and values of a file: a few lines of aliases can expand beyond the memory
 
 
 class Loader(yaml.SafeLoader):
-    """YAML without its surprises: 1e-3 is a number, and yes, off, 2026-01-01, 010 and 1:30 are texts."""
+    """YAML in which 1e-3 is a number, and yes, off, 2026-01-01, 010 and 1:30 are text."""
 
     yaml_implicit_resolvers: dict = {}  # noqa: RUF012 - the name is PyYAML's
 
@@ -34,7 +34,7 @@ for _name, (_pattern, _first) in _RESOLVED.items():
 
 
 def spelled(text: str) -> Any:
-    """The value that a text spells in YAML, or the text itself where it spells none."""
+    """The value that a text spells in YAML, or else the text itself."""
     try:
         return yaml.load(text, Loader)
     except (yaml.YAMLError, ValueError, RecursionError):
@@ -42,13 +42,13 @@ def spelled(text: str) -> Any:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The table in a file. Raises UserError where there is none, or it is larger than any configuration."""
+    """The table in a file. Raises UserError if there is none or the file is too large."""
     if not path.exists():
         raise UserError(f"--config {printable(path)}: no such file; name one with options in YAML")
     try:
         values = _load(path)
     except RecursionError:
-        reason = "it is nested without end"
+        reason = "it is nested too deeply"
     except OSError as error:
         reason = error.strerror
     except (yaml.YAMLError, ValueError) as error:
@@ -56,12 +56,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
     else:
         if isinstance(values, dict):
             return values
-        reason = "it is empty" if values is None else "it is no table of options such as train"
+        reason = "it is empty" if values is None else "it is not a table of options such as train"
     raise UserError(f"{printable(path)} is not a YAML configuration: {reason}")
 
 
 def _load(path: Path) -> Any:
-    too_large = ValueError(f"it is larger than any configuration, {LARGEST:,} bytes or values")
+    too_large = ValueError(f"it has more than {LARGEST:,} bytes or values")
     if path.stat().st_size > LARGEST:
         raise too_large
     loader = Loader(path.read_text(encoding="utf-8"))
@@ -75,9 +75,9 @@ def _load(path: Path) -> Any:
 
 
 def _size(node: yaml.Node, known: dict[int, int]) -> int:
-    """How many values a node makes, each alias counted."""
+    """Number of values of a node, aliases expanded."""
     if id(node) not in known:
-        known[id(node)] = LARGEST + 1  # of a node that holds itself
+        known[id(node)] = LARGEST + 1  # a node that contains itself
         inner = node.value if isinstance(node.value, list) else ()
         parts = (part for item in inner for part in (item if isinstance(item, tuple) else (item,)))
         known[id(node)] = 1 + sum(_size(part, known) for part in parts)

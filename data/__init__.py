@@ -1,1 +1,1 @@
-"""What comes in: image sets, augmentation, frozen features."""
+"""Image sets, datasets, splits and augmentation."""

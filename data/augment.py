@@ -7,42 +7,44 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-WIDEST = 10_000  # pixels of a shift
-ASPECT = 1.2  # widest ratio of the sides of a random resized crop
+WIDEST = 10_000  # largest shift in pixels
+ASPECT = 1.2  # largest aspect ratio of a random resized crop
 
 
 @dataclass
 class AugmentConfig:
-    """Augmentation: seeded views of the training images, drawn for each image on its own."""
+    """Augmentation: seeded views of the training images, drawn independently for each image."""
 
     flip: bool = True
     """Mirror each image left to right with probability 1/2."""
     crop: int = 3
-    """Shift each image by up to so many of its own pixels either way, reflecting at the border; 0: off."""
+    """Largest shift of an image in pixels, horizontally and vertically, with reflected borders; 0: off."""
     scale: float = 1.0
-    """Random resized crop (Szegedy 2015): smallest share of the image's area that is kept and enlarged; 1: off."""
+    """Random resized crop (Szegedy 2015): smallest share of the image's area that a crop has; 1: off."""
     color_jitter: float = 0.0
     """Largest relative change of brightness, contrast and saturation; 0: off."""
     strong: float = 0.5
-    """Share of the images of a view that `scale` and `color_jitter` change; the others keep flip and crop alone."""
+    """Share of the images of a view that `scale` and `color_jitter` change; the others get flip and crop only."""
     seed: int = 0
-    """Seed of the views; the same seed gives the same view v of image n whatever the batch."""
+    """Seed of the views; view v of image n depends only on this seed, not on the batch."""
 
     def __post_init__(self):
         if not 0 <= self.crop <= WIDEST:
-            raise ValueError(f"augment.crop is {self.crop}: it is a number of pixels, from 0 to {WIDEST:,}")
+            raise ValueError(f"augment.crop is {self.crop}: it must be a number of pixels from 0 to {WIDEST:,}")
         if not 0.05 <= self.scale <= 1:
-            raise ValueError(f"augment.scale is {self.scale}: it is a share of the image's area, 0.05 to 1 (1: off)")
+            raise ValueError(
+                f"augment.scale is {self.scale}: it must be a share of the image's area from 0.05 to 1 (1: off)"
+            )
         if not 0 <= self.color_jitter < 1:
             raise ValueError(f"augment.color_jitter is {self.color_jitter}: it must be at least 0 and below 1")
         if not 0 <= self.strong <= 1:
-            raise ValueError(f"augment.strong is {self.strong}: it is a share of the images, 0 to 1")
+            raise ValueError(f"augment.strong is {self.strong}: it must be a share of the images from 0 to 1")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"augment.seed is {self.seed}: it must be at least 0 and below 2^32")
 
     @property
     def active(self) -> bool:
-        """Whether views differ from the images at all."""
+        """Whether views differ from the original images."""
         return self.flip or self.crop > 0 or self.has_strong
 
     @property
@@ -53,11 +55,11 @@ class AugmentConfig:
 
 @dataclass(frozen=True)
 class View:
-    """What one view does to each of N images.
+    """The augmentation of N images in one view.
 
-    flip_N: bool. shift_N2: int64 pixels (rows, columns). box_N4: float32, the part that is enlarged to the whole
-    image: its centre (x, y) in [-1, 1] and its width and height as shares. color_N3: float32 factors of brightness,
-    contrast and saturation. strong_N: bool, the images that the last two change. All three are None where none is.
+    flip_N: bool. shift_N2: int64 pixels (rows, columns). box_N4: float32, the crop that is resized to the whole image:
+    centre (x, y) in [-1, 1], width and height as shares. color_N3: float32 factors of brightness, contrast and
+    saturation. strong_N: bool, the images that crop and colour change. The last three are None if no image has them.
     """
 
     flip_N: Tensor
@@ -75,7 +77,7 @@ class View:
 
 
 def draw_view(num_images: int, config: AugmentConfig, index: int) -> View:
-    """View number `index` of a split of `num_images` images; on the CPU, so that every device draws the same."""
+    """View number `index` of a split of `num_images` images; on the CPU, so that all devices get the same."""
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + index)
     flip_N = torch.rand(num_images, generator=generator) < 0.5
     shift_N2 = torch.randint(-config.crop, config.crop + 1, (num_images, 2), generator=generator)
@@ -92,7 +94,7 @@ def draw_view(num_images: int, config: AugmentConfig, index: int) -> View:
 
 
 def apply_view(images_BCHW: Tensor, view: View) -> Tensor:
-    """Change each uint8 image (B, 3, H, W) by its own row of `view`, on the images' device; the shape stays."""
+    """Augment each uint8 image (B, 3, H, W) by its row of `view`, on the images' device; the shape stays."""
     _, channels, height, width = images_BCHW.shape
     device = images_BCHW.device
     flip_B, shift_B2 = view.flip_N.to(device), view.shift_N2.to(device)
@@ -110,7 +112,7 @@ def apply_view(images_BCHW: Tensor, view: View) -> Tensor:
 
 
 def _enlarge(x_BCHW: Tensor, box_B4: Tensor) -> Tensor:
-    """Each image's box, bicubic, at the size of the image."""
+    """Resize each image's crop to the size of the image (bicubic)."""
     theta_B23 = x_BCHW.new_zeros(len(x_BCHW), 2, 3)
     theta_B23[:, 0, 0], theta_B23[:, 1, 1] = box_B4[:, 2], box_B4[:, 3]
     theta_B23[:, :, 2] = box_B4[:, :2]
@@ -120,7 +122,7 @@ def _enlarge(x_BCHW: Tensor, box_B4: Tensor) -> Tensor:
 
 
 def _recolor(x_BCHW: Tensor, color_B3: Tensor) -> Tensor:
-    """Scale the brightness, the distance from the image's mean, and the distance from grey, in that order."""
+    """Scale brightness, contrast (around the image's mean) and saturation (around grey), in that order."""
     brightness_B111, contrast_B111, saturation_B111 = color_B3[:, :, None, None, None].unbind(dim=1)
     x_BCHW = x_BCHW * brightness_B111
     mean_B111 = x_BCHW.mean(dim=(1, 2, 3), keepdim=True)
@@ -130,6 +132,6 @@ def _recolor(x_BCHW: Tensor, color_B3: Tensor) -> Tensor:
 
 
 def _reflect(positions: Tensor, size: int) -> Tensor:
-    """Positions outside [0, size) mirrored at the border pixel, which is not repeated; then kept inside."""
+    """Reflect positions outside [0, size) at the border pixel, without repeating it; then clamp."""
     positions = positions.abs()
     return ((size - 1) - ((size - 1) - positions).abs()).clamp_min(0)

@@ -17,7 +17,7 @@ class ImageSet:
     """N labelled images in memory.
 
     images_NCHW: uint8 RGB. labels_N: int64 in [0, C). coarse_N: int64 superclass of each image, or None.
-    Raises UserError for a label that names no class, and for two classes of one name.
+    Raises UserError for a label without a class, and for two classes with one name.
     """
 
     images_NCHW: Tensor
@@ -29,13 +29,13 @@ class ImageSet:
     def __post_init__(self):
         if len(set(self.class_names)) < self.num_classes:
             twice = next(name for name in self.class_names if self.class_names.count(name) > 1)
-            raise UserError(f"two classes are called '{twice}': give each a name of its own")
+            raise UserError(f"two classes are called '{twice}': give them different names")
         if len(self.labels_N) != len(self.images_NCHW):
             raise UserError(f"there are {len(self.images_NCHW)} images but {len(self.labels_N)} labels")
         if len(self) and not 0 <= int(self.labels_N.min()) <= int(self.labels_N.max()) < self.num_classes:
             low, high = int(self.labels_N.min()), int(self.labels_N.max())
             raise UserError(
-                f"labels go from {low} to {high}: {self.num_classes} classes have 0 to {self.num_classes - 1}"
+                f"labels go from {low} to {high}; {self.num_classes} classes have 0 to {self.num_classes - 1}"
             )
 
     def __len__(self) -> int:
@@ -56,7 +56,7 @@ class ImageSet:
         )
 
     def fingerprint(self) -> str:
-        """SHA-256 over images and labels, which do not change: equal fingerprints, equal data in equal order."""
+        """SHA-256 over images and labels: equal fingerprints mean equal data in equal order."""
         return self._fingerprint
 
     @cached_property
@@ -67,7 +67,7 @@ class ImageSet:
         return digest.hexdigest()
 
     def superclass_of_class(self) -> np.ndarray | None:
-        """The superclass of each class (C,), or None where the data set has no superclasses."""
+        """The superclass of each class (C,), or None if the dataset has no superclasses."""
         if self.coarse_N is None:
             return None
         groups_C = np.zeros(self.num_classes, dtype=np.int64)
@@ -76,19 +76,19 @@ class ImageSet:
 
 
 def empty_images(count: int, size: int) -> Tensor:
-    """Room for `count` images, uint8 (count, 3, size, size). Raises EnvironmentFault where the memory has none."""
+    """An empty tensor for `count` images, uint8 (count, 3, size, size). Raises EnvironmentFault if memory is short."""
     needed, free = 3 * count * size * size, available_memory()
     if free is not None and needed > free:
         raise EnvironmentFault(
-            f"{count:,} images of {size} x {size} pixels need {needed / 1e9:,.1f} GB of memory, and {free / 1e9:,.1f} "
-            "GB are free: lower --data.image_size, or use fewer images"
+            f"{count:,} images of {size} x {size} pixels need {needed / 1e9:,.1f} GB of memory, but only "
+            f"{free / 1e9:,.1f} GB are free: lower --data.image_size, or use fewer images"
         )
     return torch.empty(count, 3, size, size, dtype=torch.uint8)
 
 
 @dataclass(frozen=True)
 class Splits:
-    """Train to learn from, validation to choose on, test to be touched once a run."""
+    """The splits: train; validation, to choose epochs and settings; test, used once per run."""
 
     train: ImageSet
     validation: ImageSet

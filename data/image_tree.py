@@ -1,8 +1,8 @@
-"""What an image file, a class folder and a split are, for training and prediction alike.
+"""Finds image files, class folders and splits, for training and prediction.
 
-An image file is a regular file with the ending of a format that Pillow reads, at any depth of a folder. Hidden files
-and folders are not there. Links are followed, to each file once and never back to a folder above; a file belongs to
-one class of one split. What is left out is said, a line for each reason.
+An image file is a regular file with the extension of a format that Pillow reads, at any depth of a folder. Hidden files
+and folders are ignored. Links are followed, but never back to a folder above, and each file counts once; it belongs to
+one class of one split. A warning for each reason says what is left out.
 """
 
 import os
@@ -22,35 +22,42 @@ SPLITS = {
     "validation": ("val", "valid", "validation", "dev"),
     "test": ("test", "testing"),
 }
-UNREAD = {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # a program; formats of which Pillow knows the header alone
+UNREADABLE_FORMATS = {
+    "EPS",
+    "BUFR",
+    "GRIB",
+    "HDF5",
+    "MPEG",
+    "WMF",
+}  # EPS runs a program; of the others Pillow reads only the header
 HIDDEN = {"__macosx", "@eadir", "$recycle.bin", "system volume information", "thumbs.db", "desktop.ini"}
 
-SHARED = "holds no image of its own: each is in another class or split as well, by a link: keep it in one"
+SHARED = "has no image of its own: each is also in another class or split, by a link: keep it in one"
 
 
 @cache
 def formats() -> tuple[str, ...]:
     """The formats that Pillow reads without running a program."""
     Image.init()
-    return tuple(sorted(Image.OPEN.keys() - UNREAD))
+    return tuple(sorted(Image.OPEN.keys() - UNREADABLE_FORMATS))
 
 
 @cache
 def endings() -> frozenset[str]:
-    """Their endings, in lower case and with the dot."""
-    known = {*formats(), "MPO"}  # a camera's photo and its previews, which the reader of JPEGs opens
+    """Their extensions, in lower case and with the dot."""
+    known = {*formats(), "MPO"}  # a camera's photo with previews, opened by the JPEG reader
     return frozenset(ending for ending, name in Image.registered_extensions().items() if name in known)
 
 
 def hidden(name: str) -> bool:
-    """Whether a file or folder of that name is passed over: dot files, and what systems leave between images."""
+    """Whether a file or folder of that name is ignored: dot files, and files that operating systems create."""
     return name.startswith(".") or name.lower() in HIDDEN
 
 
 @dataclass(frozen=True)
 class ImageFile:
-    """path: as it was found. key: what is equal for all names of one file, None where it cannot be read. linked:
-    whether a link led to it."""
+    """path: as found. key: the same for all names of one file, None if it cannot be read. linked: whether it was found
+    through a link."""
 
     path: Path
     key: tuple[int, int] | None
@@ -59,7 +66,7 @@ class ImageFile:
 
 @dataclass
 class LeftOut:
-    """What a search passes over, by reason; `tell` says it."""
+    """Files and folders that a search leaves out, by reason."""
 
     files: list[Path] = field(default_factory=list)
     special: list[Path] = field(default_factory=list)
@@ -69,14 +76,14 @@ class LeftOut:
     folders: list[Path] = field(default_factory=list)
 
     def tell(self) -> None:
-        """Warn of it: one line for each reason, with the first example."""
+        """Print one warning for each reason, with the first example."""
         kinds = Counter(path.suffix.lower() or "none" for path in self.files).most_common(5)
         reasons = {
-            f"left out, as its ending is not that of an image ({', '.join(kind for kind, _ in kinds)})": self.files,
-            "left out, as it is not a regular file": self.special,
-            "left out, as it is not in a class folder": self.outside,
-            f"left out, as its name is not that of a split ({', '.join(sum(SPLITS.values(), ()))})": self.folders,
-            "not followed, as it leads back to a folder above it": self.loops,
+            f"left out: not the extension of an image ({', '.join(kind for kind, _ in kinds)})": self.files,
+            "left out: not a regular file": self.special,
+            "left out: not in a class folder": self.outside,
+            f"left out: not the name of a split ({', '.join(sum(SPLITS.values(), ()))})": self.folders,
+            "not followed: it leads back to a folder above it": self.loops,
             "counted once": [f"{path} is {kept} by another name" for path, kept in self.repeated],
         }
         for reason, found in reasons.items():
@@ -85,10 +92,10 @@ class LeftOut:
 
 
 def find_images(path: Path) -> list[Path]:
-    """The file itself; of a folder the images at any depth, in the order of their folders and names, each file once.
+    """The file itself, or the images at any depth of a folder, sorted by folder and name, each file once.
 
-    A file need not exist: reading it tells. Raises UserError for a folder without an image, EnvironmentFault for one
-    that cannot be read.
+    Does not check whether a file exists. Raises UserError for a folder without an image, EnvironmentFault for one that
+    cannot be read.
     """
     if not path.is_dir():
         return [path]
@@ -96,12 +103,12 @@ def find_images(path: Path) -> list[Path]:
     found = _once(_walk(path, (os.path.realpath(path),), False, left_out), left_out)
     left_out.tell()
     if not found:
-        raise UserError(f"{path} holds no file with the ending of an image, such as .png or .jpg")
+        raise UserError(f"{path} has no file with the extension of an image, such as .png or .jpg")
     return [file.path for file in found]
 
 
 def _once(found: Sequence[ImageFile], left_out: LeftOut) -> list[ImageFile]:
-    """The files of each key under one name: where the file lies itself, else the first in order."""
+    """One name for each file: its own place rather than a link, else the first in order."""
     kept: dict[object, ImageFile] = {}
     for file in sorted(found, key=lambda file: file.linked):
         first = kept.setdefault(file.key or file.path, file)
@@ -111,9 +118,9 @@ def _once(found: Sequence[ImageFile], left_out: LeftOut) -> list[ImageFile]:
 
 
 def _walk(folder: Path, above: tuple[str, ...], linked: bool, left_out: LeftOut) -> list[ImageFile]:
-    """Every image below a folder. Links to folders come last, so that what lies there itself is found as such.
+    """Every image below a folder. Links to folders come last, so that files are first found in their own place.
 
-    above: real folders that a link must not lead back to, nor above. linked: whether a link led here already.
+    above: real folders that a link must not lead back to, or above. linked: whether `folder` was found through a link.
     """
     found: list[ImageFile] = []
     seen: dict[tuple[int, int], Path] = {}
@@ -144,15 +151,15 @@ def _is_folder(status: os.stat_result | None) -> bool:
 def _is_image(path: Path, status: os.stat_result | None, left_out: LeftOut) -> bool:
     if path.suffix.lower() not in endings():
         left_out.files.append(path)
-    elif status is not None and not stat.S_ISREG(status.st_mode):  # a pipe would be waited for without end
+    elif status is not None and not stat.S_ISREG(status.st_mode):  # opening a pipe could wait forever
         left_out.special.append(path)
-    else:  # a link to nothing as well: reading it tells
+    else:  # also a broken link: reading it gives the error
         return True
     return False
 
 
 def _entries(folder: Path) -> Iterator[tuple[Path, os.stat_result | None, bool]]:
-    """(path, status of what it leads to, whether it is a link) of all that is not hidden, in order."""
+    """(path, status of its target, whether it is a link) of all entries that are not hidden, in order."""
     try:
         with os.scandir(folder) as entries:
             shown = sorted((entry for entry in entries if not hidden(entry.name)), key=lambda entry: entry.name)
@@ -161,7 +168,7 @@ def _entries(folder: Path) -> Iterator[tuple[Path, os.stat_result | None, bool]]
     for entry in shown:
         try:
             status = entry.stat()
-        except OSError:  # a link to nothing, or to itself
+        except OSError:  # a broken link, or one to itself
             status = None
         yield folder / entry.name, status, entry.is_symlink()
 
@@ -177,9 +184,9 @@ def _leads_back(link: Path, chain: Sequence[str]) -> bool:
 
 
 def find_splits(root: Path, left_out: LeftOut) -> dict[str, Path]:
-    """The folder of each split that `root` has: train, validation, test, under any of their names.
+    """The folder of each split in `root`: train, validation, test, under any of their names.
 
-    Raises UserError where two folders are the same split, or none is train.
+    Raises UserError if two folders are the same split, or none is train.
     """
     meant = {name: split for split, names in SPLITS.items() for name in names}
     found: dict[str, Path] = {}
@@ -194,14 +201,14 @@ def find_splits(root: Path, left_out: LeftOut) -> dict[str, Path]:
         else:
             found[split] = path
     if "train" not in found:
-        _refuse_without_train(root, meant)
+        _require_train(root, meant)
     return {split: found[split] for split in SPLITS if split in found}
 
 
-def _refuse_without_train(root: Path, meant: dict[str, str]) -> None:
+def _require_train(root: Path, meant: dict[str, str]) -> None:
     above = root.absolute().parent
     if root.name.lower() in meant and any((above / name).is_dir() for name in SPLITS["train"]):
-        raise UserError(f"--data.root {root} is the {root.name} folder of a data set: name its parent, {above}")
+        raise UserError(f"--data.root {root} is the {root.name} folder of a dataset: name its parent, {above}")
     raise UserError(f"{root / 'train'} is not a folder: --data.root needs train/CLASS/IMAGE (and maybe val/, test/)")
 
 
@@ -222,9 +229,9 @@ def find_classes(split: Path, left_out: LeftOut) -> list[Path]:
 def label_files(
     splits: dict[str, Path], classes: Sequence[str], left_out: LeftOut
 ) -> dict[str, list[tuple[Path, int]]]:
-    """The images of each split with their labels; a file has one: that of the place where it lies itself, or the first.
+    """The images of each split with their labels; a file has one label: that of its own place, or the first one.
 
-    Raises UserError for a class folder that train does not have, and for a split, or a class of train, without images.
+    Raises UserError for a class folder that train does not have, and for a split or a training class without images.
     """
     claims: list[tuple[ImageFile, str, int]] = []
     for name, folder in splits.items():
@@ -245,9 +252,9 @@ def label_files(
         present = {label for _, label in labelled[name]}
         if not present:
             raise UserError(
-                f"{folder} {SHARED if claimed else 'has no image: expected CLASS/FILE with the ending of one'}"
+                f"{folder} {SHARED if claimed else 'has no image: expected CLASS/FILE with the extension of an image'}"
             )
         for label in sorted(set(range(len(classes))) - present) if name == "train" else ():
-            why = SHARED if label in claimed else "holds no image: add some"
+            why = SHARED if label in claimed else "has no image: add some"
             raise UserError(f"{folder / classes[label]} {why}, or remove the folder")
     return labelled

@@ -1,4 +1,4 @@
-"""The registry of data sets: what each is called, how it is loaded, which options it reads."""
+"""The registry of datasets: their names, loaders and options."""
 
 from __future__ import annotations
 
@@ -10,18 +10,17 @@ if TYPE_CHECKING:
     from data.image_set import ImageSet
     from data.splits import DataConfig
 
-# Train, validation and test, None where the data set has none of its own: part of train takes its place.
+# Train, validation and test; for None, part of train takes its place.
 Parts = tuple["ImageSet", "ImageSet | None", "ImageSet | None"]
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set that data.name can name.
+    """A dataset for data.name.
 
-    about: what it is and where it comes from, for --help. options: the fields of DataConfig that it reads besides
-    those of every data set. default_root: where it lies if data.root does not say. side: of its images in pixels,
-    where it is not data.image_size. grey: whether they have no colour. published: whether all users have the same
-    images, so that copies among them are known.
+    about: what it is, for --help. options: the fields of DataConfig that it reads, besides those that all datasets
+    read. default_root: the default of data.root. side: of its images in pixels, if not data.image_size. grey: whether
+    they have no colour. published: whether all users have the same images, so that duplicates among them are known.
     """
 
     load: Callable[[DataConfig], Parts]
@@ -37,20 +36,20 @@ DATASETS: dict[str, Dataset] = {}
 
 
 def explain_datasets() -> str:
-    """What is registered, for --help."""
+    """The registered datasets, for --help."""
     return "; ".join(f"{name}: {DATASETS[name].about}" for name in sorted(DATASETS))
 
 
 def register(name: str, **facts) -> Callable[[Callable[[DataConfig], Parts]], Callable[[DataConfig], Parts]]:
-    """Make a function that loads a data set known as `name`. facts: the other fields of `Dataset`.
+    """Register a function that loads a dataset. facts: the other fields of `Dataset`.
 
-    The function gets the DataConfig and returns train, validation and test. Raises ValueError for a name that is
-    taken.
+    The function takes the DataConfig and returns train, validation and test. Raises ValueError for a name that is
+    already registered.
     """
 
     def add(load: Callable[[DataConfig], Parts]) -> Callable[[DataConfig], Parts]:
         if name in DATASETS:
-            raise ValueError(f"a data set '{name}' is registered already: choose another name")
+            raise ValueError(f"a dataset '{name}' is already registered: choose another name")
         DATASETS[name] = Dataset(load, **facts)
         return load
 

@@ -1,4 +1,4 @@
-"""DataConfig: which data set, and how it is split; load_splits does both."""
+"""DataConfig, and load_splits, which loads and splits a dataset."""
 
 import hashlib
 import math
@@ -21,21 +21,21 @@ class DataConfig:
 
     name: str = field(default="cifar100", metadata={"help": explain_datasets})
     root: Path | None = None
-    """Where the data set lies or is downloaded to; null: in `data` of $VISION_MOE_CACHE or ~/.cache/vision_moe."""
+    """Folder of the dataset, or for its download; null: `data` in $VISION_MOE_CACHE or ~/.cache/vision_moe."""
     download: bool = True
-    """Download the data set where it is missing."""
+    """Download the dataset if it is missing."""
     validation: float = 0.1
-    """Fraction of the training images held out, stratified by class, to choose epochs and settings on."""
+    """Fraction of the training images held out for validation, stratified by class."""
     test: float = 0.2
-    """Fraction held out as test set where the data set has none of its own."""
+    """Fraction held out for testing if the dataset has no test set."""
     split_seed: int = 0
-    """Seed of both splits; runs that are to be compared share it."""
+    """Seed of both splits; runs to compare need the same one."""
     image_size: int = 224
-    """Side in pixels that your own images are resized and centre-cropped to."""
+    """Side in pixels to which your own images are resized and centre-cropped."""
     max_classes: int | None = None
-    """Keep only the first so many classes (a quick experiment); null: all."""
+    """Use only this many classes (for a quick experiment); null: all."""
     max_per_class: int | None = None
-    """Keep at most so many training and as many test images of each class; null: all."""
+    """Use at most this many training images, and as many test images, of each class; null: all."""
 
     def __post_init__(self):
         if self.name not in DATASETS:
@@ -44,7 +44,7 @@ class DataConfig:
         for name in ("validation", "test"):
             value = getattr(self, name)
             if not 0 < value < 1:
-                raise ValueError(f"data.{name} is {value}: it is a fraction between 0 and 1")
+                raise ValueError(f"data.{name} is {value}: it must be a fraction between 0 and 1")
         if not 0 <= self.split_seed < 2**32:
             raise ValueError(f"data.split_seed is {self.split_seed}: it must be at least 0 and below 2^32")
         if self.image_size < 8:
@@ -52,7 +52,7 @@ class DataConfig:
         if self.max_classes is not None and self.max_classes < 2:
             raise ValueError(f"data.max_classes is {self.max_classes}: a classifier needs at least 2")
         if self.max_per_class is not None and self.max_per_class < 2:
-            raise ValueError(f"data.max_per_class is {self.max_per_class}: both splits need one, so at least 2")
+            raise ValueError(f"data.max_per_class is {self.max_per_class}: it must be at least 2, one for each split")
 
     @property
     def _set(self) -> Dataset:
@@ -60,45 +60,44 @@ class DataConfig:
 
     @property
     def side(self) -> int:
-        """Side in pixels of the images, before the backbone's own resizing: the data set's, or image_size."""
+        """Side in pixels of the images, before the backbone resizes them: the dataset's, or image_size."""
         return self._set.side or self.image_size
 
     @property
     def grey(self) -> bool:
-        """Whether the data set has no colour."""
+        """Whether the images have no colour."""
         return self._set.grey
 
     @property
     def idle(self) -> list[str]:
-        """A line for each option that was changed though this data set does not read it."""
+        """A line for each changed option that this dataset does not read."""
         lines = []
         for item in fields(self):
             readers = sorted(name for name, found in DATASETS.items() if item.name in found.options)
             value = getattr(self, item.name)
-            usual = (item.default, absolute(cache_folder("data")))  # older runs stored where CIFAR-100 would lie
+            usual = (item.default, absolute(cache_folder("data")))  # older runs stored the default folder of CIFAR-100
             if readers and self.name not in readers and value not in usual:
                 only = " and ".join(readers) + (" read it" if len(readers) > 1 else " reads it")
-                lines.append(f"data.{item.name} {value} does nothing under data.name {self.name}: only {only}")
+                lines.append(f"data.{item.name} {value} has no effect with data.name {self.name}: only {only}")
         return lines
 
     @property
     def place(self) -> Path | None:
-        """Where the data set lies: data.root, or what holds where that is null; None where neither says."""
+        """The folder of the dataset: data.root, or its default; None if there is neither."""
         default = self._set.default_root
         return absolute(cache_folder(default)) if self.root is None and default is not None else self.root
 
     def require_place(self, what: str) -> Path:
-        """`place`, which is `what`. Raises UserError where there is none."""
+        """`place`. what: what it should be, for the message. Raises UserError if there is none."""
         if self.place is None:
             raise UserError(f"data.name {self.name} needs --data.root: name {what}")
         return self.place
 
 
 def load_splits(config: DataConfig) -> Splits:
-    """Load the configured images and split them.
+    """Load a dataset and split it.
 
-    Raises UserError for data that is missing, altered, or too small to split, and
-    EnvironmentFault where a download is needed and cannot be had.
+    Raises UserError for data that is missing, altered, or too small to split, and EnvironmentFault if a download fails.
     """
     for line in config.idle:
         warn(line)
@@ -112,7 +111,7 @@ def load_splits(config: DataConfig) -> Splits:
         train, validation = stratified_split(train, config.validation, config.split_seed, "data.validation")
     for name, part in (("training", train), ("validation", validation), ("test", test)):
         if not len(part):
-            raise UserError(f"the {name} split has no image of the classes that are left: raise data.max_classes")
+            raise UserError(f"the {name} split has no image of the remaining classes: raise data.max_classes")
         lacking = np.setdiff1d(np.arange(train.num_classes), part.labels_N.numpy())
         if len(lacking):
             warn(
@@ -121,32 +120,32 @@ def load_splits(config: DataConfig) -> Splits:
             )
     splits = Splits(train, validation, test)
     if not DATASETS[config.name].published:
-        _tell_copies(splits)
+        _warn_of_copies(splits)
     return splits
 
 
 def _require_enough(train: ImageSet, parts: int) -> None:
-    """Raise UserError where a class has not one image for each of the parts that train is to be split into."""
+    """Raise UserError if a class has fewer images than the parts into which train is split."""
     counts_C = torch.bincount(train.labels_N, minlength=train.num_classes)
     if parts > 1 and counts_C.min() < parts:
         name, count = train.class_names[int(counts_C.argmin())], counted(int(counts_C.min()), "image")
         splits = {2: "two splits", 3: "three splits (data.validation, data.test)"}[parts]
         raise UserError(
-            f"class '{name}' has {count}, and is to be in {splits}: there must be {parts} of each class; add images "
-            "(or raise data.max_per_class, where that is set)"
+            f"class '{name}' has {count} for {splits}: each class needs at least {parts}; add images "
+            "(or raise data.max_per_class, if it is set)"
         )
 
 
-def _tell_copies(splits: Splits) -> None:
-    """Warn of images that are trained on as well as scored: they make a score better than it is."""
+def _warn_of_copies(splits: Splits) -> None:
+    """Warn of validation and test images that are also trained on: they inflate the scores."""
     seen: set[bytes] = set()
     for name in ("train", "validation", "test"):
         images_NCHW = splits[name].images_NCHW.contiguous().numpy()
         digests = [hashlib.blake2b(image_CHW, digest_size=16).digest() for image_CHW in images_NCHW]
         if copies := sum(digest in seen for digest in digests):
             warn(
-                f"{copies:,} of {len(digests):,} {name} images equal one that is trained or chosen on, pixel by pixel: "
-                "they make the score better than it is"
+                f"{copies:,} of {len(digests):,} {name} images are exact copies of images in another split: they "
+                "make the score better than it should be"
             )
         seen.update(digests)
 
@@ -163,10 +162,10 @@ def _limit(images: ImageSet, config: DataConfig) -> ImageSet:
 
 
 def stratified_split(images: ImageSet, fraction: float, seed: int, option: str) -> tuple[ImageSet, ImageSet]:
-    """Split into (the rest, `fraction` of the images), every class in proportion, the same for the same seed.
+    """Stratified split into (the rest, `fraction` of the images), reproducible by seed.
 
-    option: the configuration field that asked for the fraction, for the message.
-    Raises UserError where a part has no room for an image of each class.
+    option: the configuration field of the fraction, for the message.
+    Raises UserError if a part would not have an image of each class.
     """
     from sklearn.model_selection import train_test_split
 

@@ -1,1 +1,1 @@
-"""Predictions, scores, what experts are worth, cost, report and comparison."""
+"""Predictions, scores, ablation of experts, cost, report and comparison."""

@@ -1,4 +1,4 @@
-"""Who saw what inside the ViT: the routing of many tokens in several blocks, in sums that stay small."""
+"""Routing inside the ViT: sums over the many tokens of several blocks."""
 
 import math
 from collections.abc import Sequence
@@ -10,17 +10,17 @@ from torch import Tensor
 
 from model.routers import Routing
 
-KEPT_TOKENS = 64 * 2**20  # choices of single tokens that are kept, a byte each
+KEPT_TOKENS = 64 * 2**20  # largest number of stored token choices, one byte each
 
 
 @dataclass
 class BlockRouting:
     """The routing of N images in L blocks with E experts.
 
-    places: a name for each block. count_NLE: int32, how many of an image's tokens chose the expert. weight_NLE:
-    float32, the sum of their weights. first_MLT: uint8, the expert of the largest weight of each of T tokens, for the
-    first M images. Where an image decides for all its tokens, it counts as one, and T is 1. entropy_NL: float32, the
-    mean entropy of the gate of an image's tokens over its greatest value log E.
+    places: a name for each block. count_NLE: int32, tokens of an image that chose the expert. weight_NLE: float32, sum
+    of their weights. first_MLT: uint8, the expert with the largest weight for each of T tokens, for the first M images.
+    With routing per image, an image counts as one token, and T is 1. entropy_NL: float32, mean entropy of the gate of
+    an image's tokens, divided by log E.
     """
 
     places: tuple[str, ...]
@@ -48,7 +48,7 @@ class BlockRouting:
         return table_CLE.transpose(1, 0, 2)
 
     def heaviest(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """For each image and block the expert with the most weight, and its share: sample_A, expert_A, weight_A."""
+        """The expert with the largest weight in each image and block, and its share: sample_A, expert_A, weight_A."""
         images, places, _ = self.weight_NLE.shape
         share_NL = self.weight_NLE.max(axis=2) / self.weight_NLE.sum(axis=2).clip(min=1e-30)
         sample_A = np.arange(images).repeat(places)
@@ -56,7 +56,7 @@ class BlockRouting:
 
 
 class BlockRoutingSums:
-    """Adds up, on the device, the routings of batches; `result` has the whole as arrays."""
+    """Sums the routings of batches on the device; `result` returns arrays."""
 
     def __init__(self, places: Sequence[str]):
         self.places = tuple(places)
@@ -64,7 +64,7 @@ class BlockRoutingSums:
         self.kept = 0
 
     def add(self, routings: Sequence[Routing], images: int) -> None:
-        """Take note of a batch of so many images."""
+        """Add the routings of a batch of `images` images."""
         counts, weights, entropies, firsts = [], [], [], []
         for routing in routings:
             weights_NE = routing.assignments.weights_BE

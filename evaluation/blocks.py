@@ -1,4 +1,4 @@
-"""What the experts inside a ViT do, block by block, and what each is worth in one block."""
+"""Results for each block with experts, and the ablation of experts in single blocks."""
 
 from typing import Any
 
@@ -7,23 +7,25 @@ import torch
 
 from analysis import experts, routing
 from analysis.blocks import block_specialisation, most_specialised
+from common.distributed import world
+from common.meter import meter
 from data.image_set import ImageSet
 from evaluation.block_routing import BlockRouting
-from evaluation.predict import Predictions
+from evaluation.predictions import Predictions
+from evaluation.together import own_part
 from features.images import ImageBank
 from model.moe_vit import MoEViT
 
-WORTH_IMAGES = 2048  # on which each expert is removed from one block at a time, on a GPU
+WORTH_IMAGES = 2048  # images for the ablation of experts in single blocks, on a GPU
 
 
 def block_results(
     predictions: Predictions, test: ImageSet, target_E: np.ndarray, without_LEM: np.ndarray | None = None
 ) -> dict[str, Any]:
-    """The part of metrics.json on single blocks; empty where the experts are not inside the ViT.
+    """The part of metrics.json on single blocks; empty if the experts are behind the ViT.
 
-    `specialisation` becomes that of the block that specialises most: over all blocks an image has no one expert.
-    target_E: the load that each expert should have. without_LEM: the answers to the first M test images without an
-    expert in one block, where they were asked for.
+    `specialisation` is that of the most specialised block. target_E: target load of each expert. without_LEM: answers
+    to the first M test images without an expert in one block (None: not computed).
     """
     found = predictions.blocks
     if found is None:
@@ -55,13 +57,13 @@ def block_results(
 
 
 def _add_shares(rows: list[dict[str, Any]], key: str, found: BlockRouting, labels_N: np.ndarray, count: int) -> None:
-    """Add to each block's row how the weight of each class is spread over the experts."""
+    """Add the distribution of each class's weight over the experts to each block's row."""
     for row, table_CE in zip(rows, found.by_class(labels_N, count), strict=True):
         row[key] = (table_CE / table_CE.sum(axis=1, keepdims=True).clip(min=1e-30)).tolist()
 
 
 def hardly_used(results: dict[str, Any]) -> list[str]:
-    """For each expert "below 1 % of the load", inside the ViT with the blocks where that is so; empty elsewhere."""
+    """For each expert "below 1 % of the load", with the blocks concerned, or an empty text."""
     said = []
     for expert, mark in enumerate(results["expert_underused"]):
         blocks = [str(row["block"]) for row in results.get("blocks", []) if row["expert_underused"][expert]]
@@ -72,22 +74,25 @@ def hardly_used(results: dict[str, Any]) -> list[str]:
 
 @torch.no_grad()
 def without_each_in_one_block(model: MoEViT, bank: ImageBank, split: str, images: int) -> np.ndarray:
-    """The answers (L, E, M) to the first M images of a split without expert e in block l, which its tokens then avoid.
+    """The answers (L, E, M) to the first M images of a split without expert e in block l.
 
-    model: in evaluation mode. images: at least so many, a whole number of batches or all there are.
+    model: in evaluation mode. images: minimum M, rounded up to whole batches, at most the split.
     """
     blocks, num_experts = len(model.blocks), model.mixtures[0].router.num_experts
     size = bank.evaluation_batch
-    order_M = torch.arange(min(len(bank.splits[split]), -(-images // size) * size))
-    batches = []
-    for inputs, _ in bank.batches(split, size, order_M):
-        batch_LE = []
-        for place in np.ndindex(blocks, num_experts):
-            allowed_LE = torch.ones(blocks, num_experts, dtype=torch.bool, device=inputs.device)
-            allowed_LE[place] = False
-            batch_LE.append(model(inputs, allowed_E=allowed_LE)[0].argmax(dim=1))
-        batches.append(torch.stack(batch_LE))
-    return torch.cat(batches, dim=1).view(blocks, num_experts, -1).cpu().numpy()
+    count = min(len(bank.splits[split]), -(-images // size) * size)
+    order_M, batches = own_part(count), []
+    with meter("without each expert of each block", len(order_M)) as done:
+        for inputs, _ in bank.batches(split, size, order_M):
+            batch_LE = []
+            for place in np.ndindex(blocks, num_experts):
+                allowed_LE = torch.ones(blocks, num_experts, dtype=torch.bool, device=inputs.device)
+                allowed_LE[place] = False
+                batch_LE.append(model(inputs, allowed_E=allowed_LE)[0].argmax(dim=1))
+            batches.append(torch.stack(batch_LE))
+            done(len(inputs))
+    own_LEM = torch.cat(batches, dim=1).view(blocks, num_experts, -1).cpu().numpy()
+    return own_LEM if len(order_M) == count else np.concatenate(world().gather(own_LEM), axis=2)
 
 
 def patch_grid(model: MoEViT) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Images of any source through a trained run: the likeliest classes, and the experts that decided."""
+"""Classification of images with a trained run: the most likely classes, and the experts that were chosen."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -29,12 +29,11 @@ class ClassScore:
 
 @dataclass(frozen=True)
 class Vote:
-    """What one expert contributed to an answer.
+    """The contribution of one expert to an answer.
 
-    expert: its index. name: index and hidden units. weight: of the gate, what its output counted; inside the ViT its
-    share of the gate's weight, over all tokens and blocks. alone: the
-    likeliest class if this expert had answered by itself, or with the shared experts where there are any: these see
-    every image and cannot be left out.
+    expert: its index. name: index and hidden units. weight: gate weight; inside the ViT its share of the gate weight
+    over all tokens and blocks. alone: the most likely class with this expert only, plus the shared experts, if any,
+    which process every image.
     """
 
     expert: int
@@ -53,9 +52,9 @@ class PatchMap:
 
 @dataclass(frozen=True)
 class Answer:
-    """The likeliest classes, likeliest first, and the experts that saw the image, heaviest first.
+    """The most likely classes and the image's experts, each with the largest value first.
 
-    patches: a map for each block that has experts, where these are inside the ViT and each token chooses its own.
+    patches: a map for each block with experts, if each token chooses its experts.
     """
 
     classes: list[ClassScore]
@@ -86,7 +85,7 @@ def classify(trained: TrainedRun, images_BCHW: Tensor, top: int = 5) -> list[Ans
 
 
 def _inputs(trained: TrainedRun, images_BCHW: Tensor) -> Tensor:
-    """What the model reads of uint8 images: themselves where the ViT is part of it, else the backbone's features."""
+    """The model's input: the images if the ViT is part of it, else the backbone's features."""
     backbone = trained.backbone
     if isinstance(trained.model, MoEViT):
         return images_BCHW
@@ -114,7 +113,7 @@ def _patches(model: AnyMoE, found: BlockRouting | None, images: int) -> list[lis
 
 
 def _weights(routings: Sequence[Routing], found: BlockRouting | None, images: int) -> list[dict[int, float]]:
-    """The gate's weight of each expert of each image; inside the ViT its share over all tokens and blocks."""
+    """The gate weight of each expert of each image; inside the ViT its share over all tokens and blocks."""
     weights: list[dict[int, float]] = [{} for _ in range(images)]
     if found is not None:
         table_NE = found.weight_NLE.sum(axis=1)
@@ -130,7 +129,7 @@ def _weights(routings: Sequence[Routing], found: BlockRouting | None, images: in
 def _votes(
     trained: TrainedRun, inputs: Tensor, routings: Sequence[Routing], found: BlockRouting | None
 ) -> list[list[Vote]]:
-    """The experts of each sample, heaviest first; one that sees a sample more than once has the sum of its weights."""
+    """The experts of each sample, largest weight first; weights of repeated experts are summed."""
     weights = _weights(routings, found, len(inputs))
     asked = sorted(set().union(*weights))  # no expert without a part, which may have to be fetched
     tables = (table.tolist() for table in alone_probabilities(trained.model, inputs, asked).max(dim=-1))
@@ -146,9 +145,9 @@ def _votes(
 
 @torch.no_grad()
 def alone_probabilities(model: AnyMoE, inputs: Tensor, experts: Sequence[int] | None = None) -> Tensor:
-    """Class probabilities (E, B, C) where every gate may choose one expert only; `model` in evaluation mode.
+    """Class probabilities (E, B, C) if every gate may choose only one expert; `model` in evaluation mode.
 
-    experts: those that are asked (None: all). Shared experts, which no gate chooses, take part in all of them.
+    experts: those to ask (None: all). Shared experts take part in all of them.
     """
     each_EE = torch.eye(model.mixtures[0].router.num_experts, dtype=torch.bool, device=inputs.device)
     each_EE = each_EE if experts is None else each_EE[list(experts)]
@@ -156,7 +155,7 @@ def alone_probabilities(model: AnyMoE, inputs: Tensor, experts: Sequence[int] | 
 
 
 def answers_alone(model: AnyMoE, bank: FeatureBank | ImageBank, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """What each expert would say to each image of a split by itself: classes (E, N) int64, probabilities (E, N)."""
+    """The answer of each expert alone to each image of a split: classes (E, N) int64, probabilities (E, N)."""
     parts = [
         alone_probabilities(model, features).max(dim=-1) for features, _ in bank.batches(split, bank.evaluation_batch)
     ]

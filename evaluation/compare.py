@@ -1,158 +1,74 @@
-"""Several runs side by side: what differs in their configurations, and what came of it."""
+"""Comparison of runs: the differences of their configurations, and their scores."""
 
 import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from analysis import plots
-from common.errors import UserError, one_line, warn
+from common.errors import UserError, warn
 from common.files import write_json, write_text
-from common.paths import absolute, expanded
-from common.text import command, printable
-from config.config import flatten
+from common.paths import expanded
+from common.text import printable
+from evaluation.compared import FIGURES, SCORES, Compared, load
 from evaluation.figures import save_figure
 from evaluation.run_cost import LEGEND as COST_LEGEND
 from evaluation.run_cost import NAMES, shown
-from evaluation.run_state import run_state
-from evaluation.stale import why_stale
-from storage.folder import INCIDENTAL, RunFolder
+from evaluation.seeds import NOTE, differences_of, groups, seed_rows
+from storage.folder import INCIDENTAL
 
-WIDE = 6  # runs up to which each has a column of the printed table; of more, each has a row
-CELL = 40  # letters of a printed value of the configuration
+WIDE = 6  # up to this many runs are columns of the printed table; more are rows
+CELL = 40  # characters of a printed configuration value
 
-SCORES = {  # keys of metrics.json -> the name of the figure, and whether it is shown in percent
-    "macro_f1": ("macro-F1", True),
-    "accuracy": ("accuracy", True),
-    "superclass_accuracy": ("superclass accuracy", True),
-    "loss": ("cross-entropy", False),
-    "expected_calibration_error": ("calibration error", True),
-    "entropy": ("balance", False),
-    "cv": ("CV of the load", False),
-    "specialisation.normalised": ("specialisation", False),
-    "specialisation.z_score": ("specialisation, z", False),
-    "gate.entropy_mean": ("gate entropy", False),
-    "gate.boundary_share": ("near the boundary", True),
-    "images": ("test images", False),
-}
-FIGURES = [*SCORES, *(f"cost.{name}" for name in NAMES)]
 MAIN = (  # printed where runs are rows
     *("macro-F1", "accuracy", "calibration error", "balance", "specialisation"),
     *(NAMES[name] for name in ("trained_parameters", "flops", "training_seconds")),
 )
+HIDDEN = INCIDENTAL | {"train.twin_of"}  # what that has replaced differs in rows of its own
 LEGEND = (
     "Balance: entropy of the load, 1 is even. Specialisation: mutual information of class and expert over log E; "
-    "z: standard deviations above shuffled labels. Near the boundary: images that the gate nearly sent elsewhere. "
+    "z: standard deviations above shuffled labels. Near the boundary: images that nearly had another expert. "
 ) + COST_LEGEND
-
-
-@dataclass(frozen=True)
-class Compared:
-    """One run: its name, where it came from, its flat configuration and its final figures.
-
-    load_E: share of the assignments of each expert. state: what speaks against the figures, as `run_state` has it.
-    """
-
-    name: str
-    source: str
-    config: dict[str, Any]
-    figures: dict[str, float]
-    load_E: tuple[float, ...] = ()
-    state: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Nested plain values, for comparison.json."""
-        return {**vars(self), "load_E": list(self.load_E)}
 
 
 def compare(sources: Sequence[str], out: Path) -> str:
     """Compare runs, given as folders or ClearML task ids; write comparison.md, .json and .png to `out`.
 
-    Returns the table for the terminal. Raises UserError where a source is neither, or has no figures.
+    Returns the table for the terminal. Raises UserError if a source is neither, or was not evaluated.
     """
     if len(sources) < 2:
         raise UserError(f"--compare needs two runs or more, not {len(sources)}: evaluate.py --compare RUN RUN ...")
     runs = _named([load(source) for source in sources])
     differing = differences(runs)
-    rows = _rows(runs, differing)
+    rows, (found, left_out) = _rows(runs, differing), groups(runs)
+    minus, unpaired = differences_of(found)
     value = {"differing": differing, "runs": [run.to_dict() for run in runs]}
+    value |= {"seeds": [group.to_dict() for group in found], "differences": [each.to_dict() for each in minus]}
     write_json(out / "comparison.json", value)
-    markdown = _markdown(runs, rows)
-    write_text(out / "comparison.md", markdown)
+    together = seed_rows(found, minus)
+    for line in [*(left_out if together else []), *unpaired]:
+        warn(line)
+    write_text(out / "comparison.md", _markdown(runs, rows, together))
     save_figure(_figure(runs), out / "comparison.png")
-    return _text(runs, rows)
-
-
-def load(source: str) -> Compared:
-    """A run folder that evaluate.py has scored, or a ClearML task. Raises UserError."""
-    path = expanded(source)
-    if path.is_dir():
-        return _load_folder(RunFolder(path), source)
-    if re.fullmatch("[0-9a-f]{32}", source):
-        from tracking.clearml_runs import fetch_run  # here, because most comparisons need no server
-
-        fetched = fetch_run(source)
-        metrics = fetched["metrics"]
-        return Compared(
-            printable(fetched["name"]), source, flatten(fetched["config"]), _figures(metrics), _load(metrics)
-        )
-    raise UserError(f"{source} is neither the folder of a run nor the id of a ClearML task (32 hexadecimal digits)")
+    return _text(runs, rows) + (f"\n\n{_aligned(together)}" if together else "")
 
 
 def differences(runs: Sequence[Compared]) -> list[str]:
-    """The configuration fields that not all runs share, in the order of the first run that has them."""
+    """The configuration fields that differ between runs, in order of appearance."""
     keys = dict.fromkeys(key for run in runs for key in run.config)
     missing = object()
     return [
-        key for key in keys if key not in INCIDENTAL and len({_shown(run.config.get(key, missing)) for run in runs}) > 1
+        key for key in keys if key not in HIDDEN and len({_shown(run.config.get(key, missing)) for run in runs}) > 1
     ]
 
 
-def _load_folder(run: RunFolder, source: str) -> Compared:
-    file = run.evaluation / "metrics.json"
-    if not file.is_file():
-        raise UserError(f"{source} has no evaluation/metrics.json: run {command('evaluate.py', source)} first")
-    if not run.config.is_file():
-        raise UserError(f"{source} has no config.yaml: name a run that train.py wrote")
-    try:
-        metrics = json.loads(file.read_text(encoding="utf-8"))
-        config = yaml.safe_load(run.config.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        reason = one_line(error, 160)
-        raise UserError(
-            f"{source} has a corrupt config.yaml or evaluation/metrics.json ({reason}): evaluate it again"
-        ) from error
-    if not isinstance(metrics, dict) or not isinstance(config, dict):
-        raise UserError(f"{source} is of another version: its config.yaml or evaluation/metrics.json is no table")
-    if reason := why_stale(metrics):
-        warn(f"{source}: {reason}; {command('evaluate.py', source)} scores what it has now")
-    flat, scored = flatten(config), flatten(metrics).get("cost.epochs")
-    state = run_state(run.history(), flat, scored if isinstance(scored, int) else None, reason)
-    name = run.path.resolve().name
-    return Compared(printable(name), str(absolute(source)), flat, _figures(metrics), _load(metrics), state)
-
-
-def _figures(metrics: dict[str, Any]) -> dict[str, float]:
-    """The figures that are there; of an older version, or a task, some are not."""
-    flat = flatten(metrics)
-    numbers = {key: flat[key] for key in FIGURES if isinstance(flat.get(key), int | float)}
-    return {key: float(value) for key, value in numbers.items() if math.isfinite(value)}
-
-
-def _load(metrics: dict[str, Any]) -> tuple[float, ...]:
-    load_E = metrics.get("expert_load")
-    good = isinstance(load_E, list) and all(isinstance(share, int | float) for share in load_E)
-    return tuple(load_E) if good else ()
-
-
 def _named(runs: list[Compared]) -> list[Compared]:
-    """The runs under names that tell them apart: with their folder, or the start of their id, where two have one."""
+    """The runs with unique names: folder or start of the id is added where two runs have the same name."""
     names = [run.name for run in runs]
     return [replace(run, name=_longer(run)) if names.count(run.name) > 1 else run for run in runs]
 
@@ -163,7 +79,7 @@ def _longer(run: Compared) -> str:
 
 
 def _rows(runs: Sequence[Compared], differing: list[str]) -> list[tuple[str, list[str]]]:
-    """(what, a cell for each run), the figures first; those that no run has are left out."""
+    """(name, a cell for each run), scores first; scores that no run has are left out."""
     rows = []
     if any(run.state for run in runs):
         rows.append(("state", [run.state or "finished" for run in runs]))
@@ -205,7 +121,7 @@ def _shown(value: Any) -> str:
 
 
 def _grid(runs: Sequence[Compared], rows: list[tuple[str, list[str]]]) -> list[list[str]]:
-    """Header and lines, of few runs with a column for each, of many with a row for each."""
+    """Header and lines: a column for each of few runs, or a row for each of many."""
     grid = [["", *(run.name for run in runs)], *([what, *cells] for what, cells in rows)]
     return grid if len(runs) <= WIDE else [list(line) for line in zip(*grid, strict=True)]
 
@@ -215,7 +131,11 @@ def _text(runs: Sequence[Compared], rows: list[tuple[str, list[str]]]) -> str:
         left_out = {_cells(key, [])[0] for key in FIGURES} - set(MAIN)
         rows = [row for row in rows if row[0] not in left_out]
     rows = [(what, [cell if len(cell) <= CELL else cell[: CELL - 1] + "…" for cell in cells]) for what, cells in rows]
-    grid = _grid(runs, rows)
+    return _aligned(_grid(runs, rows))
+
+
+def _aligned(grid: list[list[str]]) -> str:
+    """Lines of text, the first column to the left and the others to the right."""
     widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
     lines = []
     for line in grid:
@@ -224,16 +144,21 @@ def _text(runs: Sequence[Compared], rows: list[tuple[str, list[str]]]) -> str:
     return "\n".join(lines)
 
 
-def _markdown(runs: Sequence[Compared], rows: list[tuple[str, list[str]]]) -> str:
-    header, *lines = [[_escape(cell) for cell in line] for line in _grid(runs, rows)]
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    table = "\n".join("| " + " | ".join(line) + " |" for line in [header, rule, *lines])
+def _markdown(runs: Sequence[Compared], rows: list[tuple[str, list[str]]], together: list[list[str]]) -> str:
     figure = "![Scores, balance and specialisation](comparison.png)"
-    return f"# Comparison of {len(runs)} runs\n\n{table}\n\n{LEGEND}\n\n{figure}\n"
+    parts = [f"# Comparison of {len(runs)} runs", _table(_grid(runs, rows)), LEGEND, figure]
+    parts[1:1] = [_table(together), NOTE] if together else []
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(grid: list[list[str]]) -> str:
+    header, *lines = [[_escape(cell) for cell in line] for line in grid]
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [header, rule, *lines])
 
 
 def _escape(cell: str) -> str:
-    """Text that Markdown shows as it is."""
+    """Escape text for Markdown."""
     return re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", " ".join(cell.split()))
 
 

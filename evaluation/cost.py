@@ -1,6 +1,7 @@
-"""What a model weighs and what a sample costs."""
+"""The cost of a model: parameters and FLOPs."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,14 +11,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from model.backbone import Backbone
 from model.classifier import VisionMoE
 from model.moe_vit import AnyMoE, MoEViT
+from model.quantised import num_parameters, part_bytes, part_numbers
 
 
 @dataclass(frozen=True)
 class Cost:
     """Parameters, and floating-point operations of one sample's forward pass (a multiply-add counts as two).
 
-    backbone_parameters are frozen, trainable_parameters are the rest. active_parameters are those trainable ones
-    that one sample passes, and head_flops what it costs, both as means under an even load of the experts.
+    backbone_parameters are frozen, trainable_parameters are the rest. active_parameters (the trainable ones that one
+    sample uses) and head_flops are means under an even load of the experts.
     """
 
     backbone_parameters: int
@@ -41,21 +43,21 @@ class Cost:
 
 @dataclass(frozen=True)
 class HeadCost:
-    """Parameters that one sample passes, and floating-point operations of its forward pass, without the backbone."""
+    """Active parameters and FLOPs of one sample, without the backbone."""
 
     active_parameters: int
     flops: int
 
 
 def trained_cost(model: AnyMoE, feature_shape: tuple[int, ...], load_E: np.ndarray | None = None) -> HeadCost:
-    """What all that is trained costs an image, as means under the load (None: even)."""
+    """Cost of the trained part per image, as means under the load (None: even)."""
     return inside_cost(model, load_E) if isinstance(model, MoEViT) else head_cost(model, feature_shape, load_E)
 
 
 def head_cost(model: VisionMoE, feature_shape: tuple[int, ...], load_E: np.ndarray | None = None) -> HeadCost:
-    """What the trained part costs a sample, as means under the load: fractions of the assignments (None: even).
+    """Cost of the trained part per sample, as means under the load: fractions of the assignments (None: even).
 
-    A linear head that stands in for dropped choices while training is not active.
+    A linear head for dropped choices in training is not counted as active.
     """
     moe = model.moe
     num_experts = len(moe.experts)
@@ -78,7 +80,7 @@ def head_cost(model: VisionMoE, feature_shape: tuple[int, ...], load_E: np.ndarr
 
 
 def inside_cost(model: MoEViT, load_E: np.ndarray | None = None) -> HeadCost:
-    """What is trained inside and behind the ViT costs an image, as means under the load of every block (None: even)."""
+    """Cost per image of the trained part in and behind the ViT, means under the load of every block (None: even)."""
     mixtures, tokens, device = model.mixtures[: len(model.blocks)], model.num_tokens, next(model.parameters()).device
     num_experts = mixtures[0].router.num_experts
     load_E = np.full(num_experts, 1 / num_experts) if load_E is None else np.asarray(load_E)
@@ -105,20 +107,35 @@ class ExpertCost:
 
 
 def expert_costs(model: AnyMoE) -> list[ExpertCost]:
-    """What each routed expert weighs and costs."""
+    """Parameters, bytes and FLOPs of each routed expert."""
     if isinstance(model, MoEViT):
         tokens = model.num_tokens if model.mixtures[0].by_image else 1
         each = [mixture.experts for mixture in model.mixtures[: len(model.blocks)]]
-        counts = [
-            sum(experts.parameters_of(e) for experts in each) for e in range(model.mixtures[0].router.num_experts)
+        return [
+            ExpertCost(
+                sum(experts.parameters_of(e) for experts in each),
+                sum(_bytes_inside(experts, e) for experts in each),
+                tokens * each[0].flops_of(e),
+            )
+            for e in range(model.mixtures[0].router.num_experts)
         ]
-        return [ExpertCost(count, 4 * count, tokens * each[0].flops_of(e)) for e, count in enumerate(counts)]
     x_BD = torch.zeros(1, model.neck.out_features, device=next(model.parameters()).device)
     sizes = [sum(v.numel() * v.element_size() for v in expert.state_dict().values()) for expert in model.moe.experts]
     return [
         ExpertCost(parameters(expert), size, flops(expert, x_BD))
         for expert, size in zip(model.moe.experts, sizes, strict=True)
     ]
+
+
+def _bytes_inside(experts: Any, expert: int) -> int:
+    """Bytes of one expert of a block: its matrices as they are stored, and all else in float32."""
+    count = experts.parameters_of(expert)
+    try:
+        matrices = experts.matrices()
+    except ValueError:  # a kind of a plug-in, whose matrices are as they were trained
+        return 4 * count
+    others = count - sum(part_numbers(matrix, expert) for matrix in matrices)
+    return 4 * others + sum(part_bytes(matrix, expert) for matrix in matrices)
 
 
 def cost(model: AnyMoE, backbone: Backbone, feature_shape: tuple[int, ...]) -> Cost:
@@ -136,7 +153,7 @@ def cost(model: AnyMoE, backbone: Backbone, feature_shape: tuple[int, ...]) -> C
 
 def parameters(module: nn.Module) -> int:
     """Number of parameters, frozen ones included."""
-    return sum(parameter.numel() for parameter in module.parameters())
+    return num_parameters(module)
 
 
 @torch.no_grad()
@@ -146,7 +163,7 @@ def flops(module: nn.Module, inputs: torch.Tensor) -> int:
     Attention is counted as the two matrix products that it is, on every device: PyTorch's counter knows its fused
     kernels on a GPU, and misses those on a CPU.
     """
-    from torch.utils.flop_counter import FlopCounterMode  # here, because it takes a quarter of a second
+    from torch.utils.flop_counter import FlopCounterMode  # here, because importing it takes a quarter of a second
 
     was_training = module.training
     module.eval()

@@ -1,19 +1,23 @@
-"""Score the test set of a run once: numbers, tables, figures and a report under RUN/evaluation/."""
+"""Evaluation on the test set: metrics, tables, figures and a report in RUN/evaluation/."""
 
 from typing import Any
 
 import numpy as np
+import torch
 
 from analysis import answers, experts, gate, routing
 from analysis.routing import balance_figures
+from common.distributed import world
 from common.environment import environment
 from common.files import write_json
 from config.config import Config
 from data.image_set import ImageSet
 from evaluation.blocks import WORTH_IMAGES, block_results, hardly_used, without_each_in_one_block
+from evaluation.compression import with_test_score
 from evaluation.cost import expert_costs
 from evaluation.metrics import per_class_scores, scores
-from evaluation.predict import Predictions, predict
+from evaluation.predict import predict
+from evaluation.predictions import Predictions
 from evaluation.reporting import report
 from evaluation.run_cost import run_cost
 from features.bank import FeatureBank
@@ -36,25 +40,36 @@ def evaluate(
     backbone: Backbone | None = None,
     worth_images: int | None = None,
 ) -> dict[str, Any]:
-    """Score `model` on the test split, write evaluation/metrics.json, figures/*.png and report.html, and report to
+    """Evaluate `model` on the test split, write evaluation/metrics.json, figures/*.png and report.html, and report to
     `tracker`.
 
-    backbone: for the cost of the whole. worth_images: inside a ViT, on so many test images each expert is removed from
-    one block at a time (None: 2,048 on a GPU, none on a CPU). Leaves the model in evaluation mode. Returns what
-    metrics.json holds.
+    backbone: to compute the total cost. worth_images: test images for the ablation of experts in single blocks of a ViT
+    (None: 2,048 on a GPU, 0 on a CPU). Leaves the model in evaluation mode. Returns the content of metrics.json.
+    Several processes share the work; rank 0 writes and reports.
     """
     # Here, because importing what draws and writes pages takes a second, which a wrong option need not wait for.
     from evaluation.figures import Evaluated, draw, warn_of_letters
     from evaluation.report import write_report
+    from evaluation.verdict import verdict
 
     model.eval()
     predictions = predict(model, bank, "test", removals=True)
+    if world().several:  # what figures read of it is extracted by all
+        next(bank.batches("validation", 1, torch.tensor([0])))
     test = bank.splits.test
     results = _results(predictions, test, config, model) | {"environment": environment(bank.device)}
     results |= _blocks(predictions, test, model, bank, worth_images)
-    kept = read_description(run).get("epoch") if run.model.is_file() else None
+    if not world().first:
+        return results
+    described = read_description(run) if run.model.is_file() else {}
+    kept = described.get("epoch")
+    results |= {"init": described["init"]} if described.get("init") else {}
     load_E, history = np.array(results["expert_load"]), run.history()
     results["cost"] = run_cost(model, backbone, bank.feature_shape, load_E, history, kept)
+    if (found := verdict(run, config, results["macro_f1"])) is not None:
+        results["dense_twin"] = found
+    if compression := with_test_score(run, results["macro_f1"]):
+        results["compression"] = compression
     write_json(run.results, results)
     warn_of_letters([*test.class_names, *test.coarse_names])
     drawings = draw(Evaluated(run, config, model, bank, predictions, results))
@@ -95,7 +110,7 @@ def _results(predictions: Predictions, test: ImageSet, config: Config, model: An
 def _blocks(
     predictions: Predictions, test: ImageSet, model: AnyMoE, bank: FeatureBank | ImageBank, worth_images: int | None
 ) -> dict[str, Any]:
-    """What happens in each block, where the experts are inside the ViT."""
+    """Results for each block, if the experts are inside the ViT."""
     if not isinstance(model, MoEViT):
         return {}
     images = worth_images if worth_images is not None else WORTH_IMAGES if bank.device.type == "cuda" else 0
@@ -115,7 +130,7 @@ def _calibration(predictions: Predictions) -> dict[str, Any]:
 
 
 def _experts(predictions: Predictions, test: ImageSet, config: Config, model: AnyMoE) -> dict[str, Any]:
-    """What each expert does, and is worth."""
+    """Results for each expert."""
     num_experts = predictions.num_experts
     labels_N, sample_A, expert_A = predictions.labels_N, predictions.sample_A, predictions.expert_A
     correct_N = predictions.predicted_N == labels_N
@@ -137,7 +152,7 @@ def _experts(predictions: Predictions, test: ImageSet, config: Config, model: An
 
 
 def _gate(predictions: Predictions, correct_N: np.ndarray) -> dict[str, Any]:
-    """How sure the gate is. Inside the ViT of a mean token in a mean block; there an image has no one boundary."""
+    """The certainty of the gate; inside the ViT the mean over tokens and blocks, without a boundary per image."""
     summary = gate.gate_summary(predictions.gate_NE, predictions.sample_A, predictions.expert_A, correct_N)
     if predictions.blocks is None:
         return summary
@@ -146,7 +161,7 @@ def _gate(predictions: Predictions, correct_N: np.ndarray) -> dict[str, Any]:
 
 
 def _worth(predictions: Predictions, test: ImageSet, model: AnyMoE) -> Rows:
-    """For each expert what it costs and, of two or more, what happens to the test set without it."""
+    """The cost of each expert and, with two or more, the test scores without it."""
     rows: Rows = [vars(cost) for cost in expert_costs(model)]
     flops_E = [row["flops"] for row in rows]
     removals = predictions.removals
@@ -162,7 +177,7 @@ def _worth(predictions: Predictions, test: ImageSet, model: AnyMoE) -> Rows:
 
 
 def _class_tables(predictions: Predictions, test: ImageSet, num_experts: int) -> dict[str, Any]:
-    """How each class, and each superclass, is spread over the experts: by assignments and by gate weight."""
+    """Distribution of each class and superclass over the experts, by assignments and by gate weight."""
     *flat, count_A, weight_A = predictions.tally()
     group_C = test.superclass_of_class()
     sets = {"class": (predictions.labels_N, test.num_classes)}
@@ -186,7 +201,7 @@ def _plain(values: np.ndarray) -> list[float | None]:
 
 
 def table(results: dict[str, Any], hardest: int = 5) -> str:
-    """The closing table: scores, the load, accuracy and worth of each expert, the classes with the lowest F1."""
+    """The final table: scores; load, accuracy and worth of each expert; the classes with the lowest F1."""
     lines = [
         f"test images  {results['images']:,}",
         f"accuracy     {100 * results['accuracy']:.2f} %",
@@ -205,5 +220,7 @@ def table(results: dict[str, Any], hardest: int = 5) -> str:
     lines += [f"! expert {expert} is {words}: hardly used" for expert, words in enumerate(said) if words]
     scored = {name: values["f1"] for name, values in results["per_class"].items() if values["support"]}
     worst = sorted((item for item in scored.items() if item[1] < 1), key=lambda item: item[1])[:hardest]
+    if "dense_twin" in results:
+        lines += ["", results["dense_twin"]["text"]]
     lines += ["", "lowest F1    " + (", ".join(f"{name}: {100 * f1:.0f} %" for name, f1 in worst) or "100 % for all")]
     return "\n".join(lines)

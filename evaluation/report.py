@@ -1,4 +1,4 @@
-"""evaluation/report.html: one evaluation as a single page that opens offline, figures and all."""
+"""evaluation/report.html: an evaluation as a single page that opens offline, including figures."""
 
 import base64
 import json
@@ -11,13 +11,16 @@ from PIL import Image
 
 from analysis.routing import top_classes
 from common.files import write_text
+from common.meter import duration
 from config.config import Config
+from evaluation import compression
 from evaluation.blocks import hardly_used
+from evaluation.compression import EXPERT_HEADER, EXPERT_LEGEND, expert_rows, figure_rows
 from evaluation.figures import Drawing
-from evaluation.run_cost import LEGEND, NAMES, duration, shown, si
+from evaluation.run_cost import LEGEND, NAMES, shown, si
 from storage.folder import RunFolder
 
-SPREAD_NOTE = "For each expert: share of the gate's weight / of the assignments."
+SPREAD_NOTE = "For each expert: share of the gate weight / of the assignments."
 CO_ACTIVATION = 16  # experts up to which the table of pairs is shown
 
 
@@ -40,7 +43,9 @@ def write_report(run: RunFolder, config: Config, results: dict[str, Any], drawin
     )
     page = templates.get_template("report.html.j2").render(
         name=run.path.resolve().name,
-        subtitle=f"{config.data.name}, {config.backbone.name}, {config.router.kind} top-{config.router.top_k}",
+        subtitle=f"{config.data.name}, {config.backbone.name}, {_rule(config)}",
+        origin=_origin(results),
+        verdict=results.get("dense_twin", {}).get("text", ""),
         headline=_headline(results),
         figures=[_embed(drawing) for drawing in drawings],
         tables=[table for table in _tables(results) if table.rows],
@@ -49,6 +54,18 @@ def write_report(run: RunFolder, config: Config, results: dict[str, Any], drawin
     )
     write_text(run.report, page)
     return run.report
+
+
+def _origin(results: dict[str, Any]) -> str:
+    """Which run this one starts from, in words; empty where it starts from random numbers."""
+    if not (init := results.get("init")):
+        return ""
+    common = f"{len(init['classes'])} of {len(results['class_names'])} classes in common"
+    return f"Starts from {init['run']}, epoch {init['epoch']}, {common}."
+
+
+def _rule(config: Config) -> str:
+    return "dense twin" if config.train.twin_of else f"{config.router.kind} top-{config.router.top_k}"
 
 
 def _embed(drawing: Drawing) -> dict[str, Any]:
@@ -113,7 +130,8 @@ def _cost_card(cost: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def _tables(results: dict[str, Any]) -> list[Table]:
-    tables = [_cost_table(results["cost"]), _expert_table(results), _worth_table(results)]
+    tables = [_cost_table(results["cost"]), *_compression_tables(results.get("compression"))]
+    tables += [_expert_table(results), _worth_table(results)]
     tables += [_block_table(results), _co_activation(results)]
     if "superclass_names" in results:
         rows = _spread(results["superclass_names"], results, "superclass")
@@ -148,10 +166,21 @@ def _cost_table(cost: dict[str, Any]) -> Table:
     return Table("Cost", LEGEND, ["what", "value"], rows)
 
 
+def _compression_tables(found: dict[str, Any] | None) -> list[Table]:
+    """Of a run that compress.py made: what it was before, and what became of each expert."""
+    if not found:
+        return []
+    what = EXPERT_HEADER[2]
+    return [
+        Table("Compression", compression.LEGEND, ["what", "before", "after"], figure_rows(found)),
+        Table("What became of the experts", EXPERT_LEGEND, EXPERT_HEADER, expert_rows(found), text=(what,)),
+    ]
+
+
 def _expert_table(results: dict[str, Any]) -> Table:
     rows, said = [], hardly_used(results)
     for expert, label in enumerate(results["experts"]):
-        favourites = top_classes(results["expert_by_class_weight"], results["class_names"], expert, 5)
+        most_weighted = top_classes(results["expert_by_class_weight"], results["class_names"], expert, 5)
         hardest = results["expert_hardest_classes"][expert]
         rows.append(
             [
@@ -160,14 +189,14 @@ def _expert_table(results: dict[str, Any]) -> Table:
                 percent(results["expert_importance"][expert]),
                 percent(results["expert_accuracy"][expert]),
                 percent(results["expert_confidence"][expert]),
-                ", ".join(f"{name}: {percent(share, 0)}" for name, share in favourites),
+                ", ".join(f"{name}: {percent(share, 0)}" for name, share in most_weighted),
                 ", ".join(f"{row['class']}: {percent(row['accuracy'], 0)}" for row in hardest),
             ]
         )
     return Table(
         title="Experts",
-        note="Accuracy and confidence are those of the whole mixture on the images that the expert had a part in. "
-        "Serves most: share of the gate's weight for the class. Hardest: accuracy on the class, of 5 images or more.",
+        note="Accuracy and confidence of the whole mixture on the expert's images. "
+        "Serves most: share of the gate weight for the class. Hardest: accuracy on the class, from 5 images.",
         header=["expert", "load", "gate weight", "accuracy", "confidence", "serves most", "hardest"],
         rows=rows,
         text=("serves most", "hardest"),
@@ -214,8 +243,8 @@ def _worth_table(results: dict[str, Any]) -> Table:
             )
     return Table(
         title="What each expert is worth",
-        note="Each expert removed in turn, its images sent to the gate's next choice, nothing trained again. "
-        "Change of macro-F1 in points, below 0 where the expert is of use, ± one standard deviation over bootstrap "
+        note="Each expert is removed in turn, without retraining; its images go to the gate's next choice. "
+        "Change of macro-F1 in points (below 0: the expert is useful) ± one standard deviation over bootstrap "
         "resamples of the test images. "
         "FLOPs saved below 0: its images go to larger experts.",
         header=[
@@ -238,7 +267,7 @@ def _co_activation(results: dict[str, Any]) -> Table:
     shown = 1 < len(labels) <= CO_ACTIVATION
     return Table(
         title="Experts that work together",
-        note="Of the images of the expert on the left, the share that the expert above sees as well.",
+        note="Of the images of the expert on the left, the share that also goes to the expert above.",
         header=["expert", *labels],
         rows=[
             [label, *("" if e == other else percent(count / max(1, row[e]), 0) for other, count in enumerate(row))]

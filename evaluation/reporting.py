@@ -1,4 +1,4 @@
-"""What ClearML shows of an evaluation: single values, tables, and plots that it can lay side by side for many runs."""
+"""Reports an evaluation to ClearML: single values, tables, and plots that can be compared between runs."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ SINGLE = ("accuracy", "macro_f1", "loss", "entropy", "cv", "expected_calibration
 
 
 def report(run: RunFolder, results: dict[str, Any], drawings: Sequence[Drawing], tracker: Tracker) -> None:
-    """Send what evaluation/metrics.json holds, `results`, the figures and the report of `run` to `tracker`.
+    """Send `results` (the content of metrics.json), the figures and the report of `run` to `tracker`.
 
-    Titles and series are the same in every run. Experts are named by their index alone: runs that are compared
-    differ in the experts' sizes, which the configuration tells.
+    Titles and series are the same in every run. Experts are named by index only, because their sizes may differ between
+    runs; the configuration has them.
     """
     single = {f"test/{name}": results[name] for name in SINGLE}
     single |= {"test/specialisation": results["specialisation"]["normalised"]}

@@ -1,4 +1,4 @@
-"""What a run cost to train, and what an image costs it, beside its scores."""
+"""The cost of a run: training time, and parameters and FLOPs per image."""
 
 from collections.abc import Sequence
 from statistics import median
@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from common.meter import duration
 from evaluation.cost import cost, trained_cost
 from model.backbone import Backbone
 from model.moe_vit import AnyMoE
@@ -22,9 +23,9 @@ NAMES = {
 }
 """What `run_cost` returns, in words."""
 LEGEND = (
-    "Active parameters: those of the trained ones that a mean test image passes. FLOPs: of one image, backbone "
-    "included, a multiply-add as two. Training time: all epochs with validation, and the features where they were "
-    "made. Images/s: of the median epoch, training alone. Peak memory: of the GPU, on a CPU of the process."
+    "Active parameters: trained parameters that a mean test image uses. FLOPs: of one image, with the backbone; a "
+    "multiply-add counts as two. Training time: all epochs with validation, and the extraction of features. Images/s: "
+    "of the median epoch, training only. Peak memory: of the GPU, or of the process on a CPU."
 )
 
 
@@ -67,14 +68,6 @@ def shown(name: str, value: float | None) -> str:
     if name == "peak_memory_gib":
         return f"{value:.1f} GiB"
     return f"{value:,.0f}" if name in ("images_per_second", "kept_epoch") else si(value)
-
-
-def duration(seconds: float) -> str:
-    """4000 as "1 h 7 min", 67 as "1 min 7 s", 6.71 as "6.7 s"."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def si(value: float) -> str:

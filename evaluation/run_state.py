@@ -1,11 +1,11 @@
-"""Whether the scores of a run are its last word."""
+"""Whether the scores of a run are final."""
 
 from collections.abc import Sequence
 from typing import Any
 
 
 def run_state(history: Sequence[dict[str, Any]], config: dict[str, Any], scored: int | None, stale: str = "") -> str:
-    """What speaks against a run's scores, in words: training is unfinished, or went on since; empty where nothing does.
+    """Why a run's scores are not final: training is unfinished, or was continued; empty if they are.
 
     history: the lines of metrics.jsonl, one an epoch. config: flat. scored: epochs that were trained when the test set
     was scored (None: unknown). stale: why the results have been marked so, where they have been.

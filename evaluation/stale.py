@@ -1,4 +1,4 @@
-"""Results of weights that a run has gone on from: kept until there are new ones, and marked wherever they are shown."""
+"""Stale results, of a run that was trained further: kept until there are new ones, and marked."""
 
 import json
 from contextlib import suppress
@@ -12,7 +12,7 @@ STALE = "stale"  # the key of metrics.json that says why
 
 
 def mark_stale(run: RunFolder, reason: str) -> None:
-    """Mark metrics.json and report.html, where they are, as results of earlier weights. Raises EnvironmentFault."""
+    """Mark metrics.json and report.html, if they exist, as results of earlier weights. Raises EnvironmentFault."""
     with suppress(OSError, ValueError):
         results = json.loads(run.results.read_text(encoding="utf-8"))
         if isinstance(results, dict) and not why_stale(results):
@@ -26,5 +26,5 @@ def mark_stale(run: RunFolder, reason: str) -> None:
 
 
 def why_stale(results: dict[str, Any]) -> str:
-    """Why the results of metrics.json are not those of the run's weights any more; empty where they are."""
+    """Why the results of metrics.json are stale; empty if they are not."""
     return str(results.get(STALE, ""))

@@ -1,4 +1,4 @@
-"""A trained run, ready to answer for images of any source."""
+"""A trained run that is ready for prediction."""
 
 from dataclasses import dataclass
 
@@ -13,10 +13,7 @@ from storage.folder import RunFolder
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """What a run needs to answer for images of any source; `model` is in evaluation mode.
-
-    traffic: where its experts are in host memory, what that has come to so far.
-    """
+    """A loaded run, ready for prediction; `model` is in evaluation mode. traffic: of experts in host memory, if any."""
 
     run: RunFolder
     config: Config

@@ -1,4 +1,4 @@
-"""Validation: what a model scores on the validation split, as the trainer logs it after each epoch."""
+"""Validation scores, which the trainer logs after each epoch."""
 
 from dataclasses import dataclass
 
@@ -28,7 +28,7 @@ class Validated:
 
 
 def validate(model: AnyMoE, bank: FeatureBank | ImageBank) -> Validated:
-    """Score a model on the validation split."""
+    """Evaluate a model on the validation split."""
     predictions = predict(model, bank, "validation")
     return Validated(
         predictions.loss(),

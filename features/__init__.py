@@ -1,1 +1,1 @@
-"""The frozen part, run once: extraction, placement and cache of features."""
+"""Features of the frozen backbone: extraction, placement and cache."""

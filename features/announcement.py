@@ -1,4 +1,4 @@
-"""What features weigh and where they go: said before they are made, and refused where there is no room for them."""
+"""The size and place of features, printed and checked before they are extracted."""
 
 from dataclasses import dataclass
 
@@ -12,10 +12,9 @@ from features.file import gigabytes
 
 @dataclass(frozen=True)
 class Announcement:
-    """The features of a split: bytes of a view, the number of views, and how many of these have no file yet.
+    """The features of a split: bytes per view, number of views, and how many of them are not stored yet.
 
-    later: bytes that the other splits of the run will write. device, budget: a GPU and its bytes for features (None: no
-    GPU).
+    later: bytes that the other splits will write. device, budget: a GPU and its bytes for features (None: no GPU).
     """
 
     split: str
@@ -27,7 +26,7 @@ class Announcement:
     budget: int = 0
 
     def make(self, cache: FeatureCache | None) -> None:
-        """Print one line. Raises EnvironmentFault where the disk of `cache`, or host memory, is too small."""
+        """Print one line. Raises EnvironmentFault if the disk of `cache`, or host memory, is too small."""
         what = f"features     {self.split}: {gigabytes(self.size * self.views)}"
         what += f" ({self.views} views of {gigabytes(self.size)})" if self.views > 1 else ""
         what += f", kept {self._where()}"
@@ -38,8 +37,8 @@ class Announcement:
         what += f"; {self.views - self.missing} of {self.views} in {cache.folder}"
         needed = self.size * self.missing
         if needed or self.later:
-            what += f", {gigabytes(needed)} to be written there"
-            what += f", and {gigabytes(self.later)} of other splits" if self.later else ""
+            what += f", {gigabytes(needed)} to write"
+            what += f", and {gigabytes(self.later)} for other splits" if self.later else ""
             what += f" ({gigabytes(cache.free())} free)"
         print(what, flush=True)
         if needed + self.later:
@@ -49,17 +48,17 @@ class Announcement:
 
     @property
     def fitting(self) -> int:
-        """Views that a GPU takes."""
+        """Number of views that fit on the GPU."""
         return 0 if self.device is None else min(self.views, self.budget // max(1, self.size))
 
     def _where(self) -> str:
         if self.device is None:
             return "in host memory"
         if self.fitting == 0:
-            return f"in host memory and fetched ahead ({gigabytes(self.budget)} of {self.device} may be used)"
+            return f"in host memory, prefetched ({gigabytes(self.budget)} of {self.device} may be used)"
         rest = ""
         if self.fitting < self.views:
-            rest = f" as far as {self.fitting} of them fit, else in host memory and fetched ahead"
+            rest = f" for {self.fitting} of them, the others in host memory, prefetched"
         return f"on {self.device}{rest} ({gigabytes(self.budget)} of it may be used)"
 
     def _require_memory(self) -> None:
@@ -67,6 +66,6 @@ class Announcement:
         if available is not None and needed > available:
             lower = "lower --features.views, or " if self.views > 1 else ""
             raise EnvironmentFault(
-                f"the features need {gigabytes(needed)} of host memory, of which {gigabytes(available)} are available: "
-                f"{lower}keep them on disk with --features.cache_dir DIR, or nowhere with --features.mode live"
+                f"the features need {gigabytes(needed)} of host memory, but only {gigabytes(available)} are available: "
+                f"{lower}store them on disk with --features.cache_dir DIR, or use --features.mode live"
             )

@@ -1,4 +1,4 @@
-"""FeatureBank: what the frozen backbone sees in each view of each split, computed once and reused."""
+"""FeatureBank: the frozen backbone's features of each view of each split, computed once and reused."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -10,25 +10,27 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from common.distributed import world
+from common.meter import meter
 from config.features import FeaturesConfig
 from data.augment import AugmentConfig, View, apply_view, draw_view
 from data.image_set import Splits
 from features.announcement import Announcement
 from features.cache import FeatureCache
 from features.placement import DeviceMemory, HostCopy, Stored, fetch_ahead
+from features.together import bring_together, own_batches, shared_file
 
 STORAGE = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-DEVICE_SHARE = 0.5  # of a GPU's free memory that features may take; the rest is for the model and its optimizer
-IMAGE_SHARE = 1 / 16  # of it that a split's images may take while a view is extracted
+DEVICE_SHARE = 0.5  # share of a GPU's free memory for features; the rest is for the model and its optimizer
+IMAGE_SHARE = 1 / 16  # share of it for a split's images while a view is extracted
 
 
 @contextmanager
 def _batch_by_core(device: torch.device) -> Iterator[Callable]:
-    """A `map` whose results come in order; on a CPU each core works on a batch of its own.
+    """A `map` with ordered results; on a CPU each core processes its own batch.
 
-    The small matrix products of one batch do not keep several cores busy.
+    The small matrix products of one batch do not use several cores well.
     """
     cores = torch.get_num_threads()
     if device.type != "cpu" or cores == 1:
@@ -39,7 +41,7 @@ def _batch_by_core(device: torch.device) -> Iterator[Callable]:
     try:
         yield pool.map
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # or Ctrl-C would wait for the batches under way
+        pool.shutdown(wait=False, cancel_futures=True)  # or Ctrl-C would wait for running batches
         torch.set_num_threads(cores)
 
 
@@ -47,16 +49,16 @@ class FeatureBank:
     """Serves batches of (features, labels) of a split; the training split comes in augmented views.
 
     extract: turns uint8 images (B, 3, H, W) on `device` into features (B, ...) there, without gradients.
-    In cached mode a view is extracted when it is first asked for and then kept: on a GPU while half of its free
-    memory suffices, else in host memory, from where batches are fetched ahead; with `cache` also on disk, under
-    a key of the view, the data and `source`: what determines the features besides, as plain values. In live
-    mode nothing is kept. views_used: views that the run will come to (None: all), for the size that is announced.
-    memory: the GPU's memory, found from `device` unless given.
+    In cached mode a view is extracted at its first use and then stored: on a GPU while half of its free memory
+    suffices, else in host memory, from which batches are prefetched; with `cache` also on disk, under a key of the
+    view, the data and `source` (everything else that determines the features, as plain values). In live mode nothing
+    is stored. views_used: views that the run will use (None: all), for the size that is printed. memory: the GPU's
+    memory, from `device` unless given.
 
-    Raises EnvironmentFault where the disk of `cache`, or without one host memory, is too small.
+    Raises EnvironmentFault if the disk of `cache`, or without one host memory, is too small.
     """
 
-    evaluation_batch = 1024  # samples that are evaluated at once
+    evaluation_batch = 1024  # samples per evaluation batch
 
     def __init__(
         self,
@@ -86,8 +88,7 @@ class FeatureBank:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (features (B, ...) float, labels_B) on the device, in `order_N` (default: as stored).
 
-        view: number of the augmented view, taken modulo features.views where views are kept; None: the
-        images as they are.
+        view: number of the augmented view, modulo features.views in cached mode; None: the original images.
         """
         total = len(self.splits[split])
         order_N = torch.arange(total) if order_N is None else order_N.cpu()
@@ -107,11 +108,11 @@ class FeatureBank:
 
     @cached_property
     def feature_shape(self) -> tuple[int, ...]:
-        """Shape of one sample's features, found with the first training image."""
+        """Shape of one sample's features, from the first training image."""
         return tuple(self._extract(self.splits.train.images_NCHW, torch.tensor([0]), None).shape[1:])
 
     def images_left(self) -> int:
-        """Images that have yet to pass the backbone before all of the run's features are kept, each in every view."""
+        """Forward passes of the backbone, in images, until all features of the run are stored; each view counts."""
         drawn = range(self.views_used) if self.augment.active else [None]
         views = {"train": drawn, "validation": [None], "test": [None]}
         left = {name: len(of) if self.cache is None else self._missing(name, of) for name, of in views.items()}
@@ -136,11 +137,12 @@ class FeatureBank:
         return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
 
     def _view(self, split: str, view: int | None) -> Stored:
-        """The stored features of a whole view of a split, read or extracted now if it is their first use."""
+        """The stored features of a view of a split, read or extracted at their first use."""
         name = (split, view)
         if name not in self._stored:
             self._announce(split, view)
             found = self.cache.load(self._key(split, view)) if self.cache else None
+            found = found if world().all(found is not None) else None
             self._stored[name] = self._extract_view(split, view) if found is None else self._place(found)
         return self._stored[name]
 
@@ -153,7 +155,7 @@ class FeatureBank:
         return {**key, "storage": self.config.storage, **self.source}
 
     def _announce(self, split: str, view: int | None) -> None:
-        """Say once what a split's features weigh and where they go; the disk must have room for all of the run's."""
+        """Print once the size and place of a split's features; the disk must have room for all splits."""
         if split in self._announced:
             return
         self._announced.add(split)
@@ -169,7 +171,7 @@ class FeatureBank:
         return len(self.splits[split]) * math.prod(self.feature_shape) * self._dtype.itemsize
 
     def _missing(self, split: str, views: Iterable[int | None]) -> int:
-        """How many of the views have yet to be written to the cache."""
+        """Number of views that are not in the cache yet."""
         return 0 if self.cache is None else sum(not self.cache.has(self._key(split, view)) for view in views)
 
     def _extract_view(self, split: str, view: int | None) -> Stored:
@@ -185,38 +187,50 @@ class FeatureBank:
                 return self._extract(images, index_B, drawn).to(self._dtype)
             except torch.OutOfMemoryError:
                 host_copy.finish()
-                if not self._make_room(stored):
+                if world().several or not self._make_room(stored):  # one of several cannot decide for the others
                     raise
             return self._extract(images, index_B, drawn).to(self._dtype)
 
         label = f"features: {split}" + ("" if view is None else f", view {view + 1} of {self.config.views}")
-        with ExitStack() as unless_whole:  # an error, or Ctrl-C: nothing half made stays behind
+        with ExitStack() as unless_whole:  # an error or Ctrl-C: remove the incomplete view
             if stored.draft is not None:
                 unless_whole.callback(stored.draft.discard)
-            bar = tqdm(total=total, desc=label, unit="image", leave=False, disable=None)
             batches = torch.arange(total, device=images.device).split(self.config.batch_size)
-            with bar, _batch_by_core(self.device) as each:
-                starts = range(0, total, self.config.batch_size)
-                for start, features in zip(starts, each(extract, batches), strict=True):
+            own, start = own_batches(batches), world().part(len(batches)).start * self.config.batch_size
+            with meter(label, sum(map(len, own))) as done, _batch_by_core(self.device) as each:
+                for features in each(extract, own):
                     stored.put(start, features, host_copy)
-                    bar.update(len(features))
+                    start += len(features)
+                    done(len(features))
             host_copy.finish()
+            if world().several:
+                self._bring_together(stored)
             unless_whole.pop_all()
         return self._settle(stored)
+
+    def _bring_together(self, stored: Stored) -> None:
+        """Have what all processes extracted, in each of them."""
+        if stored.device is not None:
+            bring_together(stored.device, self.config.batch_size)
+        elif not stored.shared:
+            bring_together(stored.host, self.config.batch_size)
+        world().wait()  # until the file, if there is one, is complete
 
     def _allocate(self, split: str, view: int | None) -> Stored:
         shape = (len(self.splits[split]), *self.feature_shape)
         stored = Stored(device=self._take(shape))
-        if self.cache is not None:
+        if self.cache is not None and world().first:
             stored.draft = self.cache.draft(self._key(split, view), shape, self._dtype)
-        if stored.draft is not None:
-            stored.host = stored.draft.tensor
-        elif stored.device is None:
+        if self.cache is not None:
+            stored.host = shared_file(stored.draft, shape, self._dtype)
+            stored.shared = stored.host is not None
+            stored.draft = stored.draft if stored.shared else None
+        if stored.host is None and stored.device is None:
             stored.host = torch.empty(shape, dtype=self._dtype)
         return stored
 
     def _settle(self, stored: Stored) -> Stored:
-        """A complete view: its file gets its name, and what is on a GPU is not kept in host memory too."""
+        """Finish a view: commit its file, and keep no second copy of it in host memory."""
         if stored.draft is not None:
             self.cache.commit(stored.draft)
             stored.draft = None
@@ -225,7 +239,7 @@ class FeatureBank:
         return stored
 
     def _place(self, mapped: Tensor) -> Stored:
-        """A view that was read from disk: on the device where it fits, else the mapped file itself."""
+        """Place a view that was read from disk: on the device if it fits, else as the mapped file."""
         device = self._take(tuple(mapped.shape))
         if device is None:
             return Stored(host=mapped)
@@ -233,20 +247,23 @@ class FeatureBank:
         return Stored(device=device)
 
     def _take(self, shape: tuple[int, ...]) -> Tensor | None:
-        """Memory of the device for a view, or None where it does not fit there."""
+        """Device memory for a view, or None if it does not fit."""
         size = torch.Size(shape).numel() * self._dtype.itemsize
-        if self.memory is None or size > self._budget or size > self.memory.free():
+        fits = self.memory is not None and size <= self._budget and size <= self.memory.free()
+        if not world().all(fits):
             return None
         try:
             taken = self.memory.empty(shape, self._dtype)
         except torch.OutOfMemoryError:
+            if world().several:
+                raise
             self._fall_back()
             return None
         self._budget -= size
         return taken
 
     def _make_room(self, current: Stored) -> bool:
-        """Move the view that is being extracted, else the last one stored, to host memory; False if there is none."""
+        """Move the current view, or else the last stored one, to host memory; False if there is none."""
         on_device = [stored for stored in (*self._stored.values(), current) if stored.device is not None]
         if not on_device:
             return False
@@ -260,4 +277,4 @@ class FeatureBank:
     def _fall_back(self) -> None:
         self._budget = 0
         self.memory.release()
-        print(f"features     {self.device} is out of memory: host memory takes what it has no room for", flush=True)
+        print(f"features     {self.device} is out of memory: the rest goes to host memory", flush=True)

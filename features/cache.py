@@ -1,9 +1,9 @@
-"""Stored features of whole views, each under a key of everything that determines them; a tool to list and delete them.
+"""The disk cache of features, one file per view, under a key of everything that determines them; with a tool.
 
-python -m features.cache list                                 what is stored, each with its key
+python -m features.cache list                                 stored features and their keys
 python -m features.cache clear --dry_run                      what clear would delete, and its size
-python -m features.cache clear KEY ... --older_than 30        delete only what fits all of that
-python -m features.cache clear                                delete everything that no process is using
+python -m features.cache clear KEY ... --older_than 30        delete only features that match all conditions
+python -m features.cache clear                                delete all features that no process is using
 """
 
 import argparse
@@ -38,29 +38,28 @@ OWN_NAME = re.compile(r"\.?\w+-(plain|view\d+)-([0-9a-f]{24})\.safetensors(\.[\d
 
 
 class FeatureCache:
-    """Stored features of whole views, one safetensors file each, in `folder`.
+    """Features on disk, one safetensors file per view, in `folder`.
 
-    A key is a dict of plain values: everything that determines the features. It names the file and stands in its
-    header, so features of another backbone, size, augmentation, data set or version are never taken for the ones
-    asked for, and stay where they are. Files that were read or written stay locked, so that no one deletes them.
-    dataset: a name for those who list the files.
+    A key is a dict of plain values: everything that determines the features. It names the file and is in its header, so
+    features of another backbone, size, augmentation, dataset or version are never used by mistake, and are not deleted.
+    Files that were read or written stay locked, so that no other process deletes them. dataset: a name for `list`.
     """
 
     def __init__(self, folder: Path, dataset: str = ""):
         self.folder, self.dataset = absolute(folder), dataset
-        self._held: dict[Path, int] = {}  # open descriptors, which nothing but this closes
+        self._held: dict[Path, int] = {}  # open file descriptors; only `_release` closes them
         weakref.finalize(self, _release, self._held)
         self._background = ThreadPoolExecutor(1, thread_name_prefix="feature-cache")
         self._last: Future | None = None
 
     def path(self, key: dict[str, Any]) -> Path:
-        """The file that the features of this key have."""
+        """The file of the features of this key."""
         view = "plain" if key.get("view") is None else f"view{key['view']}"
         digest = hashlib.sha256(canonical(key).encode()).hexdigest()
         return self.folder / f"{key.get('split', 'features')}-{view}-{digest[:24]}.safetensors"
 
     def has(self, key: dict[str, Any]) -> bool:
-        """Whether there is a file of that name that can be read; its checksum is not verified."""
+        """Whether there is a readable file for this key; its checksum is not verified."""
         try:
             read(self.path(key))
         except UNREADABLE:
@@ -68,9 +67,9 @@ class FeatureCache:
         return True
 
     def load(self, key: dict[str, Any]) -> Tensor | None:
-        """The features, memory-mapped, after their checksum was verified; None where there are none to use.
+        """The features, memory-mapped, after their checksum was verified; None if there are none.
 
-        A file that is truncated or altered, or that holds other features than its name says, is reported in one line.
+        A truncated or altered file, or one whose name and key differ, is reported in one line.
         """
         path = self.path(key)
         with suppress(OSError), path.open("rb") as file:
@@ -80,12 +79,12 @@ class FeatureCache:
         try:
             features, metadata = read(path)
             intact = metadata["crc32"] == checksums(features)
-        except Exception as error:  # bytes that are no safetensors file make the reader fail in every way there is
+        except Exception as error:  # the reader raises all kinds of errors on corrupt files
             say(f"{path} is corrupt ({type(error).__name__}): extracting its features again")
             return None
         if metadata.get("key") != canonical(key):
             clear = command("-m", "features.cache", "clear", Entry.digest(path), "--dir", self.folder)
-            say(f"{path} holds other features than its name says: not used, and left as it is; {clear} deletes it")
+            say(f"{path} does not have the features that its name says: ignored; {clear} deletes it")
             return None
         if not intact:
             say(f"{path} is altered (its checksum differs): extracting its features again")
@@ -97,18 +96,18 @@ class FeatureCache:
         free = self.free()
         if needed > free:
             raise EnvironmentFault(
-                f"the features need {gigabytes(needed)} in {self.folder}, where {gigabytes(free)} are free: {advice}"
+                f"the features need {gigabytes(needed)} in {self.folder}, but only {gigabytes(free)} are free: {advice}"
             )
 
     def free(self) -> int:
-        """Bytes free on the disk, which need not have the folder yet."""
+        """Bytes free on the disk; the folder need not exist yet."""
         folder = self.folder
         while not folder.exists():
             folder = folder.parent
         return shutil.disk_usage(folder).free
 
     def draft(self, key: dict[str, Any], shape: tuple[int, ...], dtype: torch.dtype) -> "Draft | None":
-        """A new file to fill; None where it cannot be made, which is said, or where its name is taken."""
+        """A new file to fill; None if it cannot be created (with a warning) or already exists."""
         path = self.path(key)
         if path.exists() and _is_of_another_key(path, key):
             return None
@@ -117,38 +116,38 @@ class FeatureCache:
             self._remove_abandoned(path)
             return Draft(path, key, shape, dtype, self.dataset)
         except (OSError, RuntimeError) as error:
-            say(f"{path} cannot be written ({reason(error)}): going on without it; see --features.cache_dir")
+            say(f"{path} cannot be written ({reason(error)}): continuing without it; see --features.cache_dir")
             return None
 
     def _remove_abandoned(self, path: Path) -> None:
-        """Remove what a killed process has left of this file: a day old, for a disk whose locks do not work."""
+        """Remove unfinished copies of this file from killed processes: a day old, in case locks do not work."""
         for left in self.folder.glob(f".{path.name}.*.partial"):
             with suppress(OSError):
                 if time.time() - left.stat().st_mtime > 86400:
                     _delete(left, dry_run=False)
 
     def commit(self, draft: "Draft") -> None:
-        """Give a filled draft its name, in the background: training need not wait for a disk.
+        """Finish a filled draft in the background, so that training need not wait for the disk.
 
-        A failure is reported, and ends nothing. Python waits for the last file before it exits.
+        A failure is reported and not raised. Python waits for the last file before it exits.
         """
         self.wait()
-        self._hold(draft.path, draft.file)  # beyond its end, when the file is closed
+        self._hold(draft.path, draft.file)  # still valid after the file is closed
         self._last = self._background.submit(draft.finish)
 
     def _hold(self, path: Path, file: IO) -> None:
-        """Keep the lock on a file, in place of one on what had its name before, while this object lives.
+        """Keep a file locked while this object lives, instead of an earlier file of that name.
 
-        A second descriptor has the same lock, so that the file may be closed.
+        A duplicate descriptor keeps the lock, so that the file may be closed.
         """
         try_lock(file, shared=True)
-        with suppress(OSError):  # no descriptor left: then it is not held
+        with suppress(OSError):  # out of descriptors: the file stays unlocked
             before, self._held[path] = self._held.get(path), os.dup(file.fileno())
             if before is not None:
                 os.close(before)
 
     def wait(self) -> None:
-        """Until the file that is being finished has its name."""
+        """Wait until the last file is finished."""
         if self._last is not None:
             self._last.result()
 
@@ -161,13 +160,13 @@ def _release(held: dict[Path, int]) -> None:
 def _is_of_another_key(path: Path, key: dict[str, Any]) -> bool:
     try:
         return read(path)[1].get("key") != canonical(key)
-    except UNREADABLE:  # corrupt: it may be replaced
+    except UNREADABLE:  # corrupt: may be replaced
         return False
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A file that the cache named. metadata: of its header; None where it is corrupt."""
+    """A file of the cache. metadata: of its header; None if it is corrupt."""
 
     path: Path
     size: int
@@ -176,16 +175,16 @@ class Entry:
 
     @property
     def key(self) -> str:
-        """What `list` shows, and `clear` takes: the digest in the file's name."""
+        """The digest in the file's name, which `list` shows and `clear` accepts."""
         return self.digest(self.path)
 
     @staticmethod
     def digest(path: Path) -> str:
-        """The digest in the name of a file that the cache named."""
+        """The digest in a file name of the cache."""
         return OWN_NAME.fullmatch(path.name)[2]
 
     def fits(self, options: argparse.Namespace) -> bool:
-        """Whether everything that was asked for is true of it."""
+        """Whether it matches all conditions."""
         known = self.metadata or {}
         return (
             (not options.keys or any(self.key.startswith(key) for key in options.keys))
@@ -195,7 +194,7 @@ class Entry:
         )
 
     def line(self) -> str:
-        """Key, size, date, and what it holds."""
+        """Key, size, date and content."""
         written = time.strftime("%Y-%m-%d %H:%M", time.localtime(self.written))
         about = "corrupt" if self.metadata is None else "unfinished"
         if self.metadata is not None and self.path.suffix != ".partial":
@@ -218,7 +217,7 @@ def _entries(folder: Path) -> Iterator[Entry]:
             metadata = {**json.loads(header["key"]), "dataset": header.get("dataset", "")}
         except UNREADABLE:
             metadata = None
-        with suppress(FileNotFoundError):  # finished, or deleted, meanwhile
+        with suppress(FileNotFoundError):  # meanwhile finished or deleted
             yield Entry(path, path.stat().st_size, path.stat().st_mtime, metadata)
 
 
@@ -229,23 +228,23 @@ def _list(folder: Path, entries: list[Entry]) -> None:
 
 
 def _clear(folder: Path, entries: list[Entry], options: argparse.Namespace) -> None:
-    """Delete, or only show, what no process holds."""
+    """Delete, or only show, the files that no process uses."""
     count = total = 0
     for entry in entries:
         try:
             deleted = _delete(entry.path, options.dry_run)
-        except FileNotFoundError:  # finished under its own name, or deleted, meanwhile
+        except FileNotFoundError:  # meanwhile finished or deleted
             continue
         except OSError as error:
             raise EnvironmentFault(f"{entry.path} cannot be deleted: {error.strerror}") from error
-        print(entry.line() + ("" if deleted else "; kept, a running process uses it"))
+        print(entry.line() + ("" if deleted else "; kept: a running process uses it"))
         count, total = count + deleted, total + deleted * entry.size
     done = "would delete" if options.dry_run else "deleted"
     print(f"{done} {counted(count, 'file')}, {gigabytes(total)}, from {printable(folder)}")
 
 
 def _delete(path: Path, dry_run: bool) -> bool:
-    """Remove a file, or do as if; returns False, and removes nothing, where a running process holds it."""
+    """Remove a file unless `dry_run`; returns False, without removing it, if a running process uses it."""
     with path.open("rb+") as file:
         if not try_lock(file):
             return False
@@ -262,20 +261,20 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", choices=("list", "clear"), metavar="list|clear", help="show, or delete")
-    # Without a default argparse would call it required.
+    # Without a default, argparse would require it.
     parser.add_argument(
-        "keys", nargs="*", default=[], metavar="KEY", help="only this: a key that list shows, or its start"
+        "keys", nargs="*", default=[], metavar="KEY", help="only this key, as shown by list, or its start"
     )
-    parser.add_argument("--data.name", dest="dataset", metavar="NAME", help="only features of this data set")
-    parser.add_argument("--backbone.name", dest="backbone", metavar="NAME", help="only those of this backbone")
-    parser.add_argument("--older_than", type=float, metavar="DAYS", help="only what was written before that")
-    parser.add_argument("--dry_run", action="store_true", help="show what clear would delete, and delete nothing")
+    parser.add_argument("--data.name", dest="dataset", metavar="NAME", help="only features of this dataset")
+    parser.add_argument("--backbone.name", dest="backbone", metavar="NAME", help="only features of this backbone")
+    parser.add_argument("--older_than", type=float, metavar="DAYS", help="only files older than this")
+    parser.add_argument("--dry_run", action="store_true", help="show what clear would delete, without deleting")
     parser.add_argument("--dir", type=path_option, default=absolute(DEFAULT_FOLDER), help=f"default: {DEFAULT_FOLDER}")
     options = parser.parse_args(argv)
     if options.older_than is not None and not 0 <= options.older_than < math.inf:
-        raise UserError(f"--older_than is {options.older_than:g}: it is a number of days, 0 or more")
+        raise UserError(f"--older_than is {options.older_than:g}: it must be a number of days, 0 or more")
     if "" in (*options.keys, options.dataset, options.backbone):
-        raise UserError("an empty KEY or name selects nothing: name what list shows, or leave it out to select all")
+        raise UserError("an empty KEY or name selects nothing: give one that list shows, or leave it out to select all")
     return options
 
 
@@ -284,11 +283,11 @@ def main(argv: list[str] | None = None) -> None:
     options = _options(argv)
     folder = options.dir
     if folder != absolute(DEFAULT_FOLDER) and not folder.is_dir():
-        raise UserError(f"--dir {folder} is not a folder: name the one that --features.cache_dir names")
+        raise UserError(f"--dir {folder} is not a folder: name the folder of --features.cache_dir")
     entries = [entry for entry in _entries(folder) if entry.fits(options)]
     selected = any((options.keys, options.dataset, options.backbone, options.older_than is not None))
     if selected and not entries:
-        raise UserError(f"no stored features in {folder} are what was asked for: list, with nothing else, shows all")
+        raise UserError(f"no features in {folder} match: `list` without options shows all")
     if options.command == "list":
         _list(folder, entries)
     else:

@@ -1,4 +1,4 @@
-"""From uint8 images to features: prepare, then the frozen backbone, compiled where that repays its time."""
+"""Feature extraction: prepare uint8 images and run the frozen backbone, compiled if that saves time."""
 
 import sys
 import threading
@@ -14,32 +14,32 @@ from features.images import ImageBank
 from model.backbone import Backbone
 from model.preparation import preparation, resize_and_normalise
 
-# By benchmarks/extraction.py on an H200. Images in a run from which compiling repays its 14 to 22 s on a GPU, by 10
-# microseconds an image; and the mode of torch.compile: max-autotune takes three times as long and gains one per cent.
+# Measured by benchmarks/extraction.py on an H200: images from which compiling (14 to 22 s) pays off at 10 microseconds
+# an image, and the mode of torch.compile: max-autotune compiles three times as long and gains one per cent.
 COMPILE_FROM = 2_000_000
 COMPILE_MODE = "default"
 HOURS = 5e14  # FLOPs that take a core hours
 
 
 def worth_compiling(choice: str, images: int, device: torch.device) -> bool:
-    """Whether features.compile (auto, always, never) asks for a compiled backbone for so many images."""
+    """Whether to compile the backbone for this many images, by features.compile (auto, always, never)."""
     return choice == "always" or (choice == "auto" and device.type == "cuda" and images >= COMPILE_FROM)
 
 
 def warn_of_hours(bank: FeatureBank | ImageBank, flops: int, epochs: int) -> None:
-    """Warn where a CPU is about to spend hours on the frozen backbone, of so many FLOPs an image."""
+    """Warn if the frozen backbone will take hours on a CPU. flops: of one image."""
     if bank.device.type != "cpu":
         return
     splits, trains = bank.splits, isinstance(bank, ImageBank)
     live = trains or bank.config.mode == "live"
-    # With experts inside, an image goes forward and back.
+    # With experts inside, each image needs a forward and a backward pass.
     each_epoch = (1 + trains) * len(splits.train) + len(splits.validation)
     images = epochs * each_epoch + len(splits.test) if live else bank.images_left()
     if flops * images > HOURS * torch.get_num_threads():
         less = ", or --features.mode cached" if live else ", or fewer --features.views" if bank.views_used > 1 else ""
         less = ", or --experts.place head" if trains else less
         warn(
-            f"{images:,} images, each view counted, are to pass the backbone on a CPU, which takes hours: use a GPU, "
+            f"{images:,} images, each view counted, need the backbone on a CPU, which takes hours: use a GPU, "
             f"or --backbone.name bundled/vit_micro (for CIFAR-100 --config configs/cifar100_cpu.yaml){less}"
         )
 
@@ -47,16 +47,16 @@ def warn_of_hours(bank: FeatureBank | ImageBank, flops: int, epochs: int) -> Non
 class Extractor:
     """uint8 images (B, 3, H, W) -> the backbone's features (B, ...), on the images' device.
 
-    compiled: compile the backbone for batches of `batch_size` images when the first one comes; other batches, such
-    as the last of a split, run as they are. Where compiling fails, that is said in one line and all of them do;
-    `failed` has the reason.
+    compiled: compile the backbone for batches of `batch_size` images at the first of them; other batches, such as the
+    last one of a split, run eagerly. If compiling fails, a line says so and all batches run eagerly; `failed` has the
+    reason.
     """
 
     def __init__(self, backbone: Backbone, batch_size: int, compiled: bool = False, mode: str = COMPILE_MODE):
         self.backbone, self.batch_size, self.mode = backbone, batch_size, mode
         self._run: Callable[..., Tensor] | None = None if compiled else self._eager
         self.failed = ""
-        self._compiling = threading.Lock()  # batches may come from several threads
+        self._compiling = threading.Lock()  # several threads may call it
 
     def __call__(self, images_BCHW: Tensor) -> Tensor:
         backbone = self.backbone
@@ -73,16 +73,21 @@ class Extractor:
         return self.backbone(resize_and_normalise(images_BCHW, constants))
 
     def _compile(self, *batch) -> Callable[..., Tensor]:
-        self.backbone.runner(batch[0].device)  # made outside of what is traced
+        self.backbone.runner(batch[0].device)  # created outside the traced code
         try:
             run = torch.compile(self._eager, mode=self.mode, dynamic=False)
-            with warnings.catch_warnings():  # resizing is exact, and not in the TensorFloat32 that it recommends
+            with (
+                warnings.catch_warnings()
+            ):  # resizing stays exact, without the TensorFloat32 that the compiler recommends
                 warnings.filterwarnings("ignore", "TensorFloat32")
                 run(*batch)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # a compiler fails in every way there is
+        except Exception as error:  # the compiler raises all kinds of errors
             self.failed = one_line(error, 160)
-            print(f"features: the backbone cannot be compiled ({self.failed}): going on without", file=sys.stderr)
+            print(
+                f"features: the backbone cannot be compiled ({self.failed}): continuing without compiling",
+                file=sys.stderr,
+            )
             return self._eager
         return run

@@ -1,4 +1,4 @@
-"""ImageBank: the images themselves, for a model that has its ViT in the training loop."""
+"""ImageBank: batches of images, for a model that runs its ViT in the training loop."""
 
 from collections.abc import Iterator
 
@@ -9,16 +9,16 @@ from data.augment import AugmentConfig, View, apply_view, draw_view
 from data.image_set import Splits
 from features.placement import DeviceMemory, fetch_ahead
 
-DEVICE_SHARE = 0.25  # of a GPU's free memory that a split's images may take; the rest is for activations
+DEVICE_SHARE = 0.25  # share of a GPU's free memory for a split's images; the rest is for activations
 
 
 class ImageBank:
     """Serves batches of (uint8 images, labels) of a split on a device, as FeatureBank serves features.
 
-    A split's images stay on a GPU where a quarter of its free memory suffices, else in host memory, from where batches
-    are fetched ahead. The training split is augmented on the device, each epoch by a view of its own, which depends on
-    the seed of the augmentation, the number of the view and the image alone. evaluation_batch: images that are
-    evaluated at once. memory: the GPU's memory, found from `device` unless given.
+    A split's images stay on a GPU if a quarter of its free memory suffices, else in host memory, from which batches are
+    prefetched. The training split is augmented on the device, each epoch with another view, which depends only on the
+    seed of the augmentation, the number of the view and the image. evaluation_batch: images per evaluation batch.
+    memory: the GPU's memory, from `device` unless given.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class ImageBank:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (images uint8 (B, 3, H, W), labels_B) on the device, in `order_N` (default: as stored).
 
-        view: number of the augmented view; None: the images as they are.
+        view: number of the augmented view; None: the original images.
         """
         total = len(self.splits[split])
         order_N = torch.arange(total) if order_N is None else order_N.cpu()

@@ -1,4 +1,4 @@
-"""Where stored features live: in a GPU's memory while they fit, else in host memory, fetched ahead of their use."""
+"""Placement of stored features: in a GPU's memory while they fit, else in host memory, with prefetching."""
 
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,7 +11,7 @@ from features.file import Draft
 
 
 class DeviceMemory:
-    """A GPU's memory: what is free, how it is taken, how a batch gets there. Tests put another in its place."""
+    """A GPU's memory: free bytes, allocation, upload. Tests replace it."""
 
     pinned = True
 
@@ -20,26 +20,26 @@ class DeviceMemory:
         self._stream = torch.cuda.Stream(device)
 
     def free(self) -> int:
-        """Bytes that can be taken, those that PyTorch holds and does not use included."""
+        """Free bytes, including those that PyTorch has reserved but does not use."""
         held = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         return torch.cuda.mem_get_info(self.device)[0] + held
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """An uninitialised tensor there. Raises torch.OutOfMemoryError."""
+        """An uninitialised tensor on the GPU. Raises torch.OutOfMemoryError."""
         return torch.empty(shape, dtype=dtype, device=self.device)
 
     def release(self) -> None:
-        """Give back what PyTorch holds and does not use."""
+        """Release memory that PyTorch has reserved but does not use."""
         torch.cuda.empty_cache()
 
     def upload(self, host: Tensor) -> tuple[Tensor, torch.cuda.Event]:
-        """Start the copy of a pinned tensor, beside the computation; `ready` waits for it."""
+        """Start an asynchronous copy of a pinned tensor; `ready` waits for it."""
         with torch.cuda.stream(self._stream):
             copy = host.to(self.device, non_blocking=True)
         return copy, self._stream.record_event()
 
     def ready(self, copy: Tensor, event: torch.cuda.Event) -> Tensor:
-        """The copy, for use after it has arrived; the host does not wait."""
+        """The copy, usable once it has arrived; the host does not wait."""
         current = torch.cuda.current_stream(self.device)
         current.wait_event(event)
         copy.record_stream(current)
@@ -47,10 +47,10 @@ class DeviceMemory:
 
 
 def fetch_ahead(source: Tensor, parts: tuple[Tensor, ...], memory: DeviceMemory) -> Iterator[Tensor]:
-    """`source[part]` on the device for each part in turn; a thread gathers the next ones while one is in use.
+    """Yield `source[part]` on the device for each part; a thread gathers the next ones meanwhile.
 
-    source: host memory, rows first, maybe a mapped file. Only the three buffers in between are pinned: to pin a
-    whole set takes long, and a file cannot be. The thread makes no CUDA call, so a graph may be captured meanwhile.
+    source: host memory, rows first, maybe a mapped file. Only three buffers are pinned: pinning everything takes long,
+    and a mapped file cannot be pinned. The thread makes no CUDA call, so a graph may be captured meanwhile.
     """
     if not parts:
         return
@@ -66,7 +66,7 @@ def fetch_ahead(source: Tensor, parts: tuple[Tensor, ...], memory: DeviceMemory)
         if number >= len(parts):
             return None
         if (event := copied[number % len(buffers)]) is not None:
-            event.synchronize()  # of three batches ago: long past, unless the device is far behind
+            event.synchronize()  # of three batches ago: done, unless the device is far behind
         return pool.submit(gather, number)
 
     pool = ThreadPoolExecutor(1, thread_name_prefix="fetch-ahead")
@@ -82,7 +82,7 @@ def fetch_ahead(source: Tensor, parts: tuple[Tensor, ...], memory: DeviceMemory)
 
 
 class HostCopy:
-    """Brings batches from a GPU into host memory, each while the next one is computed; on a CPU it just copies."""
+    """Copies batches from a GPU to host memory while the next one is computed; on a CPU it just copies."""
 
     def __init__(self):
         self._stream: torch.cuda.Stream | None = None
@@ -90,7 +90,7 @@ class HostCopy:
         self._pending: tuple[torch.cuda.Event, Tensor, Tensor] | None = None
 
     def put(self, features: Tensor, out: Tensor) -> None:
-        """Have `features` copied to `out`, which holds them after the next `put` or `finish`."""
+        """Copy `features` to `out`, which is complete after the next `put` or `finish`."""
         if not features.is_cuda:
             out.copy_(features)
             return
@@ -108,7 +108,7 @@ class HostCopy:
         self._pending = (event, staging, out)
 
     def finish(self) -> None:
-        """Wait for the copy that is under way."""
+        """Wait for the copy in progress."""
         if self._pending is not None:
             event, staging, out = self._pending
             event.synchronize()
@@ -118,14 +118,18 @@ class HostCopy:
 
 @dataclass
 class Stored:
-    """The features of one view: in a GPU's memory, or in host memory (maybe a mapped file) where `device` is None."""
+    """The features of one view: on a GPU, or in host memory (maybe a mapped file) if `device` is None.
+
+    shared: `host` is a file that all processes of a run write to.
+    """
 
     device: Tensor | None = None
     host: Tensor | None = None
     draft: Draft | None = None
+    shared: bool = False
 
     def put(self, start: int, features: Tensor, host_copy: HostCopy) -> None:
-        """Keep a batch whose first row is `start`."""
+        """Store a batch whose first row is `start`."""
         rows = slice(start, start + len(features))
         if self.device is not None:
             self.device[rows] = features

@@ -1,21 +1,21 @@
-"""What is checked in a file of tensors that somebody else may have written, before PyTorch reads it.
+"""Checks of a file of tensors from an untrusted source, before PyTorch reads it.
 
-`torch.load(weights_only=True)` runs no code, but it does not notice flipped bits, and what a file claims decides how
-much memory it takes.
+`torch.load(weights_only=True)` runs no code, but it does not detect flipped bits, and a small file may claim much
+memory.
 """
 
 import pickletools
 import zipfile
 from pathlib import Path
 
-MODULES = ("torch", "collections")  # what tensors, and the dictionaries that hold them, are made of
+MODULES = ("torch", "collections")  # the globals that pickled tensors and state dicts need
 
 
 def check_archive(path: Path) -> None:
-    """Raise ValueError (or what zipfile raises) unless `path` is a whole archive, as torch.save writes it.
+    """Raise ValueError (or what zipfile raises) unless `path` is an intact archive of torch.save.
 
-    Whole: every record has its checksum. Nothing is compressed or claimed to be larger than the file, and the pickled
-    part builds tensors and plain values only.
+    Every record must match its checksum, nothing may be compressed or claim to be larger than the file, and the pickle
+    may build only tensors and plain values.
     """
     with zipfile.ZipFile(path) as archive:
         records = archive.infolist()
@@ -24,7 +24,7 @@ def check_archive(path: Path) -> None:
         if sum(record.file_size for record in records) > path.stat().st_size:
             raise ValueError("its records claim to be larger than the file")
         if corrupt := archive.testzip():
-            raise ValueError(f"record {corrupt} is damaged")
+            raise ValueError(f"record {corrupt} is corrupt")
         for record in records:
             if record.filename.endswith(".pkl"):
                 _check_pickle(archive.read(record))
@@ -33,6 +33,6 @@ def check_archive(path: Path) -> None:
 def _check_pickle(content: bytes) -> None:
     for operation, argument, _ in pickletools.genops(content):
         if operation.name == "STACK_GLOBAL":  # torch.save writes an older protocol
-            raise ValueError("it names what it needs in an unexpected way")
+            raise ValueError("its pickle has an unexpected form")
         if operation.name in ("GLOBAL", "INST") and str(argument).split(".")[0].split(" ")[0] not in MODULES:
-            raise ValueError(f"it asks for {str(argument).replace(' ', '.')}")
+            raise ValueError(f"its pickle needs {str(argument).replace(' ', '.')}")

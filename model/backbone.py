@@ -1,6 +1,6 @@
 """A frozen pretrained ViT from timm, and the features taken from it.
 
-timm is imported where it is used: it takes seconds, which --help and a wrong option need not wait for.
+timm is imported where it is used, because that takes seconds, which --help should not.
 """
 
 import difflib
@@ -27,28 +27,28 @@ BUNDLED = "bundled/vit_micro"
 
 @dataclass
 class BackboneConfig:
-    """Backbone: the frozen ViT and what is read from it."""
+    """Backbone: the frozen ViT and its features."""
 
     name: str = "vit_base_patch16_clip_quickgelu_224.openai"
-    """Any timm ViT, such as vit_small_patch14_dinov2.lvd142m; or bundled/vit_micro, which comes with the project."""
+    """Any timm ViT, such as vit_small_patch14_dinov2.lvd142m, or bundled/vit_micro, which needs no download."""
     weights: Path | None = None
-    """Local weights (.safetensors, or a .pth of tensors) for it; null: timm downloads its pretrained ones."""
+    """Local file of weights (.safetensors, or a .pth of tensors); null: timm downloads pretrained weights."""
     pretrained: bool = True
-    """false: random weights from a fixed seed (a test of the pipeline, not a feature extractor)."""
+    """false: random weights from a fixed seed, to test the pipeline."""
     features: list[str] = field(default_factory=lambda: ["cls:-1", "mean:-1"])
-    """What is read, as POOL:BLOCK, concatenated: cls (class token), mean (of the patch tokens), or tokens
-    (class token and patch tokens, alone in the list); blocks count from 0, negative ones from the end."""
+    """Features to concatenate, as POOL:BLOCK: cls (class token), mean (of the patch tokens), or tokens (class
+    token and patch tokens, as the only feature); blocks count from 0, negative numbers from the end."""
     image_size: int | None = None
-    """Input side in pixels; null: the size that the weights were trained with."""
+    """Side of the input in pixels; null: the size of the pretraining."""
     precision: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Arithmetic of the backbone; auto: bfloat16 on a GPU, float32 on a CPU. float16 is nearer to float32 than
-    bfloat16, for a ViT whose activations stay below its largest number, 65,504."""
+    """Precision of the backbone; auto: bfloat16 on a GPU, float32 on a CPU. float16 is more accurate than
+    bfloat16, for a ViT whose activations stay below 65,504."""
 
     def __post_init__(self):
         self.weights = None if self.weights is None else Path(os.path.expanduser(self.weights)).absolute()
         check_options(self, "backbone")
         if self.image_size is not None and self.image_size < 1:
-            raise ValueError(f"backbone.image_size is {self.image_size}: it is a number of pixels")
+            raise ValueError(f"backbone.image_size is {self.image_size}: it must be a number of pixels above 0")
         if not self.features:
             raise ValueError("backbone.features is empty: name at least one, such as cls:-1")
         pools = [parse_feature(spec)[0] for spec in self.features]
@@ -73,7 +73,7 @@ def parse_feature(spec: str) -> tuple[str, int]:
 
 
 class _Uninitialised(TorchFunctionMode):
-    """Leaves out the random numbers of weights that a file is about to replace, all of them: a second for a ViT-B."""
+    """Skips the random initialisation of weights that a file will replace, which takes a second for a ViT-B."""
 
     DRAWN = ("uniform_", "normal_", "trunc_normal_", "erfinv_", "kaiming_uniform_", "kaiming_normal_")
     DRAWN += ("xavier_uniform_", "xavier_normal_", "orthogonal_")
@@ -86,12 +86,12 @@ class _Uninitialised(TorchFunctionMode):
 
 
 class Backbone(nn.Module):
-    """A timm ViT that stays frozen: no gradients, evaluation mode whatever `train()` is called on.
+    """A frozen timm ViT: no gradients, and always in evaluation mode.
 
     forward: normalised images (B, 3, S, S) -> float32 features (B, F), or tokens (B, T, D) for `tokens:BLOCK`.
-    Each block's tokens pass the ViT's final norm, as DINOv2's `get_intermediate_layers(norm=True)` does.
-    dtype: arithmetic of the forward pass. Where it is not float32, a `fast_copy` of `vit` in it does the work.
-    Raises InputError for a block or a class token that the ViT has not.
+    The final norm of the ViT is applied to each block's tokens, as in DINOv2's `get_intermediate_layers(norm=True)`.
+    dtype: precision of the forward pass. If it is not float32, a `fast_copy` of `vit` is used. Raises InputError for a
+    block or a class token that the ViT does not have.
     """
 
     def __init__(self, vit: Any, features: list[str], dtype: torch.dtype = torch.float32):
@@ -100,11 +100,11 @@ class Backbone(nn.Module):
         super().__init__()
         self.vit: Any = vit.requires_grad_(False).eval()
         self.dtype = dtype
-        self._fast: dict[torch.device, Any] = {}  # no submodule: `vit` alone is what is hashed and counted
+        self._fast: dict[torch.device, Any] = {}  # not a submodule: only `vit` is hashed and counted
         depth = len(vit.blocks)
         self.features = [(pool, self._block(block, depth)) for pool, block in map(parse_feature, features)]
         self.blocks = sorted({block for _, block in self.features})
-        # Some have no tokens before the patches in their blocks, or do not give them (CaiT, XCiT).
+        # Some ViTs have no prefix tokens in their blocks, or do not return them (CaiT, XCiT).
         parameters = inspect.signature(vit.forward_intermediates).parameters
         self.has_prefix = getattr(vit, "num_prefix_tokens", 0) > 0 and "return_prefix_tokens" in parameters
         self.has_class_token = self.has_prefix and getattr(vit, "cls_token", None) is not None
@@ -121,7 +121,7 @@ class Backbone(nn.Module):
     def _block(block: int, depth: int) -> int:
         if not -depth <= block < depth:
             raise InputError(
-                f"backbone.features names block {block}: this ViT has blocks 0 to {depth - 1}; -1 is the last of any"
+                f"backbone.features names block {block}: this ViT has blocks 0 to {depth - 1}; -1 is the last one"
             )
         return block % depth
 
@@ -129,7 +129,7 @@ class Backbone(nn.Module):
         return super().train(False)
 
     def runner(self, device: torch.device) -> Any:
-        """The ViT that does the work on `device`, in `dtype`; made when it is first asked for."""
+        """The ViT that computes on `device` in `dtype`, created at its first use."""
         if self.dtype == torch.float32:
             return self.vit
         if device not in self._fast:
@@ -158,12 +158,12 @@ class Backbone(nn.Module):
             return prefix_BRD[:, 0].float()
         if pool == "mean":
             return patches_BPD.mean(dim=1, dtype=torch.float32)
-        # Registers carry no image region and are left out, as DINOv2's own heads do.
+        # Register tokens represent no image region and are left out, as in DINOv2's own heads.
         parts = [prefix_BRD[:, :1]] if self.has_class_token else []
         return torch.cat([*parts, patches_BPD], dim=1).float()
 
     def fingerprint(self) -> str:
-        """SHA-256 over the weights, the features taken, mean, std and size."""
+        """SHA-256 over weights, features, mean, std and size."""
         digest = hashlib.sha256(f"{self.features} {self.mean} {self.std} {self.image_size}".encode())
         for name, value in sorted(self.vit.state_dict().items()):
             digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
@@ -176,9 +176,9 @@ def load_backbone(
 ) -> Backbone:
     """Build the configured backbone on `device`.
 
-    reachable: whether the host of a URL answers, asked before a download that would be tried for most of a minute
-    (None: not asked). Raises InputError for an unknown name, a model that is no ViT, or weights that do not fit, and
-    UnavailableError for weights that would have to be downloaded and cannot.
+    reachable: tests whether the host of a URL answers, before a download that would be retried for most of a minute
+    (None: no test). Raises InputError for an unknown name, a model that is not a ViT, or weights that do not fit, and
+    UnavailableError for weights that cannot be downloaded.
     """
     vit = _load_vit(config, reachable)
     automatic = "bfloat16" if device.type == "cuda" else "float32"
@@ -190,7 +190,7 @@ def load_backbone(
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise InputError(
-            f"backbone {config.name} gives no features of images of {backbone.image_size} pixels "
+            f"backbone {config.name} cannot process images of {backbone.image_size} pixels "
             f"({one_line(error, 120)}): choose another backbone.image_size or backbone.name"
         ) from error
     return backbone
@@ -226,7 +226,7 @@ def _load_bundled(config: BackboneConfig) -> nn.Module:
 
     if config.image_size is not None or config.weights is not None:
         raise InputError(
-            f"backbone.name {BUNDLED} has its own weights and size: leave out backbone.weights and image_size"
+            f"backbone.name {BUNDLED} has a fixed size and its own weights: leave out backbone.weights and image_size"
         )
     if config.pretrained:
         return load_vit_micro()
@@ -241,13 +241,13 @@ def _check_vit(model: nn.Module, name: str) -> None:
 
 
 def _check_before_download(config: BackboneConfig) -> None:
-    """Refuse a model that is no ViT before its weights are fetched, or found missing."""
+    """Raise InputError for a model that is not a ViT before its weights are downloaded."""
     import timm
 
     try:
-        with torch.device("meta"):  # neither memory nor time
+        with torch.device("meta"):  # takes no memory or time
             model = timm.create_model(config.name, pretrained=False)
-    except Exception:  # one that must see numbers to be built is looked at afterwards
+    except Exception:  # a model that cannot be built without real tensors is checked later
         return
     _check_vit(model, config.name)
 
@@ -268,7 +268,7 @@ def _create(config: BackboneConfig, **options) -> nn.Module:
 
 
 def _require_download(name: str, reachable: Callable[[str], bool] | None) -> None:
-    """Fail at once, with what to do, where timm would retry a hub that cannot be reached for most of a minute."""
+    """Raise an error at once if the hub cannot be reached, which timm would retry for most of a minute."""
     import timm
     from huggingface_hub import constants, try_to_load_from_cache
 
@@ -287,5 +287,5 @@ def _require_download(name: str, reachable: Callable[[str], bool] | None) -> Non
     if reachable is not None and not reachable(url := constants.ENDPOINT if hub else str(config.url)):
         raise UnavailableError(
             f"the weights of {name} are not on this machine and {url} cannot be reached: pass a local file with "
-            "--backbone.weights FILE, or run without a download: python train.py --config configs/digits.yaml"
+            "--backbone.weights FILE, or train without a download: python train.py --config configs/digits.yaml"
         )

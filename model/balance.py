@@ -12,10 +12,10 @@ __all__ = ["BalanceConfig", "balance_losses", "floors", "losses_by_place", "weig
 
 
 def balance_losses(routing: Routing, config: BalanceConfig) -> dict[str, Tensor]:
-    """Every auxiliary loss of non-zero weight by name, unweighted, as float32 scalars.
+    """All auxiliary losses with non-zero weight by name, unweighted, as float32 scalars.
 
-    Of random warm-up routing only what is for it, such as the z-loss: to balance a draw that the gate did not make
-    would teach it noise.
+    In random warm-up only losses that suit it, such as the z-loss: balancing random choices would teach the gate
+    noise.
     """
     return {
         name: loss(routing)
@@ -31,15 +31,15 @@ def losses_by_place(routings: Sequence[Routing], config: BalanceConfig) -> dict[
 
 
 def floors(config: BalanceConfig, router: Router) -> dict[str, float]:
-    """For each auxiliary loss of non-zero weight its value at perfect balance: what to subtract to read it.
+    """The value of each auxiliary loss with non-zero weight at perfect balance, to subtract from its reading.
 
-    It is the least that the loss can be where the load follows the mean gate. Perfect balance: load and mean gate
-    are the target (p_penalty: in proportion to one over the cost; usage_variance, which knows no target: even). The
-    z-loss and the local entropy measure no balance, and are 0 at the least.
+    It is the minimum of the loss if the load follows the mean gate. At perfect balance load and mean gate equal the
+    target (p_penalty: inversely proportional to the cost; usage_variance: even). The z-loss and the local entropy do
+    not measure balance; their minimum is 0.
     """
     return {name: loss.floor_of(router) for name, loss in LOSSES.items() if getattr(config, name) > 0}
 
 
 def weighted_sum(losses: dict[str, Tensor], config: BalanceConfig) -> Tensor | float:
-    """What losses add to the training loss, by their mean where there are several places; 0 where there is none."""
+    """The weighted sum of the losses, each averaged over places if there are several; 0 if there is none."""
     return sum(getattr(config, name) * loss.mean() for name, loss in losses.items())

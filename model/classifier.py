@@ -1,4 +1,4 @@
-"""VisionMoE: a neck that turns frozen features into one vector a sample, and a mixture of experts on it."""
+"""VisionMoE: a neck that turns frozen features into one vector per sample, and a mixture of experts on it."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -15,16 +15,16 @@ from .routers import ROUTERS, RouterConfig, Routing
 
 @dataclass
 class NeckConfig:
-    """Neck: what is trained between the frozen features and the mixture."""
+    """Neck: trained layers between the frozen features and the mixture."""
 
     kind: Literal["pooled", "attention", "flatten", "tokens"] = "pooled"
     """pooled: normalise pooled features; flatten: normalise tokens and flatten them; attention: LayerNorm,
     self-attention over the tokens, residual, LayerNorm, flatten; tokens: normalise tokens and keep them (soft_moe)."""
     norm: Literal["layer", "batch", "each", "none"] = "layer"
-    """pooled: normalisation of the features; layer: of all of them together, each: of each of backbone.features by
-    itself, so that a mean over patches counts as much as a class token."""
+    """pooled: normalisation of the features; layer: all features together; each: each of backbone.features separately,
+    so that a mean over patches counts as much as a class token."""
     dropout: float = 0.0
-    """Dropout on the vector that the gate and the experts read."""
+    """Dropout on the input of gate and experts."""
     heads: int = 8
     """attention: number of heads."""
 
@@ -42,7 +42,7 @@ class NeckConfig:
 
 
 class PooledNeck(nn.Module):
-    """Normalise pooled features: (B, F) -> (B, F). num_groups: equally wide features that they are made of."""
+    """Normalise pooled features: (B, F) -> (B, F). num_groups: number of equally wide features in F."""
 
     def __init__(self, shape: tuple[int, ...], config: NeckConfig, num_groups: int = 1):
         super().__init__()
@@ -103,10 +103,10 @@ NECKS = {"pooled": PooledNeck, "flatten": FlattenNeck, "attention": AttentionNec
 
 
 class VisionMoE(nn.Module):
-    """Everything that is trained: frozen features (B, F) or tokens (B, T, D) -> class logits (B, C).
+    """The trained part: frozen features (B, F) or tokens (B, T, D) -> class logits (B, C).
 
-    feature_shape: shape of one sample's features. num_groups: how many equally wide features (backbone.features)
-    they are made of. Raises ValueError where the parts do not fit each other.
+    feature_shape: shape of one sample's features. num_groups: number of equally wide features (backbone.features) in
+    them. Raises ValueError if the parts do not fit each other.
     """
 
     places = ("head",)
@@ -132,10 +132,10 @@ class VisionMoE(nn.Module):
     def forward(
         self, features: Tensor, warmup: bool = False, allowed_E: Tensor | None = None, static: bool = False
     ) -> tuple[Tensor, tuple[Routing]]:
-        """Logits (B, C) in float32 and the routing, one a place.
+        """Logits (B, C) in float32, and the routing at each place.
 
         warmup: route at random. allowed_E: bool, the experts that may be chosen (None: all). static: dispatch with
-        shapes that suit a CUDA graph, where experts.dispatch is auto.
+        static shapes for a CUDA graph, if experts.dispatch is auto.
         """
         x_BD = self.dropout(self.neck(features.float()))
         logits_BC, routing = self.moe(x_BD, warmup, allowed_E, static)
@@ -147,12 +147,12 @@ class VisionMoE(nn.Module):
         return (self.moe,)
 
     def after_step(self, routings: tuple[Routing]) -> None:
-        """To be called once after each optimizer step: moves the loss-free bias, where there is one."""
+        """Call once after each optimizer step: updates the loss-free bias, if there is one."""
         self.moe.after_step(routings[0])
 
 
 def check_parts(neck: NeckConfig, router: RouterConfig, experts: ExpertsConfig) -> None:
-    """Raise ValueError where neck, router and experts do not fit each other, behind the ViT."""
+    """Raise ValueError if neck, router and experts behind the ViT do not fit each other."""
     check_mixture(router, experts)
     rule = ROUTERS[router.kind]
     if rule.reads_tokens and neck.kind != "tokens":
@@ -162,7 +162,7 @@ def check_parts(neck: NeckConfig, router: RouterConfig, experts: ExpertsConfig) 
         )
     if neck.kind == "tokens" and not rule.reads_tokens:
         raise ValueError(
-            f"neck.kind tokens keeps patch tokens, but router.kind {router.kind} reads one vector a sample: "
+            f"neck.kind tokens keeps patch tokens, but router.kind {router.kind} reads one vector per sample: "
             "set neck.kind attention or flatten, or router.kind soft_moe"
         )
     if neck.kind != "pooled" and (router.inputs is not None or experts.inputs is not None):

@@ -1,10 +1,10 @@
-"""Dispatch and combine: bring samples to their experts in one of three ways of equal results, mix the outputs.
+"""Dispatch and combine: run the experts on their samples in one of three ways with equal results, mix the outputs.
 
-| sorted | samples sorted by expert, one expert after the other on just its own | waits for the device once a step |
-| grouped | samples sorted by expert, experts of one shape in one grouped product | shapes are static, never waits |
-| dense | every expert on every sample, first layers in one product | shapes are static, never waits |
+| sorted | samples sorted by expert, one expert after the other | waits for the device once per step |
+| grouped | samples sorted by expert, experts of one shape in one grouped product | static shapes, never waits |
+| dense | every expert on every sample, first layers in one product | static shapes, never waits |
 
-Those that never wait can be captured in a CUDA graph. A sample names an expert at most once.
+Those that never wait can be captured in a CUDA graph. A sample goes to an expert at most once.
 """
 
 from typing import Any
@@ -17,25 +17,25 @@ from .grouped import fits, has_kernel, run_on_all, run_on_own
 from .routing import Assignments
 from .rows import gather, inverse, pick
 
-# Set by benchmarks/dispatch.py on an H200; the ways are within its noise of one another near these numbers. Samples
-# times the experts' parameters up to which every expert on every sample takes no longer than the launches of any other
-# way, and in a CUDA graph, for experts of one shape and of several, than their kernels; and samples an expert sees from
-# which one after the other is faster than grouped, likewise.
+# Measured by benchmarks/dispatch.py on an H200; near these numbers the ways are equally fast within noise. The first
+# are products of samples and parameters up to which dense takes no longer than the launches of any other way, or in a
+# CUDA graph, for experts of one shape and of several, than their kernels. The last are samples per expert from which
+# sorted is faster than grouped, likewise.
 DENSE_WORK, DENSE_WORK_IN_A_GRAPH = 500_000_000_000, (20_000_000_000, 100_000_000_000)
 SORTED_FROM = 16_384, 4096
 
-NO_WEIGHT = -1e3  # in place of log 0: below what logarithms of probabilities come to, and not far, for precision
+NO_WEIGHT = -1e3  # replaces log 0: below all logarithms of probabilities, but not far, for precision
 
 
 def dispatch(
     x_BD: Tensor, assignments: Assignments, experts: Experts, dispatch_mode: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """Run the experts on the samples assigned to them, in autocast's number format where that is on.
+    """Run the experts on the samples assigned to them, in autocast's dtype if it is on.
 
-    dispatch_mode: sorted, grouped, dense, auto, static: the way that suits a CUDA graph, or plain: dense for an export.
-    Returns (outputs (A, C), order_A): row i of the outputs belongs to assignment order_A[i]. An expert without samples
-    has a gradient of zero in every way, since those that never wait for the device cannot know that it has none: the
-    optimizer applies weight decay to it, and lets its moments decay.
+    dispatch_mode: sorted, grouped, dense, auto, static (a way that suits a CUDA graph), or plain (dense, for an
+    export). Returns (outputs (A, C), order_A): row i of the outputs belongs to assignment order_A[i]. An expert without
+    samples gets a gradient of zero in every mode, because modes that never wait cannot know that it has none: the
+    optimizer applies weight decay to it, and its moments decay.
     """
     device = x_BD.device.type
     if torch.is_autocast_enabled(device):
@@ -43,11 +43,11 @@ def dispatch(
     if dispatch_mode in ("auto", "static"):
         dispatch_mode = choose(len(assignments.sample_A), experts, x_BD, static=dispatch_mode == "static")
     with torch.autocast(device, enabled=False):
-        return WAYS[dispatch_mode](x_BD, assignments, experts)
+        return DISPATCHERS[dispatch_mode](x_BD, assignments, experts)
 
 
 def choose(number: int, experts: Experts, x_BD: Tensor, static: bool = False) -> str:
-    """The way for so many assignments on this device; static: one that never waits, and whose launches cost nothing."""
+    """The best mode for a number of assignments on this device. static: one that never waits, for a CUDA graph."""
     samples, several = x_BD.shape[0], len(experts.groups) > 1
     members: Any = experts
     if number == samples * len(experts):
@@ -56,8 +56,8 @@ def choose(number: int, experts: Experts, x_BD: Tensor, static: bool = False) ->
         return "dense" if static else "sorted"
     if samples * experts.num_parameters <= (DENSE_WORK_IN_A_GRAPH[several] if static else DENSE_WORK):
         return "dense"
-    # Each shape gets as many rows as it can have at most: that pays where two experts or more have it, on average, and
-    # a sample goes to less than half of all.
+    # Each shape gets its largest possible number of rows: that pays off with two or more experts per shape, on average,
+    # if a sample goes to less than half of all experts.
     pays = not several or (2 * len(experts.groups) <= len(experts) and 2 * number < samples * len(experts))
     few = number < SORTED_FROM[several] * len(experts)
     if pays and (static or few) and has_kernel(x_BD) and fits(members) and experts.go_together(x_BD.shape[1]):
@@ -66,16 +66,16 @@ def choose(number: int, experts: Experts, x_BD: Tensor, static: bool = False) ->
 
 
 def run_sorted(x_BD: Tensor, assignments: Assignments, experts: Experts) -> tuple[Tensor, Tensor]:
-    """One expert after the other, each once and on just its samples, be they none."""
+    """Run one expert after the other on its own samples, even if it has none."""
     order_A = torch.argsort(assignments.expert_A, stable=True)
     sorted_AD = gather(x_BD, assignments.sample_A.index_select(0, order_A), inverse(order_A), assignments)
-    # The sizes of the slices must be known to the host: the one place a step waits for the device.
+    # The host must know the sizes of the slices: the only place where a step waits for the device.
     slices = sorted_AD.split(assignments.counts_E.tolist())
     return torch.cat([expert(part) for expert, part in zip(experts, slices, strict=True)]), order_A
 
 
 def run_dense(x_BD: Tensor, assignments: Assignments, experts: Experts) -> tuple[Tensor, Tensor]:
-    """Every expert on every sample: more arithmetic, in fewer and larger products."""
+    """Run every expert on every sample: more FLOPs, in fewer and larger products."""
     row_A = experts.rank_E.index_select(0, assignments.expert_A) * len(x_BD) + assignments.sample_A
     order_A = torch.arange(len(row_A), device=row_A.device)
     shapes: list[list[Any]] = [[experts[e] for e in group] for group in experts.groups]
@@ -87,9 +87,9 @@ def run_dense(x_BD: Tensor, assignments: Assignments, experts: Experts) -> tuple
 
 
 def run_grouped(x_BD: Tensor, assignments: Assignments, experts: Experts) -> tuple[Tensor, Tensor]:
-    """Experts of one shape together: a grouped product takes each one's rows by offsets that stay on the device.
+    """Run experts of one shape together: a grouped product finds each expert's rows by offsets on the device.
 
-    Experts that read a part of the features each run dense: they have no rows in common.
+    Experts that read different features run dense: they have no rows in common.
     """
     if not experts.go_together(x_BD.shape[1]):
         return run_dense(x_BD, assignments, experts)
@@ -103,12 +103,12 @@ def run_grouped(x_BD: Tensor, assignments: Assignments, experts: Experts) -> tup
         rows_AD = gather(x_BD, sample_A, inverse(order_A), assignments)
         return run_on_own(members, rows_AD, ends_E, sorted_key_A), order_A
     position_A = torch.arange(len(order_A), device=x_BD.device)
-    place_A = torch.zeros_like(position_A)  # row of each assignment, sorted as they are
+    place_A = torch.zeros_like(position_A)  # row of each assignment, in sorted order
     windows, first, before = [], 0, 0
     for group in groups:
         last = first + len(group)
         start = ends_E[first - 1] if first else ends_E.new_zeros(())
-        # As many rows as the group can have at most; what comes out of those that it does not have is not read.
+        # The largest number of rows that the group can have; outputs of unused rows are not read.
         most = min(len(order_A), len(x_BD) * len(group))
         taken_R = (position_A[:most] + start).clamp_max(len(order_A) - 1)
         key_R = (sorted_key_A.index_select(0, taken_R) - first).clamp(0, len(group) - 1)
@@ -127,33 +127,32 @@ def run_grouped(x_BD: Tensor, assignments: Assignments, experts: Experts) -> tup
 
 
 def run_plain(x_BD: Tensor, assignments: Assignments, experts: Experts) -> tuple[Tensor, Tensor]:
-    """Every expert on every sample, one after the other, in operations that every format for export has."""
+    """Every expert on every sample, one after the other, in operations that every export format has."""
     outputs_EBC = torch.stack([expert(x_BD) for expert in experts])
     row_A = assignments.expert_A * x_BD.shape[0] + assignments.sample_A
     return outputs_EBC.flatten(0, 1).index_select(0, row_A), torch.arange(row_A.shape[0], device=row_A.device)
 
 
-WAYS = {"sorted": run_sorted, "grouped": run_grouped, "dense": run_dense, "plain": run_plain}
+DISPATCHERS = {"sorted": run_sorted, "grouped": run_grouped, "dense": run_dense, "plain": run_plain}
 
 
 def combine_logits(outputs_AC: Tensor, order_A: Tensor, assignments: Assignments) -> Tensor:
-    """Weighted sum of the experts' logits, float32 (B, C); zeros for a sample that no expert saw."""
+    """Weighted sum of the experts' logits, float32 (B, C); zeros for a sample without experts."""
     weighted_AC = outputs_AC.float() * assignments.weight_A.index_select(0, order_A)[:, None]
     zeros_BC = weighted_AC.new_zeros(assignments.num_samples, outputs_AC.shape[1])
     return zeros_BC.index_add(0, assignments.sample_A.index_select(0, order_A), weighted_AC)
 
 
 def combine_probabilities(outputs_AC: Tensor, order_A: Tensor, assignments: Assignments) -> Tensor:
-    """Log of the weighted sum of the experts' class probabilities, float32 (B, C), up to a constant a sample.
+    """Log of the weighted sum of the experts' class probabilities, float32 (B, C), up to a constant per sample.
 
-    A mixture distribution (Jacobs 1991), whose cross-entropy is the mixture's negative log-likelihood where
-    the weights of a sample sum to 1. Computed as a log-sum-exp over each sample's experts; zeros for a sample
-    that no expert saw.
+    A mixture distribution (Jacobs 1991), whose cross-entropy is the mixture's negative log-likelihood if the weights of
+    a sample sum to 1. Computed as a log-sum-exp over each sample's experts; zeros for a sample without experts.
     """
     sample_A = assignments.sample_A.index_select(0, order_A)
     weight_A1 = assignments.weight_A.index_select(0, order_A)[:, None]
-    # A softmax weight may underflow, and the logarithm of 0 has no finite gradient. An expert of weight 0 counts for
-    # less than any other at any class, and alone where a sample has no other.
+    # A softmax weight may underflow, and log 0 has no finite gradient. An expert of weight 0 counts less than any other
+    # expert, and only matters if a sample has no other.
     log_A1 = weight_A1.clamp_min(torch.finfo(torch.float32).tiny).log().masked_fill(weight_A1 == 0, NO_WEIGHT)
     log_AC = outputs_AC.float().log_softmax(dim=-1) + log_A1
     index_AC = sample_A[:, None].expand_as(log_AC)

@@ -1,17 +1,17 @@
-"""What a user of the models can get wrong, each in one clear sentence.
+"""Errors for users of the models, each one clear sentence.
 
-`exit_code` is for a program that shows the sentence and ends.
+A program that prints the sentence ends with `exit_code`.
 """
 
 
 class InputError(ValueError):
-    """A value that was given does not fit."""
+    """A given value is invalid."""
 
     exit_code = 2
 
 
 class UnavailableError(OSError):
-    """The values are fine, but something they need is not on this machine, such as weights to be downloaded."""
+    """The values are valid, but something is missing on this machine, such as weights that cannot be downloaded."""
 
     exit_code = 1
 

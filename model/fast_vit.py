@@ -1,4 +1,4 @@
-"""The same frozen ViT in half precision, its slow parts written in another way that means the same."""
+"""A frozen ViT in half precision, with its slow parts replaced by equivalent faster ones."""
 
 import copy
 from typing import Any
@@ -9,11 +9,10 @@ from torch.nn import functional as F
 
 
 def fast_copy(vit: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy of a timm ViT for inference in `dtype`, frozen and in evaluation mode; `vit` stays as it is.
+    """A copy of a timm ViT for inference in `dtype`, frozen and in evaluation mode; `vit` is not changed.
 
-    Weights are cast once, where autocast casts them for every batch. QuickGELU, three passes over the widest
-    tensor, becomes SiLU, which is one; patches are cut out and multiplied by a matrix in place of a convolution.
-    What is not recognised is left alone.
+    Weights are cast once, while autocast casts them for every batch. QuickGELU, three passes over the widest tensor,
+    becomes SiLU, one pass; the patch convolution becomes a matrix product. Unknown modules are not changed.
     """
     fast = copy.deepcopy(vit).requires_grad_(False).eval()
     for module in fast.modules():
@@ -24,7 +23,7 @@ def fast_copy(vit: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 @torch.no_grad()
 def _fold_quick_gelu(module: nn.Module) -> None:
-    """x * sigmoid(1.702 x) = SiLU(1.702 x) / 1.702: scale the layer before up, the one behind down."""
+    """x * sigmoid(1.702 x) = SiLU(1.702 x) / 1.702: scale the layer before it up, the layer after it down."""
     from timm.layers import Mlp
     from timm.layers.activations import QuickGELU
 

@@ -1,4 +1,4 @@
-"""Experts of one shape as one: each on all rows, or on rows whose counts stay on the device."""
+"""Experts of one shape computed together: each on all rows, or on its own rows, whose counts stay on the device."""
 
 from collections.abc import Iterable, Sequence
 
@@ -11,7 +11,7 @@ from .layers import ALIGNMENT, Alone, SideBySide, Sorted, joined, run
 
 
 def has_kernel(x_BD: Tensor) -> bool:
-    """Whether grouped products of such rows have a kernel that does not wait for the device (Hopper and later)."""
+    """Whether grouped products of these rows have a kernel that does not wait for the device (Hopper and later)."""
     return x_BD.dtype == torch.bfloat16 and x_BD.shape[1] % ALIGNMENT == 0 and kernel_on(x_BD.device)
 
 
@@ -21,14 +21,14 @@ def kernel_on(device: torch.device) -> bool:
 
 
 def fits(experts: Iterable[LayerStack]) -> bool:
-    """Whether every hidden layer is as wide as the kernel wants it; the outputs are padded."""
+    """Whether the kernel supports the width of every hidden layer; the outputs are padded."""
     return all(layer.in_features % ALIGNMENT == 0 for expert in experts for layer in expert.linears[1:])
 
 
 def run_on_all(shapes: Sequence[Sequence[LayerStack]], x_BD: Tensor) -> Tensor:
     """Every expert on every row (B, D): outputs (E, B, C). shapes: the experts of each shape.
 
-    All first layers are one product; behind them experts of one shape go together.
+    All first layers are one product; after them experts of one shape are computed together.
     """
     first = [expert.linears[0] for experts in shapes for expert in experts]
     weight_HD, bias_H = (joined([getattr(layer, name) for layer in first], x_BD.dtype) for name in ("weight", "bias"))
@@ -38,7 +38,7 @@ def run_on_all(shapes: Sequence[Sequence[LayerStack]], x_BD: Tensor) -> Tensor:
 
 
 def _after_first(experts: Sequence[LayerStack], h_BN: Tensor) -> Tensor:
-    """What G experts of one shape make of the outputs of their first layers, side by side (B, G * H): (G, B, C)."""
+    """The outputs (G, B, C) of G experts of one shape, from those of their first layers, concatenated (B, G * H)."""
     behind = list(zip(*experts, strict=True))[1:]
     if len(experts) == 1:
         return run(behind, h_BN.contiguous(), Alone())[None]

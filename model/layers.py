@@ -1,7 +1,7 @@
-"""The layers of experts: what each means for one expert, for several side by side, and for rows sorted by expert.
+"""The layers of experts, computed for one expert, for several on all rows, and for rows sorted by expert.
 
-An expert that is made of `nn.Linear`, `nn.LayerNorm` and layers without parameters, the first of them linear, can be
-computed together with others of its shape.
+An expert of `nn.Linear`, `nn.LayerNorm` and layers without parameters, the first of them linear, can be computed
+together with others of its shape.
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-ALIGNMENT = 8  # numbers: rows of the grouped kernel's operands begin at multiples of 16 bytes
+ALIGNMENT = 8  # elements: rows of the grouped kernel's operands start at multiples of 16 bytes
 
 
 class Layout(Protocol):
-    """How the rows of G experts of one shape lie in a tensor, and so what a layer of each of them does to it."""
+    """The layout of the rows of G experts of one shape in a tensor, and the layers on it."""
 
     def linear(self, layers: Sequence[nn.Linear], h: Tensor, /) -> Tensor:
         """Each expert's linear layer on its rows."""
@@ -27,10 +27,10 @@ class Layout(Protocol):
 
 
 def run(layers: Iterable[Sequence[Any]], h: Tensor, layout: Layout) -> Tensor:
-    """What experts of one shape make of their rows. layers: at each depth the layer of each expert.
+    """Run experts of one shape on their rows. layers: at each depth the layer of each expert.
 
-    Computes in the number format of `h`, to which weights are cast: autocast would norm in float32 and so move twice
-    the bytes between layers.
+    Computes in the dtype of `h`, to which weights are cast: autocast would normalise in float32 and move twice the
+    bytes.
     """
     with torch.autocast(h.device.type, enabled=False):
         for same in layers:
@@ -38,7 +38,7 @@ def run(layers: Iterable[Sequence[Any]], h: Tensor, layout: Layout) -> Tensor:
                 h = layout.linear(same, h)
             elif isinstance(same[0], nn.LayerNorm):
                 h = layout.norm(same, h)
-            else:  # without parameters, and alike in all of them
+            else:  # a layer without parameters, equal in all experts
                 h = same[0](h)
     return h
 
@@ -71,11 +71,11 @@ class SideBySide:
 
 
 class Sorted:
-    """G experts, each on rows of its own, which lie one expert after the other: (R, D).
+    """G experts, each on its own rows, sorted by expert: (R, D).
 
-    ends_G: where each expert's rows end, int32, on the device. key_R: the expert of each row in [0, G). kernel:
-    whether grouped products have one; else they wait for the device. What comes out of rows behind the last end may
-    be any number, as may their gradients: not to be read.
+    ends_G: end of each expert's rows, int32, on the device. key_R: the expert of each row in [0, G). kernel: whether
+    there is a kernel for grouped products; without it they wait for the device. Outputs and gradients of rows after the
+    last end are undefined.
     """
 
     def __init__(self, ends_G: Tensor, key_R: Tensor, kernel: bool):
@@ -98,7 +98,7 @@ class Sorted:
         return torch.cat([*parts, h_RD.new_zeros(len(h_RD) - ends[-1], weight_GHD.shape[1])])
 
     def _rows(self, layers: Sequence[nn.Module], name: str, like: Tensor) -> Tensor:
-        """For each row a parameter of its expert, (R, N); the gradient is a grouped product where there is one."""
+        """A parameter of each row's expert, (R, N); the gradient is a grouped product if there is a kernel."""
         table_GN = stack(layers, name, like)
         if not self.kernel:
             return table_GN.index_select(0, self.key_R)
@@ -106,13 +106,13 @@ class Sorted:
 
 
 def stack(layers: Sequence[nn.Module], name: str, like: Tensor) -> Tensor:
-    """A parameter of G layers of one shape as one tensor (G, ...) in the number format of `like`."""
+    """A parameter of G layers of one shape as one tensor (G, ...) in the dtype of `like`."""
     tensors = [getattr(layer, name) for layer in layers]
     return joined(tensors, like.dtype).unflatten(0, (len(tensors), -1))
 
 
 def joined(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """Tensors (N_i, ...) one after the other in `dtype`, (sum of N_i, ...); one pass over them all, and one back."""
+    """Concatenate tensors (N_i, ...) in `dtype`, (sum of N_i, ...), in one pass forward and one backward."""
     return _Joined.apply(dtype, *tensors)
 
 
@@ -122,13 +122,13 @@ def _cast(layer: nn.Linear | nn.LayerNorm, dtype: torch.dtype) -> tuple[Tensor, 
 
 
 def _aligned(tensor: Tensor) -> Tensor:
-    """(G, N) or (G, N, D) with zeros behind the N, up to a multiple of ALIGNMENT."""
-    lacking = -tensor.shape[1] % ALIGNMENT  # to pad by nothing would copy
+    """(G, N) or (G, N, D) with N padded with zeros to a multiple of ALIGNMENT."""
+    lacking = -tensor.shape[1] % ALIGNMENT  # padding by 0 would copy
     return F.pad(tensor, (0, 0) * (tensor.ndim - 2) + (0, lacking)) if lacking else tensor
 
 
 class _Joined(torch.autograd.Function):
-    """Casting and copying at once: a kernel or two for any number of weights, and half the traffic of cast and cat."""
+    """Cast and concatenate at once: one or two kernels for any number of weights, and half the memory traffic."""
 
     @staticmethod
     def forward(ctx, dtype: torch.dtype, *tensors: Tensor) -> Tensor:
@@ -146,7 +146,7 @@ class _Joined(torch.autograd.Function):
 
 
 class _SortedRows(torch.autograd.Function):
-    """Look up rows by sorted keys; the gradient is a product: atomic additions would contend for so few rows."""
+    """Look up rows by sorted keys; the gradient is a product, because atomic additions to few rows are slow."""
 
     @staticmethod
     def forward(ctx, table_GN: Tensor, key_R: Tensor, ends_G: Tensor) -> Tensor:

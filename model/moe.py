@@ -1,23 +1,26 @@
 """MixtureOfExperts: router, experts, dispatch and usage counters."""
 
+from itertools import chain
+
 import torch
 from torch import Tensor, nn
 
 from .dispatch import COMBINE, dispatch
+from .distributed import is_split
 from .experts import ExpertsConfig, build_experts
+from .quantised import linear_matrices, store
 from .routers import ROUTERS, RouterConfig, Routing, build_router
 
 
 class MixtureOfExperts(nn.Module):
-    """Features (B, D), or tokens (B, T, D), -> class logits (B, C), each sample through a few of E unequal experts.
+    """Features (B, D), or tokens (B, T, D), -> class logits (B, C); each sample passes a few of E unequal experts.
 
-    Shared experts see every sample, of tokens their mean, and their logits are added. A class head has no identity
-    path that a choice without a place could fall back on; where `router.overflow` is residual, a linear head is that
-    path and is used in training only, since evaluation drops nothing.
+    Shared experts process every sample (of tokens their mean), and their logits are added. A class head has no residual
+    connection for dropped choices; with `router.overflow residual` a linear head replaces it, in training only, because
+    evaluation drops nothing.
 
-    usage_E and warmup_usage_E count, as int64 buffers that are saved with the model, how many training
-    samples each expert received from the learned gate and from random warm-up. They are kept apart
-    because even random routing would hide a collapsed gate.
+    usage_E and warmup_usage_E, int64 buffers that are saved with the model, count the training samples of each expert
+    in learned routing and in random warm-up, separately, because random routing would hide a collapsed gate.
     """
 
     usage_E: Tensor
@@ -38,6 +41,8 @@ class MixtureOfExperts(nn.Module):
         work = experts.work(in_features, num_classes, num_groups)
         self.router = build_router(router, in_features, num_experts, work, num_groups)
         self.experts, self.shared = build_experts(experts, in_features, num_classes, num_groups)
+        shared = (linear_matrices(expert, num_experts + index) for index, expert in enumerate(self.shared))
+        store([*self.experts.matrices(), *chain.from_iterable(shared)], experts.formats)
         self.skip = nn.Linear(in_features, num_classes) if router.overflow == "residual" else None
         self.combine, self.dispatch_mode = COMBINE[experts.combine], experts.dispatch
         self.register_buffer("usage_E", torch.zeros(num_experts, dtype=torch.int64))
@@ -49,13 +54,13 @@ class MixtureOfExperts(nn.Module):
         """Logits (B, C) in float32 and the routing.
 
         warmup: route at random. allowed_E: bool, the experts that may be chosen (None: all). static: dispatch with
-        shapes that suit a CUDA graph, where experts.dispatch is auto.
+        static shapes for a CUDA graph, if experts.dispatch is auto.
         """
         check_shape(x_BD, self.in_features, "(B, T, {})" if self.router.reads_tokens else "(B, {})")
         dispatch_mode = "static" if static and self.dispatch_mode == "auto" else self.dispatch_mode
         routing = self.router(x_BD, warmup, allowed_E)
         if self.training:
-            self._count(routing)
+            self.count(routing)
         chosen = routing.assignments
         if chosen.rows_AD is None:
             outputs_AC, order_A = dispatch(x_BD, chosen, self.experts, dispatch_mode)
@@ -71,23 +76,29 @@ class MixtureOfExperts(nn.Module):
         return logits_BC, routing
 
     def after_step(self, routing: Routing) -> None:
-        """To be called once after each optimizer step: moves the loss-free bias, where there is one."""
+        """Call once after each optimizer step: updates the loss-free bias, if there is one."""
         self.router.after_step(routing)
 
     @torch.no_grad()
-    def _count(self, routing: Routing) -> None:
+    def count(self, routing: Routing) -> None:
+        """Add a training batch to the counters.
+
+        In the forward pass of a batch that several processes hold this does nothing: it is counted as a whole.
+        """
+        if is_split():
+            return
         counter_E = self.usage_E if routing.learned else self.warmup_usage_E
         counter_E += routing.counts_E
 
 
 def check_shape(x: Tensor, width: int, shape: str) -> None:
-    """Raise ValueError for a tensor of another shape, whose last size is `width`: "(B, {})"."""
+    """Raise ValueError for a tensor of another shape. shape: the expected one, such as "(B, {})", with `width` last."""
     if x.ndim != shape.count(",") + 1 or x.shape[-1] != width:
         raise ValueError(f"the mixture of experts reads a tensor of shape {shape.format(width)}, not {tuple(x.shape)}")
 
 
 def check_mixture(router: RouterConfig, experts: ExpertsConfig) -> None:
-    """Raise ValueError where router and experts do not fit each other, behind the ViT."""
+    """Raise ValueError if router and experts behind the ViT do not fit each other."""
     if experts.place != "head":
         raise ValueError(f"experts.place {experts.place} is not behind the ViT: MoEViT has experts inside it")
     rule = ROUTERS[router.kind]

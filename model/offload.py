@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 from .errors import InputError
 from .experts import Experts
@@ -79,6 +80,8 @@ class OffloadedAdapters(Stays):
     part: Any
 
     def __init__(self, part: Any, device: torch.device, traffic: Traffic, kept: Sequence[int]):
+        if any(map(parametrize.is_parametrized, part.modules())):
+            raise InputError("adapters stored in fewer bits are not offloaded: leave out --offload")
         super().__init__(part, device, traffic)
         # An expert's columns of up as rows, which lie together and so are copied at once.
         up_HD = part.up.detach().T.contiguous()
@@ -153,9 +156,10 @@ def _offload_mixture(mixture: Any, device: torch.device, traffic: Traffic, kept:
 
 def _sizes(mixture: Any) -> list[int]:
     """Bytes of the weights of each expert of a mixture."""
-    experts = mixture.experts
-    if hasattr(experts, "parameters_of"):
+    experts: Any = mixture.experts
+    if isinstance(mixture.experts, Adapters):
         return [4 * experts.parameters_of(expert) for expert in range(len(mixture.usage_E))]
+    experts = experts.copies if isinstance(mixture.experts, UpcycledFFN) else experts
     return [sum(tensor.nbytes for tensor in expert.parameters()) for expert in experts]
 
 

@@ -1,4 +1,4 @@
-"""Options as dataclasses: values checked against the types of their fields, and fields that parts bring along."""
+"""Options as dataclasses: values checked against field types, and fields that registered parts add."""
 
 import difflib
 import numbers
@@ -13,16 +13,16 @@ from .errors import InputError
 ONE = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path", NoneType: "null"}
 MANY = {int: "whole numbers", float: "numbers", str: "words"}
 WIDEST = 1_000_000_000
-"""Units of a layer and the like: more have no place in any memory."""
+"""Upper limit of layer widths and similar counts: more would not fit into any memory."""
 
 GENERATED = ("__init__", "__repr__", "__eq__", "__match_args__", "__replace__", "__signature__")
 
 
 @dataclass(frozen=True)
 class Option:
-    """An option that a part brings along, such as a routing rule or an auxiliary loss.
+    """An option that a registered part adds, such as a routing rule or an auxiliary loss.
 
-    kind: its type, as an annotation. check: what is wrong with a value of that type (None: nothing).
+    kind: its type annotation. check: a function that returns what is wrong with a value (None: nothing).
     """
 
     name: str
@@ -33,26 +33,26 @@ class Option:
 
 
 def count(value: int) -> str | None:
-    """A check of a number of things."""
+    """A check for counts."""
     return None if 1 <= value <= WIDEST else f"it must be from 1 to {WIDEST:,}"
 
 
 def share(value: float) -> str | None:
-    """A check of a number from 0 to below 1."""
+    """A check for numbers from 0 to below 1."""
     return None if 0 <= value < 1 else "it must be at least 0 and below 1"
 
 
 def add_option(config: type, option: Option) -> None:
-    """Give the dataclass `config` one more field. Raises InputError where it has another of that name."""
+    """Add a field to the dataclass `config`. Raises InputError if it has a different field of that name."""
     known = config.__dataclass_fields__.get(option.name)
     if known is None:
         set_field(config, option.name, option.kind, option.default, help=option.help, option=option)
     elif known.metadata.get("option") != option:
-        raise InputError(f"option '{option.name}' is there already, with another meaning: choose another name")
+        raise InputError(f"option '{option.name}' already exists with another meaning: choose another name")
 
 
 def set_field(config: type, name: str, kind: Any, default: Any = MISSING, **metadata: Any) -> None:
-    """Define or redefine a field of the dataclass `config`: its type, what it is without a value, and its metadata."""
+    """Define or redefine a field of the dataclass `config`: type, default and metadata."""
     for item in fields(config):  # for `dataclass` to read again
         setattr(config, item.name, item)
     if default is MISSING:
@@ -66,9 +66,9 @@ def set_field(config: type, name: str, kind: Any, default: Any = MISSING, **meta
 
 
 def check_options(config: Any, section: str) -> None:
-    """Raise InputError for a field whose value is not of its type, or that its own check finds something wrong with.
+    """Raise InputError for a field whose value has the wrong type or fails its check.
 
-    section: what stands before the names, as in router.kind.
+    section: the prefix of the names, as in router.kind.
     """
     for item in fields(config):
         value, option = getattr(config, item.name), item.metadata.get("option")
@@ -81,7 +81,7 @@ def check_options(config: Any, section: str) -> None:
 
 
 def is_a(value: Any, kind: Any) -> bool:
-    """Whether a value is of a type, as an annotation says it: a number, text, a path, a choice, a list, or null."""
+    """Whether a value matches a type annotation: a number, text, a path, a choice, a list, or null."""
     origin = get_origin(kind)
     if origin is Literal:
         return any(value is choice or (value == choice and type(value) is type(choice)) for choice in get_args(kind))
@@ -96,7 +96,7 @@ def is_a(value: Any, kind: Any) -> bool:
 
 
 def described(kind: Any, many: bool = False) -> str:
-    """What a value of this type, or the entries of a list of them, are called by someone who writes them."""
+    """What users call a value of this type, or the entries of a list of them."""
     inner = get_args(kind)
     if get_origin(kind) is Literal:
         return f"{'any' if many else 'one'} of {', '.join(map(str, inner))}"
@@ -108,7 +108,7 @@ def described(kind: Any, many: bool = False) -> str:
 
 
 def suggestion(value: Any, kind: Any) -> str:
-    """A choice that is spelled like the value, as a question; empty where there is none."""
+    """A suggestion of a similarly spelled choice; empty if there is none."""
     choices = [str(choice) for choice in get_args(kind)] if get_origin(kind) is Literal else []
     close = difflib.get_close_matches(str(value), choices, 1, 0.5)
     return f"; did you mean {close[0]}?" if close else ""

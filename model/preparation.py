@@ -1,4 +1,4 @@
-"""From uint8 images to what a ViT takes: resize and normalise, on the images' device."""
+"""From uint8 images to the input of a ViT: resize and normalise, on the images' device."""
 
 from functools import lru_cache
 
@@ -12,8 +12,7 @@ Preparation = tuple[Tensor | None, Tensor | None, Tensor, Tensor]
 def prepare(images_BCHW: Tensor, size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """uint8 images as the backbone's float32 input (B, 3, size, size).
 
-    Bicubic and antialiased, clamped to [0, 1] where bicubic overshoots, then normalised: the one path that
-    training, evaluation and prediction share.
+    Bicubic and antialiased, clamped to [0, 1], then normalised; used by training, evaluation and prediction.
     """
     sides = (*images_BCHW.shape[-2:], size)
     return resize_and_normalise(images_BCHW, preparation(sides, tuple(mean), tuple(std), images_BCHW.device))
@@ -22,7 +21,7 @@ def prepare(images_BCHW: Tensor, size: int, mean: tuple[float, ...], std: tuple[
 def resize_and_normalise(images_BCHW: Tensor, preparation: Preparation) -> Tensor:
     """The arithmetic of `prepare`: uint8 (B, 3, H, W) -> float32 (B, 3, S, S).
 
-    Resizing is linear and separable, so it is two matrix products.
+    Resizing is linear and separable: two matrix products.
     """
     rows_SH, columns_SW, shift_C11, scale_C11 = preparation
     x_BCHW = images_BCHW.float() / 255
@@ -36,10 +35,10 @@ def resize_and_normalise(images_BCHW: Tensor, preparation: Preparation) -> Tenso
 def preparation(
     sides: tuple[int, int, int], mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
 ) -> Preparation:
-    """What resizes images of `sides` (H, W) to a side S, the third of them, and normalises them.
+    """The constants that resize images from (H, W) to side S and normalise them. sides: H, W, S.
 
-    Returns rows (S, H) and columns (S, W), None where nothing is to be resized, and shift and scale (3, 1, 1). Kept on
-    the device, because a copy makes it wait.
+    Returns rows (S, H) and columns (S, W), None if the size stays, and shift and scale (3, 1, 1). Cached on the device,
+    because a copy would wait.
     """
     height, width, size = sides
     scale_C11 = 1 / torch.tensor(std)[:, None, None]
@@ -50,6 +49,6 @@ def preparation(
 
 
 def _resize_matrix(before: int, after: int) -> Tensor:
-    """The matrix (after, before) that resizes a column of pixels as F.interpolate does: its effect on unit vectors."""
+    """The matrix (after, before) that resizes a column of pixels as F.interpolate does."""
     identity = torch.eye(before)[None, None]
     return F.interpolate(identity, (after, before), mode="bicubic", antialias=True)[0, 0]

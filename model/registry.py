@@ -1,4 +1,4 @@
-"""Parts by name, each in a file of its own that registers itself."""
+"""Registries of parts by name; each part is a file that registers itself."""
 
 from collections.abc import Callable, Iterable
 from importlib import import_module
@@ -14,8 +14,8 @@ Part = TypeVar("Part")
 class Registry(dict[str, Part], Generic[Part]):
     """A dictionary of parts that a decorator fills: `@register("name")`.
 
-    what: what one part is called. config: the dataclass whose field `choice` names a part; its choices, and the options
-    that parts bring along, follow what is registered.
+    what: the noun for a part, for messages. config: the dataclass whose field `choice` names a part; its choices and
+    the options that parts add follow the registry.
     """
 
     def __init__(self, what: str, config: type, choice: str | None = None):
@@ -25,15 +25,15 @@ class Registry(dict[str, Part], Generic[Part]):
     def register(self, name: str, summary: str, options: Iterable[Option] = ()) -> Callable[[Part], Part]:
         """A decorator that registers a part, and gives it `name`, `summary` and `options`.
 
-        summary: what it does, in a phrase, for --help. options: fields of the configuration that this part reads.
-        Raises InputError for a name that is taken.
+        summary: a phrase for --help. options: fields of the configuration that this part adds. Raises InputError for a
+        registered name.
         """
 
         parts: Any = self
 
         def add(part: Any) -> Any:
             if not name.isidentifier():
-                raise InputError(f"{self.what} '{name}' has no name for an option's value: use letters, digits and _")
+                raise InputError(f"{self.what} '{name}' is not a valid name: use letters, digits and _")
             if name in self:
                 first = self[name].__module__
                 raise InputError(f"{self.what} '{name}' is registered twice, by {first} and by {part.__module__}")
@@ -49,7 +49,7 @@ class Registry(dict[str, Part], Generic[Part]):
         return add
 
     def readers(self) -> dict[str, tuple[str, ...]]:
-        """The options that parts have brought along, and the names of those that read each."""
+        """The options that parts have added, and the names of the parts that read each."""
         parts: Any = self
         options = dict.fromkeys(option for part in parts.values() for option in part.options)
         return {option: tuple(name for name, part in parts.items() if option in part.options) for option in options}

@@ -1,4 +1,4 @@
-"""Routing: who sees whom, with what weight, as data that dispatch, counters, losses and analysis read."""
+"""Routing: which expert gets which sample, with what weight, as data for dispatch, counters, losses and analysis."""
 
 from dataclasses import dataclass, replace
 
@@ -8,11 +8,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Assignments:
-    """Which of B samples goes to which of E experts, as a flat list of A assignments.
+    """A flat list of A assignments of B samples to E experts.
 
-    sample_A, expert_A: int64. weight_A: float32, what the expert's output counts. counts_E: assignments of each
-    expert, int64, no gradient. top_k: k where assignment a is of sample a // k (None: where some have been left out).
-    rows_AD: what each assignment reads, where that is not its sample's features.
+    sample_A, expert_A: int64. weight_A: float32, weight of the expert's output. counts_E: assignments of each expert,
+    int64, no gradient. top_k: k if assignment a belongs to sample a // k (None: some were left out). rows_AD: the input
+    of each assignment, if it is not its sample's features.
     """
 
     sample_A: Tensor
@@ -33,14 +33,14 @@ class Assignments:
         top_k: int | None = None,
         rows_AD: Tensor | None = None,
     ) -> "Assignments":
-        """These assignments of (B, E) samples and experts, counted; on a GPU without waiting for it."""
+        """Assignments from lists, with counts; does not wait for a GPU. shape: (B, E)."""
         zeros_E = torch.zeros(shape[1], dtype=torch.int64, device=expert_A.device)
         counts_E = zeros_E.scatter_add_(0, expert_A, torch.ones_like(expert_A))
         return cls(sample_A, expert_A, weight_A, shape[0], counts_E, top_k, rows_AD)
 
     @classmethod
     def of_each(cls, expert_BK: Tensor, weight_BK: Tensor, num_experts: int) -> "Assignments":
-        """Each sample with its k experts in the order given."""
+        """Assignments of each sample to its k experts, in order."""
         batch, top_k = expert_BK.shape
         sample_A = torch.arange(batch, device=expert_BK.device).repeat_interleave(top_k)
         return cls.listed(sample_A, expert_BK.flatten(), weight_BK.flatten(), (batch, num_experts), top_k)
@@ -51,28 +51,28 @@ class Assignments:
 
     @property
     def weights_BE(self) -> Tensor:
-        """The weight of each expert for each sample, float32; 0 where it is not chosen. Differentiable.
+        """The weight of each expert for each sample, float32; 0 if it is not chosen. Differentiable.
 
-        For rules under which a sample names an expert at most once.
+        For rules that assign a sample to an expert at most once.
         """
         cell_A = self.sample_A * self.num_experts + self.expert_A
         zeros = self.weight_A.new_zeros(self.num_samples * self.num_experts)
         return zeros.scatter(0, cell_A, self.weight_A).view(self.num_samples, self.num_experts)
 
     def kept(self, kept_A: Tensor) -> "Assignments":
-        """Those for which kept_A, bool, is true."""
+        """The assignments for which kept_A, bool, is true."""
         sample_A, expert_A, weight_A = self.sample_A[kept_A], self.expert_A[kept_A], self.weight_A[kept_A]
         return Assignments.listed(sample_A, expert_A, weight_A, (self.num_samples, self.num_experts))
 
     def repeated(self, times: int) -> "Assignments":
-        """The same for so many samples in place of each one: those of sample b are b * times and so on."""
+        """The same assignments with each sample repeated: sample b becomes b * times to b * times + times - 1."""
         if times == 1:
             return self
         offset_T = torch.arange(times, device=self.sample_A.device)
         if self.top_k is None:
             sample_A = (self.sample_A[:, None] * times + offset_T).flatten()
             expert_A, weight_A = (values_A.repeat_interleave(times) for values_A in (self.expert_A, self.weight_A))
-        else:  # so that assignment a stays one of sample a // k
+        else:  # so that assignment a still belongs to sample a // k
             sample_A = torch.arange(self.num_samples * times, device=offset_T.device).repeat_interleave(self.top_k)
             expert_A, weight_A = (
                 values_A.view(-1, 1, self.top_k).expand(-1, times, -1).flatten()
@@ -82,19 +82,19 @@ class Assignments:
         return Assignments(sample_A, expert_A, weight_A, *counts, self.top_k)
 
     def by_row(self) -> "Assignments":
-        """The same with each row of rows_AD as a sample of its own."""
+        """The same assignments with each row of rows_AD as a separate sample."""
         rows_A = torch.arange(self.sample_A.shape[0], device=self.sample_A.device)
         return replace(self, sample_A=rows_A, num_samples=rows_A.shape[0], top_k=1, rows_AD=None)
 
 
 @dataclass(frozen=True)
 class Gate:
-    """What a router says of every expert for every sample: what the auxiliary losses read.
+    """The gate of every expert for every sample, for the auxiliary losses.
 
-    logits_BE: clean router logits, float32. tempered_BE: those whose softmax the gate is: logits_BE at the gate's
-    temperature. load_BE: P(expert is chosen) under fresh noise, differentiable, where the rule has noise.
-    importance_BE: the gate whose sum is the importance, where that is not the weight. target_E: the load to aim at,
-    summing to 1 (None: even). work_E: cost of each expert over their mean (None: equal).
+    logits_BE: clean router logits, float32. tempered_BE: logits_BE at the gate's temperature. load_BE: P(expert is
+    chosen) under fresh noise, differentiable, if the rule has noise. importance_BE: the gate that is summed to the
+    importance, if that is not the weight. target_E: target load, summing to 1 (None: even). work_E: cost of each expert
+    over their mean (None: equal).
     """
 
     logits_BE: Tensor
@@ -107,11 +107,11 @@ class Gate:
 
 @dataclass(frozen=True)
 class Drops:
-    """What found no place in a training step.
+    """Dropped choices of a training step.
 
-    count: choices without a place, or under expert choice samples that no expert took; int64 scalar on the device.
-    demand_E: assignments of each expert before any was dropped, int64 (None: as after). residual_B: weight of the
-    choices that a linear head stands in for (None: none does).
+    count: dropped choices, or under expert choice samples that no expert took; int64 scalar on the device. demand_E:
+    assignments of each expert before drops, int64 (None: no difference). residual_B: weight of the choices that a
+    linear head replaces (None: none).
     """
 
     count: Tensor
@@ -121,9 +121,9 @@ class Drops:
 
 @dataclass(frozen=True)
 class Routing:
-    """The decision of a router for a batch. drops: None where the rule drops nothing.
+    """The decision of a router for a batch. drops: None if the rule drops nothing.
 
-    learned: False for random warm-up routing.
+    learned: False in random warm-up.
     """
 
     assignments: Assignments
@@ -173,12 +173,12 @@ class Routing:
 
     @property
     def dropped(self) -> Tensor | None:
-        """Choices without a place, int64 scalar on the device; None where the rule drops nothing."""
+        """Number of dropped choices, int64 scalar on the device; None if the rule drops nothing."""
         return None if self.drops is None else self.drops.count
 
     @property
     def demand_E(self) -> Tensor:
-        """Assignments of each expert before any capacity drop, int64, no gradient: what balance is measured on."""
+        """Assignments of each expert before drops, int64, no gradient; balance is measured on them."""
         tokens_before_drop_E = None if self.drops is None else self.drops.demand_E
         return self.counts_E if tokens_before_drop_E is None else tokens_before_drop_E
 

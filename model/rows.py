@@ -1,7 +1,7 @@
-"""Rows of samples on their way to experts and back: copies whose gradients are copies and sums too.
+"""Gathering rows for experts and back, with gradients that are copies and sums.
 
-PyTorch's own gradient of a selection adds up row by row, atomically, which is slow and in no fixed order: a selection
-may name a row twice. These know which of their rows count, and how often, unless some choices have been dropped.
+PyTorch's gradient of indexing adds rows atomically, which is slow and not deterministic, because an index may name a
+row twice. These functions know how often each row is used, unless some choices were dropped.
 """
 
 import torch
@@ -11,17 +11,17 @@ from .routing import Assignments
 
 
 def gather(x_BD: Tensor, sample_R: Tensor, row_A: Tensor, assignments: Assignments) -> Tensor:
-    """x_BD[sample_R], (R, D). row_A: which of these rows each assignment reads; gradients of others do not count."""
+    """x_BD[sample_R], (R, D). row_A: the row of each assignment; gradients of other rows are ignored."""
     return _Gather.apply(x_BD, sample_R, row_A, assignments.sample_A, assignments.top_k)
 
 
 def pick(rows_RC: Tensor, row_A: Tensor) -> Tensor:
-    """rows_RC[row_A], (A, C), where row_A names no row twice."""
+    """rows_RC[row_A], (A, C); row_A must not name a row twice."""
     return _Pick.apply(rows_RC, row_A)
 
 
 def inverse(order_A: Tensor) -> Tensor:
-    """Where each number of a permutation (A,) stands, (A,), int64."""
+    """The inverse of a permutation (A,), int64."""
     return torch.empty_like(order_A).scatter_(0, order_A, torch.arange(len(order_A), device=order_A.device))
 
 
@@ -38,7 +38,7 @@ class _Gather(torch.autograd.Function):
         grad_AD = grad_RD.index_select(0, row_A)
         if ctx.top_k is None:
             grad_BD = grad_AD.new_zeros(ctx.samples, grad_AD.shape[1]).index_add_(0, sample_A, grad_AD)
-        else:  # assignment a is of sample a // k
+        else:  # assignment a belongs to sample a // k
             grad_BD = grad_AD if ctx.top_k == 1 else grad_AD.unflatten(0, (ctx.samples, ctx.top_k)).sum(1)
         return grad_BD, None, None, None, None
 

@@ -1,7 +1,7 @@
-"""A 3.6 M parameter ViT for 32x32 images whose weights are small enough to live in the repository.
+"""A ViT with 3.6 M parameters for 32x32 images, whose weights are small enough for the repository.
 
 `vit_micro()` builds it, `load_vit_micro()` loads the distilled weights in `weights/`, which
-`distillation/train_vit_micro.py` made without labels from the CIFAR-100 training images.
+`distillation/train_vit_micro.py` trained without labels on the CIFAR-100 training images.
 """
 
 import hashlib
@@ -59,7 +59,7 @@ def load_vit_micro(path: Path = WEIGHTS) -> VisionTransformer:
     """The distilled model: float32 weights, evaluation mode, on the CPU.
 
     path: a safetensors state dict (stored as float16), which must hash to WEIGHTS_SHA256.
-    Raises InputError if the file cannot be read or is another one; nothing of it is parsed before that.
+    Raises InputError if the file cannot be read or has another hash, before it is parsed.
     """
     advice = f"restore it with `git checkout -- {_shown(path)}`"
     try:
@@ -76,6 +76,6 @@ def load_vit_micro(path: Path = WEIGHTS) -> VisionTransformer:
 
 
 def _shown(path: Path) -> Path:
-    """The path as git would want it typed at the top of the repository, where that is possible."""
+    """The path relative to the repository, if possible."""
     root = Path(__file__).resolve().parent.parent
     return path.resolve().relative_to(root) if path.resolve().is_relative_to(root) else path

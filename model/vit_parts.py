@@ -1,7 +1,7 @@
-"""A frozen timm ViT in parts: what comes before its blocks, and what a block does before and after its FFN.
+"""A frozen timm ViT in parts: before its blocks, and before and after the FFN of a block.
 
-A frozen ViT is in evaluation mode, so that dropout and stochastic depth, which its blocks may have, do nothing.
-timm's ViTs have no type in common: one is Any here.
+A frozen ViT is in evaluation mode, so dropout and stochastic depth in its blocks have no effect. timm's ViTs have no
+common type: they are Any here.
 """
 
 from typing import Any
@@ -9,22 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .distributed import rand_like
+
 STANDARD = ("norm1", "attn", "ls1", "norm2", "mlp", "ls2")  # timm's Block: AugReg, DeiT, CLIP, DINOv2, SigLIP, ...
 EVA = ("norm1", "attn", "gamma_1", "norm2", "mlp", "gamma_2")  # timm's EvaBlock: EVA-02, DINOv3, ...
 
 
 def check_vit(vit: Any) -> None:
-    """Raise ValueError where the blocks of a ViT are not made of attention, then an FFN, on a residual stream."""
+    """Raise ValueError unless each block of a ViT is attention and then an FFN, with residual connections."""
     for block in vit.blocks:
         if not any(all(hasattr(block, name) for name in names) for names in (STANDARD, EVA)):
             raise ValueError(
-                f"experts.place blocks needs blocks of attention and then an FFN, not {type(block).__name__}: choose "
+                f"experts.place blocks needs blocks of attention and an FFN, not {type(block).__name__}: choose "
                 "another backbone, or experts.place head"
             )
 
 
 def embed(vit: Any, images_BCHW: Tensor) -> tuple[Tensor, list[Tensor | None]]:
-    """Tokens (B, T, D) that the first block reads, and the rotary embedding of each block (None: it has none)."""
+    """The input tokens (B, T, D) of the first block, and the rotary embedding of each block (None: no embedding)."""
     x, ropes = vit._pos_embed(vit.patch_embed(images_BCHW)), None
     if isinstance(x, tuple):
         x, ropes = x
@@ -42,15 +44,15 @@ def drop_patches(x_BTD: Tensor, prefix_tokens: int, share: float) -> Tensor:
     depends on the shape alone.
     """
     prefix_BRD, patches_BPD = x_BTD[:, :prefix_tokens], x_BTD[:, prefix_tokens:]
-    batch, patches, width = patches_BPD.shape
+    _, patches, width = patches_BPD.shape
     kept = max(1, round((1 - share) * patches))
-    index_BP = torch.rand(batch, patches, device=x_BTD.device).argsort(dim=1)[:, :kept]
+    index_BP = rand_like(patches_BPD[:, :, 0].float()).argsort(dim=1)[:, :kept]
     kept_BPD = patches_BPD.gather(1, index_BP[:, :, None].expand(-1, -1, width))
     return torch.cat([prefix_BRD, kept_BPD], dim=1)
 
 
 def attend(block: Any, x_BTD: Tensor, rope: Tensor | None) -> Tensor:
-    """The first half of a block: the tokens with what attention adds to them."""
+    """The first half of a block: attention with its residual connection."""
     if hasattr(block, "ls1"):
         return x_BTD + block.ls1(block.attn(block.norm1(x_BTD)))
     added_BTD = block.attn(block.norm1(x_BTD), rope=rope)
@@ -58,7 +60,7 @@ def attend(block: Any, x_BTD: Tensor, rope: Tensor | None) -> Tensor:
 
 
 def add_ffn(block: Any, x_BTD: Tensor, out_BTD: Tensor) -> Tensor:
-    """The end of a block: the tokens with the output of the FFN, scaled as the block scales it."""
+    """The end of a block: add the output of the FFN, with the block's layer scale."""
     if hasattr(block, "ls2"):
         return x_BTD + block.ls2(out_BTD)
     return x_BTD + (out_BTD if block.gamma_2 is None else block.gamma_2 * out_BTD)

@@ -1,4 +1,4 @@
-"""Weights of a ViT from a local file: read without running code, under whatever names they were saved."""
+"""Loads weights of a ViT from a local file, without running code, with the prefixes of common wrappers removed."""
 
 import re
 import sys
@@ -12,14 +12,14 @@ from .archives import check_archive
 from .errors import InputError, one_line
 
 WRAPPERS = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|^(?:module\.)+")
-"""What torch.compile, FSDP, activation checkpointing and DistributedDataParallel put into the names of weights."""
+"""Prefixes that torch.compile, FSDP, activation checkpointing and DistributedDataParallel add to names of weights."""
 
 
 def unwrapped(state: dict[str, Tensor], own: list[str]) -> dict[str, Tensor]:
-    """The weights under the model's own names, without what wrappers of it have put before or between them.
+    """The weights under the model's own names, without prefixes of wrappers.
 
-    own: names of the model's weights. Where all of them stand under one prefix, as in the checkpoint of a model that
-    the ViT was a part of, the rest of the file is left out. Raises ValueError where they stand under several.
+    own: names of the model's weights. If all of them are under one prefix, as in the checkpoint of a larger model, the
+    rest of the file is ignored. Raises ValueError if they are under several.
     """
     state = {WRAPPERS.sub("", WRAPPERS.sub("", name)): value for name, value in state.items()}
     prefixes = sorted({name.removesuffix(own[0]) for name in state if name.endswith("." + own[0])})
@@ -27,14 +27,16 @@ def unwrapped(state: dict[str, Tensor], own: list[str]) -> dict[str, Tensor]:
     if own[0] in state or not whole:
         return state
     if len(whole) > 1:
-        raise ValueError(f"it holds such weights {' and '.join('under ' + prefix[:-1] for prefix in whole)}: keep one")
+        raise ValueError(
+            f"it has such weights {' and '.join('under ' + prefix[:-1] for prefix in whole)}: keep one of them"
+        )
     return {name.removeprefix(whole[0]): value for name, value in state.items() if name.startswith(whole[0])}
 
 
 def load_converted(vit: nn.Module, state: dict[str, Tensor], path: Path, name: str) -> None:
     """Load a checkpoint as timm does for its own (names converted, position embedding resized), but strictly.
 
-    timm lets weights be missing; a backbone that is random in part must not pass for a pretrained one.
+    timm tolerates missing weights, but a partly random backbone must not pass for a pretrained one.
     """
     convert = getattr(sys.modules[type(vit).__module__], "checkpoint_filter_fn", None)
     place = f"backbone.weights {path} does not fit {name}"
@@ -78,14 +80,14 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if zipfile.is_zipfile(path):  # older files are not archives
             check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # bytes that are no tensors make the readers fail in every way there is
+    except Exception as error:  # the readers raise all kinds of errors on other files
         raise InputError(
             f"backbone.weights {path} is not a readable file of tensors ({type(error).__name__}): it is truncated, of "
-            "another format, or holds more than tensors; convert it to .safetensors"
+            "another format, or has more than tensors; convert it to .safetensors"
         ) from error
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise InputError(f"backbone.weights {path} holds no state dict: expected names and tensors")
+        raise InputError(f"backbone.weights {path} has no state dict: expected names and tensors")
     return state

@@ -1,1 +1,1 @@
-"""What a run leaves on the disk: its folder, checkpoints, the exported model, and how it resumes."""
+"""The files of a run: folder, checkpoints, exported model, resume."""

@@ -1,4 +1,4 @@
-"""Save and resume: checkpoints hold the trained part only, plus the name and fingerprint of the backbone."""
+"""Checkpoints: they hold the trained part only, plus the name and fingerprint of the backbone."""
 
 import os
 import random
@@ -18,7 +18,7 @@ from model.archives import check_archive
 FORMAT_VERSION = 1
 
 
-# What every checkpoint and model.json must have, and what a checkpoint to resume from must have besides.
+# Entries of every checkpoint and of model.json, and those that a checkpoint needs to resume from.
 IDENTITY = {
     "config": dict,
     "backbone": {"name": str, "fingerprint": str},
@@ -33,19 +33,19 @@ RESUMABLE = {
     "step": int,
     "best": {"epoch": int, "macro_f1": float},
     "improved": int,
-    "said": [str],
+    "warned": [str],
     "random": dict,
 }
 
 
 def save_checkpoint(path: Path, state: dict[str, Any], kept: str = "") -> None:
-    """Write a checkpoint of tensors and plain values under a temporary name, then rename it.
+    """Write a checkpoint of tensors and plain values atomically.
 
-    The one before stays beside it, for the case that this one turns out corrupt. kept: what remains where this fails.
+    The previous one stays beside it, in case this one becomes corrupt. kept: what remains after a failure.
     """
 
     def write(temporary: Path) -> None:
-        with open(temporary, "wb") as file:  # a file of our own, because torch.save hides why it could not open one
+        with open(temporary, "wb") as file:  # torch.save hides why it cannot open a file
             torch.save({"format_version": FORMAT_VERSION, **state}, file)
 
     write_atomically(path, write, kept, previous(path))
@@ -57,9 +57,9 @@ def previous(path: Path) -> Path:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint, or the one before it where it is corrupt, onto the CPU without running code.
+    """Read a checkpoint, or the previous one if it is corrupt, onto the CPU without running code.
 
-    Raises UserError where neither can be used.
+    Raises UserError if neither can be used.
     """
     try:
         return _read_checkpoint(path)
@@ -68,56 +68,57 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         if not before.is_file():
             raise
         state = _read_checkpoint(before)
-        warn(f"{path} is corrupt or missing; going on with {before} of epoch {state['epoch']}")
+        warn(f"{path} is corrupt or missing; continuing with {before} of epoch {state['epoch']}")
         return state
 
 
 def _read_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise UserError(f"{path} is missing: the run has no such checkpoint; start it anew in another --run_dir")
+        raise UserError(f"{path} is missing: start a new run in another --run_dir")
     try:
         check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # bytes that are no checkpoint make the readers fail in every way there is
+    except Exception as error:  # the readers raise all kinds of errors on a corrupt file
         raise UserError(
-            f"{path} is truncated or no checkpoint ({type(error).__name__}: {one_line(error, 100)}): "
-            "go without it, in a new run"
+            f"{path} is truncated or not a checkpoint ({type(error).__name__}: {one_line(error, 100)}): start a new run"
         ) from error
     found = state.get("format_version") if isinstance(state, dict) else None
     if type(found) is not int or found != FORMAT_VERSION:
         found = found if isinstance(found, int) else None
-        raise UserError(f"{path} has checkpoint format {found}, this version reads {FORMAT_VERSION}: train it anew")
+        raise UserError(f"{path} has checkpoint format {found}, this version reads {FORMAT_VERSION}: train again")
     require_like(state, {**IDENTITY, "model": dict, "epoch": int}, path)
+    if "said" in state:  # the name of this entry before version 0.2
+        state["warned"] = state.pop("said")
     return state
 
 
 def require_like(value: dict[str, Any], pattern: dict[str, Any], path: Path) -> None:
-    """Raise UserError unless `value` has the entries of `pattern`, {"name": type, "names": [type], ...}."""
+    """Raise UserError unless `value` matches `pattern`, {"name": type, "names": [type], ...}."""
     for key, expected in pattern.items():
         found = value.get(key)
         if isinstance(expected, dict) and isinstance(found, dict):
             require_like(found, expected, path)
         elif isinstance(expected, list) and isinstance(found, list):
             if not all(type(item) is expected[0] for item in found):
-                raise UserError(f"{path} is not what train.py writes: {key} is not a list of {expected[0].__name__}")
+                raise UserError(f"{path} was not written by train.py: {key} is not a list of {expected[0].__name__}")
         elif isinstance(expected, dict | list) or not isinstance(found, expected) or isinstance(found, bool):
-            raise UserError(f"{path} is not what train.py writes: it has no usable {key}; train it anew")
+            raise UserError(f"{path} was not written by train.py: it has no usable {key}; train again")
 
 
 @contextmanager
 def fitting(source: Path) -> Iterator[None]:
-    """Raise UserError where what `source` holds does not fit the model that is to take it."""
+    """Raise UserError if the content of `source` does not fit the model that loads it."""
     try:
         yield
     except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError) as error:
         reason = one_line(error)
-        raise UserError(f"{source} does not fit the model that its configuration describes: {reason}") from error
+        raise UserError(f"{source} does not fit the model of its configuration: {reason}") from error
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load moments and learning rates; every other setting is that of the configuration and this machine.
+    """Load moments and learning rates; all other settings come from the configuration and this machine.
 
-    Raises ValueError where shapes differ from those of the parameters.
+    Raises ValueError if shapes differ from those of the parameters.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for index, moments in state["state"].items():
@@ -130,20 +131,20 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
 
 
 def _like(own: float | torch.Tensor, stored: float | torch.Tensor) -> float | torch.Tensor:
-    """The stored learning rate as this machine keeps it: on a GPU a tensor, which a captured step reads."""
+    """The stored learning rate in the type of this machine: on a GPU a tensor, which a captured step reads."""
     return torch.full_like(own, float(stored)) if isinstance(own, torch.Tensor) else float(stored)
 
 
 def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], source: Path) -> None:
-    """Load a state dict strictly. Raises UserError where names or shapes differ from the configuration."""
+    """Load a state dict strictly. Raises UserError if names or shapes differ from the configuration."""
     with fitting(source):
         model.load_state_dict(weights)
 
 
 def check_inputs(stored: dict[str, Any], now: dict[str, Any], source: Path) -> None:
-    """Raise UserError unless backbone and data are those that the weights in `source` were trained on.
+    """Raise UserError unless backbone and data are those of the training.
 
-    stored, now: what assembly.pipeline.identity describes.
+    stored, now: dicts from assembly.pipeline.identity. source: the file of the weights, for the message.
     """
     before, after = stored["backbone"], now["backbone"]
     if before["fingerprint"] != after["fingerprint"]:
@@ -157,7 +158,7 @@ def check_inputs(stored: dict[str, Any], now: dict[str, Any], source: Path) -> N
         )
     for split, digest in stored["data"].items():
         if now["data"].get(split) != digest:
-            raise UserError(f"{source} was trained on other data: its {split} images differ from those of --data.root")
+            raise UserError(f"{source} was trained on other data: its {split} images differ from those in --data.root")
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
@@ -173,7 +174,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Put back what `random_state` took."""
+    """Restore a state from `random_state`."""
     torch.set_rng_state(state["torch"])
     if state["cuda"] and device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"][0], device)
@@ -184,13 +185,13 @@ def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
 
 
 def seed_everything(seed: int, deterministic: bool = False) -> None:
-    """Seed Python, NumPy and PyTorch (all devices). After the tracker is opened: ClearML reseeds them.
+    """Seed Python, NumPy and PyTorch (all devices). Call it after the tracker is opened: ClearML sets its own seeds.
 
-    deterministic: also forbid PyTorch what may differ between two runs on a GPU, for this process.
+    deterministic: use only deterministic algorithms on a GPU, for the rest of the process.
     """
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS asks for, before its first use
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs this before its first use
         torch.use_deterministic_algorithms(True)

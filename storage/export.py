@@ -1,4 +1,4 @@
-"""The model for use: model.safetensors, and model.json with what the weights mean nothing without."""
+"""The exported model: model.safetensors, and model.json with configuration, backbone, data and classes."""
 
 import hashlib
 import json
@@ -6,7 +6,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from torch import nn
+from torch import Tensor, nn
 
 from common.errors import UserError
 from common.files import write_atomically, write_json
@@ -15,9 +15,9 @@ from storage.folder import RunFolder
 
 
 def export_model(run: RunFolder, best: dict[str, Any]) -> None:
-    """Write model.safetensors, and as model.json what the weights mean nothing without.
+    """Write model.safetensors and model.json.
 
-    best: what checkpoints/best.pt holds, as `Trainer.fit` returns it. Raises EnvironmentFault.
+    best: the content of checkpoints/best.pt, as returned by `Trainer.fit`. Raises EnvironmentFault.
     """
     weights = {name: value.detach().cpu().contiguous() for name, value in best["model"].items()}
     content = save(weights, metadata={"format": "pt"})
@@ -27,7 +27,7 @@ def export_model(run: RunFolder, best: dict[str, Any]) -> None:
 
 
 def read_description(run: RunFolder) -> dict[str, Any]:
-    """What model.json says. Raises UserError where it is unreadable, incomplete or of another version."""
+    """The content of model.json. Raises UserError if it is unreadable, incomplete or of another version."""
     try:
         described = json.loads(run.model.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -39,26 +39,35 @@ def read_description(run: RunFolder) -> dict[str, Any]:
 
 
 def load_exported(run: RunFolder, model: nn.Module, sha256: str | None = None) -> None:
-    """Load model.safetensors into `model`.
-
-    sha256: what model.json says of the file; of a run of an earlier version it says nothing. Raises UserError
-    where the file is unreadable or altered, or does not fit.
-    """
+    """Load model.safetensors into `model`. Raises UserError as `load_weights_of`, and where it does not fit."""
+    weights = load_weights_of(run, sha256)
     try:
-        content = run.weights.read_bytes()
-        if sha256 not in (None, hashlib.sha256(content).hexdigest()):
-            raise UserError(f"{run.weights} is damaged: it is not the file that {run.model.name} was written with")
-        load_weights(model, load(content), run.weights)
-    except OSError as error:
-        raise UserError(f"{run.weights} cannot be read ({error.strerror}): {_remedy(run)}") from error
-    except (SafetensorError, ValueError) as error:
-        raise UserError(f"{run.weights} is truncated or no safetensors file ({error}): {_remedy(run)}") from error
+        load_weights(model, weights, run.weights)
     except UserError as error:
         raise UserError(f"{error}; {_remedy(run)}") from error
 
 
+def load_weights_of(run: RunFolder, sha256: str | None = None) -> dict[str, Tensor]:
+    """The tensors of model.safetensors by name.
+
+    sha256: checksum from model.json (None in runs of earlier versions). Raises UserError if the file is unreadable or
+    altered.
+    """
+    try:
+        content = run.weights.read_bytes()
+        if sha256 not in (None, hashlib.sha256(content).hexdigest()):
+            raise UserError(
+                f"{run.weights} is corrupt: its checksum is not the one in {run.model.name}; {_remedy(run)}"
+            )
+        return load(content)
+    except OSError as error:
+        raise UserError(f"{run.weights} cannot be read ({error.strerror}): {_remedy(run)}") from error
+    except (SafetensorError, ValueError) as error:
+        raise UserError(f"{run.weights} is truncated or not a safetensors file ({error}): {_remedy(run)}") from error
+
+
 def _remedy(run: RunFolder) -> str:
-    """What to do about a damaged model.safetensors or model.json."""
+    """What to do about a corrupt model.safetensors or model.json."""
     if run.best.is_file():
-        return f"delete {run.model} and run this again, which writes it and the weights anew from {run.best}"
-    return f"there is no {run.best} to write it anew from, so bring the folder again from where it is whole"
+        return f"delete {run.model} and run this again, which exports both files from {run.best}"
+    return f"there is no {run.best} to export it from, so copy the run folder again from an intact copy"

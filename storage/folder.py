@@ -1,4 +1,4 @@
-"""RunFolder: the files of one run, and how they are written so that none is ever half there."""
+"""RunFolder: the files of one run."""
 
 import json
 import time
@@ -14,7 +14,7 @@ from common.errors import EnvironmentFault, UserError
 from common.locks import try_lock
 from common.text import quoted
 
-# Where a run lies, what it ran on and how often it was saved: not what it is.
+# Options that do not change results: folder, device, tracking, how often checkpoints are written.
 INCIDENTAL = {
     "run_dir",
     "tracking",
@@ -32,7 +32,7 @@ INCIDENTAL = {
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths of a run; made: whether this process has made the folder, None where it goes on with a run."""
+    """Paths of a run. made: whether this process created the folder; None for a resumed run."""
 
     path: Path
     made: bool | None = None
@@ -62,6 +62,11 @@ class RunFolder:
         return self.path / "model.json"
 
     @property
+    def compression(self) -> Path:
+        """What compress.py did, of a run that it made."""
+        return self.path / "compression.json"
+
+    @property
     def evaluation(self) -> Path:
         return self.path / "evaluation"
 
@@ -71,7 +76,7 @@ class RunFolder:
 
     @property
     def scored(self) -> bool:
-        """Whether there are results, and not those of weights that the run has gone on from (evaluation.stale)."""
+        """Whether there are results, and they are not stale (evaluation.stale) because training continued."""
         try:
             results = json.loads(self.results.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
@@ -88,50 +93,50 @@ class RunFolder:
 
     @classmethod
     def create(cls, run_dir: Path | None, name: str) -> "RunFolder":
-        """A new run, in `run_dir` or a new runs/<name>-<time>, which no other process gets as well.
+        """A new run in `run_dir`, or in a new folder runs/<name>-<time>, safe against other processes.
 
-        Raises UserError where `run_dir` holds a run already, EnvironmentFault where it cannot be made.
+        Raises UserError if `run_dir` already holds a run, EnvironmentFault if it cannot be created.
         """
         try:
             path = run_dir or _new_folder(Path("runs"), f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
-            cls(path).refuse_run()
+            cls(path).require_no_run()
             made = run_dir is None or not path.exists()
             (path / "checkpoints").mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise EnvironmentFault(
-                f"run folder {error.filename or run_dir} cannot be made: {error.strerror}; choose another --run_dir"
+                f"run folder {error.filename or run_dir} cannot be created: {error.strerror}; choose another --run_dir"
             ) from error
         return cls(path, made)
 
-    def refuse_run(self) -> None:
-        """Raise UserError where the folder holds a run already."""
+    def require_no_run(self) -> None:
+        """Raise UserError if the folder already holds a run."""
         if any(self.last.parent.glob("*.pt")) or self.model.exists():
             raise UserError(
-                f"{self.path} already holds a run: choose another --run_dir, or go on with it by --resume "
+                f"{self.path} already holds a run: choose another --run_dir, or continue it with --resume "
                 f"{quoted(self.path)}"
             )
 
-    def refuse_busy(self) -> None:
-        """Raise UserError where another process has claimed the folder: a first look, which claims nothing."""
-        with suppress(OSError), (self.path / ".lock").open("rb") as file:  # none: no one has
+    def require_not_busy(self) -> None:
+        """Raise UserError if another process has claimed the folder; this claims nothing."""
+        with suppress(OSError), (self.path / ".lock").open("rb") as file:  # no lock file: it is free
             if not try_lock(file, shared=True):
                 raise _in_use(self.path)
 
     def require(self) -> None:
-        """Raise EnvironmentFault where the folder has been removed, or its disk has gone."""
+        """Raise EnvironmentFault if the folder has been removed or its disk is gone."""
         if not self.metrics.is_file():
-            kept = f"kept: {self.last}" if self.last.is_file() else "nothing of this run is kept there"
+            kept = f"kept: {self.last}" if self.last.is_file() else "it had no checkpoint yet"
             raise EnvironmentFault(
-                f"run folder {self.path} was removed, moved or is out of reach: {kept}; bring it back and --resume it, "
-                "or start anew in another --run_dir"
+                f"run folder {self.path} was removed, moved or is out of reach: {kept}; restore it and --resume it, "
+                "or start a new run in another --run_dir"
             )
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
-        """Hold the folder for this process alone; the hold ends with the process, however that ends.
+        """Lock the folder for this process; the lock ends with the process.
 
-        Clears what a killed process left unfinished; a folder in which nothing was kept is removed at the end.
-        Raises UserError where another process holds it.
+        Removes unfinished files of a killed process, and at the end a folder without results. Raises UserError if
+        another process holds the lock.
         """
         lock = self.path / ".lock"
         try:
@@ -139,10 +144,12 @@ class RunFolder:
         except OSError as error:
             raise EnvironmentFault(f"{lock} cannot be written: {error.strerror}; choose another --run_dir") from error
         with file:
-            if not any(try_lock(file) or time.sleep(0.05) for _ in range(4)):  # another may be having its first look
+            if not any(
+                try_lock(file) or time.sleep(0.05) for _ in range(4)
+            ):  # another process may be checking the lock
                 raise _in_use(self.path)
             if self.made is not None:
-                self.metrics.unlink(missing_ok=True)  # of a run that ended before its first checkpoint
+                self.metrics.unlink(missing_ok=True)  # a run that ended before its first checkpoint
             for unfinished in self.path.rglob(".*.partial"):
                 unfinished.unlink(missing_ok=True)
             try:
@@ -152,7 +159,7 @@ class RunFolder:
                     self._remove_if_empty(lock)
 
     def _remove_if_empty(self, lock: Path) -> None:
-        """Remove what a run has written that ended before it had anything to keep, and no file of anyone else."""
+        """Remove the files of a run that ended before its first checkpoint, and no others."""
         logged = self.metrics.exists() and self.metrics.stat().st_size
         if self.made is None or logged or any(self.last.parent.iterdir()):
             return
@@ -163,7 +170,7 @@ class RunFolder:
             self.path.rmdir()
 
     def history(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl, less those that are not what the tracker writes (a truncated one)."""
+        """The lines of metrics.jsonl, except invalid ones (a truncated line)."""
         lines = []
         if self.metrics.exists():
             for line in self.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -179,7 +186,7 @@ def _is_record(line: Any) -> bool:
 
 
 def _new_folder(parent: Path, name: str) -> Path:
-    """Make parent/name, or parent/name-2 and so on where another process was faster."""
+    """Create parent/name, or parent/name-2 and so on if it exists."""
     parent.mkdir(parents=True, exist_ok=True)
     for attempt in count(1):
         path = parent / (name if attempt == 1 else f"{name}-{attempt}")

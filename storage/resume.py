@@ -1,12 +1,13 @@
-"""What a training begins from: a new folder, or the checkpoint of a run that was interrupted."""
+"""The start of a training: a new folder, or the checkpoint of an interrupted run."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from common.distributed import world
 from common.errors import Interrupted, UserError, one_line, say, warn
 from common.text import command, printable, quoted
 from config.command_line import Invocation
@@ -14,7 +15,7 @@ from config.config import Config, flatten
 from storage.checkpoint import RESUMABLE, load_checkpoint, previous, require_like
 from storage.folder import INCIDENTAL, RunFolder
 
-# What a resumed run may change: the rest would make it another experiment.
+# Options that a resumed run may change; any other would make it another experiment.
 CHANGEABLE = INCIDENTAL | {
     "features.batch_size",
     "features.compile",
@@ -30,10 +31,10 @@ CHANGEABLE = INCIDENTAL | {
 
 @dataclass(frozen=True)
 class Start:
-    """Where a training begins.
+    """The start of a training.
 
-    name: of a new run. resumed: the folder of a run to go on with, None for a new one. checkpoint: the one that it
-    goes on from, None where there is none.
+    name: name of a new run. resumed: folder of the run to continue, None for a new run. checkpoint: the checkpoint to
+    continue from, None if there is none.
     """
 
     config: Config
@@ -43,7 +44,7 @@ class Start:
 
     @property
     def finished(self) -> str:
-        """Where the run has trained and scored all that it was asked for, what to do about it in words; else empty."""
+        """A message if the run is already trained and evaluated; else empty."""
         if self.checkpoint is None or not finished(self.resumed, self.config, self.checkpoint):
             return ""
         path, epoch = self.resumed.path, self.checkpoint["epoch"]
@@ -52,43 +53,53 @@ class Start:
 
     @contextmanager
     def claimed(self) -> Iterator[RunFolder]:
-        """The folder of the run, made where it is a new one, and held for this process alone.
+        """The folder of the run, created for a new run and locked for this process.
+
+        Of several processes rank 0 creates and locks it.
 
         Raises UserError and EnvironmentFault, as `RunFolder.create` and `RunFolder.claimed`.
         """
-        run = self.resumed or RunFolder.create(self.config.run_dir, self.name)
-        with run.claimed():
+        run = self.resumed
+        if run is None:
+            run = world().broadcast(RunFolder.create(self.config.run_dir, self.name) if world().first else None)
+        with run.claimed() if world().first else nullcontext():
             try:
                 yield run
             except Interrupted:
                 if run.last.exists():
-                    say(f"{command('train.py', '--resume', run.path)} goes on from the last checkpoint")
+                    say(f"{command('train.py', '--resume', run.path)} continues from the last checkpoint")
                 raise
 
 
 def start_of(invocation: Invocation) -> Start:
-    """Where the run that was asked for begins; nothing is written, and a folder that is in use or taken is told.
+    """The start of the requested run; nothing is written.
 
-    Raises UserError, as `load_resumable` and where the folder serves another process or holds a run.
+    Raises UserError as `load_resumable` does, if the folder is in use or already holds a run, and for a new run of
+    quantised experts.
     """
     config = invocation.config
     if invocation.resume is None:
+        if config.experts.quantised:
+            raise UserError(
+                "experts.weights and experts.head_weights are written by compress.py --quantise: train in float32, "
+                "then compress the run"
+            )
         if config.run_dir is not None:
-            RunFolder(config.run_dir).refuse_busy()
-            RunFolder(config.run_dir).refuse_run()
+            RunFolder(config.run_dir).require_not_busy()
+            RunFolder(config.run_dir).require_no_run()
         return Start(config, invocation.name)
     run = RunFolder(invocation.resume)
-    run.refuse_busy()
+    run.require_not_busy()
     return Start(config, invocation.name, run, load_resumable(run, config))
 
 
 def load_resumable(run: RunFolder, config: Config) -> dict[str, Any] | None:
-    """The last checkpoint of a run, or None where it was killed before it had one.
+    """The last checkpoint of a run, or None if it has none yet.
 
-    Raises UserError where the configuration is no longer the run's own, or no checkpoint can be read.
+    Raises UserError if the configuration was changed, or no checkpoint can be read.
     """
     if not run.last.exists() and not previous(run.last).exists():
-        say(f"{run.path} was ended before its first checkpoint: it starts anew")
+        say(f"{run.path} was interrupted before its first checkpoint: it starts from the beginning")
         return None
     checkpoint = load_checkpoint(run.last)
     require_like(checkpoint, RESUMABLE, run.last)
@@ -96,10 +107,10 @@ def load_resumable(run: RunFolder, config: Config) -> dict[str, Any] | None:
         require_like(checkpoint, {"progress": {"batches": int}}, run.last)
     if config.train.epochs < checkpoint["epoch"]:
         raise UserError(
-            f"--resume {quoted(run.path)} cannot stop at epoch {config.train.epochs}, it has come to epoch "
+            f"--resume {quoted(run.path)} cannot stop at epoch {config.train.epochs}, it has reached epoch "
             f"{checkpoint['epoch']}: set --train.epochs to {checkpoint['epoch']} or more, or start a new run"
         )
-    # A run of a version that had no such option did what is its default.
+    # A run of a version without this option used what is now its default.
     before = flatten(Config().to_dict()) | flatten(checkpoint["config"])
     now = flatten(config.to_dict())
     for key, value in now.items():
@@ -109,12 +120,15 @@ def load_resumable(run: RunFolder, config: Config) -> dict[str, Any] | None:
                 f"{value!r}: leave it out, or start a new run"
             )
     if (threads := checkpoint.get("threads")) != torch.get_num_threads():
-        warn(f"{run.path} used {threads} CPU threads, now {torch.get_num_threads()}: on a CPU rounding will differ")
+        warn(
+            f"{run.path} used {threads} CPU threads, now there are {torch.get_num_threads()}: results on a "
+            "CPU may differ by rounding"
+        )
     return checkpoint
 
 
 def finished(run: RunFolder, config: Config, checkpoint: dict[str, Any]) -> bool:
-    """Whether the run has trained and scored all that `config` asks for."""
+    """Whether the run has trained all epochs of `config` and was evaluated."""
     train, epoch = config.train, checkpoint["epoch"]
     waited = 0 < train.patience <= epoch - checkpoint["improved"]
     trained = checkpoint.get("progress") is None and (epoch >= train.epochs or waited)
@@ -122,17 +136,17 @@ def finished(run: RunFolder, config: Config, checkpoint: dict[str, Any]) -> bool
 
 
 def metrics_step(checkpoint: dict[str, Any] | None) -> int:
-    """The step up to which metrics.jsonl belongs to the checkpoint: the end of its last whole epoch."""
+    """The last step of metrics.jsonl that belongs to the checkpoint: the end of its last complete epoch."""
     if checkpoint is None:
         return 0
     return checkpoint["step"] - (checkpoint["progress"]["batches"] if checkpoint.get("progress") else 0)
 
 
 def best_kept(run: RunFolder, config: Config, checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """The best epoch to go on from, of which best.pt (or the one before it) holds the weights.
+    """The best epoch so far, whose weights are in best.pt (or the previous one).
 
-    A best.pt ahead of the checkpoint is of an epoch that is about to be repeated, and will be the best again when it
-    is; unless the plan has changed, which makes it another epoch: then what best.pt holds counts.
+    A best.pt newer than the checkpoint is of an epoch that will be repeated, and will be the best again; unless the
+    configuration has changed, which makes it another epoch: then best.pt counts.
     """
     best = checkpoint["best"]
     if best["epoch"] == 0:

@@ -15,10 +15,10 @@ LAYERS = (
     {"config"},
     {"features", "storage"},
     {"tracking"},
-    {"training", "evaluation"},
+    {"training", "evaluation", "compression"},
     {"assembly", "deployment"},
     {"benchmarks", "distillation"},
-    {"train", "evaluate", "predict", "export"},
+    {"train", "evaluate", "predict", "compress", "export"},
 )
 """From the ground up: each imports those below it, none beside it."""
 RANK = {room: rank for rank, layer in enumerate(LAYERS) for room in layer}

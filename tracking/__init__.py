@@ -1,1 +1,1 @@
-"""Where the numbers of a run go: JSON lines and ClearML."""
+"""Tracking of a run: JSON lines and ClearML."""

@@ -1,4 +1,4 @@
-"""A run that an agent of ClearML executes: the values of its task decide, before anything is read."""
+"""Runs executed by a ClearML agent: the values of the task override the configuration before anything is loaded."""
 
 import os
 from dataclasses import fields, replace
@@ -10,16 +10,15 @@ from config.config import Config
 from tracking.clearml_runs import get_task
 
 TASK_ID = ("CLEARML_TASK_ID", "TRAINS_TASK_ID")
-"""Variables by which an agent names the task that it executes."""
+"""Environment variables in which an agent names its task."""
 
 
-def obey_agent(invocation: Invocation) -> Invocation:
-    """The invocation with the values of the task that an agent executes in place of its own; as it is without one.
+def apply_agent_values(invocation: Invocation) -> Invocation:
+    """The invocation with the values of the agent's task; unchanged without an agent.
 
-    Data, backbone and folder are the task's too, whatever file and options its script was started with, and a new run
-    is called after its data; one that is resumed stays in its folder. Raises UserError for a value that does not fit,
-    and EnvironmentFault where the task cannot be read: to train with other values than those that were asked for helps
-    nobody.
+    Data, backbone and folder come from the task too, and a new run is named after its data; a resumed run stays in its
+    folder. Raises UserError for an invalid value, and EnvironmentFault if the task cannot be read, because training
+    with other values would be useless.
     """
     task_id = next((os.environ[name] for name in TASK_ID if os.environ.get(name)), None)
     if task_id is None or invocation.config.tracking not in ("auto", "clearml"):
@@ -27,7 +26,7 @@ def obey_agent(invocation: Invocation) -> Invocation:
     try:
         task = get_task(task_id)
     except UserError as error:
-        raise EnvironmentFault(f"the values of ClearML task {task_id}, which is to run here: {error}") from error
+        raise EnvironmentFault(f"the values of ClearML task {task_id}, which this agent runs: {error}") from error
     values = _texts(task.data.hyperparams or {})
     if invocation.resume is not None:
         values.pop("run_dir", None)
@@ -36,12 +35,12 @@ def obey_agent(invocation: Invocation) -> Invocation:
 
 
 def _texts(sections: dict[str, Any]) -> dict[str, str]:
-    """What the task has for each option, as text: {"train.epochs": "3"}."""
+    """The task's options as text: {"train.epochs": "3"}."""
     known = {item.name for item in fields(Config)}
     texts = {}
     for section, parameters in sections.items():
         for name, parameter in parameters.items():
             key = name if section == "General" else f"{section}.{name}"
-            if key.split(".")[0] in known:  # not what others keep there
-                texts[key] = parameter.value or ""  # which is how the SDK writes None
+            if key.split(".")[0] in known:  # skip sections of other tools
+                texts[key] = parameter.value or ""  # the SDK writes None so
     return texts

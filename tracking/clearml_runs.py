@@ -1,4 +1,4 @@
-"""Runs that are on a ClearML server, read back for a comparison with others."""
+"""Reading runs from a ClearML server, for a comparison."""
 
 import json
 import logging
@@ -13,12 +13,15 @@ from config.values import convert, option_types
 from config.yaml_file import spelled
 from tracking.clearml_task import attempt, server_problem
 
+WHOLE = ("completed", "closed", "published")
+"""What ClearML calls a task that has come to its end."""
+
 
 def get_task(task_id: str) -> Any:
-    """The SDK's object of a task on the configured ClearML server.
+    """The SDK's object for a task on the configured ClearML server.
 
-    Raises UserError where no server is configured, it refuses the login, or has no such task, and EnvironmentFault
-    where it does not answer.
+    Raises UserError if no server is configured, the login fails, or the task does not exist, and EnvironmentFault if
+    the server does not answer.
     """
     if problem := server_problem():
         raise problem
@@ -34,7 +37,7 @@ def get_task(task_id: str) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep back what the SDK logs: it tells of an unknown task in four lines of its own."""
+    """Silence the SDK's log: it reports an unknown task in four lines."""
     logging.disable()
     try:
         yield
@@ -43,17 +46,20 @@ def _quiet() -> Iterator[None]:
 
 
 def fetch_run(task_id: str) -> dict[str, Any]:
-    """The name, the configuration and the final scores of a task on the configured ClearML server.
+    """Name, configuration and final scores of a task on the configured ClearML server.
 
-    Returns {"name", "config" (nested as config.yaml), "metrics" (as evaluation/metrics.json: all of it where the task
-    has that file, else the single values, such as {"accuracy": 0.7})}. Raises as `get_task`.
+    Returns {"name", "config" (nested as config.yaml), "metrics" (as evaluation/metrics.json if the task has that file,
+    else the single values, such as {"accuracy": 0.7}), "state" (what speaks against the scores: the task has not
+    completed; else empty)}. Raises as `get_task`.
     """
     task = get_task(task_id)
     with _quiet():
         metrics, error = attempt(_metrics, task)
     if error is not None:
         raise EnvironmentFault(f"ClearML task {task_id} cannot be read ({type(error).__name__}: {error})") from error
-    return {"name": task.name, "config": _config(task.data.hyperparams or {}), "metrics": metrics}
+    config, status = _config(task.data.hyperparams or {}), str(task.status)
+    state = "" if status in WHOLE else f"unfinished: the task is {status.replace('_', ' ')}"
+    return {"name": task.name, "config": config, "metrics": metrics, "state": state}
 
 
 def _metrics(task: Any) -> dict[str, Any]:
@@ -68,7 +74,7 @@ def _metrics(task: Any) -> dict[str, Any]:
 
 
 def _config(sections: dict[str, Any]) -> dict[str, Any]:
-    """Hyperparameters, text by section and name, as the nested plain values that they were."""
+    """Hyperparameters (text by section and name) as nested plain values."""
     config: dict[str, Any] = {}
     for section, parameters in sections.items():
         for name, parameter in parameters.items():
@@ -81,7 +87,7 @@ def _config(sections: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain(name: str, text: str, kind: str | None) -> Any:
-    """The value that the SDK wrote, or a person edited, as text: an option's by its type, another's as it spells."""
+    """The value of a text that the SDK wrote or a person edited: by the option's type, or else as YAML."""
     types = option_types(Config)
     if name in types:
         with suppress(ValueError):

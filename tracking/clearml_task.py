@@ -1,4 +1,4 @@
-"""A ClearML task whose every call runs on one daemon thread, so that no server can hold up training."""
+"""A ClearML task whose calls all run on one daemon thread, so that no server can block training."""
 
 import atexit
 import copy
@@ -17,14 +17,14 @@ from common.text import command, printable
 
 PROJECT = "Vision MoE"
 PROBE_SECONDS = 3.0
-CLOSE_SECONDS = 30.0  # patience at the end with a server that does not answer
-UPLOAD_SECONDS = 600.0  # and with one that does, or with the disk
+CLOSE_SECONDS = 30.0  # timeout at the end for a server that does not answer
+UPLOAD_SECONDS = 600.0  # timeout for a server that answers, or the disk
 
 
 class ClearMLTask:
-    """A ClearML task, and the daemon thread that alone speaks to it; a job is a function of it."""
+    """A ClearML task and the only thread that uses it; a job is a function of the task."""
 
-    lost = False  # whether a task of this process was left unfinished: the SDK cannot have a second one
+    lost = False  # whether this process has an unfinished task: the SDK allows one
 
     def __init__(
         self,
@@ -36,13 +36,13 @@ class ClearMLTask:
         kind: str = "training",
         parent: str | None = None,
     ):
-        """Start the task, mode "clearml" or "offline". task_id: go on with this one, if online and it is there.
+        """Start the task, mode "clearml" or "offline". task_id: continue this one, if online and it exists.
 
-        kind: ClearML's task type. parent: id of the task that this one belongs to. Raises UserError and
+        kind: ClearML's task type. parent: id of the parent task. Raises UserError and
         EnvironmentFault.
         """
         if self.lost:
-            raise EnvironmentFault("ClearML hung in this process and is out of use until the next one")
+            raise EnvironmentFault("ClearML has hung in this process and can only be used in a new one")
         if problem := server_problem() if mode == "clearml" else None:
             raise problem
         handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
@@ -55,7 +55,7 @@ class ClearMLTask:
         if error is not None:
             attempt(_abandon)
             raise _explain(error) from error
-        self.whole = False  # whether every job was done, known at the end
+        self.whole = False  # whether all jobs were done, known at the end
         self.mode, self.task = mode, started
         self.jobs: queue.SimpleQueue = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="clearml", daemon=True)
@@ -63,7 +63,7 @@ class ClearMLTask:
         atexit.register(self.close)
 
     def place(self) -> dict[str, str]:
-        """Where a person finds the task: its page, or the file of its offline session."""
+        """Where to find the task: its page, or the file of its offline session."""
         folder = self.task.get_offline_mode_folder()
         return {"session": f"{folder}.zip"} if folder else {"page": self.task.get_output_log_web_page()}
 
@@ -72,13 +72,13 @@ class ClearMLTask:
         for job, args in iter(self.jobs.get, None):
             _, error = attempt(job, self.task, *args)
             if error is not None and not complained:
-                text = f"tracking: ClearML failed ({type(error).__name__}: {error}); training goes on"
+                text = f"tracking: ClearML failed ({type(error).__name__}: {error}); training continues"
                 say(text + ", and metrics.jsonl has every number")
             complained = complained or error is not None
         self.whole = not complained
 
     def close(self, failed: str | None = None) -> bool:
-        """Send what is left and end the task; whether everything arrived. Waits for a dead server CLOSE_SECONDS."""
+        """Send the rest and close the task; whether everything arrived. Waits CLOSE_SECONDS for a dead server."""
         atexit.unregister(self.close)
         self.jobs.put((_finish, (failed,)))
         self.jobs.put(None)
@@ -86,14 +86,14 @@ class ClearMLTask:
         while self._thread.join(CLOSE_SECONDS) or self._thread.is_alive():
             problem = server_problem() if self.mode == "clearml" else None
             if problem or time.monotonic() - start > UPLOAD_SECONDS:
-                say(f"tracking: ClearML left before it was done ({problem or 'too slow'})")
+                say(f"tracking: ClearML was closed before it was done ({problem or 'too slow'})")
                 attempt(_disown, self.task)
                 return False
         return self.whole
 
 
 def attempt(function: Callable, *args: Any, **options: Any) -> tuple[Any, Exception | None]:
-    """The function's result, or the exception it raised: the SDK raises anything, and none of it may pass."""
+    """The function's result, or the exception it raised: the SDK may raise anything, and none may stop training."""
     try:
         return function(*args, **options), None
     except Exception as error:
@@ -101,7 +101,7 @@ def attempt(function: Callable, *args: Any, **options: Any) -> tuple[Any, Except
 
 
 def _explain(error: Exception) -> UserError:
-    """The user's view of an exception that the SDK raised while starting."""
+    """The user error for an exception that the SDK raised at its start."""
     kind = UserError if type(error).__name__ in ("LoginError", "ConfigurationError") else EnvironmentFault
     return kind(f"ClearML cannot start: {type(error).__name__}: {' '.join(str(error).split())}")
 
@@ -109,7 +109,7 @@ def _explain(error: Exception) -> UserError:
 def _start_task(
     offline: bool, config: dict, name: str, tags: list, task_id: str | None, kind: str, parent: str | None
 ) -> Any:
-    """The SDK's task, which shows the configuration as hyperparameters. Raises whatever the SDK raises."""
+    """Start the SDK's task, with the configuration as hyperparameters. Raises whatever the SDK raises."""
     from clearml import Task
     from clearml.backend_api.session.defs import ENV_OFFLINE_MODE
     from clearml.config import ConfigSDKWrapper, config_obj
@@ -120,8 +120,8 @@ def _start_task(
         config_obj.set_overrides({"sdk": {"development": {"report_use_subprocess": False}}})
         ConfigSDKWrapper.clear_config_impl()
     environment = os.environ.copy()
-    Task.set_offline(offline)  # back online logs in at once, so only here, after the probe
-    ENV_OFFLINE_MODE.pop()  # it wrote the variables that would send every later run offline
+    Task.set_offline(offline)  # going online logs in at once, so only after the probe
+    ENV_OFFLINE_MODE.pop()  # the SDK sets variables that would make every later run offline
     os.environ.update(environment)
     go_on = bool(task_id) and not offline and not task_id.startswith("offline-")
     task = Task.init(
@@ -137,19 +137,19 @@ def _start_task(
         auto_resource_monitoring=not offline,
     )
     if go_on:
-        task.set_initial_iteration(0)  # our steps count from the start of the run, not from the resumption
+        task.set_initial_iteration(0)  # steps count from the start of the run, not from where it was resumed
     if parent and not offline:
         task.set_parent(parent)
     sections = {key: value for key, value in config.items() if isinstance(value, dict)}
     general = {key: value for key, value in config.items() if key not in sections}
     for section, values in (sections | ({"General": general} if general else {})).items():
-        # Under an agent the SDK writes the task's values into the copy; the configuration has them: see tracking.agent.
+        # Under an agent the SDK writes the task's values into this copy; see tracking.agent.
         task.connect(copy.deepcopy(values), name=section)
     return task
 
 
 def _abandon() -> None:
-    """Close a task that was left half started: the SDK allows one a process."""
+    """Close a task whose start failed: the SDK allows one task per process."""
     from clearml import Task
 
     if task := Task.current_task():
@@ -161,7 +161,7 @@ def _abandon() -> None:
 
 
 def _disown(task: Any) -> None:
-    """Undo what the SDK does when the process exits: each of these waits for a dead server without end."""
+    """Remove the SDK's exit handlers: each of them may wait forever for a dead server."""
     from clearml.backend_interface.task.log import TaskHandler
 
     ClearMLTask.lost = True
@@ -171,16 +171,16 @@ def _disown(task: Any) -> None:
 
 
 def show(task: Any, title: str, series: str, path: Path) -> None:
-    """Report a PNG among the debug samples. Raises OSError where it is missing, and what the SDK raises."""
-    path.stat()  # the SDK passes over a missing file in silence
+    """Report a PNG among the debug samples. Raises OSError if it is missing, and what the SDK raises."""
+    path.stat()  # the SDK silently skips a missing file
     task.get_logger().report_image(title, series, iteration=0, local_path=str(path))
 
 
 def upload(task: Any, name: str, path: Path, as_model: bool) -> None:
-    """Upload a file, as output model or artifact. Raises OSError where that fails, and what the SDK raises."""
+    """Upload a file as output model or artifact. Raises OSError if that fails, and what the SDK raises."""
     from clearml import OutputModel
 
-    path.stat()  # the SDK makes an empty archive of a missing file
+    path.stat()  # the SDK makes an empty archive for a missing file
     if as_model:
         model = OutputModel(task=task, name=name, framework="PyTorch")
         model.update_weights(str(path), auto_delete_file=False)
@@ -191,23 +191,25 @@ def upload(task: Any, name: str, path: Path, as_model: bool) -> None:
 def _finish(task: Any, failed: str | None) -> None:
     folder = task.get_offline_mode_folder()
     if failed and folder:
-        task.add_tags(["failed"])  # the import of a session marks it completed, whatever it was
+        task.add_tags(["failed"])  # importing a session marks it as completed in any case
         task.get_logger().report_text(f"failed: {failed}", print_console=False)
     task.close()
     if failed and not folder:
         task.mark_failed(status_reason=failed, status_message=failed, force=True)
     if folder:
         statement = f"from clearml import Task; Task.import_offline_session({json.dumps(f'{folder}.zip')})"
-        print(f"tracking: offline session {printable(folder)}.zip, sent to a server by: {command('-c', statement)}")
+        print(
+            f"tracking: offline session {printable(folder)}.zip; send it to a server with: {command('-c', statement)}"
+        )
 
 
 def server_problem() -> UserError | None:
-    """Why the configured ClearML server cannot be used, or None; the server has PROBE_SECONDS + 1 to answer.
+    """Why the configured ClearML server cannot be used, or None; it has PROBE_SECONDS + 1 to answer.
 
-    Task.init would retry a dead server for hours without a word. The request runs in a thread because neither a
-    hanging name server nor an answer that comes byte by byte heeds a socket timeout.
+    Task.init would silently retry a dead server for hours. The request runs in a thread because socket timeouts do not
+    cover name resolution or an answer that arrives byte by byte.
     """
-    login, error = attempt(_login)  # not on the server's time: reading the SDK and its configuration takes seconds
+    login, error = attempt(_login)  # outside the timeout: importing the SDK takes seconds
     if error is None:
         outcome: queue.SimpleQueue = queue.SimpleQueue()
         threading.Thread(target=lambda: outcome.put(attempt(_ask, *login)), daemon=True).start()
@@ -231,7 +233,7 @@ def _login() -> tuple[Any, str, dict[str, Any]]:
     access = defs.ENV_ACCESS_KEY.get(default=config_obj.get("api.credentials.access_key", None))
     secret = defs.ENV_SECRET_KEY.get(default=config_obj.get("api.credentials.secret_key", None))
     if not token and not (access and secret):
-        raise UserError("no ClearML server is configured; clearml-init writes a clearml.conf")
+        raise UserError("no ClearML server is configured; run clearml-init")
     session = get_http_session_with_retry(config=config_obj)  # certificates as configured; no retries
     credentials = {"headers": {"Authorization": f"Bearer {token}"}} if token else {"auth": (access, secret)}
     return session, Session.get_api_server_host(), credentials
@@ -247,4 +249,4 @@ def _ask(session: Any, host: str, credentials: dict[str, Any]) -> None:
     if answer.status_code in (401, 403):
         raise UserError(f"the ClearML server {host} refused the login; correct the access and secret key")
     if answer.status_code >= 500:
-        raise EnvironmentFault(f"the ClearML server {host} is out of order (HTTP {answer.status_code})")
+        raise EnvironmentFault(f"the ClearML server {host} has an internal error (HTTP {answer.status_code})")

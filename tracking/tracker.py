@@ -1,12 +1,12 @@
-"""Where the numbers of a run go: always RUN/metrics.jsonl, and ClearML online, offline or not at all.
+"""Tracking of a run: always RUN/metrics.jsonl, and ClearML online, offline or not at all.
 
     tracker = open_tracker("auto", run_dir, config, name="cifar100", tags=["moe"])
     tracker.scalars({"loss/train": 0.41, "expert_load/expert_0": 0.26}, step=400, epoch=1)
     tracker.close()
 
-RUN/clearml.json lists the tasks and offline sessions of a run, so that its evaluation finds the task it belongs to.
-Tracking never decides whether training lives: the trainer writes a line of JSON and puts jobs on a queue; one
-daemon thread speaks to ClearML, whose calls block for hours when a server dies. What fails is said once.
+RUN/clearml.json lists the tasks and offline sessions of a run, so that an evaluation finds its parent task.
+Tracking never stops training: the trainer writes a line of JSON and queues jobs for ClearML, whose calls may block for
+hours when a server dies; one daemon thread runs them. A failure is reported once.
 """
 
 import json
@@ -26,21 +26,21 @@ MODES = ("auto", "clearml", "offline", "none")
 
 
 class Tracker:
-    """One run's numbers, figures and files; made by `open_tracker`.
+    """Records the numbers, figures and files of a run; created by `open_tracker`.
 
-    mode: "clearml", "offline" or "none", as resolved. task_id: of ClearML, or None; `open_tracker` takes it back.
-    sends_again: whether this is to bring a server what an earlier task lacks.
-    No method raises; none but `close` waits for anything. Files are read later: let them be until `close`.
+    mode: "clearml", "offline" or "none", as resolved. task_id: ClearML's, or None; `open_tracker` accepts it again.
+    resends: whether this tracker sends what an earlier task did not receive.
+    No method raises, and only `close` waits. Files are read later: do not change them before `close`.
     """
 
     def __init__(self, lines: TextIO, clearml: ClearMLTask | None = None, run_dir: Path | None = None):
         self._lines, self._clearml, self._run_dir, self._closed = lines, clearml, run_dir, False
         self.mode: str = clearml.mode if clearml else "none"
         self.task_id: str | None = clearml.task.id if clearml else None
-        self.sends_again = False
+        self.resends = False
 
     def scalars(self, values: dict[str, float], step: int, epoch: int | None = None) -> None:
-        """One line of JSON, and one ClearML point per value; keys are "title/series".
+        """Write one line of JSON, and send one ClearML point per value; keys are "title/series".
 
         A value that is not finite is null in the file and left out of ClearML, which would show 0.0.
         """
@@ -50,26 +50,26 @@ class Tracker:
             self._lines.write(json.dumps(record) + "\n")
             self._lines.flush()
         except (OSError, ValueError) as error:  # ValueError: written after close()
-            say(f"tracking: {self._lines.name} cannot be written ({error}); going on")
+            say(f"tracking: {self._lines.name} cannot be written ({error}); training continues")
         self._points(finite, step)
 
     def summary(self, values: dict[str, float]) -> None:
-        """Final numbers, one each, for ClearML's table of runs; they are not written to the file."""
+        """Final numbers for ClearML's table of runs; they are not written to the file."""
         for key, value in values.items():
             if _is_finite(value):
                 self._log("report_single_value", key, float(value))
 
     def figure(self, title: str, series: str, path: Path) -> None:
-        """A PNG file, shown among the debug samples."""
+        """A PNG file, shown under debug samples."""
         self._send(show, title, series, Path(path))
 
     def table(self, title: str, series: str, header: list[str], rows: list[list]) -> None:
-        """A table of text and numbers, shown among the plots; what is not finite is left empty."""
+        """A table of text and numbers, shown under plots; numbers that are not finite are left empty."""
         cells = [["" if isinstance(v, float) and not _is_finite(v) else v for v in row] for row in rows]
         self._log("report_table", title, series, iteration=0, table_plot=[list(header), *cells])
 
     def bars(self, title: str, series: str, labels: Sequence[str], values: dict[str, Sequence[float | None]]) -> None:
-        """Grouped bars, one group a label and one colour a key of `values`, among the plots; drawn by the viewer.
+        """Grouped bars under plots: one group per label, one colour per key of `values`.
 
         A value that is None or not finite is a gap.
         """
@@ -84,9 +84,9 @@ class Tracker:
         rows: tuple[str, Sequence[str]],
         columns: tuple[str, Sequence[str]],
     ) -> None:
-        """A heat map, first row on top, among the plots; a value that is None or not finite is a gap.
+        """A heat map under plots, first row on top; a value that is None or not finite is a gap.
 
-        rows, columns: what they are, and the name of each.
+        rows, columns: axis title, and the name of each.
         """
         self._log(
             "report_confusion_matrix",
@@ -102,7 +102,7 @@ class Tracker:
         )
 
     def lines(self, title: str, curves: dict[str, Sequence[tuple[float, float]]], axes: tuple[str, str]) -> None:
-        """Curves of (x, y) points over one another, among the plots; a point that is not finite is left out."""
+        """Curves of (x, y) points in one plot; a point that is not finite is left out."""
         for series, points in curves.items():
             finite = [point for point in points if all(map(_is_finite, point))]
             if finite:
@@ -111,17 +111,17 @@ class Tracker:
                 )
 
     def artifact(self, name: str, path: Path) -> None:
-        """A file to keep as it is."""
+        """Upload a file unchanged."""
         self._send(upload, name, Path(path), False)
 
     def model(self, path: Path, name: str) -> None:
-        """A file of weights: the task's output model; offline, where the SDK cannot do that, an artifact."""
+        """Upload weights as the task's output model; offline, where the SDK cannot do that, as an artifact."""
         self._send(upload, name, Path(path), self.mode == "clearml")
 
     def close(self, failed: str | None = None) -> None:
-        """Send what is left; mark the task completed, or failed for the reason given. Idempotent.
+        """Send the rest and mark the task as completed, or failed with a reason. Idempotent.
 
-        Waits for uploads, but no longer than CLOSE_SECONDS once the server has stopped answering.
+        Waits for uploads, but at most CLOSE_SECONDS for a server that has stopped answering.
         """
         if not self._closed and self._clearml:
             whole = self._clearml.close(failed)
@@ -144,8 +144,8 @@ class Tracker:
             title, _, series = key.partition("/")
             self._log("report_scalar", title, series or title, value, step)
 
-    def _send_again(self, records: list[dict[str, Any]]) -> None:
-        """Give the task the lines that the file already holds: it may lack some, or be another than before."""
+    def _resend(self, records: list[dict[str, Any]]) -> None:
+        """Send the lines that are already in the file: the task may lack some, or be a new one."""
         for record in records:
             values = {key: value for key, value in record.items() if "/" in key and _is_finite(value)}
             self._points(values, record.get("step", 0))
@@ -167,14 +167,15 @@ def open_tracker(
     tags: Sequence[str] = (),
     task_id: str | None = None,
     resume_step: int | None = None,
+    parent: str | None = None,
 ) -> Tracker:
-    """Open RUN/metrics.jsonl and, by mode, a ClearML task; prints one line on where the numbers go.
+    """Open RUN/metrics.jsonl and, by mode, a ClearML task; prints one line about both.
 
-    mode: "clearml" (the configured server, or an error), "offline" (a session, to be imported later), "none",
+    mode: "clearml" (the configured server, or an error), "offline" (a session to import later), "none",
     or "auto": the server if one is configured and answers, else offline, else none. config: nested dicts,
-    shown as hyperparameters, one section for each top-level key. task_id: go on with this task, if it is on the
-    server. resume_step: drop the lines of metrics.jsonl after this step, and send the others again. ClearML sets the
-    seeds of random, numpy and torch to a number of its own: seed after this call.
+    shown as hyperparameters, one section per top-level key. task_id: continue this task, if the server has it.
+    resume_step: drop the lines of metrics.jsonl after this step, and send the others again. parent: id of the parent
+    of a new task. ClearML sets its own seeds for random, numpy and torch: set yours after this call.
 
     Raises UserError (unknown mode, no server configured, login refused) and its subclass EnvironmentFault (no
     answer from the server, clearml or the file cannot be used). Mode "auto" raises only for the file.
@@ -184,7 +185,7 @@ def open_tracker(
     lines, before = _open_lines(Path(run_dir) / "metrics.jsonl", resume_step)
     attempts = {"auto": ("clearml", "offline"), "none": ()}.get(mode, (mode,))
     try:
-        clearml, reasons = _first_task(attempts, mode == "auto", config, name, list(tags), task_id)
+        clearml, reasons = _first_task(attempts, mode == "auto", config, name, list(tags), task_id, "training", parent)
     except UserError:
         lines.close()
         raise
@@ -194,16 +195,21 @@ def open_tracker(
     if clearml:
         _remember(Path(run_dir), clearml, whole=False)
     if resume_step is not None:
-        tracker._send_again(before)
+        tracker._resend(before)
     return tracker
+
+
+def silent_tracker() -> Tracker:
+    """A tracker that writes nothing: of a process whose numbers another one writes."""
+    return Tracker(open(os.devnull, "w", encoding="utf-8"))
 
 
 def open_evaluation(mode: str, run_dir: Path, config: dict, *, name: str, tags: Sequence[str] = ()) -> Tracker:
     """A tracker for a later evaluation of the run in `run_dir`: a task of its own under that of the training.
 
-    mode: "clearml" (the configured server, or an error), "none", or "auto": the server where the training's task is on
-    one and it answers. The parent is the run's last task on a server, if any; where that lacks something, the numbers
-    of metrics.jsonl are sent too. Writes no line. Raises as `open_tracker`.
+    mode: "clearml" (the configured server, or an error), "none", or "auto": the server of the training's task, if it
+    has one and it answers. The parent is the run's last task on a server, if any; if that task is incomplete, the
+    numbers of metrics.jsonl are sent too. Writes nothing to metrics.jsonl. Raises as `open_tracker`.
     """
     if mode not in ("auto", "clearml", "none"):
         raise UserError(f"tracking mode {mode!r} is unknown here: choose auto, clearml or none")
@@ -216,14 +222,14 @@ def open_evaluation(mode: str, run_dir: Path, config: dict, *, name: str, tags: 
         print("tracking: " + ("ClearML" if clearml else f"none ({reasons[0]})"))
     tracker = Tracker(open(os.devnull, "w", encoding="utf-8"), clearml)  # noqa: SIM115 - the tracker closes it
     if clearml and not (online and online[-1].get("whole")):
-        tracker.sends_again = True
-        tracker._send_again(RunFolder(Path(run_dir)).history())
+        tracker.resends = True
+        tracker._resend(RunFolder(Path(run_dir)).history())
     return tracker
 
 
 def tasks_of(run_dir: Path) -> list[dict[str, str]]:
-    """What RUN/clearml.json lists, oldest first: mode, task_id, the task's page or the offline session's file, and
-    whole: whether everything arrived there.
+    """The entries of RUN/clearml.json, oldest first: mode, task_id, the task's page or the offline session's file, and
+    whole: whether everything arrived.
     """
     try:
         listed = json.loads((Path(run_dir) / "clearml.json").read_text(encoding="utf-8"))
@@ -239,11 +245,11 @@ def _remember(run_dir: Path, clearml: ClearMLTask, whole: bool) -> None:
     try:
         write_json(run_dir / "clearml.json", [*others, task])
     except UserError as error:
-        say(f"tracking: {error}; going on")
+        say(f"tracking: {error}; training continues")
 
 
 def _first_task(attempts: Sequence[str], tolerant: bool, *task: Any) -> tuple[ClearMLTask | None, list[str]]:
-    """The task in the first mode that works and why the modes before it do not; none if `tolerant`, else it raises."""
+    """The task in the first mode that works, and why the earlier modes failed; None if `tolerant`, else it raises."""
     reasons = []
     for attempt in attempts:
         try:
@@ -256,7 +262,7 @@ def _first_task(attempts: Sequence[str], tolerant: bool, *task: Any) -> tuple[Cl
 
 
 def _drawn(value: float | None) -> float | None:
-    """The value, or None, which plots leave out, for one that is not finite."""
+    """The value, or None (a gap in a plot) if it is not finite."""
     return float(value) if _is_finite(value) else None
 
 
@@ -265,7 +271,7 @@ def _is_finite(value: float | None) -> bool:
 
 
 def _open_lines(path: Path, last_step: int | None) -> tuple[TextIO, list[dict[str, Any]]]:
-    """The file, to append to, less its lines after last_step and a truncated one; and the lines it keeps.
+    """Open the file for appending, without lines after last_step and truncated ones; and the lines that remain.
 
     Raises EnvironmentFault.
     """

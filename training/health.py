@@ -1,4 +1,4 @@
-"""What goes wrong while training: numbers that are not finite, and experts that nothing reaches."""
+"""Health checks of training: numbers that are not finite, and experts that are hardly used."""
 
 from collections.abc import Iterable
 
@@ -21,82 +21,89 @@ COLLAPSED = 0.999  # share of the assignments on as many experts as one sample s
 
 
 class NumberWatch:
-    """The first step of which a number is not finite, kept on the device so that no step has to wait for it.
+    """Records the first step with a number that is not finite, on the device, so that no step has to wait.
 
-    terms: names of what is watched, causes before effects. From that step on `found_inf` is 1.0, by which the fused
-    optimizer on a GPU leaves the weights as they are; the host learns of it when it next calls `check`: when the
-    progress bar is drawn, and before anything is validated, saved or logged. On a CPU every step looks.
+    terms: names of the numbers, causes before effects. From that step on `found_inf` is 1.0, which makes the fused
+    optimizer on a GPU skip its updates; the host notices at its next `check`: when the progress bar is drawn, and
+    before anything is validated, saved or logged. On a CPU every step checks.
     """
 
-    def __init__(self, terms: Iterable[str], device: torch.device):
+    def __init__(self, terms: Iterable[str], device: torch.device, processes: int = 1):
         self.terms = list(terms)
+        self.bad_P = torch.zeros(processes, dtype=torch.bool, device=device)  # processes with the first of them
         self.bad_T = torch.zeros(len(self.terms), dtype=torch.bool, device=device)
         self.good_steps = torch.zeros((), dtype=torch.int64, device=device)
         self.found_inf = torch.zeros((), device=device)
         self._zero = torch.zeros((), device=device)
 
     def reset(self) -> None:
-        """Count steps from here; in place, because a captured step writes where it always did."""
-        for tensor in (self.bad_T, self.good_steps, self.found_inf):
+        """Restart the count of steps, in place, because a captured step writes to the same tensors."""
+        for tensor in (self.bad_T, self.bad_P, self.good_steps, self.found_inf):
             tensor.zero_()
 
-    def record(self, values: dict[str, Tensor]) -> None:
-        """Take note of a step's scalars; a term that the step has not counts as good."""
+    def record(self, values: dict[str, Tensor], bad_P: Tensor | None = None) -> None:
+        """Record a step's scalars; a missing term counts as finite. bad_P: bool, whose input or loss was not finite."""
         values_T = torch.stack([values.get(term, self._zero).detach().float() for term in self.terms])
         now_T = ~torch.isfinite(values_T)
+        if bad_P is not None:
+            self.bad_P.copy_(torch.where(self.bad_T.any(), self.bad_P, bad_P))
         self.bad_T.copy_(torch.where(self.bad_T.any(), self.bad_T, now_T))
         self.found_inf.copy_(self.bad_T.any())
         self.good_steps += self.found_inf == 0
 
     def check(self) -> tuple[int, str] | None:
-        """(good steps before the first bad one, its offending term), or None where all is well; waits for a GPU."""
+        """(good steps before the first bad one, its first bad term), or None; waits for a GPU."""
         if not float(self.found_inf):
             return None
         return int(self.good_steps), self.terms[int(self.bad_T.to(torch.uint8).argmax())]
 
+    def where(self) -> str:
+        """ " on rank 1": the first process that had the number, of several; waits for a GPU."""
+        return f" on rank {int(self.bad_P.to(torch.uint8).argmax())}" if self.bad_P.any() else ""
 
-def not_finite(term: str, step: int, epoch: int, kept: str) -> UserError:
-    """The error that ends training; kept: the last good checkpoint, in words."""
+
+def not_finite(term: str, step: int, epoch: int, kept: str, where: str = "") -> UserError:
+    """The error that ends training. kept: the last good checkpoint, in words. where: the process, of several."""
     kind, _, name = term.rpartition(" ")
     weight = f" or --balance.{name}" if kind == "auxiliary loss" else ""
     remedy = REMEDIES.get(term, f"lower --optim.lr{weight}")
-    if step == 1 and term != OUTPUT:  # no weight has moved yet, so that the learning rate cannot be the cause
+    if step == 1 and term != OUTPUT:  # no weight has changed yet, so the learning rate cannot be the cause
         cause = f"set --balance.{name} to 0 or" if weight else "lower the weights of --balance, or"
-        remedy = f"no step was taken yet, so {cause} set --router.temperature and --router.noise_std nearer to 1"
+        remedy = f"no weight has changed yet, so {cause} set --router.temperature and --router.noise_std closer to 1"
     return UserError(
-        f"the {term} is not finite at step {step}, in epoch {epoch}: {remedy} (last good checkpoint: {kept})"
+        f"the {term} is not finite{where} at step {step}, in epoch {epoch}: {remedy} (last good checkpoint: {kept})"
     )
 
 
 class RoutingWatch:
-    """Says once that the gate has collapsed, and once of each expert that it is hardly used.
+    """Warns once if the gate has collapsed, and once per expert that is hardly used.
 
-    router, balance: they decide which option helps. said: what has been said, to be stored with a checkpoint.
+    router, balance: they decide which option helps. warned: warnings that were given, stored in checkpoints.
     """
 
     def __init__(self, router: Router, balance: BalanceConfig, warmup_steps: int):
-        self.top_k, self.target_E, self.said = router.top_k, router.target_E.cpu().numpy(), []
+        self.top_k, self.target_E, self.warned = router.top_k, router.target_E.cpu().numpy(), []
         self.remedy = _remedy(router, balance, warmup_steps)
 
     def check(self, load_E: np.ndarray, epoch: int, split: str, where: str = "") -> None:
-        """After an epoch of the learned gate. load_E: assignments of each expert, or shares, on a split.
+        """Check the load after an epoch of the learned gate. load_E: assignments or shares per expert on a split.
 
-        where: the block that has the gate, in words, where there are several.
+        where: the block of the gate, in words, if there are several.
         """
         if len(load_E) <= self.top_k or not load_E.sum():
             return
         order_E = np.argsort(-load_E, kind="stable")
         busy = sorted(order_E[: self.top_k].tolist())
         if load_E[busy].sum() >= COLLAPSED * load_E.sum():
-            if "collapse" not in self.said:
-                self.said += ["collapse", *(f"expert {expert}" for expert in range(len(load_E)))]
+            if "collapse" not in self.warned:
+                self.warned += ["collapse", *(f"expert {expert}" for expert in range(len(load_E)))]
                 what = f"all {split} images of epoch {epoch} went{where} to {_experts(busy)}"
                 warn(f"routing has collapsed: {what}; {self.remedy}")
             return
         idle = np.flatnonzero(underused(load_E, self.target_E))
-        idle = [expert for expert in idle.tolist() if f"expert {expert}" not in self.said]
+        idle = [expert for expert in idle.tolist() if f"expert {expert}" not in self.warned]
         if idle:
-            self.said += [f"expert {expert}" for expert in idle]
+            self.warned += [f"expert {expert}" for expert in idle]
             share = 100 * load_E[idle].max() / load_E.sum()
             most = f"{share:.1f} %" if len(idle) == 1 else f"at most {share:.1f} % each"
             warn(f"{_experts(idle)} received {most} of the {split} assignments of epoch {epoch}{where}; {self.remedy}")
@@ -109,10 +116,10 @@ def _experts(numbers: list[int]) -> str:
 
 
 def _remedy(router: Router, balance: BalanceConfig, warmup_steps: int) -> str:
-    """Which option evens the load under this rule."""
+    """The option that evens the load under this rule."""
     if not router.learns:
-        return "a fixed rule decides, so use fewer --experts.sizes"
-    loss = f"raise --balance.switch (now {balance.switch:g}), tenfold or more"
+        return "this rule is fixed, so use fewer --experts.sizes"
+    loss = f"raise --balance.switch (now {balance.switch:g}), by ten times or more"
     rate = getattr(router, "bias_rate", None)
     options = [f"raise --router.bias_rate (now {rate:g})"] if rate else [loss]
     if rate == 0:

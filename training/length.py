@@ -1,4 +1,4 @@
-"""How long a training is: steps of an epoch, the share of them that routes at random, and the time they will take."""
+"""The length of a training: steps per epoch, random warm-up steps, and expected time."""
 
 import math
 from dataclasses import replace
@@ -11,14 +11,14 @@ DAY = 24 * 3600
 
 
 def steps_per_epoch(config: TrainConfig, images: int) -> int:
-    """Steps of an epoch of so many training images. Raises UserError for a batch larger than all of them."""
+    """Steps per epoch for a number of training images. Raises UserError for a batch larger than that."""
     if config.batch_size > images:
         raise UserError(f"train.batch_size {config.batch_size} is larger than the {images} training images: lower it")
     return math.ceil(images / config.batch_size)
 
 
 def shorten_warmup(config: Config, images: int) -> Config:
-    """The configuration with random routing in at most half of the steps, which is said where it changes anything.
+    """The configuration with random routing in at most half of the steps; prints a line if that changes it.
 
     Raises UserError as `steps_per_epoch`.
     """
@@ -33,7 +33,7 @@ def shorten_warmup(config: Config, images: int) -> Config:
 
 
 def check_warmup(random_steps: int, steps: int) -> None:
-    """Raise UserError for random routing that never ends."""
+    """Raise UserError if all steps would be routed at random."""
     if random_steps >= steps:
         raise UserError(
             f"router.warmup_steps {random_steps} routes all {steps} steps at random and never trains the gate: lower "
@@ -42,20 +42,20 @@ def check_warmup(random_steps: int, steps: int) -> None:
 
 
 class Pace:
-    """Says once how long a training will take at the pace of its epochs, where that is over a day."""
+    """Warns once if a training will take over a day at its present speed."""
 
     def __init__(self, epochs: int, views: int):
-        """epochs: of the whole training. views: so many of the first epochs may be slower, as they extract features."""
-        self.epochs, self.views, self.said = epochs, views, False
+        """epochs: of the whole training. views: first epochs that may be slower, because they extract features."""
+        self.epochs, self.views, self.warned = epochs, views, False
 
     def check(self, epoch: int, seconds: float) -> None:
-        """To be called after each epoch with its seconds."""
+        """Call after each epoch with its seconds."""
         left = self.epochs - epoch if epoch >= self.views else self.views - epoch
-        if self.said or left * seconds < DAY:
+        if self.warned or left * seconds < DAY:
             return
-        self.said = True
+        self.warned = True
         warn(
-            f"the epochs that are left take {_long(left * seconds)} or more at {seconds:.1f} s an epoch: lower "
+            f"the remaining epochs will take {_long(left * seconds)} or more at {seconds:.1f} s per epoch: lower "
             "--train.epochs, or set --train.patience"
         )
 

@@ -1,4 +1,4 @@
-"""Whether the activations of a training step through the ViT fit into a GPU, and what to do where they do not."""
+"""Whether the activations of a training step through the ViT fit into the GPU's memory."""
 
 import torch
 from torch import Tensor
@@ -6,12 +6,12 @@ from torch import Tensor
 from common.errors import UserError
 from model.moe_vit import MoEViT
 
-SHARE = 0.85  # of the free memory that activations may take; gradients, optimizer and workspaces take the rest
-KEPT = 1 / 3  # of the activations that recomputing leaves: what experts, gates and norms read
+SHARE = 0.85  # share of the free memory for activations; gradients, optimizer and workspaces need the rest
+KEPT = 1 / 3  # share of the activations that recomputing keeps: inputs of experts, gates and norms
 
 
 def bytes_per_image(model: MoEViT, image_1CHW: Tensor) -> int:
-    """Bytes that a training step keeps of one more image for its backward pass; the model stays as it is."""
+    """Bytes of activations that a training step stores per image; the model is not changed."""
     was_training = model.training
     model.eval()
     sizes = []
@@ -24,7 +24,9 @@ def bytes_per_image(model: MoEViT, image_1CHW: Tensor) -> int:
             return value
 
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
-            logits_BC, _ = model(image_1CHW.expand(count, -1, -1, -1))  # held until all has been counted
+            logits_BC, _ = model(
+                image_1CHW.expand(count, -1, -1, -1)
+            )  # keeps the graph alive until everything is counted
         sizes.append(sum(kept.values()))
         del logits_BC
     model.train(was_training)
@@ -32,10 +34,10 @@ def bytes_per_image(model: MoEViT, image_1CHW: Tensor) -> int:
 
 
 def must_recompute(choice: str, per_image: int, batch_size: int, free: int) -> bool:
-    """Whether a step recomputes the frozen parts of the blocks, by train.recompute (auto, on, off).
+    """Whether a step recomputes the frozen parts of the blocks, from train.recompute (auto, on, off).
 
-    per_image: what `bytes_per_image` counts without that. free: bytes of the device. Raises UserError where the batch
-    does not fit, and says which would.
+    per_image: bytes from `bytes_per_image`, without recomputing. free: free bytes of the device. Raises UserError,
+    which names a batch size that fits, if the batch does not.
     """
     room = SHARE * free
     fits_kept, fits_recomputed = int(room // per_image), int(room // (KEPT * per_image))
@@ -47,7 +49,7 @@ def must_recompute(choice: str, per_image: int, batch_size: int, free: int) -> b
         need = batch_size * per_image * (KEPT if recompute else 1)
         less = " or --train.recompute on" if choice == "off" else ""
         raise UserError(
-            f"a step of train.batch_size {batch_size} keeps about {need / 1e9:.0f} GB of activations, and the GPU has "
+            f"a step of train.batch_size {batch_size} needs about {need / 1e9:.0f} GB for activations, and the GPU has "
             f"{free / 1e9:.0f} GB free: set --train.batch_size {max(1, fits)}{less}"
         )
     return recompute

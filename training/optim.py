@@ -1,15 +1,17 @@
 """The optimizer and its schedule."""
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
 
 from config.optim import OptimConfig
+from model.parts import class_rows, part_of
 
 
 def lr_factor(step: int, total_steps: int, config: OptimConfig) -> float:
-    """Learning rate of a step (0-based) as a share of the peak.
+    """Learning rate of a step (0-based) relative to the peak.
 
     Linear from 1/w to 1 over the w warm-up steps, then constant, or half a cosine down to 0 at `total_steps`
     (Loshchilov 2017, SGDR, without restarts).
@@ -23,9 +25,10 @@ def lr_factor(step: int, total_steps: int, config: OptimConfig) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, total_steps: int, config: OptimConfig) -> None:
-    """Give every group the learning rate of a step (0-based)."""
-    lr = config.lr * lr_factor(step, total_steps, config)
+    """Set the learning rate of a step (0-based) in every parameter group."""
+    peak = config.lr * lr_factor(step, total_steps, config)
     for group in optimizer.param_groups:
+        lr = peak * group.get("multiple", 1.0)
         if isinstance(group["lr"], torch.Tensor):
             group["lr"].fill_(lr)
         else:
@@ -37,12 +40,26 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     from timm.optim import param_groups_weight_decay  # here, because importing timm takes seconds
 
     groups = param_groups_weight_decay(model, config.weight_decay)
+    if config.lr_of:
+        groups = _by_rate(model, groups, config.multiples)
     kinds = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
     device = next(model.parameters()).device
     if device.type != "cuda":
         return kinds[config.kind](groups, lr=config.lr)
-    for group in groups:  # one tensor each, which a captured step reads again
+    for group in groups:  # one tensor each, which a captured step reads
         group["lr"] = torch.tensor(config.lr, device=device)
     optimizer = kinds[config.kind](groups, fused=True, capturable=True)
-    optimizer._warned_capturable_if_run_uncaptured = True  # the first steps are, and PyTorch would warn of it
+    optimizer._warned_capturable_if_run_uncaptured = True  # the first steps are not captured, and PyTorch would warn
     return optimizer
+
+
+def _by_rate(model: nn.Module, groups: list[dict[str, Any]], multiples: dict[str, float]) -> list[dict[str, Any]]:
+    """The groups split by the part that each parameter belongs to, where that has a learning rate of its own."""
+    rows = class_rows(model)
+    multiple = {value: multiples.get(part_of(name, rows) or "", 1.0) for name, value in model.named_parameters()}
+    return [
+        {**group, "params": chosen, "multiple": times}
+        for group in groups
+        for times in dict.fromkeys([1.0, *multiples.values()])
+        if (chosen := [value for value in group["params"] if multiple[value] == times])
+    ]

@@ -1,4 +1,4 @@
-"""How far an epoch has come, what it has added up, and what that says."""
+"""The progress of an epoch: its steps, sums and metrics."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,9 +14,9 @@ from training.step import StepResult
 
 @dataclass
 class EpochSums:
-    """Sums over the samples of an epoch so far; the tensors are on the device.
+    """Sums over the samples of an epoch so far; tensors on the device.
 
-    importance_LE, auxiliary (L,) and learned_samples are of the steps that the learned gate routed.
+    importance_LE, auxiliary (L,) and learned_samples cover only the steps with learned routing.
     """
 
     loss: Tensor
@@ -25,19 +25,19 @@ class EpochSums:
     dropped: Tensor
     samples: int = 0
     learned_samples: int = 0
-    assignments: int = 0
+    assignments: int | Tensor = 0
     auxiliary: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def zeros(cls, places: int, num_experts: int, device: torch.device) -> "EpochSums":
-        """The sums of an epoch that has not begun."""
+        """The sums at the start of an epoch."""
         loss, correct, dropped = torch.zeros(3, device=device)
         return cls(loss, correct, torch.zeros(places, num_experts, device=device), dropped)
 
     def add(self, result: StepResult, samples: int) -> None:
-        """Add a step on so many samples."""
+        """Add a step on `samples` samples."""
         self.samples += samples
-        self.assignments += result.assignments
+        self.assignments = self.assignments + result.assignments
         self.loss += result.loss * samples
         self.correct += result.correct
         self.dropped += result.dropped
@@ -48,12 +48,12 @@ class EpochSums:
                 self.auxiliary[name] = self.auxiliary.get(name, 0.0) + loss * samples
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values that `load_state_dict` takes back."""
-        return vars(self) | {"auxiliary": dict(self.auxiliary)}
+        """Tensors and plain values for `load_state_dict`."""
+        return vars(self) | {"auxiliary": dict(self.auxiliary), "assignments": int(self.assignments)}
 
     def load_state_dict(self, state: dict[str, Any]) -> "EpochSums":
-        """Take over what `state_dict` returned; shapes and device stay. Raises KeyError, TypeError, RuntimeError."""
-        state = {"importance_LE": state.get("importance_E")} | state  # of a run of an earlier version: one place
+        """Load a state from `state_dict` in place. Raises KeyError, TypeError, RuntimeError."""
+        state = {"importance_LE": state.get("importance_E")} | state  # runs of version 0.1 have one place
         for name in ("loss", "correct", "importance_LE", "dropped"):
             getattr(self, name).copy_(state[name])
         for name in ("samples", "learned_samples", "assignments"):
@@ -63,23 +63,23 @@ class EpochSums:
         return self
 
     def running(self) -> str:
-        """Loss, accuracy and balance so far, for the bar; waits for the device."""
+        """Loss, accuracy and balance so far; waits for the device."""
         load_E = self.importance_LE.sum(0).cpu().numpy()
         balance = f"balance {balance_figures(load_E)['balance/entropy']:.2f}" if load_E.sum() else "random routing"
         loss, accuracy = float(self.loss) / self.samples, float(self.correct) / self.samples
         return f"loss {loss:.3f}, accuracy {accuracy:.3f}, {balance}"
 
     def values(self, usage_LE: np.ndarray, floors: dict[str, float], places: Sequence[str]) -> dict[str, float]:
-        """The epoch's numbers by "title/series"; of several places those of each too.
+        """The epoch's metrics by "title/series"; with several places also those of each place.
 
         usage_LE: samples that the learned gate sent to each expert at each of `places`. floors: the auxiliary losses at
         perfect balance.
         """
-        dropped = float(self.dropped)
+        dropped, assignments = float(self.dropped), int(self.assignments)
         values = {
             "loss/train": float(self.loss) / self.samples,
             "accuracy/train": float(self.correct) / self.samples,
-            "balance/drop_rate": dropped / (dropped + self.assignments),
+            "balance/drop_rate": dropped / (dropped + assignments),
         }
         for name, total_L in self.auxiliary.items():
             losses_L = (total_L / self.learned_samples).tolist()
@@ -88,7 +88,7 @@ class EpochSums:
                 pairs = zip(places, losses_L, strict=True)
                 values |= {f"loss_auxiliary_{place}/{name}": loss for place, loss in pairs}
         values |= {f"loss_auxiliary_floor/{name}": floor for name, floor in floors.items()}
-        if usage_LE.sum():  # learned routing only: random warm-up would hide a collapsed gate
+        if usage_LE.sum():  # only learned routing: random warm-up would hide a collapsed gate
             importance_E = self.importance_LE.sum(0).cpu().numpy()
             values |= shares("expert_load", usage_LE.sum(axis=0)) | shares("expert_importance", importance_E)
             values |= balance_figures(usage_LE.sum(axis=0) / usage_LE.sum())
@@ -99,10 +99,10 @@ class EpochSums:
 
 @dataclass
 class Progress:
-    """How far the current epoch has come.
+    """The progress of the current epoch.
 
-    batches: steps done. usage_before_LE: the model's usage counters when the epoch began. seconds: spent on it by
-    processes that were interrupted.
+    batches: steps done. usage_before_LE: the model's usage counters at its start. seconds: time spent on it by
+    interrupted processes.
     """
 
     sums: EpochSums
@@ -111,19 +111,19 @@ class Progress:
     seconds: float = 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values that `from_state` takes back."""
+        """Tensors and plain values for `from_state`."""
         return vars(self) | {"sums": self.sums.state_dict()}
 
     @classmethod
     def from_state(cls, state: dict[str, Any], zeros: EpochSums) -> "Progress":
-        """The progress that `state_dict` described, in the tensors of `zeros`."""
+        """The progress of a state from `state_dict`, in the tensors of `zeros`."""
         before = state["usage_before_LE"] if "usage_before_LE" in state else state["usage_before_E"]
         usage_LE = torch.zeros_like(zeros.importance_LE, dtype=torch.int64).copy_(before)
         return cls(zeros.load_state_dict(state["sums"]), usage_LE, int(state["batches"]), float(state["seconds"]))
 
 
 def shares(title: str, counts_E: np.ndarray) -> dict[str, float]:
-    """The share of each expert by "title/series"."""
+    """Each expert's share by "title/series"."""
     return {f"{title}/expert_{e}": float(share) for e, share in enumerate(counts_E / max(counts_E.sum(), 1e-30))}
 
 

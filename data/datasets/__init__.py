@@ -1,4 +1,4 @@
-"""Data sets, one in each file, which registers itself; and how they are chosen and split."""
+"""Datasets, one per file, which registers itself."""
 
 from importlib import import_module
 from pkgutil import iter_modules

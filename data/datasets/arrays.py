@@ -1,4 +1,4 @@
-"""Arrays of images and labels: a NumPy .npz file, or a folder of Parquet files as the Hugging Face hub has them."""
+"""Arrays of images and labels: a NumPy .npz file, or a folder of Parquet files from the Hugging Face hub."""
 
 import json
 import re
@@ -28,7 +28,7 @@ NAMES = ("names", "class_names", "classes")
 
 @dataclass
 class Table:
-    """One split as it was stored: images uint8 (N, 3, S, S), and a label of each, a whole number or a text."""
+    """A stored split: images uint8 (N, 3, S, S), and a label for each, a whole number or a text."""
 
     images_NCHW: Tensor
     labels_N: np.ndarray
@@ -42,15 +42,15 @@ class Table:
 def load(config) -> Parts:
     """Train, validation (or None) and test (or None) of the file or folder that data.root names.
 
-    Raises UserError for what does not hold images and labels, EnvironmentFault where pyarrow is missing.
+    Raises UserError if there are no images and labels, EnvironmentFault if pyarrow is missing.
     """
     root = config.require_place("an .npz file, or a folder of .parquet files")
     if not root.is_dir() and not root.is_file():
-        raise UserError(f"--data.root {root} is not there: name an .npz file, or a folder of .parquet files")
+        raise UserError(f"--data.root {root} does not exist: name an .npz file, or a folder of .parquet files")
     tables, names = (_read_parquet if root.is_dir() else _read_npz)(root, config.image_size)
     if "train" not in tables:
-        raise UserError(f"{root} has {' and '.join(tables)} images alone: the training images are missing")
-    if not names:  # the classes are the labels that occur
+        raise UserError(f"{root} has {' and '.join(tables)} images only: the training images are missing")
+    if not names:  # the classes are the labels of the training images
         values = np.unique(tables["train"].labels_N)
         names = [str(value) for value in values]
         for split, table in tables.items():
@@ -62,9 +62,9 @@ def load(config) -> Parts:
 
 
 def _places(root: Path, split: str, labels_N: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """The place of each label among the sorted values of the training labels."""
+    """The index of each label among the sorted training labels."""
     if labels_N.dtype.kind == "i" and len(labels_N) and labels_N.min() < 0:
-        raise UserError(f"{root} has the {split} label {labels_N.min()}: images without a label are to be left out")
+        raise UserError(f"{root} has the {split} label {labels_N.min()}: leave out images without a label")
     unknown = np.setdiff1d(labels_N, values)
     if len(unknown):
         raise UserError(f"{root} has the {split} label '{unknown[0]}', which no training image has")
@@ -80,7 +80,7 @@ def _image_set(root: Path, split: str, table: Table, names: Sequence[str]) -> Im
     if labels_N.dtype.kind not in "iu":
         numbers = {name: number for number, name in enumerate(names)}
         if unknown := sorted(set(labels_N.tolist()) - numbers.keys()):
-            raise UserError(f"{root} has the {split} label '{unknown[0]}', which is none of its names")
+            raise UserError(f"{root} has the {split} label '{unknown[0]}', which is not one of its names")
         labels_N = np.array([numbers[label] for label in labels_N.tolist()])
     elif len(labels_N) and not 0 <= labels_N.min() <= labels_N.max() < len(names):
         raise UserError(
@@ -105,9 +105,9 @@ def _read_npz(path: Path, size: int) -> tuple[dict[str, Table], list[str]]:
             names = next((arrays[name].ravel().astype(str) for name in NAMES if name in arrays.files), ())
     except UserError:
         raise
-    except Exception as error:  # bytes that are no arrays make the readers fail in every way there is
+    except Exception as error:  # the readers raise all kinds of errors on other files
         reason = one_line(error, 120) or type(error).__name__
-        raise UserError(f"{path} is no .npz file of plain arrays ({reason}): write it with numpy.savez") from error
+        raise UserError(f"{path} is not an .npz file of plain arrays ({reason}): write it with numpy.savez") from error
     height, width = min(sides)
     if min(height, width) < size:
         warn(f"images of {height} x {width} are enlarged to {size} x {size}: --data.image_size {height} keeps them")
@@ -118,8 +118,8 @@ def _require_memory(path: Path, claimed: int) -> None:
     free = available_memory()
     if free is not None and claimed > free:
         raise EnvironmentFault(
-            f"{path} holds {claimed / 1e9:,.1f} GB of arrays, and {free / 1e9:,.1f} GB of memory are free: use smaller "
-            "or fewer images, or image files and --data.name folder"
+            f"{path} holds {claimed / 1e9:,.1f} GB of arrays, but only {free / 1e9:,.1f} GB of memory are free: use "
+            "smaller or fewer images, or image files and --data.name folder"
         )
 
 
@@ -153,8 +153,7 @@ def _pixels(name: str, images: np.ndarray) -> np.ndarray:
     if images.dtype != np.uint8:
         if images.dtype.kind not in "biuf" or not 0 <= images.min() <= images.max() <= 255:  # NaN is neither
             raise UserError(
-                f"{name} has numbers outside 0 to 255, or that are none ({images.dtype}): scale them to 0 to 255 or "
-                "0 to 1"
+                f"{name} has values outside 0 to 255, or NaN ({images.dtype}): scale them to 0 to 255 or 0 to 1"
             )
         unit = images.dtype.kind in "bf" and images.max() <= 1
         images = np.round(images * np.float32(255 if unit else 1)).astype(np.uint8)
@@ -174,7 +173,7 @@ def _labels(name: str, labels: np.ndarray) -> np.ndarray:
 
 
 def _resized(pixels_NHWC: np.ndarray, size: int) -> Tensor:
-    """uint8 (N, 3, size, size): the centre squares, bicubic, as image files are read."""
+    """uint8 (N, 3, size, size): the centre squares, resized (bicubic) as image files are."""
     images_NCHW = empty_images(len(pixels_NHWC), size)
     for row, pixels_HWC in enumerate(pixels_NHWC):
         square = centre_square(Image.fromarray(np.ascontiguousarray(pixels_HWC)))
@@ -184,7 +183,7 @@ def _resized(pixels_NHWC: np.ndarray, size: int) -> Tensor:
 
 
 def _read_parquet(root: Path, size: int) -> tuple[dict[str, Table], list[str]]:
-    """Rows with the bytes of an image file and a label; the splits are in the names of the files or their folders."""
+    """Read rows with the bytes of an image file and a label; file or folder names give the splits."""
     shown = (path for path in root.rglob("*.parquet") if not any(map(hidden, path.relative_to(root).parts)))
     files = sorted(path for path in shown if path.is_file())
     if not files:
@@ -192,7 +191,7 @@ def _read_parquet(root: Path, size: int) -> tuple[dict[str, Table], list[str]]:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError as error:
-        raise EnvironmentFault(f"{files[0]} needs pyarrow to be read: pip install pyarrow") from error
+        raise EnvironmentFault(f"{files[0]} can only be read with pyarrow: pip install pyarrow") from error
     by_split: dict[str, list[Any]] = {}
     names: list[str] = []
     label = "label"
@@ -222,7 +221,7 @@ def _split_of(path: Path) -> str:
 
 
 def _columns(path: Path, schema: Any) -> tuple[str, str, list[str]]:
-    """The columns of images and labels, and the names of the classes where the file says them."""
+    """The columns of images and labels, and the class names if the file has them."""
     from pyarrow import types
 
     written = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
@@ -252,9 +251,7 @@ def _rows(path: Path, source: Any, image: str, label: str) -> Iterator[tuple[str
             for content, value in zip(batch.column(image).to_pylist(), batch.column(label).to_pylist(), strict=True):
                 file = content["bytes"] if isinstance(content, dict) else content
                 if file is None:
-                    raise UserError(
-                        f"row {row} of {path} has no bytes of an image: export the data set with its images"
-                    )
+                    raise UserError(f"row {row} of {path} has no bytes of an image: export the dataset with its images")
                 yield f"row {row} of {path}", file, value
                 row += 1
     except (ArrowException, OSError) as error:

@@ -28,7 +28,7 @@ from data.registry import Parts, register
     published=True,
 )
 def load(config) -> Parts:
-    """The official split, without validation."""
+    """The official train and test split."""
     train, test = load_cifar100(config.place, config.download)
     return train, None, test
 
@@ -36,9 +36,8 @@ def load(config) -> Parts:
 def load_cifar100(root: Path, download: bool = True) -> tuple[ImageSet, ImageSet]:
     """The 50,000 training and 10,000 test images, from `root`/cifar-100-python.
 
-    The files are unpickled only after their MD5 sums matched the official ones, so an altered file never
-    runs code. Raises UserError for an altered file, EnvironmentFault where the files are
-    missing and cannot be downloaded.
+    The files are unpickled only if their MD5 sums match the official ones, so an altered file never runs code. Raises
+    UserError for an altered file, EnvironmentFault if files are missing and cannot be downloaded.
     """
     from torchvision.datasets import CIFAR100
 
@@ -46,7 +45,7 @@ def load_cifar100(root: Path, download: bool = True) -> tuple[ImageSet, ImageSet
     files = dict([*CIFAR100.train_list, *CIFAR100.test_list, (CIFAR100.meta["filename"], CIFAR100.meta["md5"])])
     missing = [name for name in files if not (folder / name).is_file()]
     if missing:
-        _refuse_the_folder_itself(root, folder, files)
+        _reject_inner_folder(root, folder, files)
         if not _unpacked(root / CIFAR100.filename, folder, files):
             _download(root, folder, missing, download)
     contents = {name: _verified(folder / name, md5) for name, md5 in files.items()}
@@ -54,8 +53,8 @@ def load_cifar100(root: Path, download: bool = True) -> tuple[ImageSet, ImageSet
     return _image_set(contents["train"], meta), _image_set(contents["test"], meta)
 
 
-def _refuse_the_folder_itself(root: Path, folder: Path, files: Iterable[str]) -> None:
-    """Raise UserError where the files lie in `root`, not in the folder of theirs in it."""
+def _reject_inner_folder(root: Path, folder: Path, files: Iterable[str]) -> None:
+    """Raise UserError if the files are in `root` itself instead of its folder cifar-100-python."""
     if all((root / name).is_file() for name in files):
         at_home = root.absolute().name == folder.name
         parent = quoted(root.absolute().parent)
@@ -64,9 +63,9 @@ def _refuse_the_folder_itself(root: Path, folder: Path, files: Iterable[str]) ->
 
 
 def _unpacked(archive: Path, folder: Path, files: Iterable[str]) -> bool:
-    """Whether the official archive was there, and its files are now in `folder`.
+    """Unpack the official archive into `folder` if it is there; returns whether it was.
 
-    Raises UserError where it is altered, EnvironmentFault where it cannot be read, or its files not be written.
+    Raises UserError if it is altered, EnvironmentFault if it cannot be read or its files cannot be written.
     """
     from torchvision.datasets import CIFAR100
 
@@ -84,10 +83,10 @@ def _unpacked(archive: Path, folder: Path, files: Iterable[str]) -> bool:
 def _download(root: Path, folder: Path, missing: list[str], download: bool) -> None:
     from torchvision.datasets import CIFAR100
 
-    lacking = f"CIFAR-100 is not complete: {', '.join(missing)} not found in {folder}"
+    lacking = f"CIFAR-100 is incomplete: {', '.join(missing)} not found in {folder}"
     remedy = (
         f"put {CIFAR100.filename} into {root} (from {CIFAR100.url}), name the folder that holds it with --data.root, "
-        "or run without a download: python train.py --config configs/digits.yaml"
+        "or train without a download: python train.py --config configs/digits.yaml"
     )
     if not download:
         raise UserError(f"{lacking}, and --data.download is false; {remedy}")
@@ -109,7 +108,7 @@ def _verified(path: Path, md5: str) -> bytes:
     if found != md5:
         raise UserError(
             f"{path} is not the official file of CIFAR-100 (MD5 {found}, expected {md5}, {len(content)} bytes): "
-            "it is truncated or altered; delete it and run again to download it anew"
+            "it is truncated or altered; delete it and run again to download it"
         )
     return content
 

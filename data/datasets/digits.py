@@ -9,12 +9,12 @@ from data.registry import Parts, register
 
 @register("digits", about="scikit-learn's 1,797 handwritten digits, 8 x 8, in grey", side=8, grey=True, published=True)
 def load(config) -> Parts:
-    """No split of its own."""
+    """All images, without an official split."""
     return load_digits(), None, None
 
 
 def load_digits() -> ImageSet:
-    """scikit-learn's 1,797 handwritten digits: 8 x 8 grey values 0..16, here as uint8 RGB."""
+    """scikit-learn's 1,797 handwritten digits: 8 x 8 grey values 0..16, as uint8 RGB."""
     from sklearn.datasets import load_digits as sklearn_digits
 
     digits = sklearn_digits()

@@ -16,7 +16,7 @@ from data.registry import Parts, register
 
 @register("folder", about="your own images, ROOT/train/CLASS/*.png", options=("root", "image_size"))
 def load(config) -> Parts:
-    """The splits that the folder has."""
+    """Load the splits of the folder."""
     return load_image_folder(config.require_place("the folder that holds train/CLASS/*.png"), config.image_size)
 
 
@@ -24,8 +24,8 @@ def load_image_folder(root: Path, size: int) -> Parts:
     """Train, validation (or None) and test (or None) under `root`; the classes are the folders of `root`/train.
 
     size: side in pixels; the shorter side is resized to it (bicubic, antialiased), then the centre cropped.
-    Which files count is said in `data.image_tree`. Raises UserError for a missing train/, fewer than two classes, a
-    class that train/ does not have, or a file that is not a readable image.
+    `data.image_tree` decides which files count. Raises UserError for a missing train/, fewer than two classes, a class
+    that train/ does not have, or a file that is not a readable image.
     """
     left_out = LeftOut()
     splits = find_splits(root, left_out)

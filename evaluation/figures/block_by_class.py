@@ -8,8 +8,8 @@ from evaluation.figures.registry import Evaluated, register
 
 @register(
     "block_by_class",
-    "How the gate's weight for the tokens of each class is spread over the experts of one block: of all blocks the one "
-    "whose experts tell most about the class of an image, beyond what shuffled labels give.",
+    "Distribution of the gate weight of each class's tokens over the experts, in the block that specialises most: the "
+    "one whose experts tell most about the class of an image, compared with shuffled labels.",
     needs=["blocks"],
     place=21,
 )

@@ -1,4 +1,4 @@
-"""How the work of each block is spread over its experts."""
+"""Expert load in each block."""
 
 from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""How the load of each block came about."""
+"""Expert load in each block during training."""
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -9,8 +9,8 @@ from evaluation.figures.registry import Evaluated, register
 
 @register(
     "block_load_over_time",
-    "Share of each block's tokens that the learned gate sent to each expert in training, noise included. Dashed: the "
-    "even share. Within the shaded warm-up training routes at random.",
+    "Share of each block's tokens per expert in training, with the gate's noise. Dashed: even share. In the shaded "
+    "warm-up routing is random.",
     needs=["blocks", "history"],
     place=41,
 )

@@ -9,10 +9,10 @@ from evaluation.figures.registry import Evaluated, register
 
 @register(
     "block_worth",
-    "Macro-F1, in points, that is lost when an expert is removed from one block, or in the last row from all, and its "
-    "tokens go to the gate's next choice: where that expert was hardly used in training, the loss tells as much of it. "
-    "Above 0 the expert is of use; grey numbers lie within one standard deviation "
-    "over bootstrap resamples of the test images. Single blocks are measured on the first images of the test set.",
+    "Macro-F1 (points) lost when an expert is removed from one block, or (last row) from all blocks, and its tokens go "
+    "to the gate's next choice. Above 0: the expert is useful. If the next choice was hardly used in training, the "
+    "loss reflects that too. Grey numbers lie within one standard deviation over bootstrap resamples of the test "
+    "images. Single blocks are measured on the first test images.",
     needs=["blocks"],
     place=51,
 )

@@ -6,7 +6,7 @@ from analysis import plots
 from evaluation.figures.registry import Evaluated, register
 
 
-@register("confused_pairs", "Pairs of classes by the number of images that were taken for the other.", place=90)
+@register("confused_pairs", "The pairs of classes that are confused most, by number of images.", place=90)
 def confused_pairs(evaluated: Evaluated) -> Figure:
     results, keys = evaluated.results, ("class", "other", "as_other", "other_as_class")
     errors = round(results["images"] * (1 - results["accuracy"]))

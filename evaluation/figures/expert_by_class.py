@@ -8,8 +8,8 @@ from evaluation.figures.registry import Evaluated, register
 
 @register(
     "expert_by_class",
-    "How the gate's weight for each class is spread over the experts; a column sums to 100 %. In brackets, where there "
-    "is room: share of the assignments. An expert may see many images of a class and have little say in them.",
+    "Distribution of the gate weight of each class over the experts; a column sums to 100 %. In brackets, if there is "
+    "room: share of the assignments. An expert may process many images of a class with little weight.",
     place=20,
 )
 def expert_by_class(evaluated: Evaluated) -> Figure:

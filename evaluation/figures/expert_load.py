@@ -1,4 +1,4 @@
-"""How the work is spread over the experts."""
+"""Expert load and importance."""
 
 from matplotlib.figure import Figure
 
@@ -6,7 +6,7 @@ from analysis import plots
 from evaluation.figures.registry import Evaluated, register
 
 
-@register("expert_load", "Load: share of the assignments. Importance: share of the gate's weight.", place=30)
+@register("expert_load", "Load: share of the assignments. Importance: share of the gate weight.", place=30)
 def expert_load(evaluated: Evaluated) -> Figure:
     results = evaluated.results
     return plots.expert_load(results["expert_load"], results["expert_importance"], evaluated.labels)

@@ -9,9 +9,9 @@ from evaluation.figures.registry import Evaluated, register
 
 @register(
     "expert_worth",
-    "What macro-F1 loses when one expert is removed and its samples go to the gate's next choice. Where that "
-    "expert was hardly used in training, the loss tells as much of it. Bars: one standard deviation over bootstrap "
-    "resamples of the test images.",
+    "Macro-F1 lost when one expert is removed and its samples go to the gate's next choice. If that one was hardly "
+    "used in training, the loss reflects that too. Bars: one standard deviation over bootstrap resamples of the test "
+    "images.",
     place=50,
 )
 def expert_worth(evaluated: Evaluated) -> Figure | None:

@@ -19,9 +19,9 @@ NAMES = 20  # classes that are named
 
 @register(
     "gate_map",
-    "Test images by what the gate reads of them, on the two axes of a linear discriminant analysis that separates the "
-    "experts of most gate weight; it was fitted to the validation images. Names stand near the median of their images. "
-    "Below: for how many of them the nearest expert on this plane is the one that the gate chose.",
+    "Test images by the gate's input, on the two axes of a linear discriminant analysis that separates their main "
+    "experts, fitted to the validation images. Names are near the median of their images. Below: for how many images "
+    "the nearest expert on this plane is the one that the gate chose.",
     place=60,
 )
 def gate_map(evaluated: Evaluated) -> Figure | None:

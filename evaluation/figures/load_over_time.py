@@ -1,4 +1,4 @@
-"""How the load of the experts came about."""
+"""Expert load during training."""
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -9,8 +9,8 @@ from evaluation.figures.registry import Evaluated, register
 
 @register(
     "load_over_time",
-    "Measured on the validation images after each epoch, by the learned gate without noise. Within the shaded warm-up "
-    "training routes at random, so what is shown there is an untrained gate.",
+    "Load on the validation images after each epoch, without noise. In the shaded warm-up training routes at random, "
+    "so the gate is still untrained.",
     needs=["history"],
     place=40,
 )

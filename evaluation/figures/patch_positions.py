@@ -12,9 +12,8 @@ IMAGES, BLOCKS = 2000, 6
 
 @register(
     "patch_positions",
-    "How often the patch at each place of a test image goes to each expert, by its largest gate weight. Were an "
-    "expert's map of one colour, the gate would go by what a patch shows and not by where it lies. White line: "
-    "the even share.",
+    "How often the patch at each position of a test image goes to each expert, by its largest gate weight. A map of "
+    "one colour means that the gate decides by the content of a patch, not by its position. White line: even share.",
     needs=["blocks"],
     place=6,
 )

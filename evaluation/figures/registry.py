@@ -1,4 +1,4 @@
-"""The registry of figures, what they draw from, and how they are written."""
+"""The registry of figures, their data, and how they are written."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from common.errors import EnvironmentFault, one_line, warn
 from config.config import Config
 from data.image_set import ImageSet
 from evaluation.block_routing import BlockRouting
-from evaluation.predict import Predictions
+from evaluation.predictions import Predictions
 from features.bank import FeatureBank
 from features.images import ImageBank
 from model.moe_vit import AnyMoE
@@ -24,7 +24,7 @@ from storage.folder import RunFolder
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What a figure draws from: a run that has been scored on its test set.
+    """The data of figures: a run that was evaluated on its test set.
 
     model: in evaluation mode, as it made the predictions. results: what metrics.json holds.
     """
@@ -72,7 +72,7 @@ Draw = Callable[[Evaluated], Figure | None]
 
 @dataclass(frozen=True)
 class RegisteredFigure:
-    """A figure by name. draw: None where there is nothing to show. needs, place: as `register` has them."""
+    """A registered figure. draw: returns None if there is nothing to show. needs, place: see `register`."""
 
     name: str
     caption: str
@@ -112,18 +112,16 @@ def register(name: str, caption: str, needs: Sequence[str] = (), place: float = 
 
 
 def warn_of_letters(texts: Sequence[str]) -> None:
-    """Say which letters of the texts that figures are to show no font has."""
+    """Warn of characters in figures that no font has."""
     if letters := undrawable(texts):
         shown = letters if len(letters) <= 12 else f"{letters[:12]}… ({len(letters)} in all)"
-        warn(
-            f"no font here has {shown}: figures show boxes in their place; install one that has them, such as Noto Sans"
-        )
+        warn(f"no font has {shown}: figures show boxes instead; install a font with them, such as Noto Sans")
 
 
 def draw(evaluated: Evaluated) -> list[Drawing]:
-    """Every registered figure that the run has something for, written to figures/*.png, in the order of their places.
+    """Write every registered figure with data to figures/*.png, in order of their places.
 
-    A figure from outside this package that fails costs one warning and no more.
+    A plug-in figure that fails gives only a warning.
     """
     drawings = []
     for figure in sorted(FIGURES.values(), key=lambda figure: figure.place):

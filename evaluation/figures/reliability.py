@@ -9,8 +9,8 @@ from evaluation.figures.registry import Evaluated, register
 
 @register(
     "reliability",
-    "How often the model is right at each confidence. Bars below the diagonal: overconfident; above it: "
-    "underconfident, as label smoothing makes a model.",
+    "Accuracy at each confidence. Bars below the diagonal: overconfident; above it: underconfident, often because of "
+    "label smoothing.",
     place=100,
 )
 def reliability(evaluated: Evaluated) -> Figure:

@@ -8,7 +8,7 @@ from evaluation.figures.registry import Evaluated, register
 SAMPLES = 10
 
 
-@register("samples", "The first test images, with the experts that saw them and the gate's weights.", place=70)
+@register("samples", "The first test images, with their experts and gate weights.", place=70)
 def samples(evaluated: Evaluated) -> Figure:
     test, predictions = evaluated.test, evaluated.predictions
     count = min(SAMPLES, len(test))

@@ -9,8 +9,8 @@ from storage.export import read_description
 
 @register(
     "training_curves",
-    "Losses and scores by epoch. The star is the epoch whose weights were kept. Training has dropout and smoothed "
-    "labels, where they are on, and so a higher loss than validation.",
+    "Losses and scores by epoch. The star marks the epoch whose weights were kept. Dropout and label "
+    "smoothing, if used, raise the training loss above the validation loss.",
     needs=["history"],
     place=10,
 )

@@ -1,4 +1,4 @@
-"""Experts of several sizes. One file a kind; each registers itself."""
+"""Experts of several sizes. Each kind is one file that registers itself."""
 
 from typing import Any
 
@@ -27,9 +27,9 @@ __all__ = [
 def build_experts(
     config: ExpertsConfig, in_features: int, num_outputs: int, num_groups: int = 1
 ) -> tuple[Experts, nn.ModuleList]:
-    """The routed experts, one for each of `sizes`, and the shared ones.
+    """The routed experts, one for each of `sizes`, and the shared experts.
 
-    num_groups: equally wide groups of features, which `inputs` names. Raises ValueError for one that is not there.
+    num_groups: number of equally wide feature groups, which `inputs` refers to. Raises ValueError for a missing one.
     """
     kind: Any = EXPERTS[config.kind]
     kind.check(config)

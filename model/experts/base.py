@@ -1,4 +1,4 @@
-"""What kinds of experts have in common, and the experts of a mixture."""
+"""Base classes of experts, and the experts of a mixture."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import Alone, run
+from ..quantised import Matrix, linear_matrices
 from .config import ExpertsConfig
 
 
@@ -24,19 +25,33 @@ class ExpertKind:
 
     @classmethod
     def check(cls, config: ExpertsConfig) -> None:
-        """Raise ValueError for options that do not go with this kind."""
+        """Raise ValueError for options that this kind does not support."""
 
     @classmethod
     def work(cls, widths: list[int]) -> int:
         """Multiply-adds of one expert on one sample. widths: inputs, units of each hidden layer, outputs."""
         return sum(fan_in * fan_out for fan_in, fan_out in pairwise(widths))
 
+    def output_of(self, expert: int, x_ND: Tensor) -> Tensor:
+        """place blocks: what one expert makes of tokens (N, D), not weighted.
+
+        Raises ValueError where a kind does not say it.
+        """
+        raise ValueError(f"{type(self).__name__} has no output_of(): its experts cannot be measured one by one")
+
+    def matrices(self) -> list[Matrix]:
+        """place blocks: the matrices of all experts of the block, which `experts.weights` stores in fewer bits.
+
+        Raises ValueError where a kind does not say them.
+        """
+        raise ValueError(f"{type(self).__name__} has no matrices(): set experts.weights float32")
+
 
 class LayerStack(ExpertKind, nn.Sequential):
-    """An expert made of layers that can be computed together with those of its shape: (B, D) -> (B, C).
+    """An expert of layers that can be computed together with experts of the same shape: (B, D) -> (B, C).
 
-    See `model.layers` for the modules that can. Computes in the number format of its input. columns: int64, the
-    features that it reads (None: all).
+    `model.layers` has the supported modules. Computes in the dtype of its input. columns: int64, the features that it
+    reads (None: all).
     """
 
     columns: Tensor | None
@@ -47,17 +62,17 @@ class LayerStack(ExpertKind, nn.Sequential):
 
     @property
     def linears(self) -> list[nn.Linear]:
-        """The layers with a matrix, the one to the outputs last."""
+        """The linear layers, the output layer last."""
         return [layer for layer in self if isinstance(layer, nn.Linear)]
 
     @property
     def shape(self) -> tuple[str, ...]:
-        """What experts have in common that can be computed together, whichever features they read."""
+        """Equal for experts that can be computed together, whichever features they read."""
         return str(self[0].out_features), *map(str, list(self)[1:])
 
     def forward(self, x_BD: Tensor) -> Tensor:
         x_BD = x_BD if self.columns is None else x_BD.index_select(-1, self.columns)
-        if x_BD.dtype == self[0].weight.dtype:
+        if x_BD.dtype == self[0].bias.dtype:  # not the weight, which may be stored in fewer bits
             return super().forward(x_BD)
         return run(zip(self), x_BD, Alone())
 
@@ -65,7 +80,7 @@ class LayerStack(ExpertKind, nn.Sequential):
 class LayeredExpert(LayerStack, ABC):
     """An expert of hidden layers, then a linear layer to the outputs: (B, D) -> (B, C).
 
-    A kind says what one hidden layer is made of. Xavier-uniform weights (Glorot 2010), zero biases. columns: int64,
+    A subclass defines one hidden layer. Xavier-uniform weights (Glorot 2010), zero biases. columns: int64,
     the features that this expert reads (None: all).
     """
 
@@ -85,14 +100,14 @@ class LayeredExpert(LayerStack, ABC):
     @staticmethod
     @abstractmethod
     def hidden_layer(width: int, units: int, dropout: float) -> list[nn.Module]:
-        """The modules of one hidden layer, (B, width) -> (B, units), the first of them linear."""
+        """The modules of one hidden layer, (B, width) -> (B, units); the first is linear."""
 
 
 class Experts(nn.ModuleList):
     """The experts of a mixture, and which of them have the same shape.
 
-    rank_E, expert_E: each expert's place where those of one shape stand together, and the expert at each place; kept
-    on the device, because a copy from the host is no part of a CUDA graph.
+    rank_E, expert_E: each expert's position in an order by shape, and the expert at each position; on the device,
+    because a CUDA graph cannot copy from the host.
     """
 
     expert_E: Tensor
@@ -106,7 +121,7 @@ class Experts(nn.ModuleList):
 
     @cached_property
     def groups(self) -> tuple[tuple[int, ...], ...]:
-        """Indices of the experts of each shape (hidden layers and dropout), in order of their first."""
+        """Indices of the experts of each shape (hidden layers and dropout)."""
         groups: dict[tuple, list[int]] = {}
         for index, expert in enumerate(self):
             shape = expert.shape if isinstance(expert, LayerStack) else (index,)
@@ -115,11 +130,15 @@ class Experts(nn.ModuleList):
 
     @cached_property
     def num_parameters(self) -> int:
-        """Weights and biases of all of them."""
+        """Number of weights and biases of all experts."""
         return sum(parameter.numel() for parameter in self.parameters())
 
+    def matrices(self, first: int = 0) -> list[Matrix]:
+        """The matrices of all of them. first: the number of the first expert."""
+        return [m for index, expert in enumerate(self, start=first) for m in linear_matrices(expert, index)]
+
     def go_together(self, features: int) -> bool:
-        """Whether experts of one shape can be computed together: all have layers, and read all of so many features."""
+        """Whether experts of one shape can be computed together: all are LayerStacks, and read all features."""
         return all(
             isinstance(expert, LayerStack) and expert.columns is None and expert[0].in_features == features
             for expert in self

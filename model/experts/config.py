@@ -1,9 +1,10 @@
-"""ExpertsConfig: where experts are, how many, how large, and how their outputs are put together."""
+"""ExpertsConfig: place, number and sizes of the experts, and how their outputs are combined."""
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..options import WIDEST, check_options
+from ..quantised import Format
 from ..registry import Registry
 
 if TYPE_CHECKING:
@@ -19,46 +20,50 @@ SIZES: dict[str, tuple[list[int], float]] = {
 }
 """The named sizes: hidden units of each layer, and dropout."""
 
-LIST_DROPOUT = 0.3  # of an expert given as a list of hidden sizes, unless experts.dropout says otherwise
+LIST_DROPOUT = 0.3  # dropout of an expert given as a list of hidden sizes, unless experts.dropout is set
 
 
 @dataclass
 class ExpertsConfig:
-    """Experts: where they are, how many, how large, and how their outputs are put together.
+    """Experts: place, number, sizes, and how their outputs are combined.
 
-    The choices of `kind`, and the options of some kinds alone, are those of the registered ones.
+    The registered kinds add the choices of `kind` and their own options.
     """
 
     place: Literal["head", "blocks"] = "head"
-    """head: behind the frozen ViT, on its stored features; blocks: inside its blocks, beside each one's frozen FFN,
-    with a linear head on backbone.features."""
+    """head: behind the frozen ViT, on its stored features; blocks: inside the ViT's blocks, beside the frozen FFN, with
+    a linear head on backbone.features."""
     blocks: Literal["all"] | list[int] = "all"
-    """place blocks: the blocks that have experts, counted from 0, negative ones from the end; all: every one that
+    """place blocks: the blocks with experts, counted from 0, negative numbers from the end; all: every block that
     backbone.features depend on."""
     head: list[Size] = field(default_factory=list)
-    """place blocks: experts of a mixture on backbone.features, with a gate of the same rule, as many as there are sizes
-    and given like them; none: one linear layer."""
+    """place blocks: sizes of a mixture on backbone.features that replaces the linear head, with the same routing rule
+    and as many experts as sizes; none: a linear head."""
     kind: str = "mlp"
     sizes: list[Size] = field(default_factory=lambda: ["small", "medium", "large", "very_large"])
-    """One entry an expert: a named size, or its hidden layers such as [512, 256]; [] is a linear expert."""
+    """One entry per expert: a named size, or its hidden layers such as [512, 256]; [] is a linear expert."""
     shared: list[Size] = field(default_factory=list)
-    """Experts that every sample passes beside those it is routed to, as sizes; their logits are added to the mixture's
-    (Dai 2024)."""
+    """Sizes of shared experts, which process every sample; their logits are added to the mixture's (Dai 2024)."""
     dropout: float | list[float] | None = None
-    """Dropout of every expert, or one number for each of sizes and then of shared; null: each named size's own (0.3,
-    0.4, 0.5, 0.6), and 0.3 for a list."""
+    """Dropout of all experts, or one number for each of sizes and then of shared; null: 0.3, 0.4, 0.5 and 0.6 for the
+    named sizes, and 0.3 for a list."""
     inputs: list[list[int]] | None = None
-    """For each of sizes, and then of shared, which of backbone.features it reads, counted from 0; null: all."""
+    """The backbone.features that each of sizes, then of shared, reads, counted from 0; null: all."""
     combine: Literal["logits", "probabilities"] = "logits"
     """Mix the experts' logits, or their class probabilities (a mixture distribution, Jacobs 1991)."""
     dispatch: Literal["auto", "sorted", "grouped", "dense"] = "auto"
-    """How samples reach their experts, with equal results. sorted: one expert after the other; grouped: experts of one
-    shape in one product; dense: every expert on every sample; auto: by size and device."""
+    """How experts are computed, with equal results. sorted: one expert after the other; grouped: experts of one shape
+    in one product; dense: every expert on every sample; auto: by size and device."""
+    weights: Format | list[Format] = "float32"
+    """Number format in which the experts' matrices are stored, of all or of each of sizes and then of shared: float32,
+    or in a run of `compress.py --quantise` float16, int8 or fp8, which are not trained any more."""
+    head_weights: Format = "float32"
+    """place blocks: the number format of the linear head, likewise."""
 
     if TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
-            """An option that a kind has brought along."""
+            """An option that a kind has added."""
 
     def __post_init__(self):
         for name in ("sizes", "shared", "head"):
@@ -73,15 +78,19 @@ class ExpertsConfig:
                 f"experts.kind {self.kind} is an expert inside the ViT: set experts.place blocks, or {heads}"
             )
         if self.place == "head" and self.blocks != "all":
-            raise ValueError(f"experts.blocks {self.blocks} needs experts.place blocks: set it, or leave blocks out")
+            raise ValueError(
+                f"experts.blocks {self.blocks} needs experts.place blocks: set it, or leave out experts.blocks"
+            )
         if self.head and (self.place == "head" or len(self.head) != len(self.sizes)):
-            misfit = f"needs {len(self.sizes)} entries, as sizes"
-            misfit = "is for experts.place blocks" if self.place == "head" else misfit
-            raise ValueError(f"experts.head {self.head} {misfit}: set that, or leave it out")
+            rule = f"needs {len(self.sizes)} entries, as sizes"
+            rule = "is for experts.place blocks" if self.place == "head" else rule
+            raise ValueError(f"experts.head {self.head} {rule}: set that, or leave it out")
+        if self.place == "head" and self.head_weights != "float32":
+            raise ValueError(f"experts.head_weights {self.head_weights} is for experts.place blocks: leave it out")
         if self.blocks == []:
             raise ValueError("experts.blocks is empty: name at least one block, or all")
         count = len(self.sizes) + len(self.shared)
-        for name in ("dropout", "inputs"):
+        for name in ("dropout", "inputs", "weights"):
             value = getattr(self, name)
             if isinstance(value, list) and len(value) != count:
                 raise ValueError(
@@ -95,10 +104,23 @@ class ExpertsConfig:
             raise ValueError("experts.dispatch grouped cannot serve experts.inputs: use auto, sorted or dense")
         for groups in self.inputs or []:
             if not groups or len(set(groups)) < len(groups):
-                raise ValueError(f"experts.inputs has {groups}: an expert reads at least one feature, each once")
+                raise ValueError(
+                    f"experts.inputs has {groups}: an expert must read at least one feature, and each only once"
+                )
+
+    @property
+    def formats(self) -> list[str]:
+        """The number format of each routed expert, then of each shared one."""
+        count = len(self.sizes) + len(self.shared)
+        return list(self.weights) if isinstance(self.weights, list) else [self.weights] * count
+
+    @property
+    def quantised(self) -> bool:
+        """Whether any matrix is stored in fewer bits than it is trained in."""
+        return set(self.formats) | {self.head_weights} != {"float32"}
 
     def hidden(self, expert: int) -> list[int]:
-        """Hidden units of each layer of one expert; the shared ones are counted after the others."""
+        """Hidden units of each layer of one expert; shared experts are numbered after the others."""
         size = (self.sizes + self.shared)[expert]
         return SIZES[size][0] if isinstance(size, str) else list(size)
 
@@ -121,7 +143,7 @@ class ExpertsConfig:
         return "-".join(map(str, self.hidden(expert))) or "linear"
 
     def work(self, in_features: int, num_classes: int, num_groups: int = 1) -> list[float]:
-        """Multiply-adds of each routed expert on one sample: what `router.target_load size` goes by."""
+        """Multiply-adds of each routed expert on one sample, as `router.target_load size` uses them."""
         costs = []
         for expert in range(len(self.sizes)):
             read = in_features if self.inputs is None else in_features // num_groups * len(self.inputs[expert])
@@ -132,13 +154,13 @@ class ExpertsConfig:
 def _check_size(name: str, size: Any) -> None:
     if isinstance(size, int):
         raise ValueError(
-            f"{name} has {size}: an expert is the list of its hidden layers, such as [{size}], or one of "
+            f"{name} has {size}: give the list of an expert's hidden layers, such as [{size}], or one of "
             f"{', '.join(SIZES)}"
         )
     if isinstance(size, str) and size not in SIZES:
-        raise ValueError(f"{name} has '{size}': known sizes are {', '.join(SIZES)}, or a list of ints")
+        raise ValueError(f"{name} has '{size}': use one of {', '.join(SIZES)}, or a list of whole numbers")
     if isinstance(size, list) and not all(isinstance(width, int) and 1 <= width <= WIDEST for width in size):
-        raise ValueError(f"{name} has {size}: hidden layers have from 1 to {WIDEST:,} units")
+        raise ValueError(f"{name} has {size}: hidden layers need 1 to {WIDEST:,} units")
 
 
 EXPERTS: "Registry[type[ExpertKind]]" = Registry("expert kind", ExpertsConfig, "kind")

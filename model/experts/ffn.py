@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..dispatch import combine_logits, dispatch
 from ..grouped import kernel_on
+from ..quantised import Matrix, num_parameters
 from ..routing import Assignments
 from .base import ExpertKind, Experts, LayerStack
 from .config import ExpertsConfig, register
@@ -20,10 +21,10 @@ from .config import ExpertsConfig, register
 class UpcycledFFN(ExpertKind, nn.Module):
     """Sparse upcycling (Komatsuzaki 2022): every expert starts as a copy of the block's FFN, the gate is new.
 
-    The frozen FFN has the weight that the experts leave: (1 - sum_e g_e) ffn(x) + sum_e g_e expert_e(x). So the start
-    equals the dense ViT whatever the rule and whatever finds no place. Where the weights of a token sum to 1, as the
-    paper makes them, this is its layer. Where they carry the gate's confidence (V-MoE, Switch) it spares dividing by
-    their sum, which for one expert a token would leave the gate without a gradient.
+    The frozen FFN gets the remaining weight: (1 - sum_e g_e) ffn(x) + sum_e g_e expert_e(x). So training starts at the
+    dense ViT for every rule and every drop. If the weights of a token sum to 1, as in the paper, this is its layer. If
+    they carry the gate's confidence (V-MoE, Switch), it avoids dividing by their sum, which would leave the gate
+    without a gradient for one expert per token.
     """
 
     place = "blocks"
@@ -38,7 +39,7 @@ class UpcycledFFN(ExpertKind, nn.Module):
                     f"experts.sizes has {size}, but copies of this ViT's FFN have {hidden} hidden units: give "
                     f"[{hidden}] once for each expert"
                 )
-        # float32, whatever the ViT computes in, since these are trained; on the device that new tensors are on.
+        # float32 in any case, because they are trained; on the default device.
         device = torch.empty(0).device
         copies = (_copied(copy.deepcopy(ffn).float().to(device).requires_grad_(True)) for _ in config.sizes)
         self.copies = Experts(copies)
@@ -46,19 +47,21 @@ class UpcycledFFN(ExpertKind, nn.Module):
 
     @classmethod
     def check(cls, config: ExpertsConfig) -> None:
-        """Raise ValueError for options that copies of an FFN do not have."""
+        """Raise ValueError for options that copies of an FFN do not support."""
         if config.dropout is not None:
-            raise ValueError("experts.dropout is not for experts.kind ffn, which has the ViT's own: leave it out")
+            raise ValueError(
+                "experts.dropout has no effect on experts.kind ffn, which keeps the ViT's dropout: leave it out"
+            )
 
     @property
     def static_shapes(self) -> bool:
-        """Whether a step never waits to know how many tokens an expert has."""
+        """Whether a step never waits for the number of tokens of an expert."""
         first: Any = self.copies[0]
-        grouped = isinstance(first, LayerStack) and kernel_on(first.linears[0].weight.device)
+        grouped = isinstance(first, LayerStack) and kernel_on(first.linears[0].bias.device)
         return self.dispatch_mode in ("grouped", "dense") or (self.dispatch_mode == "auto" and grouped)
 
     def forward(self, x_BTD: Tensor, dense_BTD: Tensor, assignments: Assignments) -> Tensor:
-        """(1 - sum_e weight_e) dense + sum_e weight_e expert_e(x), in the number format of x.
+        """(1 - sum_e weight_e) dense + sum_e weight_e expert_e(x), in the dtype of x.
 
         dense_BTD: the frozen FFN's output. assignments: of all tokens, or of the images for all their tokens.
         """
@@ -69,9 +72,17 @@ class UpcycledFFN(ExpertKind, nn.Module):
         rest_N = 1 - each.weights_BE.sum(dim=1)
         return (mixed_ND + rest_N[:, None] * dense_BTD.flatten(0, 1)).to(dense_BTD.dtype).view_as(dense_BTD)
 
+    def output_of(self, expert: int, x_ND: Tensor) -> Tensor:
+        """As ExpertKind has it."""
+        return self.copies[expert](x_ND)
+
+    def matrices(self) -> list[Matrix]:
+        """As ExpertKind has it."""
+        return self.copies.matrices()
+
     def parameters_of(self, expert: int) -> int:
         """Weights and biases of one expert."""
-        return sum(parameter.numel() for parameter in self.copies[expert].parameters())
+        return num_parameters(self.copies[expert])
 
     def flops_of(self, expert: int) -> int:
         """Floating-point operations of one expert on one token; a multiply-add counts as two."""
@@ -80,7 +91,7 @@ class UpcycledFFN(ExpertKind, nn.Module):
 
 
 def _copied(ffn: nn.Module) -> nn.Module:
-    """An FFN as an expert: by its layers, so that experts can be computed together, where it is a plain one."""
+    """An FFN as an expert; a plain one by its layers, so that experts can be computed together."""
     from timm.layers import Mlp
 
     if type(ffn) is Mlp and isinstance(ffn.norm, nn.Identity):
@@ -91,7 +102,7 @@ def _copied(ffn: nn.Module) -> nn.Module:
 
 
 class CopiedMlp(LayerStack):
-    """fc1, activation, fc2 of timm's Mlp, and its dropout where it has any."""
+    """fc1, activation, fc2 of timm's Mlp, and its dropout if it has any."""
 
     def __init__(self, ffn: Any):
         drops = [[drop] if drop.p else [] for drop in (ffn.drop1, ffn.drop2)]
@@ -99,7 +110,7 @@ class CopiedMlp(LayerStack):
 
 
 class CopiedFFN(nn.Module):
-    """Any other FFN, in the number format of its input."""
+    """Any other FFN, in the dtype of its input."""
 
     def __init__(self, ffn: nn.Module):
         super().__init__()

@@ -21,9 +21,9 @@ class SwiGLU(nn.Module):
 class GLUExpert(LayeredExpert):
     """SwiGLU (Shazeer 2020, "GLU variants improve transformer"): (SiLU(x W) * x V) W2, with biases.
 
-    Gate W and value V of a layer are one product of twice its units. As in MLP experts a LayerNorm comes before the
-    activation: it keeps in range the sums over many features, of which SwiGLU would make squares. Two thirds of an
-    MLP's units take as many parameters as the MLP.
+    Gate W and value V of a layer are one product with twice its units. As in MLP experts, a LayerNorm comes before the
+    activation: it limits sums over many features, which SwiGLU would square. With two thirds of an MLP's units it has
+    as many parameters as the MLP.
     """
 
     @staticmethod
@@ -32,5 +32,5 @@ class GLUExpert(LayeredExpert):
 
     @classmethod
     def work(cls, widths: list[int]) -> int:
-        """As for every kind, but each hidden layer has two matrices."""
+        """Multiply-adds of one expert; each hidden layer has two matrices."""
         return super().work(widths) + sum(fan_in * units for fan_in, units in pairwise(widths[:-1]))

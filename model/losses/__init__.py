@@ -1,4 +1,4 @@
-"""Auxiliary losses that keep the experts in use. One file a loss; each registers itself and its weight's option."""
+"""Auxiliary losses. Each is one file that registers the loss and the option for its weight."""
 
 from ..registry import import_all
 from .base import LOSSES, BalanceConfig, Loss, register

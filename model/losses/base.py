@@ -1,4 +1,4 @@
-"""What auxiliary losses are made of, and their weights."""
+"""Base of the auxiliary losses, and their weights."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from ..routing import Routing
 
 @dataclass
 class BalanceConfig:
-    """Balance: weights of the auxiliary losses; 0 leaves one out. One field for each registered loss."""
+    """Balance: weights of the auxiliary losses; 0: off."""
 
     if TYPE_CHECKING:
 
@@ -30,9 +30,9 @@ class BalanceConfig:
 class Loss:
     """An auxiliary loss: a pure function of a Routing, float32, unweighted.
 
-    floor: its value at perfect balance, the least that it can be where the load follows the mean gate; load and mean
-    gate are then the target. May depend on the router. in_warmup: whether it is for random routing too. needs: which
-    part of a configuration lacks something that the loss acts on, and what to set (None: nothing is lacking).
+    floor: its value at perfect balance (load and mean gate equal the target), its minimum if the load follows the mean
+    gate; may depend on the router. in_warmup: whether it applies to random routing too. needs: a message about what the
+    configuration lacks for this loss (None: nothing).
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Loss:
         return self.floor(router) if callable(self.floor) else self.floor
 
     def check(self, rule: type[Router], config: RouterConfig) -> None:
-        """Raise ValueError where the rule gives the loss nothing to act on."""
+        """Raise ValueError if the loss has no effect under this rule."""
         if self.needs is not None and (lacking := self.needs(rule, config)):
             raise ValueError(lacking)
 
@@ -72,7 +72,7 @@ def register(
 ) -> Callable[[Callable[[Routing], Tensor]], Callable[[Routing], Tensor]]:
     """A decorator that registers a function of a Routing as the auxiliary loss `name`, with the option balance.NAME.
 
-    weight: the option's default. floor, in_warmup, needs: as in Loss. Raises InputError for a name that is taken.
+    weight: the option's default. floor, in_warmup, needs: as in Loss. Raises InputError for a registered name.
     """
 
     def add(function: Callable[[Routing], Tensor]) -> Callable[[Routing], Tensor]:
@@ -84,26 +84,26 @@ def register(
 
 
 def _weight(value: float) -> str | None:
-    return None if 0 <= value <= LARGEST else f"a loss weight is from 0 to {LARGEST:g}"
+    return None if 0 <= value <= LARGEST else f"a loss weight must be from 0 to {LARGEST:g}"
 
 
 def squared_cv(values_E: Tensor, target_E: Tensor | None = None) -> Tensor:
     """Squared coefficient of variation, population variance / mean^2 (Shazeer 2017, eq. 7); 0 at balance.
 
-    target_E: shares, summing to 1, that balance means instead of even ones: sum_i t_i (share_i / t_i - 1)^2, which for
-    t_i = 1 / E is the same. A sum of zero gives 0.
+    target_E: target shares, summing to 1, instead of even ones: sum_i t_i (share_i / t_i - 1)^2, which is the same for
+    t_i = 1 / E. A sum of zero gives 0.
     """
     if target_E is None:
         target_E = torch.full_like(values_E, 1 / len(values_E))
     ratio_E = values_E / target_E  # its mean under the target is the sum of the values
     total = values_E.sum()
-    # Divided before it is squared, and never by less than this, or small sums would leave the range of float32.
+    # Divide before squaring, and never by less than this, to stay in the range of float32.
     return (target_E * ((ratio_E - total) / total.clamp_min(1e-30)).square()).sum()
 
 
 def log_gate(logits_BE: Tensor) -> Tensor:
-    """log_softmax over the experts, (B, E), with a very negative number for the minus infinity of a barred expert.
+    """log_softmax over the experts, (B, E), with a large negative number, not minus infinity, for excluded experts.
 
-    Entropies are computed from it: a probability that underflows to 0 has a logarithm, whose gradient is right.
+    Entropies use it: a probability that underflows to 0 still has a finite logarithm with the right gradient.
     """
     return logits_BE.log_softmax(dim=-1).clamp_min(torch.finfo(logits_BE.dtype).min)

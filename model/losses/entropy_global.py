@@ -11,7 +11,7 @@ from .base import log_gate, register
 
 @register(
     "entropy_global",
-    "Divergence of the mean gate from the target load, log E less its entropy (LIMoE): evens the mean gate.",
+    "Divergence of the mean gate from the target load, log E less its entropy (LIMoE): evens out the mean gate.",
 )
 def entropy_global(routing: Routing) -> Tensor:
     return global_divergence(routing.gate_logits_BE, routing.gate.target_E)

@@ -8,14 +8,14 @@ from .base import log_gate, register
 
 @register(
     "entropy_local",
-    "Mean entropy of each sample's gate (LIMoE, Mustafa 2022): makes choices decided. It measures no balance.",
+    "Mean entropy of each sample's gate (LIMoE, Mustafa 2022): makes the gate certain. It does not measure balance.",
 )
 def entropy_local(routing: Routing) -> Tensor:
     return local_entropy(routing.gate_logits_BE)
 
 
 def local_entropy(logits_BE: Tensor) -> Tensor:
-    """Mean over samples of the entropy of the gate, in nats (Mustafa 2022, LIMoE); 0 where every choice is certain.
+    """Mean over samples of the entropy of the gate, in nats (Mustafa 2022, LIMoE); 0 if every choice is certain.
 
     logits_BE: clean logits at the gate's temperature.
     """

@@ -25,7 +25,7 @@ def _noise(rule: type[Router], config: RouterConfig) -> str | None:
 def load_loss(routing: Routing) -> Tensor:
     """CV^2 of the smooth load estimate (Shazeer 2017, eq. 10-11); 0 at perfect balance.
 
-    0 where the rule had no noise (evaluation, warm-up): a hard count has no gradient.
+    0 without noise (evaluation, warm-up): a hard count has no gradient.
     """
     gate = routing.gate
     if gate.load_BE is None:

@@ -21,8 +21,7 @@ def switch_balance(probs_BE: Tensor, counts_E: Tensor, target_E: Tensor | None =
 
     probs_BE: softmax of the clean router logits at their temperature. counts_E: samples sent to each expert before any
     capacity drop; carries no gradient. Load is counted as a share of all assignments, so that k does not matter.
-    target_E: the load to aim at instead of 1 / E each: sum_i share_i * probability_i / t_i, 1.0 where both are the
-    target.
+    target_E: target load instead of 1 / E each: sum_i share_i * probability_i / t_i, 1.0 if both equal the target.
     """
     share_E = counts_E / counts_E.sum().clamp_min(1)
     if target_E is None:

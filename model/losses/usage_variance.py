@@ -8,7 +8,7 @@ from .base import register
 
 @register(
     "usage_variance",
-    "The reference recipe's variance of the usage fractions: reported, but it has no gradient and balances nothing.",
+    "Variance of the usage fractions, from the reference recipe: only reported, because it has no gradient.",
 )
 def variance_of_usage(routing: Routing) -> Tensor:
     return usage_variance(routing.demand_E)
@@ -17,6 +17,6 @@ def variance_of_usage(routing: Routing) -> Tensor:
 def usage_variance(counts_E: Tensor) -> Tensor:
     """Population variance of the usage fractions (the reference recipe); 0 at perfect balance.
 
-    It is built from counts and has no gradient: kept to reproduce that recipe, it balances nothing.
+    It is built from counts and has no gradient, so it balances nothing; kept to reproduce that recipe.
     """
     return (counts_E / counts_E.sum().clamp_min(1)).var(correction=0)

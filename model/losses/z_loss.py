@@ -10,12 +10,12 @@ from .base import register
 def _logits(rule: type[Router], config: RouterConfig) -> str | None:
     if rule.learns and not rule.reads_tokens:
         return None
-    return f"balance.z_loss has no logits to act on with router.kind {config.kind}: set it to 0"
+    return f"balance.z_loss needs logits, which router.kind {config.kind} does not have: set it to 0"
 
 
 @register(
     "z_loss",
-    "Router z-loss (ST-MoE, which uses 1e-3): keeps the router's logits small. It measures no balance.",
+    "Router z-loss (ST-MoE, which uses 1e-3): keeps the router's logits small. It does not measure balance.",
     in_warmup=True,
     needs=_logits,
 )

@@ -1,4 +1,4 @@
-"""Routers: who sees whom, with what weight. One file a routing rule; each registers itself and returns a Routing."""
+"""Routers: which expert processes which sample, with what weight. Each rule is one file that registers itself."""
 
 from ..registry import import_all
 from ..routing import Routing
@@ -15,7 +15,7 @@ def build_router(
 ) -> Router:
     """The router that `config.kind` names.
 
-    work: relative cost of each expert (None: equal). num_groups: equally wide groups of features, which
-    router.inputs names. Raises ValueError where the configuration does not fit.
+    work: relative cost of each expert (None: equal). num_groups: number of equally wide feature groups, which
+    router.inputs refers to. Raises ValueError if the configuration does not fit.
     """
     return ROUTERS[config.kind](in_features, num_experts, config, work, num_groups)

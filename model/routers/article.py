@@ -2,17 +2,17 @@
 
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
+from ..distributed import randn_like
 from .config import RouterConfig, register
 from .noise import NOISE_STD
 from .token_choice import TokenChoiceRouter
 
 
-@register("article", "noise in proportion to the logits' spread", options=[NOISE_STD])
+@register("article", "noise proportional to the standard deviation of the logits", options=[NOISE_STD])
 class ArticleRouter(TokenChoiceRouter):
-    """The reference recipe's gate: top-k of logits with noise in proportion to each sample's own spread.
+    """The reference recipe's gate: top-k of logits with noise proportional to each sample's own standard deviation.
 
     At training time noise of std `noise_std` * std(logits of the sample), the latter at least 1e-3.
     """
@@ -27,4 +27,4 @@ class ArticleRouter(TokenChoiceRouter):
         if not self.training or self.noise_std == 0 or self.num_experts == 1:
             return logits_BE, None
         spread_B1 = logits_BE.detach().std(dim=-1, keepdim=True).clamp_min(1e-3)
-        return logits_BE + torch.randn_like(logits_BE) * self.noise_std * spread_B1, None
+        return logits_BE + randn_like(logits_BE) * self.noise_std * spread_B1, None

@@ -1,32 +1,34 @@
-"""Router: the base of the rules that decide who sees whom, and of those with a gate."""
+"""Router: the base class of routing rules, and of rules with a gate."""
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from ..distributed import rand_like
 from ..norm import Standardise
 from ..routing import Assignments, Gate, Routing
 from .config import RouterConfig
 
 
 class Router(nn.Module, ABC):
-    """Base of the rules: a gate that reads features (B, in_features), and what its options say of every rule.
+    """Base class of routing rules: a gate on features (B, in_features), and the options that all rules share.
 
-    work: relative cost of each expert, which target_load refers to (None: equal). num_groups: equally wide groups of
-    features, which router.inputs names. Raises ValueError where the configuration does not fit the number of experts.
+    work: relative cost of each expert, for target_load (None: equal). num_groups: number of equally wide feature
+    groups, which router.inputs refers to. Raises ValueError if the configuration does not fit the number of experts.
     """
 
     token_choice = True  # each sample chooses its experts
-    fixed_k = True  # each sample chooses top_k experts, whatever it is
+    fixed_k = True  # each sample chooses exactly top_k experts
     learns = True  # has a gate that the task loss trains
-    warms_up = True  # has a use for random routing at the start
-    has_load = False  # gives load_BE while training
+    warms_up = True  # benefits from random warm-up
+    has_load = False  # returns load_BE in training
     reads_tokens = False  # reads (B, T, D) instead of (B, D)
-    only_top_k: int | None = None  # the one number of experts a sample that the rule is for
-    paper: ClassVar[dict[str, float]] = {}  # options that its paper sets to something else than their defaults, by name
+    only_top_k: int | None = None  # the only number of experts per sample that the rule supports
+    paper: ClassVar[dict[str, float]] = {}  # options for which its paper has other defaults, by name
 
     work_E: Tensor
     target_E: Tensor
@@ -63,7 +65,7 @@ class Router(nn.Module, ABC):
 
     @classmethod
     def check(cls, config: RouterConfig, num_experts: int) -> None:
-        """Raise ValueError where this rule cannot work with that many experts or those options."""
+        """Raise ValueError if this rule does not support that number of experts or those options."""
         if cls.only_top_k not in (None, config.top_k):
             number = {1: "one expert", 2: "two experts"}[cls.only_top_k]
             raise ValueError(
@@ -75,36 +77,43 @@ class Router(nn.Module, ABC):
         if isinstance(config.target_load, list):
             config.target_shares([1.0] * num_experts)
         if not cls.token_choice and config.bias_rate:
-            raise ValueError(f"router.bias_rate is for rules that choose k experts a sample, not {config.kind}: set 0")
+            raise ValueError(
+                f"router.bias_rate is for rules that choose k experts per sample, not {config.kind}: set 0"
+            )
         if not cls.token_choice and config.overflow != "drop":
-            raise ValueError(f"router.kind {config.kind} has no choices to move or replace: set router.overflow drop")
+            raise ValueError(f"router.kind {config.kind} has no dropped choices to replace: set router.overflow drop")
         if not cls.learns and config.hidden:
             raise ValueError(f"router.kind {config.kind} has no gate network: set router.hidden []")
 
     @classmethod
     def only_scales(cls, config: RouterConfig, num_experts: int) -> str | None:
-        """The options by which one gate does no more than scale all weights of a sample alike (None: none does).
+        """The options with which a gate only scales all weights of a sample by one factor (None: there are none).
 
-        Where the experts' probabilities are mixed, such a scale is divided out again and that gate learns nothing.
+        If the experts' probabilities are mixed, this factor cancels out and the gate learns nothing.
         """
         return "router.top_k 1" if cls.learns and cls.token_choice and config.top_k == 1 < num_experts else None
 
     @classmethod
     def lacks_load(cls, config: RouterConfig) -> str | None:
-        """What to set so that routing has load_BE while training (None: it has)."""
+        """What to set so that routing has load_BE in training (None: it already has)."""
         return None if cls.has_load else "router.kind noisy_topk"
 
     def _build_gate(self, width: int, config: RouterConfig) -> None:
         self.gate = nn.Linear(width, self.num_experts)
 
+    def entries_of(self, experts: Sequence[int], size: int) -> list[int]:
+        """Where the entries of some experts are, along an axis of a state tensor that has `size` of them for all."""
+        each = size // self.num_experts
+        return [expert * each + entry for expert in experts for entry in range(each)]
+
     @property
     def experts_per_sample(self) -> float:
-        """Assignments of a sample in evaluation, on average."""
+        """Mean number of assignments of a sample in evaluation."""
         return float(self.top_k)
 
     @property
     def static_shapes(self) -> bool:
-        """Whether the number of assignments of a training step is the same whatever is in the batch."""
+        """Whether the number of assignments of a training step does not depend on the content of the batch."""
         return True
 
     @abstractmethod
@@ -116,16 +125,16 @@ class Router(nn.Module, ABC):
 
 
 class GatedRouter(Router):
-    """A rule on the logits of a gate: one number a sample and expert, (B, E)."""
+    """A rule on the logits of a gate, (B, E)."""
 
     def forward(self, x_BD: Tensor, warmup: bool = False, allowed_E: Tensor | None = None) -> Routing:
-        """Route a batch; `warmup` draws k distinct experts a sample at random and weights them 1/k.
+        """Route a batch; `warmup` draws k distinct experts per sample at random, with weights 1/k.
 
-        allowed_E: bool, the experts that may be chosen (None: all), to ask what would happen without the others;
-        at least k of them, or the surplus choices have weight 0.
+        allowed_E: bool, the experts that may be chosen (None: all), for ablations; if there are fewer than k, the
+        other choices have weight 0.
 
-        The gate computes in float32 whatever autocast says (Switch Transformers' selective precision). Noise is
-        added and samples are dropped in training mode only, so that evaluation is a function of the sample alone.
+        The gate computes in float32 even under autocast (Switch Transformers' selective precision). Noise and drops
+        occur in training mode only, so that evaluation depends on the sample alone.
         """
         with torch.autocast(x_BD.device.type, enabled=False):
             hidden_BH = self.trunk(self._perturb(x_BD.float()))
@@ -138,24 +147,24 @@ class GatedRouter(Router):
         return x_BD
 
     def _logits(self, hidden_BH: Tensor, noisy: bool) -> tuple[Tensor, Tensor | None]:
-        """Clean logits (B, E), and the standard deviation of learned noise, where the rule has it and it is wanted."""
+        """Clean logits (B, E), and the standard deviation of learned noise if `noisy` and the rule has it."""
         return self.gate(hidden_BH), None
 
     def _tempered(self, logits_BE: Tensor) -> Tensor:
-        """Logits whose softmax the gate is."""
+        """The logits at the gate's temperature."""
         return logits_BE / self.temperature
 
     def _gate(self, logits_BE: Tensor, load_BE: Tensor | None = None, importance_BE: Tensor | None = None) -> Gate:
-        """What the losses read, from clean logits (B, E)."""
+        """The Gate that the losses read, from clean logits (B, E)."""
         tempered_BE = logits_BE if self.temperature == 1 else self._tempered(logits_BE)
         return Gate(logits_BE, tempered_BE, load_BE, importance_BE, self.target_E, self.work_E)
 
     @abstractmethod
     def _route(self, logits_BE: Tensor, sigma_BE: Tensor | None) -> Routing:
-        """The rule: from clean logits (B, E), and the deviation of learned noise (None: none), to a Routing."""
+        """The rule: from clean logits (B, E) and the std of learned noise (None: no noise) to a Routing."""
 
     def _route_at_random(self, logits_BE: Tensor) -> Routing:
-        draw_BE = torch.rand_like(logits_BE).masked_fill(logits_BE == -math.inf, -1.0)
+        draw_BE = rand_like(logits_BE).masked_fill(logits_BE == -math.inf, -1.0)
         expert_BK = draw_BE.topk(self.top_k, dim=-1).indices
         weight_BK = torch.full_like(logits_BE[:, : self.top_k], 1 / self.top_k, requires_grad=False)
         drawn = Assignments.of_each(expert_BK, weight_BK, self.num_experts)
@@ -163,7 +172,7 @@ class GatedRouter(Router):
 
 
 class FeatureGroups(nn.Module):
-    """Some of the equally wide groups that a vector is made of: (B, D) -> (B, number chosen * D / num_groups)."""
+    """Selects some of the equally wide groups of a vector: (B, D) -> (B, number chosen * D / num_groups)."""
 
     columns: Tensor
 
@@ -176,9 +185,9 @@ class FeatureGroups(nn.Module):
 
 
 def group_columns(in_features: int, num_groups: int, chosen: list[int]) -> Tensor:
-    """The columns of the chosen ones of `num_groups` equally wide groups of features, int64.
+    """The columns of the chosen feature groups, int64.
 
-    Raises ValueError for a group that is not there.
+    Raises ValueError for a group that does not exist.
     """
     if in_features % num_groups or not all(0 <= group < num_groups for group in chosen):
         raise ValueError(f"inputs {chosen} are not among the {num_groups} feature groups of {in_features} features")

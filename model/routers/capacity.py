@@ -1,4 +1,4 @@
-"""Capacity: which choices find a place where each expert takes only so many samples."""
+"""Expert capacity: which assignments are kept when each expert has a limited number of slots."""
 
 import math
 from fractions import Fraction
@@ -9,12 +9,12 @@ from torch.nn import functional as F
 
 
 def exact(number: float) -> Fraction:
-    """A number as it is written: 0.1 is one tenth, which no float is, and no rounding gives a place too few or many."""
+    """The exact fraction that a number spells: 0.1 is one tenth, so that no rounding error changes a capacity."""
     return Fraction(str(number))
 
 
 def expert_capacity(batch: int, per_sample: Fraction, shares: list[Fraction]) -> list[int]:
-    """Places of each expert: ceil(batch * per_sample * target share); 1 at the least, and the whole batch at most.
+    """Slots of each expert: ceil(batch * per_sample * target share), from 1 to the whole batch.
 
     per_sample: k times the capacity factor. With even shares this is ceil(B k c / E), as in V-MoE (Riquelme 2021).
     """
@@ -28,12 +28,12 @@ def place(
     priority_B: Tensor | None = None,
     spare_BS: Tensor | None = None,
 ) -> Tensor:
-    """Give out the places round by round: all first choices before any second one.
+    """Assign samples to slots in rounds: all first choices before any second choice.
 
-    expert_BR: each sample's experts in the order of its preference. wanted_BK: which of the first k it asks for.
-    A sample whose choice was full goes on, from round k on, with the rest of its row (none for R = k) until it has
-    as many experts as it asked for; spare_BS: which of them it may get (None: all). priority_B: within a round larger
-    ones come first; None: the order of the batch. Returns placed_BR: which of expert_BR the sample got.
+    expert_BR: each sample's experts in order of preference. wanted_BK: which of the first k it requests. A sample whose
+    choice was full continues from round k on with the rest of its row (none for R = k) until it has as many experts as
+    it requested; spare_BS: which of them it may get (None: all). priority_B: larger values come first within a round
+    (None: the order of the batch). Returns placed_BR: which of expert_BR the sample got.
     """
     rounds, k = expert_BR.shape[1], wanted_BK.shape[1]
     num_experts = len(capacity_E)

@@ -13,21 +13,21 @@ SCORES = Option(
     "scores",
     Literal["sigmoid", "softmax"],
     "sigmoid",
-    "deepseek: sigmoid, weights divided by their sum (V3); or softmax over all experts, weights as they are.",
+    "deepseek: sigmoid, with weights divided by their sum (V3), or softmax over all experts, without that.",
 )
 
 
 @register(
     "deepseek",
-    "top-k of score + bias, the bias evens the load without a loss (DeepSeek-AI 2024)",
+    "top-k of score + bias, which balances the load without a loss (DeepSeek-AI 2024)",
     options=[SCORES],
 )
 class DeepSeekRouter(TokenChoiceRouter):
-    """DeepSeekMoE's gate without auxiliary loss: top-k of score + bias, weighted by the score alone.
+    """DeepSeekMoE's gate without auxiliary loss: top-k of score + bias, weighted by the score only.
 
     sigmoid (DeepSeek-V3, DeepSeek-AI 2024, eq. 13-16): weights are the chosen scores over their sum; for k = 1 the
-    score itself, or the gate would get no gradient. softmax (DeepSeekMoE, Dai 2024): the scores as they are. The
-    experts that always run beside the chosen ones are `experts.shared`.
+    score itself, or the gate would get no gradient. softmax (DeepSeekMoE, Dai 2024): the scores themselves. Its
+    shared experts are `experts.shared`.
     """
 
     default_bias_rate = 1e-3
@@ -38,7 +38,7 @@ class DeepSeekRouter(TokenChoiceRouter):
         self.sigmoid = config.scores == "sigmoid"
 
     def _scores(self, logits_BE: Tensor, sigma_BE: Tensor | None) -> tuple[Tensor, None]:
-        """Logarithms of the scores, which rank alike: a score itself underflows to 0, and is 1 from logits of 17 on."""
+        """Logarithms of the scores, in the same order: a score underflows to 0, and is 1 from logits of 17 on."""
         logits_BE = logits_BE / self.temperature
         return (F.logsigmoid(logits_BE) if self.sigmoid else logits_BE.log_softmax(dim=-1)), None
 

@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..distributed import gathered, own_rows, rows_before
 from ..routing import Assignments, Drops, Routing
 from .base import GatedRouter
 from .capacity import exact, expert_capacity
@@ -16,14 +17,14 @@ from .config import RouterConfig, register
 class ExpertChoiceRouter(GatedRouter):
     """Expert choice (Zhou 2022, "Mixture-of-experts with expert choice routing", eq. 1-2).
 
-    The gate is a softmax over the experts; expert i takes the C_i = ceil(B c t_i) samples of a batch that it has the
-    largest gate for and weights them by it. c is capacity_factor (null: top_k), the experts that see a sample on
-    average; t the target load, even by default, so that the load is what it should be without a loss.
+    The gate is a softmax over the experts; expert i takes the C_i = ceil(B c t_i) samples of a batch with its largest
+    gates, which are their weights. c is capacity_factor (null: top_k), the mean number of experts per sample; t the
+    target load, even by default, so the load is balanced without a loss.
 
-    So **training depends on the batch**: a sample has more or fewer experts according to what stands beside it, or
-    none. Evaluation does not: an expert takes every sample whose gate reaches threshold_E, the running mean (as
-    BatchNorm keeps its own, momentum 0.1) of the smallest gate it took in training; a sample that no expert would
-    take goes to the one with its largest gate. Random warm-up draws top_k experts a sample and moves no threshold.
+    So **training depends on the batch**: the number of a sample's experts, which may be 0, depends on the other
+    samples. Evaluation does not: an expert takes every sample whose gate reaches threshold_E, the running mean
+    (momentum 0.1, as in BatchNorm) of the smallest gate it took in training; a sample that no expert takes goes to the
+    expert with its largest gate. Random warm-up draws top_k experts per sample and does not change thresholds.
     """
 
     token_choice = False
@@ -34,7 +35,7 @@ class ExpertChoiceRouter(GatedRouter):
     def _build_gate(self, width: int, config: RouterConfig) -> None:
         super()._build_gate(width, config)
         self.per_sample = float(config.top_k if config.capacity_factor is None else config.capacity_factor)
-        # Below every gate: before any training all experts take all samples.
+        # Below every gate: before training all experts take all samples.
         self.register_buffer("threshold_E", torch.zeros(self.num_experts))
 
     @classmethod
@@ -42,8 +43,8 @@ class ExpertChoiceRouter(GatedRouter):
         super().check(config, num_experts)
         if config.capacity_factor is not None and config.capacity_factor > num_experts:
             raise ValueError(
-                f"router.capacity_factor {config.capacity_factor} with kind expert_choice is the experts that see a "
-                f"sample on average, and there are {num_experts}: lower it"
+                f"router.capacity_factor {config.capacity_factor} with kind expert_choice is the mean number of "
+                f"experts per sample, but there are only {num_experts}: lower it"
             )
 
     @property
@@ -63,9 +64,10 @@ class ExpertChoiceRouter(GatedRouter):
         return Routing(chosen, self._gate(logits_BE))
 
     def _take_best(self, logits_BE: Tensor, gate_BE: Tensor) -> Routing:
-        batch = len(gate_BE)
-        places = expert_capacity(batch, exact(self.per_sample), self.shares)
-        value_PE, sample_PE = gate_BE.topk(max(places), dim=0)
+        batch, before = len(gate_BE), rows_before(len(gate_BE))
+        whole_BE = gathered(gate_BE)  # of the batch that all processes hold together
+        places = expert_capacity(len(whole_BE), exact(self.per_sample), self.shares)
+        value_PE, sample_PE = whole_BE.topk(max(places), dim=0)
         columns = range(self.num_experts)
         sample_A = torch.cat([sample_PE[: places[e], e] for e in columns])
         weight_A = torch.cat([value_PE[: places[e], e] for e in columns])
@@ -73,6 +75,10 @@ class ExpertChoiceRouter(GatedRouter):
         with torch.no_grad():
             smallest_E = torch.stack([value_PE[places[e] - 1, e] for e in columns])
             self.threshold_E.lerp_(smallest_E, self.momentum)
-            unseen_B = torch.ones(batch, dtype=torch.int64, device=sample_A.device).index_fill(0, sample_A, 0)
+            unseen_B = torch.ones(len(whole_BE), dtype=torch.int64, device=sample_A.device).index_fill(0, sample_A, 0)
+            unseen_B = own_rows(unseen_B)
+        if batch < len(whole_BE):  # the experts of a process see its own samples, in a number that varies
+            own_A = (sample_A >= before) & (sample_A < before + batch)
+            sample_A, expert_A, weight_A = sample_A[own_A] - before, expert_A[own_A], weight_A[own_A]
         taken = Assignments.listed(sample_A, expert_A, weight_A, (batch, self.num_experts))
         return Routing(taken, self._gate(logits_BE), Drops(unseen_B.sum()))

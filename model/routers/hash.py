@@ -1,4 +1,4 @@
-"""Hash routing: a fixed function of the sample decides."""
+"""Hash routing: a fixed function of the sample."""
 
 from typing import ClassVar
 
@@ -11,15 +11,15 @@ from .config import RouterConfig, register
 from .token_choice import TokenChoiceRouter
 
 
-@register("hash", "a fixed random projection decides, nothing is learned (Roller 2021)")
+@register("hash", "a fixed random projection, nothing is learned (Roller 2021)")
 class HashRouter(TokenChoiceRouter):
-    """Hash layers (Roller 2021): a fixed function of the input chooses the experts, and each weighs 1/k.
+    """Hash layers (Roller 2021): a fixed function of the input chooses the experts, each with weight 1/k.
 
-    The function is a random projection of the features to E numbers, drawn once and saved, whose k largest win: a
-    locality-sensitive hash. (A hash of the sample's number would say nothing about an image that is not in the
-    training set.) It has no parameters. Features and projections are standardised by running statistics, in training
-    too, so that the hash of a sample does not depend on its batch and the experts get about even loads; these settle
-    in the first hundred steps. There is nothing to warm up: `warmup` changes nothing.
+    The function is a random projection of the features to E numbers, drawn once and saved, of which the k largest are
+    chosen: a locality-sensitive hash. (A hash of the sample's index would not work for new images.) It has no
+    parameters. Features and projections are standardised by running statistics, in training too, so that the hash of a
+    sample does not depend on its batch and the loads are about even; the statistics settle in the first hundred steps.
+    `warmup` has no effect.
     """
 
     learns = False
@@ -32,7 +32,7 @@ class HashRouter(TokenChoiceRouter):
         self.scale = Standardise(self.num_experts, affine=False, by_running=True)
 
     def forward(self, x_BD: Tensor, warmup: bool = False, allowed_E: Tensor | None = None) -> Routing:
-        """As `Router.forward`, but by the hash in warm-up too."""
+        """As `Router.forward`, with the hash in warm-up too."""
         return super().forward(x_BD, warmup=False, allowed_E=allowed_E)
 
     @torch.no_grad()

@@ -1,8 +1,11 @@
 """Hierarchical routing: groups of experts, then experts in them."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from ..distributed import randn_like
 from ..options import Option, count
 from .config import RouterConfig, register
 from .noise import LearnedNoiseRouter, load_probability
@@ -12,10 +15,10 @@ GROUPS = (
         "groups",
         int,
         2,
-        "hierarchical: number of groups, each of as many experts in the order of experts.sizes.",
+        "hierarchical: number of equally large groups of experts, in the order of experts.sizes.",
         count,
     ),
-    Option("top_groups", int, 1, "hierarchical: groups that see each sample; top_k is divided among them.", count),
+    Option("top_groups", int, 1, "hierarchical: groups per sample; top_k is divided among them.", count),
 )
 
 
@@ -23,11 +26,11 @@ GROUPS = (
 class HierarchicalRouter(LearnedNoiseRouter):
     """A noisy gate chooses groups, and one for each group chooses experts in it (Shazeer 2017, appendix B).
 
-    The experts form `groups` groups of equal number; `top_groups` groups see a sample, and top_k / top_groups
-    experts of each. An expert's weight is the product of the two gates (Jordan and Jacobs 1994), each the softmax
-    over what was chosen, or, where one is chosen, its probability among all, so that both gates learn. logits_BE
-    are joint: their softmax is P(group) P(expert | group), and their logsumexp, which the z-loss reads, that of the
-    groups. A bias is added to the joint score and so moves both choices.
+    The experts form `groups` groups of equal size; a sample goes to `top_groups` groups, and to top_k / top_groups
+    experts of each. An expert's weight is the product of the two gates (Jordan and Jacobs 1994), each a softmax over
+    the chosen entries, or, if only one is chosen, its probability among all, so that both gates learn. logits_BE are
+    joint: their softmax is P(group) P(expert | group), and their logsumexp, which the z-loss reads, is that of the
+    groups. A bias is added to the joint score and so affects both choices.
     """
 
     @classmethod
@@ -36,7 +39,7 @@ class HierarchicalRouter(LearnedNoiseRouter):
         if num_experts % config.groups:
             raise ValueError(
                 f"router.groups {config.groups} does not divide the {num_experts} experts: kind hierarchical needs "
-                "groups of equal number"
+                "groups of equal size"
             )
         if config.top_groups > config.groups:
             raise ValueError(f"router.top_groups {config.top_groups} is larger than router.groups {config.groups}")
@@ -48,12 +51,12 @@ class HierarchicalRouter(LearnedNoiseRouter):
             )
         if config.overflow == "next_best":
             raise ValueError(
-                "router.overflow next_best does not go with router.kind hierarchical: use drop or residual"
+                "router.kind hierarchical does not support router.overflow next_best: use drop or residual"
             )
 
     @classmethod
     def only_scales(cls, config: RouterConfig, num_experts: int) -> str | None:
-        """As for every rule; and where a single one of several groups sees a sample, whose gate is in every weight."""
+        """As for every rule; also if a sample goes to one of several groups, whose gate is a factor of every weight."""
         single = "router.top_groups 1" if config.top_groups == 1 < config.groups else None
         return super().only_scales(config, num_experts) or single
 
@@ -66,12 +69,20 @@ class HierarchicalRouter(LearnedNoiseRouter):
     def _outputs(self) -> int:
         return self.groups + self.num_experts
 
+    def entries_of(self, experts: Sequence[int], size: int) -> list[int]:
+        """As for every rule; of the gate's outputs those of the groups that the experts form, then their own."""
+        if size != self._outputs:
+            return super().entries_of(experts, size)
+        members = self.num_experts // self.groups
+        groups = [expert // members for expert in experts if expert % members == 0]
+        return [*groups, *(self.groups + expert for expert in experts)]
+
     def _logits(self, hidden_BH: Tensor, noisy: bool) -> tuple[Tensor, Tensor | None]:
         values, sigma = super()._logits(hidden_BH, noisy)
         return self._join(*self._split(values)), sigma
 
     def _split(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """What a layer gives for the groups and for the experts in each."""
+        """Split a layer's output into those for groups and for the experts in each."""
         return values[:, : self.groups], values[:, self.groups :].unflatten(1, (self.groups, -1))
 
     @staticmethod
@@ -80,8 +91,8 @@ class HierarchicalRouter(LearnedNoiseRouter):
         return (group_BG[..., None] + expert_BGM.log_softmax(dim=-1)).flatten(1)
 
     def _levels(self, joint_BE: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        """The logits of the groups and, up to a constant a group, of the experts in each, at a temperature."""
-        # Finite at every temperature, so that a group whose experts are all barred has weight 0 instead of 0/0.
+        """The logits of the groups and, up to a constant per group, of the experts in each, at a temperature."""
+        # Finite at every temperature, so that a group of excluded experts has weight 0 instead of 0/0.
         least = torch.finfo(joint_BE.dtype).min / 4
         expert_BGM = joint_BE.clamp_min(least).unflatten(1, (self.groups, -1))
         group_BG = expert_BGM.logsumexp(dim=-1)
@@ -91,7 +102,7 @@ class HierarchicalRouter(LearnedNoiseRouter):
         if sigma_BE is None:
             return logits_BE, None
         levels, sigmas = self._levels(logits_BE), self._split(sigma_BE)  # of the groups and of the experts
-        noisy = [clean + torch.randn_like(clean) * sigma for clean, sigma in zip(levels, sigmas, strict=True)]
+        noisy = [clean + randn_like(clean) * sigma for clean, sigma in zip(levels, sigmas, strict=True)]
         load_BG, load_BGM = (
             load_probability(clean + shift, drawn + shift, sigma, top_k)
             for clean, drawn, shift, sigma, top_k in zip(
@@ -101,7 +112,7 @@ class HierarchicalRouter(LearnedNoiseRouter):
         return self._join(*noisy), (load_BG[..., None] * load_BGM).flatten(1)
 
     def _shifts(self, logits_BE: Tensor) -> tuple[Tensor | float, Tensor | float]:
-        """What the bias adds to the logits of the groups and of the experts.
+        """The bias of the logits of the groups and of the experts.
 
         A group rises by what the bias adds to the sum of its clean gates. Without the noise of its experts, whose
         chances to be chosen are then independent of their group's: the load estimate is the product of the two.
@@ -139,7 +150,7 @@ class HierarchicalRouter(LearnedNoiseRouter):
 
 
 def chosen_gates(logits: Tensor, chosen: Tensor) -> Tensor:
-    """Softmax over the chosen entries of the last dimension; where one is chosen, its probability among all."""
+    """Softmax over the chosen entries of the last dimension; for a single one, its probability among all."""
     if chosen.shape[-1] == 1:
         return logits.softmax(dim=-1).gather(-1, chosen)
     return logits.gather(-1, chosen).softmax(dim=-1)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..distributed import gathered, own_rows, whole_size
 from ..routing import Assignments, Drops, Routing
 from .base import GatedRouter
 from .capacity import exact, expert_capacity, place
@@ -39,22 +40,22 @@ class TokenChoiceRouter(GatedRouter):
         return self.capacity_factor is None and type(self)._wanted is TokenChoiceRouter._wanted
 
     def _scores(self, logits_BE: Tensor, sigma_BE: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """What is ranked, noise included, and load_BE where the rule has it."""
+        """The scores to rank, with noise, and load_BE if the rule has it."""
         return logits_BE, None
 
     def _biased(self, scores_BE: Tensor, logits_BE: Tensor) -> Tensor:
-        """What decides the choice: the scores, and the loss-free bias where there is one. logits_BE: the clean ones."""
+        """The scores with the loss-free bias, if there is one. logits_BE: clean logits."""
         return scores_BE + self.bias_E if self.bias_rate else scores_BE
 
     def _choose(self, ranked_BE: Tensor) -> Tensor:
-        """The experts that each sample may have, (B, k), the first choice first."""
+        """The chosen experts of each sample, (B, k), the first choice first."""
         return ranked_BE.topk(self.top_k, dim=-1).indices
 
     def _weights(self, scores_BE: Tensor, expert_BK: Tensor, placed_BK: Tensor | None = None) -> Tensor:
-        """Weights of the chosen experts, here their softmax; placed_BK leaves out those without a place.
+        """Weights of the chosen experts, here their softmax; placed_BK leaves out dropped ones.
 
-        For one expert a sample the softmax over all of them, or the gate would get no gradient. For more,
-        the softmax over all experts, renormalised over the chosen ones, is the same number.
+        For one expert per sample the softmax over all experts, or the gate would get no gradient. For more, the softmax
+        over all experts, renormalised over the chosen ones, is the same.
         """
         scores_BE = scores_BE / self.temperature
         if self.top_k == 1:
@@ -62,10 +63,10 @@ class TokenChoiceRouter(GatedRouter):
         return renormalised(scores_BE.gather(-1, expert_BK), placed_BK)
 
     def _ranked(self, scores_BE: Tensor, logits_BE: Tensor) -> Tensor:
-        """What decides the choice, with no barred expert before another."""
+        """The biased scores, with excluded experts last."""
         if not self.bias_rate:
             return scores_BE
-        # A barred expert's score is finite under some rules, and the bias could lift it over the others.
+        # An excluded expert's score is finite under some rules, and the bias could lift it over the others.
         return self._biased(scores_BE, logits_BE).masked_fill(logits_BE == -math.inf, -math.inf)
 
     def _wanted(self, weight_BK: Tensor) -> Tensor | None:
@@ -73,7 +74,7 @@ class TokenChoiceRouter(GatedRouter):
         return None
 
     def _importance(self, logits_BE: Tensor) -> Tensor | None:
-        """The gate whose sum is the importance, from the clean logits (None: the weights)."""
+        """The gate that is summed to the importance, from the clean logits (None: the weights)."""
         return None
 
     def _route(self, logits_BE: Tensor, sigma_BE: Tensor | None) -> Routing:
@@ -90,25 +91,28 @@ class TokenChoiceRouter(GatedRouter):
         return Routing(assignments, self._gate(logits_BE, load_BE, self._importance(logits_BE)))
 
     def _route_to_places(self, logits_BE, scores_BE, ranked_BE, expert_BK, weight_BK, wanted_BK, load_BE) -> Routing:
-        """The assignments that find a place under the capacities."""
+        """The assignments that are kept under the capacities."""
         assert self.capacity_factor is not None
         batch, k = expert_BK.shape
+        whole = whole_size(batch)  # the places are those of the batch that all processes hold together
         wanted_BK = torch.ones_like(expert_BK, dtype=torch.bool) if wanted_BK is None else wanted_BK
-        places = expert_capacity(batch, self.top_k * exact(self.capacity_factor), self.shares)
+        places = expert_capacity(whole, self.top_k * exact(self.capacity_factor), self.shares)
         capacity_E = torch.tensor(places, device=expert_BK.device)
-        # Probabilities, never logits, which do not compare between samples.
+        # Probabilities, because logits are not comparable between samples.
         priority_B = None
         if self.prioritised:
             priority_B = self._tempered(logits_BE.detach()).softmax(dim=-1).amax(dim=-1)
         expert_BR, weight_BR, spare_BS = expert_BK, weight_BK, None
         if self.overflow == "next_best":
-            # In the order of preference whatever the sample does not ask for; a choice not kept may be among it.
+            # In order of preference, all experts that the sample did not request, dropped choices included.
             order_BE = ranked_BE.argsort(dim=-1, descending=True, stable=True)
             expert_BR = torch.cat([expert_BK, order_BE], dim=-1)
             spare_BS = ~torch.zeros_like(ranked_BE, dtype=torch.bool).scatter(1, expert_BK, wanted_BK).gather(
                 1, order_BE
             )
-        placed_BR = place(expert_BR, wanted_BK, capacity_E, priority_B, spare_BS)
+        asked = (gathered(expert_BR), gathered(wanted_BK), capacity_E)
+        ranks = (None if rows is None else gathered(rows) for rows in (priority_B, spare_BS))
+        placed_BR = own_rows(place(*asked, *ranks))
         if self.overflow == "next_best":
             spared_BE = torch.zeros_like(ranked_BE, dtype=torch.bool).scatter(1, order_BE, placed_BR[:, k:])
             unwanted_BK = ~wanted_BK & ~spared_BE.gather(1, expert_BK)
@@ -124,28 +128,28 @@ class TokenChoiceRouter(GatedRouter):
             sample_A, expert_BR[sample_A, rank_A], weight_BR[sample_A, rank_A], (batch, self.num_experts)
         )
         importance_BE = self._importance(logits_BE)
-        if importance_BE is None:  # that of the choices, whether they find a place or not
+        if importance_BE is None:  # of all choices, dropped ones included
             importance_BE = torch.zeros_like(logits_BE).scatter(1, expert_BK, weight_BK * wanted_BK)
         drops = Drops(wanted_BK.sum() - placed_BR.sum(), demand_E, residual_B)
         return Routing(assignments, self._gate(logits_BE, load_BE, importance_BE), drops)
 
     @torch.no_grad()
     def after_step(self, routing: Routing) -> None:
-        """Move the bias by bias_rate towards the target load (Wang 2024, algorithm 1); not after random warm-up."""
+        """Move the bias by bias_rate towards the target load (Wang 2024, algorithm 1), except in random warm-up."""
         if self.bias_rate and routing.learned:
             demand_E = routing.demand_E.float()
             self.bias_E += self.bias_rate * (self.target_E * demand_E.sum() - demand_E).sign()
 
 
 class SoftmaxFirstRouter(TokenChoiceRouter):
-    """A rule whose weights are the softmax over all experts, not renormalised over the chosen ones."""
+    """A rule whose weights are the softmax over all experts, without renormalising over the chosen ones."""
 
     def _weights(self, scores_BE: Tensor, expert_BK: Tensor, placed_BK: Tensor | None = None) -> Tensor:
         return (scores_BE / self.temperature).softmax(dim=-1).gather(-1, expert_BK)
 
 
 def renormalised(chosen_BK: Tensor, placed_BK: Tensor | None) -> Tensor:
-    """exp(chosen) over their sum for each sample; placed_BK leaves out those without a place (None: all have one)."""
+    """exp(chosen) over their sum for each sample; placed_BK leaves out dropped ones (None: none is dropped)."""
     if placed_BK is not None:
         chosen_BK = chosen_BK.masked_fill(~placed_BK, torch.finfo(chosen_BK.dtype).min)
     return chosen_BK.softmax(dim=-1)

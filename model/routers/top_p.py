@@ -5,6 +5,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..distributed import summed, whole_size
 from ..options import Option
 from .config import RouterConfig, register
 from .token_choice import SoftmaxFirstRouter
@@ -13,22 +14,22 @@ P = Option(
     "p",
     float,
     0.4,
-    "top_p: a sample's experts are the fewest whose gate probabilities sum to at least this.",
-    lambda value: None if 0 < value <= 1 else "it is a probability above 0",
+    "top_p: a sample gets the fewest experts whose gate probabilities sum to at least this.",
+    lambda value: None if 0 < value <= 1 else "it must be a probability above 0",
 )
 
 
 @register("top_p", "experts until their probability passes p, more for harder samples (Huang 2024)", options=[P])
 class TopPRouter(SoftmaxFirstRouter):
-    """Dynamic routing (Huang 2024, "Harder tasks need more experts"): the fewest experts that the gate trusts.
+    """Dynamic routing (Huang 2024, "Harder tasks need more experts"): the fewest experts with enough probability.
 
-    In the order of their probability a sample gets experts until these sum to p or more, each weighted by its
-    probability: one where the gate is sure, up to all where it is not. The paper adds the entropy of each sample's gate
-    to the loss, times 1e-4 (`balance.entropy_local`), or the gate would learn to be unsure and use all of them, and
-    Switch's loss, times 0.01.
+    A sample gets experts in order of their probability until these sum to p or more, each weighted by its probability:
+    one if the gate is certain, up to all if it is not. The paper adds the entropy of each sample's gate to the loss,
+    times 1e-4 (`balance.entropy_local`), or the gate would learn to be uncertain and use all experts, and Switch's
+    loss, times 0.01.
 
-    top_k is the number of experts of random warm-up, and the mean number that capacities are made for. mean_experts,
-    saved with the model, is the running mean of the number of experts a training sample chose (momentum 0.1).
+    top_k is the number of experts in random warm-up, and the mean number for capacities. mean_experts, saved with the
+    model, is the running mean of the number of experts that a training sample chose (momentum 0.1).
     """
 
     fixed_k = False
@@ -43,7 +44,7 @@ class TopPRouter(SoftmaxFirstRouter):
 
     @classmethod
     def only_scales(cls, config: RouterConfig, num_experts: int) -> None:
-        """No option does: how many experts a sample has depends on it."""
+        """No option does: the gate also decides the number of experts."""
 
     @property
     def experts_per_sample(self) -> float:
@@ -57,5 +58,6 @@ class TopPRouter(SoftmaxFirstRouter):
             before_BE = weight_BE.cumsum(dim=-1) - weight_BE
             wanted_BE = (before_BE < self.p) & (weight_BE > 0)
             if self.training:
-                self.mean_experts.lerp_(wanted_BE.sum(dim=-1).float().mean(), self.momentum)
+                chosen = summed(wanted_BE.sum().float()) / whole_size(len(wanted_BE))
+                self.mean_experts.lerp_(chosen, self.momentum)
         return wanted_BE

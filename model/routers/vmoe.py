@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..distributed import randn_like
 from .config import RouterConfig, register
 from .noise import NOISE_STD, load_probability
 from .token_choice import SoftmaxFirstRouter
@@ -12,16 +13,16 @@ from .token_choice import SoftmaxFirstRouter
 class VMoERouter(SoftmaxFirstRouter):
     """V-MoE (Riquelme 2021, "Scaling vision with sparse mixture of experts"): TOP_k(softmax(W x + eps)).
 
-    eps ~ N(0, noise_std^2) at training time, of std 1/E. The importance loss reads the clean gates over all
-    experts, the load loss the chance to be chosen under fresh noise. With `capacity_order priority` samples
-    take their places by their largest gate (Batch Prioritized Routing, ibid., section 4).
+    eps ~ N(0, noise_std^2) in training, with std 1/E by default. The importance loss reads the clean gates over all
+    experts, the load loss the probability to be chosen under fresh noise. With `capacity_order priority` samples get
+    their slots by their largest gate (Batch Prioritized Routing, ibid., section 4).
     """
 
     has_load = True
 
     @classmethod
     def lacks_load(cls, config: RouterConfig) -> str | None:
-        """As for every rule; without noise it has none either."""
+        """As for every rule; it also needs noise."""
         return "router.noise_std above 0" if config.noise_std == 0 else None
 
     def _build_gate(self, width: int, config: RouterConfig) -> None:
@@ -31,7 +32,7 @@ class VMoERouter(SoftmaxFirstRouter):
     def _scores(self, logits_BE: Tensor, sigma_BE: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if not self.training or self.noise_std == 0:
             return logits_BE, None
-        noisy_BE = logits_BE + torch.randn_like(logits_BE) * self.noise_std
+        noisy_BE = logits_BE + randn_like(logits_BE) * self.noise_std
         fixed_BE = torch.full_like(logits_BE, self.noise_std, requires_grad=False)
         biased = self._biased(logits_BE, logits_BE), self._biased(noisy_BE, logits_BE)
         return noisy_BE, load_probability(*biased, fixed_BE, self.top_k)

@@ -22,7 +22,7 @@ from benchmarks.study_heads import (
     totals,
     width_methods,
 )
-from benchmarks.study_tables import agreement, paired_interval
+from benchmarks.study_tables import agreement
 from benchmarks.study_training import train_heads
 from common.errors import UserError
 
@@ -30,13 +30,6 @@ from common.errors import UserError
 @pytest.fixture(scope="module")
 def features():
     return telling_features()
-
-
-def test_the_paired_interval_by_hand():
-    # Differences 1, 2, 3: mean 2, deviation 1; t(0.975, 2) = 4.302653, so 2 -+ 4.302653 / sqrt(3) = 2 -+ 2.484138.
-    mean, low, high = paired_interval([2.0, 4.0, 6.0], [1.0, 2.0, 3.0])
-    assert (mean, low, high) == pytest.approx((2.0, -0.484138, 4.484138), abs=1e-5)
-    assert paired_interval([1.0], [0.0]) == (1.0, None, None)
 
 
 def test_agreement_ignores_the_experts_names():

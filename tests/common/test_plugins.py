@@ -35,7 +35,7 @@ BROKEN = {
     "from model.experts import register\n@register('mlp', 'mine')\nclass Mine: pass\n": "'mlp' is registered",
     "from model.losses import register\n@register('z_loss', 'mine')\ndef mine(r): pass\n": "auxiliary loss 'z_loss' is",
     "from model.routers import register\n@register('my rule', 'mine')\nclass Mine: pass\n": "use letters, digits and _",
-    "from data.datasets import register\n@register('digits', about='x')\ndef mine(c): pass\n": "'digits' is regist",
+    "from data.datasets import register\n@register('digits', about='x')\ndef mine(c): pass\n": "'digits' is al",
     "from evaluation.figures import register\n@register('samples', 'A')\ndef mine(e): pass\n": "'samples' is regist",
 }  # fmt: skip
 
@@ -83,7 +83,7 @@ def test_no_file_and_no_stored_configuration_loads_a_plugin(tmp_path, monkeypatc
     (tmp_path / "mine.py").write_text("raise SystemError('code ran')\n")
     # What is named comes first, whatever else may be unknown without it.
     (tmp_path / "recipe.yaml").write_text("balance: {my_loss: 0.1}\nplugins: [mine.py]\n")
-    words = r"names the plug-in mine\.py, and plug-ins load only where this command line names them: add --plugins PATH"
+    words = r"needs the plug-in mine\.py, and only the command line can load plug-ins: add --plugins PATH"
     with pytest.raises(CommandError, match=rf"^plugins in .*recipe\.yaml {words}"):
         parse_command_line(["--config", "recipe.yaml"])
     with pytest.raises(CommandError, match=rf"^plugins in the stored configuration {words}"):

@@ -61,12 +61,12 @@ def test_paths_are_expanded_and_stored_absolute(tmp_path, monkeypatch):
     assert absolute("~/c") == tmp_path / "home" / "c"
     assert expanded("~no-such-user/c") == Path("~no-such-user/c")
     for wrong in ("", "a\0b"):
-        with pytest.raises(ValueError, match="is no path"):
+        with pytest.raises(ValueError, match="is not a path"):
             absolute(wrong)
     parser = Parser(prog="program")
     parser.add_argument("--out", type=path_option)
     assert parser.parse_args(["--out=~/c"]).out == tmp_path / "home" / "c"
-    with pytest.raises(UserError, match="argument --out: an empty text is no path"):
+    with pytest.raises(UserError, match="argument --out: an empty text is not a path"):
         parser.parse_args(["--out", ""])
 
 

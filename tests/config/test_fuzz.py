@@ -120,7 +120,7 @@ def test_archives_that_torch_would_read_but_should_not(whole, tmp_path, what):
                 archive.writestr(record.filename, good.read(record))
     else:
         torch.save({"format_version": 1, "model": Code()}, path)
-    with pytest.raises(UserError, match=r"last\.pt is truncated or no checkpoint"):
+    with pytest.raises(UserError, match=r"last\.pt is truncated or not a checkpoint"):
         load_checkpoint(path)
 
 

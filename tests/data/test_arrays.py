@@ -91,7 +91,7 @@ def test_splits_are_taken_where_there_are_none_and_copies_among_them_are_said(tm
     assert [len(splits[name]) for name in ("train", "validation", "test")] == [25, 7, 8]
     seen = {image.numpy().tobytes() for name in ("train", "validation") for image in splits[name].images_NCHW}
     copies = sum(image.numpy().tobytes() in seen for image in splits.test.images_NCHW)
-    assert f"{copies} of 8 test images equal one that is trained or chosen on" in capsys.readouterr().err
+    assert f"{copies} of 8 test images are exact copies of images in another split" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -99,18 +99,18 @@ def test_splits_are_taken_where_there_are_none_and_copies_among_them_are_said(tm
     [
         ({"pictures": GREY}, "holds pictures: expected the arrays images and labels"),
         ({"images": GREY}, "expected the arrays images and labels"),
-        ({"test_images": GREY, "test_labels": LABELS}, "has test images alone: the training images are missing"),
+        ({"test_images": GREY, "test_labels": LABELS}, "has test images only: the training images are missing"),
         ({"images": GREY[0], "labels": LABELS}, r"images in .* has the shape \(8, 8\)"),
         ({"images": RGB[..., :2], "labels": LABELS}, "expected .*N, H, W, 3"),
         ({"images": GREY[:0], "labels": LABELS[:0]}, "has the shape"),
-        ({"images": GREY * 1000.0, "labels": LABELS}, "numbers outside 0 to 255"),
-        ({"images": np.full((20, 8, 8), np.nan), "labels": LABELS}, "numbers outside 0 to 255"),
-        ({"images": GREY.astype(complex), "labels": LABELS}, "numbers outside 0 to 255"),
+        ({"images": GREY * 1000.0, "labels": LABELS}, "values outside 0 to 255"),
+        ({"images": np.full((20, 8, 8), np.nan), "labels": LABELS}, "values outside 0 to 255"),
+        ({"images": GREY.astype(complex), "labels": LABELS}, "values outside 0 to 255"),
         ({"images": GREY, "labels": LABELS[:5]}, "has 20 train images but 5 labels"),
         ({"images": GREY, "labels": np.eye(2)[LABELS]}, r"labels in .* has the shape \(20, 2\)"),
         ({"images": GREY, "labels": LABELS + 0.5}, "holds float64: expected whole numbers or texts"),
         ({"images": GREY, "labels": 0 * LABELS}, "has 1 class"),
-        ({"images": GREY, "labels": LABELS - 1}, "has the train label -1: images without a label"),
+        ({"images": GREY, "labels": LABELS - 1}, "has the train label -1: leave out images without a label"),
         ({"images": GREY, "labels": LABELS, "names": np.array(["a"])}, "has 1 class"),
         ({"images": GREY, "labels": 2 * LABELS, "names": np.array(["a", "b"])}, "labels from 0 to 2: its 2 classes"),
         ({"images": GREY, "labels": LABELS, "names": np.array(["a", "a"])}, "two classes are called 'a'"),
@@ -118,7 +118,7 @@ def test_splits_are_taken_where_there_are_none_and_copies_among_them_are_said(tm
             {"images": GREY, "labels": LABELS, "test_images": GREY, "test_labels": 2 * LABELS},
             "has the test label '2', which no training image has",
         ),
-        ({"images": GREY, "labels": np.array([{}] * 20)}, "no .npz file of plain arrays .*allow_pickle"),
+        ({"images": GREY, "labels": np.array([{}] * 20)}, "not an .npz file of plain arrays .*allow_pickle"),
     ],
 )
 def test_what_is_wrong_with_a_file_is_one_line(tmp_path, arrays, words):
@@ -131,9 +131,9 @@ def test_what_is_no_file_of_arrays_is_one_line(tmp_path, monkeypatch):
     whole = saved(tmp_path, images=GREY, labels=LABELS).read_bytes()
     for content in (b"", whole[: len(whole) // 2], whole[:400] + bytes(200) + whole[600:]):
         (tmp_path / "b.npz").write_bytes(content)
-        with pytest.raises(UserError, match=r"no \.npz file of plain arrays"):
+        with pytest.raises(UserError, match=r"not an \.npz file of plain arrays"):
             parts(tmp_path / "b.npz")
-    with pytest.raises(UserError, match="is not there"):
+    with pytest.raises(UserError, match="does not exist"):
         parts(tmp_path / "none.npz")
     with pytest.raises(UserError, match=r"needs --data\.root: name an \.npz file"):
         parts(None)
@@ -211,5 +211,5 @@ def test_what_is_wrong_with_parquet_files_is_one_line(tmp_path, parquet):
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
     (tmp_path / "train.parquet").touch()
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
-    with pytest.raises(EnvironmentFault, match=r"train\.parquet needs pyarrow to be read: pip install pyarrow"):
+    with pytest.raises(EnvironmentFault, match=r"train\.parquet can only be read with pyarrow: pip install pyarrow"):
         parts(tmp_path)

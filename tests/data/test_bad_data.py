@@ -27,7 +27,7 @@ def folder_of_images(root, counts):
         ({"train/a": 9}, "holds 1 class folder"),
         ({"train/a": 1}, "holds 1 class folder"),
         ({"train/a": 9, "train/b": 1}, "class 'b' has 1 image"),
-        ({"train/a": 9, "train/b": 0}, "b holds no image"),
+        ({"train/a": 9, "train/b": 0}, "b has no image"),
         ({"train/a": 3, "train/b": 3, "test/a": 2}, "data.validation 0.1 of 6 images cannot hold all 2 classes"),
         ({"train/a": 9, "train/b": 9, "val/a": 0}, "val has no image"),
         ({"train/a": 9, "train/b": 9, "test/c": 1}, "class folder 'c' that train/ does not have"),
@@ -81,5 +81,5 @@ def test_an_option_that_does_nothing_is_told_before_the_data_is_read(tmp_path, m
     monkeypatch.setattr("sys.argv", ["train.py", *words, "--data.root", str(tmp_path / "none")])
     assert exit_code_of(train.main) == 2
     warning, error = capsys.readouterr().err.splitlines()
-    assert warning == "warning: router.jitter 0.5 does nothing under router.kind noisy_topk: only switch reads it"
+    assert warning == "warning: router.jitter 0.5 has no effect with router.kind noisy_topk: only switch reads it"
     assert error.startswith("error: ")

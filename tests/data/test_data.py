@@ -1,20 +1,15 @@
 """Image sets, splits, augmentation for each image, the feature bank."""
 
-import hashlib
-import io
-import pickle
 import re
-import tarfile
 
 import numpy as np
 import pytest
 import torch
 
-from common.errors import EnvironmentFault, UserError
+from common.errors import UserError
 from config.features import FeaturesConfig
 from data.augment import AugmentConfig, View, apply_view, draw_view
 from data.datasets import DataConfig, load_splits, stratified_split
-from data.datasets.cifar100 import load_cifar100
 from data.image_set import ImageSet
 from features.bank import FeatureBank
 from model.preparation import prepare
@@ -76,7 +71,7 @@ def test_the_fraction_that_is_advised_for_few_images_does(classes, count, fracti
 
 def test_a_class_needs_an_image_for_each_split_that_is_taken_from_the_training_images(tmp_path):
     np.savez(tmp_path / "a.npz", images=np.arange(16)[:, None, None] * np.ones((16, 8, 8)), labels=np.arange(16) // 2)
-    with pytest.raises(UserError, match=r"class '0' has 2 images, and is to be in three splits \(data\.validation"):
+    with pytest.raises(UserError, match=r"class '0' has 2 images for three splits \(data\.validation"):
         load_splits(DataConfig(name="arrays", root=tmp_path / "a.npz", image_size=8))
 
 
@@ -209,88 +204,6 @@ def test_without_augmentation_every_view_is_the_image():
     list(features.batches("train", 64, view=0))
     list(features.batches("train", 64, view=1))
     assert sum(calls) == len(features.splits.train)
-
-
-def test_missing_cifar_says_where_it_looked_and_what_to_run(tmp_path, monkeypatch):
-    monkeypatch.setattr("data.datasets.cifar100.reachable", lambda url: False)
-    with pytest.raises(EnvironmentFault) as caught:
-        load_splits(DataConfig(root=tmp_path))
-    message = str(caught.value)
-    for part in (
-        "train, test, meta not found",
-        str(tmp_path / "cifar-100-python"),
-        "--data.root",
-        "configs/digits.yaml",
-    ):
-        assert part in message
-    assert "\n" not in message
-    with pytest.raises(UserError, match=r"--data\.download is false"):
-        load_splits(DataConfig(root=tmp_path, download=False))
-
-
-def test_the_folder_of_cifar_in_place_of_its_parent_is_said(tmp_path):
-    folder = tmp_path / "cifar-100-python"
-    folder.mkdir()
-    for name in ("train", "test", "meta"):
-        (folder / name).touch()
-    with pytest.raises(UserError, match=f"files of CIFAR-100 itself: name its parent, --data.root {tmp_path}$"):
-        load_splits(DataConfig(root=folder))
-    with pytest.raises(UserError, match=r"move them to .*mine/cifar-100-python$"):
-        load_splits(DataConfig(root=folder.rename(tmp_path / "mine")))
-
-
-def test_altered_cifar_files_are_refused_before_they_are_unpickled(tmp_path):
-    folder = tmp_path / "cifar-100-python"
-    folder.mkdir()
-
-    class Bomb:
-        def __reduce__(self):
-            return (exec, ("raise SystemError('code from a data file ran')",))
-
-    for name in ("train", "test", "meta"):
-        (folder / name).write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(UserError, match=r"train is not the official file of CIFAR-100 .*delete it"):
-        load_splits(DataConfig(root=tmp_path))
-
-
-def test_an_archive_at_hand_is_unpacked_once_its_checksum_matched(tmp_path, monkeypatch, capsys):
-    from torchvision.datasets import CIFAR100
-
-    def batch(count):
-        return {"data": np.zeros((count, 3072), np.uint8), "fine_labels": [0, 1] * count, "coarse_labels": [0] * count}
-
-    contents = {name: pickle.dumps(batch(2) | {"fine_labels": [0, 1]}) for name in ("train", "test")}
-    contents["meta"] = pickle.dumps({"fine_label_names": ["a", "b"], "coarse_label_names": ["c"]})
-    archive = tmp_path / CIFAR100.filename
-    with tarfile.open(archive, "w:gz") as members:
-        for name, content in contents.items():
-            member = tarfile.TarInfo(f"cifar-100-python/{name}")
-            member.size = len(content)
-            members.addfile(member, io.BytesIO(content))
-    monkeypatch.setattr("data.datasets.cifar100.reachable", lambda url: False)
-    with pytest.raises(UserError, match=r"cifar-100-python\.tar\.gz is not the official file"):
-        load_cifar100(tmp_path)
-    md5 = {name: hashlib.md5(content).hexdigest() for name, content in contents.items()}
-    monkeypatch.setattr(CIFAR100, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
-    monkeypatch.setattr(CIFAR100, "train_list", [["train", md5["train"]]])
-    monkeypatch.setattr(CIFAR100, "test_list", [["test", md5["test"]]])
-    monkeypatch.setattr(CIFAR100, "meta", CIFAR100.meta | {"md5": md5["meta"]})
-    for _ in range(2):  # the second time from the files
-        train, test = load_cifar100(tmp_path, download=False)
-        assert (len(train), len(test), train.class_names) == (2, 2, ("a", "b"))
-    assert capsys.readouterr().err.count("is unpacked from") == 1
-
-
-@pytest.mark.slow
-def test_real_cifar_has_fine_and_coarse_labels(assets):
-    splits = load_splits(DataConfig(root=assets))
-    assert [len(splits[name]) for name in ("train", "validation", "test")] == [45_000, 5_000, 10_000]
-    assert torch.bincount(splits.train.labels_N).tolist() == [450] * 100
-    assert torch.bincount(splits.validation.labels_N).tolist() == [50] * 100
-    groups = splits.test.superclass_of_class()
-    assert np.bincount(groups).tolist() == [5] * 20
-    apple = splits.test.class_names.index("apple")
-    assert splits.test.coarse_names[groups[apple]] == "fruit_and_vegetables"
 
 
 def test_extraction_by_several_cores_gives_the_same_features(monkeypatch):

@@ -58,7 +58,7 @@ def test_depth_transparency_and_colour(tmp_path):
     Image.fromarray(ramp).save(tmp_path / "deep.png")
     deep = read_picture(tmp_path / "deep.png", 64)
     assert deep.pixels_CHW[0, 0].tolist() == (ramp[0] // 256).tolist()
-    assert deep.notes == ("16 bits a pixel, scaled to 8",)
+    assert deep.notes == ("16 bits per pixel, scaled to 8",)
     Image.fromarray((ramp / 65535).astype(np.float32)).save(tmp_path / "real.tif")
     assert read_picture(tmp_path / "real.tif", 64).pixels_CHW[0, 0, 32] == pytest.approx(129, abs=2)
     clear = Image.new("RGBA", (16, 16), (255, 0, 0, 0))

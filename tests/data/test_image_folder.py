@@ -48,7 +48,7 @@ def test_image_folder_errors_name_the_place(tmp_path):
     with pytest.raises(UserError, match="class folder 'bird'"):
         load_splits(config)
     for name in ("train", "test"):
-        with pytest.raises(UserError, match=f"is the {name} folder of a data set: name its parent, {tmp_path}$"):
+        with pytest.raises(UserError, match=f"is the {name} folder of a dataset: name its parent, {tmp_path}$"):
             load_splits(DataConfig(name="folder", root=tmp_path / name))
     (tmp_path / "train" / "val").mkdir()  # a class of that name, and no data set above it
     with pytest.raises(UserError, match="val/train is not a folder"):
@@ -77,5 +77,5 @@ def test_empty_classes_and_empty_splits_are_named(tmp_path):
     with pytest.raises(UserError, match="the validation split has no image"):
         load_splits(DataConfig(name="folder", root=tmp_path, max_classes=2))
     (tmp_path / "train" / "fox").mkdir()
-    with pytest.raises(UserError, match="fox holds no image"):
+    with pytest.raises(UserError, match="fox has no image"):
         load_splits(DataConfig(name="folder", root=tmp_path))

@@ -57,7 +57,7 @@ def test_a_link_back_to_a_folder_above_changes_nothing_and_is_said(tree, capsys,
     assert found == plain(tree)
     left_out.tell()
     line = capsys.readouterr().err
-    assert line == f"warning: not followed, as it leads back to a folder above it: {tree / link}\n"
+    assert line == f"warning: not followed: it leads back to a folder above it: {tree / link}\n"
 
 
 def test_links_that_lead_round_through_other_folders_end(tmp_path):
@@ -90,11 +90,11 @@ def test_a_folder_that_is_only_a_link_is_followed_once(tmp_path):
     touch(tmp_path, "store/cats/0.png", "store/cats/1.png", "root/train/dog/0.png")
     (tmp_path / "root/train/cat").symlink_to(tmp_path / "store/cats")
     (tmp_path / "root/train/cat_again").symlink_to(tmp_path / "store/cats")
-    with pytest.raises(UserError, match=r"train/cat_again holds no image of its own.*by a link"):
+    with pytest.raises(UserError, match=r"train/cat_again has no image of its own.*by a link"):
         labelled(tmp_path / "root")
     (tmp_path / "root/train/cat_again").unlink()
     (tmp_path / "root/test").symlink_to("train")
-    with pytest.raises(UserError, match=r"root/test holds no image of its own"):
+    with pytest.raises(UserError, match=r"root/test has no image of its own"):
         labelled(tmp_path / "root")
     (tmp_path / "root/test").unlink()
     assert set(labelled(tmp_path / "root")[0]["train"]) == {"train/cat/0.png", "train/cat/1.png", "train/dog/0.png"}
@@ -149,24 +149,24 @@ def test_what_is_left_out_is_said_in_a_line_for_each_reason(tree, capsys):
     assert found == plain(tree)
     left_out.tell()
     assert capsys.readouterr().err.splitlines() == [
-        f"warning: left out, as its ending is not that of an image (.heic, .txt): {tree}/train/a/notes.txt, and 2 more",
-        f"warning: left out, as it is not a regular file: {tree}/train/a/pipe.png",
-        f"warning: left out, as it is not in a class folder: {tree}/train/lost.png",
-        "warning: left out, as its name is not that of a split (train, training, val, valid, validation, dev, test, "
+        f"warning: left out: not the extension of an image (.heic, .txt): {tree}/train/a/notes.txt, and 2 more",
+        f"warning: left out: not a regular file: {tree}/train/a/pipe.png",
+        f"warning: left out: not in a class folder: {tree}/train/lost.png",
+        "warning: left out: not the name of a split (train, training, val, valid, validation, dev, test, "
         f"testing): {tree}/holdout",
     ]
 
 
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
-    with pytest.raises(UserError, match=r"pipe\.png is no regular file"):
+    with pytest.raises(UserError, match=r"pipe\.png is not a regular file"):
         read_picture(tmp_path / "pipe.png", 8)
-    with pytest.raises(UserError, match="no file with the ending of an image"):
+    with pytest.raises(UserError, match="no file with the extension of an image"):
         find_images(tmp_path)
     (tmp_path / "gone.png").symlink_to("nowhere.png")
     (tmp_path / "round.png").symlink_to("round.png")
     assert [path.name for path in find_images(tmp_path)] == ["gone.png", "round.png"]
-    for name, words in (("gone", "is a link to nothing"), ("round", "cannot be read as an image")):
+    for name, words in (("gone", "is a broken link"), ("round", "cannot be read as an image")):
         with pytest.raises(UserError, match=words):
             read_picture(tmp_path / f"{name}.png", 8)
 
@@ -208,6 +208,6 @@ def test_prediction_follows_links_by_the_same_rule(tree, capsys):
     (album / "again.png").symlink_to("0.png")
     assert [path.relative_to(album).as_posix() for path in find_images(album)] == ["0.png", "b/0.png", "b/1.png"]
     assert capsys.readouterr().err.splitlines() == [
-        f"warning: not followed, as it leads back to a folder above it: {album}/self",
+        f"warning: not followed: it leads back to a folder above it: {album}/self",
         f"warning: counted once: {album}/again.png is {album}/0.png by another name",
     ]

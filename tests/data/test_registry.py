@@ -45,7 +45,7 @@ def test_a_data_set_from_outside_is_used_like_the_others(toy):
     assert [len(splits[name]) for name in ("train", "validation", "test")] == [36, 4, 4]
     assert splits.train.images_NCHW.shape[1:] == (3, 16, 16)
     assert parse_command_line(["--data.name", "toy"]).config.data.name == "toy"
-    with pytest.raises(ValueError, match="'toy' is registered already"):
+    with pytest.raises(ValueError, match="'toy' is already registered"):
         register("toy", about="again")(toy)
 
 
@@ -62,8 +62,8 @@ def test_a_data_set_that_is_not_there_is_named_with_those_that_are():
 def test_options_that_a_data_set_does_not_read_are_said(tmp_path, capsys):
     config = DataConfig(name="digits", image_size=64, download=False, max_per_class=20)
     assert config.idle == [
-        "data.download False does nothing under data.name digits: only cifar100 reads it",
-        "data.image_size 64 does nothing under data.name digits: only arrays and folder read it",
+        "data.download False has no effect with data.name digits: only cifar100 reads it",
+        "data.image_size 64 has no effect with data.name digits: only arrays and folder read it",
     ]
     load_splits(config)
     assert capsys.readouterr().err.splitlines() == [f"warning: {line}" for line in config.idle]

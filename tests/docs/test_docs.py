@@ -13,6 +13,7 @@ import pytest
 import yaml
 from conftest import ROOT, in_a_fork
 
+import compress
 import evaluate
 import export
 import predict
@@ -36,6 +37,7 @@ SECTIONS = (
 )
 TOOLS = {"clearml-init", "pre-commit"}  # of other projects
 PARSERS = {
+    "compress.py": compress.parse,
     "evaluate.py": evaluate.parse,
     "predict.py": predict.parse,
     "export.py": export.parse,
@@ -57,7 +59,7 @@ def commands(path: Path) -> list[str]:
     quoted = [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", prose)]
     lines += [code for code in quoted if re.match(r"(python|pip|sh|bash|pytest) ", code)]
     lines += [f"python -m {code}" for code in quoted if re.match(r"benchmarks\.\w+( |$)", code)]
-    lines += [f"python {code}" for code in quoted if re.match(r"(train|evaluate|predict|export)\.py ", code)]
+    lines += [f"python {code}" for code in quoted if re.match(r"(train|evaluate|predict|compress|export)\.py ", code)]
     parts = [part.strip() for line in lines for part in line.split("&&")]
     return list(dict.fromkeys(part for part in parts if shlex.split(part, comments=True)))
 
@@ -74,7 +76,11 @@ def options(words: list[str], sections: tuple[str, ...]) -> list[str]:
 def parse_train(words: list[str], folder: Path) -> None:
     if "--resume" in words:  # reads the run's configuration
         run = words.index("--resume") + 1
-        assert re.fullmatch(r"RUN|runs/\w+-[\d-]+", words[run])
+        assert re.fullmatch(r"RUN2?|runs/\w+-[\d-]+", words[run])
+        words[run] = str(folder)
+    if "--init" in words:  # starts from the run's configuration
+        run = words.index("--init") + 1
+        assert words[run] == "RUN"
         words[run] = str(folder)
     if "--help" in words or "--print_config" in words:
         with pytest.raises(SystemExit) as left:

@@ -133,7 +133,7 @@ def test_missing_data_ends_in_one_line_and_leaves_no_run(tmp_path):
     )
     assert result.returncode == 2
     assert len(result.stderr.strip().splitlines()) == 1
-    assert "CIFAR-100 is not complete" in result.stderr and "--data.root" in result.stderr
+    assert "CIFAR-100 is incomplete" in result.stderr and "--data.root" in result.stderr
     assert not run_dir.exists()
 
 
@@ -179,7 +179,7 @@ def test_an_unfinished_run_is_scored_by_its_best_epoch_so_far(digits_run, tmp_pa
     words = ["--device", "cpu", "--features.cache_dir", str(tmp_path / "features")]
     monkeypatch.setattr("sys.argv", ["evaluate.py", str(moved), *words])
     assert exit_code_of(evaluate.main) == 0
-    assert "the epoch kept so far is" in capsys.readouterr().out
+    assert "the best epoch so far is" in capsys.readouterr().out
     assert [path.name.split("-")[0] for path in (tmp_path / "features").glob("*.safetensors")] == ["test"]
     assert (moved / "model.safetensors").is_file()
     monkeypatch.setattr("sys.argv", ["evaluate.py", str(moved), "--device", "gpu"])

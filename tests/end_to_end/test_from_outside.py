@@ -94,7 +94,7 @@ def test_a_run_with_a_rule_an_expert_a_loss_a_data_set_and_a_figure_from_outside
     last = (run / "metrics.jsonl").read_text().splitlines()[-1]
     assert "loss_auxiliary/toy_loss" in last
 
-    asks = "names the plug-in toys.py, and plug-ins load only where this command line names them: add --plugins PATH/to"
+    asks = "needs the plug-in toys.py, and only the command line can load plug-ins: add --plugins PATH/to"
     for main, words in (
         (evaluate.main, [run]),
         (predict.main, [run, picture]),

@@ -197,9 +197,9 @@ def test_the_command_line_is_explained_in_one_screen(call):
     for arguments, words in (
         (["--compare", "a"], "two runs or more"),
         (["a", "--compare", "b", "c"], "name one RUN"),
-        (["a", "--out", "b"], "--out belongs to --compare"),
-        (["a", "b", "c"], "several are compared: --compare a b c"),
-        (["a", "--device", "cpu", "b"], "several are compared: --compare a b"),
+        (["a", "--out", "b"], "--out needs --compare"),
+        (["a", "b", "c"], "or compare several: --compare a b c"),
+        (["a", "--device", "cpu", "b"], "or compare several: --compare a b"),
         (["a", "--colour", "red"], "unrecognized arguments: --colour red"),
     ):
         code, _, err = call(*arguments)
@@ -238,7 +238,7 @@ def checkpoint_of_another_version(path):
     "prepare, words",
     [
         (only_a_configuration, "has no checkpoint yet"),
-        (torn_checkpoint, "truncated or no checkpoint"),
+        (torn_checkpoint, "truncated or not a checkpoint"),
         (checkpoint_of_another_version, "checkpoint format 0, this version reads 1"),
         (lambda path: describe(path, format_version=0), "not of format 1"),
         (lambda path: describe(path, config={"train.colour": "red"}), "train.colour"),

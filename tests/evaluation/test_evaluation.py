@@ -10,64 +10,19 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
+from evaluation_helpers import FIGURES, NAMES, build
 from PIL import Image
 from sklearn.metrics import f1_score
 
-from assembly.pipeline import build_model
-from config.config import Config
-from config.features import FeaturesConfig
-from data.augment import AugmentConfig
-from data.image_set import ImageSet, Splits
-from evaluation import figures
-from evaluation.evaluation import _results, evaluate, table
+from evaluation.evaluation import evaluate, table
 from evaluation.predict import predict
 from evaluation.report import _expert_table, _spread
-from evaluation.reporting import _report_classes, _report_experts
-from features.bank import FeatureBank
-from model.experts import ExpertsConfig
-from model.routers import RouterConfig
 from storage.folder import RunFolder
 
-CPU = torch.device("cpu")
-NAMES = ("<script>alert(1)</script>", "a & b", '"quoted"', "$x^2$", "plain_name", "ünïcode")
-TRAINING = ("training_curves", "load_over_time")
-ROUTING = ("expert_by_class", "expert_load", "expert_worth", "gate_map", "samples")
-FIGURES = (*TRAINING, *ROUTING, "superclass_confusion", "confused_pairs", "reliability")
 # What other programs read; names may be added, not changed.
 KEYS = {"accuracy", "macro_f1", "loss", "images", "entropy", "cv", "specialisation", "class_names", "per_class"}
+
 KEYS |= {"experts", "expert_load", "expert_importance", "expert_accuracy", "expert_samples", "expert_by_class"}
-
-
-class Counting:
-    """Raw pixels as features; counts the images that it is asked for."""
-
-    def __init__(self):
-        self.images = 0
-
-    def __call__(self, images_BCHW):
-        self.images += len(images_BCHW)
-        return images_BCHW.float().flatten(1) / 255
-
-
-def image_set(count, seed):
-    generator = torch.Generator().manual_seed(seed)
-    labels_N = torch.arange(count) % len(NAMES)
-    images = torch.randint(0, 256, (count, 3, 4, 4), generator=generator, dtype=torch.uint8)
-    images[:, 0, 0, 0] = (labels_N * 40).to(torch.uint8)
-    return ImageSet(images, labels_N, NAMES, labels_N // 3, ("first three", "<b>last three</b>"))
-
-
-def build(sizes=((4,), (8,), (16,)), top_k=2, mode="cached", test_images=120):
-    """A model on synthetic images whose gate has a preference: (config, model, bank, extractor)."""
-    torch.manual_seed(0)
-    splits = Splits(image_set(30, 0), image_set(36, 1), image_set(test_images, 2))
-    router = RouterConfig(top_k=top_k, norm="none", warmup_steps=3)
-    config = Config(router=router, experts=ExpertsConfig(sizes=[list(size) for size in sizes]))
-    model = build_model(config, (48,), len(NAMES))
-    torch.nn.init.normal_(model.moe.router.gate.weight)
-    extract = Counting()
-    bank = FeatureBank(splits, extract, AugmentConfig(flip=False, crop=0), FeaturesConfig(mode=mode), CPU)
-    return config, model.eval(), bank, extract
 
 
 @pytest.fixture(scope="module")
@@ -107,21 +62,6 @@ def test_every_figure_is_written_and_whole(evaluated):
     for path in run.figures.iterdir():
         with Image.open(path) as image:
             image.verify()
-
-
-def test_the_star_is_at_the_epoch_of_the_exported_weights(tmp_path, monkeypatch):
-    run = RunFolder(tmp_path)
-    lines = [{"step": t, "epoch": t, "macro_f1/validation": 0.5 - 0.1 * t} for t in (1, 2, 3)]
-    run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-    def label():
-        figure = figures.FIGURES["training_curves"].draw(figures.Evaluated(run, Config(), None, None, None, {}))
-        return figure.axes[1].get_legend_handles_labels()[1][-1]
-
-    assert label() == "best epoch, 1: 0.4"
-    run.model.write_text("{}")
-    monkeypatch.setattr("evaluation.figures.training_curves.read_description", lambda run: {"epoch": 2})
-    assert label() == "kept epoch, 2: 0.3"
 
 
 def test_what_an_expert_is_worth_agrees_with_asking_the_model_sample_by_sample(evaluated):
@@ -188,24 +128,6 @@ def test_an_expert_that_is_hardly_used_is_marked_in_the_closing_table_and_on_the
     assert "0 · 4, hardly used: below 1 % of the load" in run.report.read_text(encoding="utf-8")
 
 
-def test_clearml_leaves_out_what_an_expert_without_samples_or_a_class_without_images_has_not():
-    class Recorder:
-        def __getattr__(self, name):
-            return lambda title, series, *values: shown.update({(title, series): values})
-
-    config, model, bank, _ = build(test_images=5)  # none of the sixth class
-    with torch.no_grad():
-        model.moe.router.gate.bias.copy_(torch.tensor([0.0, 1000.0, 2000.0]))
-    shown = {}
-    results = _results(predict(model, bank, "test", removals=True), bank.splits.test, config, model)
-    _report_experts(results, Recorder())
-    _report_classes(results, Recorder())
-    assert shown["expert accuracy", "test"][1]["accuracy"][0] is None
-    assert shown["expert load", "test"][1]["load"][0] == 0.0  # which is true
-    assert shown["experts by class", "gate weight"][0][5] == [None, None, None]
-    assert sum(shown["experts by class", "gate weight"][0][4]) == pytest.approx(1)
-
-
 def test_an_experts_own_classes_are_those_of_which_it_has_most_weight(evaluated):
     results = copy.deepcopy(evaluated[1])
     results["class_names"], results["experts"] = ["a", "b"], ["0", "1"]
@@ -213,45 +135,6 @@ def test_an_experts_own_classes_are_those_of_which_it_has_most_weight(evaluated)
     rows = _expert_table(results).rows
     assert [row[5] for row in rows] == ["b: 25\u00a0%", "a: 100\u00a0%, b: 75\u00a0%"]
     assert _spread(["a", "b"], results, "class")[1] == ["b", "25 / 50\u00a0%", "75 / 50\u00a0%"]
-
-
-def test_one_expert_cannot_be_removed(tmp_path, monkeypatch):
-    config, model, bank, _ = build(sizes=((4,),), top_k=1)
-    monkeypatch.setattr("evaluation.figures.draw", lambda *_: [])  # drawn above
-    results = evaluate(RunFolder(tmp_path), config, model, bank)
-    assert results["expert_worth"][0].keys() == {"parameters", "bytes", "flops"}
-    assert results["gate"]["boundary_share"] is None
-    assert figures.FIGURES["expert_worth"].draw(figures.Evaluated(None, config, model, bank, None, results)) is None
-    assert "without expert" not in (tmp_path / "evaluation" / "report.html").read_text()
-    assert "0 · 4" in table(results)
-
-
-def test_a_test_set_of_one_image_has_a_page_too(tmp_path, monkeypatch):
-    def save(_, path):  # laying out and compressing takes most of the time, and is tested above
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("L", (9, 9)).save(path)
-        return path
-
-    monkeypatch.setattr("analysis.plots.save", save)
-    config, model, bank, _ = build(test_images=1)
-    results = evaluate(RunFolder(tmp_path), config, model, bank)
-    assert results["images"] == 1
-    drawn = {path.stem for path in (tmp_path / "evaluation" / "figures").iterdir()}
-    assert drawn == {*FIGURES} - {*TRAINING}
-    assert (tmp_path / "evaluation" / "report.html").is_file()
-
-
-def test_as_many_choices_as_experts_leaves_fewer_when_one_is_removed():
-    _, model, bank, _ = build(sizes=((4,), (8,)), top_k=2)
-    removals = predict(model, bank, "test", removals=True).removals
-    assert removals.before_EE.tolist() == [[120, 120], [120, 120]]
-    assert removals.after_EE.tolist() == [[0, 120], [120, 0]]
-
-
-def test_the_backbone_runs_once_for_scores_and_removals():
-    _, model, bank, extract = build(mode="live")
-    predict(model, bank, "test", removals=True)
-    assert extract.images == 120
 
 
 VOID = {"meta", "img", "br", "link", "hr", "input"}

@@ -111,9 +111,9 @@ def bad(tmp_path_factory):
     return folder, {
         "cut.jpg": "cannot be read as an image (",
         "cut.png": "cannot be read as an image (",
-        "text.png": "no format that Pillow knows",
-        "program.png": "no format that Pillow knows",
-        "empty.jpg": "no format that Pillow knows",
+        "text.png": "Pillow does not know its format",
+        "program.png": "Pillow does not know its format",
+        "empty.jpg": "Pillow does not know its format",
         "dot.png": "1 x 1 pixels",
         "huge.png": "100 megapixels",
         "bomb.png": "more than 178 megapixels",
@@ -128,10 +128,10 @@ def test_bad_files_are_a_line_each_and_the_others_are_answered(tiny_run, digits,
     assert code == 1
     assert out.count("good.png") == 2
     assert len(err) == len(expected) + 2
-    for name, words in (expected | {"gone.png": "is not there"}).items():
+    for name, words in (expected | {"gone.png": "does not exist"}).items():
         (line,) = [line for line in err if name in line]
         assert words in line and line.startswith("error: ")
-    assert err[-1] == f"error: {len(expected) + 1} of {len(expected) + 3} could not be read"
+    assert err[-1] == f"error: {len(expected) + 1} of {len(expected) + 3} images could not be read"
 
 
 def test_json_is_one_document_and_explain_a_picture(tiny_run, digits, bad, tmp_path, monkeypatch, capsys):
@@ -145,7 +145,7 @@ def test_json_is_one_document_and_explain_a_picture(tiny_run, digits, bad, tmp_p
     code, out, err = run(monkeypatch, capsys, tiny_run, *words, "--device", "cpu")
     document = json.loads(out)
     assert code == 1 and len(err) == 4
-    assert err[0].endswith(f"not that of an image (.txt): {images}/notes.txt")
+    assert err[0].endswith(f"not the extension of an image (.txt): {images}/notes.txt")
     assert [document[key] for key in ("run", "data", "backbone")] == [str(tiny_run), "digits", "bundled/vit_micro"]
     assert [row["file"] for row in document["images"]] == [str(images / f"{index}.png") for index in range(3)]
     assert [row["file"] for row in document["failed"]] == [str(broken)]
@@ -201,22 +201,22 @@ def test_mistakes_are_one_line(tiny_run, tmp_path, monkeypatch, capsys):
     assert "neither model.json nor" in mistake(tmp_path, image, expected=1)
     assert "required: IMAGE" in mistake(tiny_run)
     assert "--top is 0" in mistake(tiny_run, image, "--top", "0")
-    assert "give it that ending" in mistake(tiny_run, image, "--explain", "out.jpg")
+    assert "the name must end in .png" in mistake(tiny_run, image, "--explain", "out.jpg")
     assert "is not a folder" in mistake(tiny_run, image, "--explain", tmp_path / "gone" / "out.png")
     describe(format_version=0)
     assert "is not of format" in mistake(other, image, expected=1)
     moved = {"weights": "/gone/vit.safetensors", "name": "vit_tiny_patch16_224"}
     describe(config=lambda config: config | {"backbone": config["backbone"] | moved})
-    assert "/gone/vit.safetensors are not there: name the file with --backbone.weights" in mistake(
+    assert "/gone/vit.safetensors are missing: name the file with --backbone.weights" in mistake(
         other, image, expected=1
     )
     describe(backbone=lambda backbone: backbone | {"fingerprint": "0" * 64})
     assert "fingerprint 000000000000" in mistake(other, image, expected=1)
     describe()
     (other / "model.safetensors").write_bytes(b"cut")
-    assert "model.safetensors is damaged" in mistake(other, image, expected=1)
+    assert "model.safetensors is corrupt" in mistake(other, image, expected=1)
     describe(weights_sha256=None)  # as a run of an earlier version
-    assert "is truncated or no safetensors file" in mistake(other, image, expected=1)
+    assert "is truncated or not a safetensors file" in mistake(other, image, expected=1)
     (other / "model.safetensors").unlink()
     assert "model.safetensors" in mistake(other, image, expected=1)
 
@@ -241,7 +241,7 @@ def test_what_is_advised_about_damaged_weights_mends_them(tiny_run, tmp_path, mo
     whole = (copy / "model.safetensors").read_bytes()
     (copy / "model.safetensors").write_bytes(damage(whole))
     code, _, (line,) = run(monkeypatch, capsys, copy, image)
-    assert code == 1 and "model.safetensors is damaged" in line
+    assert code == 1 and "model.safetensors is corrupt" in line
     assert f"delete {copy}/model.json and run this again" in line
     (copy / "model.json").unlink()
     assert run(monkeypatch, capsys, copy, image)[0] == 0
@@ -249,7 +249,7 @@ def test_what_is_advised_about_damaged_weights_mends_them(tiny_run, tmp_path, mo
     (copy / "model.safetensors").write_bytes(damage(whole))
     shutil.rmtree(copy / "checkpoints")
     code, _, (line,) = run(monkeypatch, capsys, copy, image)
-    assert code == 1 and "bring the folder again" in line and "delete" not in line
+    assert code == 1 and "copy the run folder again" in line and "delete" not in line
 
 
 def test_a_damaged_best_checkpoint_does_not_replace_the_weights_by_older_ones(tiny_run, tmp_path):
@@ -278,6 +278,6 @@ def test_names_of_files_and_classes_never_reach_the_terminal_raw(tiny_run, tmp_p
     code, out, err = run(monkeypatch, capsys, tiny_run, folder, folder / "gone.png", "--explain", folder / "out.png")
     shown = f"{tmp_path}/a\\nb\\u001b[31m\\udcff/"
     assert code == 1 and out.startswith(f"{shown}x.png\n") and "\x1b" not in out + "".join(err)
-    assert err[:2] == [f"error: {shown}gone.png is not there: check the name", f"drawn in {shown}out.png"]
+    assert err[:2] == [f"error: {shown}gone.png does not exist: check the name", f"drawn in {shown}out.png"]
     code, out, _ = run(monkeypatch, capsys, tiny_run, folder / "x.png", "--json")
     assert json.loads(out)["images"][0]["file"] == str(folder / "x.png")

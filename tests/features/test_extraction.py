@@ -73,7 +73,7 @@ def test_a_backbone_is_compiled_for_whole_batches_and_a_failure_is_survived(vit_
 
     monkeypatch.setattr(torch, "compile", broken)
     assert torch.equal(Extractor(vit_micro, 4, compiled=True)(batch), plain)
-    assert "cannot be compiled (no compiler here): going on without" in capsys.readouterr().err
+    assert "cannot be compiled (no compiler here): continuing without compiling" in capsys.readouterr().err
 
 
 def test_compiling_must_repay_itself():

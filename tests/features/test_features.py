@@ -29,8 +29,8 @@ def test_features_stay_on_the_device_while_half_of_its_memory_suffices(capsys):
         assert sum(stored.device is not None for stored in features._stored.values()) == on_device
         assert memory.uploads == (2 - on_device) * 6  # batches of 7 of 40 that came from host memory
     lines = capsys.readouterr().out.splitlines()
-    assert [line for line in lines if "fetched ahead" in line and "as far as 1 of them fit" in line]
-    assert [line for line in lines if "kept in host memory and fetched ahead" in line]
+    assert [line for line in lines if "prefetched" in line and "for 1 of them" in line]
+    assert [line for line in lines if "kept in host memory, prefetched" in line]
 
 
 def test_token_features_are_placed_and_fetched_alike():
@@ -50,7 +50,7 @@ def test_a_device_that_is_full_falls_back_to_host_memory_and_says_so(tmp_path, c
     cache = FeatureCache(tmp_path) if cached else None
     refused = bank(cache, memory=Memory(allocations=0))
     assert torch.equal(everything(refused)[0], expected)
-    assert "out of memory: host memory takes" in capsys.readouterr().out
+    assert "out of memory: the rest goes to host memory" in capsys.readouterr().out
     if cached:
         cache.wait()
         (path,) = tmp_path.iterdir()
@@ -59,7 +59,7 @@ def test_a_device_that_is_full_falls_back_to_host_memory_and_says_so(tmp_path, c
     calls, memory = [], Memory()
     interrupted = bank(cache, memory=memory, calls=calls, fail=(2,))
     assert torch.equal(everything(interrupted)[0], expected)
-    assert "out of memory: host memory takes" in capsys.readouterr().out
+    assert "out of memory: the rest goes to host memory" in capsys.readouterr().out
     assert calls == [16, 16, 8] and memory.released == 1
     assert interrupted._stored[("train", 0)].device is None
 
@@ -103,12 +103,12 @@ def test_fetching_ahead_passes_errors_on_and_can_be_left():
 def test_features_that_host_memory_cannot_take_are_refused_before_they_are_extracted(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("features.announcement.available_memory", lambda: 7_000)
     calls = []
-    with pytest.raises(EnvironmentFault, match="need 8 kB of host memory, of which 7 kB are available: lower --feat"):
+    with pytest.raises(EnvironmentFault, match="need 8 kB of host memory, but only 7 kB are available: lower --feat"):
         everything(bank(calls=calls))
     assert calls == [] and "kept in host memory" in capsys.readouterr().out
     everything(bank(memory=Memory(free=8_000)))  # a GPU takes one of the two views
     everything(bank(FeatureCache(tmp_path)))  # and a disk takes all
-    assert "as far as 1 of them fit" in capsys.readouterr().out
+    assert "for 1 of them" in capsys.readouterr().out
 
 
 def test_the_host_memory_of_a_container_is_what_its_limit_leaves(tmp_path):

@@ -34,5 +34,5 @@ def test_a_gpu_that_is_full_hands_features_to_host_memory_and_says_so(room, caps
     room(size)
     firsts = [features[:, 0].cpu() for features, _ in bank.batches("train", 8)]
     assert torch.cat(firsts).tolist() == list(range(40))
-    assert "out of memory: host memory takes" in capsys.readouterr().out
+    assert "out of memory: the rest goes to host memory" in capsys.readouterr().out
     assert bank._stored[("train", None)].device is None

@@ -88,7 +88,7 @@ def test_vits_of_other_builds_give_features(images, name, options, patches, pref
 
 @pytest.mark.parametrize("size", [1, 7, 15])
 def test_an_image_size_below_the_patch_size_is_one_line(size):
-    with pytest.raises(InputError, match=rf"gives no features of images of {size} pixels .*choose another") as caught:
+    with pytest.raises(InputError, match=rf"cannot process images of {size} pixels .*choose another") as caught:
         load_backbone(config(image_size=size), CPU)
     assert "\n" not in str(caught.value)
 

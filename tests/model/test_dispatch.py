@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from model import grouped
 from model.balance import BalanceConfig, balance_losses, weighted_sum
 from model.classifier import NeckConfig, VisionMoE
-from model.dispatch import COMBINE, WAYS, dispatch
+from model.dispatch import COMBINE, DISPATCHERS, dispatch
 from model.experts import Experts, ExpertsConfig, build_experts
 from model.experts.mlp import MLPExpert
 from model.routers import RouterConfig
@@ -110,7 +110,7 @@ def test_on_a_gpu_that_forbids_chance_every_way_agrees_and_repeats_itself(drop):
     torch.use_deterministic_algorithms(True)
     try:
         with torch.autocast("cuda", torch.bfloat16):
-            for how in WAYS:
+            for how in DISPATCHERS:
                 found[how], again = run(how, x_BD, routing, experts), run(how, x_BD, routing, experts)
                 assert all(map(torch.equal, found[how], again)), how
     finally:
@@ -157,7 +157,7 @@ def test_experts_that_read_a_part_of_the_features_agree():
             torch.testing.assert_close(value, reference, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("how", sorted(WAYS))
+@pytest.mark.parametrize("how", sorted(DISPATCHERS))
 def test_half_precision_stays_near_float32(how):
     torch.manual_seed(0)
     experts = build_experts(ExpertsConfig(sizes=MIXED, dropout=0.0), 8, 5)[0]

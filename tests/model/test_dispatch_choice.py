@@ -6,7 +6,7 @@ from test_dispatch import EQUAL, UNEQUAL, routing_of
 
 from model import dispatch as module
 from model.classifier import NeckConfig, VisionMoE
-from model.dispatch import WAYS, choose, dispatch
+from model.dispatch import DISPATCHERS, choose, dispatch
 from model.experts import ExpertsConfig, build_experts
 from model.routers import RouterConfig
 
@@ -77,8 +77,10 @@ def test_experts_that_see_many_samples_run_one_after_the_other(monkeypatch, size
 
 def test_a_way_can_be_forced(monkeypatch):
     used = []
-    for how in WAYS:
-        monkeypatch.setitem(WAYS, how, lambda *args, how=how, way=WAYS[how]: used.append(how) or way(*args))
+    for how in DISPATCHERS:
+        monkeypatch.setitem(
+            DISPATCHERS, how, lambda *args, how=how, way=DISPATCHERS[how]: used.append(how) or way(*args)
+        )
     for how in ("dense", "grouped", "sorted", "auto"):
         experts = ExpertsConfig(sizes=UNEQUAL, dispatch=how)
         VisionMoE((8,), 5, NeckConfig(), RouterConfig(), experts)(torch.randn(4, 8))

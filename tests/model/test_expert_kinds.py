@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from model.dispatch import WAYS, dispatch
+from model.dispatch import DISPATCHERS, dispatch
 from model.experts import EXPERTS, ExpertKind, Experts, ExpertsConfig, build_experts
 from model.experts.glu import GLUExpert
 from model.moe import MixtureOfExperts
@@ -44,7 +44,7 @@ def test_every_way_of_dispatch_agrees(kind, sizes):
     moe = MixtureOfExperts(8, 5, RouterConfig(kind="mixtral"), ExpertsConfig(kind=kind, sizes=sizes)).double().eval()
     moe.router.float()
     x_BD, found = torch.randn(30, 8, dtype=torch.float64), []
-    for moe.dispatch_mode in WAYS:
+    for moe.dispatch_mode in DISPATCHERS:
         moe.zero_grad()
         logits_BC, _ = moe(x_BD)
         logits_BC.square().sum().backward()
@@ -72,6 +72,6 @@ def test_an_expert_of_any_module_is_dispatched_in_every_way():
     routing = moe.router.eval()(x_BD)
     pairs = zip(routing.sample_A, routing.expert_A, strict=True)
     expected_AC = torch.stack([experts[e](x_BD[s, None])[0] for s, e in pairs])
-    for way in WAYS:
+    for way in DISPATCHERS:
         outputs_AC, order_A = dispatch(x_BD, routing.assignments, experts, way)
         torch.testing.assert_close(outputs_AC, expected_AC[order_A])

@@ -96,7 +96,7 @@ def test_work_is_what_an_expert_multiplies():
         ({"dropout": [0.1]}, "experts.dropout has 1 entries for 4 experts"),
         ({"dropout": [0.1, 0.1, 0.1, 1.0]}, "experts.dropout is 1.0"),
         ({"inputs": [[0], [1]]}, "experts.inputs has 2 entries for 4 experts"),
-        ({"inputs": [[0], [1], [], [0]]}, "reads at least one feature"),
+        ({"inputs": [[0], [1], [], [0]]}, "must read at least one feature"),
         ({"sizes": [[4]], "shared": [[4]], "inputs": [[0]]}, "(1 in experts.sizes, 1 in experts.shared)"),
     ],
 )

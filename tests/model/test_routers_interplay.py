@@ -156,7 +156,7 @@ def test_the_load_loss_is_refused_where_there_is_no_noise_and_nowhere_else():
 
 def test_an_order_without_capacities_is_told():
     assert RouterConfig(capacity_order="priority").idle == [
-        "router.capacity_order priority does nothing without router.capacity_factor"
+        "router.capacity_order priority has no effect without router.capacity_factor"
     ]
     assert RouterConfig(capacity_order="priority", capacity_factor=1.0).idle == []
     assert len(RouterConfig(kind="expert_choice", capacity_order="priority", capacity_factor=1.0).idle) == 1

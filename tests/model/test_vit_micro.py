@@ -49,7 +49,7 @@ def test_a_damaged_file_is_refused_by_name_and_hash(tmp_path, damage):
 
 def test_it_takes_neither_other_weights_nor_another_size(tmp_path):
     for options in ({"weights": tmp_path / "x.pth"}, {"image_size": 64}):
-        with pytest.raises(InputError, match="its own weights and size"):
+        with pytest.raises(InputError, match="a fixed size and its own weights"):
             load_backbone(BackboneConfig("bundled/vit_micro", **options), CPU)
 
 

@@ -73,7 +73,7 @@ def stored_run(tmp_path, **changes):
         "step": 40,
         "best": {"epoch": 3, "macro_f1": 0.5},
         "improved": 3,
-        "said": [],
+        "warned": [],
         "random": {},
         "progress": None,
         "threads": torch.get_num_threads(),
@@ -160,10 +160,10 @@ def test_numbers_belong_to_the_end_of_the_last_whole_epoch(tmp_path):
 
 def test_a_folder_with_a_model_and_no_checkpoint_holds_a_run(tmp_path):
     run = RunFolder.create(tmp_path / "run", "test")
-    run.refuse_run()
+    run.require_no_run()
     run.model.write_text("{}", encoding="utf-8")
     with pytest.raises(UserError, match="already holds a run"):
-        run.refuse_run()
+        run.require_no_run()
 
 
 def test_what_a_killed_process_left_unfinished_is_cleared(tmp_path):

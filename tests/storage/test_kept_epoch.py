@@ -59,7 +59,7 @@ def test_the_last_epoch_cannot_be_kept_with_patience():
 def test_the_best_weights_are_written_with_the_checkpoint(make):
     trainer = scripted(make(epochs=5, save_every=3), [0.1, 0.4, 0.3, 0.5, 0.2])
     held, seen = {}, []
-    save = trainer._save
+    save = trainer._keep_weights
 
     def watched(keep):
         if keep:  # a copy: later steps must not change it
@@ -69,7 +69,7 @@ def test_the_best_weights_are_written_with_the_checkpoint(make):
         assert equal_states(kept["model"], held[kept["epoch"]])
         seen.append((kept["epoch"], load_checkpoint(trainer.run.last)["epoch"]))
 
-    trainer._save = watched
+    trainer._keep_weights = watched
     trainer.fit()
     assert seen == [(1, 1), (1, 1), (2, 3), (2, 3), (4, 5)]
     assert not torch.equal(*(next(iter(held[epoch].values())) for epoch in (2, 4)))

@@ -171,7 +171,7 @@ def test_a_torn_checkpoint_gives_way_to_the_one_before(tmp_path, splits, capsys,
     resumed = make_trainer(tmp_path / "run", splits, resume=True)
     assert resumed.epoch == 3
     line = capsys.readouterr().err
-    assert line.count("\n") == 1 and "last.pt" in line and "going on with" in line and "of epoch 3" in line
+    assert line.count("\n") == 1 and "last.pt" in line and "continuing with" in line and "of epoch 3" in line
     resumed.fit()
     assert equal_states(whole.model.state_dict(), resumed.model.state_dict())
     assert timeless(whole.run) == timeless(resumed.run)
@@ -181,7 +181,7 @@ def test_without_a_checkpoint_that_is_whole_there_is_one_line(tmp_path):
     path = tmp_path / "last.pt"
     for file in (path, previous(path)):
         file.write_bytes(b"PK")
-    with pytest.raises(UserError, match=r"last\.previous\.pt is truncated or no checkpoint"):
+    with pytest.raises(UserError, match=r"last\.previous\.pt is truncated or not a checkpoint"):
         load_checkpoint(path)
 
 

@@ -38,12 +38,12 @@ def test_a_run_folder_that_is_removed_is_missed_at_the_end_of_the_epoch(tmp_path
         end_epoch(values)
 
     trainer._end_epoch = remove
-    with pytest.raises(EnvironmentFault, match=r"run folder \S*run was removed.*nothing of this run is kept there"):
+    with pytest.raises(EnvironmentFault, match=r"run folder \S*run was removed.*it had no checkpoint yet"):
         trainer.fit()
     assert trainer.epoch == 2
     assert replaced or not (tmp_path / "run").exists()  # and does not come back half empty
     if replaced:
-        with pytest.raises(EnvironmentFault, match=r"cannot be made: (Not a directory|File exists)"):
+        with pytest.raises(EnvironmentFault, match=r"cannot be created: (Not a directory|File exists)"):
             RunFolder.create(tmp_path / "run", "test")
 
 
@@ -96,7 +96,7 @@ def _train(log, *arguments):
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
     sys.stdout = sys.stderr = os.fdopen(2, "w", closefd=False)
     sys.argv = ["train.py", *map(str, arguments)]
-    errors.leave(exit_code_of(train.main))
+    errors.exit_process(exit_code_of(train.main))
 
 
 @pytest.mark.slow
@@ -156,9 +156,9 @@ def test_a_folder_that_cannot_be_used_is_told_before_any_work(tmp_path, monkeypa
         write_json(run.model, {})
     code, line = told("--run_dir", run.path)
     assert code == 2 and "already holds a run" in line
-    run.refuse_busy()  # the first look has claimed nothing
+    run.require_not_busy()  # the first look has claimed nothing
     with run.claimed(), pytest.raises(UserError, match="in use"):
-        run.refuse_busy()
+        run.require_not_busy()
 
 
 def busy(run):

@@ -8,7 +8,7 @@ from common.errors import UserError
 from config.command_line import parse_command_line
 from config.config import write_config
 from tracking import agent
-from tracking.agent import obey_agent
+from tracking.agent import apply_agent_values
 from tracking.clearml_runs import _config
 
 TASK = "0" * 32
@@ -41,7 +41,7 @@ def clone(monkeypatch):
 )
 def test_the_values_of_the_task_decide_whatever_the_script_was_started_with(clone, words, tmp_path):
     clone(**{"train.epochs": "2.0", "experts.dropout": "[0.1, 0.1, 0.1, 0.2]", "run_dir": str(tmp_path / "run2")})
-    invocation = obey_agent(parse_command_line(words))
+    invocation = apply_agent_values(parse_command_line(words))
     config = invocation.config
     assert (config.data.name, config.backbone.name, config.neck.kind) == ("digits", "bundled/vit_micro", "flatten")
     assert (config.train.epochs, config.experts.dropout) == (2, [0.1, 0.1, 0.1, 0.2])
@@ -65,7 +65,7 @@ def test_the_values_of_the_task_decide_whatever_the_script_was_started_with(clon
 def test_a_value_that_does_not_fit_is_told_with_the_task(clone, name, text, words):
     clone(**{name: text})
     with pytest.raises(UserError) as caught:
-        obey_agent(parse_command_line([]))
+        apply_agent_values(parse_command_line([]))
     assert words in str(caught.value) and "\n" not in str(caught.value)
     assert caught.value.exit_code == 2
 
@@ -73,7 +73,7 @@ def test_a_value_that_does_not_fit_is_told_with_the_task(clone, name, text, word
 def test_a_resumed_run_stays_in_its_folder(clone, tmp_path):
     clone(**{"train.epochs": "20", "run_dir": "elsewhere"})
     write_config(parse_command_line(["--config", "configs/digits.yaml"]).config, tmp_path / "config.yaml")
-    invocation = obey_agent(parse_command_line(["--resume", str(tmp_path)]))
+    invocation = apply_agent_values(parse_command_line(["--resume", str(tmp_path)]))
     assert invocation.resume == invocation.config.run_dir == tmp_path
     assert invocation.config.train.epochs == 20
 
@@ -82,10 +82,10 @@ def test_a_resumed_run_stays_in_its_folder(clone, tmp_path):
 def test_without_an_agent_or_a_server_nobody_is_asked(clone, monkeypatch, mode):
     clone(**{"train.epochs": "many"})
     invocation = parse_command_line(["--tracking", mode])
-    assert obey_agent(invocation) is invocation
+    assert apply_agent_values(invocation) is invocation
     monkeypatch.delenv("CLEARML_TASK_ID")
     invocation = parse_command_line([])
-    assert obey_agent(invocation) is invocation
+    assert apply_agent_values(invocation) is invocation
 
 
 def test_a_task_that_cannot_be_read_ends_the_run(clone, monkeypatch):
@@ -95,7 +95,7 @@ def test_a_task_that_cannot_be_read_ends_the_run(clone, monkeypatch):
     clone()
     monkeypatch.setattr(agent, "get_task", fail)
     with pytest.raises(UserError, match=f"the values of ClearML task {TASK}.* no ClearML server is conf") as caught:
-        obey_agent(parse_command_line([]))
+        apply_agent_values(parse_command_line([]))
     assert caught.value.exit_code == 1
 
 

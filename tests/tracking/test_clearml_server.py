@@ -61,7 +61,7 @@ again.scalars({"loss/train": 0.125}, step=20, epoch=2)
 again.close()
 facts["again"], facts["still listed"] = again.task_id, tasks_of(run)
 evaluation = open_evaluation("auto", run, CONFIG, name="cifar100", tags=["cifar100"])
-assert not evaluation.sends_again
+assert not evaluation.resends
 evaluation.summary({"test/accuracy": 0.625, "test/specialisation": 0.5})
 evaluation.close()
 facts["evaluation"] = evaluation.task_id
@@ -214,7 +214,7 @@ facts["task"] = tracker.task_id
 """
     after = """
 tracker = open_evaluation("auto", run, CONFIG, name="n")
-assert tracker.sends_again
+assert tracker.resends
 tracker.summary({"test/accuracy": 0.75})
 tracker.close()
 facts["task"] = tracker.task_id
@@ -222,7 +222,7 @@ facts["task"] = tracker.task_id
     with StandIn() as server:
         done = run_python(workplace, tmp_path, OPEN + dying + CLOSE, **server.environment())
         training = facts_of(tmp_path)["task"]
-        assert "ClearML left before it was done" in done.stderr
+        assert "ClearML was closed before it was done" in done.stderr
         assert f"python evaluate.py {tmp_path} --tracking clearml sends everything again" in done.stderr
         lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
         assert [line["loss/train"] for line in lines] == [0.5, 0.25]

@@ -52,7 +52,7 @@ def test_numbers_go_under_their_title_and_what_is_not_finite_nowhere(tracker):
 
 
 def test_what_is_sent_again_are_the_numbers_with_a_title(tracker):
-    tracker._send_again([{"step": 3, "epoch": 1, "loss/train": 0.5, "loss/validation": None}, {"x/y": 1.0}])
+    tracker._resend([{"step": 3, "epoch": 1, "loss/train": 0.5, "loss/validation": None}, {"x/y": 1.0}])
     assert [call[1] for call in tracker.asked()] == [("loss", "train", 0.5, 3), ("x", "y", 1.0, 0)]
 
 
@@ -104,7 +104,7 @@ def test_an_evaluation_belongs_to_the_last_task_on_a_server(tmp_path, monkeypatc
     tracker = open_evaluation("auto", tmp_path, {}, name="test")
     ((mode, *_, kind, parent),) = asked
     assert (mode, kind, parent) == ("clearml", "testing", "2")
-    assert not tracker.sends_again  # the last one has everything
+    assert not tracker.resends  # the last one has everything
     listed[1]["whole"] = False
     (tmp_path / "clearml.json").write_text(json.dumps(listed), encoding="utf-8")
-    assert open_evaluation("auto", tmp_path, {}, name="test").sends_again
+    assert open_evaluation("auto", tmp_path, {}, name="test").resends

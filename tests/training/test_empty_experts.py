@@ -6,7 +6,7 @@ from routing_helpers import listed_routing
 
 from model.balance import BalanceConfig
 from model.classifier import NeckConfig, VisionMoE
-from model.dispatch import WAYS, dispatch
+from model.dispatch import DISPATCHERS, dispatch
 from model.experts import ExpertsConfig, build_experts
 from model.routers import RouterConfig
 from model.routing import Assignments
@@ -48,7 +48,7 @@ def test_every_way_leaves_the_same_weights_whatever_the_loads(sizes, kind, combi
             torch.testing.assert_close(value, reference, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("how", sorted(WAYS))
+@pytest.mark.parametrize("how", sorted(DISPATCHERS))
 @pytest.mark.parametrize("assigned", [[0, 2, 2], []])
 def test_an_expert_without_samples_has_a_gradient_of_zero(how, assigned):
     torch.manual_seed(0)
@@ -63,7 +63,7 @@ def test_an_expert_without_samples_has_a_gradient_of_zero(how, assigned):
         assert (gradients.abs().sum() > 0) == (index in assigned)
 
 
-@pytest.mark.parametrize("how", sorted(WAYS))
+@pytest.mark.parametrize("how", sorted(DISPATCHERS))
 @pytest.mark.parametrize("kind", ["adamw", "adam"])
 def test_an_expert_that_is_never_chosen_is_trained_as_at_a_gradient_of_zero(how, kind):
     torch.manual_seed(0)
@@ -110,7 +110,7 @@ def test_on_a_gpu_in_bfloat16_the_gradient_of_an_expert_without_samples_is_zero(
         expert_A = torch.tensor(assigned, device="cuda")
         indices_A, ones_A = torch.arange(6, device="cuda"), torch.ones(6, device="cuda")
         assignments = Assignments.listed(indices_A, expert_A, ones_A, (6, 4), top_k=1)
-        for how in WAYS:
+        for how in DISPATCHERS:
             experts.zero_grad()
             torch.full((1 << 20,), torch.nan, device="cuda")  # what memory that nobody writes to would hold
             with torch.autocast("cuda", torch.bfloat16):

@@ -93,7 +93,7 @@ def poison(trainer, what):
     train_batch = trainer._train_batch
 
     @torch.no_grad()
-    def poisoned(features, labels_B, progress):
+    def poisoned(features, labels_B, share, progress):
         if trainer.step == 6:
             if what == "output of the backbone":
                 features = features.clone()
@@ -106,7 +106,7 @@ def poison(trainer, what):
                 trainer.model.neck.norm.weight.register_hook(lambda gradient: gradient * math.nan)
             before.update({key: value.clone() for key, value in trainer.model.named_parameters()})
         with torch.enable_grad():
-            train_batch(features, labels_B, progress)
+            train_batch(features, labels_B, share, progress)
 
     trainer._train_batch = poisoned
     return before
@@ -157,7 +157,7 @@ def test_collapse_and_unused_experts_are_said_once_with_the_remedy(capsys):
     usages = ([5, 5, 5, 5], [90, 1, 90, 90], [90, 0, 90, 90], [300, 2, 2, 300], [0, 9, 0, 9], [9, 0, 0, 9])
     for epoch, usage in enumerate(usages, start=1):
         watch.check(np.array(usage), epoch, "training")
-    remedy = "; set --router.bias_rate 0.001, or raise --balance.switch (now 0.01), tenfold or more, or raise "
+    remedy = "; set --router.bias_rate 0.001, or raise --balance.switch (now 0.01), by ten times or more, or raise "
     remedy += "--router.warmup_steps (now 500)"
     assert capsys.readouterr().err.splitlines() == [
         f"warning: expert 1 received 0.4 % of the training assignments of epoch 2{remedy}",
@@ -171,7 +171,7 @@ def test_collapse_and_unused_experts_are_said_once_with_the_remedy(capsys):
     [
         ({"kind": "switch", "top_k": 1, "norm": "none"}, "raise --balance.switch .* or set --router.norm batch"),
         ({"kind": "deepseek"}, r"raise --router.bias_rate \(now 0.001\)"),
-        ({"kind": "hash"}, "a fixed rule decides, so use fewer --experts.sizes"),
+        ({"kind": "hash"}, "this rule is fixed, so use fewer --experts.sizes"),
     ],
 )
 def test_the_remedy_for_hardly_used_experts_is_one_that_the_rule_has(capsys, options, remedy):

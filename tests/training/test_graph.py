@@ -177,7 +177,9 @@ def test_captured_steps_train_as_steps_do(kind):
 def test_captured_steps_group_many_experts_and_train_as_steps_do(monkeypatch):
     used = []
     monkeypatch.setattr(dispatch, "DENSE_WORK_IN_A_GRAPH", (0, 0))
-    monkeypatch.setitem(dispatch.WAYS, "grouped", lambda *args: used.append("grouped") or dispatch.run_grouped(*args))
+    monkeypatch.setitem(
+        dispatch.DISPATCHERS, "grouped", lambda *args: used.append("grouped") or dispatch.run_grouped(*args)
+    )
     x_BF, labels_B = torch.randn(64, 24, device="cuda"), torch.randint(5, (64,), device="cuda")
     losses = []
     for captured in (False, True):
@@ -200,6 +202,6 @@ def test_the_gpu_that_is_chosen_becomes_the_current_one(monkeypatch, name, index
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     assert pick_device(name) == torch.device("cuda", index)
     assert current == [torch.device("cuda", index)]
-    with pytest.raises(UserError, match="PyTorch sees 2"):
+    with pytest.raises(UserError, match="PyTorch finds 2"):
         pick_device("cuda:2")
     assert pick_device("cpu") == torch.device("cpu") and len(current) == 1

@@ -58,7 +58,7 @@ def test_days_are_said_once(capsys):
     pace.check(2, 0.5)
     (line,) = capsys.readouterr().err.splitlines()
     assert (
-        "take 53,375,995,583,650 days or more at 0.5 s an epoch: lower --train.epochs" in line
+        "take 53,375,995,583,650 days or more at 0.5 s per epoch: lower --train.epochs" in line
     )  # (2^63 - 2) / 172,800
     pace = Pace(epochs=100, views=0)
     pace.check(99, DAY - 1)  # one is left

@@ -60,14 +60,14 @@ def test_resumed_training_equals_uninterrupted_training(tmp_path, splits):
     whole = make_trainer(tmp_path / "whole", splits)
     whole.fit()
     part = make_trainer(tmp_path / "part", splits)
-    save = part._save
+    save = part._keep_weights
 
     def save_then_die(better):
         save(better)
         if part.epoch == 2:
             raise KeyboardInterrupt
 
-    part._save = save_then_die
+    part._keep_weights = save_then_die
     with pytest.raises(KeyboardInterrupt):
         part.fit()
     part.tracker.close()
@@ -108,7 +108,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_step(tmp_path, splits):
     trainer = make_trainer(tmp_path, splits)
     with torch.no_grad():
         trainer.model.moe.experts[0][0].weight.fill_(math.nan)
-    with pytest.raises(UserError, match=r"the task loss is not finite at step 1, in epoch 1: no step was taken yet"):
+    with pytest.raises(UserError, match=r"task loss is not finite at step 1, in epoch 1: no weight has changed yet"):
         trainer.fit()
 
 

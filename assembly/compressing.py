@@ -1,0 +1,96 @@
+"""From a trained run to a smaller one: what compress.py asks for, step by step, into a run folder of its own."""
+
+import json
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from assembly.compression_steps import STEPS, Plan, Work
+from assembly.loading import OpenRun
+from assembly.pipeline import build_trainer
+from assembly.start import start_tracking
+from common.errors import UserError
+from common.files import write_json
+from compression.prune import check_prune
+from compression.quantise import check_format
+from config.config import Config, write_config
+from evaluation.cost import cost, expert_costs, parameters, trained_cost
+from evaluation.evaluation import evaluate
+from evaluation.latency import latency
+from storage.export import export_model
+from storage.folder import RunFolder
+
+
+def check_plan(config: Config, plan: Plan) -> None:
+    """Raise UserError for what cannot be done to a run of this configuration; reads no data."""
+    if config.experts.quantised:
+        raise UserError("the run is quantised already: compress the run that it was made of")
+    left = len(check_prune(config, plan.prune)) if isinstance(plan.prune, list) else len(config.experts.sizes)
+    for expert in plan.protect if isinstance(plan.protect, list) else ():
+        if expert >= left:
+            raise UserError(f"--quantise.protect names expert {expert}: experts 0 to {left - 1} are left")
+
+
+def compress(opened: OpenRun, plan: Plan, out: Path, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Carry out the plan and write the smaller run to `out`, scored on its test set. Returns its compression.json.
+
+    Raises UserError where the plan does not fit the run, before anything is written.
+    """
+    check_plan(opened.config, plan)
+    work = Work.begin(opened, plan)
+    say(f"validation   macro-F1 {100 * work.whole.scores['macro_f1']:.2f} % of {opened.run.path}")
+    before = figures(work, opened.run) | {"macro_f1_test": scored(opened.run)}
+    if plan.quantise is not None:
+        check_format(plan.quantise, opened.inputs.device)
+    for name, step in STEPS.items():
+        if getattr(plan, name) is not None:
+            step(work, say)
+    config = replace(work.config, run_dir=out.absolute())
+    with ExitStack() as stack:
+        run = RunFolder.create(out, out.name)
+        stack.enter_context(run.claimed())
+        tracker = stack.enter_context(start_tracking(config, run, None))
+        write_config(config, run.config)
+        trainer = build_trainer(config, opened.inputs, run, tracker, bank=opened.bank)
+        best = trainer.adopt(work.model.state_dict(), work.validated)
+        export_model(run, best)
+        after = figures(work, run) | {"macro_f1_test": None}
+        found = {"from": [str(opened.run.path.absolute())], "steps": work.steps, "experts": work.experts}
+        write_json(run.compression, found | {"budget": plan.budget, "before": before, "after": after})
+        tracker.model(run.weights, name=run.path.name)
+        return evaluate(run, config, trainer.model, opened.bank, tracker, opened.inputs.backbone)
+
+
+def scored(run: RunFolder) -> float | None:
+    """The macro-F1 on the test set that the run was scored with; None where it was not, or has gone on since."""
+    return json.loads(run.results.read_text(encoding="utf-8")).get("macro_f1") if run.scored else None
+
+
+def figures(work: Work, run: RunFolder) -> dict[str, Any]:
+    """What evaluation.compression.FIGURES names of the model so far, which `run` has, but the score on the test set."""
+    model, bank, backbone = work.model, work.opened.bank, work.opened.inputs.backbone
+    active = trained_cost(model, bank.feature_shape, work.validated.load_LE.mean(axis=0))
+    whole = cost(model, backbone, bank.feature_shape)
+    images = work.opened.bank.splits.validation.images_NCHW
+    batches = {count: images[torch.arange(count) % len(images)].to(bank.device) for count in (1, 256)}
+    return {
+        "file_bytes": run.weights.stat().st_size,
+        "memory_bytes": memory(model),
+        "expert_bytes": sum(row.bytes for row in expert_costs(model)),
+        "total_parameters": whole.total_parameters,
+        "trained_parameters": parameters(model),
+        "active_parameters": active.active_parameters,
+        "flops": whole.backbone_flops + active.flops,
+        **{f"latency_{n}": latency(model, backbone, batch, work.plan.seconds) for n, batch in batches.items()},
+        "macro_f1_validation": work.validated.scores["macro_f1"],
+    }
+
+
+def memory(model: nn.Module) -> int:
+    """Bytes of the parameters and buffers that are saved."""
+    return sum(value.numel() * value.element_size() for value in model.state_dict().values())

@@ -1,0 +1,69 @@
+"""One recipe trained from several seeds, each run in a folder of its own, on inputs that are loaded once."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+
+from assembly.pipeline import Inputs, build_bank, load_inputs
+from assembly.twin import dense_twin
+from common.distributed import world
+from common.errors import UserError
+from common.text import printable, quoted
+from config.command_line import Invocation
+from config.config import Config, config_from_dict
+from features.bank import FeatureBank
+from features.images import ImageBank
+from storage.folder import RunFolder
+from storage.resume import Start, load_resumable, start_of
+from training.length import shorten_warmup
+
+Train = Callable[[Start, Inputs, FeatureBank | ImageBank], None]
+
+
+def train_seeds(invocation: Invocation, train: Train) -> None:
+    """Train the seeds train.seed, train.seed + 1, ... and print what they score together.
+
+    invocation: with the number of seeds. train: trains one of them. The runs are one after the other and share the
+    backbone, the images and the features. A seed whose folder is there already is gone on with, and left alone once it
+    is scored; so an interrupted command goes on where it is given again with its --run_dir. Raises UserError as
+    `load_inputs`, `dense_twin` and `start_of`.
+    """
+    from evaluation.compare import compare  # here, because importing what draws takes a second
+
+    inputs = load_inputs(invocation.config)
+    config = dense_twin(shorten_warmup(invocation.config, len(inputs.splits.train)), inputs)
+    bank = build_bank(config, inputs.splits, inputs.backbone, inputs.device)
+    now = world().broadcast(datetime.now())
+    base = config.run_dir or Path("runs") / f"{invocation.name}-{now:%Y%m%d-%H%M%S}"
+    runs = []
+    for seed in range(config.train.seed, config.train.seed + invocation.seeds):
+        start = _start(invocation, _with_seed(config, seed, base.with_name(f"{base.name}-seed{seed}")))
+        runs.append(str(start.config.run_dir))
+        if start.finished:
+            print(start.finished)
+        else:
+            print(f"seed         {seed}", flush=True)
+            train(start, inputs, bank)
+    if len(runs) > 1 and world().first:
+        out = base.with_name(f"{base.name}-seeds")
+        print(f"\n{compare(runs, out)}\nwritten to   {printable(out)}")
+
+
+def _with_seed(config: Config, seed: int, folder: Path) -> Config:
+    found = config_from_dict(config.to_dict())
+    found.train.seed, found.run_dir = seed, folder.absolute()
+    return found
+
+
+def _start(invocation: Invocation, config: Config) -> Start:
+    """A new run in config.run_dir, or the one that is there, which must be of this configuration."""
+    run = RunFolder(config.run_dir)
+    if not run.last.exists():
+        return start_of(replace(invocation, config=config))
+    run.require_not_busy()
+    try:
+        return Start(config, run.path.name, run, load_resumable(run, config))
+    except UserError as error:
+        folder = quoted(run.path)
+        raise UserError(f"--seeds cannot go on with {folder}, choose another --run_dir: {error}") from error

@@ -1,0 +1,137 @@
+"""The dense twin of a run: in place of its mixture one part that every sample passes, at the same cost a sample."""
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from assembly.pipeline import Inputs, build_bank, build_model
+from common.errors import UserError, warn
+from config.config import Config, config_from_dict, flatten
+from evaluation.cost import flops, trained_cost
+from evaluation.run_cost import si
+from model.backbone import Backbone
+from model.experts import EXPERTS, ExpertsConfig
+from model.losses import LOSSES
+from model.moe_vit import AnyMoE, MoEViT
+from model.options import WIDEST
+from model.routers import ROUTERS
+
+
+def dense_twin(config: Config, inputs: Inputs) -> Config:
+    """The configuration of the dense twin where train.dense_twin asks for one that it is not yet; else as it is.
+
+    One expert that every sample passes has the FLOPs that the whole mixture has under an even load: gate, shared
+    experts and those of a sample. It has the layers of the expert that comes nearest to them, made wider or narrower,
+    stands in the same place and is trained alike. train.twin_of tells what it stands for. Raises UserError where the
+    mixture cannot be built.
+    """
+    if not config.train.dense_twin or config.train.twin_of is not None:
+        return config
+    shape = build_bank(config, inputs.splits, inputs.backbone, inputs.device).feature_shape
+    return twin_of(config, shape, inputs.splits.train.num_classes, inputs.backbone)
+
+
+def twin_of(config: Config, shape: tuple[int, ...], classes: int, backbone: Backbone | None = None) -> Config:
+    """As `dense_twin`, for features of this shape. backbone: the one that has experts inside it."""
+    mixture = build_model(config, shape, classes, backbone)
+    goal = trained_cost(mixture, shape).flops
+    if isinstance(mixture, MoEViT):
+        twin, cost = _inside(config, mixture, goal, shape, classes)
+    else:
+        twin, cost = _behind(config, mixture, goal, shape, classes)
+    if abs(cost - goal) > 0.02 * goal:
+        warn(f"the dense twin costs an image {si(cost)} FLOPs, the mixture {si(goal)}: its part has no size in between")
+    return twin
+
+
+def _behind(config: Config, mixture: AnyMoE, goal: int, shape: tuple[int, ...], classes: int) -> tuple[Config, int]:
+    """The twin behind the ViT, and its FLOPs a sample."""
+    experts, width = config.experts, mixture.neck.out_features
+    layers, dropout = _template(experts, width, classes, goal)
+    narrow = build_model(_dense(config, [1] * len(layers), dropout), shape, classes)
+    visits = narrow.mixtures[0].router.experts_per_sample
+
+    def part(hidden: list[int]) -> int:
+        return round(2 * visits * EXPERTS[experts.kind].work([width, *hidden, classes]))
+
+    fixed = trained_cost(narrow, shape).flops - part([1] * len(layers))
+    units = _nearest(lambda units: fixed + part(_scaled(layers, units)), goal)
+    hidden = _scaled(layers, units)
+    return _dense(config, hidden, dropout), fixed + part(hidden)
+
+
+def _inside(config: Config, mixture: MoEViT, goal: int, shape: tuple[int, ...], classes: int) -> tuple[Config, int]:
+    """The twin inside the ViT's blocks, and its FLOPs an image; a mixture on top of them becomes one part as well."""
+    head, dropout = [], config.experts.dropout
+    if isinstance(dropout, list):
+        _, dropout = _template(config.experts, mixture.width, mixture.width, goal // mixture.num_tokens)
+    if config.experts.head:
+        head = [[_units_on_top(config, mixture, classes)]]
+
+    def cost(units: int) -> int:
+        model = build_model(_dense(config, [units], dropout, head), shape, classes, mixture.backbone)
+        return trained_cost(model, shape).flops
+
+    try:
+        one, two = cost(1), cost(2)
+    except UserError:  # a part of one size, such as a copy of the FFN
+        twin = _dense(config, list(config.experts.hidden(0)), dropout, head)
+        return twin, trained_cost(build_model(twin, shape, classes, mixture.backbone), shape).flops
+    units = _nearest(lambda units: one + (units - 1) * (two - one), goal)
+    return _dense(config, [units], dropout, head), one + (units - 1) * (two - one)
+
+
+def _units_on_top(config: Config, model: MoEViT, classes: int) -> int:
+    """Hidden units of one part that costs what the mixture on top does, gate included."""
+    import torch
+
+    on_top: Any = model.mixtures[-1]
+    read_BD = torch.zeros(1, model.neck.out_features)
+    share = on_top.router.experts_per_sample / len(on_top.experts)
+    goal = flops(on_top.router, read_BD) + share * sum(flops(expert, read_BD) for expert in on_top.experts)
+    return _nearest(lambda units: 2 * units * (model.neck.out_features + classes), round(goal))
+
+
+def _template(experts: ExpertsConfig, width: int, outputs: int, goal: int) -> tuple[list[int], float]:
+    """Hidden layers and dropout of the expert, shared ones included, whose FLOPs come nearest to the goal."""
+    work = EXPERTS[experts.kind].work
+    every = range(len(experts.sizes) + len(experts.shared))
+    costs = [2 * work([width, *experts.hidden(expert), outputs]) for expert in every]
+    nearest = min(every, key=lambda expert: abs(np.log(costs[expert] / max(1, goal))))
+    return experts.hidden(nearest) or [1], experts.dropout_of(nearest)
+
+
+def _scaled(layers: Sequence[int], units: int) -> list[int]:
+    """The layers with so many units in the first of them, and the others in proportion."""
+    return [units, *(max(1, round(width * units / layers[0])) for width in layers[1:])]
+
+
+def _nearest(cost: Callable[[int], int], goal: int) -> int:
+    """The units from 1 up at which a cost that grows with them comes nearest to the goal."""
+    low, high = 1, 2
+    while cost(high) < goal and high < WIDEST:
+        low, high = high, min(WIDEST, 2 * high)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (middle + 1, high) if cost(middle) < goal else (low, middle)
+    return low if low == 1 or cost(low) - goal <= goal - cost(low - 1) else low - 1
+
+
+def _dense(config: Config, hidden: list[int], dropout: float | None, head: list | None = None) -> Config:
+    """The configuration with one expert for all, and what it replaces in train.twin_of."""
+    values, bare = config.to_dict(), Config().to_dict()
+    before = flatten(values)
+    values["experts"] |= {"sizes": [hidden], "head": head or [], "dropout": dropout}
+    values["experts"] |= {"shared": [], "inputs": None, "combine": "logits", "dispatch": "auto"}
+    values["balance"] |= dict.fromkeys(LOSSES, 0.0)
+    values["parallel"]["experts"] = 1
+    router = {"kind": "mixtral", "top_k": 1, "norm": "none", "warmup_steps": 0, "level": config.router.level}
+    if ROUTERS[config.router.kind].reads_tokens:
+        router = {"kind": config.router.kind, "top_k": 1, "slots": config.router.slots}
+    values["router"] = bare["router"] | router
+    replaced = {key: before[key] for key, value in flatten(values).items() if before[key] != value}
+    replaced.pop("parallel.experts", None)
+    values["train"] |= {"dense_twin": True, "twin_of": json.dumps(replaced)}
+    return config_from_dict(values)

@@ -1,0 +1,95 @@
+"""The adapters and mixtures that the study inside the ViT compares, all of which cost a token the same."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.study_heads import mixture
+
+WIDTHS = (4, 8, 16, 32, 64, 128)
+RATIO = (1, 2, 4, 8)  # of the widths of unequal experts
+EXPERTS = len(RATIO)
+GATE = EXPERTS // 2
+"""Hidden units that cost a token what its gate does: D * E multiply-adds, against 2 * D for a unit."""
+RULES_AT = 16  # the width at which all rules are compared
+RULES = ("vmoe", "deepseek", "hash", "top_p")
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class Method:
+    """What stands beside the FFN of each block, at one width.
+
+    name: the same at all widths. width: active hidden units of a mixture whose gate reads every token. sizes: hidden
+    units of each expert. static: what has other shapes from batch to batch is never captured.
+    """
+
+    name: str
+    width: int
+    rule: str
+    sizes: tuple[int, ...]
+    top_k: int = 1
+    level: str = "token"
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """Sections router and balance of the configuration: those of the rule's paper."""
+        found = mixture("", self.rule, list(self.sizes), self.top_k, norm="none", level=self.level)
+        return {name: found[name] for name in ("router", "balance")}
+
+    @property
+    def kind(self) -> str:
+        """What methods have in common whose steps run alike."""
+        return f"{self.rule}, k {self.top_k}, {self.level}"
+
+    @property
+    def label(self) -> str:
+        """Name and width."""
+        return f"{self.name}, r {self.width}"
+
+
+def unequal(active: int, top_k: int) -> tuple[int, ...]:
+    """Widths as 1 : 2 : 4 : 8, of which top_k have `active` units on average where the load is even.
+
+    In whole units, at least one each: the largest remainders are rounded up.
+    """
+    total = EXPERTS * active // top_k
+    exact = [total * share / sum(RATIO) for share in RATIO]
+    sizes = [max(1, int(size)) for size in exact]
+    order = sorted(range(EXPERTS), key=lambda e: sizes[e] - exact[e])
+    for step in range(total - sum(sizes)):
+        sizes[order[step % EXPERTS]] += 1
+    return tuple(sizes)
+
+
+def equal(active: int, top_k: int) -> tuple[int, ...]:
+    """Experts of one width, of which top_k have `active` units."""
+    return (active // top_k,) * EXPERTS
+
+
+def routed(width: int, shape: str, top_k: int, rule: str = "noisy_topk", level: str = "token") -> Method:
+    """A mixture of `shape` (equal, unequal). One decision an image costs nearly nothing, and buys GATE more units."""
+    active = width + (GATE if level == "image" else 0)
+    sizes = {"equal": equal, "unequal": unequal}[shape](active, top_k)
+    return Method(f"{shape}, k {top_k}, {level}, {rule}", width, rule, sizes, top_k, level)
+
+
+def dense(width: int) -> Method:
+    """One adapter that costs a token what the mixtures of this width do, their gates included."""
+    return Method(DENSE, width, "hash", (width + GATE,))
+
+
+def methods(widths: Sequence[int] = WIDTHS) -> list[Method]:
+    """All of them, the most important ones first: a study that ends early has whole comparisons."""
+    middle = min(widths, key=lambda width: abs(width - RULES_AT))
+    # The middle, then the ends, so that the curve has its shape early.
+    order = [middle, *sorted((width for width in widths if width != middle), key=lambda w: (w not in (4, 64), w))]
+    found = []
+    for width in order:
+        found += [dense(width), routed(width, "unequal", 2), routed(width, "unequal", 1), routed(width, "equal", 1)]
+    found += [routed(middle, "unequal", 2, rule) for rule in RULES]
+    found += [routed(middle, "unequal", 1, rule) for rule in RULES if rule != "top_p"]
+    for width in order:
+        found += [routed(width, "unequal", 2, level="image"), routed(width, "equal", 2)]
+    found += [routed(width, "unequal", 1, level="image") for width in order]
+    return found

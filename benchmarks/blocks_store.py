@@ -1,0 +1,83 @@
+"""The finished runs of the study inside the ViT, in a file that several processes append to."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.blocks_methods import Method
+from benchmarks.blocks_training import Setting
+
+
+class Store:
+    """The runs in FOLDER/runs.jsonl, one a line, of one setting only, and what is still to be done.
+
+    runs: method's label -> (rate, seed) -> result. eager: kinds of methods whose steps cannot be captured. where: what
+    they ran on. held: seconds that all GPUs together were held.
+    """
+
+    def __init__(self, folder: Path, setting: Setting, methods: list[Method], rates: Sequence[float], seeds: int):
+        self.path, self.setting = folder / "runs.jsonl", setting
+        self.methods, self.rates, self.seeds = methods, list(rates), seeds
+        self.read()
+
+    def read(self) -> None:
+        """Look at the file again."""
+        self.runs: dict[str, dict[tuple[float, int], dict]] = {}
+        self.eager: set[str] = set()
+        self.where: dict[str, Any] = {}
+        self.held = 0.0
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        for line in lines:
+            try:
+                found = json.loads(line)
+            except ValueError:  # empty, or truncated by a kill: that run is done again
+                continue
+            if found["setting"] == asdict(self.setting):
+                self._take(found)
+
+    def _take(self, found: dict[str, Any]) -> None:
+        if "begin" in found:  # a new start tries again what could not be captured
+            self.eager.clear()
+        if "eager" in found:
+            self.eager.add(found["eager"])
+        if "result" in found:
+            self.runs.setdefault(found["label"], {})[found["rate"], found["seed"]] = found["result"]
+        self.where = found.get("where", self.where)
+        self.held += found.get("held", 0.0)
+
+    def add(self, **values: Any) -> None:
+        """Append a line, in one write: several processes do."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        line = "\n" + json.dumps({"setting": asdict(self.setting), **values})
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(line)
+
+    def begin(self) -> None:
+        """Mark the start of a study, or of its continuation."""
+        self.add(begin=f"{time.strftime('%Y-%m-%d %H:%M')}")
+
+    def keep(self, method: Method, rate: float, seed: int, result: dict[str, Any] | str) -> None:
+        """A finished run; a text says why it has no scores."""
+        found = {"failed": result} if isinstance(result, str) else result
+        self.runs.setdefault(method.label, {})[rate, seed] = found
+        self.add(label=method.label, rate=rate, seed=seed, result=found)
+
+    def best_rate(self, method: Method) -> float | None:
+        """The rate of the best validation macro-F1 by seed 0 (None: not all are there, or all have failed)."""
+        runs = self.runs.get(method.label, {})
+        tried = {rate: runs.get((rate, 0)) for rate in self.rates}
+        scored = {rate: run["validation"]["macro_f1"] for rate, run in tried.items() if run and "failed" not in run}
+        if not scored or None in tried.values():  # with fewer, its budget would not have been that of the others
+            return None
+        return max(scored, key=lambda rate: scored[rate])
+
+    def next_run(self, method: Method) -> tuple[float, int] | None:
+        """Rate and seed of what is to be done next: first the rates by seed 0, then the other seeds."""
+        runs = self.runs.get(method.label, {})
+        left = [(rate, 0) for rate in self.rates if (rate, 0) not in runs]
+        if not left and (best := self.best_rate(method)) is not None:
+            left = [(best, seed) for seed in range(self.seeds) if (best, seed) not in runs]
+        return left[0] if left else None

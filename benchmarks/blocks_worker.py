@@ -1,0 +1,150 @@
+"""A process of the study inside the ViT: it claims methods and trains them, or says how long that would take."""
+
+import argparse
+import gc
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from assembly.pipeline import load_inputs
+from benchmarks.blocks_methods import DENSE, Method
+from benchmarks.blocks_store import Store
+from benchmarks.blocks_training import CaptureFailed, FrozenEnd, MethodRuns, stored_tokens
+from benchmarks.common import environment, synchronise, table
+from common.errors import one_line
+from config.config import Config
+from features.images import ImageBank
+
+AGAIN = 75  # exit code of a worker that is to be started again
+CHECKED = 4096  # images of each split that a check reads
+CHECK_STEPS = 30
+WIDE = 32  # above this width a check takes a method for as slow as the widest one
+
+
+class Worker:
+    """Claims one method after the other, and trains what is left of it, until the time is over.
+
+    claimed: the folder in which the workers of one start claim methods. until: the time of the end.
+    """
+
+    def __init__(self, config: Config, store: Store, options: argparse.Namespace, claimed: Path, until: float):
+        self.config, self.store, self.claimed, self.until, self.spent = config, store, claimed, until, 0.0
+        began = time.time()
+        inputs = load_inputs(config)
+        self.device, self.splits, backbone = inputs.device, inputs.splits, inputs.backbone
+        bank = ImageBank(inputs.splits, config.augment, self.device)
+        loaded = time.time()
+        first, views = store.setting.first, 1 if options.check else store.setting.epochs
+        self.read = stored_tokens(backbone, bank, first, views, CHECKED if options.check else None)
+        synchronise(self.device)
+        images = views * len(self.read["test"].labels_N) + sum(len(part.held_labels_M) for part in self.read.values())
+        self.load_seconds, self.image_seconds = loaded - began, (time.time() - loaded) / images
+        patches = self.read["test"].held_MF.shape[1] - backbone.vit.num_prefix_tokens
+        self.backbone = FrozenEnd(backbone, first, patches, self.device)
+
+    def run(self) -> None:
+        """Train what nobody else has claimed, the most important methods first."""
+        self.store.add(where=environment(self.device))
+        for method in self.store.methods:
+            if time.time() + self.spent >= self.until:
+                break
+            self.store.read()
+            if self.store.next_run(method) and self._claim(method):
+                self._train(method)
+                self.release()
+
+    def _claim(self, method: Method) -> bool:
+        try:
+            (self.claimed / method.label).mkdir()
+        except FileExistsError:
+            return False
+        return True
+
+    def _train(self, method: Method) -> None:
+        runs = self.runs_of(method)
+        while (left := self.store.next_run(method)) and time.time() + self.spent < self.until:
+            began = time.time()
+            try:
+                result = runs.train(*left)
+            except CaptureFailed as error:
+                self.give_up(method, error)
+            self.spent = time.time() - began
+            self.store.keep(method, *left, result)
+            shown = result if isinstance(result, str) else f"{100 * result['test']['macro_f1']:.2f}"
+            print(f"{method.label}: rate {left[0]:g}, seed {left[1]}: {shown}, {self.spent:.1f} s", flush=True)
+
+    def runs_of(self, method: Method) -> MethodRuns:
+        """A method ready to be trained."""
+        # Where a second kind cannot be captured, it is not for want of one kernel.
+        eager = method.kind in self.store.eager or len(self.store.eager) > 1
+        return MethodRuns(method, self.backbone, self.config, self.read, self.store.setting, eager)
+
+    def release(self) -> None:
+        """Give the memory of the last method back."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def give_up(self, method: Method, error: CaptureFailed) -> None:
+        """End, to be started again without a graph for such methods: CUDA may be in any state now."""
+        print(f"{one_line(error)}: going on without one", file=sys.stderr, flush=True)
+        self.store.add(eager=method.kind)
+        claim = self.claimed / method.label
+        if claim.exists():
+            claim.rmdir()
+        sys.stdout.flush()
+        os._exit(AGAIN)
+
+
+def check(worker: Worker) -> None:
+    """Time a few steps of each kind of method, and of the widest ones; print that and what the study will take."""
+    chosen: dict[tuple[str, bool], dict[str, Any]] = {}
+    widest = max(method.width for method in worker.store.methods)
+    for method in worker.store.methods:
+        key = method.kind, method.width == widest > WIDE
+        if key in chosen or (key[1] and not method.name.startswith((DENSE, "equal, k 1"))):
+            continue
+        runs = worker.runs_of(method)
+        try:
+            chosen[key] = runs.timed(CHECK_STEPS) | {"graph": runs.captured is not None}
+        except CaptureFailed as error:
+            worker.give_up(method, error)
+        del runs
+        worker.release()
+    cells = [
+        [
+            kind,
+            "widest" if wide else "middle",
+            f"{1e3 * found['step']:.2f}",
+            f"{found['setup']:.2f}",
+            "graph" if found["graph"] else "eager",
+        ]
+        for (kind, wide), found in chosen.items()
+    ]
+    print(table(["kind", "width", "ms a step", "setup (s)", "step"], cells))
+    _predict(worker, chosen)
+
+
+def _predict(worker: Worker, chosen: dict[tuple[str, bool], dict[str, Any]]) -> None:
+    """Print the seconds of all that is not done yet."""
+    splits, setting = worker.splits, worker.store.setting
+    held = len(splits.validation) + len(splits.test)
+    steps = setting.epochs * (len(splits.train) // setting.batch)
+    slowest = max([found["step"] for (_, wide), found in chosen.items() if wide], default=0.0)
+    total, count, each = 0.0, 0, len(worker.store.rates) + worker.store.seeds - 1
+    for method in worker.store.methods:
+        found = chosen[method.kind, False]
+        step = max(found["step"], slowest) if method.width > WIDE else found["step"]
+        left = each - len(worker.store.runs.get(method.label, {}))
+        total += found["setup"] + left * (steps * step + held * found["evaluation"])
+        count += left
+        print(f"to the end of {method.label}: {count} runs, {total:.0f} GPU seconds")
+    begin = worker.load_seconds + worker.image_seconds * (setting.epochs * len(splits.train) + held)
+    print(
+        f"all {count} runs of {setting.epochs} epochs, {steps} steps: {total:.0f} GPU seconds; and the start of each "
+        f"process {begin:.0f} s, besides its imports"
+    )

@@ -1,0 +1,134 @@
+"""Make a trained run smaller: a run like any other, which evaluate.py, predict.py and train.py --resume take.
+
+python compress.py RUN --out RUN2 --prune 0 3                without experts 0 and 3
+python compress.py RUN --out RUN2 --prune auto --budget 0.3  without all whose removal costs 0.3 points at most
+python compress.py RUN --out RUN2 --quantise int8            its experts in 8 bits
+"""
+
+from common.errors import exit_on_signal
+
+if __name__ == "__main__":
+    exit_on_signal()  # before the imports, which take seconds
+
+import argparse
+
+from assembly.compressing import check_plan, compress
+from assembly.compression_steps import AUTO, CALIBRATIONS, Plan
+from assembly.loading import configure, open_run
+from common.arguments import Parser, path_option
+from common.errors import UserError, exit_code_of, exit_process
+from common.plugins import add_plugins_option, load_plugins
+from common.signals import stoppable
+from common.text import printable
+from evaluation.compression import text
+from evaluation.evaluation import table
+from storage.described import describe
+from storage.folder import RunFolder
+from tracking.tracker import MODES
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line. Raises UserError."""
+    parser = Parser(prog="compress.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=path_option, metavar="RUN", help="folder that train.py wrote")
+    parser.add_argument("--out", type=path_option, metavar="RUN2", required=True, help="folder of the smaller run")
+    parser.add_argument(
+        "--prune",
+        nargs="+",
+        metavar="E",
+        help="remove these experts, numbered from 0, in all blocks; auto: one after the other while the budget lasts",
+    )
+    parser.add_argument(
+        "--quantise",
+        choices=("int8", "fp8"),
+        help="store the matrices of the experts and of the linear head in 8 bits, with a scale for each output channel",
+    )
+    parser.add_argument(
+        "--quantise.protect",
+        dest="protect",
+        nargs="+",
+        metavar="E",
+        help="keep these experts in 16 bits, numbered as those that are left; auto: those that would lose most, as few "
+        "as keep to the budget",
+    )
+    parser.add_argument(
+        "--quantise.calibrate",
+        dest="calibrate",
+        choices=CALIBRATIONS,
+        default=CALIBRATIONS[0],
+        help="what scales are chosen on: equal rows for each expert (default), rows as the gate sends them, or none",
+    )
+    parser.add_argument(
+        "--quantise.rows",
+        dest="rows",
+        type=int,
+        default=1024,
+        metavar="N",
+        help="rows (images, inside the ViT tokens) for each expert and block to choose the scales on (default 1024)",
+    )
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=0.3,
+        metavar="POINTS",
+        help="points of validation macro-F1 that each automatic step may lose (default 0.3)",
+    )
+    parser.add_argument("--data.root", dest="root", type=path_option, metavar="DIR", help="where the data set lies")
+    parser.add_argument(
+        "--backbone.weights", dest="weights", type=path_option, metavar="FILE", help="the backbone's, if it has moved"
+    )
+    parser.add_argument(
+        "--features.cache_dir",
+        dest="cache_dir",
+        type=path_option,
+        metavar="DIR",
+        help="where features are stored; null: in memory only",
+    )
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, or cuda:1")
+    parser.add_argument("--tracking", choices=MODES, metavar="MODE", help="as of train.py (default: the run's own)")
+    add_plugins_option(parser)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    options = parser.parse_args(argv)
+    if options.prune is None and options.quantise is None:
+        parser.error("nothing to do: name --prune or --quantise")
+    if options.protect is not None and options.quantise is None:
+        parser.error("--quantise.protect says what --quantise leaves in 16 bits: name that too")
+    if options.rows < 1:
+        parser.error(f"--quantise.rows is {options.rows}: it is a number of rows, at least 1")
+    options.prune = experts_of("--prune", options.prune)
+    options.protect = experts_of("--quantise.protect", options.protect) or []
+    if not 0 <= options.budget <= 100:
+        parser.error(f"--budget is {options.budget:g}: it is points of macro-F1, from 0 to 100")
+    return options
+
+
+def experts_of(option: str, words: list[str] | None) -> list[int] | str | None:
+    """The experts that an option names, each once, or AUTO. Raises UserError."""
+    if words is None or words == [AUTO]:
+        return words and AUTO
+    if not all(word.isdecimal() for word in words):
+        wrong = next(word for word in words if not word.isdecimal())
+        raise UserError(f"{option} has {printable(wrong)}: give numbers of experts, from 0, or {AUTO} alone")
+    return sorted({int(word) for word in words})
+
+
+def main() -> None:
+    """Open the run, check what is asked of it, make the smaller one."""
+    options = parse()
+    load_plugins(options.plugins)
+    names = ("prune", "quantise", "protect", "calibrate", "rows", "budget")
+    plan = Plan(**{name: getattr(options, name) for name in names})
+    if options.out.exists():
+        raise UserError(f"--out {options.out} exists: name a new folder")
+    with stoppable():
+        run = RunFolder(options.run)
+        check_plan(configure(describe(run)["config"], options.device, options.root, options.weights), plan)
+        opened = open_run(options.run, options.device, options.root, options.weights, options.cache_dir)
+        if options.tracking is not None:
+            opened.config.tracking = options.tracking
+        results = compress(opened, plan, options.out)
+        print(f"\n{table(results)}\n\n{text(results['compression'])}\nrun folder   {printable(options.out)}")
+
+
+if __name__ == "__main__":
+    exit_process(exit_code_of(main, keep_going=True))

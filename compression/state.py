@@ -1,0 +1,68 @@
+"""From the state of a mixture to that of one with fewer experts."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from common.errors import UserError
+from model.experts import Experts
+from model.moe_vit import AnyMoE
+
+Build = Callable[..., AnyMoE]
+"""Makes the model of a configuration, with new weights, on the CPU."""
+
+
+def expert_names(model: AnyMoE) -> list[str]:
+    """The names of the modules that hold one module for each expert."""
+    return [name for name, module in model.named_modules() if isinstance(module, Experts)]
+
+
+def renumbered(name: str, lists: Sequence[str], before: Sequence[int]) -> str:
+    """The name of a tensor where expert i was expert before[i]; lists: as `expert_names` has them."""
+    for prefix in lists:
+        if name.startswith(f"{prefix}."):
+            number, _, rest = name.removeprefix(f"{prefix}.").partition(".")
+            return f"{prefix}.{before[int(number)]}.{rest}"
+    return name
+
+
+def differing_axis(before: Tensor, after: Tensor) -> int | None:
+    """The axis along which a tensor has fewer entries with fewer experts; None where it has as many."""
+    axes = [axis for axis, sizes in enumerate(zip(before.shape, after.shape, strict=True)) if sizes[0] != sizes[1]]
+    return axes[0] if axes else None
+
+
+def owner(model: AnyMoE, name: str) -> tuple[nn.Module, bool]:
+    """The mixture that a tensor of several experts is of, and whether it is in the experts rather than the gate."""
+    modules = dict(model.named_modules())
+    for mixture in model.mixtures:
+        prefix = next(found for found, module in modules.items() if module is mixture)
+        if name.startswith(f"{prefix}."):
+            return mixture, name.startswith(f"{prefix}.experts.")
+    raise AssertionError(f"{name} is in no mixture")  # every axis that grows with the experts is in one
+
+
+def units(experts: nn.Module, kept: Sequence[int]) -> list[int]:
+    """Where the hidden units of some experts are, of a kind whose experts stand side by side.
+
+    Raises UserError for a kind, of a plug-in, that does not say it.
+    """
+    if not hasattr(experts, "units_of"):
+        raise UserError(f"{type(experts).__name__} has no units_of(expert): its experts cannot be told apart")
+    return [unit for expert in kept for unit in experts.units_of(expert)]
+
+
+def kept_state(model: AnyMoE, smaller: AnyMoE, kept: Sequence[int]) -> dict[str, Tensor]:
+    """The state of `smaller`, which has but the experts `kept` of `model`, in this order."""
+    state, lists, found = model.state_dict(), expert_names(model), {}
+    for name, like in smaller.state_dict().items():
+        value = state[renumbered(name, lists, kept)]
+        axis = differing_axis(value, like)
+        if axis is not None:
+            mixture, inside = owner(model, name)
+            size = value.shape[axis]
+            entries = units(mixture.experts, kept) if inside else mixture.router.entries_of(kept, size)
+            value = value.index_select(axis, torch.tensor(entries, device=value.device))
+        found[name] = value.clone()
+    return found

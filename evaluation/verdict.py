@@ -1,0 +1,57 @@
+"""Whether a mixture earned its keep: the run and those of other seeds beside it, against their dense twins."""
+
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+from common.text import printable
+from config.config import Config, flatten
+from evaluation.compared import Compared, load
+from evaluation.seeds import Difference, differences_of, groups, recipe_key
+from storage.folder import RunFolder
+
+
+def verdict(run: RunFolder, config: Config, macro_f1: float) -> dict[str, Any] | None:
+    """What this run and those beside it say of mixture and dense twin; None where there is not one of each.
+
+    macro_f1: what `run`, whose results need not be written yet, scores on the test set. Returns {"text", "seeds",
+    "mean", "low", "high"}: a sentence, the seeds that pair, and mixture minus twin in macro-F1 with its 95 % interval
+    (None: one pair).
+    """
+    flat = flatten(config.to_dict())
+    key, path = recipe_key(flat), run.path.resolve()
+    twins = list(_neighbours(path, "twin_of: '{"))
+    if run.compression.is_file() or (not twins and config.train.twin_of is None):
+        return None
+    mixtures = _neighbours(path, "twin_of: null")
+    own = Compared(printable(path.name), str(path), flat, {"macro_f1": macro_f1})
+    same = [other for other in (*mixtures, *twins) if recipe_key(other.config) == key]
+    found, _ = groups([own, *same])
+    minus = [difference for difference in differences_of(found)[0] if difference.second.twin]
+    return _told(minus[0]) if minus and "macro_f1" in minus[0].figures else None
+
+
+def _neighbours(path: Path, words: str) -> Iterator[Compared]:
+    """The scored runs beside `path` whose config.yaml has these words, which are looked for before it is parsed."""
+    for folder in sorted(path.parent.iterdir()):
+        other = RunFolder(folder)
+        if folder == path or not (other.scored and other.config.is_file()):
+            continue
+        with suppress(OSError, UserError):
+            if words in other.config.read_text(encoding="utf-8", errors="replace"):
+                yield load(str(folder))
+
+
+def _told(difference: Difference) -> dict[str, Any]:
+    mean, low, high = difference.figures["macro_f1"]
+    seeds = difference.seeds
+    points = f"its macro-F1 minus that of a dense twin of equal FLOPs is {100 * mean:+.2f} points"
+    if low is None or high is None:
+        text = f"One seed cannot tell whether the mixture earned its keep: {points} (seed {seeds[0]})"
+    else:
+        told = "These seeds cannot tell whether the mixture earned its keep"
+        told = "The mixture earned its keep" if low > 0 else "The mixture did not earn its keep" if high < 0 else told
+        text = f"{told}: {points} (95 % interval {100 * low:+.2f} to {100 * high:+.2f}, {len(seeds)} seeds)"
+    return {"text": text, "seeds": seeds, "mean": mean, "low": low, "high": high}

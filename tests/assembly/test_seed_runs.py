@@ -1,0 +1,65 @@
+"""train.py --seeds: a run for each, on inputs that are loaded once."""
+
+import json
+import re
+
+import pytest
+
+import train
+from assembly import seeds as module
+from common.errors import UserError, exit_code_of
+from config.command_line import parse_command_line
+
+SMALL = ["--config", "configs/digits.yaml", "--tracking", "none", "--data.max_per_class", "20", "--train.epochs", "1"]
+SMALL += ["--train.batch_size", "64", "--features.cache_dir", "null"]
+
+
+@pytest.mark.slow
+def test_seeds_share_their_inputs_and_an_interrupted_command_goes_on(tmp_path, monkeypatch, capsys):
+    words = [*SMALL, "--run_dir", str(tmp_path / "few"), "--seeds"]
+    loaded = []
+    monkeypatch.setattr(module, "load_inputs", lambda config, load=module.load_inputs: loaded.append(1) or load(config))
+
+    def call(*rest):
+        monkeypatch.setattr("sys.argv", ["train.py", *words, *rest])
+        return exit_code_of(train.main), *capsys.readouterr()
+
+    assert call("1")[0] == 0
+    code, out, _ = call("2")
+    assert code == 0 and len(loaded) == 2
+    assert f"{tmp_path / 'few-seed0'} is finished" in out and re.search(r"\nfew +0, 1 +\d", out)
+    scores = {}
+    for seed in range(2):
+        results = json.loads((tmp_path / f"few-seed{seed}" / "evaluation" / "metrics.json").read_text(encoding="utf-8"))
+        scores[seed] = results["loss"]
+    assert scores[0] != scores[1]
+    assert (tmp_path / "few-seeds" / "comparison.md").is_file()
+    code, _, err = call("2", "--train.batch_size", "32")
+    assert code == 2 and "--seeds cannot go on with" in err and "choose another --run_dir" in err
+
+    # Its twin, whose report begins with what the two say together.
+    words[words.index("--run_dir") + 1] = str(tmp_path / "twin")
+    code, out, err = call("1", "--train.dense_twin", "true")
+    assert code == 0 and "One seed cannot tell whether the mixture earned its keep: its macro-F1 minus that of" in out
+    page = (tmp_path / "twin-seed0" / "evaluation" / "report.html").read_text(encoding="utf-8")
+    assert page.index('class="verdict"') < page.index('class="cards"')
+    assert "digits, bundled/vit_micro, dense twin" in page
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--seeds", "none"], "--seeds is 'none': give a number of seeds"),
+        (["--seeds", "0"], "--seeds is '0': give a number of seeds"),
+        (["--seeds"], "--seeds is '': give a number of seeds"),
+    ],
+)
+def test_a_wrong_number_of_seeds_is_one_line(words, said):
+    with pytest.raises(UserError, match=said):
+        parse_command_line(words)
+
+
+def test_seeds_are_new_runs(tmp_path):
+    (tmp_path / "config.yaml").write_text("{}")
+    with pytest.raises(UserError, match="--seeds starts runs of its own"):
+        parse_command_line(["--resume", str(tmp_path), "--seeds", "2"])

@@ -1,0 +1,148 @@
+"""compress.py as a user runs it, on a run of digits: the smaller run is scored, asked and gone on with."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import yaml
+from conftest import PNG, ROOT
+from matplotlib.figure import Figure
+
+import compress
+import evaluate
+import train
+from assembly.loading import load_trained
+from common.errors import exit_code_of
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Exit code, standard output and lines of standard error of a program; nothing is drawn."""
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: path.write_bytes(PNG))
+    monkeypatch.chdir(ROOT)
+
+    def run(program, *words):
+        monkeypatch.setattr("sys.argv", ["program", *map(str, words)])
+        code = exit_code_of(program.main)
+        out, err = capsys.readouterr()
+        return code, out, err.splitlines()
+
+    return run
+
+
+@pytest.mark.slow
+def test_a_run_without_an_expert_is_a_run(tiny_run, tmp_path, call):
+    out = tmp_path / "pruned"
+    code, shown, _ = call(compress, tiny_run, "--out", out, "--prune", "1")
+    assert code == 0
+    assert "1 · 32   " in shown and "removed" in shown and "latency of 256 images" in shown
+    found = json.loads((out / "compression.json").read_text())
+    assert [row["becomes"] for row in found["experts"]] == [0, None, 1, 2]
+    whole = json.loads((tiny_run / "evaluation" / "metrics.json").read_text())
+    results = json.loads((out / "evaluation" / "metrics.json").read_text())
+    assert found["before"]["macro_f1_test"] == whole["macro_f1"]
+    assert found["after"]["macro_f1_test"] == results["macro_f1"]
+    # What the evaluation of the whole run foretold.
+    change = whole["expert_worth"][1]["macro_f1_change"]
+    assert results["macro_f1"] == pytest.approx(whole["macro_f1"] + change)
+    before, after = found["before"], found["after"]
+    for name in ("file_bytes", "memory_bytes", "expert_bytes", "trained_parameters"):
+        assert after[name] < before[name]
+    assert yaml.safe_load((out / "config.yaml").read_text())["experts"]["sizes"] == [[16], [64], [128]]
+    assert "What became of the experts" in (out / "evaluation" / "report.html").read_text()
+
+    assert call(evaluate, out, "--tracking", "none")[0] == 0
+    again = json.loads((out / "evaluation" / "metrics.json").read_text())
+    assert again["macro_f1"] == results["macro_f1"] and again["compression"] == found
+    assert load_trained(out).model.moe.router.num_experts == 3
+
+    code, shown, _ = call(train, "--resume", out, "--train.epochs", "5")
+    assert code == 0 and "epoch   5/5" in shown
+
+
+@pytest.mark.slow
+def test_a_run_in_eight_bits_is_a_run(tiny_run, tmp_path, call):
+    out = tmp_path / "int8"
+    words = ("--quantise", "int8", "--quantise.protect", "1", "--quantise.rows", "64", "--prune", "3")
+    code, shown, _ = call(compress, tiny_run, "--out", out, *words)
+    assert code == 0 and all(f"calibrated {how}: macro-F1" in shown for how in ("equal", "as_they_come", "none"))
+    found = json.loads((out / "compression.json").read_text())
+    assert [row["done"] for row in found["experts"]] == [["int8"], ["float16"], ["int8"], ["removed"]]
+    assert all(0 < row["error"] < 0.05 for row in found["experts"][:3])
+    assert found["after"]["expert_bytes"] < 0.5 * found["before"]["expert_bytes"]
+    assert yaml.safe_load((out / "config.yaml").read_text())["experts"]["weights"] == ["int8", "float16", "int8"]
+    results = json.loads((out / "evaluation" / "metrics.json").read_text())
+    assert sum(row["bytes"] for row in results["expert_worth"]) == found["after"]["expert_bytes"]
+
+    before = load_trained(out).model.moe.experts
+    assert before[0][0].parametrizations.weight.original0.dtype == torch.int8
+    code, shown, _ = call(train, "--resume", out, "--train.epochs", "5")
+    assert code == 0 and "epoch   5/5" in shown
+    after = torch.load(out / "checkpoints" / "last.pt", weights_only=True)["model"]
+    name = "moe.experts.0.0.parametrizations.weight.original0"
+    assert torch.equal(after[name], before[0][0].parametrizations.weight.original0)
+    assert not torch.equal(after["moe.router.gate.weight"], load_trained(tiny_run).model.moe.router.gate.weight)
+    code, _, lines = call(compress, out, "--out", tmp_path / "again", "--prune", "0")
+    assert code == 2 and "quantised already" in lines[-1] and not (tmp_path / "again").exists()
+
+
+def test_experts_in_eight_bits_are_not_trained_from_the_start(call, tmp_path):
+    words = ("--config", "configs/digits.yaml", "--experts.weights", "int8", "--run_dir", tmp_path / "run")
+    code, _, lines = call(train, *words, "--tracking", "none")
+    assert code == 2 and len(lines) == 1 and "train in float32, then compress the run" in lines[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_number_format_that_a_device_lacks_is_one_line(tiny_run, tmp_path, call, monkeypatch):
+    def lacks(*_):
+        raise RuntimeError("no kernel for float8\non this device")
+
+    monkeypatch.setattr("compression.quantise.unpack", lacks)
+    code, _, lines = call(compress, tiny_run, "--out", tmp_path / "out", "--quantise", "fp8")
+    assert code == 2 and len(lines) == 1 and "--quantise fp8 is not for cpu (no kernel for float8 on this" in lines[0]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("--prune 0 1 2", "leaves 1 of 4 experts"),
+        ("--prune 0 1 2 3", "names all 4 experts"),
+        ("--prune 7", "names expert 7"),
+        ("--prune -1", "--prune has -1: give numbers of experts"),
+        ("--prune one", "--prune has one: give numbers of experts"),
+        ("--prune auto 1", "--prune has auto: give numbers of experts"),
+        ("--prune auto --budget -1", "--budget is -1"),
+        ("", "nothing to do"),
+        ("--quantise int4", "invalid choice: 'int4'"),
+        ("--prune 0 --quantise.protect auto", "name that too"),
+        ("--prune 0 --quantise int8 --quantise.protect 3", "names expert 3: experts 0 to 2 are left"),
+        ("--quantise int8 --quantise.rows 0", "--quantise.rows is 0"),
+        ("--prune 1 --device gpu", "device is 'gpu'"),
+        ("--prune 1 --data.root nowhere --backbone.weights nowhere", "nowhere are missing"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line_and_writes_nothing(tiny_run, tmp_path, call, words, message):
+    out = tmp_path / "out"
+    code, _, lines = call(compress, tiny_run, "--out", out, *words.split())
+    assert code in (1, 2) and len(lines) == 1 and message in lines[0]
+    assert not out.exists()
+
+
+def test_a_folder_that_is_there_is_left_alone(tiny_run, tmp_path, call):
+    (tmp_path / "mine").write_text("mine")
+    code, _, lines = call(compress, tiny_run, "--out", tmp_path, "--prune", "1")
+    assert code == 2 and len(lines) == 1 and f"--out {tmp_path} exists" in lines[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_data_that_are_gone_are_one_line(tiny_run, tmp_path, call):
+    moved = tmp_path / "moved"
+    shutil.copytree(tiny_run, moved)
+    described = json.loads((moved / "model.json").read_text())
+    described["config"]["data"] |= {"name": "folder", "root": str(tmp_path / "nowhere")}
+    (moved / "model.json").write_text(json.dumps(described))
+    code, _, lines = call(compress, moved, "--out", tmp_path / "out", "--prune", "1")
+    assert code == 2 and len(lines) == 1 and "nowhere" in lines[0]
+    assert not (tmp_path / "out").exists()
