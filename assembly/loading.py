@@ -99,8 +99,8 @@ def open_run(
     """Rebuild the model of the run in `path`, and read its data set.
 
     root, weights: where data set and backbone file lie, if they have moved. cache_dir: where features are stored, if
-    not where they were; "null": in memory only. offload_memory: as for `load_trained`. Raises what `load_trained` does, and UserError for data that are not
-    there or not those of training.
+    not where they were; "null": in memory only. offload_memory: as for `load_trained`.
+    Raises what `load_trained` does, and UserError for data that are not there or not those of training.
     """
     run = RunFolder(path)
     described = describe(run)

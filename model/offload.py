@@ -18,6 +18,7 @@ from .experts import Experts
 from .experts.adapter import Adapters
 from .experts.ffn import UpcycledFFN
 from .moe_vit import AnyMoE, MoEViT
+from .quantised import Matrix
 from .routing import Assignments
 
 
@@ -80,8 +81,6 @@ class OffloadedAdapters(Stays):
     part: Any
 
     def __init__(self, part: Any, device: torch.device, traffic: Traffic, kept: Sequence[int]):
-        if any(map(parametrize.is_parametrized, part.modules())):
-            raise InputError("adapters stored in fewer bits are not offloaded: leave out --offload")
         super().__init__(part, device, traffic)
         # An expert's columns of up as rows, which lie together and so are copied at once.
         up_HD = part.up.detach().T.contiguous()
@@ -107,6 +106,10 @@ class OffloadedAdapters(Stays):
         self.traffic.copies += 1
         return [self.traffic.copy(tensor, self.device) for tensor in self._host[expert]]
 
+    def matrices(self) -> list[Matrix]:
+        """The matrices of all experts of the block."""
+        return self.part.matrices()
+
     def parameters_of(self, expert: int) -> int:
         """Weights and biases of one expert."""
         return self.part.parameters_of(expert)
@@ -121,10 +124,12 @@ def offload(model: AnyMoE, device: torch.device, memory: int = 0) -> Traffic:
 
     memory: bytes of the device for the experts that training used most; these are kept there. The model answers as
     before, and is for evaluation alone. Experts on top of a ViT with experts inside are moved. Raises InputError for
-    experts inside a ViT of a kind that is not this library's.
+    experts inside a ViT of a kind that is not this library's, and adapters in fewer bits.
     """
     traffic = Traffic()
     mixtures: Any = model.mixtures[: len(model.blocks)] if isinstance(model, MoEViT) else model.mixtures
+    for mixture in mixtures:
+        _check(mixture)
     kept = _most_used(mixtures, memory)
     for place, mixture in enumerate(mixtures):
         here = [expert for expert in range(len(mixture.usage_E)) if (place, expert) in kept]
@@ -138,14 +143,21 @@ def offload(model: AnyMoE, device: torch.device, memory: int = 0) -> Traffic:
     return traffic
 
 
+def _check(mixture: Any) -> None:
+    """Raise InputError for experts that cannot be offloaded."""
+    experts: Any = mixture.experts
+    if not isinstance(mixture.experts, Experts | Adapters | UpcycledFFN):
+        raise InputError(f"experts of kind {type(experts).__name__} cannot be offloaded: leave out --offload")
+    if isinstance(mixture.experts, Adapters) and any(map(parametrize.is_parametrized, experts.modules())):
+        raise InputError("adapters stored in fewer bits cannot be offloaded: leave out --offload")
+
+
 def _offload_mixture(mixture: Any, device: torch.device, traffic: Traffic, kept: Sequence[int]) -> None:
     experts: Any = mixture.experts
     if isinstance(mixture.experts, Adapters):
         mixture.experts = OffloadedAdapters(experts, device, traffic, kept)
         return
     inside = isinstance(mixture.experts, UpcycledFFN)
-    if not inside and not isinstance(mixture.experts, Experts):
-        raise InputError(f"experts of kind {type(experts).__name__} cannot be offloaded: leave out --offload")
     # The one way of dispatch that gives an expert its own rows alone, and none where it has none.
     (experts if inside else mixture).dispatch_mode = "sorted"
     members: Any = experts.copies if inside else experts

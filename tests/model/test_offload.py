@@ -10,6 +10,7 @@ from torch import nn
 from model.classifier import NeckConfig, VisionMoE
 from model.experts import ExpertsConfig
 from model.offload import offload
+from model.quantised import store
 from model.routers import RouterConfig
 
 CPU = torch.device("cpu")
@@ -124,6 +125,25 @@ def test_a_kind_of_experts_that_is_not_known_is_refused():
     model.mixtures[0].experts.parameters_of = lambda expert: 1
     with pytest.raises(ValueError, match="Identity cannot be offloaded"):
         offload(model, CPU)
+
+
+@pytest.mark.parametrize("number_format", ["int8", "fp8"])
+@torch.no_grad()
+def test_experts_stored_in_fewer_bits_travel_as_they_are(number_format):
+    model = head(top_k=2)
+    store(model.moe.experts.matrices(), [number_format] * 4)
+    features = torch.randn(40, 6)
+    expected, _ = model(features)
+    number = sum(p.nbytes for p in model.moe.experts[0].parameters())
+    traffic = offload(model, CPU)
+    torch.testing.assert_close(model(features)[0], expected)
+    before = traffic.copied_bytes
+    model(only(model, 0), allowed_E=torch.tensor([True, True, False, False]))
+    assert traffic.copied_bytes - before == sum(sizes(model)[:2]) and number == sizes(model)[0]
+    block = moe_vit()
+    store(block.mixtures[0].experts.matrices(), [number_format] * 3)
+    with pytest.raises(ValueError, match="fewer bits cannot be offloaded"):
+        offload(block, CPU)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
