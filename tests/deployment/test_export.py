@@ -87,6 +87,7 @@ def test_inside_the_vit_a_weight_is_the_mean_over_the_tokens_of_an_image():
     assert (weights_BLK.diff(dim=-1) <= 0).all() and torch.allclose(weights_BLK.sum(dim=-1), torch.ones(3, 3))
 
 
+@pytest.mark.slow
 def test_a_graph_that_is_traced_takes_any_number_of_images_and_leaves_the_run_as_it_was():
     trained = of_rule("noisy_topk", shared=[[4]], sizes=[[4], [4], [8]], inputs=[[0], [1], [0, 1], [1]])
     graph = traced(trained).module()
@@ -166,6 +167,7 @@ def metadata(path):
     return {key: json.loads(text) if text.startswith(("[", "{")) else text for key, text in texts.items()}
 
 
+@pytest.mark.slow
 def test_a_file_that_answers_differently_is_not_written(tmp_path, monkeypatch):
     trained = of_rule("switch")
     other = of_rule("switch", sizes=[[4], [8], [6, 5], [3]])
