@@ -5,21 +5,25 @@ from typing import Any
 
 from assembly.pipeline import Inputs
 from assembly.transfer import lines
+from common.distributed import world
 from common.text import printable
 from config.config import Config
 from evaluation.cost import cost
 from features.extraction import warn_of_hours
 from storage.folder import RunFolder
 from storage.resume import metrics_step
-from tracking.tracker import Tracker, open_tracker
+from tracking.tracker import Tracker, open_tracker, silent_tracker
 from training.trainer import Trainer
 
 
 def start_tracking(config: Config, run: RunFolder, checkpoint: dict[str, Any] | None, inputs: Inputs) -> Tracker:
     """Open the tracker; a resumed run continues its own task and drops the lines that it will write again.
 
-    The task of a run that starts from another one has that one's task as its parent.
+    The task of a run that starts from another one has that one's task as its parent. Of several processes rank 0 alone
+    tracks.
     """
+    if not world().first:
+        return silent_tracker()
     return open_tracker(
         config.tracking,
         run.path,

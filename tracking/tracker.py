@@ -199,6 +199,11 @@ def open_tracker(
     return tracker
 
 
+def silent_tracker() -> Tracker:
+    """A tracker that writes nothing: of a process whose numbers another one writes."""
+    return Tracker(open(os.devnull, "w", encoding="utf-8"))
+
+
 def open_evaluation(mode: str, run_dir: Path, config: dict, *, name: str, tags: Sequence[str] = ()) -> Tracker:
     """A tracker for a later evaluation of the run in `run_dir`: a task of its own under that of the training.
 
