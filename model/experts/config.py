@@ -77,13 +77,13 @@ class ExpertsConfig:
             for size in getattr(self, name) if isinstance(getattr(self, name), list) else ():
                 _check_size(f"experts.{name}", size)
         check_options(self, "experts")
+        if not self.sizes:
+            raise ValueError("experts.sizes is empty: name at least one expert")
         bounds = [0, *self.grown, len(self.sizes)]
         if any(before >= after for before, after in pairwise(bounds)):
             raise ValueError(f"experts.grown is {self.grown}: it must rise, from 1 to below the number of experts")
         if self.add and (not self.grown or self.sizes[self.grown[-1] :] != self.add):
             raise ValueError("experts.add puts experts beside those of a run: name it with --init")
-        if not self.sizes:
-            raise ValueError("experts.sizes is empty: name at least one expert")
         if self.place == "head" and EXPERTS[self.kind].place != "head":
             heads = " or ".join(name for name, kind in EXPERTS.items() if kind.place == "head")
             raise ValueError(

@@ -122,5 +122,5 @@ def test_new_experts_beside_those_of_a_run(tiny_run, tmp_path, start, capsys):
 
 
 def test_new_experts_need_a_run():
-    with pytest.raises(UserError, match="experts.add puts experts beside those of a run"):
+    with pytest.raises(UserError, match="puts experts beside those of a run"):
         parse_command_line([*TINY.split(), "--experts.add", "[[8]]"])
