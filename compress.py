@@ -2,6 +2,7 @@
 
 python compress.py RUN --out RUN2 --prune 0 3                without experts 0 and 3
 python compress.py RUN --out RUN2 --prune auto --budget 0.3  without all whose removal costs 0.3 points at most
+python compress.py RUN --out RUN2 --merge 2                  its experts merged to two
 python compress.py RUN --out RUN2 --quantise int8            its experts in 8 bits
 """
 
@@ -37,6 +38,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         nargs="+",
         metavar="E",
         help="remove these experts, numbered from 0, in all blocks; auto: one after the other while the budget lasts",
+    )
+    parser.add_argument(
+        "--merge",
+        type=int,
+        metavar="N",
+        help="merge the experts to N: the most used ones, each averaged with those whose gate is most like its own",
     )
     parser.add_argument(
         "--quantise",
@@ -89,8 +96,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add_plugins_option(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(argv)
-    if options.prune is None and options.quantise is None:
-        parser.error("nothing to do: name --prune or --quantise")
+    if (options.prune, options.merge, options.quantise) == (None, None, None):
+        parser.error("nothing to do: name --prune, --merge or --quantise")
     if options.protect is not None and options.quantise is None:
         parser.error("--quantise.protect says what --quantise leaves in 16 bits: name that too")
     if options.rows < 1:
@@ -116,7 +123,7 @@ def main() -> None:
     """Open the run, check what is asked of it, make the smaller one."""
     options = parse()
     load_plugins(options.plugins)
-    names = ("prune", "quantise", "protect", "calibrate", "rows", "budget")
+    names = ("prune", "merge", "quantise", "protect", "calibrate", "rows", "budget")
     plan = Plan(**{name: getattr(options, name) for name in names})
     if options.out.exists():
         raise UserError(f"--out {options.out} exists: name a new folder")

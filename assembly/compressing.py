@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from assembly.compression_steps import STEPS, Plan, Work
+from assembly.compression_steps import AUTO, STEPS, Plan, Work
 from assembly.loading import OpenRun
 from assembly.pipeline import build_trainer
 from assembly.start import start_tracking
 from common.errors import UserError
 from common.files import write_json
+from compression.merge import check_merge
 from compression.prune import check_prune
 from compression.quantise import check_format
 from config.config import Config, write_config
@@ -31,6 +32,9 @@ def check_plan(config: Config, plan: Plan) -> None:
     if config.experts.quantised:
         raise UserError("the run is quantised already: compress the run that it was made of")
     left = len(check_prune(config, plan.prune)) if isinstance(plan.prune, list) else len(config.experts.sizes)
+    if plan.merge is not None and plan.prune != AUTO:
+        check_merge(config, plan.merge, left)
+        left = plan.merge
     for expert in plan.protect if isinstance(plan.protect, list) else ():
         if expert >= left:
             raise UserError(f"--quantise.protect names expert {expert}: experts 0 to {left - 1} are left")
@@ -50,11 +54,11 @@ def compress(opened: OpenRun, plan: Plan, out: Path, say: Callable[[str], None] 
     for name, step in STEPS.items():
         if getattr(plan, name) is not None:
             step(work, say)
-    config = replace(work.config, run_dir=out.absolute())
+    config = replace(work.config, run_dir=out.absolute(), init=None, freeze=[])
     with ExitStack() as stack:
         run = RunFolder.create(out, out.name)
         stack.enter_context(run.claimed())
-        tracker = stack.enter_context(start_tracking(config, run, None))
+        tracker = stack.enter_context(start_tracking(config, run, None, opened.inputs))
         write_config(config, run.config)
         trainer = build_trainer(config, opened.inputs, run, tracker, bank=opened.bank)
         best = trainer.adopt(work.model.state_dict(), work.validated)

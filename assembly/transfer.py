@@ -22,7 +22,16 @@ GROWING = ("experts.sizes", "experts.grown", "experts.head", "experts.inputs")
 SHAPING = (
     "experts.grown",
     *("experts.place", "experts.kind", "experts.blocks", "experts.sizes", "experts.shared", "experts.inputs"),
-    *("experts.head", "router.kind", "router.level", "router.hidden", "router.inputs", "router.norm"),
+    *(
+        "experts.head",
+        "experts.activation",
+        "experts.norm",
+        "router.kind",
+        "router.level",
+        "router.hidden",
+        "router.inputs",
+        "router.norm",
+    ),
     *("neck.kind", "neck.norm", "neck.heads"),
 )
 """What decides which weights a model has: of the run and of those that start from it these are equal."""

@@ -130,6 +130,11 @@ class VisionMoE(nn.Module):
         self.dropout = nn.Dropout(neck.dropout)
         self.moe = MixtureOfExperts(self.neck.out_features, num_classes, router, experts, num_groups)
 
+    @property
+    def static_shapes(self) -> bool:
+        """Whether a training step never waits to know how many samples an expert has."""
+        return self.moe.static_shapes
+
     def forward(
         self, features: Tensor, warmup: bool = False, allowed_E: Tensor | None = None, static: bool = False
     ) -> tuple[Tensor, tuple[Routing]]:

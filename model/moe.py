@@ -48,6 +48,11 @@ class MixtureOfExperts(nn.Module):
         self.register_buffer("usage_E", torch.zeros(num_experts, dtype=torch.int64))
         self.register_buffer("warmup_usage_E", torch.zeros(num_experts, dtype=torch.int64))
 
+    @property
+    def static_shapes(self) -> bool:
+        """Whether a training step never waits to know how many samples an expert has."""
+        return self.router.static_shapes and self.dispatch_mode in ("auto", "dense")
+
     def forward(
         self, x_BD: Tensor, warmup: bool = False, allowed_E: Tensor | None = None, static: bool = False
     ) -> tuple[Tensor, Routing]:

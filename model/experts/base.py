@@ -19,10 +19,12 @@ class ExpertKind:
 
     place head: one expert behind the frozen ViT, a module built from (in_features, hidden, num_outputs, dropout,
     columns) as LayeredExpert is, from (B, D) to (B, C) in the number format of its input. place blocks: all experts of
-    one block of the ViT, built from (width, ExpertsConfig, the frozen FFN) and called as Adapters is.
+    one block of the ViT, built from (width, ExpertsConfig, the frozen FFN) and called as Adapters is. static_shapes:
+    whether that call never waits to know how many tokens an expert has, so that a CUDA graph can hold it.
     """
 
     place = "head"
+    static_shapes: bool = False
 
     @classmethod
     def check(cls, config: ExpertsConfig) -> None:

@@ -53,6 +53,8 @@ class UpcycledFFN(ExpertKind, nn.Module):
             raise ValueError(
                 "experts.dropout has no effect on experts.kind ffn, which keeps the ViT's dropout: leave it out"
             )
+        if config.norm != "ffn":
+            raise ValueError(f"experts.norm {config.norm} is not for experts.kind ffn, whose copies read what it reads")
 
     @property
     def static_shapes(self) -> bool:

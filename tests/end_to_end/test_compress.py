@@ -87,6 +87,23 @@ def test_a_run_in_eight_bits_is_a_run(tiny_run, tmp_path, call):
     assert code == 2 and "quantised already" in lines[-1] and not (tmp_path / "again").exists()
 
 
+@pytest.mark.slow
+def test_a_run_with_merged_experts_is_a_run(tiny_run, tmp_path, call):
+    out = tmp_path / "merged"
+    code, shown, _ = call(compress, tiny_run, "--out", out, "--merge", "2", "--prune", "0")
+    assert code == 0 and "merge        averaged: macro-F1" in shown
+    found = json.loads((out / "compression.json").read_text())
+    assert [step["step"] for step in found["steps"]] == ["prune", "merge"]
+    [groups] = found["steps"][1]["groups"]
+    assert sorted(member for members in groups for member in members) == [0, 1, 2] and len(groups) == 2
+    assert found["after"]["expert_bytes"] < found["before"]["expert_bytes"]
+    alone, pair = sorted(groups, key=len)
+    names = [row["expert"] for row in found["experts"][1:]]
+    assert found["experts"][1 + alone[0]]["done"] == []
+    assert found["experts"][1 + pair[0]]["done"] == [f"merged with {pair[1]} · {names[pair[1]].split(' · ')[1]}"]
+    assert load_trained(out).model.moe.router.num_experts == 2
+
+
 def test_experts_in_eight_bits_are_not_trained_from_the_start(call, tmp_path):
     words = ("--config", "configs/digits.yaml", "--experts.weights", "int8", "--run_dir", tmp_path / "run")
     code, _, lines = call(train, *words, "--tracking", "none")
@@ -115,6 +132,10 @@ def test_a_number_format_that_a_device_lacks_is_one_line(tiny_run, tmp_path, cal
         ("--prune auto 1", "--prune has auto: give numbers of experts"),
         ("--prune auto --budget -1", "--budget is -1"),
         ("", "nothing to do"),
+        ("--merge 5", "--merge is 5: there are 4 experts"),
+        ("--merge 1", "fewer experts than each sample goes to"),
+        ("--prune 0 1 --merge 2", "--merge is 2: there are 2 experts"),
+        ("--merge two", "--merge is 'two': give a whole number"),
         ("--quantise int4", "invalid choice: 'int4'"),
         ("--prune 0 --quantise.protect auto", "name that too"),
         ("--prune 0 --quantise int8 --quantise.protect 3", "names expert 3: experts 0 to 2 are left"),
