@@ -78,11 +78,14 @@ def run_dense(x_BD: Tensor, assignments: Assignments, experts: Experts) -> tuple
     """Run every expert on every sample: more FLOPs, in fewer and larger products."""
     row_A = experts.rank_E.index_select(0, assignments.expert_A) * len(x_BD) + assignments.sample_A
     order_A = torch.arange(len(row_A), device=row_A.device)
-    shapes: list[list[Any]] = [[experts[e] for e in group] for group in experts.groups]
-    if experts.go_together(x_BD.shape[1]):
-        outputs_EBC = run_on_all(shapes, x_BD)
-    else:
-        outputs_EBC = torch.stack([expert(x_BD) for members in shapes for expert in members])
+    together, outputs = experts.go_together(x_BD.shape[1]), []
+    for groups in experts.generations:
+        shapes: list[list[Any]] = [[experts[e] for e in group] for group in groups]
+        if together:
+            outputs.append(run_on_all(shapes, x_BD))
+        else:
+            outputs.append(torch.stack([expert(x_BD) for members in shapes for expert in members]))
+    outputs_EBC = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return pick(outputs_EBC.flatten(0, 1), row_A), order_A
 
 

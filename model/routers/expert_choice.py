@@ -38,6 +38,12 @@ class ExpertChoiceRouter(GatedRouter):
         # Below every gate: before training all experts take all samples.
         self.register_buffer("threshold_E", torch.zeros(self.num_experts))
 
+    @torch.no_grad()
+    def close_to(self, new_E: Tensor, old_E: Tensor) -> None:
+        """As GatedRouter; no gate reaches a threshold of 1, from where it falls while new experts take samples."""
+        super().close_to(new_E, old_E)
+        self.threshold_E[new_E] = 1.0
+
     @classmethod
     def check(cls, config: RouterConfig, num_experts: int) -> None:
         super().check(config, num_experts)
