@@ -189,7 +189,8 @@ def test_what_cannot_be_done_is_one_line_and_writes_nothing(tiny_run, tmp_path, 
 
 
 def test_an_ensemble_has_one_data_set(tiny_run, tmp_path, call, monkeypatch):
-    monkeypatch.setattr("assembly.distilling._read", lambda opened, count=iter(range(9)): next(count))
+    other = iter(range(9))
+    monkeypatch.setattr("assembly.distilling._read", lambda opened: next(other))
     words = ("--out", tmp_path / "out", "--distil", "dense")
     code, _, lines = call(compress, tiny_run, tiny_run, *words)
     assert code == 2 and len(lines) == 1 and "reads other features than" in lines[0]
