@@ -37,6 +37,7 @@ from tracking.tracker import Tracker
 from training.expert_parallel import ExpertParallel
 from training.length import steps_per_epoch
 from training.memory import bytes_per_image, must_recompute
+from training.teacher import Teacher
 from training.trainer import Trainer
 
 
@@ -225,12 +226,13 @@ def build_trainer(
     tracker: Tracker,
     checkpoint: dict[str, Any] | None = None,
     bank: FeatureBank | ImageBank | None = None,
+    teacher: Teacher | None = None,
 ) -> Trainer:
     """Set the seeds and build features, model and trainer, new or from a checkpoint.
 
-    bank: features that several runs share (None: built here). Call it after the tracker was opened (see
-    seed_everything). Raises what `build_model` and `Trainer` raise, and UserError if the checkpoint is of other data,
-    another backbone or another model.
+    bank: features that several runs share (None: built here). teacher: trained models that teach this one. Call it
+    after the tracker was opened (see seed_everything). Raises what `build_model` and `Trainer` raise, and UserError if
+    the checkpoint is of other data, another backbone or another model.
     """
     require_same({"the step that it goes on from": checkpoint["step"] if checkpoint else 0})
     seed_everything(config.train.seed, config.train.deterministic)
@@ -245,8 +247,8 @@ def build_trainer(
     plan_memory(config, model, bank, inputs.device)
     stored = identity(config, splits, backbone, bank.feature_shape) | ({"init": taken} if taken else {})
     frozen = freeze(config, model, taken, names)
-    score = partial(validate, bank=bank)
-    trainer = Trainer(config, model, bank, run, tracker, stored, score, frozen, experts)
+    validated = partial(validate, bank=bank)
+    trainer = Trainer(config, model, bank, run, tracker, stored, validated, frozen, teacher, experts)
     if checkpoint is not None:
         check_inputs(checkpoint, stored, run.last)
         trainer.load_state_dict(checkpoint)

@@ -17,7 +17,6 @@ from torch.distributed import _functional_collectives as functional
 from .routing import Assignments
 from .rows import gather, inverse, pick
 
-
 eagerly: Any = torch.compiler.disable
 """A decorator: what sends rows to other processes, of which there are as many as it happens, is never compiled."""
 

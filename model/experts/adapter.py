@@ -62,6 +62,7 @@ class Adapters(ExpertKind, ExpertSet, nn.Module):
         self.check(config)
         self.widths = [config.hidden(expert)[0] for expert in range(len(config.sizes))]
         total = sum(self.widths)
+        self.generations = [slice(sum(self.widths[:a]), sum(self.widths[:b])) for a, b in config.generation_bounds]
         self.down = nn.Linear(width, total)
         self.up = nn.Parameter(torch.zeros(width, total))
         self.drop_path, self.activation = config.drop_path, ACTIVATIONS[config.activation]
@@ -93,32 +94,39 @@ class Adapters(ExpertKind, ExpertSet, nn.Module):
 
         dense_BTD: the frozen FFN's output. assignments: of all tokens, or of the images for all their tokens.
         """
-        if self.training and self.drop_path:
-            kept_B = rand_like(assignments.weight_A.new_empty(len(x_BTD))) >= self.drop_path
-            assignments = assignments.scaled(kept_B / (1 - self.drop_path))
         if not self.dispatcher.local:
             return dense_BTD + self._exchanged(x_BTD, assignments)
-        weights_BTE = assignments.weights_BE.view(len(x_BTD), -1, assignments.num_experts)
-        return dense_BTD + self._mixed(x_BTD, weights_BTE)
-
-    def _mixed(self, x_XD: Tensor, weights_XE: Tensor) -> Tensor:
-        """Of each row the adapters that are here, mixed by these weights."""
-        dtype = x_XD.dtype
-        hidden_XH = self.activation(F.linear(x_XD, self.down.weight.to(dtype), self.down.bias.to(dtype)))
-        weights_XH = weights_XE.to(hidden_XH.dtype) @ self.units_EH.to(hidden_XH.dtype)
-        return F.linear(self.dropout(hidden_XH) * weights_XH, self.up.to(dtype))
+        weights_BTE = assignments.weights_BE.view(x_BTD.shape[0], -1, assignments.num_experts)
+        dtype = x_BTD.dtype
+        down_HD, down_H = self.down.weight.to(dtype), self.down.bias.to(dtype)
+        parts = [F.linear(x_BTD, down_HD[units], down_H[units]) for units in self.generations]
+        hidden_BTH = self.activation(parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1))
+        if self.training and self.drop_path:
+            kept_B11 = rand_like(weights_BTE[:, :1, :1]) >= self.drop_path
+            weights_BTE = weights_BTE * (kept_B11 / (1 - self.drop_path))
+        weights_BTH = weights_BTE.to(hidden_BTH.dtype) @ self.units_EH.to(hidden_BTH.dtype)
+        mixed_BTH, out_BTD = self.dropout(hidden_BTH) * weights_BTH, dense_BTD
+        for units in self.generations:
+            up_DH = self.up[:, units].contiguous() if len(self.generations) > 1 else self.up
+            out_BTD = out_BTD + F.linear(mixed_BTH[..., units].contiguous(), up_DH.to(dtype))
+        return out_BTD
 
     @eagerly
     def _exchanged(self, x_BTD: Tensor, assignments: Assignments) -> Tensor:
         """The experts' part where they are on several processes, (B, T, D)."""
         x_ND = x_BTD.flatten(0, 1)
+        if self.training and self.drop_path:
+            kept_B = rand_like(assignments.weight_A.new_empty(len(x_BTD))) >= self.drop_path
+            assignments = assignments.scaled(kept_B / (1 - self.drop_path))
         each = assignments.repeated(len(x_ND) // assignments.num_samples)
         received = send(x_ND, each, self)
-        own = received.assignments
-        with torch.autocast(x_ND.device.type, enabled=False):
-            outputs_RD = self._mixed(received.x_RD, F.one_hot(own.expert_A, len(self.here)))
+        x_RD, own, dtype = received.x_RD, received.assignments, x_BTD.dtype
+        with torch.autocast(x_RD.device.type, enabled=False):
+            hidden_RH = self.activation(F.linear(x_RD, self.down.weight.to(dtype), self.down.bias.to(dtype)))
+            own_RH = self.units_EH.to(dtype).index_select(0, own.expert_A)
+            outputs_RD = F.linear(self.dropout(hidden_RH) * own_RH, self.up.to(dtype))
         outputs_AD, order_A = self.dispatcher.combine(received, outputs_RD, own.sample_A)
-        return combine_logits(outputs_AD, order_A, each).to(x_BTD.dtype).view_as(x_BTD)
+        return combine_logits(outputs_AD, order_A, each).to(dtype).view_as(x_BTD)
 
     def parts(self) -> dict[str, Part]:
         widths_E = tuple(self.widths)

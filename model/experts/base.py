@@ -1,6 +1,7 @@
 """Base classes of experts, and the experts of a mixture."""
 
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,6 +32,13 @@ class ExpertKind:
     @classmethod
     def check(cls, config: ExpertsConfig) -> None:
         """Raise ValueError for options that this kind does not support."""
+
+    @staticmethod
+    def silence(expert: nn.Module) -> None:
+        """Let a new expert that is added to a trained mixture put out nothing at first, where it has a last layer."""
+        if isinstance(expert, LayerStack):
+            nn.init.zeros_(expert.linears[-1].weight)
+            nn.init.zeros_(expert.linears[-1].bias)
 
     @classmethod
     def work(cls, widths: list[int]) -> int:
@@ -155,8 +163,10 @@ class Experts(ExpertSet, nn.ModuleList):
     expert_E: Tensor
     rank_E: Tensor
 
-    def __init__(self, experts: Iterable[nn.Module]):
+    def __init__(self, experts: Iterable[nn.Module], grown: Sequence[int] = ()):
+        """grown: numbers of experts before each addition; experts go together with those of their own addition."""
         super().__init__(experts)
+        self.grown = tuple(grown)
         self._elsewhere: dict[int, nn.Module] = {}
         self._count()
 
@@ -193,12 +203,22 @@ class Experts(ExpertSet, nn.ModuleList):
 
     @cached_property
     def groups(self) -> tuple[tuple[int, ...], ...]:
-        """Indices of the experts of each shape (hidden layers and dropout)."""
+        """Indices of the experts of each shape (hidden layers and dropout) that were added together."""
         groups: dict[tuple, list[int]] = {}
-        for index, expert in enumerate(self):
+        for index, (number, expert) in enumerate(self.named_children()):
             shape = expert.shape if isinstance(expert, LayerStack) else (index,)
+            shape = (bisect_right(self.grown, int(number)), *shape)
             groups.setdefault(shape, []).append(index)
         return tuple(map(tuple, groups.values()))
+
+    @property
+    def generations(self) -> list[list[tuple[int, ...]]]:
+        """The groups of each addition."""
+        found: dict[int, list[tuple[int, ...]]] = {}
+        numbers = [int(number) for number, _ in self.named_children()]
+        for group in self.groups:
+            found.setdefault(bisect_right(self.grown, numbers[group[0]]), []).append(group)
+        return list(found.values())
 
     @cached_property
     def num_parameters(self) -> int:
