@@ -52,11 +52,9 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]
     for name in ("trials", "jobs"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} is {getattr(options, name)}: give 1 or more")
-    for word in words:
-        if word.partition("=")[0] in ("--resume", "--seeds", "--run_dir"):
-            parser.error(
-                f"{word.partition('=')[0]} is of train.py alone: trials have folders of their own in --out DIR"
-            )
+    for name in (word.partition("=")[0] for word in words):
+        if name in ("--resume", "--seeds", "--run_dir"):
+            parser.error(f"{name} is for train.py alone: trials have folders of their own in --out DIR")
     return options, words
 
 

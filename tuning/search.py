@@ -19,6 +19,7 @@ from tuning.worker import Plan, work, write_best
 
 if TYPE_CHECKING:
     from optuna import Study
+    from optuna.trial import FrozenTrial
 
 SHOWN = 10  # trials in the table
 
@@ -44,9 +45,10 @@ def search(plan: Plan, jobs: int) -> str:
                 time.sleep(0.2)
                 _report(study, tracker, reported)
         _report(study, tracker, reported)
-        if (codes := [worker.exitcode for worker in workers if worker.exitcode]) and len(counted(study)) < plan.trials:
+        codes = [worker.exitcode for worker in workers if worker.exitcode]
+        if codes and _lacking(plan, study):
             raise EnvironmentFault(
-                f"a process of the study ended with code {codes[0]}: give the command again to go on"
+                f"a process of the study ended with code {codes[0]}: the same command goes on with it"
             )
         return _result(plan, study, tracker)
 
@@ -55,8 +57,8 @@ def search(plan: Plan, jobs: int) -> str:
 def _workers(plan: Plan, jobs: int, seed: int) -> Iterator[list[Any]]:
     """Processes that train trials; ended, each with its trial given back, where the block is left before they are."""
     context = multiprocessing.get_context("spawn")  # a forked process could not use a GPU
-    lacking = max(0, min(jobs, plan.trials - len(counted(plan.study(seed)))))
-    workers = [context.Process(target=work, args=(plan, seed + 1000 * index)) for index in range(lacking)]
+    count = min(jobs, _lacking(plan, plan.study(seed)))
+    workers = [context.Process(target=work, args=(plan, seed + 1000 * index)) for index in range(count)]
     try:
         for worker in workers:
             worker.start()
@@ -67,6 +69,11 @@ def _workers(plan: Plan, jobs: int, seed: int) -> Iterator[list[Any]]:
                 worker.terminate()
         for worker in workers:
             worker.join()
+
+
+def _lacking(plan: Plan, study: "Study") -> int:
+    """Trials that have yet to come to an end."""
+    return max(0, plan.trials - sum(trial.state.is_finished() for trial in counted(study)))
 
 
 def _report(study: "Study", tracker: Tracker, reported: set[int]) -> None:
@@ -88,7 +95,7 @@ def _result(plan: Plan, study: "Study", tracker: Tracker) -> str:
         raise UserError(f"no trial of {printable(folder.path)} came to its end{last}")
     write_best(plan, best[0])
     rows = [
-        {"trial": trial.number, "state": trial.state.name.lower(), "macro_f1": trial.value}
+        {"trial": trial.number, "state": trial.state.name.lower(), "macro_f1": _score(trial)}
         | {"epochs": len(trial.intermediate_values), "reason": trial.user_attrs.get("reason")}
         | decoded(trial.params, plan.space)
         for trial in trials
@@ -112,6 +119,11 @@ def _result(plan: Plan, study: "Study", tracker: Tracker) -> str:
     tracker.artifact("best configuration", folder.best)
     counts = f"{len(best)} to their end, {states.count('PRUNED')} pruned, {states.count('FAIL')} failed"
     return f"{_aligned([header, *cells])}\n\n{len(trials)} trials: {counts}"
+
+
+def _score(trial: "FrozenTrial") -> float | None:
+    """Validation macro-F1 of a trial that came to its end; Optuna has a value for one that was pruned too."""
+    return trial.value if trial.state.name == "COMPLETE" else None
 
 
 def _cell(value: Any) -> str:

@@ -115,7 +115,7 @@ def _flat(table: dict[str, Any]) -> list[tuple[str, Any]]:
     """Options by their whole names: sections may be written as tables."""
     flat = []
     for name, value in table.items():
-        inner = isinstance(value, dict) and value and not value.keys() <= KEYS
+        inner = isinstance(value, dict) and value and not value.keys() & KEYS
         flat += [(f"{name}.{key}", item) for key, item in value.items()] if inner else [(str(name), value)]
     return flat
 

@@ -63,8 +63,13 @@ def _against(ax: Axes, name: str, values: Sequence[Any], scores: Sequence[float 
         place = values[best] if numbers else texts.index(str(values[best]))
         ax.scatter([place], [100 * (scores[best] or 0.0)], s=110, color=ORANGE, marker="*", zorder=3)
     if texts:
-        ax.set_xticks(range(len(texts)), [short(text.replace(", ", ","), 24) for text in texts])
+        ax.set_xticks(range(len(texts)), [_staggered(*item) for item in enumerate(texts)])
         ax.set_xlim(-0.5, len(texts) - 0.5)
     elif all(isinstance(value, int) for value in values):
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel(name, fontsize=8)
+
+
+def _staggered(place: int, text: str) -> str:
+    """A label, every second one a line lower."""
+    return "\n" * (place % 2) + short(text.replace(", ", ","), 24)
