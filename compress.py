@@ -2,6 +2,8 @@
 
 python compress.py RUN --out RUN2 --prune 0 3                without experts 0 and 3
 python compress.py RUN --out RUN2 --prune auto --budget 0.3  without all whose removal costs 0.3 points at most
+python compress.py RUN --out RUN2 --merge 2                  its experts merged to two
+python compress.py RUN --out RUN2 --quantise int8            its experts in 8 bits
 """
 
 from common.errors import exit_on_signal
@@ -11,8 +13,9 @@ if __name__ == "__main__":
 
 import argparse
 
-from assembly.compressing import AUTO, Plan, check_plan, compress
-from assembly.loading import configure, describe, open_run
+from assembly.compressing import check_plan, compress
+from assembly.compression_steps import AUTO, CALIBRATIONS, Plan
+from assembly.loading import configure, open_run
 from common.arguments import Parser, path_option
 from common.errors import UserError, exit_code_of, exit_process
 from common.plugins import add_plugins_option, load_plugins
@@ -20,6 +23,7 @@ from common.signals import stoppable
 from common.text import printable
 from evaluation.compression import text
 from evaluation.evaluation import table
+from storage.described import describe
 from storage.folder import RunFolder
 from tracking.tracker import MODES
 
@@ -36,11 +40,45 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="remove these experts, numbered from 0, in all blocks; auto: one after the other while the budget lasts",
     )
     parser.add_argument(
+        "--merge",
+        type=int,
+        metavar="N",
+        help="merge the experts to N: the most used ones, each averaged with those whose gate is most like its own",
+    )
+    parser.add_argument(
+        "--quantise",
+        choices=("int8", "fp8"),
+        help="store the matrices of the experts and of the linear head in 8 bits, with a scale for each output channel",
+    )
+    parser.add_argument(
+        "--quantise.protect",
+        dest="protect",
+        nargs="+",
+        metavar="E",
+        help="keep these experts in 16 bits, numbered as those that are left; auto: those that would lose most, as few "
+        "as keep to the budget",
+    )
+    parser.add_argument(
+        "--quantise.calibrate",
+        dest="calibrate",
+        choices=CALIBRATIONS,
+        default=CALIBRATIONS[0],
+        help="what scales are chosen on: equal rows for each expert (default), rows as the gate sends them, or none",
+    )
+    parser.add_argument(
+        "--quantise.rows",
+        dest="rows",
+        type=int,
+        default=1024,
+        metavar="N",
+        help="rows (images, inside the ViT tokens) for each expert and block to choose the scales on (default 1024)",
+    )
+    parser.add_argument(
         "--budget",
         type=float,
         default=0.3,
         metavar="POINTS",
-        help="points of validation macro-F1 that what is automatic may lose (default 0.3)",
+        help="points of validation macro-F1 that each automatic step may lose (default 0.3)",
     )
     parser.add_argument("--data.root", dest="root", type=path_option, metavar="DIR", help="where the data set lies")
     parser.add_argument(
@@ -58,9 +96,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add_plugins_option(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(argv)
-    if options.prune is None:
-        parser.error("nothing to do: name --prune")
+    if (options.prune, options.merge, options.quantise) == (None, None, None):
+        parser.error("nothing to do: name --prune, --merge or --quantise")
+    if options.protect is not None and options.quantise is None:
+        parser.error("--quantise.protect says what --quantise leaves in 16 bits: name that too")
+    if options.rows < 1:
+        parser.error(f"--quantise.rows is {options.rows}: it is a number of rows, at least 1")
     options.prune = experts_of("--prune", options.prune)
+    options.protect = experts_of("--quantise.protect", options.protect) or []
     if not 0 <= options.budget <= 100:
         parser.error(f"--budget is {options.budget:g}: it is points of macro-F1, from 0 to 100")
     return options
@@ -80,7 +123,8 @@ def main() -> None:
     """Open the run, check what is asked of it, make the smaller one."""
     options = parse()
     load_plugins(options.plugins)
-    plan = Plan(prune=options.prune, budget=options.budget)
+    names = ("prune", "merge", "quantise", "protect", "calibrate", "rows", "budget")
+    plan = Plan(**{name: getattr(options, name) for name in names})
     if options.out.exists():
         raise UserError(f"--out {options.out} exists: name a new folder")
     with stoppable():

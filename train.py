@@ -5,6 +5,8 @@ python train.py --config configs/digits.yaml           no download, half a minut
 python train.py --config configs/article.yaml          the reference recipe
 python train.py --router.top_k 1 --train.epochs 20     any field of the configuration
 python train.py --resume runs/cifar100-20260101-120000 continue an interrupted run
+torchrun --nproc-per-node 2 train.py                   the same run on two GPUs (docs/devices.md)
+python train.py --init RUN --data.name folder --data.root ROOT --freeze router    continue from a trained run
 """
 
 from common.errors import exit_on_signal
@@ -12,10 +14,11 @@ from common.errors import exit_on_signal
 if __name__ == "__main__":
     exit_on_signal()  # before the imports, which take seconds
 
-from assembly.pipeline import Inputs, build_trainer, load_inputs
+from assembly.pipeline import Inputs, build_trainer, load_inputs, pick_device
 from assembly.seeds import train_seeds
 from assembly.start import announce, start_tracking
 from assembly.twin import dense_twin
+from common.distributed import joined, started, world
 from common.errors import exit_code_of, exit_process
 from common.signals import stoppable
 from common.text import printable
@@ -32,16 +35,18 @@ from training.length import shorten_warmup
 
 def main() -> None:
     """One run, or one a seed."""
-    with stoppable():
+    with stoppable(), started():
         invocation = apply_agent_values(parse_command_line())
-        if invocation.seeds is not None:
-            train_seeds(invocation, train)
-            return
-        start = start_of(invocation)
-        if start.finished:
-            print(start.finished)
-        else:
-            train(start, load_inputs(start.config))
+        config = invocation.config
+        with joined(pick_device(config.device), config.parallel.timeout):
+            if invocation.seeds is not None:
+                train_seeds(invocation, train)
+                return
+            start = start_of(invocation)
+            if start.finished:
+                print(start.finished)
+            else:
+                train(start, load_inputs(start.config, start.checkpoint is not None))
 
 
 def train(start: Start, inputs: Inputs, bank: FeatureBank | ImageBank | None = None) -> None:
@@ -49,14 +54,16 @@ def train(start: Start, inputs: Inputs, bank: FeatureBank | ImageBank | None = N
     checkpoint = start.checkpoint
     config = start.config if checkpoint else shorten_warmup(start.config, len(inputs.splits.train))
     config = dense_twin(config, inputs)
-    with start.claimed() as run, start_tracking(config, run, checkpoint) as tracker:
-        write_config(config, run.config)
+    with start.claimed() as run, start_tracking(config, run, checkpoint, inputs) as tracker:
+        if world().first:
+            write_config(config, run.config)
         trainer = build_trainer(config, inputs, run, tracker, checkpoint, bank)
         announce(config, inputs, trainer)
         best = trainer.fit()
         print(f"{config.train.keep} epoch   {best['epoch']}, validation macro-F1 {100 * best['macro_f1']:.2f} %")
-        export_model(run, best)
-        tracker.model(run.weights, name=run.path.name)
+        if world().first:
+            export_model(run, best)
+            tracker.model(run.weights, name=run.path.name)
         trainer.model.load_state_dict(best["model"])
         print(table(evaluate(run, config, trainer.model, trainer.bank, tracker, inputs.backbone)))
         print(f"run folder   {printable(run.path)}")

@@ -1,5 +1,5 @@
-"""How a trained mixture is understood: arrays in, tables and figures (`plots`) out.
+"""Analysis of a trained mixture: arrays in, tables and figures (`plots`) out.
 
-`routing` says who is sent where, `gate` how surely, `experts` what each one does and is worth, `answers` which
-classes are confused and how far a confidence can be trusted.
+`routing`: loads and specialisation; `gate`: its certainty; `experts`: what each one does and is worth; `answers`:
+confusions and calibration.
 """

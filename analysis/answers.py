@@ -1,4 +1,4 @@
-"""What the model answers, right and wrong: confusions, and how far its confidence can be trusted.
+"""The answers of the model: confusions and calibration.
 
 Shapes: N samples, C classes (or superclasses), B bins.
 """

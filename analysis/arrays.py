@@ -1,4 +1,4 @@
-"""What the tables share: arguments, checked before they become a wrong table; who serves whom; ratios."""
+"""Shared helpers: checks of arguments, served samples, ratios."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ def position_shares(choice_MLHW: ArrayLike, num_experts: int) -> FloatArray:
 def evenly_spaced(count: int, most: int, including: int | None = None) -> list[int]:
     """At most `most` of the numbers 0 .. count - 1, in order: first, last and evenly between them.
 
-    including: a number that must be among them, in place of its nearest neighbour other than the first and last.
+    including: a number that must be among them; it replaces its nearest neighbour, except the first and last.
     """
     chosen = np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int)).tolist()
     if including is not None and including not in chosen:

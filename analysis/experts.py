@@ -1,4 +1,4 @@
-"""What each expert does and is worth: confidence, hardest classes, partners, and the score without it.
+"""Results of each expert: hardest classes, co-activation, and the score without it.
 
 Shapes as in `analysis.routing`; R resamples.
 """
@@ -59,7 +59,7 @@ def removal(
     resamples: int = 200,
     seed: int = 0,
 ) -> dict[str, FloatArray]:
-    """What the scores lose when one expert at a time is taken out of the mixture.
+    """The change of scores when one expert at a time is removed from the mixture.
 
     without_EN: the answers without each expert, its samples re-routed to their next choice. Returns, for each
     expert, `macro_f1_change` and `accuracy_change` (score without it less score with it: below 0 the expert is
@@ -98,17 +98,17 @@ def removal(
 
 
 def taken_over(before_EE: ArrayLike, after_EE: ArrayLike) -> FloatArray:
-    """Who would take over the samples of each expert, as shares (E, E) whose rows sum to 1, or zeros.
+    """Experts to which the samples of each expert are reassigned, as shares (E, E) whose rows sum to 1, or zeros.
 
     Row e of each table: the assignments, to each expert, of the samples that expert e has a part in, before and
-    after e is barred.
+    after e is removed.
     """
     gained_EE = np.clip(np.asarray(after_EE, dtype=np.float64) - np.asarray(before_EE, dtype=np.float64), 0, None)
     return ratio(gained_EE, gained_EE.sum(axis=1, keepdims=True))
 
 
 def cost_saved(before_EE: ArrayLike, after_EE: ArrayLike, cost_E: ArrayLike, num_samples: int) -> FloatArray:
-    """What a mean sample costs less without each expert, once its samples have gone elsewhere; negative: more.
+    """Cost saved per mean sample without each expert, after its samples were reassigned; negative: extra cost.
 
     cost_E: of one sample in each expert, such as FLOPs. The tables are those of `taken_over`.
     """

@@ -1,4 +1,4 @@
-"""How sure the gate is of its choice: entropy, and the samples near the routing boundary.
+"""The certainty of the gate: entropy, and samples near the routing boundary.
 
 The gate's clean logits at its temperature, logits_NE, of N samples and E experts, are compared with the flat list of
 assignments (`analysis.routing`), so that any rule that chooses by them, and any number of experts a sample, reads
@@ -33,7 +33,7 @@ def gate_entropy(logits_NE: ArrayLike) -> FloatArray:
 
 
 def boundary_margin(logits_NE: ArrayLike, sample_A: ArrayLike, expert_A: ArrayLike) -> FloatArray:
-    """How far each sample is from being sent elsewhere, in logits.
+    """The margin of each sample's routing, in logits.
 
     The smallest logit among the sample's experts less the largest among the others: for top-k the gap between the
     k-th and the (k+1)-th. exp(margin) is how many times as probable the gate holds the one as the other. Negative
@@ -58,7 +58,7 @@ def gate_summary(
     near: float = 0.1,
     nearest: int = 10,
 ) -> dict[str, Any]:
-    """Entropy and boundary in a few figures.
+    """A summary of entropy and margins.
 
     near: a sample is near the boundary where its margin is smaller than this, whatever its sign; at 0.1 the last
     expert chosen and the first one left out differ by 10 % in gate probability. Returns `entropy_mean` (of log E),
@@ -83,11 +83,11 @@ def gate_summary(
 
 @dataclass(frozen=True)
 class Plane:
-    """The plane that tells groups of samples apart best, and samples on it.
+    """The plane that separates groups of samples best, and samples on it.
 
-    points_N2: where they lie. explained_2: the share of the variance between the groups, in units of that within them,
-    that each axis holds. told: the share of the samples whose group has the nearest centre on the plane. chance: that
-    of the largest group, which is what one would tell without the plane.
+    points_N2: coordinates. explained_2: share of the between-group variance (relative to that within groups) on each
+    axis. told: share of the samples whose group has the nearest centre on the plane. chance: share of the largest
+    group, the score of a constant guess.
     """
 
     points_N2: FloatArray

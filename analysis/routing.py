@@ -1,4 +1,4 @@
-"""Who is sent to which expert: loads, class tables, specialisation.
+"""Routing statistics: loads, class tables, specialisation.
 
 The routing of N samples is a flat list of A assignments, `sample_A`, `expert_A` (integers) and `weight_A`
 (gate weights): any number of experts a sample, none at all for a dropped one, so that token choice, expert
@@ -84,9 +84,9 @@ def coefficient_of_variation(load_E: ArrayLike) -> float:
 
 
 def underused(load_E: ArrayLike, target_E: ArrayLike | None = None) -> NDArray[np.bool_]:
-    """Which experts receive next to nothing: below 1 % of the load, or below a tenth of the share that is their due.
+    """Which experts are hardly used: below 1 % of the load, or below a tenth of their target share.
 
-    The smaller of the two counts, so that of many experts one with its fair share is not among them. load_E: counts or
+    The smaller limit applies, so that with many experts a fair share is enough. load_E: counts or
     shares. target_E: the share that each should have (None: 1/E). Returns (E,) bool; none where the load is all zeros.
     """
     load_E = fractions(load_E)
@@ -124,7 +124,7 @@ def specialisation(
     permutations: int = 200,
     seed: int = 0,
 ) -> dict[str, float | None]:
-    """How much an expert tells about the class, against what the same routing tells about shuffled labels.
+    """Mutual information of expert and class, compared with that for shuffled labels.
 
     The estimate of a mutual information is biased upwards by about (C - 1)(E - 1) / 2A nats, so the figure
     means something only beside its permutation null. Labels are shuffled among the samples that have an

@@ -1,4 +1,4 @@
-"""Single samples: the clearest ones of an expert, and those on which two experts disagree. Shapes as in `routing`."""
+"""Single samples: the clearest of each expert, and those on which two experts disagree. Shapes as in `routing`."""
 
 from __future__ import annotations
 

@@ -3,92 +3,41 @@
 import json
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from assembly.compression_steps import AUTO, STEPS, Plan, Work
 from assembly.loading import OpenRun
-from assembly.pipeline import build_model, build_trainer
+from assembly.pipeline import build_trainer
 from assembly.start import start_tracking
+from common.errors import UserError
 from common.files import write_json
-from compression.prune import check_prune, prune, prune_to_budget
+from compression.merge import check_merge
+from compression.prune import check_prune
+from compression.quantise import check_format
 from config.config import Config, write_config
 from evaluation.cost import cost, expert_costs, parameters, trained_cost
 from evaluation.evaluation import evaluate
 from evaluation.latency import latency
-from evaluation.validation import Validated, validate
-from model.moe_vit import AnyMoE
 from storage.export import export_model
 from storage.folder import RunFolder
-
-AUTO = "auto"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is to be done, in this order. prune: experts, or AUTO. budget: points of validation macro-F1."""
-
-    prune: list[int] | str | None = None
-    budget: float = 0.3
-    seconds: float = 0.5  # for each measurement of latency
-
-
-@dataclass
-class Work:
-    """A run on its way to a smaller one: configuration and model so far, their score, and what has been done.
-
-    whole, validated: what the run's own model scores on the validation images, and the one so far.
-    """
-
-    opened: OpenRun
-    plan: Plan
-    config: Config
-    model: AnyMoE
-    whole: Validated
-    validated: Validated
-    experts: list[dict[str, Any]]
-    steps: list[dict[str, Any]] = field(default_factory=list)
-
-    @classmethod
-    def begin(cls, opened: OpenRun, plan: Plan) -> "Work":
-        """Nothing is done yet but to score the whole model on the validation images."""
-        model = opened.model.eval()
-        whole = validate(model, opened.bank)
-        load_E = whole.load_LE.mean(axis=0).tolist()
-        labels = opened.config.experts.labels()
-        experts = [
-            {"expert": label, "load": load, "done": [], "becomes": index}
-            for index, (label, load) in enumerate(zip(labels, load_E, strict=True))
-        ]
-        return cls(opened, plan, opened.config, model, whole, whole, experts)
-
-    def build(self, config: Config) -> AnyMoE:
-        """The model of a configuration, with new weights, on the CPU."""
-        inputs = self.opened.inputs
-        return build_model(config, self.opened.bank.feature_shape, inputs.splits.test.num_classes, inputs.backbone)
-
-    def score(self, model: AnyMoE) -> float:
-        """Validation macro-F1."""
-        return validate(model, self.opened.bank).scores["macro_f1"]
-
-    @property
-    def least(self) -> float:
-        """The validation macro-F1 down to which what is automatic may go."""
-        return self.whole.scores["macro_f1"] - self.plan.budget / 100
-
-    def take(self, config: Config, model: AnyMoE, step: str, **values: Any) -> None:
-        """Go on with what a step has made; remember the step, with the score after it."""
-        self.config, self.model, self.validated = config, model, validate(model, self.opened.bank)
-        self.steps.append({"step": step, **values, "macro_f1_validation": self.validated.scores["macro_f1"]})
 
 
 def check_plan(config: Config, plan: Plan) -> None:
     """Raise UserError for what cannot be done to a run of this configuration; reads no data."""
-    if isinstance(plan.prune, list):
-        check_prune(config, plan.prune)
+    if config.experts.quantised:
+        raise UserError("the run is quantised already: compress the run that it was made of")
+    left = len(check_prune(config, plan.prune)) if isinstance(plan.prune, list) else len(config.experts.sizes)
+    if plan.merge is not None and plan.prune != AUTO:
+        check_merge(config, plan.merge, left)
+        left = plan.merge
+    for expert in plan.protect if isinstance(plan.protect, list) else ():
+        if expert >= left:
+            raise UserError(f"--quantise.protect names expert {expert}: experts 0 to {left - 1} are left")
 
 
 def compress(opened: OpenRun, plan: Plan, out: Path, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -100,13 +49,16 @@ def compress(opened: OpenRun, plan: Plan, out: Path, say: Callable[[str], None] 
     work = Work.begin(opened, plan)
     say(f"validation   macro-F1 {100 * work.whole.scores['macro_f1']:.2f} % of {opened.run.path}")
     before = figures(work, opened.run) | {"macro_f1_test": scored(opened.run)}
-    if plan.prune is not None:
-        _prune(work, say)
-    config = replace(work.config, run_dir=out.absolute())
+    if plan.quantise is not None:
+        check_format(plan.quantise, opened.inputs.device)
+    for name, step in STEPS.items():
+        if getattr(plan, name) is not None:
+            step(work, say)
+    config = replace(work.config, run_dir=out.absolute(), init=None, freeze=[])
     with ExitStack() as stack:
         run = RunFolder.create(out, out.name)
         stack.enter_context(run.claimed())
-        tracker = stack.enter_context(start_tracking(config, run, None))
+        tracker = stack.enter_context(start_tracking(config, run, None, opened.inputs))
         write_config(config, run.config)
         trainer = build_trainer(config, opened.inputs, run, tracker, bank=opened.bank)
         best = trainer.adopt(work.model.state_dict(), work.validated)
@@ -116,24 +68,6 @@ def compress(opened: OpenRun, plan: Plan, out: Path, say: Callable[[str], None] 
         write_json(run.compression, found | {"budget": plan.budget, "before": before, "after": after})
         tracker.model(run.weights, name=run.path.name)
         return evaluate(run, config, trainer.model, opened.bank, tracker, opened.inputs.backbone)
-
-
-def _prune(work: Work, say: Callable[[str], None]) -> None:
-    asked = work.plan.prune
-    if isinstance(asked, list):
-        kept = check_prune(work.config, asked)
-    else:
-        kept, removals = prune_to_budget(work.config, work.model, work.build, work.score, work.least)
-        for removal in removals:
-            names = ", ".join(work.experts[expert]["expert"] for expert in removal.experts)
-            say(f"prune        without {names}: macro-F1 {100 * removal.macro_f1:.2f} %")
-        if not removals:
-            say(f"prune        every expert is missed by more than {work.plan.budget:g} points, or needed for top-k")
-    gone = [expert for expert in range(len(work.experts)) if expert not in kept]
-    work.take(*prune(work.config, work.model, kept, work.build), "prune", removed=gone)
-    for expert, row in enumerate(work.experts):
-        row["becomes"] = kept.index(expert) if expert in kept else None
-        row["done"] += ["removed"] if expert in gone else []
 
 
 def scored(run: RunFolder) -> float | None:

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from assembly.pipeline import Inputs, build_bank, build_model, identity, pick_device
-from common.errors import EnvironmentFault, UserError, as_environment_fault
+from common.errors import EnvironmentFault, as_environment_fault
 from common.network import reachable
 from common.paths import absolute
-from common.text import command
 from config.config import Config, config_from_dict
 from data.datasets import load_splits
 from evaluation.trained import TrainedRun
@@ -17,8 +16,9 @@ from features.bank import FeatureBank
 from features.images import ImageBank
 from model.backbone import load_backbone
 from model.moe_vit import AnyMoE
-from storage.checkpoint import check_inputs, load_checkpoint
-from storage.export import export_model, load_exported, read_description
+from storage.checkpoint import check_inputs
+from storage.described import describe
+from storage.export import load_exported
 from storage.folder import RunFolder
 
 
@@ -83,36 +83,6 @@ def open_run(
         model = build_model(config, bank.feature_shape, splits.test.num_classes, backbone).to(where)
         load_exported(run, model, described.get("weights_sha256"))
     return OpenRun(run, config, Inputs(where, splits, backbone), bank, model)
-
-
-def describe(run: RunFolder, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """The content of model.json; it is exported from the best checkpoint if training has not finished.
-
-    Raises UserError for a path that is not a folder, EnvironmentFault if neither file is there or usable.
-    """
-    if not run.path.is_dir():
-        raise UserError(f"{run.path} is not a folder: name a run that train.py wrote")
-    with as_environment_fault():
-        return _described(run, say)
-
-
-def _described(run: RunFolder, say: Callable[[str], None]) -> dict[str, Any]:
-    if run.best.is_file():
-        best = load_checkpoint(run.best)
-        kept = read_description(run).get("epoch") if run.model.is_file() else None
-        if (
-            not isinstance(kept, int) or kept < best["epoch"]
-        ):  # later: best.pt is corrupt and the one before it was read
-            say(f"{run.weights} is exported from {run.best}: the best epoch so far is {best['epoch']}")
-            export_model(run, best)
-    elif not run.model.is_file() and run.config.is_file():
-        raise UserError(
-            f"{run.path} has no checkpoint yet: wait for its first epoch, or where it was interrupted before that, "
-            f"{command('train.py', '--resume', run.path)}"
-        )
-    elif not run.model.is_file():
-        raise UserError(f"{run.path} holds neither model.json nor checkpoints/best.pt: name a run that train.py wrote")
-    return read_description(run)
 
 
 def configure(

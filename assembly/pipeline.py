@@ -7,6 +7,9 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from assembly.agreement import require_same, require_same_inputs, require_samples
+from assembly.transfer import Origin, begin, freeze, read_origin
+from common.distributed import expected_world, world
 from common.errors import EnvironmentFault, UserError, one_line, warn
 from common.memory import installed_memory
 from common.network import reachable
@@ -35,15 +38,16 @@ from training.trainer import Trainer
 
 @dataclass(frozen=True)
 class Inputs:
-    """The inputs of a run, and its device."""
+    """The inputs of a run, and its device. origin: the run that it starts from, if there is one."""
 
     device: torch.device
     splits: Splits
     backbone: Backbone
+    origin: Origin | None = None
 
 
-def load_inputs(config: Config) -> Inputs:
-    """Load device, images and backbone: everything that can be missing, before anything is written.
+def load_inputs(config: Config, resumed: bool = False) -> Inputs:
+    """Load device, images, backbone, and the run to start from: all that can be missing, before anything is written.
 
     Raises UserError and EnvironmentFault as the loaders do, and UserError for a batch larger than the data.
     """
@@ -51,20 +55,31 @@ def load_inputs(config: Config) -> Inputs:
         warn(line)
     device, splits = pick_device(config.device), load_splits(config.data)
     steps_per_epoch(config.train, len(splits.train))
+    require_samples(config.train.batch_size)
     backbone = load_backbone(config.backbone, device, reachable)
     check_backbone(config, backbone)
-    return Inputs(device, splits, backbone)
+    require_same_inputs(config, splits, backbone)
+    origin = None if resumed else read_origin(config, backbone_identity(config, backbone))
+    return Inputs(device, splits, backbone, origin)
 
 
 def pick_device(name: str) -> torch.device:
-    """The torch device for a name; a GPU becomes the current one. Raises UserError if it is not available."""
+    """The torch device for a name; a GPU becomes the current one. Raises UserError if it is not available.
+
+    Of several processes on a machine each gets a GPU of its own.
+    """
     if not re.fullmatch(DEVICES, name):
         raise UserError(f"device is '{name}': use auto, cpu, cuda or cuda:N")
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     # With its index, because tensors report cuda:0, which does not equal a plain cuda.
-    index = int(name.partition(":")[2] or 0)
+    index = int(name.partition(":")[2] or expected_world().local_rank)
     seen = torch.cuda.device_count()
+    if index >= seen and ":" not in name and index:
+        raise UserError(
+            f"each process needs a GPU of its own, and PyTorch finds {counted(seen, 'GPU')} for process {index + 1} of "
+            f"this machine: start at most {seen}, or choose --device cpu"
+        )
     if index >= seen:
         raise UserError(f"device {name} is not available: PyTorch finds {counted(seen, 'GPU')}; use --device cpu")
     device = torch.device("cuda", index)
@@ -138,7 +153,7 @@ def compile_blocks(config: Config, model: AnyMoE, device: torch.device) -> None:
     """Compile the blocks of a ViT with experts for the batches of this run, if train.compile says so."""
     wanted = config.train.compile == "always" or (config.train.compile == "auto" and device.type == "cuda")
     if wanted and isinstance(model, MoEViT):
-        model.compile({config.train.batch_size, config.features.batch_size}, warn)
+        model.compile({samples_of_this(config), config.features.batch_size}, warn)
 
 
 def plan_memory(config: Config, model: AnyMoE, bank: FeatureBank | ImageBank, device: torch.device) -> None:
@@ -149,7 +164,12 @@ def plan_memory(config: Config, model: AnyMoE, bank: FeatureBank | ImageBank, de
     if device.type == "cuda":
         per_image = bytes_per_image(model, next(iter(bank.batches("train", 1, torch.tensor([0]))))[0])
         free = DeviceMemory(device).free()
-        model.recompute = must_recompute(config.train.recompute, per_image, config.train.batch_size, free)
+        model.recompute = must_recompute(config.train.recompute, per_image, samples_of_this(config), free)
+
+
+def samples_of_this(config: Config) -> int:
+    """How many samples of a training batch this process has."""
+    return world().sizes(config.train.batch_size)[world().rank]
 
 
 def fingerprint_of(backbone: Backbone) -> str:
@@ -162,11 +182,16 @@ def fingerprint_of(backbone: Backbone) -> str:
 _FINGERPRINTS: WeakKeyDictionary[Backbone, str] = WeakKeyDictionary()
 
 
+def backbone_identity(config: Config, backbone: Backbone) -> dict[str, str]:
+    """What tells one backbone from another."""
+    return {"name": config.backbone.name, "fingerprint": fingerprint_of(backbone)}
+
+
 def identity(config: Config, splits: Splits, backbone: Backbone, feature_shape: tuple[int, ...]) -> dict[str, Any]:
     """What trained weights depend on (backbone, data, classes, feature shape), as plain values stored beside them."""
     return {
         "config": config.to_dict(),
-        "backbone": {"name": config.backbone.name, "fingerprint": fingerprint_of(backbone)},
+        "backbone": backbone_identity(config, backbone),
         "data": {name: splits[name].fingerprint() for name in ("train", "validation", "test")},
         "class_names": list(splits.train.class_names),
         "feature_shape": list(feature_shape),
@@ -187,6 +212,7 @@ def build_trainer(
     seed_everything). Raises what `build_model` and `Trainer` raise, and UserError if the checkpoint is of other data,
     another backbone or another model.
     """
+    require_same({"the step that it goes on from": checkpoint["step"] if checkpoint else 0})
     seed_everything(config.train.seed, config.train.deterministic)
     splits, backbone = inputs.splits, inputs.backbone
     bank = bank or build_bank(config, splits, backbone, inputs.device)
@@ -194,11 +220,17 @@ def build_trainer(
     compile_blocks(config, model, inputs.device)
     plan_memory(config, model, bank, inputs.device)
     stored = identity(config, splits, backbone, bank.feature_shape)
-    trainer = Trainer(config, model, bank, run, tracker, stored, lambda evaluated: validate(evaluated, bank))
+    names, origin = splits.train.class_names, inputs.origin
+    taken = checkpoint.get("init") if checkpoint else origin and begin(model, origin, names, bank.feature_shape)
+    stored |= {"init": taken} if taken else {}
+    frozen = freeze(config, model, taken, names)
+    trainer = Trainer(config, model, bank, run, tracker, stored, lambda evaluated: validate(evaluated, bank), frozen)
     if checkpoint is not None:
         check_inputs(checkpoint, stored, run.last)
         trainer.load_state_dict(checkpoint)
         trainer.best = best_kept(run, config, checkpoint)
-        mark_stale(run, f"Results from before the run was resumed after {trainer.position} of {config.train.epochs}")
-        print(f"resuming     {printable(run.path)} after {trainer.position} of {config.train.epochs}")
+        position = f"after {trainer.position} of {config.train.epochs}"
+        if world().first:
+            mark_stale(run, f"Results from before the run was resumed {position}")
+        print(f"resuming     {printable(run.path)} {position}")
     return trainer

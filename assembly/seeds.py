@@ -7,6 +7,7 @@ from pathlib import Path
 
 from assembly.pipeline import Inputs, build_bank, load_inputs
 from assembly.twin import dense_twin
+from common.distributed import world
 from common.errors import UserError
 from common.text import printable, quoted
 from config.command_line import Invocation
@@ -33,7 +34,8 @@ def train_seeds(invocation: Invocation, train: Train) -> None:
     inputs = load_inputs(invocation.config)
     config = dense_twin(shorten_warmup(invocation.config, len(inputs.splits.train)), inputs)
     bank = build_bank(config, inputs.splits, inputs.backbone, inputs.device)
-    base = config.run_dir or Path("runs") / f"{invocation.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    now = world().broadcast(datetime.now())
+    base = config.run_dir or Path("runs") / f"{invocation.name}-{now:%Y%m%d-%H%M%S}"
     runs = []
     for seed in range(config.train.seed, config.train.seed + invocation.seeds):
         start = _start(invocation, _with_seed(config, seed, base.with_name(f"{base.name}-seed{seed}")))
@@ -43,7 +45,7 @@ def train_seeds(invocation: Invocation, train: Train) -> None:
         else:
             print(f"seed         {seed}", flush=True)
             train(start, inputs, bank)
-    if len(runs) > 1:
+    if len(runs) > 1 and world().first:
         out = base.with_name(f"{base.name}-seeds")
         print(f"\n{compare(runs, out)}\nwritten to   {printable(out)}")
 

@@ -4,18 +4,26 @@ import json
 from typing import Any
 
 from assembly.pipeline import Inputs
+from assembly.transfer import lines
+from common.distributed import world
 from common.text import printable
 from config.config import Config
 from evaluation.cost import cost
 from features.extraction import warn_of_hours
 from storage.folder import RunFolder
 from storage.resume import metrics_step
-from tracking.tracker import Tracker, open_tracker
+from tracking.tracker import Tracker, open_tracker, silent_tracker
 from training.trainer import Trainer
 
 
-def start_tracking(config: Config, run: RunFolder, checkpoint: dict[str, Any] | None) -> Tracker:
-    """Open the tracker; a resumed run continues its own task and drops the lines that it will write again."""
+def start_tracking(config: Config, run: RunFolder, checkpoint: dict[str, Any] | None, inputs: Inputs) -> Tracker:
+    """Open the tracker; a resumed run continues its own task and drops the lines that it will write again.
+
+    The task of a run that starts from another one has that one's task as its parent. Of several processes rank 0 alone
+    tracks.
+    """
+    if not world().first:
+        return silent_tracker()
     return open_tracker(
         config.tracking,
         run.path,
@@ -24,6 +32,7 @@ def start_tracking(config: Config, run: RunFolder, checkpoint: dict[str, Any] | 
         tags=tags_of(config),
         task_id=checkpoint and checkpoint["task_id"],
         resume_step=metrics_step(checkpoint),
+        parent=inputs.origin and inputs.origin.task_id,
     )
 
 
@@ -50,6 +59,8 @@ def announce(config: Config, inputs: Inputs, trainer: Trainer) -> None:
         print(f"dense twin   in place of experts {of.get('experts.sizes')} by {of.get('router.kind', 'soft_moe')}")
     if shared := config.experts.shared_labels():
         print(f"shared       {', '.join(shared)}; every sample passes all of them")
+    if taken := trainer.identity.get("init"):
+        print("\n".join(lines(config, model, taken, splits.train.class_names)))
     costs = cost(trainer.model, inputs.backbone, trainer.bank.feature_shape)
     print("\n".join(costs.lines()))
     warn_of_hours(trainer.bank, costs.backbone_flops, config.train.epochs)

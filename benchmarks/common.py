@@ -1,4 +1,4 @@
-"""What the benchmarks share: where they run, how they time, what they print and write."""
+"""Shared by the benchmarks: options, timing, tables, JSON."""
 
 import argparse
 import json
@@ -39,7 +39,7 @@ class Parser(arguments.Parser):
         out = Path("runs/benchmarks")
         self.add_argument("--out", type=arguments.path_option, default=out, help=f"folder of the JSON (default {out})")
         self.add_argument("--seconds", type=float, default=seconds, help=f"time to spend, about (default {seconds:g})")
-        self.add_argument("--tiny", action="store_true", help="a rehearsal: what is not given is tiny")
+        self.add_argument("--tiny", action="store_true", help="a quick trial: small defaults")
         self.tiny = tiny or {}
 
     def add_numbers(self, name: str, default: list[int], what: str) -> None:
@@ -121,7 +121,7 @@ def _once(run: Callable[[], Any], device: torch.device) -> float:
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait until the device has done all it was given."""
+    """Wait for the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -155,7 +155,7 @@ def width_of_cost(cost: Callable[[int], int], goal: int) -> int:
 
 
 def start(options: argparse.Namespace) -> torch.device:
-    """The device of the options. Raises UserError for one that is not there."""
+    """The device of the options. Raises UserError if it is not available."""
     return pick_device(options.device)
 
 

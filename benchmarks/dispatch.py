@@ -1,7 +1,7 @@
 """Forward and backward of a mixture-of-experts layer, ours against others, over batch, experts, k and sizes.
 
 python -m benchmarks.dispatch                    the whole grid, about 150 s on a data-centre GPU
-python -m benchmarks.dispatch --tiny             a rehearsal on a CPU
+python -m benchmarks.dispatch --tiny             a quick trial on a CPU
 
 Peers take part where they are installed: pip install mixture-of-experts st-moe-pytorch transformers. On a GPU all
 run under bfloat16 autocast with float32 weights. `limit` is the time of the chosen experts' FLOPs alone, forward and

@@ -2,7 +2,7 @@
 
 python -m benchmarks.extraction                                       three backbones, about 150 s on a GPU
 python -m benchmarks.extraction --modes default max-autotune-no-cudagraphs --seconds 400
-python -m benchmarks.extraction --tiny                                a rehearsal on a CPU
+python -m benchmarks.extraction --tiny                                a quick trial on a CPU
 
 Weights are random, which changes no time. `of the matrix rate` is images/s times the FLOPs of an image over the rate of
 a large bfloat16 product (float32 on a CPU) measured in the same run. Compiling is not part of the time of a batch; it

@@ -2,7 +2,7 @@
 
 python -m benchmarks.recipe --data.root DATA --backbone.weights FILE      the head recipe, 10 seeds, on a GPU
 python -m benchmarks.recipe --config configs/digits.yaml --seeds 3        another one
-python -m benchmarks.recipe --tiny                                        a rehearsal on a CPU, with digits
+python -m benchmarks.recipe --tiny                                        a quick trial on a CPU, with digits
 
 Options that are none of those below go to train.py's configuration. The dense head is one expert whose hidden layer is
 as wide as the recipe's FLOPs a sample allow under an even load, its gate included, with the learning rate, decay and

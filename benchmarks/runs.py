@@ -30,7 +30,7 @@ def train_once(
     seed: int,
     bank: FeatureBank | None = None,
 ) -> dict:
-    """Train with a seed, keep the epoch that train.keep says, score the test images.
+    """Train with a seed, keep the epoch by train.keep, evaluate on the test images.
 
     bank: features to read (None: extracted in the run). `seconds` is the whole run to its answers on the test
     images, from images in memory, or from features where a bank has them.

@@ -1,7 +1,7 @@
 """How the cost of training a head grows with samples, experts and features, and what limits it.
 
 python -m benchmarks.scaling            about 90 s on a GPU
-python -m benchmarks.scaling --tiny     a rehearsal on a CPU
+python -m benchmarks.scaling --tiny     a quick trial on a CPU
 
 A step is forward, backward, clipping and AdamW of the default kind of head on stored float16 features, bfloat16 on a
 GPU, as a CUDA graph where train.py would make one; samples are repeated to make more of them. The limit is the largest

@@ -1,7 +1,7 @@
 """Milliseconds of one training step of the default head: as it is and as a CUDA graph, next to dense MLPs.
 
 python -m benchmarks.step                 about 30 s on a GPU
-python -m benchmarks.step --tiny          a rehearsal on a CPU
+python -m benchmarks.step --tiny          a quick trial on a CPU
 
 A step takes its batch out of features in memory, trains, and updates the moving average, as train.py does. The dense
 heads have as many hidden units as a sample passes in the mixture, and as all its experts have together.

@@ -2,7 +2,7 @@
 
 python -m benchmarks.study --data.root DATA --backbone.weights FILE       all parts, at most 25 minutes on a GPU
 python -m benchmarks.study --parts routers --seeds 3 ...                  one of them, fewer seeds
-python -m benchmarks.study --tiny                                         a rehearsal on a CPU, with digits
+python -m benchmarks.study --tiny                                         a quick trial on a CPU, with digits
 
 routers: every rule that reads pooled features, and dense heads of equal active and of equal total size. tokens: Soft
 MoE, which mixes patch tokens. widths: dense heads against mixtures that cost a sample no more, from 16 to 4096 hidden
@@ -11,9 +11,9 @@ images as they are), `tokens` the last block's tokens in four. Options of the se
 features go to train.py's configuration.
 
 Each method chooses learning rate and dropout on validation images among the same settings, with one seed; then it is
-trained with its choice from several seeds, and scored on the test images. Heads of one seed see the same batches.
+trained with its choice from several seeds, and evaluated on the test images. Heads of one seed see the same batches.
 The validation images also choose the router and the dense head that get more seeds. Finished runs are kept in OUT,
-under a digest of what they read, and not done again: an interrupted study goes on.
+under a digest of what they read, and not repeated: an interrupted study can be continued.
 """
 
 import argparse

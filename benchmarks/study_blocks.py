@@ -1,9 +1,9 @@
 """Mixtures inside the frozen ViT against a dense adapter of equal cost, over the width: tables and a curve.
 
 python -m benchmarks.study_blocks --data.root DATA --backbone.weights FILE --check     a minute: what it will take
-python -m benchmarks.study_blocks --data.root DATA --backbone.weights FILE             on all GPUs, 370 s
-python -m benchmarks.study_blocks --tables                                             what is stored, as Markdown
-python -m benchmarks.study_blocks --tiny                                               a rehearsal on a CPU, with digits
+python -m benchmarks.study_blocks --data.root DATA --backbone.weights FILE             on all GPUs, 370 s python -m
+benchmarks.study_blocks --tables                                             what is stored, as Markdown python -m
+benchmarks.study_blocks --tiny                                               a quick trial on a CPU, with digits
 
 Experts stand in the last blocks only. What the first of these reads is computed once for each augmented view, the
 patches averaged two by two, and held on the GPU: a step then costs a fraction of one on images. Every method of width r

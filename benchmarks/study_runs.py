@@ -118,8 +118,8 @@ class Workers:
             self._collect({f: part for f, part in futures.items() if not f.cancel()}, results, None)
         except BrokenProcessPool as error:
             raise EnvironmentFault(
-                "a process that trains heads has ended before its time, out of memory perhaps: try fewer --workers; "
-                f"finished runs are kept in {results.path}, and the same command goes on from there"
+                "a training process ended unexpectedly, maybe out of memory: try fewer --workers; "
+                f"finished runs are kept in {results.path}, and the same command continues from there"
             ) from error
 
     @staticmethod

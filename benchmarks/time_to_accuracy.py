@@ -1,8 +1,8 @@
 """Seconds from uint8 arrays in memory to a test macro-F1: our recipes, one with a live backbone, the article's.
 
-python -m benchmarks.time_to_accuracy --data.root DATA --backbone.weights FILE        two epochs of the article
-python -m benchmarks.time_to_accuracy --article-epochs 7 --seconds 900                until the article is at its best
-python -m benchmarks.time_to_accuracy --tiny                                          a rehearsal on a CPU, with digits
+python -m benchmarks.time_to_accuracy --data.root DATA --backbone.weights FILE        two epochs of the article python
+-m benchmarks.time_to_accuracy --article-epochs 7 --seconds 900                until the article is at its best python
+-m benchmarks.time_to_accuracy --tiny                                          a quick trial on a CPU, with digits
 
 Ours are configs/cifar100_head.yaml and cifar100_fast.yaml, or the one that --config names; options that are none of
 those below go to their configuration. The clock of a contestant starts with images and backbone in memory, and stops

@@ -1,9 +1,15 @@
-"""Several processes that are one run, as torchrun starts them: who is who, and what they agree on.
+"""Several processes that are one run, as torchrun starts them: who is who, what they agree on, how they end.
 
-A process that was started alone is a world of one, in which everything here does nothing.
+    with started():                     # of a program: before anything that can fail
+        with joined(device, timeout):   # from here on they exchange tensors
+            ...
+
+A process that was started alone is a world of one, in which all of this does nothing. Of several only rank 0 prints;
+what ends one of them ends all, with one line.
 """
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,9 +20,11 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from common.errors import UserError
+from common import ending
+from common.errors import EnvironmentFault, UserError
 
 T = TypeVar("T")
+MEETING_SECONDS = 120.0  # that processes wait for the last of them to start
 
 
 @dataclass(frozen=True)
@@ -74,47 +82,106 @@ class World:
 
 ALONE = World()
 _world = ALONE
+_meeting: Path | None = None
 
 
 def world() -> World:
-    """The processes of this run; a world of one until `joined`."""
+    """The processes of this run, once they have `joined`; a world of one before."""
     return _world
 
 
 def expected_world() -> World:
     """What the environment says of the processes that were started together. Raises UserError where it is no number."""
     try:
-        numbers = [int(os.environ.get(name, default)) for name, default in _VARIABLES]
+        return World(*(int(os.environ.get(name) or default) for name, default in _VARIABLES))
     except ValueError as error:
         raise UserError(
             "RANK, WORLD_SIZE and LOCAL_RANK are set, but not to numbers: start several processes with torchrun, or "
             "unset them"
         ) from error
-    return World(*numbers)
 
 
-_VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+_VARIABLES = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
 
 
 @contextmanager
-def joined(device: torch.device, timeout: float = 600.0, meeting: Path | None = None) -> Iterator[World]:
-    """The world of the processes that torchrun has started, inside the block; alone this is a world of one.
+def meeting_at(path: Path) -> Iterator[None]:
+    """Inside, processes find each other by a file of this name, not as torchrun's variables say."""
+    global _meeting  # noqa: PLW0603, as the process group of PyTorch is one of the process
+    _meeting = path
+    try:
+        yield
+    finally:
+        _meeting = None
+
+
+@contextmanager
+def started() -> Iterator[World]:
+    """Around a program: what ends one of its processes ends all of them, with one line of one of them.
+
+    Nothing that other ranks than 0 print inside is shown. Raises UserError where the variables of torchrun are wrong.
+    """
+    found = expected_world()
+    if not found.several:
+        yield ALONE
+        return
+    with ending.together(found.rank, found.size, _meet(found)):
+        yield found
+
+
+@contextmanager
+def joined(device: torch.device, timeout: float = 600.0) -> Iterator[World]:
+    """The world of the processes that were started together, inside the block; alone this is a world of one.
 
     device: of this process: NCCL carries tensors of GPUs, gloo those of the CPU. timeout: seconds after which waiting
-    for the others is an error. meeting: a file by which they find each other (None: as torchrun's variables say).
+    for the others is an error. Raises UserError where two of them have one GPU.
     """
-    global _world  # noqa: PLW0603, as the process group of PyTorch is one of the process
+    global _world  # noqa: PLW0603, as above
     found = expected_world()
     if not found.several:
         yield ALONE
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    store = None if meeting is None else dist.FileStore(str(meeting), found.size)
-    numbers = {} if store is None else {"rank": found.rank, "world_size": found.size}
-    dist.init_process_group(backend, store=store, timeout=timedelta(seconds=timeout), **numbers)
+    numbers = {"rank": found.rank, "world_size": found.size}
+    dist.init_process_group(backend, store=_meet(found), timeout=timedelta(seconds=timeout), **numbers)
     _world = found
     try:
+        _refuse_shared_gpus(found, device)
         yield found
     finally:
         _world = ALONE
         dist.destroy_process_group()
+
+
+def _meet(found: World) -> dist.Store:
+    """A connection to the store that all processes reach. Raises UserError, and EnvironmentFault where nobody came."""
+    if _meeting is not None:
+        return dist.FileStore(str(_meeting), found.size)
+    try:
+        store, _, _ = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=MEETING_SECONDS))))
+        return store
+    except (ValueError, RuntimeError) as error:  # what PyTorch raises without MASTER_ADDR, and where none answers
+        if "MASTER_ADDR" not in os.environ:
+            raise UserError("WORLD_SIZE is set, but not MASTER_ADDR: start several processes with torchrun") from error
+        raise EnvironmentFault(
+            f"the {found.size} processes have not met at {os.environ['MASTER_ADDR']} within {MEETING_SECONDS:.0f} s: "
+            "start all of them, with one address that each can reach"
+        ) from error
+
+
+def _refuse_shared_gpus(found: World, device: torch.device) -> None:
+    used = ("",) if device.type != "cuda" else (socket.gethostname(), _name_of(device))
+    first: dict[tuple[str, ...], int] = {}
+    for rank, gpu in enumerate(found.gather(used)):
+        other = first.setdefault(gpu, rank)
+        if other != rank and device.type == "cuda":
+            raise UserError(
+                f"ranks {other} and {rank} share a GPU of {gpu[0]}, and each needs its own: start at most "
+                f"{torch.cuda.device_count()} processes there, leave --device at auto, or choose --device cpu"
+            )
+
+
+def _name_of(device: torch.device) -> str:
+    """What tells a GPU from others, whichever of them a process sees."""
+    found = torch.cuda.get_device_properties(device)
+    return str(getattr(found, "uuid", device))

@@ -41,7 +41,8 @@ def exit_on_signal() -> None:
     """Let Ctrl-C and SIGTERM end a program during its imports with one line instead of a traceback."""
 
     def exit_now(number: int, _frame: object) -> None:
-        say(f"interrupted by {signal.Signals(number).name}")
+        if os.environ.get("RANK", "0") == "0":  # of several processes one says it
+            say(f"interrupted by {signal.Signals(number).name}")
         os._exit(128 + number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -171,7 +172,7 @@ def _run(main: Callable[[], None], output: _Output) -> int:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        message, code = _explain(error)
+        message, code = explained(error)
         say(f"error: {message}" + ("" if debug or exit_code(error) is not None else "; --debug shows the traceback"))
         return code
     return 0
@@ -187,7 +188,7 @@ def exit_process(code: int) -> NoReturn:
     sys.exit(code)
 
 
-def _explain(error: Exception) -> tuple[str, int]:
+def explained(error: BaseException) -> tuple[str, int]:
     """The line and the exit code of an exception."""
     if (code := exit_code(error)) is not None:
         return str(error), code

@@ -35,20 +35,34 @@ class _DeferredSignals:
             self._raised = True
             raise Interrupted(self._pending)
 
+    @property
+    def pending(self) -> int:
+        """The signal that waits; 0 for none."""
+        return self._pending
+
+    @contextmanager
+    def until_asked(self) -> Iterator[None]:
+        """As the object itself; a second signal changes nothing, since torchrun sends one on top of the terminal's."""
+        self._patient = True
+        with self:
+            yield
+
     def receive(self, number: int, frame: object) -> None:
         """Handle a signal."""
-        if self._pending:
+        if self._pending and not self._patient:
             os._exit(128 + number)
+        if self._pending:
+            return
         self._pending = number
         if self._depth:
-            say("finishing the step and saving; a second signal exits at once")
+            say("finishing the step and saving" + ("" if self._patient else "; a second signal exits at once"))
         else:
             self._raised = True
             raise Interrupted(number)
 
     def reset(self) -> None:
         """Clear a signal that has been handled."""
-        self._depth, self._pending, self._raised = 0, 0, False
+        self._depth, self._pending, self._raised, self._patient = 0, 0, False, False
 
 
 defer_signals = _DeferredSignals()

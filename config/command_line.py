@@ -11,6 +11,7 @@ from common.plugins import load_plugins
 from common.text import is_unicode, printable, quoted
 from config.config import Config, Values, as_yaml
 from config.help import help_text
+from config.origin import values_of_run
 from config.yaml_file import read_yaml
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "cifar100.yaml"
@@ -49,20 +50,27 @@ def parse_command_line(
     resume, files = _sources(pairs)
     if seeds is not None and resume is not None:
         raise UserError("--seeds starts runs of its own: leave it out, or --resume")
-    values = Values()
-    for file in files:
-        values.add_all(read_yaml(file), lambda key, file=file: f"{key} in {file}")
-    for name, text in pairs:
-        if name not in NAMED:
-            values.add(name, text, lambda key: f"--{key}")
-    values.add_all(above or {}, lambda key: f"{key} in {source}")
+
+    def gathered(values: Values) -> Values:
+        for file in files:
+            values.add_all(read_yaml(file), lambda key, file=file: f"{key} in {file}")
+        for name, text in pairs:
+            if name not in NAMED:
+                values.add(name, text, lambda key: f"--{key}")
+        values.add_all(above or {}, lambda key: f"{key} in {source}")
+        return values
+
+    values = gathered(Values())
+    if resume is None and (init := values.given.get("init")) is not None:
+        values = gathered(values_of_run(init, values.given))
     config = values.build()
     if resume is not None:
         config.run_dir = resume
     if "print_config" in flags:
         print(as_yaml(config, is_unicode(sys.stdout)), end="")
         sys.exit()
-    return Invocation(config, files[-1].stem if resume is None else resume.name, resume, seeds, words)
+    name = resume.name if resume is not None else files[-1].stem if files else config.data.name
+    return Invocation(config, name, resume, seeds, words)
 
 
 def _named_plugins(words: list[str]) -> list[str]:
@@ -116,8 +124,9 @@ def _sources(pairs: list[tuple[str, str | None]]) -> tuple[Path | None, list[Pat
                 raise UserError(f"--{name} has no value: give {NAMED[name]}")
             named[name].append(expanded(text))
     if not named["resume"]:
-        return None, named["config"] or [DEFAULT_CONFIG]
-    if lost := next((name for name, _ in pairs if name in ("config", "run_dir")), None):
+        starts = any(name == "init" for name, _ in pairs)  # from a run, whose configuration it takes
+        return None, named["config"] or ([] if starts else [DEFAULT_CONFIG])
+    if lost := next((name for name, _ in pairs if name in ("config", "run_dir", "init")), None):
         raise UserError(f"--resume uses the configuration and folder of its run: leave out --{lost}")
     run = absolute(named["resume"][-1])
     if not (run / "config.yaml").is_file():

@@ -29,9 +29,11 @@ from model.classifier import NeckConfig, check_parts
 from model.experts import ExpertsConfig
 from model.losses import LOSSES
 from model.options import suggestion
+from model.parts import PARTS
 from model.routers import ROUTERS, RouterConfig
 
 DEVICES = r"auto|cpu|cuda(:\d+)?"
+PART = Literal[PARTS]
 
 
 @dataclass
@@ -45,6 +47,12 @@ class Config:
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, or cuda:1."""
     plugins: list[str] = field(default_factory=list, metadata={"help": HELP})
+    init: Path | None = None
+    """Folder of a trained run whose experts, gates, neck and, where class names agree, class rows this run starts
+    from, and whose configuration holds where nothing else is given; null: from random numbers."""
+    freeze: list[str] | str = field(default_factory=list)
+    """Of what init takes, the parts that are not trained, such as router,experts: neck, router, experts, shared, head
+    (the class rows). Experts, gate columns and class rows that are new are trained all the same."""
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
@@ -59,6 +67,7 @@ class Config:
 
     def __post_init__(self):
         self.run_dir = None if self.run_dir is None else absolute(self.run_dir)
+        self._check_init()
         self.data.root = self.data.place  # stored paths stay valid where the cache folder differs
         if not re.fullmatch(DEVICES, self.device):
             raise ValueError(f"device is '{self.device}': use auto, cpu, cuda or cuda:N")
@@ -90,6 +99,17 @@ class Config:
             )
         self._check_inputs()
         self._check_balance()
+
+    def _check_init(self) -> None:
+        """What is for runs that start from another one."""
+        self.init = None if self.init is None else absolute(self.init)
+        words = self.freeze.strip("[]").split(",") if isinstance(self.freeze, str) else self.freeze
+        self.freeze = [word.strip() for word in words if word.strip()]
+        for part in self.freeze:
+            if part not in PARTS:
+                raise ValueError(f"freeze names '{part}': the parts are {', '.join(PARTS)}{suggestion(part, PART)}")
+        if self.init is None and self.freeze:
+            raise ValueError(f"freeze {','.join(self.freeze)} holds what init has taken: name a run with --init")
 
     def _check_inputs(self) -> None:
         """Raise ValueError where router.inputs or experts.inputs names a feature that does not exist."""

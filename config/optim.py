@@ -1,7 +1,9 @@
 """OptimConfig: step size, decay, schedule."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+from model.parts import PARTS
 
 LARGEST = 1e6  # of factors on weights and gradients, far inside the range of float32
 SMALLEST_NORM = 1e-6
@@ -15,6 +17,9 @@ class OptimConfig:
     """adamw (decoupled weight decay, Loshchilov 2019) or adam."""
     lr: float = 1e-3
     """Peak learning rate, reached at the end of its warm-up."""
+    lr_of: list[str] = field(default_factory=list)
+    """Learning rates of single parts, as multiples of lr, such as [router:0.1, head:2]: neck, router, experts, shared,
+    head (the class rows)."""
     weight_decay: float = 0.05
     """Weight decay of matrices; biases and norm layers have none."""
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -24,7 +29,25 @@ class OptimConfig:
     clip_norm: float = 1.0
     """Clip the gradient to this norm; 0: no clipping."""
 
+    @property
+    def multiples(self) -> dict[str, float]:
+        """The multiple of lr of each part that lr_of names. Raises ValueError for what is no PART:NUMBER."""
+        found = {}
+        for text in self.lr_of:
+            part, _, number = text.partition(":")
+            try:
+                found[part] = float(number)
+            except ValueError:
+                found[part] = -1.0
+            if part not in PARTS or not 0 < found[part] <= LARGEST:
+                raise ValueError(
+                    f"optim.lr_of has '{text}': write PART:NUMBER, such as router:0.1, with a part of "
+                    f"{', '.join(PARTS)} and a number above 0 (to keep a part as it is: freeze)"
+                )
+        return found
+
     def __post_init__(self):
+        _ = self.multiples
         if not 0 < self.lr <= LARGEST:
             raise ValueError(f"optim.lr is {self.lr}: it must be above 0, and at most {LARGEST:g}")
         for name in ("weight_decay", "clip_norm"):

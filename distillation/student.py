@@ -107,7 +107,7 @@ def compile_or_not(distiller: Distiller, example: tuple[Tensor, Tensor], say: Sa
     try:
         compiled(*example)[0].backward()
     except Exception as error:  # a speed-up that fails must not cost the run
-        say(f"student: torch.compile failed, going on without: {type(error).__name__}: {str(error)[:200]}")
+        say(f"student: torch.compile failed, continuing without it: {type(error).__name__}: {str(error)[:200]}")
         return distiller
     finally:
         distiller.zero_grad(set_to_none=True)

@@ -62,7 +62,7 @@ class Teacher:
                 example = torch.zeros(self.batch, 3, self.size, self.size, device=self.device)
                 compiled(example.to(self.dtype))
         except Exception as error:  # a speed-up that fails must not cost the run
-            say(f"teacher: torch.compile failed, going on without: {type(error).__name__}: {str(error)[:200]}")
+            say(f"teacher: torch.compile failed, continuing without it: {type(error).__name__}: {str(error)[:200]}")
             return self._tokens
         return compiled
 

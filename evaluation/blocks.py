@@ -7,10 +7,12 @@ import torch
 
 from analysis import experts, routing
 from analysis.blocks import block_specialisation, most_specialised
+from common.distributed import world
 from common.meter import meter
 from data.image_set import ImageSet
 from evaluation.block_routing import BlockRouting
-from evaluation.predict import Predictions
+from evaluation.predictions import Predictions
+from evaluation.together import own_part
 from features.images import ImageBank
 from model.moe_vit import MoEViT
 
@@ -78,8 +80,8 @@ def without_each_in_one_block(model: MoEViT, bank: ImageBank, split: str, images
     """
     blocks, num_experts = len(model.blocks), model.mixtures[0].router.num_experts
     size = bank.evaluation_batch
-    order_M = torch.arange(min(len(bank.splits[split]), -(-images // size) * size))
-    batches = []
+    count = min(len(bank.splits[split]), -(-images // size) * size)
+    order_M, batches = own_part(count), []
     with meter("without each expert of each block", len(order_M)) as done:
         for inputs, _ in bank.batches(split, size, order_M):
             batch_LE = []
@@ -89,7 +91,8 @@ def without_each_in_one_block(model: MoEViT, bank: ImageBank, split: str, images
                 batch_LE.append(model(inputs, allowed_E=allowed_LE)[0].argmax(dim=1))
             batches.append(torch.stack(batch_LE))
             done(len(inputs))
-    return torch.cat(batches, dim=1).view(blocks, num_experts, -1).cpu().numpy()
+    own_LEM = torch.cat(batches, dim=1).view(blocks, num_experts, -1).cpu().numpy()
+    return own_LEM if len(order_M) == count else np.concatenate(world().gather(own_LEM), axis=2)
 
 
 def patch_grid(model: MoEViT) -> tuple[int, int]:

@@ -29,8 +29,9 @@ LEGEND = (
     "compiled. Macro-F1 on the test images before: as the run was scored."
 )
 EXPERT_LEGEND = (
-    "Load: share of the validation assignments, before. Error: of the expert's outputs after quantisation, over their "
-    "size. Points lost: of validation macro-F1, where this part alone is quantised."
+    "Load: share of the validation assignments, before. Error: of the outputs of the expert when it is quantised, root "
+    "mean square over that of the outputs. Points lost: of validation macro-F1, where it alone is quantised. Experts "
+    "in float16 have these figures of the format that they were spared."
 )
 EXPERT_HEADER = ["expert", "load", "what was done", "error", "points lost"]
 

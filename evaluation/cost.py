@@ -1,6 +1,7 @@
 """The cost of a model: parameters and FLOPs."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from model.backbone import Backbone
 from model.classifier import VisionMoE
 from model.moe_vit import AnyMoE, MoEViT
+from model.quantised import num_parameters, part_bytes, part_numbers
 
 
 @dataclass(frozen=True)
@@ -109,16 +111,31 @@ def expert_costs(model: AnyMoE) -> list[ExpertCost]:
     if isinstance(model, MoEViT):
         tokens = model.num_tokens if model.mixtures[0].by_image else 1
         each = [mixture.experts for mixture in model.mixtures[: len(model.blocks)]]
-        counts = [
-            sum(experts.parameters_of(e) for experts in each) for e in range(model.mixtures[0].router.num_experts)
+        return [
+            ExpertCost(
+                sum(experts.parameters_of(e) for experts in each),
+                sum(_bytes_inside(experts, e) for experts in each),
+                tokens * each[0].flops_of(e),
+            )
+            for e in range(model.mixtures[0].router.num_experts)
         ]
-        return [ExpertCost(count, 4 * count, tokens * each[0].flops_of(e)) for e, count in enumerate(counts)]
     x_BD = torch.zeros(1, model.neck.out_features, device=next(model.parameters()).device)
     sizes = [sum(v.numel() * v.element_size() for v in expert.state_dict().values()) for expert in model.moe.experts]
     return [
         ExpertCost(parameters(expert), size, flops(expert, x_BD))
         for expert, size in zip(model.moe.experts, sizes, strict=True)
     ]
+
+
+def _bytes_inside(experts: Any, expert: int) -> int:
+    """Bytes of one expert of a block: its matrices as they are stored, and all else in float32."""
+    count = experts.parameters_of(expert)
+    try:
+        matrices = experts.matrices()
+    except ValueError:  # a kind of a plug-in, whose matrices are as they were trained
+        return 4 * count
+    others = count - sum(part_numbers(matrix, expert) for matrix in matrices)
+    return 4 * others + sum(part_bytes(matrix, expert) for matrix in matrices)
 
 
 def cost(model: AnyMoE, backbone: Backbone, feature_shape: tuple[int, ...]) -> Cost:
@@ -136,7 +153,7 @@ def cost(model: AnyMoE, backbone: Backbone, feature_shape: tuple[int, ...]) -> C
 
 def parameters(module: nn.Module) -> int:
     """Number of parameters, frozen ones included."""
-    return sum(parameter.numel() for parameter in module.parameters())
+    return num_parameters(module)
 
 
 @torch.no_grad()

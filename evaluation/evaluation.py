@@ -3,9 +3,11 @@
 from typing import Any
 
 import numpy as np
+import torch
 
 from analysis import answers, experts, gate, routing
 from analysis.routing import balance_figures
+from common.distributed import world
 from common.environment import environment
 from common.files import write_json
 from config.config import Config, flatten
@@ -14,7 +16,8 @@ from evaluation.blocks import WORTH_IMAGES, block_results, hardly_used, without_
 from evaluation.compression import with_test_score
 from evaluation.cost import expert_costs
 from evaluation.metrics import per_class_scores, scores
-from evaluation.predict import Predictions, predict
+from evaluation.predict import predict
+from evaluation.predictions import Predictions
 from evaluation.reporting import report
 from evaluation.run_cost import run_cost
 from evaluation.run_state import run_state
@@ -43,6 +46,7 @@ def evaluate(
 
     backbone: to compute the total cost. worth_images: test images for the ablation of experts in single blocks of a ViT
     (None: 2,048 on a GPU, 0 on a CPU). Leaves the model in evaluation mode. Returns the content of metrics.json.
+    Several processes share the work; rank 0 writes and reports.
     """
     # Here, because importing what draws and writes pages takes a second, which a wrong option need not wait for.
     from evaluation.figures import Evaluated, draw, warn_of_letters
@@ -51,10 +55,16 @@ def evaluate(
 
     model.eval()
     predictions = predict(model, bank, "test", removals=True)
+    if world().several:  # what figures read of it is extracted by all
+        next(bank.batches("validation", 1, torch.tensor([0])))
     test = bank.splits.test
     results = _results(predictions, test, config, model) | {"environment": environment(bank.device)}
     results |= _blocks(predictions, test, model, bank, worth_images)
-    kept = read_description(run).get("epoch") if run.model.is_file() else None
+    if not world().first:
+        return results
+    described = read_description(run) if run.model.is_file() else {}
+    kept = described.get("epoch")
+    results |= {"init": described["init"]} if described.get("init") else {}
     load_E, history = np.array(results["expert_load"]), run.history()
     results["cost"] = run_cost(model, backbone, bank.feature_shape, load_E, history, kept)
     if state := run_state(history, flatten(config.to_dict()), None):

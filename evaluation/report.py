@@ -44,6 +44,7 @@ def write_report(run: RunFolder, config: Config, results: dict[str, Any], drawin
     page = templates.get_template("report.html.j2").render(
         name=run.path.resolve().name,
         subtitle=f"{config.data.name}, {config.backbone.name}, {_rule(config)}",
+        origin=_origin(results),
         remarks=[line for line in (results.get("state"), results.get("dense_twin", {}).get("text")) if line],
         headline=_headline(results),
         figures=[_embed(drawing) for drawing in drawings],
@@ -53,6 +54,14 @@ def write_report(run: RunFolder, config: Config, results: dict[str, Any], drawin
     )
     write_text(run.report, page)
     return run.report
+
+
+def _origin(results: dict[str, Any]) -> str:
+    """Which run this one starts from, in words; empty where it starts from random numbers."""
+    if not (init := results.get("init")):
+        return ""
+    common = f"{len(init['classes'])} of {len(results['class_names'])} classes in common"
+    return f"Starts from {init['run']}, epoch {init['epoch']}, {common}."
 
 
 def _rule(config: Config) -> str:

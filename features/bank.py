@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.distributed import world
 from common.meter import meter
 from config.features import FeaturesConfig
 from data.augment import AugmentConfig, View, apply_view, draw_view
@@ -18,6 +19,7 @@ from data.image_set import Splits
 from features.announcement import Announcement
 from features.cache import FeatureCache
 from features.placement import DeviceMemory, HostCopy, Stored, fetch_ahead
+from features.together import bring_together, own_batches, shared_file
 
 STORAGE = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 DEVICE_SHARE = 0.5  # share of a GPU's free memory for features; the rest is for the model and its optimizer
@@ -140,6 +142,7 @@ class FeatureBank:
         if name not in self._stored:
             self._announce(split, view)
             found = self.cache.load(self._key(split, view)) if self.cache else None
+            found = found if world().all(found is not None) else None
             self._stored[name] = self._extract_view(split, view) if found is None else self._place(found)
         return self._stored[name]
 
@@ -184,7 +187,7 @@ class FeatureBank:
                 return self._extract(images, index_B, drawn).to(self._dtype)
             except torch.OutOfMemoryError:
                 host_copy.finish()
-                if not self._make_room(stored):
+                if world().several or not self._make_room(stored):  # one of several cannot decide for the others
                     raise
             return self._extract(images, index_B, drawn).to(self._dtype)
 
@@ -193,23 +196,36 @@ class FeatureBank:
             if stored.draft is not None:
                 unless_whole.callback(stored.draft.discard)
             batches = torch.arange(total, device=images.device).split(self.config.batch_size)
-            with meter(label, total) as done, _batch_by_core(self.device) as each:
-                starts = range(0, total, self.config.batch_size)
-                for start, features in zip(starts, each(extract, batches), strict=True):
+            own, start = own_batches(batches), world().part(len(batches)).start * self.config.batch_size
+            with meter(label, sum(map(len, own))) as done, _batch_by_core(self.device) as each:
+                for features in each(extract, own):
                     stored.put(start, features, host_copy)
+                    start += len(features)
                     done(len(features))
             host_copy.finish()
+            if world().several:
+                self._bring_together(stored)
             unless_whole.pop_all()
         return self._settle(stored)
+
+    def _bring_together(self, stored: Stored) -> None:
+        """Have what all processes extracted, in each of them."""
+        if stored.device is not None:
+            bring_together(stored.device, self.config.batch_size)
+        elif not stored.shared:
+            bring_together(stored.host, self.config.batch_size)
+        world().wait()  # until the file, if there is one, is complete
 
     def _allocate(self, split: str, view: int | None) -> Stored:
         shape = (len(self.splits[split]), *self.feature_shape)
         stored = Stored(device=self._take(shape))
-        if self.cache is not None:
+        if self.cache is not None and world().first:
             stored.draft = self.cache.draft(self._key(split, view), shape, self._dtype)
-        if stored.draft is not None:
-            stored.host = stored.draft.tensor
-        elif stored.device is None:
+        if self.cache is not None:
+            stored.host = shared_file(stored.draft, shape, self._dtype)
+            stored.shared = stored.host is not None
+            stored.draft = stored.draft if stored.shared else None
+        if stored.host is None and stored.device is None:
             stored.host = torch.empty(shape, dtype=self._dtype)
         return stored
 
@@ -233,11 +249,14 @@ class FeatureBank:
     def _take(self, shape: tuple[int, ...]) -> Tensor | None:
         """Device memory for a view, or None if it does not fit."""
         size = torch.Size(shape).numel() * self._dtype.itemsize
-        if self.memory is None or size > self._budget or size > self.memory.free():
+        fits = self.memory is not None and size <= self._budget and size <= self.memory.free()
+        if not world().all(fits):
             return None
         try:
             taken = self.memory.empty(shape, self._dtype)
         except torch.OutOfMemoryError:
+            if world().several:
+                raise
             self._fall_back()
             return None
         self._budget -= size

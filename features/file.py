@@ -48,7 +48,7 @@ class Draft:
             _take_space(self.file.fileno(), len(header), size)
             whole = torch.from_file(str(self.temporary), shared=True, size=len(header) + size, dtype=torch.uint8)
             unless_whole.pop_all()
-        self.tensor = whole[len(header) :].view(dtype).view(shape)
+        self.tensor, self.start = whole[len(header) :].view(dtype).view(shape), len(header)
 
     def finish(self) -> bool:
         """Write the checksums, flush to disk, rename. Returns whether that worked; warns if not."""
@@ -80,6 +80,12 @@ class Draft:
         text = json.dumps({"__metadata__": metadata, TENSOR: tensor}).encode()
         text += b" " * (-(len(text) + 8) % 64)  # features begin at an aligned address
         return len(text).to_bytes(8, "little") + text
+
+
+def mapped(path: Path, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """The tensor of another process's draft, to write to: the mapped file itself, from byte `start` on."""
+    size = start + torch.Size(shape).numel() * dtype.itemsize
+    return torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)[start:].view(dtype).view(shape)
 
 
 def gigabytes(size: float) -> str:

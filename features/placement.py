@@ -118,11 +118,15 @@ class HostCopy:
 
 @dataclass
 class Stored:
-    """The features of one view: on a GPU, or in host memory (maybe a mapped file) if `device` is None."""
+    """The features of one view: on a GPU, or in host memory (maybe a mapped file) if `device` is None.
+
+    shared: `host` is a file that all processes of a run write to.
+    """
 
     device: Tensor | None = None
     host: Tensor | None = None
     draft: Draft | None = None
+    shared: bool = False
 
     def put(self, start: int, features: Tensor, host_copy: HostCopy) -> None:
         """Store a batch whose first row is `start`."""

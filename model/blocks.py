@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from .classifier import NeckConfig
+from .distributed import is_split
 from .experts import EXPERTS, ExpertsConfig
+from .quantised import store
 from .routers import ROUTERS, RouterConfig, Routing, build_router
 
 
@@ -33,6 +35,8 @@ class BlockMixture(nn.Module):
         self.router = build_router(router, width, num_experts, experts.work(width, width))
         kind: Any = EXPERTS[experts.kind]
         self.experts = kind(width, experts, ffn)
+        if experts.quantised:
+            store(self.experts.matrices(), experts.formats)
         self.by_image, self.class_token, self.prefix = router.level == "image", class_token, prefix
         self.register_buffer("usage_E", torch.zeros(num_experts, dtype=torch.int64))
         self.register_buffer("warmup_usage_E", torch.zeros(num_experts, dtype=torch.int64))
@@ -60,7 +64,9 @@ class BlockMixture(nn.Module):
 
     @torch.no_grad()
     def count(self, routing: Routing) -> None:
-        """Add a training batch to the counters."""
+        """Add a training batch to the counters, as `MixtureOfExperts.count`."""
+        if is_split():
+            return
         counter_E = self.usage_E if routing.learned else self.warmup_usage_E
         counter_E += routing.counts_E
 

@@ -10,7 +10,7 @@ What all processes compute alike of the whole batch, such as a balance loss, is 
 process's own rows there; the sum of these gradients is that of the whole.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -63,19 +63,23 @@ class Share:
         if len(sent) < most:
             sent = torch.cat([sent, sent.new_zeros(most - len(sent), *sent.shape[1:])])
         got = sent.new_empty(len(self.sizes) * most, *sent.shape[1:])
-        dist.all_gather_into_tensor(got, sent, group=self.group)
+        _all_gather(got, sent, group=self.group)
         rows = [part[: each * size] for part, size in zip(got.split(most), self.sizes, strict=True)]
         rows = [part.to(x.dtype) for part in rows] if x.dtype == torch.bool else rows
         rows[self.rank] = x
         return torch.cat(rows)
+
+    @property
+    def start(self) -> int:
+        """Samples of the whole batch that come before those of this process."""
+        return sum(self.sizes[: self.rank]) if self.split else 0
 
     def own(self, whole: Tensor) -> Tensor:
         """The rows of this process among those of all, (R', ...) -> (R, ...)."""
         if not self.split:
             return whole
         each = len(whole) // self.total
-        start = each * sum(self.sizes[: self.rank])
-        return whole[start : start + each * self.sizes[self.rank]]
+        return whole[each * self.start : each * (self.start + self.sizes[self.rank])]
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum over all processes; differentiable with respect to every process's part."""
@@ -101,6 +105,11 @@ def sharing(share: Share | None) -> Iterator[None]:
         _current = before
 
 
+def is_split() -> bool:
+    """Whether this process has a part of the batch only."""
+    return _current is not None and _current.split
+
+
 def gathered(x: Tensor) -> Tensor:
     """`Share.gather` of the current batch."""
     return x if _current is None else _current.gather(x)
@@ -118,8 +127,37 @@ def summed(x: Tensor) -> Tensor:
 
 def whole_size(rows: int) -> int:
     """How many rows the whole batch has, where this process has so many."""
-    share = _current
-    return rows if share is None or not share.split else rows // share.sizes[share.rank] * share.total
+    return rows // _current.sizes[_current.rank] * _current.total if _current is not None and _current.split else rows
+
+
+def rows_before(rows: int) -> int:
+    """How many rows of the whole batch come before those of this process, of which there are so many."""
+    return rows // _current.sizes[_current.rank] * _current.start if _current is not None and _current.split else 0
+
+
+def rand_like(x: Tensor) -> Tensor:
+    """Numbers drawn evenly from 0 to 1, in the shape and format of x (R, ...), without a gradient.
+
+    Of a batch that several processes hold, the numbers that one process with all of it would have drawn.
+    """
+    return _drawn(torch.rand, torch.rand_like, x)
+
+
+def randn_like(x: Tensor) -> Tensor:
+    """Numbers drawn from the standard normal distribution; else as `rand_like`."""
+    return _drawn(torch.randn, torch.randn_like, x)
+
+
+def _drawn(draw: Callable[..., Tensor], alone: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    # What is compiled knows no generator: there each process draws its own numbers.
+    if _current is None or _current.generator is None or torch.compiler.is_compiling():
+        return alone(x)
+    shape = (whole_size(len(x)), *x.shape[1:])
+    return own_rows(draw(shape, generator=_current.generator, dtype=x.dtype, device=x.device))
+
+
+# Its name since torch 2.14, and before.
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class _Sum(torch.autograd.Function):

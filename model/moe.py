@@ -1,10 +1,14 @@
 """MixtureOfExperts: router, experts, dispatch and usage counters."""
 
+from itertools import chain
+
 import torch
 from torch import Tensor, nn
 
 from .dispatch import COMBINE, dispatch
+from .distributed import is_split
 from .experts import ExpertsConfig, build_experts
+from .quantised import linear_matrices, store
 from .routers import ROUTERS, RouterConfig, Routing, build_router
 
 
@@ -37,6 +41,8 @@ class MixtureOfExperts(nn.Module):
         work = experts.work(in_features, num_classes, num_groups)
         self.router = build_router(router, in_features, num_experts, work, num_groups)
         self.experts, self.shared = build_experts(experts, in_features, num_classes, num_groups)
+        shared = (linear_matrices(expert, num_experts + index) for index, expert in enumerate(self.shared))
+        store([*self.experts.matrices(), *chain.from_iterable(shared)], experts.formats)
         self.skip = nn.Linear(in_features, num_classes) if router.overflow == "residual" else None
         self.combine, self.dispatch_mode = COMBINE[experts.combine], experts.dispatch
         self.register_buffer("usage_E", torch.zeros(num_experts, dtype=torch.int64))
@@ -54,7 +60,7 @@ class MixtureOfExperts(nn.Module):
         dispatch_mode = "static" if static and self.dispatch_mode == "auto" else self.dispatch_mode
         routing = self.router(x_BD, warmup, allowed_E)
         if self.training:
-            self._count(routing)
+            self.count(routing)
         chosen = routing.assignments
         if chosen.rows_AD is None:
             outputs_AC, order_A = dispatch(x_BD, chosen, self.experts, dispatch_mode)
@@ -74,7 +80,13 @@ class MixtureOfExperts(nn.Module):
         self.router.after_step(routing)
 
     @torch.no_grad()
-    def _count(self, routing: Routing) -> None:
+    def count(self, routing: Routing) -> None:
+        """Add a training batch to the counters.
+
+        In the forward pass of a batch that several processes hold this does nothing: it is counted as a whole.
+        """
+        if is_split():
+            return
         counter_E = self.usage_E if routing.learned else self.warmup_usage_E
         counter_E += routing.counts_E
 

@@ -16,6 +16,7 @@ from .errors import one_line
 from .experts import ExpertsConfig
 from .moe import MixtureOfExperts
 from .preparation import prepare
+from .quantised import linear_matrices, store
 from .routers import RouterConfig, Routing
 from .vit_parts import add_ffn, attend, check_vit, drop_patches, embed, pool
 
@@ -55,8 +56,10 @@ class MoEViT(nn.Module):
         self.neck = NECKS[neck.kind]((len(backbone.features) * vit.embed_dim,), neck, len(backbone.features))
         self.dropout = nn.Dropout(neck.dropout)
         self.head = None if experts.head else nn.Linear(self.neck.out_features, num_classes)
+        if self.head is not None:
+            store(linear_matrices(self.head, 0), [experts.head_weights])
         if experts.head:
-            on_top = ExpertsConfig(sizes=experts.head)
+            on_top = ExpertsConfig(sizes=experts.head, weights=experts.weights)
             self.mixtures.append(MixtureOfExperts(self.neck.out_features, num_classes, router, on_top))
             self.places += ("head",)
 

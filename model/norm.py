@@ -1,13 +1,17 @@
 """Normalisation of features: over the training samples, or of each feature group separately."""
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from .distributed import is_split, summed, whole_size
 
 
 class Standardise(nn.BatchNorm1d):
     """BatchNorm (Ioffe 2015) over (B, D) that also trains on a batch of one sample, by its running statistics.
 
     by_running: training also normalises by the running statistics, so that an output does not depend on the batch.
+    A batch that several processes share is normalised as a whole.
     """
 
     def __init__(self, num_features: int, affine: bool = True, by_running: bool = False):
@@ -15,11 +19,28 @@ class Standardise(nn.BatchNorm1d):
         self.by_running = by_running
 
     def forward(self, x_BD: Tensor) -> Tensor:
-        if not self.training or len(x_BD) > 1:
-            normalised_BD = super().forward(x_BD)  # updates the running statistics in training
+        if not self.training or whole_size(len(x_BD)) > 1:
+            # In training either updates the running statistics.
+            whole = self.training and is_split()
+            normalised_BD = self._by_whole_batch(x_BD) if whole else super().forward(x_BD)
             if not self.by_running:
                 return normalised_BD
         return F.batch_norm(x_BD, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+
+    def _by_whole_batch(self, x_BD: Tensor) -> Tensor:
+        """`nn.BatchNorm1d.forward` with the mean and the variance of the rows of all processes."""
+        count = whole_size(len(x_BD))
+        mean_D = summed(x_BD.sum(dim=0)) / count
+        centred_BD = x_BD - mean_D
+        var_D = summed(centred_BD.square().sum(dim=0)) / count
+        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
+        assert self.momentum is not None
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean_D, self.momentum)
+            self.running_var.lerp_(var_D * count / (count - 1), self.momentum)
+        normalised_BD = centred_BD * (var_D + self.eps).rsqrt()
+        return torch.addcmul(self.bias, normalised_BD, self.weight) if self.affine else normalised_BD
 
 
 class EachNorm(nn.Module):

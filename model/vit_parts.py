@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .distributed import rand_like
+
 STANDARD = ("norm1", "attn", "ls1", "norm2", "mlp", "ls2")  # timm's Block: AugReg, DeiT, CLIP, DINOv2, SigLIP, ...
 EVA = ("norm1", "attn", "gamma_1", "norm2", "mlp", "gamma_2")  # timm's EvaBlock: EVA-02, DINOv3, ...
 
@@ -42,9 +44,9 @@ def drop_patches(x_BTD: Tensor, prefix_tokens: int, share: float) -> Tensor:
     depends on the shape alone.
     """
     prefix_BRD, patches_BPD = x_BTD[:, :prefix_tokens], x_BTD[:, prefix_tokens:]
-    batch, patches, width = patches_BPD.shape
+    _, patches, width = patches_BPD.shape
     kept = max(1, round((1 - share) * patches))
-    index_BP = torch.rand(batch, patches, device=x_BTD.device).argsort(dim=1)[:, :kept]
+    index_BP = rand_like(patches_BPD[:, :, 0].float()).argsort(dim=1)[:, :kept]
     kept_BPD = patches_BPD.gather(1, index_BP[:, :, None].expand(-1, -1, width))
     return torch.cat([prefix_BRD, kept_BPD], dim=1)
 

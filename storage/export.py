@@ -6,7 +6,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from torch import nn
+from torch import Tensor, nn
 
 from common.errors import UserError
 from common.files import write_atomically, write_json
@@ -39,22 +39,31 @@ def read_description(run: RunFolder) -> dict[str, Any]:
 
 
 def load_exported(run: RunFolder, model: nn.Module, sha256: str | None = None) -> None:
-    """Load model.safetensors into `model`.
+    """Load model.safetensors into `model`. Raises UserError as `load_weights_of`, and where it does not fit."""
+    weights = load_weights_of(run, sha256)
+    try:
+        load_weights(model, weights, run.weights)
+    except UserError as error:
+        raise UserError(f"{error}; {_remedy(run)}") from error
 
-    sha256: checksum from model.json (None in runs of earlier versions). Raises UserError if the file is unreadable,
-    altered, or does not fit.
+
+def load_weights_of(run: RunFolder, sha256: str | None = None) -> dict[str, Tensor]:
+    """The tensors of model.safetensors by name.
+
+    sha256: checksum from model.json (None in runs of earlier versions). Raises UserError if the file is unreadable or
+    altered.
     """
     try:
         content = run.weights.read_bytes()
         if sha256 not in (None, hashlib.sha256(content).hexdigest()):
-            raise UserError(f"{run.weights} is corrupt: its checksum is not the one in {run.model.name}")
-        load_weights(model, load(content), run.weights)
+            raise UserError(
+                f"{run.weights} is corrupt: its checksum is not the one in {run.model.name}; {_remedy(run)}"
+            )
+        return load(content)
     except OSError as error:
         raise UserError(f"{run.weights} cannot be read ({error.strerror}): {_remedy(run)}") from error
     except (SafetensorError, ValueError) as error:
         raise UserError(f"{run.weights} is truncated or not a safetensors file ({error}): {_remedy(run)}") from error
-    except UserError as error:
-        raise UserError(f"{error}; {_remedy(run)}") from error
 
 
 def _remedy(run: RunFolder) -> str:

@@ -1,12 +1,13 @@
 """The start of a training: a new folder, or the checkpoint of an interrupted run."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from common.distributed import world
 from common.errors import Interrupted, UserError, one_line, say, warn
 from common.text import command, printable, quoted
 from config.command_line import Invocation
@@ -54,10 +55,14 @@ class Start:
     def claimed(self) -> Iterator[RunFolder]:
         """The folder of the run, created for a new run and locked for this process.
 
+        Of several processes rank 0 creates and locks it.
+
         Raises UserError and EnvironmentFault, as `RunFolder.create` and `RunFolder.claimed`.
         """
-        run = self.resumed or RunFolder.create(self.config.run_dir, self.name)
-        with run.claimed():
+        run = self.resumed
+        if run is None:
+            run = world().broadcast(RunFolder.create(self.config.run_dir, self.name) if world().first else None)
+        with run.claimed() if world().first else nullcontext():
             try:
                 yield run
             except Interrupted:
@@ -69,10 +74,16 @@ class Start:
 def start_of(invocation: Invocation) -> Start:
     """The start of the requested run; nothing is written.
 
-    Raises UserError as `load_resumable` does, and if the folder is in use or already holds a run.
+    Raises UserError as `load_resumable` does, if the folder is in use or already holds a run, and for a new run of
+    quantised experts.
     """
     config = invocation.config
     if invocation.resume is None:
+        if config.experts.quantised:
+            raise UserError(
+                "experts.weights and experts.head_weights are written by compress.py --quantise: train in float32, "
+                "then compress the run"
+            )
         if config.run_dir is not None:
             RunFolder(config.run_dir).require_not_busy()
             RunFolder(config.run_dir).require_no_run()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import multiprocessing
 
-from common.distributed import joined
+from common.distributed import joined, meeting_at
 
 SECONDS = 120.0  # that a process waits for the others
 
@@ -41,7 +41,7 @@ def _work(rank: int, size: int, folder: str, function: Callable[..., Any], argum
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "MASTER_ADDR": "localhost"}
     torch.set_num_threads(1)
     try:
-        with joined(torch.device("cpu"), SECONDS, Path(folder) / "store") as world:
+        with meeting_at(Path(folder) / "store"), joined(torch.device("cpu"), SECONDS) as world:
             torch.save(function(world, *arguments), Path(folder) / f"{rank}.pt")
     except BaseException:
         (Path(folder) / f"{rank}.failed").write_text(f"rank {rank}:\n{traceback.format_exc()}")

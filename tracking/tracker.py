@@ -201,6 +201,11 @@ def open_tracker(
     return tracker
 
 
+def silent_tracker() -> Tracker:
+    """A tracker that writes nothing: of a process whose numbers another one writes."""
+    return Tracker(open(os.devnull, "w", encoding="utf-8"))
+
+
 def open_evaluation(mode: str, run_dir: Path, config: dict, *, name: str, tags: Sequence[str] = ()) -> Tracker:
     """A tracker for a later evaluation of the run in `run_dir`: a task of its own under that of the training.
 
@@ -242,7 +247,7 @@ def _remember(run_dir: Path, clearml: ClearMLTask, whole: bool) -> None:
     try:
         write_json(run_dir / "clearml.json", [*others, task])
     except UserError as error:
-        say(f"tracking: {error}; going on")
+        say(f"tracking: {error}; training continues")
 
 
 def _first_task(attempts: Sequence[str], tolerant: bool, *task: Any) -> tuple[ClearMLTask | None, list[str]]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.distributed import world
 from model.moe_vit import AnyMoE, MoEViT
 from training.step import StepResult, TrainingStep
 
@@ -38,8 +39,8 @@ class Captured:
     stay where they are. The tensors of a result are overwritten by the next call.
     """
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    def __init__(self, device: torch.device, generator: torch.Generator | None = None):
+        self.device, self.generator = device, generator
         self.stream = torch.cuda.Stream(device)
         self.seen: Counter[Hashable] = Counter()  # calls by argument
         self.graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, Any]] = {}
@@ -65,7 +66,11 @@ class Captured:
     def _capture(self, run: Callable[[Any], Any], argument: Hashable) -> None:
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self.graphs.values()))[0].pool() if self.graphs else None
-        with torch.cuda.graph(graph, pool=pool, stream=self.stream):
+        if self.generator is not None:
+            graph.register_generator_state(self.generator)
+        # Of several processes, threads of NCCL make CUDA calls of their own meanwhile.
+        mode = {"capture_error_mode": "thread_local"} if world().several else {}
+        with torch.cuda.graph(graph, pool=pool, stream=self.stream, **mode):
             result = run(argument)
         self.graphs[argument] = graph, result
 
@@ -78,15 +83,16 @@ class GraphedStep:
     by the next step: add them up first.
     """
 
-    def __init__(self, step: TrainingStep, batch_size: int):
+    def __init__(self, step: TrainingStep, batch_size: int, generator: torch.Generator | None = None):
         self.step, self.batch_size = step, batch_size
-        self.captured = Captured(step.device)
+        self.captured = Captured(step.device, generator)
         self.features: Tensor | None = None
         self.labels_B: Tensor | None = None
 
     def __call__(self, features: Tensor, labels_B: Tensor, warmup: bool, **options: Any) -> StepResult | None:
         """Train on one batch; options: as of TrainingStep, each combination a graph of its own."""
-        if len(labels_B) != self.batch_size:
+        share = options.get("share")
+        if len(labels_B) != self.batch_size or (share is not None and not share.split):
             return self.captured.eagerly(self._step, features, labels_B, warmup, options)
         if self.features is None:
             self.features, self.labels_B = torch.empty_like(features), torch.empty_like(labels_B)

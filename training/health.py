@@ -28,8 +28,9 @@ class NumberWatch:
     before anything is validated, saved or logged. On a CPU every step checks.
     """
 
-    def __init__(self, terms: Iterable[str], device: torch.device):
+    def __init__(self, terms: Iterable[str], device: torch.device, processes: int = 1):
         self.terms = list(terms)
+        self.bad_P = torch.zeros(processes, dtype=torch.bool, device=device)  # processes with the first of them
         self.bad_T = torch.zeros(len(self.terms), dtype=torch.bool, device=device)
         self.good_steps = torch.zeros((), dtype=torch.int64, device=device)
         self.found_inf = torch.zeros((), device=device)
@@ -37,13 +38,15 @@ class NumberWatch:
 
     def reset(self) -> None:
         """Restart the count of steps, in place, because a captured step writes to the same tensors."""
-        for tensor in (self.bad_T, self.good_steps, self.found_inf):
+        for tensor in (self.bad_T, self.bad_P, self.good_steps, self.found_inf):
             tensor.zero_()
 
-    def record(self, values: dict[str, Tensor]) -> None:
-        """Record a step's scalars; a missing term counts as finite."""
+    def record(self, values: dict[str, Tensor], bad_P: Tensor | None = None) -> None:
+        """Record a step's scalars; a missing term counts as finite. bad_P: bool, whose input or loss was not finite."""
         values_T = torch.stack([values.get(term, self._zero).detach().float() for term in self.terms])
         now_T = ~torch.isfinite(values_T)
+        if bad_P is not None:
+            self.bad_P.copy_(torch.where(self.bad_T.any(), self.bad_P, bad_P))
         self.bad_T.copy_(torch.where(self.bad_T.any(), self.bad_T, now_T))
         self.found_inf.copy_(self.bad_T.any())
         self.good_steps += self.found_inf == 0
@@ -54,9 +57,13 @@ class NumberWatch:
             return None
         return int(self.good_steps), self.terms[int(self.bad_T.to(torch.uint8).argmax())]
 
+    def where(self) -> str:
+        """ " on rank 1": the first process that had the number, of several; waits for a GPU."""
+        return f" on rank {int(self.bad_P.to(torch.uint8).argmax())}" if self.bad_P.any() else ""
 
-def not_finite(term: str, step: int, epoch: int, kept: str) -> UserError:
-    """The error that ends training. kept: the last good checkpoint, in words."""
+
+def not_finite(term: str, step: int, epoch: int, kept: str, where: str = "") -> UserError:
+    """The error that ends training. kept: the last good checkpoint, in words. where: the process, of several."""
     kind, _, name = term.rpartition(" ")
     weight = f" or --balance.{name}" if kind == "auxiliary loss" else ""
     remedy = REMEDIES.get(term, f"lower --optim.lr{weight}")
@@ -64,7 +71,7 @@ def not_finite(term: str, step: int, epoch: int, kept: str) -> UserError:
         cause = f"set --balance.{name} to 0 or" if weight else "lower the weights of --balance, or"
         remedy = f"no weight has changed yet, so {cause} set --router.temperature and --router.noise_std closer to 1"
     return UserError(
-        f"the {term} is not finite at step {step}, in epoch {epoch}: {remedy} (last good checkpoint: {kept})"
+        f"the {term} is not finite{where} at step {step}, in epoch {epoch}: {remedy} (last good checkpoint: {kept})"
     )
 
 

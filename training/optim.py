@@ -1,11 +1,13 @@
 """The optimizer and its schedule."""
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
 
 from config.optim import OptimConfig
+from model.parts import class_rows, part_of
 
 
 def lr_factor(step: int, total_steps: int, config: OptimConfig) -> float:
@@ -24,8 +26,9 @@ def lr_factor(step: int, total_steps: int, config: OptimConfig) -> float:
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, total_steps: int, config: OptimConfig) -> None:
     """Set the learning rate of a step (0-based) in every parameter group."""
-    lr = config.lr * lr_factor(step, total_steps, config)
+    peak = config.lr * lr_factor(step, total_steps, config)
     for group in optimizer.param_groups:
+        lr = peak * group.get("multiple", 1.0)
         if isinstance(group["lr"], torch.Tensor):
             group["lr"].fill_(lr)
         else:
@@ -37,6 +40,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     from timm.optim import param_groups_weight_decay  # here, because importing timm takes seconds
 
     groups = param_groups_weight_decay(model, config.weight_decay)
+    if config.lr_of:
+        groups = _by_rate(model, groups, config.multiples)
     kinds = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
     device = next(model.parameters()).device
     if device.type != "cuda":
@@ -46,3 +51,15 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     optimizer = kinds[config.kind](groups, fused=True, capturable=True)
     optimizer._warned_capturable_if_run_uncaptured = True  # the first steps are not captured, and PyTorch would warn
     return optimizer
+
+
+def _by_rate(model: nn.Module, groups: list[dict[str, Any]], multiples: dict[str, float]) -> list[dict[str, Any]]:
+    """The groups split by the part that each parameter belongs to, where that has a learning rate of its own."""
+    rows = class_rows(model)
+    multiple = {value: multiples.get(part_of(name, rows) or "", 1.0) for name, value in model.named_parameters()}
+    return [
+        {**group, "params": chosen, "multiple": times}
+        for group in groups
+        for times in dict.fromkeys([1.0, *multiples.values()])
+        if (chosen := [value for value in group["params"] if multiple[value] == times])
+    ]

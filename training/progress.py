@@ -25,7 +25,7 @@ class EpochSums:
     dropped: Tensor
     samples: int = 0
     learned_samples: int = 0
-    assignments: int = 0
+    assignments: int | Tensor = 0
     auxiliary: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
@@ -37,7 +37,7 @@ class EpochSums:
     def add(self, result: StepResult, samples: int) -> None:
         """Add a step on `samples` samples."""
         self.samples += samples
-        self.assignments += result.assignments
+        self.assignments = self.assignments + result.assignments
         self.loss += result.loss * samples
         self.correct += result.correct
         self.dropped += result.dropped
@@ -49,7 +49,7 @@ class EpochSums:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values for `load_state_dict`."""
-        return vars(self) | {"auxiliary": dict(self.auxiliary)}
+        return vars(self) | {"auxiliary": dict(self.auxiliary), "assignments": int(self.assignments)}
 
     def load_state_dict(self, state: dict[str, Any]) -> "EpochSums":
         """Load a state from `state_dict` in place. Raises KeyError, TypeError, RuntimeError."""
@@ -75,11 +75,11 @@ class EpochSums:
         usage_LE: samples that the learned gate sent to each expert at each of `places`. floors: the auxiliary losses at
         perfect balance.
         """
-        dropped = float(self.dropped)
+        dropped, assignments = float(self.dropped), int(self.assignments)
         values = {
             "loss/train": float(self.loss) / self.samples,
             "accuracy/train": float(self.correct) / self.samples,
-            "balance/drop_rate": dropped / (dropped + self.assignments),
+            "balance/drop_rate": dropped / (dropped + assignments),
         }
         for name, total_L in self.auxiliary.items():
             losses_L = (total_L / self.learned_samples).tolist()

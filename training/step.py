@@ -8,8 +8,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from common.distributed import world
 from model.balance import BalanceConfig, losses_by_place, weighted_sum
+from model.distributed import Share, sharing
 from model.moe_vit import AnyMoE
+from model.routers import Routing
+from model.transfer import Frozen
+from model.whole_batch import whole_batch
+from training.exchange import Exchange
 from training.health import OUTPUT, NumberWatch
 
 
@@ -19,7 +25,8 @@ class StepResult:
 
     loss: mean task loss. correct: samples classified right. importance_LE: gate weight of each expert at each place,
     summed. dropped: choices without a place in an expert. auxiliary: unweighted balance losses by name, (L,).
-    assignments, learned: known to the host; learned is False in random warm-up.
+    assignments, learned: known to the host; learned is False in random warm-up. Of a batch that several processes share
+    all of that is of the whole batch, the same in each, and assignments are on the device.
     """
 
     loss: Tensor
@@ -27,7 +34,7 @@ class StepResult:
     importance_LE: Tensor
     dropped: Tensor
     auxiliary: dict[str, Tensor]
-    assignments: int
+    assignments: int | Tensor
     learned: bool
 
 
@@ -46,49 +53,74 @@ class TrainingStep:
         label_smoothing: float,
         clip_norm: float,
         precision: str,
+        frozen: Frozen | None = None,
     ):
-        self.model, self.optimizer, self.balance = model, optimizer, balance
+        self.model, self.optimizer, self.balance, self.frozen = model, optimizer, balance, frozen
         self.label_smoothing, self.clip_norm = label_smoothing, clip_norm
         self.parameters = list(model.parameters())
         self.device = self.parameters[0].device
         self.half = precision == "bfloat16" or (precision == "auto" and self.device.type == "cuda")
         self.looks = self.device.type == "cpu"
         terms = [OUTPUT, "task loss", *(f"auxiliary loss {name}" for name in vars(balance)), "gradient"]
-        self.numbers = NumberWatch(terms, self.device)
+        self.numbers = NumberWatch(terms, self.device, world().size)
+        self.exchange = Exchange(self.parameters, world())
 
-    def __call__(self, features: Tensor, labels_B: Tensor, warmup: bool, **options: Any) -> StepResult | None:
+    def __call__(
+        self, features: Tensor, labels_B: Tensor, warmup: bool, share: Share | None = None, **options: Any
+    ) -> StepResult | None:
         """Train on one batch. None: not done, because a number is not finite (CPU only).
 
+        share: of a batch that several processes have, to which these samples belong (None: they are all of it).
         options: of the model's forward pass: static=True for shapes that suit a CUDA graph, patch_dropout.
         """
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half), sharing(share):
             logits_BC, routings = self.model(features, warmup=warmup, **options)
+        if share is not None:
+            routings = self._of_whole_batch(routings, share)
         auxiliary = losses_by_place(routings, self.balance)
         task_loss = F.cross_entropy(logits_BC, labels_B, label_smoothing=self.label_smoothing)
+        task_loss = task_loss if share is None else task_loss * share.part  # so that the sum over processes is the mean
         self.optimizer.zero_grad(set_to_none=True)
         (task_loss + weighted_sum(auxiliary, self.balance)).backward()
-        norm = self._clip()
+        correct = (logits_BC.argmax(dim=-1) == labels_B).sum()
         # A sum over the features, in float32, is not finite where one of them is not.
-        values = {OUTPUT: features.sum(dtype=torch.float32), "task loss": task_loss, "gradient": norm}
-        self.numbers.record(values | {f"auxiliary loss {name}": loss.sum() for name, loss in auxiliary.items()})
+        output, bad_P = features.sum(dtype=torch.float32), None
+        if share is not None:
+            output, task_loss, correct, bad_P = self.exchange(share, output, task_loss, correct)
+        if self.frozen:
+            self.frozen.before_step()
+        values = {OUTPUT: output, "task loss": task_loss, "gradient": self._clip()}
+        values |= {f"auxiliary loss {name}": loss.sum() for name, loss in auxiliary.items()}
+        self.numbers.record(values, *(() if bad_P is None else (bad_P,)))
         if self.looks and self.numbers.check():
             return None
         if not self.looks:
             self.optimizer.found_inf = self.numbers.found_inf
         self.optimizer.step()
         self.model.after_step(routings)
-        return self._result(task_loss, logits_BC, labels_B, routings, auxiliary)
+        if self.frozen:
+            self.frozen.after_step()
+        return self._result(task_loss, correct, routings, auxiliary, share is not None and share.split)
+
+    def _of_whole_batch(self, routings: tuple[Routing, ...], share: Share) -> tuple[Routing, ...]:
+        """The routings of all processes together, which are counted here; the model has counted a batch of its own."""
+        if share.split:
+            routings = whole_batch(routings, share)
+            for mixture, routing in zip(self.model.mixtures, routings, strict=True):
+                mixture.count(routing)
+        return routings
 
     @torch.no_grad()
-    def _result(self, task_loss, logits_BC, labels_B, routings, auxiliary) -> StepResult:
+    def _result(self, task_loss, correct, routings, auxiliary, split: bool) -> StepResult:
         dropped = [routing.dropped for routing in routings if routing.dropped is not None]
+        counts = [routing.counts_E.sum() if split else len(routing.sample_A) for routing in routings]
         return StepResult(
             loss=task_loss.detach(),
-            correct=(logits_BC.argmax(dim=-1) == labels_B).sum(),
+            correct=correct,
             importance_LE=torch.stack([routing.importance_E for routing in routings]),
             dropped=sum(dropped) if dropped else torch.zeros_like(task_loss),
             auxiliary={name: loss.detach() for name, loss in auxiliary.items()},
-            assignments=sum(len(routing.sample_A) for routing in routings),
+            assignments=sum(counts),
             learned=routings[0].learned,
         )
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.distributed import world
 from common.errors import Interrupted, UserError
 from common.memory import peak_memory
 from common.meter import Meter, meter
@@ -18,15 +19,15 @@ from config.config import Config
 from features.bank import FeatureBank
 from features.images import ImageBank
 from model.balance import floors
+from model.distributed import Share
 from model.moe_vit import AnyMoE
+from model.transfer import Frozen
 from storage.checkpoint import (
     RESUMABLE,
     fitting,
     load_checkpoint,
     load_optimizer,
-    random_state,
     require_like,
-    restore_random_state,
     save_checkpoint,
 )
 from storage.folder import RunFolder
@@ -35,18 +36,17 @@ from training.graph import GraphedStep, worth_capturing
 from training.health import RoutingWatch, not_finite
 from training.length import Pace, check_warmup, steps_per_epoch
 from training.optim import build_optimizer, set_learning_rate
+from training.parallel import Checks, Shares
 from training.progress import EpochSums, Progress, epoch_line
 from training.step import TrainingStep
-
-CHECK_SECONDS = 0.5  # between two checks for numbers that are not finite, each of which waits for the device
 
 
 class Trainer:
     """Trains a VisionMoE on a FeatureBank, or a MoEViT on an ImageBank; saves the best and the last state.
 
     validate: scores weights after each epoch, as evaluation.validation.validate does. identity: dict from
-    assembly.pipeline.identity, stored in every checkpoint. Raises UserError for a batch larger than the training set,
-    or a routing warm-up as long as the training.
+    assembly.pipeline.identity, stored in every checkpoint. frozen: the parts of the model that do not change. Raises
+    UserError for a batch larger than the training set, or a routing warm-up as long as the training.
     """
 
     def __init__(
@@ -58,6 +58,7 @@ class Trainer:
         tracker: Tracker,
         identity: dict[str, Any],
         validate: Callable[[AnyMoE], Any],
+        frozen: Frozen | None = None,
     ):
         from timm.utils import ModelEmaV3  # here, because importing timm takes seconds
 
@@ -70,13 +71,15 @@ class Trainer:
         check_warmup(self.routing_warmup_steps, self.total_steps)
         self.pace = Pace(self.config.epochs, getattr(bank, "views_used", 0))
         self.optimizer = build_optimizer(model, self.optim)
-        decay, batch_size = self.config.ema_decay, self.config.batch_size
+        self.shares, self.checks = Shares(world(), self.config.seed, self.device), Checks(world())
+        decay, batch_size = self.config.ema_decay, self.shares.samples_here(self.config.batch_size)
         self.ema = ModelEmaV3(model, decay=decay, use_warmup=True) if decay else None
-        captured = worth_capturing(self.config.graph, model, batch_size)
+        captured = worth_capturing(self.config.graph, model, batch_size) and self.shares.static(model)
         smoothing, clip_norm, precision = self.config.label_smoothing, self.optim.clip_norm, self.config.precision
-        step = TrainingStep(model, self.optimizer, self.balance, smoothing, clip_norm, precision)
+        self.frozen = frozen
+        step = TrainingStep(model, self.optimizer, self.balance, smoothing, clip_norm, precision, frozen)
         self.numbers = step.numbers
-        self.train_step = GraphedStep(step, batch_size) if captured else step
+        self.train_step = GraphedStep(step, batch_size, self.shares.generator) if captured else step
         self.routing = RoutingWatch(model.mixtures[0].router, self.balance, self.routing_warmup_steps)
         self.where = [f" in {place.replace('_', ' ')}" if len(model.places) > 1 else "" for place in model.places]
         self.epoch, self.step = 0, 0  # epochs started, steps done
@@ -101,8 +104,9 @@ class Trainer:
         written.
         """
         try:
-            while self.progress or (self.epoch < self.config.epochs and not self._out_of_patience()):
-                self._epoch()
+            with self.checks.together():
+                while self.progress or (self.epoch < self.config.epochs and not self._out_of_patience()):
+                    self._epoch()
         except Interrupted:
             self._write_checkpoints()
             raise
@@ -155,7 +159,8 @@ class Trainer:
 
     def _end_epoch(self, values: dict[str, float]) -> None:
         """Log and save an epoch."""
-        self.run.require()
+        if world().first:
+            self.run.require()
         macro_f1 = values["macro_f1/validation"]
         last = self.config.keep == "last"
         better = macro_f1 >= self.best["macro_f1"] and not last  # of equal epochs the later one, which trained longer
@@ -178,22 +183,22 @@ class Trainer:
 
     def _train_epoch(self, progress: Progress) -> dict[str, float]:
         self.model.train()
+        if self.frozen:
+            self.frozen.hold()
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.epoch)
         order_N = torch.randperm(len(self.bank.splits.train), generator=generator)
         remaining_N = order_N[progress.batches * self.config.batch_size :]
-        batches = self.bank.batches("train", self.config.batch_size, remaining_N, view=self.epoch - 1)
-        checked = time.perf_counter()
+        batches = self.shares.batches(self.bank, self.config.batch_size, remaining_N, view=self.epoch - 1)
         self.numbers.reset()
         self.first_step = self.step
         with self._meter(progress) as done:
             done.note = progress.sums.running
-            for features, labels_B in batches:
-                with defer_signals:
-                    self._train_batch(features, labels_B, progress)
-                if time.perf_counter() - checked > CHECK_SECONDS:
+            for features, labels_B, share in batches:
+                with defer_signals, self.shares.random_numbers(share, self.step):
+                    self._train_batch(features, labels_B, share, progress)
+                if self.checks.due():
                     self._require_finite()
-                    checked = time.perf_counter()
-                done(len(labels_B))
+                done(len(labels_B) if share is None else share.total)
         self._require_finite()
         usage_LE = (self._usage() - progress.usage_before_LE).cpu().numpy()
         if progress.sums.learned_samples == progress.sums.samples:
@@ -211,12 +216,13 @@ class Trainer:
         later = (epochs - self.epoch) * images
         return meter(f"epoch {self.epoch}/{epochs}", images, progress.sums.samples, later=later)
 
-    def _train_batch(self, features: Tensor, labels_B: Tensor, progress: Progress) -> None:
+    def _train_batch(self, features: Tensor, labels_B: Tensor, share: Share | None, progress: Progress) -> None:
         set_learning_rate(self.optimizer, self.step, self.total_steps, self.optim)
-        result = self.train_step(features, labels_B, self.step < self.routing_warmup_steps, **self._forward_options())
+        options = self._forward_options() | ({} if share is None else {"share": share})
+        result = self.train_step(features, labels_B, self.step < self.routing_warmup_steps, **options)
         if result is None:
             self._require_finite()
-        progress.sums.add(result, len(labels_B))
+        progress.sums.add(result, len(labels_B) if share is None else share.total)
         self.step += 1
         progress.batches += 1
         if self.ema:
@@ -231,7 +237,8 @@ class Trainer:
         """Raise UserError if a step of this epoch had a number that is not finite."""
         if found := self.numbers.check():
             good_steps, term = found
-            raise not_finite(term, self.first_step + good_steps + 1, self.epoch, self.last_saved)
+            at = (self.first_step + good_steps + 1, self.epoch, self.last_saved)
+            raise not_finite(term, *at, self.numbers.where())
 
     def _validate(self) -> dict[str, float]:
         validated = self.validate(self.evaluated)
@@ -257,11 +264,13 @@ class Trainer:
             return
         self._write_best()
         self._require_finite()
-        save_checkpoint(self.run.last, self.state_dict(), self.last_saved)
+        state = self.state_dict()
+        if world().first:
+            save_checkpoint(self.run.last, state, self.last_saved)
         self._mark_saved()
 
     def _write_best(self) -> None:
-        if not self.chosen_is_written:
+        if not self.chosen_is_written and world().first:
             save_checkpoint(self.run.best, self.chosen, self.last_saved)
             self.chosen_is_written = True
 
@@ -285,7 +294,7 @@ class Trainer:
             "best": self.best,
             "improved": self.improved,
             "warned": self.routing.warned,
-            "random": random_state(self.device),
+            "random": self.shares.state(),
             "threads": torch.get_num_threads(),
             "task_id": self.tracker.task_id,
             **self.identity,
@@ -296,6 +305,8 @@ class Trainer:
         require_like(state, RESUMABLE, self.run.last)
         with fitting(self.run.last):
             self.model.load_state_dict(state["model"])
+            if self.frozen:
+                self.frozen.remember()
             if self.ema:
                 self.ema.module.load_state_dict(state["ema"])
             load_optimizer(self.optimizer, state["optimizer"])
@@ -306,5 +317,5 @@ class Trainer:
             left = self.steps_per_epoch - self.progress.batches if self.progress else 0
             if not 0 <= left <= self.steps_per_epoch or self.step != self.epoch * self.steps_per_epoch - left:
                 raise ValueError(f"step {self.step} is not in epoch {self.epoch}")
-            restore_random_state(state["random"], self.device)
+            self.shares.load_state(state["random"], self.step)
         self._mark_saved()

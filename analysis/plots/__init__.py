@@ -1,6 +1,6 @@
 """The figures that the evaluation report, the tracker and the notebook share: arrays in, a Figure out.
 
-Nothing here shows, saves or touches pyplot's global state, but for `save`, which writes a PNG. Colours are safe
+Nothing here uses pyplot's global state; only `save` writes a file, a PNG. Colours are safe
 for colour-blind readers: Okabe-Ito for experts and series, viridis for maps. Shapes: E experts, C classes, G
 superclasses, L blocks, N samples, T epochs, M pictures of H x W pixels, R runs.
 """

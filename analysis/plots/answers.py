@@ -1,4 +1,4 @@
-"""What the model answers: samples, confusions, and how far its confidence can be trusted."""
+"""Figures of the model's answers: samples, confusions, reliability."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from analysis.plots.style import (
     short,
 )
 
-RARE = 10  # samples below which a bin says little
+RARE = 10  # bins with fewer samples are unreliable
 Chosen = Sequence[tuple[str, float]]  # expert labels and gate weights of one sample
 
 

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 
 from analysis.plots.style import EXPERT_AXIS, Names, expert_colour, heat_map, name_ticks, new_figure, short
 
-PRINTED = 16  # experts up to which there is room for numbers
+PRINTED = 16  # largest number of experts with room for numbers
 
 
 def block_load(load_LE: ArrayLike, importance_LE: ArrayLike, block_names: Names, expert_labels: Names) -> Figure:

@@ -1,4 +1,4 @@
-"""Who is sent to which expert, and what each expert is worth."""
+"""Figures of the experts: load, classes, worth, and the gate's input."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def gate_map(
     """
     points_N2, expert_N = np.asarray(plane.points_N2, dtype=float), np.asarray(expert_N)
     num_experts = len(expert_labels)
-    figure = new_figure(5.8, "What the gate reads, by expert")
+    figure = new_figure(5.8, "The gate's input, by expert")
     ax = figure.subplots()
     counts_E = np.bincount(expert_N[expert_N >= 0], minlength=num_experts)
     busiest = [expert for expert in np.argsort(-counts_E, kind="stable")[:8] if counts_E[expert]]
@@ -198,7 +198,7 @@ def gate_map(
     told = f"the nearest centre is the image's expert for {told} (the largest expert alone: {chance})"
     ax.set_xlabel(f"first discriminant axis: {first}\n{told}", fontsize=9)
     ax.set_ylabel(f"second discriminant axis: {second}", fontsize=9)
-    figure.legend(loc="outside right upper", fontsize=8, title="heaviest expert (images)", title_fontsize=8)
+    figure.legend(loc="outside right upper", fontsize=8, title="main expert (images)", title_fontsize=8)
     return figure
 
 

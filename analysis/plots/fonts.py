@@ -1,4 +1,4 @@
-"""Text of any script: each text is drawn in fonts that have its letters, as far as matplotlib finds such fonts."""
+"""Text in any script: draws each text in fonts that have its characters, if matplotlib finds them."""
 
 from __future__ import annotations
 

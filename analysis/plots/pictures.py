@@ -1,4 +1,4 @@
-"""Figures made of images: what explains single answers, and galleries."""
+"""Figures of images: explanations of single answers, and galleries."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def explanation(
     rows = len(images_MHWC)
     columns = len(maps[0]) if maps else 0
     height, width = max(1.5, 0.34 + 0.26 * bars), 9.0 + 1.5 * columns
-    figure = new_figure(rows * height + 0.7, "What the model says, and which experts say it", width)
+    figure = new_figure(rows * height + 0.7, "Predictions, and the experts behind them", width)
     grid = figure.subplots(rows, 3 + columns, squeeze=False, width_ratios=[1, 2, 2, *[0.9] * columns])
     for (picture, left, right), image, name, scores, experts in zip(
         grid[:, :3], images_MHWC, names, classes, votes, strict=True

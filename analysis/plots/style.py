@@ -1,4 +1,4 @@
-"""What all figures share: palette, page, names, heat maps, and writing a PNG."""
+"""Shared by all figures: palette, page, names, heat maps, and writing a PNG."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Names = Sequence[str]
 
 
 def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
-    """Write the figure as a PNG of 150 dpi, whole or not at all, and make its folder. Returns the path."""
+    """Write the figure as a PNG of 150 dpi, atomically, and create its folder. Returns the path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")

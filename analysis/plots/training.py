@@ -1,4 +1,4 @@
-"""What happened while a run trained: losses, scores, and the load of the experts."""
+"""Figures of the training: losses, scores, expert load."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from common.errors import EnvironmentFault, one_line, warn
 from config.config import Config
 from data.image_set import ImageSet
 from evaluation.block_routing import BlockRouting
-from evaluation.predict import Predictions
+from evaluation.predictions import Predictions
 from features.bank import FeatureBank
 from features.images import ImageBank
 from model.moe_vit import AnyMoE

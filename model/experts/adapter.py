@@ -4,7 +4,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..distributed import rand_like
 from ..options import Option, share
+from ..quantised import Matrix
 from ..routing import Assignments
 from .base import ExpertKind
 from .config import ExpertsConfig, register
@@ -71,10 +73,25 @@ class Adapters(ExpertKind, nn.Module):
         dtype = x_BTD.dtype
         hidden_BTH = F.gelu(F.linear(x_BTD, self.down.weight.to(dtype), self.down.bias.to(dtype)))
         if self.training and self.drop_path:
-            kept_B11 = torch.rand(len(x_BTD), 1, 1, device=x_BTD.device) >= self.drop_path
+            kept_B11 = rand_like(weights_BTE[:, :1, :1]) >= self.drop_path
             weights_BTE = weights_BTE * (kept_B11 / (1 - self.drop_path))
         weights_BTH = weights_BTE.to(hidden_BTH.dtype) @ self.units_EH.to(hidden_BTH.dtype)
         return dense_BTD + F.linear(self.dropout(hidden_BTH) * weights_BTH, self.up.to(dtype))
+
+    def hidden_of(self, expert: int, x_ND: Tensor) -> Tensor:
+        """The hidden units of one expert for tokens (N, D): (N, units), without dropout."""
+        units = slice(self.units_of(expert).start, self.units_of(expert).stop)
+        return F.gelu(F.linear(x_ND, self.down.weight[units].to(x_ND.dtype), self.down.bias[units].to(x_ND.dtype)))
+
+    def output_of(self, expert: int, x_ND: Tensor) -> Tensor:
+        """As ExpertKind has it."""
+        units = slice(self.units_of(expert).start, self.units_of(expert).stop)
+        return F.linear(self.hidden_of(expert, x_ND), self.up[:, units].to(x_ND.dtype))
+
+    def matrices(self) -> list[Matrix]:
+        """As ExpertKind has it; a row of an expert's part is an output channel of it."""
+        parts = tuple(range(len(self.widths))), tuple(self.widths)
+        return [Matrix(self.down, "weight", *parts, dim=0), Matrix(self, "up", *parts, dim=1)]
 
     def units_of(self, expert: int) -> range:
         """Where the hidden units of one expert are among those of all."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import Alone, run
+from ..quantised import Matrix, linear_matrices
 from .config import ExpertsConfig
 
 
@@ -30,6 +31,20 @@ class ExpertKind:
     def work(cls, widths: list[int]) -> int:
         """Multiply-adds of one expert on one sample. widths: inputs, units of each hidden layer, outputs."""
         return sum(fan_in * fan_out for fan_in, fan_out in pairwise(widths))
+
+    def output_of(self, expert: int, x_ND: Tensor) -> Tensor:
+        """place blocks: what one expert makes of tokens (N, D), not weighted.
+
+        Raises ValueError where a kind does not say it.
+        """
+        raise ValueError(f"{type(self).__name__} has no output_of(): its experts cannot be measured one by one")
+
+    def matrices(self) -> list[Matrix]:
+        """place blocks: the matrices of all experts of the block, which `experts.weights` stores in fewer bits.
+
+        Raises ValueError where a kind does not say them.
+        """
+        raise ValueError(f"{type(self).__name__} has no matrices(): set experts.weights float32")
 
 
 class LayerStack(ExpertKind, nn.Sequential):
@@ -57,7 +72,7 @@ class LayerStack(ExpertKind, nn.Sequential):
 
     def forward(self, x_BD: Tensor) -> Tensor:
         x_BD = x_BD if self.columns is None else x_BD.index_select(-1, self.columns)
-        if x_BD.dtype == self[0].weight.dtype:
+        if x_BD.dtype == self[0].bias.dtype:  # not the weight, which may be stored in fewer bits
             return super().forward(x_BD)
         return run(zip(self), x_BD, Alone())
 
@@ -117,6 +132,10 @@ class Experts(nn.ModuleList):
     def num_parameters(self) -> int:
         """Number of weights and biases of all experts."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+    def matrices(self, first: int = 0) -> list[Matrix]:
+        """The matrices of all of them. first: the number of the first expert."""
+        return [m for index, expert in enumerate(self, start=first) for m in linear_matrices(expert, index)]
 
     def go_together(self, features: int) -> bool:
         """Whether experts of one shape can be computed together: all are LayerStacks, and read all features."""

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..options import WIDEST, check_options
+from ..quantised import Format
 from ..registry import Registry
 
 if TYPE_CHECKING:
@@ -53,6 +54,11 @@ class ExpertsConfig:
     dispatch: Literal["auto", "sorted", "grouped", "dense"] = "auto"
     """How experts are computed, with equal results. sorted: one expert after the other; grouped: experts of one shape
     in one product; dense: every expert on every sample; auto: by size and device."""
+    weights: Format | list[Format] = "float32"
+    """Number format in which the experts' matrices are stored, of all or of each of sizes and then of shared: float32,
+    or in a run of `compress.py --quantise` float16, int8 or fp8, which are not trained any more."""
+    head_weights: Format = "float32"
+    """place blocks: the number format of the linear head, likewise."""
 
     if TYPE_CHECKING:
 
@@ -79,10 +85,12 @@ class ExpertsConfig:
             rule = f"needs {len(self.sizes)} entries, as sizes"
             rule = "is for experts.place blocks" if self.place == "head" else rule
             raise ValueError(f"experts.head {self.head} {rule}: set that, or leave it out")
+        if self.place == "head" and self.head_weights != "float32":
+            raise ValueError(f"experts.head_weights {self.head_weights} is for experts.place blocks: leave it out")
         if self.blocks == []:
             raise ValueError("experts.blocks is empty: name at least one block, or all")
         count = len(self.sizes) + len(self.shared)
-        for name in ("dropout", "inputs"):
+        for name in ("dropout", "inputs", "weights"):
             value = getattr(self, name)
             if isinstance(value, list) and len(value) != count:
                 raise ValueError(
@@ -99,6 +107,17 @@ class ExpertsConfig:
                 raise ValueError(
                     f"experts.inputs has {groups}: an expert must read at least one feature, and each only once"
                 )
+
+    @property
+    def formats(self) -> list[str]:
+        """The number format of each routed expert, then of each shared one."""
+        count = len(self.sizes) + len(self.shared)
+        return list(self.weights) if isinstance(self.weights, list) else [self.weights] * count
+
+    @property
+    def quantised(self) -> bool:
+        """Whether any matrix is stored in fewer bits than it is trained in."""
+        return set(self.formats) | {self.head_weights} != {"float32"}
 
     def hidden(self, expert: int) -> list[int]:
         """Hidden units of each layer of one expert; shared experts are numbered after the others."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..dispatch import combine_logits, dispatch
 from ..grouped import kernel_on
+from ..quantised import Matrix, num_parameters
 from ..routing import Assignments
 from .base import ExpertKind, Experts, LayerStack
 from .config import ExpertsConfig, register
@@ -56,7 +57,7 @@ class UpcycledFFN(ExpertKind, nn.Module):
     def static_shapes(self) -> bool:
         """Whether a step never waits for the number of tokens of an expert."""
         first: Any = self.copies[0]
-        grouped = isinstance(first, LayerStack) and kernel_on(first.linears[0].weight.device)
+        grouped = isinstance(first, LayerStack) and kernel_on(first.linears[0].bias.device)
         return self.dispatch_mode in ("grouped", "dense") or (self.dispatch_mode == "auto" and grouped)
 
     def forward(self, x_BTD: Tensor, dense_BTD: Tensor, assignments: Assignments) -> Tensor:
@@ -71,9 +72,17 @@ class UpcycledFFN(ExpertKind, nn.Module):
         rest_N = 1 - each.weights_BE.sum(dim=1)
         return (mixed_ND + rest_N[:, None] * dense_BTD.flatten(0, 1)).to(dense_BTD.dtype).view_as(dense_BTD)
 
+    def output_of(self, expert: int, x_ND: Tensor) -> Tensor:
+        """As ExpertKind has it."""
+        return self.copies[expert](x_ND)
+
+    def matrices(self) -> list[Matrix]:
+        """As ExpertKind has it."""
+        return self.copies.matrices()
+
     def parameters_of(self, expert: int) -> int:
         """Weights and biases of one expert."""
-        return sum(parameter.numel() for parameter in self.copies[expert].parameters())
+        return num_parameters(self.copies[expert])
 
     def flops_of(self, expert: int) -> int:
         """Floating-point operations of one expert on one token; a multiply-add counts as two."""

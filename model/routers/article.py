@@ -2,9 +2,9 @@
 
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
+from ..distributed import randn_like
 from .config import RouterConfig, register
 from .noise import NOISE_STD
 from .token_choice import TokenChoiceRouter
@@ -27,4 +27,4 @@ class ArticleRouter(TokenChoiceRouter):
         if not self.training or self.noise_std == 0 or self.num_experts == 1:
             return logits_BE, None
         spread_B1 = logits_BE.detach().std(dim=-1, keepdim=True).clamp_min(1e-3)
-        return logits_BE + torch.randn_like(logits_BE) * self.noise_std * spread_B1, None
+        return logits_BE + randn_like(logits_BE) * self.noise_std * spread_B1, None

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..distributed import rand_like
 from ..norm import Standardise
 from ..routing import Assignments, Gate, Routing
 from .config import RouterConfig
@@ -163,7 +164,7 @@ class GatedRouter(Router):
         """The rule: from clean logits (B, E) and the std of learned noise (None: no noise) to a Routing."""
 
     def _route_at_random(self, logits_BE: Tensor) -> Routing:
-        draw_BE = torch.rand_like(logits_BE).masked_fill(logits_BE == -math.inf, -1.0)
+        draw_BE = rand_like(logits_BE).masked_fill(logits_BE == -math.inf, -1.0)
         expert_BK = draw_BE.topk(self.top_k, dim=-1).indices
         weight_BK = torch.full_like(logits_BE[:, : self.top_k], 1 / self.top_k, requires_grad=False)
         drawn = Assignments.of_each(expert_BK, weight_BK, self.num_experts)

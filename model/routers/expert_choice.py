@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..distributed import gathered, own_rows, rows_before
 from ..routing import Assignments, Drops, Routing
 from .base import GatedRouter
 from .capacity import exact, expert_capacity
@@ -61,9 +62,10 @@ class ExpertChoiceRouter(GatedRouter):
         return Routing(chosen, self._gate(logits_BE))
 
     def _take_best(self, logits_BE: Tensor, gate_BE: Tensor) -> Routing:
-        batch = len(gate_BE)
-        places = expert_capacity(batch, exact(self.per_sample), self.shares)
-        value_PE, sample_PE = gate_BE.topk(max(places), dim=0)
+        batch, before = len(gate_BE), rows_before(len(gate_BE))
+        whole_BE = gathered(gate_BE)  # of the batch that all processes hold together
+        places = expert_capacity(len(whole_BE), exact(self.per_sample), self.shares)
+        value_PE, sample_PE = whole_BE.topk(max(places), dim=0)
         columns = range(self.num_experts)
         sample_A = torch.cat([sample_PE[: places[e], e] for e in columns])
         weight_A = torch.cat([value_PE[: places[e], e] for e in columns])
@@ -71,6 +73,10 @@ class ExpertChoiceRouter(GatedRouter):
         with torch.no_grad():
             smallest_E = torch.stack([value_PE[places[e] - 1, e] for e in columns])
             self.threshold_E.lerp_(smallest_E, self.momentum)
-            unseen_B = torch.ones(batch, dtype=torch.int64, device=sample_A.device).index_fill(0, sample_A, 0)
+            unseen_B = torch.ones(len(whole_BE), dtype=torch.int64, device=sample_A.device).index_fill(0, sample_A, 0)
+            unseen_B = own_rows(unseen_B)
+        if batch < len(whole_BE):  # the experts of a process see its own samples, in a number that varies
+            own_A = (sample_A >= before) & (sample_A < before + batch)
+            sample_A, expert_A, weight_A = sample_A[own_A] - before, expert_A[own_A], weight_A[own_A]
         taken = Assignments.listed(sample_A, expert_A, weight_A, (batch, self.num_experts))
         return Routing(taken, self._gate(logits_BE), Drops(unseen_B.sum()))

@@ -5,6 +5,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..distributed import rand_like
 from .config import register
 from .token_choice import TokenChoiceRouter
 
@@ -23,5 +24,5 @@ class GShardRouter(TokenChoiceRouter):
     def _wanted(self, weight_BK: Tensor) -> Tensor | None:
         if not self.training:
             return None
-        second_B = 2 * weight_BK[:, 1].detach() > torch.rand_like(weight_BK[:, 1])
+        second_B = 2 * weight_BK[:, 1].detach() > rand_like(weight_BK[:, 1])
         return torch.stack([torch.ones_like(second_B), second_B], dim=-1)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..distributed import randn_like
 from ..options import Option, count
 from .config import RouterConfig, register
 from .noise import LearnedNoiseRouter, load_probability
@@ -101,7 +102,7 @@ class HierarchicalRouter(LearnedNoiseRouter):
         if sigma_BE is None:
             return logits_BE, None
         levels, sigmas = self._levels(logits_BE), self._split(sigma_BE)  # of the groups and of the experts
-        noisy = [clean + torch.randn_like(clean) * sigma for clean, sigma in zip(levels, sigmas, strict=True)]
+        noisy = [clean + randn_like(clean) * sigma for clean, sigma in zip(levels, sigmas, strict=True)]
         load_BG, load_BGM = (
             load_probability(clean + shift, drawn + shift, sigma, top_k)
             for clean, drawn, shift, sigma, top_k in zip(

@@ -1,8 +1,8 @@
 """Noisy top-k gating."""
 
-import torch
 from torch import Tensor
 
+from ..distributed import randn_like
 from .config import register
 from .noise import LearnedNoiseRouter, load_probability
 
@@ -17,6 +17,6 @@ class NoisyTopKRouter(LearnedNoiseRouter):
     def _scores(self, logits_BE: Tensor, sigma_BE: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if sigma_BE is None:
             return logits_BE, None
-        noisy_BE = logits_BE + torch.randn_like(logits_BE) * sigma_BE
+        noisy_BE = logits_BE + randn_like(logits_BE) * sigma_BE
         biased = self._biased(logits_BE, logits_BE), self._biased(noisy_BE, logits_BE)
         return noisy_BE, load_probability(*biased, sigma_BE, self.top_k)

@@ -5,6 +5,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..distributed import gathered, whole_size
 from ..options import Option, count
 from .config import RouterConfig, register
 from .token_choice import SoftmaxFirstRouter
@@ -47,10 +48,10 @@ class SinkhornRouter(SoftmaxFirstRouter):
 
     def _ranked(self, scores_BE: Tensor, logits_BE: Tensor) -> Tensor:
         ranked_BE = super()._ranked(scores_BE, logits_BE)
-        if not self.training or len(ranked_BE) * self.top_k < self.num_experts:
+        if not self.training or whole_size(len(ranked_BE)) * self.top_k < self.num_experts:
             return ranked_BE
         tempered_BE = ranked_BE.detach() / self.temperature
-        return tempered_BE + column_scales(tempered_BE, self.target_E, self.iterations)
+        return tempered_BE + column_scales(gathered(tempered_BE), self.target_E, self.iterations)
 
     def _weights(self, scores_BE: Tensor, expert_BK: Tensor, placed_BK: Tensor | None = None) -> Tensor:
         if self.top_k == 1:

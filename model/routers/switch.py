@@ -2,9 +2,9 @@
 
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
+from ..distributed import rand_like
 from ..options import Option, share
 from .config import RouterConfig, register
 from .token_choice import SoftmaxFirstRouter
@@ -35,4 +35,4 @@ class SwitchRouter(SoftmaxFirstRouter):
     def _perturb(self, x_BD: Tensor) -> Tensor:
         if not self.training or self.jitter == 0:
             return x_BD
-        return x_BD * torch.empty_like(x_BD).uniform_(1 - self.jitter, 1 + self.jitter)
+        return x_BD * (1 - self.jitter + 2 * self.jitter * rand_like(x_BD))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..distributed import gathered, own_rows, whole_size
 from ..routing import Assignments, Drops, Routing
 from .base import GatedRouter
 from .capacity import exact, expert_capacity, place
@@ -93,8 +94,9 @@ class TokenChoiceRouter(GatedRouter):
         """The assignments that are kept under the capacities."""
         assert self.capacity_factor is not None
         batch, k = expert_BK.shape
+        whole = whole_size(batch)  # the places are those of the batch that all processes hold together
         wanted_BK = torch.ones_like(expert_BK, dtype=torch.bool) if wanted_BK is None else wanted_BK
-        places = expert_capacity(batch, self.top_k * exact(self.capacity_factor), self.shares)
+        places = expert_capacity(whole, self.top_k * exact(self.capacity_factor), self.shares)
         capacity_E = torch.tensor(places, device=expert_BK.device)
         # Probabilities, because logits are not comparable between samples.
         priority_B = None
@@ -108,7 +110,9 @@ class TokenChoiceRouter(GatedRouter):
             spare_BS = ~torch.zeros_like(ranked_BE, dtype=torch.bool).scatter(1, expert_BK, wanted_BK).gather(
                 1, order_BE
             )
-        placed_BR = place(expert_BR, wanted_BK, capacity_E, priority_B, spare_BS)
+        asked = (gathered(expert_BR), gathered(wanted_BK), capacity_E)
+        ranks = (None if rows is None else gathered(rows) for rows in (priority_B, spare_BS))
+        placed_BR = own_rows(place(*asked, *ranks))
         if self.overflow == "next_best":
             spared_BE = torch.zeros_like(ranked_BE, dtype=torch.bool).scatter(1, order_BE, placed_BR[:, k:])
             unwanted_BK = ~wanted_BK & ~spared_BE.gather(1, expert_BK)

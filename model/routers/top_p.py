@@ -5,6 +5,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..distributed import summed, whole_size
 from ..options import Option
 from .config import RouterConfig, register
 from .token_choice import SoftmaxFirstRouter
@@ -57,5 +58,6 @@ class TopPRouter(SoftmaxFirstRouter):
             before_BE = weight_BE.cumsum(dim=-1) - weight_BE
             wanted_BE = (before_BE < self.p) & (weight_BE > 0)
             if self.training:
-                self.mean_experts.lerp_(wanted_BE.sum(dim=-1).float().mean(), self.momentum)
+                chosen = summed(wanted_BE.sum().float()) / whole_size(len(wanted_BE))
+                self.mean_experts.lerp_(chosen, self.momentum)
         return wanted_BE

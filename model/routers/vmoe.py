@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..distributed import randn_like
 from .config import RouterConfig, register
 from .noise import NOISE_STD, load_probability
 from .token_choice import SoftmaxFirstRouter
@@ -31,7 +32,7 @@ class VMoERouter(SoftmaxFirstRouter):
     def _scores(self, logits_BE: Tensor, sigma_BE: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if not self.training or self.noise_std == 0:
             return logits_BE, None
-        noisy_BE = logits_BE + torch.randn_like(logits_BE) * self.noise_std
+        noisy_BE = logits_BE + randn_like(logits_BE) * self.noise_std
         fixed_BE = torch.full_like(logits_BE, self.noise_std, requires_grad=False)
         biased = self._biased(logits_BE, logits_BE), self._biased(noisy_BE, logits_BE)
         return noisy_BE, load_probability(*biased, fixed_BE, self.top_k)

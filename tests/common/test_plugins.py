@@ -35,7 +35,7 @@ BROKEN = {
     "from model.experts import register\n@register('mlp', 'mine')\nclass Mine: pass\n": "'mlp' is registered",
     "from model.losses import register\n@register('z_loss', 'mine')\ndef mine(r): pass\n": "auxiliary loss 'z_loss' is",
     "from model.routers import register\n@register('my rule', 'mine')\nclass Mine: pass\n": "use letters, digits and _",
-    "from data.datasets import register\n@register('digits', about='x')\ndef mine(c): pass\n": "'digits' is regist",
+    "from data.datasets import register\n@register('digits', about='x')\ndef mine(c): pass\n": "'digits' is al",
     "from evaluation.figures import register\n@register('samples', 'A')\ndef mine(e): pass\n": "'samples' is regist",
 }  # fmt: skip
 

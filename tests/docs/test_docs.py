@@ -16,6 +16,7 @@ from conftest import ROOT, in_a_fork
 import compress
 import evaluate
 import predict
+import tune
 from common.errors import UserError
 from config.command_line import DEFAULT_CONFIG, parse_command_line
 from config.config import Config, write_config
@@ -39,6 +40,7 @@ PARSERS = {
     "compress.py": compress.parse,
     "evaluate.py": evaluate.parse,
     "predict.py": predict.parse,
+    "tune.py": tune.parse,
     "features.cache": cache._options,
     "distillation.train_vit_micro": train_vit_micro.parse,
 }
@@ -57,7 +59,7 @@ def commands(path: Path) -> list[str]:
     quoted = [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", prose)]
     lines += [code for code in quoted if re.match(r"(python|pip|sh|bash|pytest) ", code)]
     lines += [f"python -m {code}" for code in quoted if re.match(r"benchmarks\.\w+( |$)", code)]
-    lines += [f"python {code}" for code in quoted if re.match(r"(train|evaluate|predict|compress)\.py ", code)]
+    lines += [f"python {code}" for code in quoted if re.match(r"(train|evaluate|predict|compress|tune)\.py ", code)]
     parts = [part.strip() for line in lines for part in line.split("&&")]
     return list(dict.fromkeys(part for part in parts if shlex.split(part, comments=True)))
 
@@ -75,6 +77,10 @@ def parse_train(words: list[str], folder: Path) -> None:
     if "--resume" in words:  # reads the run's configuration
         run = words.index("--resume") + 1
         assert re.fullmatch(r"RUN2?|runs/\w+-[\d-]+", words[run])
+        words[run] = str(folder)
+    if "--init" in words:  # starts from the run's configuration
+        run = words.index("--init") + 1
+        assert words[run] == "RUN"
         words[run] = str(folder)
     if "--help" in words or "--print_config" in words:
         with pytest.raises(SystemExit) as left:

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import torch
 import yaml
 from conftest import PNG, ROOT
 from matplotlib.figure import Figure
@@ -60,6 +61,66 @@ def test_a_run_without_an_expert_is_a_run(tiny_run, tmp_path, call):
     assert code == 0 and "epoch   5/5" in shown
 
 
+@pytest.mark.slow
+def test_a_run_in_eight_bits_is_a_run(tiny_run, tmp_path, call):
+    out = tmp_path / "int8"
+    words = ("--quantise", "int8", "--quantise.protect", "1", "--quantise.rows", "64", "--prune", "3")
+    code, shown, _ = call(compress, tiny_run, "--out", out, *words)
+    assert code == 0 and all(f"calibrated {how}: macro-F1" in shown for how in ("equal", "as_they_come", "none"))
+    found = json.loads((out / "compression.json").read_text())
+    assert [row["done"] for row in found["experts"]] == [["int8"], ["float16"], ["int8"], ["removed"]]
+    assert all(0 < row["error"] < 0.05 for row in found["experts"][:3])
+    assert found["after"]["expert_bytes"] < 0.5 * found["before"]["expert_bytes"]
+    assert yaml.safe_load((out / "config.yaml").read_text())["experts"]["weights"] == ["int8", "float16", "int8"]
+    results = json.loads((out / "evaluation" / "metrics.json").read_text())
+    assert sum(row["bytes"] for row in results["expert_worth"]) == found["after"]["expert_bytes"]
+
+    before = load_trained(out).model.moe.experts
+    assert before[0][0].parametrizations.weight.original0.dtype == torch.int8
+    code, shown, _ = call(train, "--resume", out, "--train.epochs", "5")
+    assert code == 0 and "epoch   5/5" in shown
+    after = torch.load(out / "checkpoints" / "last.pt", weights_only=True)["model"]
+    name = "moe.experts.0.0.parametrizations.weight.original0"
+    assert torch.equal(after[name], before[0][0].parametrizations.weight.original0)
+    assert not torch.equal(after["moe.router.gate.weight"], load_trained(tiny_run).model.moe.router.gate.weight)
+    code, _, lines = call(compress, out, "--out", tmp_path / "again", "--prune", "0")
+    assert code == 2 and "quantised already" in lines[-1] and not (tmp_path / "again").exists()
+
+
+@pytest.mark.slow
+def test_a_run_with_merged_experts_is_a_run(tiny_run, tmp_path, call):
+    out = tmp_path / "merged"
+    code, shown, _ = call(compress, tiny_run, "--out", out, "--merge", "2", "--prune", "0")
+    assert code == 0 and "merge        averaged: macro-F1" in shown
+    found = json.loads((out / "compression.json").read_text())
+    assert [step["step"] for step in found["steps"]] == ["prune", "merge"]
+    [groups] = found["steps"][1]["groups"]
+    assert sorted(member for members in groups for member in members) == [0, 1, 2] and len(groups) == 2
+    assert found["after"]["expert_bytes"] < found["before"]["expert_bytes"]
+    alone, pair = sorted(groups, key=len)
+    names = [row["expert"] for row in found["experts"][1:]]
+    assert found["experts"][1 + alone[0]]["done"] == []
+    assert found["experts"][1 + pair[0]]["done"] == [f"merged with {pair[1]} · {names[pair[1]].split(' · ')[1]}"]
+    assert load_trained(out).model.moe.router.num_experts == 2
+
+
+def test_experts_in_eight_bits_are_not_trained_from_the_start(call, tmp_path):
+    words = ("--config", "configs/digits.yaml", "--experts.weights", "int8", "--run_dir", tmp_path / "run")
+    code, _, lines = call(train, *words, "--tracking", "none")
+    assert code == 2 and len(lines) == 1 and "train in float32, then compress the run" in lines[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_number_format_that_a_device_lacks_is_one_line(tiny_run, tmp_path, call, monkeypatch):
+    def lacks(*_):
+        raise RuntimeError("no kernel for float8\non this device")
+
+    monkeypatch.setattr("compression.quantise.unpack", lacks)
+    code, _, lines = call(compress, tiny_run, "--out", tmp_path / "out", "--quantise", "fp8")
+    assert code == 2 and len(lines) == 1 and "--quantise fp8 is not for cpu (no kernel for float8 on this" in lines[0]
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
@@ -71,6 +132,14 @@ def test_a_run_without_an_expert_is_a_run(tiny_run, tmp_path, call):
         ("--prune auto 1", "--prune has auto: give numbers of experts"),
         ("--prune auto --budget -1", "--budget is -1"),
         ("", "nothing to do"),
+        ("--merge 5", "--merge is 5: there are 4 experts"),
+        ("--merge 1", "fewer experts than each sample goes to"),
+        ("--prune 0 1 --merge 2", "--merge is 2: there are 2 experts"),
+        ("--merge two", "--merge is 'two': give a whole number"),
+        ("--quantise int4", "invalid choice: 'int4'"),
+        ("--prune 0 --quantise.protect auto", "name that too"),
+        ("--prune 0 --quantise int8 --quantise.protect 3", "names expert 3: experts 0 to 2 are left"),
+        ("--quantise int8 --quantise.rows 0", "--quantise.rows is 0"),
         ("--prune 1 --device gpu", "device is 'gpu'"),
         ("--prune 1 --data.root nowhere --backbone.weights nowhere", "nowhere are missing"),
     ],

@@ -93,7 +93,7 @@ def poison(trainer, what):
     train_batch = trainer._train_batch
 
     @torch.no_grad()
-    def poisoned(features, labels_B, progress):
+    def poisoned(features, labels_B, share, progress):
         if trainer.step == 6:
             if what == "output of the backbone":
                 features = features.clone()
@@ -106,7 +106,7 @@ def poison(trainer, what):
                 trainer.model.neck.norm.weight.register_hook(lambda gradient: gradient * math.nan)
             before.update({key: value.clone() for key, value in trainer.model.named_parameters()})
         with torch.enable_grad():
-            train_batch(features, labels_B, progress)
+            train_batch(features, labels_B, share, progress)
 
     trainer._train_batch = poisoned
     return before

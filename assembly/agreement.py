@@ -1,0 +1,47 @@
+"""What the processes of one run must have in common, checked before they train."""
+
+import platform
+from typing import Any
+
+import timm
+import torch
+
+from common.distributed import world
+from common.errors import UserError, one_line
+from common.text import counted
+from config.config import Config, flatten
+from data.image_set import Splits
+from model.backbone import Backbone
+from storage.folder import INCIDENTAL
+
+REMEDY = "give all processes the same command, data and software"
+
+
+def require_same_inputs(config: Config, splits: Splits, backbone: Backbone) -> None:
+    """Raise UserError in every process where options, data, backbone or versions differ between them."""
+    if not world().several:
+        return
+    options = {f"option {key}": value for key, value in flatten(config.to_dict()).items() if key not in INCIDENTAL}
+    versions = {"Python": platform.python_version(), "PyTorch": torch.__version__, "timm": timm.__version__}
+    data = {f"the {name} images": splits[name].fingerprint() for name in ("train", "validation", "test")}
+    kind = {"the kind of device": "GPU" if torch.cuda.is_available() and config.device != "cpu" else "CPU"}
+    require_same(versions | kind | options | data | {"the backbone's weights": backbone.fingerprint()})
+
+
+def require_same(facts: dict[str, Any]) -> None:
+    """Raise UserError in every process for the first fact that is another one in another process."""
+    each = world().gather({name: one_line(repr(value), 80) for name, value in facts.items()})
+    for rank, found in enumerate(each):
+        for name, value in each[0].items():
+            if found.get(name) != value:
+                other = found.get(name, "missing")
+                raise UserError(f"the processes differ: {name} is {value} on rank 0, {other} on rank {rank}: {REMEDY}")
+
+
+def require_samples(batch_size: int) -> None:
+    """Raise UserError for a batch of which some processes would have no sample."""
+    if batch_size < world().size:
+        raise UserError(
+            f"train.batch_size {batch_size} cannot be shared by {counted(world().size, 'process')}: raise it, or "
+            f"start at most {batch_size}"
+        )

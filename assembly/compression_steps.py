@@ -1,0 +1,230 @@
+"""The steps from a trained run to a smaller one, each on what the one before it has left."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from assembly.loading import OpenRun
+from assembly.pipeline import build_model
+from compression.merge import check_merge, choose_groups, fit, likeness_of_gates, merge
+from compression.observe import HEAD
+from compression.prune import check_prune, prune, prune_to_budget
+from compression.quantise import (
+    SPARED,
+    Formats,
+    Owner,
+    Scales,
+    calibrate,
+    choose_scales,
+    output_errors,
+    owners_of,
+    quantise,
+    rounded,
+)
+from config.config import Config
+from evaluation.validation import Validated, validate
+from model.moe_vit import AnyMoE
+
+AUTO = "auto"
+CALIBRATIONS = ("equal", "as_they_come", "none")
+IMAGES = 4096  # training images that are looked at, at most
+ERROR_IMAGES = 512  # validation images on which the error of each expert is measured
+BATCH = 64  # images at once
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be done, in this order.
+
+    prune: experts, or AUTO. merge: the number of experts to merge to. quantise: a number format; protect: experts that
+    stay in 16 bits, or AUTO; calibrate: one of CALIBRATIONS; rows: that an expert is calibrated on. budget: points of
+    validation macro-F1 that each step that is AUTO may lose. seconds: to measure each latency for.
+    """
+
+    prune: list[int] | str | None = None
+    merge: int | None = None
+    quantise: str | None = None
+    protect: list[int] | str = field(default_factory=list)
+    calibrate: str = "equal"
+    rows: int = 1024
+    budget: float = 0.3
+    seconds: float = 0.5
+
+
+@dataclass
+class Work:
+    """A run on its way to a smaller one: configuration and model so far, their score, and what has been done.
+
+    whole, validated: what the run's own model scores on the validation images, and the one so far.
+    """
+
+    opened: OpenRun
+    plan: Plan
+    config: Config
+    model: AnyMoE
+    whole: Validated
+    validated: Validated
+    experts: list[dict[str, Any]]
+    steps: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def begin(cls, opened: OpenRun, plan: Plan) -> "Work":
+        """Nothing is done yet but to score the whole model on the validation images."""
+        model = opened.model.eval()
+        whole = validate(model, opened.bank)
+        load_E = whole.load_LE.mean(axis=0).tolist()
+        labels = opened.config.experts.labels()
+        experts = [
+            {"expert": label, "load": load, "done": [], "becomes": index}
+            for index, (label, load) in enumerate(zip(labels, load_E, strict=True))
+        ]
+        return cls(opened, plan, opened.config, model, whole, whole, experts)
+
+    def build(self, config: Config) -> AnyMoE:
+        """The model of a configuration, with new weights, on the CPU."""
+        inputs = self.opened.inputs
+        return build_model(config, self.opened.bank.feature_shape, inputs.splits.test.num_classes, inputs.backbone)
+
+    def score(self, model: AnyMoE) -> float:
+        """Validation macro-F1."""
+        return validate(model, self.opened.bank).scores["macro_f1"]
+
+    @property
+    def least(self) -> float:
+        """The validation macro-F1 down to which a step that is automatic may go."""
+        return self.validated.scores["macro_f1"] - self.plan.budget / 100
+
+    def training(self) -> Iterator[torch.Tensor]:
+        """Batches of training images or features, in the view of the first epoch and an order of their own."""
+        count = len(self.opened.inputs.splits.train)
+        order_N = torch.randperm(count, generator=torch.Generator().manual_seed(self.config.train.seed))[:IMAGES]
+        return (inputs for inputs, _ in self.opened.bank.batches("train", BATCH, order_N, view=0))
+
+    def validation(self) -> Iterator[torch.Tensor]:
+        """Batches of some of the validation images or their features."""
+        order_N = torch.arange(min(ERROR_IMAGES, len(self.opened.inputs.splits.validation)))
+        return (inputs for inputs, _ in self.opened.bank.batches("validation", BATCH, order_N))
+
+    def take(self, config: Config, model: AnyMoE, step: str, **values: Any) -> None:
+        """Go on with what a step has made; remember the step, with the score after it."""
+        self.config, self.model, self.validated = config, model, validate(model, self.opened.bank)
+        self.steps.append({"step": step, **values, "macro_f1_validation": self.validated.scores["macro_f1"]})
+
+
+def _prune(work: Work, say: Callable[[str], None]) -> None:
+    asked = work.plan.prune
+    if isinstance(asked, list):
+        kept = check_prune(work.config, asked)
+    else:
+        kept, removals = prune_to_budget(work.config, work.model, work.build, work.score, work.least)
+        for removal in removals:
+            names = ", ".join(work.experts[expert]["expert"] for expert in removal.experts)
+            say(f"prune        without {names}: macro-F1 {100 * removal.macro_f1:.2f} %")
+        if not removals:
+            say(f"prune        every expert is missed by more than {work.plan.budget:g} points, or needed for top-k")
+    gone = [expert for expert in range(len(work.experts)) if expert not in kept]
+    work.take(*prune(work.config, work.model, kept, work.build), "prune", removed=gone)
+    for expert, row in enumerate(work.experts):
+        row["becomes"] = kept.index(expert) if expert in kept else None
+        row["done"] += ["removed"] if expert in gone else []
+
+
+def _merge(work: Work, say: Callable[[str], None]) -> None:
+    number = int(work.plan.merge or 0)
+    check_merge(work.config, number)
+    labels = work.config.experts.labels()
+    groups = choose_groups(work.config, work.model, likeness_of_gates(work.model, work.training()), number)
+    config, smaller = merge(work.config, work.model, groups, work.build)
+    averaged = work.score(smaller)
+    fit(work.model, smaller, groups, work.training())
+    work.take(config, smaller, "merge", groups=groups, macro_f1_before_fit=averaged)
+    fitted = work.validated.scores["macro_f1"]
+    say(f"merge        averaged: macro-F1 {100 * averaged:.2f} %; fitted: {100 * fitted:.2f} %")
+    for row in work.experts:
+        if row["becomes"] is not None:
+            into = [next(i for i, members in enumerate(each) if row["becomes"] in members) for each in groups]
+            others = [labels[m] for m in groups[0][into[0]] if m != row["becomes"]]
+            same = all(groups[0] == each for each in groups)
+            if not same or others:
+                row["done"].append(f"merged with {', '.join(others)}" if same else "merged, in each block with others")
+            row["becomes"] = into[0] if same else None
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """Scales, what they lose with everything quantised, and the error of each owner."""
+
+    scales: Scales
+    macro_f1: float
+    errors: dict[int, float | None]
+    fewest_rows: int | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For compression.json."""
+        values = {"macro_f1_validation": self.macro_f1, "fewest_rows": self.fewest_rows}
+        return values | {"errors": list(self.errors.values())}
+
+
+def _quantise(work: Work, say: Callable[[str], None]) -> None:
+    number_format, model, before = str(work.plan.quantise), work.model, work.validated.scores["macro_f1"]
+    owners = owners_of(model)
+    tried = {}
+    for how in CALIBRATIONS:
+        tried[how] = _try_calibration(work, owners, number_format, how)
+        errors = [error for error in tried[how].errors.values() if error is not None]
+        mean = f"mean error {100 * sum(errors) / len(errors):.2f} %"
+        say(f"quantise     calibrated {how}: macro-F1 {100 * tried[how].macro_f1:.2f} %, {mean}")
+    chosen = tried[work.plan.calibrate]
+    alone = [work.score(rounded(model, owners, {owner.number: number_format}, chosen.scales)) for owner in owners]
+    lost = {owner.number: 100 * (before - score) for owner, score in zip(owners, alone, strict=True)}
+    formats = _formats(work, owners, number_format, chosen, lost)
+    smaller = quantise(work.config, model, owners, formats, chosen.scales, work.build)
+    work.take(*smaller, "quantise", format=number_format, calibrations={how: t.to_dict() for how, t in tried.items()})
+    _note_formats(work, formats, chosen.errors, lost)
+
+
+def _try_calibration(work: Work, owners: list[Owner], number_format: str, how: str) -> _Tried:
+    model = work.model
+    found = None if how == "none" else calibrate(model, owners, work.training(), work.plan.rows, how == "equal")
+    scales = choose_scales(model, owners, number_format, found)
+    changed = rounded(model, owners, {owner.number: number_format for owner in owners}, scales)
+    fewest = found and min(found.rows[place, owner.number] for owner in owners for place in owner.parts)
+    return _Tried(scales, work.score(changed), output_errors(model, changed, owners, work.validation()), fewest)
+
+
+def _formats(
+    work: Work, owners: list[Owner], number_format: str, chosen: _Tried, lost: dict[int, float]
+) -> dict[int, str]:
+    """The format of each owner: those that lose most stay in 16 bits, as few as keep to the budget, or those named."""
+    formats = {owner.number: number_format for owner in owners}
+    if isinstance(work.plan.protect, list):
+        return formats | dict.fromkeys(work.plan.protect, SPARED)
+    for number in sorted(formats, key=lambda number: (-lost[number], -(chosen.errors[number] or 0.0))):
+        if work.score(rounded(work.model, owners, formats, chosen.scales)) >= work.least:
+            break
+        formats[number] = SPARED
+    return formats
+
+
+def _note_formats(work: Work, formats: Formats, errors: dict[int, float | None], lost: dict[int, float]) -> None:
+    """Remember what was done to each expert, to the shared ones and to the linear head."""
+    experts = work.config.experts
+    for row in work.experts:
+        if (number := row["becomes"]) is not None:
+            row["done"].append(formats[number])
+            row.update(error=errors[number], points_lost=lost[number])
+    names = dict(enumerate((f"shared {units}" for units in experts.shared_labels()), start=len(experts.sizes)))
+    names |= {HEAD: "linear head"} if HEAD in formats else {}
+    for number, name in names.items():
+        row = {"expert": name, "load": None, "done": [formats[number]], "becomes": None}
+        work.experts.append(row | {"error": errors[number], "points_lost": lost[number]})
+
+
+STEPS: dict[str, Callable[[Work, Callable[[str], None]], None]] = {
+    "prune": _prune,
+    "merge": _merge,
+    "quantise": _quantise,
+}
+"""What a plan can ask for, by the names of its fields, in the order in which it is done."""

@@ -1,0 +1,134 @@
+"""A run that starts from another one: what is read of that run, whether it fits, what is taken and what is new."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from common.errors import UserError, as_environment_fault, one_line
+from common.text import counted, printable, quoted
+from config.config import Config, flatten
+from model.moe_vit import AnyMoE
+from model.parts import PARTS, class_rows, part_of
+from model.transfer import Frozen, Shared, is_new, take
+from storage.described import describe
+from storage.export import load_weights_of
+from storage.folder import RunFolder
+from tracking.tracker import tasks_of
+
+SHAPING = (
+    *("experts.place", "experts.kind", "experts.blocks", "experts.sizes", "experts.shared", "experts.inputs"),
+    *("experts.head", "router.kind", "router.level", "router.hidden", "router.inputs", "router.norm"),
+    *("neck.kind", "neck.norm", "neck.heads"),
+)
+"""What decides which weights a model has: of the run and of those that start from it these are equal."""
+NAMED = 5  # classes that the summary names
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The run that init names: its folder, what model.json says, and its weights."""
+
+    run: RunFolder
+    described: dict[str, Any]
+    weights: dict[str, Tensor]
+
+    @property
+    def task_id(self) -> str | None:
+        """Its ClearML task on a server, where it has one."""
+        online = [task["task_id"] for task in tasks_of(self.run.path) if task["mode"] == "clearml"]
+        return online[-1] if online else None
+
+    def shared(self, class_names: Sequence[str]) -> Shared:
+        """The classes that it has in common with a run on these."""
+        return Shared.by_name(class_names, self.described["class_names"])
+
+
+def read_origin(config: Config, backbone: dict[str, str]) -> Origin | None:
+    """The run that config.init names, None where it names none; it must fit the configuration and the backbone.
+
+    backbone: name and fingerprint, as identity() has them. Raises UserError for a folder that is no run, one that is
+    damaged, another backbone, and options by which the model would have other weights.
+    """
+    if config.init is None:
+        return None
+    run = RunFolder(config.init)
+    described = describe(run)
+    named, before = f"--init {quoted(run.path)}", described["backbone"]
+    if before["fingerprint"] != backbone["fingerprint"]:
+        features = flatten(described["config"]).get("backbone.features")
+        raise UserError(
+            f"{named} was trained on backbone {before['name']} with features {features} and fingerprint "
+            f"{before['fingerprint'][:12]}, but {backbone['name']} with features {config.backbone.features} here has "
+            f"{backbone['fingerprint'][:12]}: use the run's, or start without --init"
+        )
+    theirs, ours = flatten(Config().to_dict()) | flatten(described["config"]), flatten(config.to_dict())
+    for key in SHAPING:
+        if theirs.get(key) != ours[key]:
+            raise UserError(f"{named} has {key} {theirs.get(key)}, and not {ours[key]}: leave {key} out")
+    with as_environment_fault():
+        return Origin(run, described, load_weights_of(run, described.get("weights_sha256")))
+
+
+def begin(model: AnyMoE, origin: Origin, class_names: Sequence[str], feature_shape: Sequence[int]) -> dict[str, Any]:
+    """Put the weights of `origin` into a new model; returns what is to be remembered of it, as plain values.
+
+    Raises UserError where they do not fit.
+    """
+    if origin.described["feature_shape"] != list(feature_shape):
+        raise UserError(
+            f"--init {quoted(origin.run.path)} reads features of shape {origin.described['feature_shape']}, and those "
+            f"here have {list(feature_shape)}: use the run's data.image_size and backbone.features"
+        )
+    shared = origin.shared(class_names)
+    try:
+        take(model, origin.weights, shared)
+    except ValueError as error:
+        raise UserError(f"--init {quoted(origin.run.path)} does not fit: {one_line(error)}") from error
+    return {
+        "run": str(origin.run.path),
+        "epoch": origin.described.get("epoch"),
+        "task_id": origin.task_id,
+        "classes": [class_names[row] for row in shared.new.tolist()],
+        "classes_before": len(origin.described["class_names"]),
+    }
+
+
+def freeze(config: Config, model: AnyMoE, taken: dict[str, Any] | None, class_names: Sequence[str]) -> Frozen | None:
+    """Freeze the parts that config.freeze names, of what was `taken` (see begin). Raises UserError."""
+    if taken is None or not config.freeze:
+        return None
+    shared = Shared.by_name(class_names, taken["classes"])
+    try:
+        return Frozen(model, config.freeze, shared, len(class_names))
+    except ValueError as error:
+        raise UserError(one_line(error)) from error
+
+
+def lines(config: Config, model: AnyMoE, taken: dict[str, Any], class_names: Sequence[str]) -> list[str]:
+    """What was taken, what is new and what learns how, for the terminal."""
+    rows, common = class_rows(model), len(taken["classes"])
+    parameters = dict(model.named_parameters())
+    old_parts = [
+        part
+        for part in PARTS
+        if any(part_of(name, rows) == part and not is_new(model, name) for name in parameters)
+        and (part != "head" or common)
+    ]
+    shown = ", ".join(part if part != "head" else f"{common} of {len(class_names)} class rows" for part in old_parts)
+    found = [f"init         {printable(taken['run'])}, epoch {taken['epoch']}: {shown}"]
+    new = [name for name in class_names if name not in set(taken["classes"])]
+    if new:
+        more = f" and {len(new) - NAMED:,} more" if len(new) > NAMED else ""
+        found.append(f"new          {counted(len(new), 'class row')}: {printable(', '.join(new[:NAMED]))}{more}")
+    if (left := taken["classes_before"] - common) > 0:
+        found.append(f"left out     {counted(left, 'class')} of that run, which this data does not have")
+    if config.freeze:
+        trained = sum(value.numel() for value in parameters.values() if value.requires_grad)
+        total = sum(value.numel() for value in parameters.values())
+        found.append(f"frozen       {', '.join(config.freeze)}; {trained:,} of {total:,} parameters learn")
+    if config.optim.lr_of:
+        rates = (f"{part} {config.optim.lr * times:g}" for part, times in config.optim.multiples.items())
+        found.append(f"rates        {', '.join(rates)}, the rest {config.optim.lr:g}")
+    return found

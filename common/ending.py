@@ -1,0 +1,199 @@
+"""How several processes end: when one fails, all do, and one of them says why, in one line that names it.
+
+They tell each other through a store (of torch.distributed). A process may hang in a call for another one that is gone,
+and then runs no Python: a thread of its own watches the others, and ends it.
+"""
+
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from pathlib import Path
+from typing import Any
+
+from common.errors import Interrupted, UserError, explained, say
+
+LOOK = 0.5  # seconds between two looks at the others
+FIRST = 2.0  # seconds in which rank 0 may say what all have found wrong
+PATIENCE = 5.0  # seconds in which a process that lost another one learns why
+GRACE = 10.0  # seconds that a process has to end by itself once another has failed
+# What a call for other processes raises when one of them is gone, by gloo and NCCL.
+BROKEN = ("connection closed", "connection reset", "broken pipe", "timed out", "gloo", "nccl")
+
+
+@contextmanager
+def together(rank: int, size: int, store: Any) -> Iterator[None]:
+    """Around a program that runs as so many processes; store: reached by all, for this alone.
+
+    An error ends the process here, and the others soon: the first to have one says it, rank 0 where all have the same.
+    """
+    others = _Others(rank, size, store)
+    stderr, debug = sys.stderr, "--debug" in sys.argv[1:]
+    try:
+        with _quiet(rank > 0):
+            yield
+    except BaseException as error:  # whatever ends one process ends the others
+        with redirect_stderr(stderr):
+            code = others.end(error)
+            if debug and code > 0:
+                traceback.print_exc()
+        _leave(code)
+    others.done()
+
+
+@contextmanager
+def _quiet(quiet: bool) -> Iterator[None]:
+    if not quiet:
+        yield
+        return
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
+
+
+def _leave(code: int) -> None:
+    """End at once: threads and communicators that wait for processes that are gone would hold it up."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
+
+
+class _Others:
+    """The other processes: which of them are there, and what has been said."""
+
+    def __init__(self, rank: int, size: int, store: Any):
+        self.rank, self.size, self.store = rank, size, store
+        self._lock = threading.Lock()  # a store serves one thread at a time
+        self._host = socket.gethostname()
+        self._stderr = sys.stderr
+        self._set(f"process/{rank}", f"{self._host} {os.getpid()}")
+        self._over = threading.Event()
+        threading.Thread(target=self._watch, name="others", daemon=True).start()
+
+    def done(self) -> None:
+        """This process has come to its end, and may be gone."""
+        self._set(f"done/{self.rank}", "yes")
+        self._over.set()
+
+    def end(self, error: BaseException) -> int:
+        """Say what ended this process unless another has told it; returns the exit code."""
+        self._over.set()
+        if isinstance(error, SystemExit):  # of --help and the like, in all of them
+            self._set(f"done/{self.rank}", "yes")
+            return error.code if isinstance(error.code, int) else int(error.code is not None)
+        if isinstance(error, KeyboardInterrupt):
+            code = getattr(error, "exit_code", 130)
+            line = str(error) or "interrupted by SIGINT"
+            if (lost := self._lost()) is not None:
+                line, code = f"error: {gone(lost)}", 1
+            elif self.rank > 0:
+                self._wait_for("told", FIRST)
+            self._tell(line)
+            return code
+        line, code = explained(error)
+        if _is_of_others(error):
+            return self._end_without(line)
+        alike = isinstance(error, UserError) and not isinstance(error, Interrupted)
+        if self.rank > 0 and alike:  # rank 0 says what all have found
+            self._wait_for("told", FIRST)
+        name = f"rank {self.rank}: " if self.rank > 0 or not alike else ""
+        self._tell(f"error: {name}{line}")
+        return code
+
+    def _end_without(self, line: str) -> int:
+        """A call for the other processes failed: because of one that is gone, or has said why, or none came in time."""
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline:
+            if self._has("told"):
+                return 1
+            if (lost := self._lost()) is not None:
+                self._tell(f"error: {gone(lost)}")
+                return 1
+            time.sleep(LOOK / 5)
+        self._tell(
+            f"error: rank {self.rank} waited in vain for another process ({line[:160]}): one of them hangs or is gone; "
+            "--resume goes on from the last checkpoint, --parallel.timeout sets how long it waits"
+        )
+        return 1
+
+    def _watch(self) -> None:
+        """Ends this process where another one has failed and this one hangs."""
+        since = None
+        while not self._over.wait(LOOK):
+            lost = self._lost()
+            if lost is None and not self._has("told"):
+                continue
+            since = since or time.monotonic()
+            if time.monotonic() - since > GRACE:
+                sys.stderr = self._stderr
+                if lost is not None:
+                    self._tell(f"error: {gone(lost)}")
+                _leave(1)
+
+    def _lost(self) -> int | None:
+        """A process of this machine that is gone, though it had not come to its end."""
+        for rank in range(self.size):
+            if rank == self.rank or self._has(f"done/{rank}") or not self._has(f"process/{rank}"):
+                continue
+            host, pid = self._get(f"process/{rank}").split()
+            if host == self._host and not _lives(int(pid)):
+                return rank
+        return None
+
+    def _wait_for(self, key: str, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while not self._has(key) and time.monotonic() < deadline:
+            time.sleep(LOOK / 10)
+
+    def _tell(self, line: str) -> None:
+        """Say a line, unless another process has said one."""
+        with self._lock, suppress(RuntimeError, ValueError):
+            if self.store.compare_set("told", "", str(self.rank)).decode() != str(self.rank):
+                return
+        say(line)
+
+    def _has(self, key: str) -> bool:
+        with self._lock, suppress(RuntimeError, ValueError):  # the store went with the process that held it
+            return self.store.check([key])
+        return False
+
+    def _get(self, key: str) -> str:
+        with self._lock:
+            return self.store.get(key).decode()
+
+    def _set(self, key: str, value: str) -> None:
+        with self._lock, suppress(RuntimeError, ValueError):
+            self.store.set(key, value)
+
+
+def gone(rank: int) -> str:
+    """That a process is not there any more, and what to do."""
+    return (
+        f"rank {rank} is gone: it was killed, or the machine took its memory back; --resume goes on from the last "
+        "checkpoint"
+    )
+
+
+def _is_of_others(error: BaseException) -> bool:
+    """Whether an error is that another process did not do its part."""
+    if isinstance(error, UserError) or not isinstance(error, RuntimeError):
+        return False
+    text = str(error).lower()
+    return type(error).__name__.startswith("Dist") or any(words in text for words in BROKEN)
+
+
+def _lives(pid: int) -> bool:
+    """Whether a process of this machine runs; one that has ended but was not yet asked for its code does not."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    with suppress(OSError, IndexError):  # only where there is /proc
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] not in "ZX"
+    return True

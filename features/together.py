@@ -1,0 +1,51 @@
+"""Several processes extract a view together: each passes its images through the backbone, and all have the features."""
+
+import socket
+from contextlib import suppress
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from common.distributed import world
+from features.file import Draft, mapped, say
+
+CHUNK = 2**28  # bytes that are sent at once
+
+
+def own_batches(batches: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The batches of a split that this process extracts: whole ones, of which features are the same as in one."""
+    return batches[world().part(len(batches))]
+
+
+def shared_file(draft: Draft | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+    """The features of rank 0's draft as a mapped file that all processes write to; None where not all can.
+
+    draft: of rank 0, which discards it then.
+    """
+    if not world().several:
+        return None if draft is None else draft.tensor
+    here = None if draft is None else (socket.gethostname(), draft.temporary, draft.start)
+    made = world().broadcast(here)
+    found = None if draft is None else draft.tensor
+    if made is not None and draft is None and made[0] == socket.gethostname():
+        with suppress(OSError, RuntimeError):
+            found = mapped(*made[1:], shape, dtype)
+    if world().all(found is not None):
+        return found
+    if draft is not None:
+        say(f"{draft.path} cannot be written by all processes: going on without it")
+        draft.discard()
+    return None
+
+
+def bring_together(features_NF: Tensor, batch_size: int) -> None:
+    """Send the rows that each process has extracted to all; in place."""
+    total = len(features_NF)
+    sizes = world().sizes(-(-total // batch_size))
+    start = 0
+    for rank, batches in enumerate(sizes):
+        stop = min(total, start + batches * batch_size)
+        for chunk in features_NF[start:stop].flatten().view(torch.uint8).split(CHUNK):
+            dist.broadcast(chunk, src=rank)
+        start = stop

@@ -1,0 +1,40 @@
+"""The parts of a model by name, and which of its parameters have a row for each class."""
+
+from torch import nn
+
+from .experts import LayerStack
+from .moe import MixtureOfExperts
+
+PARTS = ("neck", "router", "experts", "shared", "head")
+"""What can be frozen, or learn at its own rate. head: the rows of the classes, in whatever layer they are."""
+
+
+def part_of(name: str, class_rows: set[str]) -> str | None:
+    """The part that a parameter or buffer belongs to by its name in the state dict; None for usage counters."""
+    words = name.split(".")
+    if name in class_rows or words[0] == "head":
+        return "head"
+    for part in ("router", "shared", "experts"):
+        if part in words:
+            return part
+    return "neck" if words[0] == "neck" else None
+
+
+def class_rows(model: nn.Module) -> set[str]:
+    """The names of the parameters whose first dimension counts the classes.
+
+    Behind the ViT these are the last layers of all experts, and of what stands in for dropped ones.
+    """
+    found = {name for name, _ in model.named_parameters() if name in ("head.weight", "head.bias")}
+    for prefix, module in model.named_modules():
+        if not isinstance(module, MixtureOfExperts):
+            continue
+        lists = {"experts": module.experts, "shared": module.shared}
+        for where, experts in lists.items():
+            for number, expert in enumerate(experts):
+                if isinstance(expert, LayerStack):
+                    last = max(index for index, layer in enumerate(expert) if isinstance(layer, nn.Linear))
+                    found |= {f"{prefix}.{where}.{number}.{last}.{name}" for name in ("weight", "bias")}
+        if module.skip is not None:
+            found |= {f"{prefix}.skip.{name}" for name in ("weight", "bias")}
+    return found

@@ -1,0 +1,75 @@
+"""The routing of a batch that several processes hold, brought together: what balance losses and counters read."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .distributed import Share
+from .routing import Assignments, Drops, Gate, Routing
+
+
+def whole_batch(routings: Sequence[Routing], share: Share) -> tuple[Routing, ...]:
+    """For the routing at each place that of the whole batch, the same in all processes; two exchanges in all.
+
+    Gates have the rows of all processes, of which own rows are differentiable. Assignments are summed up: one for each
+    expert, with the number and the weight of all that it has, so that counts, demand, drops and importance are those of
+    the batch, and single samples are not to be told apart.
+    """
+    if not share.split:
+        return tuple(routings)
+    gates = _gathered([_columns(routing) for routing in routings], share)
+    sums = _summed([_sums(routing) for routing in routings], share)
+    return tuple(_whole(*parts) for parts in zip(routings, gates, sums, strict=True))
+
+
+def _columns(routing: Routing) -> list[Tensor]:
+    """The tensors of a gate that have a row for each sample, each once."""
+    gate = routing.gate
+    tempered = [] if gate.tempered_BE is gate.logits_BE else [gate.tempered_BE]
+    return [gate.logits_BE, *tempered, *(rows for rows in (gate.load_BE, gate.importance_BE) if rows is not None)]
+
+
+def _gathered(columns: list[list[Tensor]], share: Share) -> list[list[Tensor]]:
+    """The same of all processes. A sample may have several rows, its tokens, at one place and one at another."""
+    count = share.sizes[share.rank]
+    flat = [tensor.float().reshape(count, -1) for tensors in columns for tensor in tensors]
+    parts = iter(share.gather(torch.cat(flat, dim=1)).split([part.shape[1] for part in flat], dim=1))
+    return [[next(parts).reshape(-1, tensor.shape[1]) for tensor in tensors] for tensors in columns]
+
+
+def _sums(routing: Routing) -> list[Tensor]:
+    """What is added up over the processes: counts and demand (E,), drops (1,), importance (E,)."""
+    drops = routing.counts_E.new_zeros(()) if routing.drops is None else routing.drops.count
+    return [routing.counts_E, routing.demand_E, drops[None], routing.importance_E]
+
+
+def _summed(sums: list[list[Tensor]], share: Share) -> list[list[Tensor]]:
+    """Sums over the processes, in float64, which holds counts exactly; own parts stay differentiable."""
+    flat = [tensor for tensors in sums for tensor in tensors]
+    with torch.no_grad():
+        total = share.sum(torch.cat([tensor.double() for tensor in flat]))
+    parts = iter(total.split([len(tensor) for tensor in flat]))
+    return [[_with_gradient(next(parts), tensor) for tensor in tensors] for tensors in sums]
+
+
+def _with_gradient(total: Tensor, own: Tensor) -> Tensor:
+    """The total in the number format of `own`, and with its gradient."""
+    total = total.to(own.dtype)
+    return total + (own - own.detach()) if own.requires_grad else total
+
+
+def _whole(routing: Routing, gate: list[Tensor], sums: list[Tensor]) -> Routing:
+    of_gate, (counts_E, demand_E, dropped_1, importance_E) = iter(gate), sums
+    own = routing.gate
+    logits_BE = next(of_gate)
+    tempered_BE = logits_BE if own.tempered_BE is own.logits_BE else next(of_gate)
+    load_BE = None if own.load_BE is None else next(of_gate)
+    importance_BE = None if own.importance_BE is None else next(of_gate)
+    expert_E = torch.arange(len(counts_E), device=counts_E.device)
+    return Routing(
+        Assignments(torch.zeros_like(expert_E), expert_E, importance_E, len(logits_BE), counts_E),
+        Gate(logits_BE, tempered_BE, load_BE, importance_BE, own.target_E, own.work_E),
+        None if routing.drops is None else Drops(dropped_1[0], demand_E),
+        routing.learned,
+    )

@@ -1,0 +1,102 @@
+"""Runs that start from another run: through the programs, resumed, and what cannot be."""
+
+import json
+
+import pytest
+import torch
+from conftest import ROOT, TINY
+
+import train
+from common.errors import UserError
+from config.command_line import parse_command_line
+from config.config import flatten
+from evaluation.compare import compare
+from storage.checkpoint import load_checkpoint
+from storage.described import describe
+from storage.export import load_weights_of
+from storage.folder import RunFolder
+
+
+def options(run, *words) -> list[str]:
+    return ["--init", str(run), "--tracking", "none", *words]
+
+
+@pytest.fixture
+def start(monkeypatch):
+    """Run train.py in this process, without figures."""
+    from matplotlib.figure import Figure
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: path.write_bytes(_png()))
+
+    def run(*words):
+        monkeypatch.setattr("sys.argv", ["train.py", *map(str, words)])
+        train.main()
+
+    return run
+
+
+def _png() -> bytes:
+    from conftest import PNG
+
+    return PNG
+
+
+def test_the_configuration_is_that_of_the_run_but_for_what_is_its_own(tiny_run):
+    config = parse_command_line(options(tiny_run, "--train.epochs", "3", "--freeze", "router,experts")).config
+    theirs = parse_command_line(["--config", str(tiny_run / "config.yaml")]).config
+    ours, before = flatten(config.to_dict()), flatten(theirs.to_dict())
+    changed = {key for key in ours if ours[key] != before[key]}
+    assert changed == {"init", "freeze", "train.epochs", "router.warmup_steps"} | ({"run_dir"} & changed)
+    assert config.run_dir is None and config.freeze == ["router", "experts"] and config.router.warmup_steps == 0
+    moved = parse_command_line(options(tiny_run, "--data.name", "cifar100")).config
+    assert moved.data.max_per_class is None and moved.experts.sizes == theirs.experts.sizes
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_from_another_one(tiny_run, tmp_path, start, capsys):
+    words = ["--freeze", "router,experts", "--optim.lr_of", "[head:0.5]", "--data.max_classes", "7"]
+    start(*options(tiny_run, *words, "--train.epochs", "2", "--run_dir", tmp_path / "run"))
+    said = capsys.readouterr().out
+    assert "neck, router, experts, 7 of 7 class rows" in said and "left out     3 classes" in said
+    assert "frozen       router, experts" in said and "rates        head 0.005, the rest 0.01" in said
+    old, new = (load_weights_of(RunFolder(path)) for path in (tiny_run, tmp_path / "run"))
+    frozen = [name for name in new if ".router." in name or (".experts." in name and ".4." not in name)]
+    assert len(frozen) > 8 and all(torch.equal(new[name], old[name]) for name in frozen)
+    taken = describe(RunFolder(tmp_path / "run"))["init"]
+    assert taken["run"] == str(tiny_run) and taken["classes"] == [str(digit) for digit in range(7)]
+    # Resumed, the frozen parts are still frozen, whether the first run is there or not.
+    start("--resume", tmp_path / "run", "--train.epochs", "3", "--tracking", "none")
+    again = load_weights_of(RunFolder(tmp_path / "run"))
+    assert all(torch.equal(again[name], old[name]) for name in frozen)
+    assert load_checkpoint(tmp_path / "run/checkpoints/last.pt")["init"] == taken
+    assert "init" in compare([str(tiny_run), str(tmp_path / "run")], tmp_path / "compared")
+    report = (tmp_path / "run/evaluation/report.html").read_text()
+    assert "Starts from" in report and str(tiny_run) in report
+    assert json.loads((tmp_path / "run/evaluation/metrics.json").read_text())["init"]["run"] == str(tiny_run)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--backbone.features", "[cls:2,mean:2]"], "features"),
+        (["--experts.sizes", "[[16],[32]]"], "has experts.sizes .*: leave experts.sizes out"),
+        (["--router.hidden", "[8]"], "router.hidden"),
+        (["--freeze", "router,heads"], "freeze names 'heads'.*did you mean head"),
+        (["--freeze", "neck,router,experts,shared,head"], "leaves nothing to train"),
+        (["--optim.lr_of", "[gate:2]"], "optim.lr_of has 'gate:2'"),
+        (["--resume", "RUN"], "leave out --init"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(tiny_run, words, message, start, tmp_path):
+    words = [str(tiny_run) if word == "RUN" else word for word in words]
+    with pytest.raises(UserError, match=message) as raised:
+        start(*options(tiny_run, *words, "--run_dir", tmp_path / "run"))
+    assert "\n" not in str(raised.value) and not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_is_no_run_and_parts_without_one(tmp_path):
+    with pytest.raises(UserError, match="is not a run"):
+        parse_command_line(options(tmp_path))
+    with pytest.raises(UserError, match="name a run with --init"):
+        parse_command_line([*TINY.split(), "--freeze", "router"])
