@@ -1,8 +1,8 @@
 """Search a recipe's options with Optuna: each trial is a training, and the validation images alone decide.
 
-python tune.py --config configs/digits.yaml --space configs/space.yaml --trials 30
-python tune.py --config configs/digits.yaml --space configs/space.yaml --trials 60 --jobs 4
-python train.py --config runs/tune-space/best.yaml --seeds 5
+python tune.py --config configs/digits.yaml --space configs/spaces/digits.yaml --trials 30
+python tune.py --config configs/digits.yaml --space configs/spaces/digits.yaml --trials 60 --jobs 4
+python train.py --config runs/tune-digits/best.yaml --seeds 5
 
 The second command goes on where the first one stopped, or was interrupted. Options that are none of those below are
 train.py's.

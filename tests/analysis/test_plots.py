@@ -178,4 +178,3 @@ def test_a_search_shows_each_trial_and_stars_the_best():
     assert star.get_offsets().tolist() == [[1e-1, 70]]
     assert [label.get_text().strip() for label in kind.get_xticklabels()] == ["switch", "vmoe"]
     assert not any(ax.axison for ax in empty) and top_k.get_xlabel() == "router.top_k"
-    drawn(figure)
