@@ -100,6 +100,11 @@ class Config:
         self._check_inputs()
         self._check_balance()
 
+    @property
+    def random_steps(self) -> int:
+        """Training steps with random routing: none where the warm-up opens a trained gate to new experts."""
+        return 0 if self.experts.add else self.router.random_steps
+
     def _check_init(self) -> None:
         """What is for runs that start from another one."""
         self.init = None if self.init is None else absolute(self.init)
@@ -108,6 +113,8 @@ class Config:
         for part in self.freeze:
             if part not in PARTS:
                 raise ValueError(f"freeze names '{part}': the parts are {', '.join(PARTS)}{suggestion(part, PART)}")
+        if self.init is None and self.experts.add:
+            raise ValueError("experts.add puts experts beside those of a run: name it with --init")
         if self.init is None and self.freeze:
             raise ValueError(f"freeze {','.join(self.freeze)} holds what init has taken: name a run with --init")
 

@@ -64,7 +64,7 @@ class Trainer:
 
         self.model, self.bank, self.run, self.tracker = model, bank, run, tracker
         self.config, self.optim, self.balance = config.train, config.optim, config.balance
-        self.routing_warmup_steps, self.identity, self.validate = config.router.random_steps, identity, validate
+        self.routing_warmup_steps, self.identity, self.validate = config.random_steps, identity, validate
         self.device = bank.device
         self.steps_per_epoch = steps_per_epoch(self.config, len(bank.splits.train))
         self.total_steps = self.steps_per_epoch * self.config.epochs

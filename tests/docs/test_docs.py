@@ -15,6 +15,7 @@ from conftest import ROOT, in_a_fork
 
 import compress
 import evaluate
+import export
 import predict
 import tune
 from common.errors import UserError
@@ -41,6 +42,7 @@ PARSERS = {
     "evaluate.py": evaluate.parse,
     "predict.py": predict.parse,
     "tune.py": tune.parse,
+    "export.py": export.parse,
     "features.cache": cache._options,
     "distillation.train_vit_micro": train_vit_micro.parse,
 }
@@ -59,7 +61,9 @@ def commands(path: Path) -> list[str]:
     quoted = [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", prose)]
     lines += [code for code in quoted if re.match(r"(python|pip|sh|bash|pytest) ", code)]
     lines += [f"python -m {code}" for code in quoted if re.match(r"benchmarks\.\w+( |$)", code)]
-    lines += [f"python {code}" for code in quoted if re.match(r"(train|evaluate|predict|compress|tune)\.py ", code)]
+    lines += [
+        f"python {code}" for code in quoted if re.match(r"(train|evaluate|predict|compress|export|tune)\.py ", code)
+    ]
     parts = [part.strip() for line in lines for part in line.split("&&")]
     return list(dict.fromkeys(part for part in parts if shlex.split(part, comments=True)))
 
