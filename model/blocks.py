@@ -33,7 +33,7 @@ class BlockMixture(nn.Module):
         """ffn: the block's own. class_token: whether the first token is one. prefix: tokens before the patches."""
         super().__init__()
         num_experts = len(experts.sizes)
-        self.router = build_router(router, width, num_experts, experts.work(width, width))
+        self.router = build_router(router, width, num_experts, experts.work(width, width), 1, experts.grown)
         kind: Any = EXPERTS[experts.kind]
         self.experts = kind(width, experts, ffn)
         self.own_norm = experts.norm == "own"

@@ -122,6 +122,7 @@ class VisionMoE(nn.Module):
     ):
         super().__init__()
         check_parts(neck, router, experts)
+        self.first_new = experts.first_new
         expected = 2 if neck.needs_tokens else 1
         if len(feature_shape) != expected:
             raise ValueError(f"neck.kind {neck.kind} reads {expected}-dimensional features, not {feature_shape}")

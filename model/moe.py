@@ -39,7 +39,7 @@ class MixtureOfExperts(nn.Module):
         self.in_features = in_features
         num_experts = len(experts.sizes)
         work = experts.work(in_features, num_classes, num_groups)
-        self.router = build_router(router, in_features, num_experts, work, num_groups)
+        self.router = build_router(router, in_features, num_experts, work, num_groups, experts.grown)
         self.experts, self.shared = build_experts(experts, in_features, num_classes, num_groups)
         shared = (linear_matrices(expert, num_experts + index) for index, expert in enumerate(self.shared))
         store([*self.experts.matrices(), *chain.from_iterable(shared)], experts.formats)

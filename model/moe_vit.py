@@ -42,6 +42,7 @@ class MoEViT(nn.Module):
         super().__init__()
         check_block_parts(neck, router, experts)
         self._frozen = _Shared(backbone)
+        self.first_new = experts.first_new
         self.blocks = resolve_blocks(experts, backbone)
         self.places = tuple(f"block_{block}" for block in self.blocks)
         self._compiled, self._compiled_for = run_block, frozenset()
@@ -59,7 +60,8 @@ class MoEViT(nn.Module):
         if self.head is not None:
             store(linear_matrices(self.head, 0), [experts.head_weights])
         if experts.head:
-            on_top = ExpertsConfig(sizes=experts.head, weights=experts.weights)
+            new = [] if self.first_new is None else experts.head[self.first_new :]
+            on_top = ExpertsConfig(sizes=experts.head, weights=experts.weights, grown=experts.grown, add=new)
             self.mixtures.append(MixtureOfExperts(self.neck.out_features, num_classes, router, on_top))
             self.places += ("head",)
 
@@ -119,7 +121,8 @@ class MoEViT(nn.Module):
         """What the head reads, float32 (B, F), and the routings."""
         backbone = self.backbone
         vit = backbone.runner(images_BCHW.device)
-        run = self._compiled if len(images_BCHW) in self._compiled_for else run_block
+        compiled = self._compiled_for and len(images_BCHW) in self._compiled_for
+        run = self._compiled if compiled else run_block
         x_BTD, ropes = embed(vit, images_BCHW.to(backbone.dtype))
         if patch_dropout:
             if ropes[0] is not None:

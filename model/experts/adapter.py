@@ -56,6 +56,7 @@ class Adapters(ExpertKind, nn.Module):
         self.check(config)
         self.widths = [config.hidden(expert)[0] for expert in range(len(config.sizes))]
         total = sum(self.widths)
+        self.generations = [slice(sum(self.widths[:a]), sum(self.widths[:b])) for a, b in config.generation_bounds]
         self.down = nn.Linear(width, total)
         self.up = nn.Parameter(torch.zeros(width, total))
         self.drop_path, self.activation = config.drop_path, ACTIVATIONS[config.activation]
@@ -82,14 +83,20 @@ class Adapters(ExpertKind, nn.Module):
 
         dense_BTD: the frozen FFN's output. assignments: of all tokens, or of the images for all their tokens.
         """
-        weights_BTE = assignments.weights_BE.view(len(x_BTD), -1, assignments.num_experts)
+        weights_BTE = assignments.weights_BE.view(x_BTD.shape[0], -1, assignments.num_experts)
         dtype = x_BTD.dtype
-        hidden_BTH = self.activation(F.linear(x_BTD, self.down.weight.to(dtype), self.down.bias.to(dtype)))
+        down_HD, down_H = self.down.weight.to(dtype), self.down.bias.to(dtype)
+        parts = [F.linear(x_BTD, down_HD[units], down_H[units]) for units in self.generations]
+        hidden_BTH = self.activation(parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1))
         if self.training and self.drop_path:
             kept_B11 = rand_like(weights_BTE[:, :1, :1]) >= self.drop_path
             weights_BTE = weights_BTE * (kept_B11 / (1 - self.drop_path))
         weights_BTH = weights_BTE.to(hidden_BTH.dtype) @ self.units_EH.to(hidden_BTH.dtype)
-        return dense_BTD + F.linear(self.dropout(hidden_BTH) * weights_BTH, self.up.to(dtype))
+        mixed_BTH, out_BTD = self.dropout(hidden_BTH) * weights_BTH, dense_BTD
+        for units in self.generations:
+            up_DH = self.up[:, units].contiguous() if len(self.generations) > 1 else self.up
+            out_BTD = out_BTD + F.linear(mixed_BTH[..., units].contiguous(), up_DH.to(dtype))
+        return out_BTD
 
     def hidden_of(self, expert: int, x_ND: Tensor) -> Tensor:
         """The hidden units of one expert for tokens (N, D): (N, units), without dropout."""
