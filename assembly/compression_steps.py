@@ -38,13 +38,20 @@ BATCH = 64  # images at once
 class Plan:
     """What is to be done, in this order.
 
-    prune: experts, or AUTO. merge: the number of experts to merge to. quantise: a number format; protect: experts that
+    prune: experts, or AUTO. merge: the number of experts to merge to. distil: dense or sparse,
+    what the run is to teach; for so many epochs (None: its own), of these sizes (None: of half the units, or of equal
+    FLOPs), with that temperature and share of the loss. quantise: a number format; protect: experts that
     stay in 16 bits, or AUTO; calibrate: one of CALIBRATIONS; rows: that an expert is calibrated on. budget: points of
     validation macro-F1 that each step that is AUTO may lose. seconds: to measure each latency for.
     """
 
     prune: list[int] | str | None = None
     merge: int | None = None
+    distil: str | None = None
+    epochs: int | None = None
+    sizes: list[Any] | None = None
+    temperature: float = 2.0
+    weight: float = 0.7
     quantise: str | None = None
     protect: list[int] | str = field(default_factory=list)
     calibrate: str = "equal"

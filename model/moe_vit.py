@@ -121,7 +121,8 @@ class MoEViT(nn.Module):
         """What the head reads, float32 (B, F), and the routings."""
         backbone = self.backbone
         vit = backbone.runner(images_BCHW.device)
-        run = self._compiled if len(images_BCHW) in self._compiled_for else run_block
+        compiled = self._compiled_for and len(images_BCHW) in self._compiled_for
+        run = self._compiled if compiled else run_block
         x_BTD, ropes = embed(vit, images_BCHW.to(backbone.dtype))
         if patch_dropout:
             if ropes[0] is not None:

@@ -83,7 +83,7 @@ class Adapters(ExpertKind, nn.Module):
 
         dense_BTD: the frozen FFN's output. assignments: of all tokens, or of the images for all their tokens.
         """
-        weights_BTE = assignments.weights_BE.view(len(x_BTD), -1, assignments.num_experts)
+        weights_BTE = assignments.weights_BE.view(x_BTD.shape[0], -1, assignments.num_experts)
         dtype = x_BTD.dtype
         down_HD, down_H = self.down.weight.to(dtype), self.down.bias.to(dtype)
         parts = [F.linear(x_BTD, down_HD[units], down_H[units]) for units in self.generations]

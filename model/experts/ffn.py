@@ -69,7 +69,7 @@ class UpcycledFFN(ExpertKind, nn.Module):
         dense_BTD: the frozen FFN's output. assignments: of all tokens, or of the images for all their tokens.
         """
         x_ND = x_BTD.flatten(0, 1)
-        each = assignments.repeated(len(x_ND) // assignments.num_samples)
+        each = assignments.repeated(x_ND.shape[0] // assignments.num_samples)
         dispatch_mode = "static" if self.dispatch_mode == "auto" and self.static_shapes else self.dispatch_mode
         mixed_ND = combine_logits(*dispatch(x_ND, each, self.copies, dispatch_mode), each)
         weights_NE: Any = each.weights_BE
