@@ -145,8 +145,10 @@ def append(options: argparse.Namespace, seed: int, name: str, found: dict[str, A
     names = ("method", "steps", "memory", "seed")
     row = dict(zip(names, key(options, seed, name), strict=True)) | found | {"environment": where}
     options.out.mkdir(parents=True, exist_ok=True)
-    with file_of(options.out, options.tiny).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    path = file_of(options.out, options.tiny)
+    whole = not path.is_file() or path.read_bytes()[-1:] in (b"", b"\n")  # or the last line was cut off
+    with path.open("a", encoding="utf-8") as file:
+        file.write(("" if whole else "\n") + json.dumps(row) + "\n")
     print(
         f"{name}, seed {seed}: mean {100 * found['mean']:.2f} %, {found['seconds']:.1f} s", file=sys.stderr, flush=True
     )

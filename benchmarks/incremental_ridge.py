@@ -42,7 +42,7 @@ def named(scores_MC: Tensor, seen: list[int]) -> Tensor:
 
 
 class Projection:
-    """relu(x W) with a fixed random W of normal numbers (RanPAC, McDonnell 2023); the features where 0 are asked for."""
+    """relu(x W) with a fixed random W of normal numbers (RanPAC, McDonnell 2023); x itself where 0 are asked for."""
 
     def __init__(self, width: int, number: int, seed: int, device: torch.device):
         self.matrix_FM = None

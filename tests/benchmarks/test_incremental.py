@@ -65,7 +65,7 @@ def test_the_program_goes_on_where_it_stopped(tmp_path, capsys):
     incremental.main([*words, "ncm", "ridge_random", "mixture"])
     lines = (tmp_path / "incremental_tiny.jsonl").read_text().splitlines()
     assert [json.loads(line)["method"] for line in lines] == ["ncm", "ridge_random", "mixture"]
-    (tmp_path / "incremental_tiny.jsonl").write_text("\n".join([*lines, '{"method": "cut o']) + "\n")
+    (tmp_path / "incremental_tiny.jsonl").write_text("\n".join([*lines, '{"method": "cut o']))
     incremental.main([*words, "ncm", "blocks"])
     lines = (tmp_path / "incremental_tiny.jsonl").read_text().splitlines()
     assert [json.loads(line)["method"] for line in lines if line.endswith("}")][3:] == ["blocks"]
