@@ -6,6 +6,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +63,9 @@ class Program:
         self.pids = [self._fork(rank, size, [str(word) for word in words], before) for rank in range(size)]
 
     def _fork(self, rank: int, size: int, words: list[str], before: Callable[[int], None] | None) -> int:
-        # What it would import anew in each process.
-        import sklearn.datasets
-        import timm.optim
-        import timm.utils
-
+        for name in ("sklearn.datasets", "timm.optim", "timm.utils", "evaluation.figures", "evaluation.report"):
+            import_module(name)  # or each process would do so
         import train
-        from evaluation import evaluation, figures, report
 
         output = self.output(rank)
         output.unlink(missing_ok=True)
