@@ -2,6 +2,8 @@
 
 python compress.py RUN --out RUN2 --prune 0 3                without experts 0 and 3
 python compress.py RUN --out RUN2 --prune auto --budget 0.3  without all whose removal costs 0.3 points at most
+python compress.py RUN --out RUN2 --merge 2                  its experts merged to two
+python compress.py RUN RUN ... --out RUN2 --distil dense     one dense part, taught by one or more runs
 python compress.py RUN --out RUN2 --quantise int8            its experts in 8 bits
 """
 
@@ -20,6 +22,8 @@ from common.errors import UserError, exit_code_of, exit_process
 from common.plugins import add_plugins_option, load_plugins
 from common.signals import stoppable
 from common.text import printable
+from config.config import Config
+from config.values import convert, expected, option_types
 from evaluation.compression import text
 from evaluation.evaluation import table
 from storage.described import describe
@@ -30,13 +34,50 @@ from tracking.tracker import MODES
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line. Raises UserError."""
     parser = Parser(prog="compress.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=path_option, metavar="RUN", help="folder that train.py wrote")
+    parser.add_argument(
+        "runs", type=path_option, metavar="RUN", nargs="+", help="folder that train.py wrote; more than one: they teach"
+    )
     parser.add_argument("--out", type=path_option, metavar="RUN2", required=True, help="folder of the smaller run")
     parser.add_argument(
         "--prune",
         nargs="+",
         metavar="E",
         help="remove these experts, numbered from 0, in all blocks; auto: one after the other while the budget lasts",
+    )
+    parser.add_argument(
+        "--merge",
+        type=int,
+        metavar="N",
+        help="merge the experts to N: the most used ones, each averaged with those whose gate is most like its own",
+    )
+    parser.add_argument(
+        "--distil",
+        choices=("dense", "sparse"),
+        help="teach a smaller model: dense: one part for all samples, at the cost of the mixture; sparse: what --prune "
+        "and --merge have left, or a new mixture of half the hidden units",
+    )
+    parser.add_argument(
+        "--distil.sizes",
+        dest="sizes",
+        metavar="SIZES",
+        help="experts of the new student, as experts.sizes: [[64],[128]]",
+    )
+    parser.add_argument("--distil.epochs", dest="epochs", type=int, metavar="N", help="default: as many as the run has")
+    parser.add_argument(
+        "--distil.temperature",
+        dest="temperature",
+        type=float,
+        default=2.0,
+        metavar="T",
+        help="of both softmaxes (default 2)",
+    )
+    parser.add_argument(
+        "--distil.weight",
+        dest="weight",
+        type=float,
+        default=0.7,
+        metavar="W",
+        help="share of the teachers in the loss, the rest is of the labels (default 0.7)",
     )
     parser.add_argument(
         "--quantise",
@@ -89,8 +130,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add_plugins_option(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(argv)
-    if options.prune is None and options.quantise is None:
-        parser.error("nothing to do: name --prune or --quantise")
+    if all(getattr(options, name) is None for name in ("prune", "merge", "distil", "quantise")):
+        parser.error("nothing to do: name --prune, --merge, --distil or --quantise")
+    _check_distil(parser, options)
     if options.protect is not None and options.quantise is None:
         parser.error("--quantise.protect says what --quantise leaves in 16 bits: name that too")
     if options.rows < 1:
@@ -100,6 +142,24 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if not 0 <= options.budget <= 100:
         parser.error(f"--budget is {options.budget:g}: it is points of macro-F1, from 0 to 100")
     return options
+
+
+def _check_distil(parser: Parser, options: argparse.Namespace) -> None:
+    """Raise UserError for options of a student that is not asked for, or out of range; read its sizes."""
+    if options.distil is None and (len(options.runs) > 1 or options.sizes is not None or options.epochs is not None):
+        parser.error("several RUNs and the options --distil.* are for --distil: name that too")
+    if options.sizes is not None:
+        kind = option_types(Config)["experts.sizes"]
+        try:
+            options.sizes = convert(kind, options.sizes)
+        except ValueError:
+            parser.error(f"--distil.sizes is {printable(options.sizes)}: give {expected(kind)}")
+    if options.epochs is not None and options.epochs < 1:
+        parser.error(f"--distil.epochs is {options.epochs}: it must be at least 1")
+    if not 0.01 <= options.temperature <= 1000:
+        parser.error(f"--distil.temperature is {options.temperature:g}: it must be from 0.01 to 1000")
+    if not 0 <= options.weight <= 1:
+        parser.error(f"--distil.weight is {options.weight:g}: it is a share, from 0 to 1")
 
 
 def experts_of(option: str, words: list[str] | None) -> list[int] | str | None:
@@ -116,17 +176,19 @@ def main() -> None:
     """Open the run, check what is asked of it, make the smaller one."""
     options = parse()
     load_plugins(options.plugins)
-    names = ("prune", "quantise", "protect", "calibrate", "rows", "budget")
+    names = ("prune", "merge", "distil", "epochs", "sizes", "temperature", "weight")
+    names += ("quantise", "protect", "calibrate", "rows", "budget")
     plan = Plan(**{name: getattr(options, name) for name in names})
     if options.out.exists():
         raise UserError(f"--out {options.out} exists: name a new folder")
     with stoppable():
-        run = RunFolder(options.run)
+        run = RunFolder(options.runs[0])
         check_plan(configure(describe(run)["config"], options.device, options.root, options.weights), plan)
-        opened = open_run(options.run, options.device, options.root, options.weights, options.cache_dir)
+        places = (options.device, options.root, options.weights, options.cache_dir)
+        opened, *others = [open_run(path, *places) for path in options.runs]
         if options.tracking is not None:
             opened.config.tracking = options.tracking
-        results = compress(opened, plan, options.out)
+        results = compress(opened, plan, options.out, others)
         print(f"\n{table(results)}\n\n{text(results['compression'])}\nrun folder   {printable(options.out)}")
 
 

@@ -13,10 +13,10 @@ if __name__ == "__main__":
 import argparse
 from pathlib import Path
 
-from assembly.loading import open_run
+from assembly.loading import offload_line, open_run
 from assembly.pipeline import compile_blocks
 from assembly.start import tags_of
-from common.arguments import Parser, path_option
+from common.arguments import Parser, add_offload_options, check_offload, path_option
 from common.errors import exit_code_of, exit_process
 from common.plugins import add_plugins_option, load_plugins
 from common.text import printable, quoted
@@ -68,6 +68,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="MODE",
         help="auto (default): the training's server; clearml; none",
     )
+    add_offload_options(parser)
     add_plugins_option(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options, rest = parser.parse_known_args(argv)
@@ -78,6 +79,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if (options.run is None) == (options.compare is None):
         parser.error("name one RUN to evaluate, or two or more after --compare")
+    check_offload(parser, options)
+    if options.offload is not None and options.compare is not None:
+        parser.error("--offload is for evaluating a RUN, not for --compare")
     if options.worth_images is not None and options.worth_images < 0:
         parser.error(f"--worth_images is {options.worth_images}: it must be a number of images, or 0 for none")
     if options.out is not None and options.compare is None:
@@ -102,14 +106,19 @@ def main() -> None:
 
 def score(options: argparse.Namespace) -> None:
     """Load the model of a run, evaluate it on the test set and write the results."""
-    opened = open_run(options.run, options.device, options.root, options.weights, options.cache_dir)
+    opened = open_run(
+        options.run, options.device, options.root, options.weights, options.cache_dir, options.offload_memory
+    )
     run, config, model = opened.run, opened.config, opened.model
-    compile_blocks(config, model, opened.inputs.device)
+    if opened.traffic is None:  # a compiled block cannot fetch experts
+        compile_blocks(config, model, opened.inputs.device)
     named = {"name": run.path.name, "tags": tags_of(config)}
     with open_evaluation(options.tracking, run.path, config.to_dict(), **named) as tracker:
         if tracker.resends:
             tracker.model(run.weights, name=run.path.name)
         print(table(evaluate(run, config, model, opened.bank, tracker, opened.inputs.backbone, options.worth_images)))
+    if opened.traffic is not None:
+        print(offload_line(opened.traffic))
     print(f"written to   {printable(run.evaluation)}; open {run.report.name} in a browser")
 
 

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from analysis.blocks import evenly_spaced
-from assembly.loading import load_trained
-from common.arguments import Parser, path_option
+from assembly.loading import load_trained, offload_line
+from common.arguments import Parser, add_offload_options, check_offload, path_option
 from common.errors import EnvironmentFault, UserError, exit_code_of, exit_process, say
 from common.files import write_atomically
 from common.plugins import add_plugins_option, load_plugins
@@ -60,9 +60,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--backbone.weights", dest="weights", type=path_option, help="the backbone's weights, if they have moved"
     )
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, or cuda:1")
+    add_offload_options(parser)
     add_plugins_option(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(argv)
+    check_offload(parser, options)
     if options.top < 1:
         raise UserError(f"--top is {options.top}: it must be at least 1")
     if options.explain and options.explain.suffix.lower() != ".png":
@@ -87,7 +89,7 @@ def main() -> None:
     files, failed = gather(options.images)
     if options.explain and options.explain.resolve() in {path.resolve() for path in files}:
         raise UserError(f"--explain {options.explain} is one of the images and would be overwritten: name another file")
-    trained = load_trained(options.run, options.device, options.weights, say=say)
+    trained = load_trained(options.run, options.device, options.weights, say, options.offload_memory)
     rows, shown = [], []
     for path, picture, answer in answers(trained, files, options.top, failed):
         rows.append({"file": str(path), **answer.to_dict(), "notes": list(picture.notes)})
@@ -100,6 +102,8 @@ def main() -> None:
     if options.explain and shown:
         draw(options.explain, shown, bool(trained.config.experts.shared))
         say(f"drawn in {options.explain}" + (f", the first {EXPLAINED}" if len(rows) > EXPLAINED else ""))
+    if trained.traffic is not None:
+        say(offload_line(trained.traffic))
     if failed:
         raise EnvironmentFault(f"{len(failed)} of {len(failed) + len(rows)} images could not be read")
 

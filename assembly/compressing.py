@@ -1,7 +1,7 @@
 """From a trained run to a smaller one: what compress.py asks for, step by step, into a run folder of its own."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from assembly.compression_steps import STEPS, Plan, Work
+from assembly.compression_steps import AUTO, STEPS, Plan, Work
+from assembly.distilling import check_teachers, student_of, teach
 from assembly.loading import OpenRun
 from assembly.pipeline import build_trainer
 from assembly.start import start_tracking
 from common.errors import UserError
 from common.files import write_json
+from compression.merge import check_merge
 from compression.prune import check_prune
 from compression.quantise import check_format
 from config.config import Config, write_config
@@ -31,37 +33,64 @@ def check_plan(config: Config, plan: Plan) -> None:
     if config.experts.quantised:
         raise UserError("the run is quantised already: compress the run that it was made of")
     left = len(check_prune(config, plan.prune)) if isinstance(plan.prune, list) else len(config.experts.sizes)
+    if plan.merge is not None and plan.prune != AUTO:
+        check_merge(config, plan.merge, left)
+        left = plan.merge
+    if plan.distil == "dense" and (plan.prune is not None or plan.merge is not None):
+        raise UserError("--distil dense trains one part in place of all experts: leave out --prune and --merge")
+    if plan.distil is not None and plan.sizes is not None and (plan.prune is not None or plan.merge is not None):
+        raise UserError("--distil.sizes are of a new student: leave them out, or --prune and --merge")
+    if plan.distil == "dense" or plan.sizes is not None:
+        left = len(plan.sizes or [[]])
     for expert in plan.protect if isinstance(plan.protect, list) else ():
         if expert >= left:
             raise UserError(f"--quantise.protect names expert {expert}: experts 0 to {left - 1} are left")
 
 
-def compress(opened: OpenRun, plan: Plan, out: Path, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Carry out the plan and write the smaller run to `out`, scored on its test set. Returns its compression.json.
+def compress(
+    opened: OpenRun,
+    plan: Plan,
+    out: Path,
+    others: Sequence[OpenRun] = (),
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Carry out the plan and write the smaller run to `out`, scored on its test set. Returns its metrics.json.
 
-    Raises UserError where the plan does not fit the run, before anything is written.
+    others: runs that teach beside the one that is opened, where the plan asks for a student. Raises UserError where the
+    plan does not fit the run, before anything is written.
     """
     check_plan(opened.config, plan)
+    check_teachers(opened, others)
     work = Work.begin(opened, plan)
     say(f"validation   macro-F1 {100 * work.whole.scores['macro_f1']:.2f} % of {opened.run.path}")
     before = figures(work, opened.run) | {"macro_f1_test": scored(opened.run)}
     if plan.quantise is not None:
         check_format(plan.quantise, opened.inputs.device)
-    for name, step in STEPS.items():
+    before_taught = [name for name in STEPS if plan.distil is None or name != "quantise"]
+    for name in before_taught:
         if getattr(plan, name) is not None:
-            step(work, say)
-    config = replace(work.config, run_dir=out.absolute())
+            STEPS[name](work, say)
+    student = None if plan.distil is None else student_of(work, out)
+    config = student.config if student else replace(work.config, run_dir=out.absolute(), init=None, freeze=[])
     with ExitStack() as stack:
         run = RunFolder.create(out, out.name)
         stack.enter_context(run.claimed())
-        tracker = stack.enter_context(start_tracking(config, run, None))
+        tracker = stack.enter_context(start_tracking(config, run, None, opened.inputs))
         write_config(config, run.config)
-        trainer = build_trainer(config, opened.inputs, run, tracker, bank=opened.bank)
-        best = trainer.adopt(work.model.state_dict(), work.validated)
+        trainer, best = teach(work, student, others, run, tracker, say) if student else (None, {})
+        if student and plan.quantise is not None:
+            STEPS["quantise"](work, say)
+            config, trainer = work.config, None
+            write_config(config, run.config)
+        if trainer is None:
+            trainer = build_trainer(config, opened.inputs, run, tracker, bank=opened.bank)
+            best = trainer.adopt(work.model.state_dict(), work.validated)
         export_model(run, best)
+        trainer.model.load_state_dict(best["model"])
         after = figures(work, run) | {"macro_f1_test": None}
-        found = {"from": [str(opened.run.path.absolute())], "steps": work.steps, "experts": work.experts}
-        write_json(run.compression, found | {"budget": plan.budget, "before": before, "after": after})
+        found = {"from": [str(each.run.path.absolute()) for each in (opened, *others)], "steps": work.steps}
+        found |= {"experts": work.experts, "budget": plan.budget, "before": before, "after": after}
+        write_json(run.compression, found)
         tracker.model(run.weights, name=run.path.name)
         return evaluate(run, config, trainer.model, opened.bank, tracker, opened.inputs.backbone)
 

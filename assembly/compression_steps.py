@@ -8,6 +8,7 @@ import torch
 
 from assembly.loading import OpenRun
 from assembly.pipeline import build_model
+from compression.merge import check_merge, choose_groups, fit, likeness_of_gates, merge
 from compression.observe import HEAD
 from compression.prune import check_prune, prune, prune_to_budget
 from compression.quantise import (
@@ -37,12 +38,20 @@ BATCH = 64  # images at once
 class Plan:
     """What is to be done, in this order.
 
-    prune: experts, or AUTO. quantise: a number format; protect: experts that stay in 16 bits, or AUTO; calibrate: one
-    of CALIBRATIONS; rows: that an expert is calibrated on. budget: points of validation macro-F1 that each step that is
-    AUTO may lose. seconds: to measure each latency for.
+    prune: experts, or AUTO. merge: the number of experts to merge to. distil: dense or sparse,
+    what the run is to teach; for so many epochs (None: its own), of these sizes (None: of half the units, or of equal
+    FLOPs), with that temperature and share of the loss. quantise: a number format; protect: experts that
+    stay in 16 bits, or AUTO; calibrate: one of CALIBRATIONS; rows: that an expert is calibrated on. budget: points of
+    validation macro-F1 that each step that is AUTO may lose. seconds: to measure each latency for.
     """
 
     prune: list[int] | str | None = None
+    merge: int | None = None
+    distil: str | None = None
+    epochs: int | None = None
+    sizes: list[Any] | None = None
+    temperature: float = 2.0
+    weight: float = 0.7
     quantise: str | None = None
     protect: list[int] | str = field(default_factory=list)
     calibrate: str = "equal"
@@ -129,6 +138,27 @@ def _prune(work: Work, say: Callable[[str], None]) -> None:
         row["done"] += ["removed"] if expert in gone else []
 
 
+def _merge(work: Work, say: Callable[[str], None]) -> None:
+    number = int(work.plan.merge or 0)
+    check_merge(work.config, number)
+    labels = work.config.experts.labels()
+    groups = choose_groups(work.config, work.model, likeness_of_gates(work.model, work.training()), number)
+    config, smaller = merge(work.config, work.model, groups, work.build)
+    averaged = work.score(smaller)
+    fit(work.model, smaller, groups, work.training())
+    work.take(config, smaller, "merge", groups=groups, macro_f1_before_fit=averaged)
+    fitted = work.validated.scores["macro_f1"]
+    say(f"merge        averaged: macro-F1 {100 * averaged:.2f} %; fitted: {100 * fitted:.2f} %")
+    for row in work.experts:
+        if row["becomes"] is not None:
+            into = [next(i for i, members in enumerate(each) if row["becomes"] in members) for each in groups]
+            others = [labels[m] for m in groups[0][into[0]] if m != row["becomes"]]
+            same = all(groups[0] == each for each in groups)
+            if not same or others:
+                row["done"].append(f"merged with {', '.join(others)}" if same else "merged, in each block with others")
+            row["becomes"] = into[0] if same else None
+
+
 @dataclass(frozen=True)
 class _Tried:
     """Scales, what they lose with everything quantised, and the error of each owner."""
@@ -199,5 +229,9 @@ def _note_formats(work: Work, formats: Formats, errors: dict[int, float | None],
         work.experts.append(row | {"error": errors[number], "points_lost": lost[number]})
 
 
-STEPS: dict[str, Callable[[Work, Callable[[str], None]], None]] = {"prune": _prune, "quantise": _quantise}
+STEPS: dict[str, Callable[[Work, Callable[[str], None]], None]] = {
+    "prune": _prune,
+    "merge": _merge,
+    "quantise": _quantise,
+}
 """What a plan can ask for, by the names of its fields, in the order in which it is done."""

@@ -5,17 +5,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from assembly.pipeline import Inputs, build_bank, build_model, identity, pick_device
-from common.errors import EnvironmentFault, as_environment_fault
+from common.errors import EnvironmentFault, as_environment_fault, warn
 from common.network import reachable
 from common.paths import absolute
+from common.text import counted
 from config.config import Config, config_from_dict
 from data.datasets import load_splits
 from evaluation.trained import TrainedRun
 from features.bank import FeatureBank
+from features.file import gigabytes
 from features.images import ImageBank
 from model.backbone import load_backbone
 from model.moe_vit import AnyMoE
+from model.offload import Traffic, offload
 from storage.checkpoint import check_inputs
 from storage.described import describe
 from storage.export import load_exported
@@ -23,11 +28,16 @@ from storage.folder import RunFolder
 
 
 def load_trained(
-    path: Path, device: str = "auto", weights: Path | None = None, say: Callable[[str], None] = print
+    path: Path,
+    device: str = "auto",
+    weights: Path | None = None,
+    say: Callable[[str], None] = print,
+    offload_memory: int | None = None,
 ) -> TrainedRun:
     """Load the model of the run in `path`, without its dataset.
 
     weights: the backbone's file, if it has moved. say: receives a line if the weights are exported first.
+    offload_memory: experts stay in host memory, except for so many bytes of them (None: all are on the device).
     Raises UserError for a path that is not a folder and for a missing GPU; EnvironmentFault for a run of another
     version, a file that is missing or does not fit, or a backbone other than that of training.
     """
@@ -42,18 +52,40 @@ def load_trained(
         class_names = tuple(described["class_names"])
         model = build_model(config, tuple(described["feature_shape"]), len(class_names), backbone)
         load_exported(run, model, described.get("weights_sha256"))
-    return TrainedRun(run, config, device, backbone, model.to(device).eval(), class_names)
+    traffic = _place(model, device, offload_memory)
+    return TrainedRun(run, config, device, backbone, model.eval(), class_names, traffic)
+
+
+def _place(model: AnyMoE, device: torch.device, offload_memory: int | None) -> Traffic | None:
+    """Move a model to the device: all of it, or all but experts in host memory (see `load_trained`)."""
+    if offload_memory is None:
+        model.to(device)
+        return None
+    if device.type == "cpu":
+        warn("--offload cpu saves nothing on a CPU, which has the experts in its memory anyway")
+    with as_environment_fault():
+        return offload(model, device, offload_memory)
+
+
+def offload_line(traffic: Traffic) -> str:
+    """Where the experts were, and how much was copied, in words."""
+    return (
+        f"offload      {counted(traffic.kept, 'expert')} on the device ({gigabytes(traffic.kept_bytes)}), "
+        f"{traffic.offloaded:,} in host memory ({gigabytes(traffic.offloaded_bytes)}), "
+        f"{gigabytes(traffic.copied_bytes)} copied in {traffic.copies:,} fetches"
+    )
 
 
 @dataclass(frozen=True)
 class OpenRun:
-    """A trained run with the data that it was trained on. model: on its device."""
+    """A trained run with the data that it was trained on. model: on its device. traffic: of experts in host memory."""
 
     run: RunFolder
     config: Config
     inputs: Inputs
     bank: FeatureBank | ImageBank
     model: AnyMoE
+    traffic: Traffic | None = None
 
 
 def open_run(
@@ -62,12 +94,13 @@ def open_run(
     root: Path | None = None,
     weights: Path | None = None,
     cache_dir: Path | None = None,
+    offload_memory: int | None = None,
 ) -> OpenRun:
     """Rebuild the model of the run in `path`, and read its data set.
 
     root, weights: where data set and backbone file lie, if they have moved. cache_dir: where features are stored, if
-    not where they were; "null": in memory only. Raises what `load_trained` does, and UserError for data that are not
-    there or not those of training.
+    not where they were; "null": in memory only. offload_memory: as for `load_trained`.
+    Raises what `load_trained` does, and UserError for data that are not there or not those of training.
     """
     run = RunFolder(path)
     described = describe(run)
@@ -80,9 +113,10 @@ def open_run(
     bank = build_bank(config, splits, backbone, where)
     with as_environment_fault():
         check_inputs(described, identity(config, splits, backbone, bank.feature_shape), run.weights)
-        model = build_model(config, bank.feature_shape, splits.test.num_classes, backbone).to(where)
+        model = build_model(config, bank.feature_shape, splits.test.num_classes, backbone)
         load_exported(run, model, described.get("weights_sha256"))
-    return OpenRun(run, config, Inputs(where, splits, backbone), bank, model)
+    traffic = _place(model, where, offload_memory)
+    return OpenRun(run, config, Inputs(where, splits, backbone), bank, model, traffic)
 
 
 def configure(

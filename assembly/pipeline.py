@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -33,6 +34,7 @@ from storage.resume import best_kept
 from tracking.tracker import Tracker
 from training.length import steps_per_epoch
 from training.memory import bytes_per_image, must_recompute
+from training.teacher import Teacher
 from training.trainer import Trainer
 
 
@@ -205,12 +207,13 @@ def build_trainer(
     tracker: Tracker,
     checkpoint: dict[str, Any] | None = None,
     bank: FeatureBank | ImageBank | None = None,
+    teacher: Teacher | None = None,
 ) -> Trainer:
     """Set the seeds and build features, model and trainer, new or from a checkpoint.
 
-    bank: features that several runs share (None: built here). Call it after the tracker was opened (see
-    seed_everything). Raises what `build_model` and `Trainer` raise, and UserError if the checkpoint is of other data,
-    another backbone or another model.
+    bank: features that several runs share (None: built here). teacher: trained models that teach this one. Call it
+    after the tracker was opened (see seed_everything). Raises what `build_model` and `Trainer` raise, and UserError if
+    the checkpoint is of other data, another backbone or another model.
     """
     require_same({"the step that it goes on from": checkpoint["step"] if checkpoint else 0})
     seed_everything(config.train.seed, config.train.deterministic)
@@ -224,7 +227,8 @@ def build_trainer(
     taken = checkpoint.get("init") if checkpoint else origin and begin(model, origin, names, bank.feature_shape)
     stored |= {"init": taken} if taken else {}
     frozen = freeze(config, model, taken, names)
-    trainer = Trainer(config, model, bank, run, tracker, stored, lambda evaluated: validate(evaluated, bank), frozen)
+    validated = partial(validate, bank=bank)
+    trainer = Trainer(config, model, bank, run, tracker, stored, validated, frozen, teacher)
     if checkpoint is not None:
         check_inputs(checkpoint, stored, run.last)
         trainer.load_state_dict(checkpoint)

@@ -11,15 +11,27 @@ from common.text import counted, printable, quoted
 from config.config import Config, flatten
 from model.moe_vit import AnyMoE
 from model.parts import PARTS, class_rows, part_of
-from model.transfer import Frozen, Shared, is_new, take
+from model.transfer import Frozen, Shared, take
 from storage.described import describe
 from storage.export import load_weights_of
 from storage.folder import RunFolder
 from tracking.tracker import tasks_of
 
+GROWING = ("experts.sizes", "experts.grown", "experts.head", "experts.inputs")
+"""What new experts make longer."""
 SHAPING = (
+    "experts.grown",
     *("experts.place", "experts.kind", "experts.blocks", "experts.sizes", "experts.shared", "experts.inputs"),
-    *("experts.head", "router.kind", "router.level", "router.hidden", "router.inputs", "router.norm"),
+    *(
+        "experts.head",
+        "experts.activation",
+        "experts.norm",
+        "router.kind",
+        "router.level",
+        "router.hidden",
+        "router.inputs",
+        "router.norm",
+    ),
     *("neck.kind", "neck.norm", "neck.heads"),
 )
 """What decides which weights a model has: of the run and of those that start from it these are equal."""
@@ -64,6 +76,9 @@ def read_origin(config: Config, backbone: dict[str, str]) -> Origin | None:
             f"{backbone['fingerprint'][:12]}: use the run's, or start without --init"
         )
     theirs, ours = flatten(Config().to_dict()) | flatten(described["config"]), flatten(config.to_dict())
+    before_add, now = theirs["experts.sizes"], ours["experts.sizes"]
+    if config.experts.add and now[: config.experts.first_new] == before_add:
+        ours |= {key: theirs[key] for key in GROWING}
     for key in SHAPING:
         if theirs.get(key) != ours[key]:
             raise UserError(f"{named} has {key} {theirs.get(key)}, and not {ours[key]}: leave {key} out")
@@ -111,14 +126,14 @@ def lines(config: Config, model: AnyMoE, taken: dict[str, Any], class_names: Seq
     rows, common = class_rows(model), len(taken["classes"])
     parameters = dict(model.named_parameters())
     old_parts = [
-        part
-        for part in PARTS
-        if any(part_of(name, rows) == part and not is_new(model, name) for name in parameters)
-        and (part != "head" or common)
+        part for part in PARTS if any(part_of(name, rows) == part for name in parameters) and (part != "head" or common)
     ]
     shown = ", ".join(part if part != "head" else f"{common} of {len(class_names)} class rows" for part in old_parts)
     found = [f"init         {printable(taken['run'])}, epoch {taken['epoch']}: {shown}"]
     new = [name for name in class_names if name not in set(taken["classes"])]
+    if config.experts.add:
+        labels = config.experts.labels()[config.experts.grown[-1] :]
+        found.append(f"new          {counted(len(labels), 'expert')}: {', '.join(labels)}, with gate columns")
     if new:
         more = f" and {len(new) - NAMED:,} more" if len(new) > NAMED else ""
         found.append(f"new          {counted(len(new), 'class row')}: {printable(', '.join(new[:NAMED]))}{more}")

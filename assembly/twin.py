@@ -123,7 +123,7 @@ def _dense(config: Config, hidden: list[int], dropout: float | None, head: list 
     """The configuration with one expert for all, and what it replaces in train.twin_of."""
     values, bare = config.to_dict(), Config().to_dict()
     before = flatten(values)
-    values["experts"] |= {"sizes": [hidden], "head": head or [], "dropout": dropout}
+    values["experts"] |= {"sizes": [hidden], "head": head or [], "dropout": dropout, "add": [], "grown": []}
     values["experts"] |= {"shared": [], "inputs": None, "combine": "logits", "dispatch": "auto"}
     values["balance"] |= dict.fromkeys(LOSSES, 0.0)
     values["parallel"]["experts"] = 1

@@ -4,6 +4,7 @@ import contextlib
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -20,6 +21,23 @@ from features.bank import FeatureBank
 from model.backbone import Backbone
 from storage.folder import RunFolder
 from tracking.tracker import open_tracker
+from training.trainer import Trainer
+
+
+@contextlib.contextmanager
+def trained_run(config: Config, inputs: Inputs, bank: FeatureBank | None = None) -> Iterator[tuple[Trainer, float]]:
+    """A trainer that has trained, its model that of the epoch that train.keep says, and the seconds that took.
+
+    bank: features to read (None: extracted in the run). The run's folder is there for as long as the context lasts.
+    """
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+        run = RunFolder.create(Path(folder) / "run", "benchmark")
+        began = time.perf_counter()
+        with open_tracker("none", run.path, config.to_dict(), name="benchmark", tags=[]) as tracker:
+            trainer = build_trainer(config, inputs, run, tracker, bank=bank)
+            best = trainer.fit()
+            trainer.model.load_state_dict(best["model"])
+            yield trainer, time.perf_counter() - began
 
 
 def train_once(
@@ -37,18 +55,12 @@ def train_once(
     """
     config = config_from_dict(config.to_dict())
     config.train.seed = seed
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-        run = RunFolder.create(Path(folder) / "run", "benchmark")
-        began = time.perf_counter()
-        with open_tracker("none", run.path, config.to_dict(), name="benchmark", tags=[]) as tracker:
-            trainer = build_trainer(config, Inputs(device, splits, backbone), run, tracker, bank=bank)
-            best = trainer.fit()
-            model = trainer.model
-            model.load_state_dict(best["model"])
-            answers = predict(model, trainer.bank, "test")
-            found = scores(answers.labels_N, answers.predicted_N, splits.test.num_classes)
-            seconds = time.perf_counter() - began
-        epochs = [line["speed/epoch_seconds"] for line in run.history()]
+    with trained_run(config, Inputs(device, splits, backbone), bank) as (trainer, trained_in):
+        began, model = time.perf_counter(), trainer.model
+        answers = predict(model, trainer.bank, "test")
+        found = scores(answers.labels_N, answers.predicted_N, splits.test.num_classes)
+        seconds = trained_in + time.perf_counter() - began
+        history = trainer.run.history()
     load_E = expert_load(answers.expert_A, len(model.moe.experts))
     return {
         **found,
@@ -57,7 +69,7 @@ def train_once(
         "entropy": load_entropy(load_E) if len(load_E) > 1 else None,
         "experts": len(load_E),
         "flops": head_cost(model, trainer.bank.feature_shape, load_E).flops,
-        "best_epoch": best["epoch"],
+        "best_epoch": trainer.best["epoch"],
         "seconds": seconds,
-        "epoch_seconds": epochs,
+        "epoch_seconds": [line["speed/epoch_seconds"] for line in history],
     }

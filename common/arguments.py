@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from common.errors import UserError
+from common.memory import size_in_bytes
 from common.paths import expanded
 
 KINDS = {"int": "a whole number", "float": "a number"}
@@ -16,6 +17,40 @@ def path_option(text: str) -> Path:
         return expanded(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def size_option(text: str) -> int:
+    """The type of every option that is an amount of memory: its bytes. Raises ArgumentTypeError."""
+    try:
+        return size_in_bytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def add_offload_options(parser: argparse.ArgumentParser) -> None:
+    """--offload cpu and --offload.memory SIZE, as `offload` and `offload_memory`: bytes, None without --offload."""
+    parser.add_argument(
+        "--offload",
+        choices=("cpu",),
+        metavar="cpu",
+        help="keep the routed experts in host memory, and bring those to the GPU that a batch chooses",
+    )
+    parser.add_argument(
+        "--offload.memory",
+        dest="offload_memory",
+        type=size_option,
+        metavar="SIZE",
+        help="with --offload: memory of the GPU for the experts that training used most, which stay there, such as "
+        "512MB (default 0)",
+    )
+
+
+def check_offload(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Complete the options of `add_offload_options`. Raises UserError where one needs the other."""
+    if options.offload is None and options.offload_memory is not None:
+        parser.error("--offload.memory is for --offload cpu: give both, or neither")
+    if options.offload is not None and options.offload_memory is None:
+        options.offload_memory = 0
 
 
 class Parser(argparse.ArgumentParser):

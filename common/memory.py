@@ -1,6 +1,7 @@
 """Installed, available and peak memory."""
 
 import os
+import re
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +14,18 @@ def installed_memory() -> int | None:
     if not hasattr(os, "sysconf"):
         return None
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B?", re.IGNORECASE)
+
+
+def size_in_bytes(text: str) -> int:
+    """The bytes of a size as people write it: 512MB, 1.5GB, 200MiB, 0. Raises ValueError."""
+    found = SIZE.fullmatch(text.strip())
+    if found is None:
+        raise ValueError(f"'{text}' is no size: write it as 512MB, 1.5GB or 0")
+    power = " kmgt".index(found[2].lower() or " ")
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
 
 
 def peak_memory(device: torch.device) -> int | None:

@@ -24,14 +24,14 @@ class Seen:
     """What the experts at one place saw of a batch.
 
     rows_ND: what they read, float32, one row a token or image. assignments: of these rows. pooled_BD: what the shared
-    experts read (None: there are none). gate_BE: the probability of each expert, of what the gate decides for.
+    experts read (None: there are none). logits_BE: of the gate, clean, of what it decides for.
     """
 
     mixture: Any
     rows_ND: Tensor
     assignments: Assignments
     pooled_BD: Tensor | None
-    gate_BE: Tensor
+    logits_BE: Tensor
 
     def rows_of(self, expert: int) -> Tensor:
         """The rows that an expert has a part in; for the shared ones, which are counted behind the others, all."""
@@ -73,14 +73,14 @@ def _hooked(handle: Any) -> ExitStack:
 
 
 def _seen(mixture: Any, x: Tensor, routing: Routing) -> Seen:
-    chosen, gate_BE = routing.assignments, routing.probs_BE
+    chosen, logits_BE = routing.assignments, routing.logits_BE
     if isinstance(mixture, BlockMixture):
         rows_ND = x.flatten(0, 1).float()
-        return Seen(mixture, rows_ND, chosen.repeated(len(rows_ND) // chosen.num_samples), None, gate_BE)
+        return Seen(mixture, rows_ND, chosen.repeated(len(rows_ND) // chosen.num_samples), None, logits_BE)
     pooled_BD = (x if x.ndim == 2 else x.mean(dim=1)).float() if len(mixture.shared) else None
     if chosen.rows_AD is not None:
-        return Seen(mixture, chosen.rows_AD.float(), chosen.by_row(), pooled_BD, gate_BE)
-    return Seen(mixture, x.float(), chosen, pooled_BD, gate_BE)
+        return Seen(mixture, chosen.rows_AD.float(), chosen.by_row(), pooled_BD, logits_BE)
+    return Seen(mixture, x.float(), chosen, pooled_BD, logits_BE)
 
 
 def members(model: AnyMoE) -> Iterator[tuple[int, int]]:

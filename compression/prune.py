@@ -32,6 +32,8 @@ def kept_config(config: Config, kept: Sequence[int]) -> Config:
             experts=replace(
                 experts,
                 sizes=chosen(experts.sizes),
+                grown=_grown(experts.grown, kept),
+                add=[],
                 head=chosen(experts.head) if experts.head else [],
                 dropout=chosen(experts.dropout, shared=True),
                 inputs=chosen(experts.inputs, shared=True),
@@ -40,6 +42,12 @@ def kept_config(config: Config, kept: Sequence[int]) -> Config:
         )
     except ValueError as error:
         raise UserError(f"without the others experts {_listed(kept)} make no model: {one_line(error)}") from error
+
+
+def _grown(grown: Sequence[int], kept: Sequence[int]) -> list[int]:
+    """The numbers of experts before each addition, of those that are kept."""
+    counts = [sum(expert < before for expert in kept) for before in grown]
+    return [count for count in dict.fromkeys(counts) if 0 < count < len(kept)]
 
 
 def prune(config: Config, model: AnyMoE, kept: Sequence[int], build: Build) -> tuple[Config, AnyMoE]:

@@ -11,7 +11,7 @@ from common.plugins import load_plugins
 from common.text import is_unicode, printable, quoted
 from config.config import Config, Values, as_yaml
 from config.help import help_text
-from config.origin import values_of_run
+from config.origin import add_experts, values_of_run
 from config.yaml_file import read_yaml
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "cifar100.yaml"
@@ -62,7 +62,10 @@ def parse_command_line(
 
     values = gathered(Values())
     if resume is None and (init := values.given.get("init")) is not None:
-        values = gathered(values_of_run(init, values.given))
+        base = values_of_run(init, values.given)
+        of_run = dict(base.given)
+        values = gathered(base)
+        add_experts(values.given, of_run)
     config = values.build()
     if resume is not None:
         config.run_dir = resume

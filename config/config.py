@@ -100,6 +100,11 @@ class Config:
         self._check_inputs()
         self._check_balance()
 
+    @property
+    def random_steps(self) -> int:
+        """Training steps with random routing: none where the warm-up opens a trained gate to new experts."""
+        return 0 if self.experts.add else self.router.random_steps
+
     def _check_init(self) -> None:
         """What is for runs that start from another one."""
         self.init = None if self.init is None else absolute(self.init)
@@ -108,6 +113,8 @@ class Config:
         for part in self.freeze:
             if part not in PARTS:
                 raise ValueError(f"freeze names '{part}': the parts are {', '.join(PARTS)}{suggestion(part, PART)}")
+        if self.init is None and self.experts.add:
+            raise ValueError("experts.add puts experts beside those of a run: name it with --init")
         if self.init is None and self.freeze:
             raise ValueError(f"freeze {','.join(self.freeze)} holds what init has taken: name a run with --init")
 
@@ -147,7 +154,7 @@ class Values:
         """
         kind = self.types.get(name)
         if kind is None:
-            raise UserError(f"unknown option {printable(place(name)).removeprefix('--')}: {self._hint(name)}")
+            raise unknown_option(place(name), name)
         if value is None and place(name) == f"--{name}":
             raise UserError(f"--{name} has no value: give {expected(kind)}")
         if name == "plugins":  # which only the command line can load
@@ -173,12 +180,6 @@ class Values:
         except (ValueError, RecursionError) as error:
             raise wrong_type(place(name), value, self.types[name]) from error
 
-    def _hint(self, name: str) -> str:
-        options = [key for key, kind in self.types.items() if not is_dataclass(kind)]
-        same_word = [key for key in options if key.split(".")[-1] == name.split(".")[-1]]
-        close = same_word or difflib.get_close_matches(name, options, 1, 0.75)
-        return f"did you mean {close[0]}?" if close else "--help lists all options"
-
     def build(self) -> Config:
         """The configuration: the options given, and defaults for the others.
 
@@ -196,6 +197,15 @@ class Values:
             return Config(**parts, plugins=loaded_plugins())
         except (ValueError, OverflowError) as error:
             raise UserError(one_line(error)) from error
+
+
+def unknown_option(place: str, name: str) -> UserError:
+    """The error for a name that is no option. place: the name and where it stands."""
+    options = [key for key, kind in option_types(Config).items() if not is_dataclass(kind)]
+    same_word = [key for key in options if key.split(".")[-1] == name.split(".")[-1]]
+    close = same_word or difflib.get_close_matches(name, options, 1, 0.75)
+    hint = f"did you mean {close[0]}?" if close else "--help lists all options"
+    return UserError(f"unknown option {printable(place).removeprefix('--')}: {hint}")
 
 
 def wrong_type(place: str, value: Any, kind: Any) -> UserError:

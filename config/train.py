@@ -29,8 +29,8 @@ class TrainConfig:
     """Epochs between checkpoints (checkpoints/{last,best}.pt), the most that a killed run loses; Ctrl-C and SIGTERM
     write them too."""
     graph: Literal["auto", "off"] = "auto"
-    """auto: replay the training step of a small head as a CUDA graph on a GPU, which saves the launches of its kernels;
-    off: never."""
+    """auto: on a GPU replay the training step of a small head, or of a ViT with experts inside it, as a CUDA graph,
+    which saves the launches of its kernels; off: never."""
     compile: Literal["auto", "always", "never"] = "auto"
     """experts.place blocks: compile the ViT's blocks, in training and in evaluation; auto: on a GPU."""
     recompute: Literal["auto", "on", "off"] = "auto"

@@ -130,8 +130,10 @@ def _votes(
     trained: TrainedRun, inputs: Tensor, routings: Sequence[Routing], found: BlockRouting | None
 ) -> list[list[Vote]]:
     """The experts of each sample, largest weight first; weights of repeated experts are summed."""
-    alone_EB, said_EB = (table.tolist() for table in alone_probabilities(trained.model, inputs).max(dim=-1))
     weights = _weights(routings, found, len(inputs))
+    asked = sorted(set().union(*weights))  # no expert without a part, which may have to be fetched
+    tables = (table.tolist() for table in alone_probabilities(trained.model, inputs, asked).max(dim=-1))
+    alone_EB, said_EB = (dict(zip(asked, table, strict=True)) for table in tables)
     labels, names = trained.config.experts.labels(), trained.class_names
     votes = []
     for sample, chosen in enumerate(weights):
@@ -142,12 +144,13 @@ def _votes(
 
 
 @torch.no_grad()
-def alone_probabilities(model: AnyMoE, inputs: Tensor) -> Tensor:
+def alone_probabilities(model: AnyMoE, inputs: Tensor, experts: Sequence[int] | None = None) -> Tensor:
     """Class probabilities (E, B, C) if every gate may choose only one expert; `model` in evaluation mode.
 
-    Shared experts take part in all of them.
+    experts: those to ask (None: all). Shared experts take part in all of them.
     """
     each_EE = torch.eye(model.mixtures[0].router.num_experts, dtype=torch.bool, device=inputs.device)
+    each_EE = each_EE if experts is None else each_EE[list(experts)]
     return torch.stack([model(inputs, allowed_E=allowed_E)[0].softmax(dim=-1) for allowed_E in each_EE])
 
 

@@ -7,12 +7,13 @@ import torch
 from config.config import Config
 from model.backbone import Backbone
 from model.moe_vit import AnyMoE
+from model.offload import Traffic
 from storage.folder import RunFolder
 
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A loaded run, ready for prediction; `model` is in evaluation mode."""
+    """A loaded run, ready for prediction; `model` is in evaluation mode. traffic: of experts in host memory, if any."""
 
     run: RunFolder
     config: Config
@@ -20,3 +21,4 @@ class TrainedRun:
     backbone: Backbone
     model: AnyMoE
     class_names: tuple[str, ...]
+    traffic: Traffic | None = None

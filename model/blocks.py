@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .classifier import NeckConfig
 from .distributed import is_split
@@ -32,25 +33,35 @@ class BlockMixture(nn.Module):
         """ffn: the block's own. class_token: whether the first token is one. prefix: tokens before the patches."""
         super().__init__()
         num_experts = len(experts.sizes)
-        self.router = build_router(router, width, num_experts, experts.work(width, width))
+        self.router = build_router(router, width, num_experts, experts.work(width, width), 1, experts.grown)
         kind: Any = EXPERTS[experts.kind]
         self.experts = kind(width, experts, ffn)
+        self.own_norm = experts.norm == "own"
         if experts.quantised:
             store(self.experts.matrices(), experts.formats)
         self.by_image, self.class_token, self.prefix = router.level == "image", class_token, prefix
         self.register_buffer("usage_E", torch.zeros(num_experts, dtype=torch.int64))
         self.register_buffer("warmup_usage_E", torch.zeros(num_experts, dtype=torch.int64))
 
+    @property
+    def static_shapes(self) -> bool:
+        """Whether a training step never waits to know how many tokens an expert has."""
+        return self.router.static_shapes and self.experts.static_shapes
+
     def forward(
         self, x_BTD: Tensor, dense_BTD: Tensor, warmup: bool = False, allowed_E: Tensor | None = None
     ) -> tuple[Tensor, Routing]:
         """The FFN's output with the experts' part (B, T, D), and the routing.
 
-        x_BTD: normalised tokens, which FFN, gate and experts read. dense_BTD: the frozen FFN's output. warmup: route at
-        random. allowed_E: bool, the experts that may be chosen (None: all).
+        x_BTD: tokens as `normalise` gives them, which gate and experts read. dense_BTD: the frozen FFN's output.
+        warmup: route at random. allowed_E: bool, the experts that may be chosen (None: all).
         """
         routing = self.router(self._read(x_BTD), warmup, allowed_E)
         return self.experts(x_BTD, dense_BTD, routing.assignments), routing
+
+    def normalise(self, x_BTD: Tensor, normed_BTD: Tensor) -> Tensor:
+        """What gate and experts read, from the tokens before the FFN's norm and after it."""
+        return F.layer_norm(x_BTD, x_BTD.shape[-1:]) if self.own_norm else normed_BTD
 
     def _read(self, x_BTD: Tensor) -> Tensor:
         """What the gate reads: (N, D)."""

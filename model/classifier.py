@@ -122,12 +122,18 @@ class VisionMoE(nn.Module):
     ):
         super().__init__()
         check_parts(neck, router, experts)
+        self.first_new = experts.first_new
         expected = 2 if neck.needs_tokens else 1
         if len(feature_shape) != expected:
             raise ValueError(f"neck.kind {neck.kind} reads {expected}-dimensional features, not {feature_shape}")
         self.neck = NECKS[neck.kind](feature_shape, neck, num_groups)
         self.dropout = nn.Dropout(neck.dropout)
         self.moe = MixtureOfExperts(self.neck.out_features, num_classes, router, experts, num_groups)
+
+    @property
+    def static_shapes(self) -> bool:
+        """Whether a training step never waits to know how many samples an expert has."""
+        return self.moe.static_shapes
 
     def forward(
         self, features: Tensor, warmup: bool = False, allowed_E: Tensor | None = None, static: bool = False

@@ -32,10 +32,10 @@ def dispatch(
 ) -> tuple[Tensor, Tensor]:
     """Run the experts on the samples assigned to them, in autocast's dtype if it is on.
 
-    dispatch_mode: sorted, grouped, dense, auto, or static (a way that suits a CUDA graph). Returns
-    (outputs (A, C), order_A): row i of the outputs belongs to assignment order_A[i]. An expert without samples gets a
-    gradient of zero in every mode, because modes that never wait cannot know that it has none: the optimizer applies
-    weight decay to it, and its moments decay.
+    dispatch_mode: sorted, grouped, dense, auto, static (a way that suits a CUDA graph), or plain (dense, for an
+    export). Returns (outputs (A, C), order_A): row i of the outputs belongs to assignment order_A[i]. An expert without
+    samples gets a gradient of zero in every mode, because modes that never wait cannot know that it has none: the
+    optimizer applies weight decay to it, and its moments decay.
     """
     device = x_BD.device.type
     if torch.is_autocast_enabled(device):
@@ -78,11 +78,14 @@ def run_dense(x_BD: Tensor, assignments: Assignments, experts: Experts) -> tuple
     """Run every expert on every sample: more FLOPs, in fewer and larger products."""
     row_A = experts.rank_E.index_select(0, assignments.expert_A) * len(x_BD) + assignments.sample_A
     order_A = torch.arange(len(row_A), device=row_A.device)
-    shapes: list[list[Any]] = [[experts[e] for e in group] for group in experts.groups]
-    if experts.go_together(x_BD.shape[1]):
-        outputs_EBC = run_on_all(shapes, x_BD)
-    else:
-        outputs_EBC = torch.stack([expert(x_BD) for members in shapes for expert in members])
+    together, outputs = experts.go_together(x_BD.shape[1]), []
+    for groups in experts.generations:
+        shapes: list[list[Any]] = [[experts[e] for e in group] for group in groups]
+        if together:
+            outputs.append(run_on_all(shapes, x_BD))
+        else:
+            outputs.append(torch.stack([expert(x_BD) for members in shapes for expert in members]))
+    outputs_EBC = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return pick(outputs_EBC.flatten(0, 1), row_A), order_A
 
 
@@ -126,7 +129,14 @@ def run_grouped(x_BD: Tensor, assignments: Assignments, experts: Experts) -> tup
     return pick(torch.cat(outputs), row_A), position_A
 
 
-DISPATCHERS = {"sorted": run_sorted, "grouped": run_grouped, "dense": run_dense}
+def run_plain(x_BD: Tensor, assignments: Assignments, experts: Experts) -> tuple[Tensor, Tensor]:
+    """Every expert on every sample, one after the other, in operations that every export format has."""
+    outputs_EBC = torch.stack([expert(x_BD) for expert in experts])
+    row_A = assignments.expert_A * x_BD.shape[0] + assignments.sample_A
+    return outputs_EBC.flatten(0, 1).index_select(0, row_A), torch.arange(row_A.shape[0], device=row_A.device)
+
+
+DISPATCHERS = {"sorted": run_sorted, "grouped": run_grouped, "dense": run_dense, "plain": run_plain}
 
 
 def combine_logits(outputs_AC: Tensor, order_A: Tensor, assignments: Assignments) -> Tensor:

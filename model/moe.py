@@ -39,7 +39,7 @@ class MixtureOfExperts(nn.Module):
         self.in_features = in_features
         num_experts = len(experts.sizes)
         work = experts.work(in_features, num_classes, num_groups)
-        self.router = build_router(router, in_features, num_experts, work, num_groups)
+        self.router = build_router(router, in_features, num_experts, work, num_groups, experts.grown)
         self.experts, self.shared = build_experts(experts, in_features, num_classes, num_groups)
         shared = (linear_matrices(expert, num_experts + index) for index, expert in enumerate(self.shared))
         store([*self.experts.matrices(), *chain.from_iterable(shared)], experts.formats)
@@ -47,6 +47,11 @@ class MixtureOfExperts(nn.Module):
         self.combine, self.dispatch_mode = COMBINE[experts.combine], experts.dispatch
         self.register_buffer("usage_E", torch.zeros(num_experts, dtype=torch.int64))
         self.register_buffer("warmup_usage_E", torch.zeros(num_experts, dtype=torch.int64))
+
+    @property
+    def static_shapes(self) -> bool:
+        """Whether a training step never waits to know how many samples an expert has."""
+        return self.router.static_shapes and self.dispatch_mode in ("auto", "dense")
 
     def forward(
         self, x_BD: Tensor, warmup: bool = False, allowed_E: Tensor | None = None, static: bool = False

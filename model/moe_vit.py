@@ -42,6 +42,7 @@ class MoEViT(nn.Module):
         super().__init__()
         check_block_parts(neck, router, experts)
         self._frozen = _Shared(backbone)
+        self.first_new = experts.first_new
         self.blocks = resolve_blocks(experts, backbone)
         self.places = tuple(f"block_{block}" for block in self.blocks)
         self._compiled, self._compiled_for = run_block, frozenset()
@@ -59,7 +60,8 @@ class MoEViT(nn.Module):
         if self.head is not None:
             store(linear_matrices(self.head, 0), [experts.head_weights])
         if experts.head:
-            on_top = ExpertsConfig(sizes=experts.head, weights=experts.weights)
+            new = [] if self.first_new is None else experts.head[self.first_new :]
+            on_top = ExpertsConfig(sizes=experts.head, weights=experts.weights, grown=experts.grown, add=new)
             self.mixtures.append(MixtureOfExperts(self.neck.out_features, num_classes, router, on_top))
             self.places += ("head",)
 
@@ -68,19 +70,25 @@ class MoEViT(nn.Module):
         """The frozen ViT and how images get into it."""
         return self._frozen.part
 
+    @property
+    def static_shapes(self) -> bool:
+        """Whether a training step never waits to know how many tokens an expert has."""
+        return all(mixture.static_shapes for mixture in self.mixtures)
+
     def forward(
         self,
         images_BCHW: Tensor,
         warmup: bool = False,
         allowed_E: Tensor | None = None,
         patch_dropout: float = 0.0,
+        static: bool = False,
     ) -> tuple[Tensor, tuple[Routing, ...]]:
         """Logits (B, C) in float32, and the routing at each of `places`.
 
         images_BCHW: uint8 of any size, or floating-point numbers that `prepare` gave. warmup: route at random.
         allowed_E: bool, the experts that may be chosen in all blocks, or (L, E) in each (None: all). patch_dropout:
         share of the patch tokens that each image leaves out, at random (PatchDropout, Liu 2022). Raises ValueError for
-        it where the ViT has rotary embeddings.
+        it where the ViT has rotary embeddings. static: have the mixture on top dispatch as suits a CUDA graph.
         """
         images_BCHW = self.prepare(images_BCHW)
         # Autocast would norm in float32; the ViT's own number format is for the experts too. Gates are always float32.
@@ -93,7 +101,7 @@ class MoEViT(nn.Module):
         features_BF = self.dropout(self.neck(features_BF))
         if self.head is not None:
             return self.head(features_BF).float(), routings
-        logits_BC, routing = self.mixtures[-1](features_BF, warmup, static=features_BF.is_cuda)
+        logits_BC, routing = self.mixtures[-1](features_BF, warmup, static=static or features_BF.is_cuda)
         return logits_BC, (*routings, routing)
 
     @property
@@ -113,7 +121,8 @@ class MoEViT(nn.Module):
         """What the head reads, float32 (B, F), and the routings."""
         backbone = self.backbone
         vit = backbone.runner(images_BCHW.device)
-        run = self._compiled if len(images_BCHW) in self._compiled_for else run_block
+        compiled = self._compiled_for and len(images_BCHW) in self._compiled_for
+        run = self._compiled if compiled else run_block
         x_BTD, ropes = embed(vit, images_BCHW.to(backbone.dtype))
         if patch_dropout:
             if ropes[0] is not None:
@@ -164,7 +173,7 @@ def run_block(
     h_BTD = block.norm2(x_BTD)
     out_BTD, routing = block.mlp(h_BTD) if keep else _again(block.mlp, h_BTD), None
     if mixture is not None:
-        out_BTD, routing = mixture(h_BTD, out_BTD, warmup, allowed_E)
+        out_BTD, routing = mixture(mixture.normalise(x_BTD, h_BTD), out_BTD, warmup, allowed_E)
     return add_ffn(block, x_BTD, out_BTD), routing
 
 
@@ -182,6 +191,7 @@ class CompiledBlock:
         # called recompile_limit now; torch 2.6 knows this name alone.
         dynamo = torch._dynamo.config
         dynamo.cache_size_limit = max(dynamo.cache_size_limit, 64)
+        warnings.filterwarnings("ignore", module=r"torch\._inductor")  # advice to its developers, once a graph
         self.run: Callable = torch.compile(run_block, dynamic=False, fullgraph=True)
 
     def __call__(self, *block) -> tuple[Tensor, Routing | None]:

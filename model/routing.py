@@ -83,8 +83,8 @@ class Assignments:
 
     def by_row(self) -> "Assignments":
         """The same assignments with each row of rows_AD as a separate sample."""
-        rows_A = torch.arange(len(self.sample_A), device=self.sample_A.device)
-        return replace(self, sample_A=rows_A, num_samples=len(rows_A), top_k=1, rows_AD=None)
+        rows_A = torch.arange(self.sample_A.shape[0], device=self.sample_A.device)
+        return replace(self, sample_A=rows_A, num_samples=rows_A.shape[0], top_k=1, rows_AD=None)
 
 
 @dataclass(frozen=True)

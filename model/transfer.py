@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .moe_vit import AnyMoE
 from .norm import Standardise
 from .parts import class_rows, part_of
 
@@ -27,65 +29,111 @@ class Shared:
 
 
 @torch.no_grad()
-def take(model: nn.Module, weights: dict[str, Tensor], shared: Shared) -> None:
+def take(model: AnyMoE, weights: dict[str, Tensor], shared: Shared) -> None:
     """Put another model's state into `model`: everything, of the class rows those of the classes in common.
 
-    New class rows, and experts and gate columns that only `model` has, stay as they are; usage counters too, which
-    count the samples of one run. Raises ValueError where the models do not fit each other.
+    New class rows stay as they are, and usage counters too, which count the samples of one run. New experts behind the
+    old ones start with gates that never choose them. Raises ValueError where the models do not fit each other.
     """
     rows, state = class_rows(model), model.state_dict()
     if lost := [name for name in weights if name not in state]:
         raise ValueError(f"it has {lost[0]}, which this model does not have")
     for name, value in state.items():
-        if part_of(name, rows) is None or is_new(model, name):
+        new = new_entries(model, name, value)
+        if part_of(name, rows) is None or (new is not None and bool(new.all())):
             continue
         if name not in weights:
+            if name.endswith("margin_E"):  # 0, as of experts that have been there from the beginning
+                continue
             raise ValueError(f"it lacks {name}, which this model has")
-        before = weights[name]
+        before, old = weights[name], value if new is None else _without(value, new)
         if name in rows and before.shape[1:] == value.shape[1:]:
             value[shared.new.to(value.device)] = before[shared.old].to(value)
-        elif before.shape == value.shape:
-            value.copy_(before)
+        elif before.shape == old.shape:
+            old.copy_(before)
         else:
-            raise ValueError(f"its {name} has the shape {tuple(before.shape)}, this model's {tuple(value.shape)}")
+            raise ValueError(f"its {name} has the shape {tuple(before.shape)}, this model's {tuple(old.shape)}")
+    if model.first_new is not None:
+        mixtures: Any = model.mixtures
+        for mixture in mixtures:
+            expert_E = torch.arange(mixture.router.num_experts, device=next(model.parameters()).device)
+            mixture.router.close_to(expert_E[model.first_new :], expert_E[: model.first_new])
 
 
-def is_new(model: nn.Module, name: str) -> bool:
-    """Whether a parameter or buffer belongs to experts, or their gate columns, that were added in this run."""
-    return False
+def new_entries(model: AnyMoE, name: str, value: Tensor) -> Tensor | None:
+    """Which entries of a parameter or buffer belong to experts that were added in this run, and to their gate columns.
+
+    bool, of a shape that broadcasts with it; they are the last ones along an axis. None: there are none.
+    """
+    first, words = model.first_new, name.split(".")
+    if first is None:
+        return None
+    if "router" in words:
+        of_gate = words[-2] in ("gate", "noise") or (words[-2] == "router" and words[-1].endswith("_E"))
+        return _last(value, 0, first) if of_gate else None
+    if "experts" not in words:
+        return None
+    index = next((int(word) for word in words[words.index("experts") :] if word.isdigit()), None)
+    if index is not None:  # each is a module of its own
+        return _last(value, 0, 0 if index >= first else len(value)) if value.ndim else None
+    mixture: Any = model.mixtures[int(words[1])] if words[0] == "mixtures" else model.mixtures[0]
+    units = sum(len(mixture.experts.units_of(expert)) for expert in range(first))
+    return _last(value, 1 if words[-1] == "up" else 0, units)
+
+
+def _last(value: Tensor, axis: int, first: int) -> Tensor | None:
+    """True from `first` on along an axis; None where nothing is."""
+    size = value.shape[axis]
+    shape = [1] * value.ndim
+    shape[axis] = size
+    return (torch.arange(size, device=value.device) >= first).view(shape) if first < size else None
+
+
+def _without(value: Tensor, new: Tensor) -> Tensor:
+    """The entries of `value` before the new ones, as a view."""
+    axis = max(range(new.ndim), key=lambda axis: new.shape[axis])
+    return value.narrow(axis, 0, int((~new).sum()))
 
 
 class Frozen:
     """The parts of a model that stay as they were taken: weights, statistics and biases, bit for bit.
 
     parts: of PARTS. shared: the classes in common, whose rows alone are frozen with the head. Whole parameters need no
-    gradient any more; of those with new rows, and of buffers, the taken values are put back after each step. What is
+    gradient any more; of those that new classes or experts have a part in, and of buffers, the taken values are put
+    back after each step. What is
     normalised by statistics uses the running ones. Noise and dropout are as in any training. Raises ValueError where
     nothing is left to train, or the head is frozen and no class is in common.
     """
 
-    def __init__(self, model: nn.Module, parts: Sequence[str], shared: Shared, num_classes: int):
+    def __init__(self, model: AnyMoE, parts: Sequence[str], shared: Shared, num_classes: int):
         if "head" in parts and not len(shared.new):
             raise ValueError("freeze head needs a class in common with the run that init names, and there is none")
-        rows = class_rows(model)
+        rows, whole = class_rows(model), len(shared.new) == num_classes
         self.norms: list[nn.Module] = []
-        self.rows: list[tuple[nn.Parameter, Tensor]] = []
-        self.held: list[Tensor] = []
-        whole = len(shared.new) == num_classes
+        self.partly: list[tuple[nn.Parameter, Tensor]] = []  # and which of its entries are frozen
+        self.buffers: list[tuple[Tensor, Tensor | None]] = []
 
-        def held(name: str) -> bool:
-            return part_of(name, rows) in parts and not is_new(model, name)
+        def frozen(name: str) -> bool:
+            return part_of(name, rows) in parts
 
         for name, parameter in model.named_parameters():
-            if held(name) and (name not in rows or whole):
+            if not frozen(name):
+                continue
+            new = new_entries(model, name, parameter)
+            kept = torch.ones_like(parameter, dtype=torch.bool) if new is None else ~new.expand_as(parameter)
+            if name in rows and not whole:
+                kept = kept & _chosen(shared.new, parameter)
+            if kept.all():
                 parameter.requires_grad_(False)
-            elif held(name):
-                kept = torch.zeros(num_classes, dtype=torch.bool)
-                kept[shared.new] = True
-                self.rows.append((parameter, kept.to(parameter.device).view(-1, *[1] * (parameter.ndim - 1))))
-        self.held = [buffer for name, buffer in model.named_buffers() if held(name)]
+            elif kept.any():
+                self.partly.append((parameter, kept))
+        stored = model.state_dict().keys()  # the others follow from the configuration
+        for name, buffer in model.named_buffers():
+            if name in stored and frozen(name):
+                new = new_entries(model, name, buffer)
+                self.buffers.append((buffer, None if new is None else ~new.expand_as(buffer)))
         for name, module in model.named_modules():
-            if isinstance(module, Standardise) and held(f"{name}.weight"):
+            if isinstance(module, Standardise) and frozen(f"{name}.weight"):
                 self.norms.append(module)
         if parts and not any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError(f"freeze {','.join(parts)} leaves nothing to train: leave out a part, such as head")
@@ -93,8 +141,8 @@ class Frozen:
 
     def remember(self) -> None:
         """Take the values of now as those to keep: at the beginning, and once a checkpoint has been loaded."""
-        self._rows = [parameter.detach().clone() for parameter, _ in self.rows]
-        self._held = [buffer.clone() for buffer in self.held]
+        self._partly = [parameter.detach().clone() for parameter, _ in self.partly]
+        self._buffers = [buffer.clone() for buffer, _ in self.buffers]
 
     def hold(self) -> None:
         """To be called after `model.train()`: normalise by the running statistics."""
@@ -103,15 +151,22 @@ class Frozen:
 
     @torch.no_grad()
     def before_step(self) -> None:
-        """Leave frozen rows out of the gradient, and of its norm."""
-        for parameter, kept in self.rows:
+        """Leave what is frozen out of the gradient, and of its norm."""
+        for parameter, kept in self.partly:
             if parameter.grad is not None:
                 parameter.grad.masked_fill_(kept, 0.0)
 
     @torch.no_grad()
     def after_step(self) -> None:
         """Put back what weight decay, statistics and biases have moved."""
-        for (parameter, kept), taken in zip(self.rows, self._rows, strict=True):
+        for (parameter, kept), taken in zip(self.partly, self._partly, strict=True):
             parameter.copy_(torch.where(kept, taken, parameter))
-        for buffer, taken in zip(self.held, self._held, strict=True):
-            buffer.copy_(taken)
+        for (buffer, kept), taken in zip(self.buffers, self._buffers, strict=True):
+            buffer.copy_(taken if kept is None else torch.where(kept, taken, buffer))
+
+
+def _chosen(rows: Tensor, value: Tensor) -> Tensor:
+    """True in these rows of a tensor, bool in its shape."""
+    kept = torch.zeros_like(value, dtype=torch.bool)
+    kept[rows.to(value.device)] = True
+    return kept

@@ -16,9 +16,9 @@ LAYERS = (
     {"features", "storage"},
     {"tracking"},
     {"training", "evaluation", "compression"},
-    {"assembly"},
-    {"benchmarks", "distillation"},
-    {"train", "evaluate", "predict", "compress"},
+    {"assembly", "deployment"},
+    {"benchmarks", "distillation", "tuning"},
+    {"train", "evaluate", "predict", "compress", "export", "tune"},
 )
 """From the ground up: each imports those below it, none beside it."""
 RANK = {room: rank for rank, layer in enumerate(LAYERS) for room in layer}

@@ -18,18 +18,15 @@ EAGER_STEPS = 3  # before a capture, so that kernels are loaded and the optimize
 
 
 def worth_capturing(choice: str, model: AnyMoE, batch_size: int) -> bool:
-    """Whether train.graph (auto, off) asks for captured steps: a small head on a GPU, with shapes that stay.
+    """Whether train.graph (auto, off) asks for captured steps: on a GPU, with shapes that stay, a small head or a ViT.
 
-    Not where dispatch would wait for the device, or deterministic algorithms may, and not a ViT with experts.
+    Not where dispatch would wait for the device, or deterministic algorithms may.
     """
-    if isinstance(model, MoEViT):
-        return False
-    parameters, moe = list(model.parameters()), model.moe
+    parameters = list(model.parameters())
     number = sum(parameter.numel() for parameter in parameters)
-    small = number <= PARAMETERS and number * batch_size <= WORK
-    possible = moe.router.static_shapes and not torch.are_deterministic_algorithms_enabled()
-    never_waits = moe.dispatch_mode in ("auto", "dense")
-    return choice == "auto" and parameters[0].is_cuda and small and possible and never_waits
+    pays = isinstance(model, MoEViT) or (number <= PARAMETERS and number * batch_size <= WORK)
+    possible = model.static_shapes and not torch.are_deterministic_algorithms_enabled()
+    return choice == "auto" and parameters[0].is_cuda and pays and possible
 
 
 class Captured:

@@ -16,19 +16,15 @@ def bytes_per_image(model: MoEViT, image_1CHW: Tensor) -> int:
     model.eval()
     sizes = []
     for count in (1, 2):
-        kept: dict[int, int] = {}
+        kept: dict[int, torch.UntypedStorage] = {}  # held until all has been counted, or an address would come twice
 
-        def keep(value: Tensor, kept=kept) -> Tensor:
-            storage = value.untyped_storage()
-            kept[storage.data_ptr()] = storage.nbytes()
-            return value
+        def keep(value: Tensor, kept=kept) -> None:
+            # Not the tensor itself: an output that its own node holds is never freed, nor is its graph.
+            kept[value.untyped_storage().data_ptr()] = value.untyped_storage()
 
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
-            logits_BC, _ = model(
-                image_1CHW.expand(count, -1, -1, -1)
-            )  # keeps the graph alive until everything is counted
-        sizes.append(sum(kept.values()))
-        del logits_BC
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda _: None):
+            model(image_1CHW.expand(count, -1, -1, -1))
+        sizes.append(sum(storage.nbytes() for storage in kept.values()))
     model.train(was_training)
     return sizes[1] - sizes[0]
 

@@ -17,6 +17,7 @@ from model.transfer import Frozen
 from model.whole_batch import whole_batch
 from training.exchange import Exchange
 from training.health import OUTPUT, NumberWatch
+from training.teacher import Teacher
 
 
 @dataclass
@@ -54,8 +55,10 @@ class TrainingStep:
         clip_norm: float,
         precision: str,
         frozen: Frozen | None = None,
+        teacher: Teacher | None = None,
     ):
         self.model, self.optimizer, self.balance, self.frozen = model, optimizer, balance, frozen
+        self.teacher = teacher
         self.label_smoothing, self.clip_norm = label_smoothing, clip_norm
         self.parameters = list(model.parameters())
         self.device = self.parameters[0].device
@@ -78,7 +81,7 @@ class TrainingStep:
         if share is not None:
             routings = self._of_whole_batch(routings, share)
         auxiliary = losses_by_place(routings, self.balance)
-        task_loss = F.cross_entropy(logits_BC, labels_B, label_smoothing=self.label_smoothing)
+        task_loss = self._task_loss(features, logits_BC, labels_B)
         task_loss = task_loss if share is None else task_loss * share.part  # so that the sum over processes is the mean
         self.optimizer.zero_grad(set_to_none=True)
         (task_loss + weighted_sum(auxiliary, self.balance)).backward()
@@ -101,6 +104,13 @@ class TrainingStep:
         if self.frozen:
             self.frozen.after_step()
         return self._result(task_loss, correct, routings, auxiliary, share is not None and share.split)
+
+    def _task_loss(self, features: Tensor, logits_BC: Tensor, labels_B: Tensor) -> Tensor:
+        if self.teacher is None:
+            return F.cross_entropy(logits_BC, labels_B, label_smoothing=self.label_smoothing)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
+            targets_BC = self.teacher.targets(features)
+        return self.teacher.loss(targets_BC, logits_BC, labels_B, self.label_smoothing)
 
     def _of_whole_batch(self, routings: tuple[Routing, ...], share: Share) -> tuple[Routing, ...]:
         """The routings of all processes together, which are counted here; the model has counted a batch of its own."""

@@ -39,13 +39,15 @@ from training.optim import build_optimizer, set_learning_rate
 from training.parallel import Checks, Shares
 from training.progress import EpochSums, Progress, epoch_line
 from training.step import TrainingStep
+from training.teacher import Teacher
 
 
 class Trainer:
     """Trains a VisionMoE on a FeatureBank, or a MoEViT on an ImageBank; saves the best and the last state.
 
     validate: scores weights after each epoch, as evaluation.validation.validate does. identity: dict from
-    assembly.pipeline.identity, stored in every checkpoint. frozen: the parts of the model that do not change. Raises
+    assembly.pipeline.identity, stored in every checkpoint. frozen: the parts of the model that do not change.
+    teacher: trained models that teach this one. Raises
     UserError for a batch larger than the training set, or a routing warm-up as long as the training.
     """
 
@@ -59,12 +61,13 @@ class Trainer:
         identity: dict[str, Any],
         validate: Callable[[AnyMoE], Any],
         frozen: Frozen | None = None,
+        teacher: Teacher | None = None,
     ):
         from timm.utils import ModelEmaV3  # here, because importing timm takes seconds
 
         self.model, self.bank, self.run, self.tracker = model, bank, run, tracker
         self.config, self.optim, self.balance = config.train, config.optim, config.balance
-        self.routing_warmup_steps, self.identity, self.validate = config.router.random_steps, identity, validate
+        self.routing_warmup_steps, self.identity, self.validate = config.random_steps, identity, validate
         self.device = bank.device
         self.steps_per_epoch = steps_per_epoch(self.config, len(bank.splits.train))
         self.total_steps = self.steps_per_epoch * self.config.epochs
@@ -74,10 +77,10 @@ class Trainer:
         self.shares, self.checks = Shares(world(), self.config.seed, self.device), Checks(world())
         decay, batch_size = self.config.ema_decay, self.shares.samples_here(self.config.batch_size)
         self.ema = ModelEmaV3(model, decay=decay, use_warmup=True) if decay else None
-        captured = worth_capturing(self.config.graph, model, batch_size) and self.shares.static(model)
+        captured = worth_capturing(self.config.graph, model, batch_size) and self.shares.static(model) and not teacher
         smoothing, clip_norm, precision = self.config.label_smoothing, self.optim.clip_norm, self.config.precision
         self.frozen = frozen
-        step = TrainingStep(model, self.optimizer, self.balance, smoothing, clip_norm, precision, frozen)
+        step = TrainingStep(model, self.optimizer, self.balance, smoothing, clip_norm, precision, frozen, teacher)
         self.numbers = step.numbers
         self.train_step = GraphedStep(step, batch_size, self.shares.generator) if captured else step
         self.routing = RoutingWatch(model.mixtures[0].router, self.balance, self.routing_warmup_steps)
@@ -115,13 +118,17 @@ class Trainer:
             raise
         return self.chosen or load_checkpoint(self.run.best)  # best epoch of an earlier process
 
+    def start_from(self, weights: dict[str, Tensor]) -> None:
+        """Take weights from elsewhere, before the first step."""
+        for model in (self.model, self.evaluated):
+            model.load_state_dict(weights)
+
     def adopt(self, weights: dict[str, Tensor], validated: Any) -> dict[str, Any]:
         """Take weights from elsewhere for those of the last epoch and write both checkpoints, to go on from.
 
         validated: what `validate` says of them. Returns what best.pt holds, as `fit` does.
         """
-        for model in (self.model, self.evaluated):
-            model.load_state_dict(weights)
+        self.start_from(weights)
         values = validated.values()
         self.epoch = self.improved = self.config.epochs
         self.step = self.total_steps

@@ -22,6 +22,6 @@ def block_load_over_time(evaluated: Evaluated) -> Figure | None:
         return None
     load_TLE = np.array([[[line[key] for key in row] for row in keys] for line in lines], dtype=float)
     steps_per_epoch = lines[0]["step"] / lines[0]["epoch"]
-    warmup_epochs = evaluated.config.router.random_steps / steps_per_epoch
+    warmup_epochs = evaluated.config.random_steps / steps_per_epoch
     epochs = [line["epoch"] for line in lines]
     return plots.block_load_over_time(epochs, load_TLE, evaluated.block_names, evaluated.labels, warmup_epochs)

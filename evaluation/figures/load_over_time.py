@@ -22,5 +22,5 @@ def load_over_time(evaluated: Evaluated) -> Figure | None:
         return None
     steps_per_epoch = lines[0]["step"] / lines[0]["epoch"]
     load_TE = np.array([[line[key] for key in keys] for line in lines], dtype=float)
-    warmup_epochs = evaluated.config.router.random_steps / steps_per_epoch
+    warmup_epochs = evaluated.config.random_steps / steps_per_epoch
     return plots.load_over_time([line["epoch"] for line in lines], load_TE, labels, warmup_epochs)

@@ -38,4 +38,7 @@ def build_experts(
         columns = None if config.inputs is None else group_columns(in_features, num_groups, config.inputs[index])
         hidden, dropout = config.hidden(index), config.dropout_of(index)
         experts.append(kind(in_features, hidden, num_outputs, dropout, columns))
-    return Experts(experts[: len(config.sizes)]), nn.ModuleList(experts[len(config.sizes) :])
+    if config.first_new is not None:
+        for expert in experts[config.first_new : len(config.sizes)]:
+            kind.silence(expert)
+    return Experts(experts[: len(config.sizes)], config.grown), nn.ModuleList(experts[len(config.sizes) :])

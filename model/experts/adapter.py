@@ -1,5 +1,7 @@
 """Experts inside a frozen ViT's blocks, beside the FFN: bottleneck adapters of unequal widths."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,14 +22,24 @@ DROP_PATH = Option(
     share,
 )
 
+ACTIVATIONS = {"gelu": F.gelu, "silu": F.silu, "relu": F.relu}
+ACTIVATION = Option("activation", Literal["gelu", "silu", "relu"], "gelu", "adapter: between down and up.")
+NORM = Option(
+    "norm",
+    Literal["ffn", "own"],
+    "ffn",
+    "adapter: how the tokens that gate and experts read are normalised; ffn: as for the block's FFN; own: LayerNorm "
+    "without weights, since those of the ViT's norm scale each feature as its own FFN needs it.",
+)
+
 
 @register(
     "adapter",
-    "down, GELU, up, of one hidden layer, which adds nothing at the start (place blocks)",
-    options=[DROP_PATH],
+    "down, activation, up, of one hidden layer, which adds nothing at the start (place blocks)",
+    options=[DROP_PATH, ACTIVATION, NORM],
 )
 class Adapters(ExpertKind, nn.Module):
-    """E adapters up(GELU(down(x))) (Houlsby 2019), beside the FFN as in AdaptFormer (Chen 2022), in two products.
+    """E adapters up(activation(down(x))) (Houlsby 2019), beside the FFN as in AdaptFormer (Chen 2022), in two products.
 
     The hidden units of all experts, H in total, stand side by side: down is (H, D), up (D, H). Each unit is multiplied
     by the weight that the gate gives its expert, which is 0 for an expert that is not chosen, so that one product more
@@ -36,6 +48,7 @@ class Adapters(ExpertKind, nn.Module):
     """
 
     place = "blocks"
+    static_shapes = True
     units_EH: Tensor
 
     def __init__(self, width: int, config: ExpertsConfig, ffn: nn.Module):
@@ -43,9 +56,10 @@ class Adapters(ExpertKind, nn.Module):
         self.check(config)
         self.widths = [config.hidden(expert)[0] for expert in range(len(config.sizes))]
         total = sum(self.widths)
+        self.generations = [slice(sum(self.widths[:a]), sum(self.widths[:b])) for a, b in config.generation_bounds]
         self.down = nn.Linear(width, total)
         self.up = nn.Parameter(torch.zeros(width, total))
-        self.drop_path = config.drop_path
+        self.drop_path, self.activation = config.drop_path, ACTIVATIONS[config.activation]
         nn.init.normal_(self.down.weight, std=width**-0.5)  # of normalised tokens: hidden units of variance one
         nn.init.zeros_(self.down.bias)
         self.dropout = nn.Dropout(0.0 if isinstance(config.dropout, list) else config.dropout or 0.0)
@@ -69,19 +83,27 @@ class Adapters(ExpertKind, nn.Module):
 
         dense_BTD: the frozen FFN's output. assignments: of all tokens, or of the images for all their tokens.
         """
-        weights_BTE = assignments.weights_BE.view(len(x_BTD), -1, assignments.num_experts)
+        weights_BTE = assignments.weights_BE.view(x_BTD.shape[0], -1, assignments.num_experts)
         dtype = x_BTD.dtype
-        hidden_BTH = F.gelu(F.linear(x_BTD, self.down.weight.to(dtype), self.down.bias.to(dtype)))
+        down_HD, down_H = self.down.weight.to(dtype), self.down.bias.to(dtype)
+        parts = [F.linear(x_BTD, down_HD[units], down_H[units]) for units in self.generations]
+        hidden_BTH = self.activation(parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1))
         if self.training and self.drop_path:
             kept_B11 = rand_like(weights_BTE[:, :1, :1]) >= self.drop_path
             weights_BTE = weights_BTE * (kept_B11 / (1 - self.drop_path))
         weights_BTH = weights_BTE.to(hidden_BTH.dtype) @ self.units_EH.to(hidden_BTH.dtype)
-        return dense_BTD + F.linear(self.dropout(hidden_BTH) * weights_BTH, self.up.to(dtype))
+        mixed_BTH, out_BTD = self.dropout(hidden_BTH) * weights_BTH, dense_BTD
+        for units in self.generations:
+            up_DH = self.up[:, units].contiguous() if len(self.generations) > 1 else self.up
+            out_BTD = out_BTD + F.linear(mixed_BTH[..., units].contiguous(), up_DH.to(dtype))
+        return out_BTD
 
     def hidden_of(self, expert: int, x_ND: Tensor) -> Tensor:
         """The hidden units of one expert for tokens (N, D): (N, units), without dropout."""
         units = slice(self.units_of(expert).start, self.units_of(expert).stop)
-        return F.gelu(F.linear(x_ND, self.down.weight[units].to(x_ND.dtype), self.down.bias[units].to(x_ND.dtype)))
+        return self.activation(
+            F.linear(x_ND, self.down.weight[units].to(x_ND.dtype), self.down.bias[units].to(x_ND.dtype))
+        )
 
     def output_of(self, expert: int, x_ND: Tensor) -> Tensor:
         """As ExpertKind has it."""

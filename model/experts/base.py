@@ -1,7 +1,8 @@
 """Base classes of experts, and the experts of a mixture."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from itertools import pairwise
 
@@ -18,14 +19,23 @@ class ExpertKind:
 
     place head: one expert behind the frozen ViT, a module built from (in_features, hidden, num_outputs, dropout,
     columns) as LayeredExpert is, from (B, D) to (B, C) in the number format of its input. place blocks: all experts of
-    one block of the ViT, built from (width, ExpertsConfig, the frozen FFN) and called as Adapters is.
+    one block of the ViT, built from (width, ExpertsConfig, the frozen FFN) and called as Adapters is. static_shapes:
+    whether that call never waits to know how many tokens an expert has, so that a CUDA graph can hold it.
     """
 
     place = "head"
+    static_shapes: bool = False
 
     @classmethod
     def check(cls, config: ExpertsConfig) -> None:
         """Raise ValueError for options that this kind does not support."""
+
+    @staticmethod
+    def silence(expert: nn.Module) -> None:
+        """Let a new expert that is added to a trained mixture put out nothing at first, where it has a last layer."""
+        if isinstance(expert, LayerStack):
+            nn.init.zeros_(expert.linears[-1].weight)
+            nn.init.zeros_(expert.linears[-1].bias)
 
     @classmethod
     def work(cls, widths: list[int]) -> int:
@@ -113,20 +123,31 @@ class Experts(nn.ModuleList):
     expert_E: Tensor
     rank_E: Tensor
 
-    def __init__(self, experts: Iterable[nn.Module]):
+    def __init__(self, experts: Iterable[nn.Module], grown: Sequence[int] = ()):
+        """grown: numbers of experts before each addition; experts go together with those of their own addition."""
         super().__init__(experts)
+        self.grown = tuple(grown)
         expert_E = torch.tensor([expert for group in self.groups for expert in group], dtype=torch.int64)
         self.register_buffer("expert_E", expert_E, persistent=False)
         self.register_buffer("rank_E", expert_E.argsort(), persistent=False)
 
     @cached_property
     def groups(self) -> tuple[tuple[int, ...], ...]:
-        """Indices of the experts of each shape (hidden layers and dropout)."""
+        """Indices of the experts of each shape (hidden layers and dropout) that were added together."""
         groups: dict[tuple, list[int]] = {}
         for index, expert in enumerate(self):
             shape = expert.shape if isinstance(expert, LayerStack) else (index,)
+            shape = (bisect_right(self.grown, index), *shape)
             groups.setdefault(shape, []).append(index)
         return tuple(map(tuple, groups.values()))
+
+    @property
+    def generations(self) -> list[list[tuple[int, ...]]]:
+        """The groups of each addition."""
+        found: dict[int, list[tuple[int, ...]]] = {}
+        for group in self.groups:
+            found.setdefault(bisect_right(self.grown, group[0]), []).append(group)
+        return list(found.values())
 
     @cached_property
     def num_parameters(self) -> int:

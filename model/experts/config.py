@@ -1,6 +1,7 @@
 """ExpertsConfig: place, number and sizes of the experts, and how their outputs are combined."""
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..options import WIDEST, check_options
@@ -36,6 +37,12 @@ class ExpertsConfig:
     blocks: Literal["all"] | list[int] = "all"
     """place blocks: the blocks with experts, counted from 0, negative numbers from the end; all: every block that
     backbone.features depend on."""
+    add: list[Size] = field(default_factory=list)
+    """With init: new experts, given like sizes and put behind those of the run that init names. They change nothing at
+    the start; the gate opens to them over router.warmup_steps. In a stored configuration: the last of sizes."""
+    grown: list[int] = field(default_factory=list)
+    """Numbers of experts before each addition, which experts.add writes; the parts that were there before are computed
+    by themselves, so that what they compute does not change by a bit."""
     head: list[Size] = field(default_factory=list)
     """place blocks: sizes of a mixture on backbone.features that replaces the linear head, with the same routing rule
     and as many experts as sizes; none: a linear head."""
@@ -66,12 +73,17 @@ class ExpertsConfig:
             """An option that a kind has added."""
 
     def __post_init__(self):
-        for name in ("sizes", "shared", "head"):
+        for name in ("sizes", "shared", "head", "add"):
             for size in getattr(self, name) if isinstance(getattr(self, name), list) else ():
                 _check_size(f"experts.{name}", size)
         check_options(self, "experts")
         if not self.sizes:
             raise ValueError("experts.sizes is empty: name at least one expert")
+        bounds = [0, *self.grown, len(self.sizes)]
+        if any(before >= after for before, after in pairwise(bounds)):
+            raise ValueError(f"experts.grown is {self.grown}: it must rise, from 1 to below the number of experts")
+        if self.add and (not self.grown or self.sizes[self.grown[-1] :] != self.add):
+            raise ValueError("experts.add puts experts beside those of a run: name it with --init")
         if self.place == "head" and EXPERTS[self.kind].place != "head":
             heads = " or ".join(name for name, kind in EXPERTS.items() if kind.place == "head")
             raise ValueError(
@@ -107,6 +119,16 @@ class ExpertsConfig:
                 raise ValueError(
                     f"experts.inputs has {groups}: an expert must read at least one feature, and each only once"
                 )
+
+    @property
+    def first_new(self) -> int | None:
+        """The first of the experts that this run adds (None: it adds none)."""
+        return self.grown[-1] if self.add else None
+
+    @property
+    def generation_bounds(self) -> list[tuple[int, int]]:
+        """The first expert of each generation, those that were added together, and the first behind it."""
+        return list(pairwise([0, *self.grown, len(self.sizes)]))
 
     @property
     def formats(self) -> list[str]:

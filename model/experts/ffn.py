@@ -42,7 +42,8 @@ class UpcycledFFN(ExpertKind, nn.Module):
         # float32 in any case, because they are trained; on the default device.
         device = torch.empty(0).device
         copies = (_copied(copy.deepcopy(ffn).float().to(device).requires_grad_(True)) for _ in config.sizes)
-        self.copies = Experts(copies)
+        self.copies = Experts(copies, config.grown)
+        self.bounds = config.generation_bounds
         self.dispatch_mode = config.dispatch
 
     @classmethod
@@ -52,6 +53,8 @@ class UpcycledFFN(ExpertKind, nn.Module):
             raise ValueError(
                 "experts.dropout has no effect on experts.kind ffn, which keeps the ViT's dropout: leave it out"
             )
+        if config.norm != "ffn":
+            raise ValueError(f"experts.norm {config.norm} is not for experts.kind ffn, whose copies read what it reads")
 
     @property
     def static_shapes(self) -> bool:
@@ -66,10 +69,11 @@ class UpcycledFFN(ExpertKind, nn.Module):
         dense_BTD: the frozen FFN's output. assignments: of all tokens, or of the images for all their tokens.
         """
         x_ND = x_BTD.flatten(0, 1)
-        each = assignments.repeated(len(x_ND) // assignments.num_samples)
+        each = assignments.repeated(x_ND.shape[0] // assignments.num_samples)
         dispatch_mode = "static" if self.dispatch_mode == "auto" and self.static_shapes else self.dispatch_mode
         mixed_ND = combine_logits(*dispatch(x_ND, each, self.copies, dispatch_mode), each)
-        rest_N = 1 - each.weights_BE.sum(dim=1)
+        weights_NE: Any = each.weights_BE
+        rest_N: Any = 1 - sum(weights_NE[:, first:last].contiguous().sum(dim=1) for first, last in self.bounds)
         return (mixed_ND + rest_N[:, None] * dense_BTD.flatten(0, 1)).to(dense_BTD.dtype).view_as(dense_BTD)
 
     def output_of(self, expert: int, x_ND: Tensor) -> Tensor:

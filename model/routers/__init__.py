@@ -1,5 +1,7 @@
 """Routers: which expert processes which sample, with what weight. Each rule is one file that registers itself."""
 
+from collections.abc import Sequence
+
 from ..registry import import_all
 from ..routing import Routing
 from .base import Router, group_columns
@@ -11,11 +13,20 @@ __all__ = ["ROUTERS", "Router", "RouterConfig", "Routing", "build_router", "grou
 
 
 def build_router(
-    config: RouterConfig, in_features: int, num_experts: int, work: list[float] | None = None, num_groups: int = 1
+    config: RouterConfig,
+    in_features: int,
+    num_experts: int,
+    work: list[float] | None = None,
+    num_groups: int = 1,
+    grown: Sequence[int] = (),
 ) -> Router:
     """The router that `config.kind` names.
 
     work: relative cost of each expert (None: equal). num_groups: number of equally wide feature groups, which
-    router.inputs refers to. Raises ValueError if the configuration does not fit.
+    router.inputs refers to. grown: numbers of experts before each addition (Router.grow). Raises ValueError if the
+    configuration does not fit.
     """
-    return ROUTERS[config.kind](in_features, num_experts, config, work, num_groups)
+    router = ROUTERS[config.kind](in_features, num_experts, config, work, num_groups)
+    if grown:
+        router.grow(grown, config)
+    return router

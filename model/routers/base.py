@@ -3,10 +3,12 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..distributed import rand_like
 from ..norm import Standardise
@@ -30,7 +32,10 @@ class Router(nn.Module, ABC):
     only_top_k: int | None = None  # the only number of experts per sample that the rule supports
     paper: ClassVar[dict[str, float]] = {}  # options for which its paper has other defaults, by name
 
+    grows = False  # takes new experts whose gate columns change nothing at the start
+
     work_E: Tensor
+    margin_E: Tensor
     target_E: Tensor
 
     def __init__(
@@ -44,6 +49,7 @@ class Router(nn.Module, ABC):
         super().__init__()
         self.check(config, num_experts)
         self.num_experts, self.top_k, self.temperature = num_experts, config.top_k, config.temperature
+        self.grown: tuple[int, ...] = ()
         work = [1.0] * num_experts if work is None else work
         self.work = [cost * num_experts / sum(work) for cost in work]
         self.shares = config.target_shares(work)
@@ -106,6 +112,22 @@ class Router(nn.Module, ABC):
         each = size // self.num_experts
         return [expert * each + entry for expert in experts for entry in range(each)]
 
+    def grow(self, grown: Sequence[int], config: RouterConfig) -> None:
+        """Let the last experts be ones that were added to a trained gate. grown: the number before each addition.
+
+        Raises ValueError for a rule under which new experts cannot leave the function as it was.
+        """
+        if not self.grows:
+            raise ValueError(
+                f"router.kind {config.kind} cannot take new experts without changing what the others do: leave out "
+                "experts.add"
+            )
+        self.grown, self.opening_steps = tuple(grown), max(1, config.warmup_steps)
+        self.register_buffer("margin_E", torch.zeros(self.num_experts))
+
+    def close_to(self, new_E: Tensor, old_E: Tensor) -> None:
+        """Start the gate of new experts: never chosen, of no weight. new_E, old_E: their indices, and the others'."""
+
     @property
     def experts_per_sample(self) -> float:
         """Mean number of assignments of a sample in evaluation."""
@@ -124,8 +146,15 @@ class Router(nn.Module, ABC):
         """Called once after each optimizer step with the routing of its batch."""
 
 
+CLOSED, OPENING = 1e4, 10.0
+"""How far below the others the logits of new experts are: at the start, where softmax makes of it a weight of exactly
+0, and from the first step on."""
+
+
 class GatedRouter(Router):
     """A rule on the logits of a gate, (B, E)."""
+
+    grows = True
 
     def forward(self, x_BD: Tensor, warmup: bool = False, allowed_E: Tensor | None = None) -> Routing:
         """Route a batch; `warmup` draws k distinct experts per sample at random, with weights 1/k.
@@ -139,6 +168,8 @@ class GatedRouter(Router):
         with torch.autocast(x_BD.device.type, enabled=False):
             hidden_BH = self.trunk(self._perturb(x_BD.float()))
             logits_BE, sigma_BE = self._logits(hidden_BH, noisy=self.training and not warmup)
+            if self.grown:
+                logits_BE = logits_BE - self.margin_E
             if allowed_E is not None:
                 logits_BE = logits_BE.masked_fill(~allowed_E, -math.inf)
             return self._route_at_random(logits_BE) if warmup else self._route(logits_BE, sigma_BE)
@@ -148,7 +179,31 @@ class GatedRouter(Router):
 
     def _logits(self, hidden_BH: Tensor, noisy: bool) -> tuple[Tensor, Tensor | None]:
         """Clean logits (B, E), and the standard deviation of learned noise if `noisy` and the rule has it."""
-        return self.gate(hidden_BH), None
+        return self._gate_logits(hidden_BH), None
+
+    def _gate_logits(self, hidden_BH: Tensor) -> Tensor:
+        """The gate's product, of each addition by itself: what the others compute does not change by a bit."""
+        if not self.grown:
+            return self.gate(hidden_BH)
+        sizes = [last - first for first, last in pairwise([0, *self.grown, self.num_experts])]
+        parts = zip(self.gate.weight.split(sizes), self.gate.bias.split(sizes), strict=True)
+        return torch.cat([F.linear(hidden_BH, *part) for part in parts], dim=1)
+
+    @torch.no_grad()
+    def close_to(self, new_E: Tensor, old_E: Tensor) -> None:
+        """As Router: gate columns of zeros, CLOSED below all others.
+
+        After the first step they are OPENING below, and then rise in equal steps to nothing over router.warmup_steps.
+        """
+        self.gate.weight[new_E] = 0
+        self.gate.bias[new_E] = 0
+        self.margin_E[new_E] = CLOSED
+
+    @torch.no_grad()
+    def after_step(self, routing: Routing) -> None:
+        """Open the gate a little to experts that were added."""
+        if self.grown and routing.learned:
+            self.margin_E.clamp_(max=OPENING).sub_(OPENING / self.opening_steps).clamp_(min=0)
 
     def _tempered(self, logits_BE: Tensor) -> Tensor:
         """The logits at the gate's temperature."""

@@ -38,6 +38,12 @@ class ExpertChoiceRouter(GatedRouter):
         # Below every gate: before training all experts take all samples.
         self.register_buffer("threshold_E", torch.zeros(self.num_experts))
 
+    @torch.no_grad()
+    def close_to(self, new_E: Tensor, old_E: Tensor) -> None:
+        """As GatedRouter; no gate reaches a threshold of 1, from where it falls while new experts take samples."""
+        super().close_to(new_E, old_E)
+        self.threshold_E[new_E] = 1.0
+
     @classmethod
     def check(cls, config: RouterConfig, num_experts: int) -> None:
         super().check(config, num_experts)
@@ -58,7 +64,9 @@ class ExpertChoiceRouter(GatedRouter):
         taken_BE = (gate_BE >= self.threshold_E) & (logits_BE > -math.inf)
         best_BE = torch.zeros_like(taken_BE).scatter_(1, gate_BE.argmax(dim=-1, keepdim=True), True)
         sample_A, expert_A = (taken_BE | (best_BE & ~taken_BE.any(dim=-1, keepdim=True))).nonzero(as_tuple=True)
-        chosen = Assignments.listed(sample_A, expert_A, gate_BE[sample_A, expert_A], (len(gate_BE), self.num_experts))
+        chosen = Assignments.listed(
+            sample_A, expert_A, gate_BE[sample_A, expert_A], (gate_BE.shape[0], self.num_experts)
+        )
         return Routing(chosen, self._gate(logits_BE))
 
     def _take_best(self, logits_BE: Tensor, gate_BE: Tensor) -> Routing:

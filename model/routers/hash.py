@@ -22,6 +22,7 @@ class HashRouter(TokenChoiceRouter):
     `warmup` has no effect.
     """
 
+    grows = False
     learns = False
     warms_up = False
     paper: ClassVar = {"balance.switch": 0.0}

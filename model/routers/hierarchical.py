@@ -33,6 +33,8 @@ class HierarchicalRouter(LearnedNoiseRouter):
     groups. A bias is added to the joint score and so affects both choices.
     """
 
+    grows = False
+
     @classmethod
     def check(cls, config: RouterConfig, num_experts: int) -> None:
         super().check(config, num_experts)

@@ -34,13 +34,19 @@ class LearnedNoiseRouter(TokenChoiceRouter):
             nn.init.zeros_(layer.weight)
         nn.init.zeros_(self.gate.bias)
 
+    @torch.no_grad()
+    def close_to(self, new_E: Tensor, old_E: Tensor) -> None:
+        """As GatedRouter; the noise starts as that of any new gate."""
+        super().close_to(new_E, old_E)
+        self.noise.weight[new_E] = 0
+
     @property
     def _outputs(self) -> int:
         return self.num_experts
 
     def _logits(self, hidden_BH: Tensor, noisy: bool) -> tuple[Tensor, Tensor | None]:
         if not noisy:
-            return self.gate(hidden_BH), None
+            return self._gate_logits(hidden_BH), None
         # As one product the two read the features once.
         weight = torch.cat([self.gate.weight, self.noise.weight])
         bias = torch.cat([self.gate.bias, torch.zeros_like(self.gate.bias)])

@@ -134,8 +134,16 @@ class TokenChoiceRouter(GatedRouter):
         return Routing(assignments, self._gate(logits_BE, load_BE, importance_BE), drops)
 
     @torch.no_grad()
+    def close_to(self, new_E: Tensor, old_E: Tensor) -> None:
+        """As GatedRouter; the bias on the choice starts as the smallest, so that it lifts none over another."""
+        super().close_to(new_E, old_E)
+        if self.bias_rate:
+            self.bias_E[new_E] = self.bias_E[old_E].min()
+
+    @torch.no_grad()
     def after_step(self, routing: Routing) -> None:
         """Move the bias by bias_rate towards the target load (Wang 2024, algorithm 1), except in random warm-up."""
+        super().after_step(routing)
         if self.bias_rate and routing.learned:
             demand_E = routing.demand_E.float()
             self.bias_E += self.bias_rate * (self.target_E * demand_E.sum() - demand_E).sign()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from assembly.pipeline import build_model
-from benchmarks import dispatch, extraction, recipe, scaling, step, study, time_to_accuracy
+from benchmarks import adaptation, dispatch, extraction, recipe, scaling, step, study, time_to_accuracy
 from benchmarks.common import Failure, Timing, attempt, table, timed
 from benchmarks.layers import Shape, contestants
 from common.errors import UserError, exit_code_of
@@ -141,7 +141,9 @@ def test_tiny_leaves_what_was_given_as_it_is(tmp_path):
         assert article.backbone.features == ["tokens:-1"]
 
 
-@pytest.mark.parametrize("benchmark", [dispatch, extraction, recipe, scaling, step, study, time_to_accuracy])
+@pytest.mark.parametrize(
+    "benchmark", [adaptation, dispatch, extraction, recipe, scaling, step, study, time_to_accuracy]
+)
 def test_help_explains_every_option_and_its_default(benchmark, capsys):
     with pytest.raises(SystemExit):
         benchmark.main(["--tiny", "--help"])
@@ -172,6 +174,31 @@ def test_recipe_pairs_heads_of_equal_cost(tmp_path, capsys):
     costs = [head_cost(build_model(head, shape, 10), shape).flops for head in recipe.heads(config, shape, 10).values()]
     assert costs[1] == pytest.approx(costs[0], rel=0.01)
     assert all(0 <= run["macro_f1"] <= 1 and run["best_epoch"] in (1, 2) for run in runs.values())
+
+
+@pytest.mark.slow
+def test_ways_to_adapt_a_vit_share_a_file_of_runs(tmp_path, capsys):
+    options = ["--tiny", "--device", "cpu", "--out", str(tmp_path), "--pick_epochs", "1", "--methods"]
+    adaptation.main([*options, "experts", "full"])
+    lines = adaptation.read(tmp_path / "adaptation_tiny.jsonl")
+    assert [(line["method"], line["pick"]) for line in lines] == [
+        ("experts", False),
+        *[("full", True)] * 2,
+        ("full", False),
+    ]
+    assert lines[3]["lr"] == max(lines[1:3], key=lambda line: line["macro_f1"])["lr"]
+    assert lines[3]["trained"] > lines[0]["trained"]
+    capsys.readouterr()
+    adaptation.main([*options, "full"])
+    assert adaptation.read(tmp_path / "adaptation_tiny.jsonl") == lines
+    shown = capsys.readouterr().out
+    assert f"{100 * (lines[3]['macro_f1'] - lines[0]['macro_f1']):+.2f}" in shown
+
+
+def test_the_dense_adapter_is_as_wide_as_the_active_experts_under_an_even_load():
+    base = parse_command_line(["--config", "configs/cifar100.yaml"]).config
+    dense = adaptation.of_method("dense", base, [], None)
+    assert dense.experts.sizes == [[120]] and dense.router.top_k == 1 and base.router.top_k == 2
 
 
 def test_batches_go_round_the_samples_in_one_random_order():

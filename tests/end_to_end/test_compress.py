@@ -87,6 +87,52 @@ def test_a_run_in_eight_bits_is_a_run(tiny_run, tmp_path, call):
     assert code == 2 and "quantised already" in lines[-1] and not (tmp_path / "again").exists()
 
 
+@pytest.mark.slow
+def test_a_run_with_merged_experts_is_a_run(tiny_run, tmp_path, call):
+    out = tmp_path / "merged"
+    code, shown, _ = call(compress, tiny_run, "--out", out, "--merge", "2", "--prune", "0")
+    assert code == 0 and "merge        averaged: macro-F1" in shown
+    found = json.loads((out / "compression.json").read_text())
+    assert [step["step"] for step in found["steps"]] == ["prune", "merge"]
+    [groups] = found["steps"][1]["groups"]
+    assert sorted(member for members in groups for member in members) == [0, 1, 2] and len(groups) == 2
+    assert found["after"]["expert_bytes"] < found["before"]["expert_bytes"]
+    alone, pair = sorted(groups, key=len)
+    names = [row["expert"] for row in found["experts"][1:]]
+    assert found["experts"][1 + alone[0]]["done"] == []
+    assert found["experts"][1 + pair[0]]["done"] == [f"merged with {pair[1]} · {names[pair[1]].split(' · ')[1]}"]
+    assert load_trained(out).model.moe.router.num_experts == 2
+
+
+@pytest.mark.slow
+def test_an_ensemble_teaches_a_dense_student_in_eight_bits(tiny_run, tmp_path, call):
+    out = tmp_path / "student"
+    words = ("--distil", "dense", "--distil.epochs", "3", "--quantise", "int8", "--quantise.rows", "64")
+    code, shown, _ = call(compress, tiny_run, tiny_run, "--out", out, *words)
+    assert code == 0 and "epoch   3/3" in shown and f"teachers     {tiny_run}, {tiny_run}" in shown
+    found = json.loads((out / "compression.json").read_text())
+    assert [step["step"] for step in found["steps"]] == ["distil", "quantise"] and len(found["from"]) == 2
+    assert found["experts"][-1]["expert"].startswith("student 0") and found["experts"][-1]["done"] == ["taught", "int8"]
+    assert found["after"]["active_parameters"] == found["after"]["trained_parameters"]
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 3
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    assert config["experts"]["weights"] == "int8" and config["train"]["twin_of"] is None
+    assert call(evaluate, out, "--tracking", "none")[0] == 0
+
+
+@pytest.mark.slow
+def test_what_is_left_is_taught_on(tiny_run, tmp_path, call):
+    out = tmp_path / "taught"
+    words = ("--prune", "0", "--distil", "sparse", "--distil.epochs", "1")
+    code, shown, _ = call(compress, tiny_run, "--out", out, *words)
+    assert code == 0 and "random routing" not in shown
+    found = json.loads((out / "compression.json").read_text())
+    assert [row["done"] for row in found["experts"]] == [["removed"], ["taught"], ["taught"], ["taught"]]
+    pruned = load_trained(tiny_run).model.moe.experts[1][0].weight
+    taught = load_trained(out).model.moe.experts[0][0].weight
+    assert 0 < (taught - pruned).norm() < 0.5 * pruned.norm()  # from there, and a few steps on
+
+
 def test_experts_in_eight_bits_are_not_trained_from_the_start(call, tmp_path):
     words = ("--config", "configs/digits.yaml", "--experts.weights", "int8", "--run_dir", tmp_path / "run")
     code, _, lines = call(train, *words, "--tracking", "none")
@@ -115,6 +161,18 @@ def test_a_number_format_that_a_device_lacks_is_one_line(tiny_run, tmp_path, cal
         ("--prune auto 1", "--prune has auto: give numbers of experts"),
         ("--prune auto --budget -1", "--budget is -1"),
         ("", "nothing to do"),
+        ("--merge 5", "--merge is 5: there are 4 experts"),
+        ("--merge 1", "fewer experts than each sample goes to"),
+        ("--prune 0 1 --merge 2", "--merge is 2: there are 2 experts"),
+        ("--merge two", "--merge is 'two': give a whole number"),
+        ("--distil sparse --distil.sizes [[4]]", "--distil sparse: router.top_k is 2 but experts.sizes names 1"),
+        ("--distil dense --distil.sizes [[4],[5]]", "names 2 experts: a dense student has one"),
+        ("--distil dense --distil.sizes wide", "--distil.sizes is wide: give"),
+        ("--distil dense --prune 0", "leave out --prune and --merge"),
+        ("--prune 0 --distil.epochs 3", "are for --distil: name that too"),
+        ("--distil dense --distil.epochs 0", "--distil.epochs is 0"),
+        ("--distil dense --distil.weight 2", "--distil.weight is 2: it is a share"),
+        ("--distil dense --distil.temperature 0", "--distil.temperature is 0"),
         ("--quantise int4", "invalid choice: 'int4'"),
         ("--prune 0 --quantise.protect auto", "name that too"),
         ("--prune 0 --quantise int8 --quantise.protect 3", "names expert 3: experts 0 to 2 are left"),
@@ -128,6 +186,17 @@ def test_what_cannot_be_done_is_one_line_and_writes_nothing(tiny_run, tmp_path, 
     code, _, lines = call(compress, tiny_run, "--out", out, *words.split())
     assert code in (1, 2) and len(lines) == 1 and message in lines[0]
     assert not out.exists()
+
+
+def test_an_ensemble_has_one_data_set(tiny_run, tmp_path, call, monkeypatch):
+    other = iter(range(9))
+    monkeypatch.setattr("assembly.distilling._read", lambda opened: next(other))
+    words = ("--out", tmp_path / "out", "--distil", "dense")
+    code, _, lines = call(compress, tiny_run, tiny_run, *words)
+    assert code == 2 and len(lines) == 1 and "reads other features than" in lines[0]
+    code, _, lines = call(compress, tiny_run, tiny_run, "--out", tmp_path / "out", "--prune", "0")
+    assert code == 2 and len(lines) == 1 and "name that too" in lines[0]
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_that_is_there_is_left_alone(tiny_run, tmp_path, call):

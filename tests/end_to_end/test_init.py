@@ -100,3 +100,27 @@ def test_a_folder_that_is_no_run_and_parts_without_one(tmp_path):
         parse_command_line(options(tmp_path))
     with pytest.raises(UserError, match="name a run with --init"):
         parse_command_line([*TINY.split(), "--freeze", "router"])
+
+
+@pytest.mark.slow
+def test_new_experts_beside_those_of_a_run(tiny_run, tmp_path, start, capsys):
+    words = ["--experts.add", "[[8],[4]]", "--freeze", "router,experts", "--router.warmup_steps", "3"]
+    start(*options(tiny_run, *words, "--train.epochs", "3", "--run_dir", tmp_path / "run"))
+    assert "new          2 experts: 4 · 8, 5 · 4, with gate columns" in capsys.readouterr().out
+    config = parse_command_line(["--config", str(tmp_path / "run/config.yaml")]).config
+    assert config.experts.sizes[4:] == config.experts.add == [[8], [4]] and config.experts.grown == [4]
+    old, new = (load_weights_of(RunFolder(path)) for path in (tiny_run, tmp_path / "run"))
+    assert torch.equal(new["moe.router.gate.weight"][:4], old["moe.router.gate.weight"])
+    assert new["moe.router.gate.weight"][4:].any()
+    # A run that starts from that one, with experts once more; its configuration, read back, adds none again.
+    again = parse_command_line(options(tmp_path / "run", "--experts.add", "[[2]]")).config
+    assert again.experts.grown == [4, 6] and len(again.experts.sizes) == 7
+    same = parse_command_line(["--config", str(tmp_path / "run/config.yaml"), "--init", str(tiny_run)]).config
+    assert same.experts == config.experts
+    results = json.loads((tmp_path / "run/evaluation/metrics.json").read_text())
+    assert len(results["expert_load"]) == 6
+
+
+def test_new_experts_need_a_run():
+    with pytest.raises(UserError, match="puts experts beside those of a run"):
+        parse_command_line([*TINY.split(), "--experts.add", "[[8]]"])

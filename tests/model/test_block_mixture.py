@@ -100,3 +100,20 @@ def test_a_block_equals_the_loop_over_tokens_and_experts(rule, kind, sizes, how,
     out_BTD, routing = mixture(x_BTD, ffn(x_BTD))
     assert routing.num_samples == (2 if level == "image" else 10)
     torch.testing.assert_close(out_BTD.double(), brute_force(mixture, x_BTD, ffn, kind), rtol=1e-5, atol=1e-5)
+
+
+def test_gate_and_experts_with_a_norm_of_their_own_read_standardised_tokens():
+    """(1, 2, 3) less its mean over its deviation is (-1.2247, 0, 1.2247), whatever the FFN's norm makes of it."""
+    chosen = block_experts("adapter", [[1], [1]], norm="own", activation="relu")
+    mixture = BlockMixture(3, RouterConfig(kind="mixtral", norm="none"), chosen, plain_ffn(), True, prefix=1).eval()
+    mixture.router.gate.weight.data = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+    mixture.router.gate.bias.data.zero_()
+    mixture.experts.down.weight.data = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+    mixture.experts.down.bias.data.zero_()
+    mixture.experts.up.data = torch.tensor([[5.0, 2.0]] * 3)
+    x_BTD = torch.tensor([[[1.0, 2.0, 3.0]]])
+    read_BTD = mixture.normalise(x_BTD, torch.full_like(x_BTD, torch.nan))
+    out_BTD, routing = mixture(read_BTD, torch.tensor([[[10.0, 20.0, 30.0]]]))
+    torch.testing.assert_close(routing.logits_BE, torch.tensor([[-1.224736, 1.224736]]), rtol=1e-4, atol=0)
+    # The second expert weighs 1 / (1 + exp(-2.449472)) = 0.920521 and adds 2 * 1.224736 of that; the first, relu(-), 0.
+    torch.testing.assert_close(out_BTD - torch.tensor([10.0, 20.0, 30.0]), torch.full((1, 1, 3), 2.254792))

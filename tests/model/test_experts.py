@@ -118,6 +118,7 @@ def test_shared_experts_are_announced_beside_the_routed_ones(monkeypatch, capsys
     images = ImageSet(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 0, 1]), ("a", "b"))
     splits = Splits(images, images, images)
     trainer = SimpleNamespace(
+        identity={},
         model=SimpleNamespace(mixtures=[SimpleNamespace(router=SimpleNamespace(experts_per_sample=2))]),
         bank=SimpleNamespace(feature_shape=(1,)),
         run=SimpleNamespace(path="run"),

@@ -167,6 +167,7 @@ def test_blocks_are_resolved_from_the_end_and_by_what_is_read():
         ({"experts": {"sizes": [[2, 2]]}, "top_k": 1}, "one hidden layer"),
         ({"experts": {"sizes": ["small", "large"]}}, "one hidden layer"),
         ({"experts": {"kind": "ffn", "sizes": [[3], [3]]}}, "have 64 hidden units"),
+        ({"experts": {"kind": "ffn", "sizes": [[64], [64]], "norm": "own"}}, "norm own is not for experts.kind ffn"),
         ({"experts": {"kind": "mlp"}}, "is a class head"),
         ({"experts": {"shared": [[4]]}}, "the frozen FFN is the shared expert"),
         ({"experts": {"inputs": [[0], [0], [0]]}}, "has no meaning"),

@@ -134,3 +134,106 @@ def test_what_cannot_be_frozen_or_taken_is_told():
             state(model),
             Shared.by_name(NOW, NOW),
         )
+
+
+GROWING = [
+    *(("noisy_topk", {}), ("noisy_topk", {"bias_rate": 0.01}), ("noisy_topk", {"top_k": 1}), ("article", {})),
+    *(("mixtral", {}), ("gshard", {}), ("vmoe", {}), ("top_p", {"p": 0.7}), ("sinkhorn", {}), ("expert_choice", {})),
+    *(("deepseek", {}), ("deepseek", {"top_k": 1}), ("deepseek", {"scores": "softmax"}), ("switch", {"top_k": 1})),
+    ("noisy_topk", {"hidden": [7], "temperature": 0.3}),
+]
+
+
+def grown_behind(grown, add=(), dispatch="auto", combine="logits", **router) -> VisionMoE:
+    sizes = [[6], [], [8, 4], *add]
+    if combine == "probabilities" and router["kind"] == "switch":
+        combine = "logits"
+    experts = ExpertsConfig(
+        sizes=sizes, shared=[[5]], dropout=0.0, dispatch=dispatch, combine=combine, grown=list(grown), add=list(add)
+    )
+    return VisionMoE((12,), 5, NeckConfig(norm="batch"), RouterConfig(**({"top_k": 2} | router)), experts, 2)
+
+
+@pytest.mark.parametrize("dispatch", ["auto", "dense", "grouped"])
+@pytest.mark.parametrize("kind, options", GROWING, ids=str)
+def test_new_experts_change_no_bit_and_then_take_samples(kind, options, dispatch):
+    torch.manual_seed(1)
+    router = {"kind": kind, "warmup_steps": 4} | options
+    before = grown_behind([], dispatch=dispatch, **router)
+    train_on(before, 5)
+    model = grown_behind([3], [[6], [3]], dispatch=dispatch, **router)
+    take(model, state(before), Shared.by_name(BEFORE, BEFORE))
+    x = torch.randn(64, 12)
+    (logits, (old,)), (now, (new,)) = before.eval()(x), model.eval()(x)
+    assert torch.equal(logits, now)
+    assert new.counts_E[3:].sum() == 0 and torch.equal(new.counts_E[:3], old.counts_E)
+    frozen = Frozen(model, ["router", "experts", "shared", "neck"], Shared.by_name(BEFORE, BEFORE), 5)
+    kept = state(model)
+    train_on(model, 12, frozen)
+    assert model.moe.usage_E[3:].sum() > 0 and not model.moe.router.margin_E.any()
+    for name, value in model.state_dict().items():
+        if ".experts.3." in name or ".experts.4." in name:
+            moved = not torch.equal(value, kept[name])
+            assert moved or "bias" in name or "running" in name or not value.is_floating_point(), name
+        elif name.startswith(("moe.router.gate.", "moe.router.noise.")):
+            assert torch.equal(value[:3], kept[name][:3]), name
+
+
+def train_on(model, steps, frozen=None) -> None:
+    torch.manual_seed(5)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05, weight_decay=0.1)
+    step = TrainingStep(model, optimizer, BalanceConfig(switch=0.3), 0.0, 0.0, "float32", frozen)
+    for _ in range(steps):
+        model.train()
+        if frozen:
+            frozen.hold()
+        x = torch.randn(32, 12) if isinstance(model, VisionMoE) else images(32)
+        assert step(x, torch.randint(5, (32,)), warmup=False) is not None
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "vmoe", "noisy_topk"])
+def test_probabilities_too_and_an_addition_to_an_addition(kind):
+    before = grown_behind([], kind=kind, combine="probabilities")
+    train_on(before, 4)
+    once = grown_behind([3], [[6]], kind=kind, combine="probabilities", warmup_steps=2)
+    take(once, state(before), Shared.by_name(BEFORE, BEFORE))
+    x = torch.randn(50, 12)
+    assert torch.equal(before.eval()(x)[0], once.eval()(x)[0])
+    train_on(once, 6)
+    sizes = [[6], [], [8, 4], [6], [4]]
+    experts = ExpertsConfig(sizes=sizes, shared=[[5]], dropout=0.0, combine="probabilities", grown=[3, 4], add=[[4]])
+    twice = VisionMoE((12,), 5, NeckConfig(norm="batch"), RouterConfig(kind=kind), experts, 2)
+    take(twice, state(once), Shared.by_name(BEFORE, BEFORE))
+    assert torch.equal(once.eval()(x)[0], twice.eval()(x)[0])
+
+
+@pytest.mark.parametrize("level", ["token", "image"])
+@pytest.mark.parametrize("kind", ["mixtral", "vmoe", "deepseek"])
+@pytest.mark.parametrize("ffn", [False, True])
+def test_new_experts_inside_the_vit_change_no_bit(kind, level, ffn):
+    old = {"kind": "ffn", "sizes": [[64]] * 3} if ffn else {"sizes": [[2], [4], [6]], "head": [[4], [3], [5]]}
+    add = [[64]] if ffn else [[3]]
+    head = {} if ffn else {"head": [*old["head"], *add]}
+    router = {"kind": kind, "level": level, "warmup_steps": 2}
+    before = spread(moe_vit(experts=old, **router))
+    model = moe_vit(experts=old | {"sizes": old["sizes"] + add, "grown": [3], "add": add} | head, **router)
+    take(model, state(before), Shared.by_name(BEFORE, BEFORE))
+    x = images(6)
+    assert torch.equal(before.eval()(x)[0], model.eval()(x)[0])
+    frozen = Frozen(model, ["router", "experts"], Shared.by_name(BEFORE, BEFORE), 5)
+    kept = state(model)
+    train_on(model, 6, frozen)
+    assert all(mixture.usage_E[3] > 0 for mixture in model.mixtures)
+    for name, value in model.state_dict().items():
+        if name.endswith("experts.down.weight"):
+            assert torch.equal(value[:12], kept[name][:12]) and not torch.equal(value[12:], kept[name][12:])
+        if name.endswith("experts.up"):
+            assert torch.equal(value[:, :12], kept[name][:, :12]) and not torch.equal(value[:, 12:], kept[name][:, 12:])
+        if ".copies." in name:
+            assert torch.equal(value, kept[name]) == (".copies.3." not in name), name
+
+
+@pytest.mark.parametrize("kind", ["hash", "hierarchical"])
+def test_rules_that_cannot_take_new_experts_say_so(kind):
+    with pytest.raises(ValueError, match="cannot take new experts"):
+        grown_behind([3], [[6]], kind=kind, groups=2)

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from block_helpers import moe_vit
 
 from assembly.pipeline import pick_device
 from common.errors import UserError
@@ -15,6 +16,7 @@ from model.classifier import NeckConfig, VisionMoE
 from model.experts import ExpertsConfig
 from model.routers import RouterConfig
 from training.graph import EAGER_STEPS, Captured, GraphedStep, worth_capturing
+from training.memory import bytes_per_image
 from training.optim import build_optimizer, set_learning_rate
 from training.step import TrainingStep
 
@@ -48,10 +50,12 @@ def test_nothing_is_captured_on_a_cpu():
         (600_000_000, 128, "auto", True, False),
     ],
 )
-def test_a_small_head_with_shapes_that_stay_is_captured_on_a_gpu(parameters, batch, how, static, expected):
+def test_a_small_head_with_shapes_that_stay_is_captured_on_a_gpu(parameters, batch, how, static, expected, monkeypatch):
     weight = SimpleNamespace(numel=lambda: parameters, is_cuda=True)
-    moe = SimpleNamespace(dispatch_mode=how, router=SimpleNamespace(static_shapes=static))
-    head = SimpleNamespace(parameters=lambda: [weight], moe=moe)
+    head = model()
+    head.parameters = lambda: [weight]
+    head.moe.dispatch_mode = how
+    monkeypatch.setattr(type(head.moe.router), "static_shapes", static)
     assert worth_capturing("auto", head, batch) is expected
     assert not worth_capturing("off", head, batch)
 
@@ -167,6 +171,30 @@ def test_captured_steps_train_as_steps_do(kind):
             set_learning_rate(optimizer, index, 13, optim)
             losses.append(float(run(x_BF, labels_B, warmup=False).loss))
         found.append((losses, {k: v.clone() for k, v in head.state_dict().items()}))
+    (losses, weights), (graphed, graphed_weights) = found
+    assert graphed == pytest.approx(losses, rel=1e-4)
+    for name, value in weights.items():
+        assert torch.allclose(value.float(), graphed_weights[name].float(), rtol=1e-3, atol=1e-5), name
+
+
+@ON_GPU
+@pytest.mark.parametrize("experts", [{}, {"norm": "own", "activation": "silu"}, {"head": [[8], [8], [8]]}])
+@pytest.mark.parametrize("kind, level", [("mixtral", "token"), ("deepseek", "image")])
+def test_captured_steps_through_a_vit_train_as_steps_do(experts, kind, level):
+    """Counting the activations first, as a run does, must not keep the steps from being captured."""
+    images_NCHW = torch.randint(256, (12 * 8, 3, 8, 8), dtype=torch.uint8, device="cuda")
+    labels_N = torch.randint(5, (len(images_NCHW),), device="cuda")
+    found = []
+    for captured in (False, True):
+        vit = moe_vit(kind=kind, level=level, norm="none", experts=experts).to("cuda").train()
+        vit.backbone.vit.to("cuda")
+        bytes_per_image(vit, images_NCHW[:1])
+        step = TrainingStep(vit, build_optimizer(vit, OptimConfig()), BalanceConfig(), 0.1, 1.0, "float32")
+        assert worth_capturing("auto", vit, 8)
+        run = GraphedStep(step, 8) if captured else step
+        pairs = zip(images_NCHW.split(8), labels_N.split(8), strict=True)
+        losses = [float(run(images, labels, warmup=False).loss) for images, labels in pairs]
+        found.append((losses, {k: v.clone() for k, v in vit.state_dict().items()}))
     (losses, weights), (graphed, graphed_weights) = found
     assert graphed == pytest.approx(losses, rel=1e-4)
     for name, value in weights.items():

@@ -1,0 +1,118 @@
+"""A trained run, or several, teach a smaller model on the first one's images or features."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from assembly.compression_steps import Work
+from assembly.loading import OpenRun
+from assembly.pipeline import build_trainer, compile_blocks
+from assembly.start import announce
+from assembly.twin import twin_of
+from common.errors import UserError
+from common.text import printable
+from compression.distil import dense_student, sparse_student
+from config.config import Config
+from storage.folder import RunFolder
+from tracking.tracker import Tracker
+from training.length import shorten_warmup
+from training.teacher import Teacher
+from training.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Student:
+    """Who is to be taught: a configuration, and the weights to start from (None: new ones)."""
+
+    config: Config
+    weights: dict[str, Tensor] | None
+
+
+def student_of(work: Work, out: Path) -> Student:
+    """The student that the plan asks for, and the model of the steps before where there were any.
+
+    Raises UserError where its configuration does not fit.
+    """
+    plan, splits, inputs = work.plan, work.opened.inputs.splits, work.opened.inputs
+    warm = plan.distil == "sparse" and bool(work.steps)
+    if plan.distil == "dense":
+        inside = work.config.experts.place == "blocks"
+        shape, classes = work.opened.bank.feature_shape, splits.train.num_classes
+        twin = twin_of(work.config, shape, classes, inputs.backbone if inside else None)
+        config = dense_student(twin, plan.epochs, plan.sizes)
+    else:
+        config = sparse_student(work.config, plan.epochs, plan.sizes, warm)
+    config = shorten_warmup(replace(config, run_dir=out.absolute(), init=None, freeze=[]), len(splits.train))
+    work.build(config)  # what cannot be built is told before anything is written
+    return Student(config, work.model.state_dict() if warm else None)
+
+
+def check_teachers(first: OpenRun, others: Sequence[OpenRun]) -> None:
+    """Raise UserError for a teacher that does not read what the first run's student reads, or knows other classes."""
+    for other in others:
+        name, one, splits = printable(other.run.path), printable(first.run.path), first.inputs.splits
+        if other.config.experts.place != first.config.experts.place:
+            raise UserError(
+                f"{name} has experts.place {other.config.experts.place}, unlike {printable(first.run.path)}"
+            )
+        if any(other.inputs.splits[s].fingerprint() != splits[s].fingerprint() for s in ("train", "test")):
+            raise UserError(
+                f"{name} was trained on other images than {printable(first.run.path)}: an ensemble has one set"
+            )
+        if first.config.experts.place == "head" and _read(other) != _read(first):
+            raise UserError(
+                f"{name} reads other features than {one}: behind the ViT, runs of an ensemble have one backbone and "
+                "the same backbone.features"
+            )
+
+
+def _read(opened: OpenRun) -> tuple[Any, ...]:
+    backbone = opened.inputs.backbone
+    return backbone.fingerprint(), backbone.features, backbone.image_size, str(backbone.dtype)
+
+
+def teach(
+    work: Work,
+    student: Student,
+    others: Sequence[OpenRun],
+    run: RunFolder,
+    tracker: Tracker,
+    say: Callable[[str], None],
+) -> tuple[Trainer, dict[str, Any]]:
+    """Train the student in `run`. Returns the trainer, and what `Trainer.fit` returns."""
+    plan, opened, config = work.plan, work.opened, student.config
+    for each in (opened, *others):
+        compile_blocks(config, each.model, opened.inputs.device)
+    teacher = Teacher([each.model for each in (opened, *others)], plan.temperature, plan.weight)
+    trainer = build_trainer(config, opened.inputs, run, tracker, bank=opened.bank, teacher=teacher)
+    if student.weights is not None:
+        trainer.start_from(student.weights)
+    announce(config, opened.inputs, trainer)
+    say(f"teachers     {', '.join(printable(each.run.path) for each in (opened, *others))}")
+    best = trainer.fit()
+    model = work.build(config)
+    model.load_state_dict(best["model"])
+    device = next(opened.model.parameters()).device
+    figures = {"teachers": 1 + len(others), "epochs": best["epoch"], "temperature": plan.temperature}
+    work.take(config, model.to(device).eval(), "distil", kind=plan.distil, weight=plan.weight, **figures)
+    _note(work, student)
+    return trainer, best
+
+
+def _note(work: Work, student: Student) -> None:
+    """Remember what became of the experts: taught on, or replaced by those of the student."""
+    if student.weights is not None:
+        for row in work.experts:
+            row["done"] += ["taught"] if row["becomes"] is not None else []
+        return
+    for row in work.experts:
+        row["done"].append("replaced by the student")
+        row["becomes"] = None
+    load_E = torch.as_tensor(work.validated.load_LE).mean(dim=0).tolist()
+    for index, label in enumerate(student.config.experts.labels()):
+        row = {"expert": f"student {label}", "load": load_E[index], "done": ["taught"], "becomes": index}
+        work.experts.append(row)

@@ -1,0 +1,58 @@
+"""The configurations of students: smaller mixtures for a trained one, or an ensemble, to teach."""
+
+from dataclasses import replace
+from typing import Any
+
+from common.errors import UserError, one_line
+from config.config import Config
+from model.experts import SIZES
+
+
+def sparse_student(config: Config, epochs: int | None, sizes: list[Any] | None, warm: bool) -> Config:
+    """The configuration that a sparse student of a run is trained by. Raises UserError where there is none.
+
+    epochs: to train (None: the run's own). sizes: of its experts (None: half the hidden units of each, shared ones
+    included). warm: it starts from weights that it has, so that sizes stay and none of its steps routes at random.
+    """
+    experts, router = config.experts, config.router
+    if warm:
+        return _trained_for(replace(config, router=replace(router, warmup_steps=0)), epochs)
+    if sizes is None and experts.kind == "ffn":
+        raise UserError(
+            "--distil sparse: copies of the ViT's FFN have one size, so name --prune or --merge, whose result is taught"
+        )
+    halves = {name: [_half(size) for size in getattr(experts, name)] for name in ("sizes", "shared", "head")}
+    try:
+        smaller = replace(
+            experts, **halves if sizes is None else {"sizes": sizes, "head": sizes if experts.head else []}
+        )
+        return _trained_for(replace(config, experts=smaller), epochs)
+    except ValueError as error:
+        raise UserError(f"--distil sparse: {one_line(error)}") from error
+
+
+def dense_student(twin: Config, epochs: int | None, sizes: list[Any] | None) -> Config:
+    """The configuration that a dense student is trained by. twin: of the dense part that costs what the mixture does.
+
+    Raises UserError for sizes of several experts.
+    """
+    experts = twin.experts
+    if sizes is not None:
+        if len(sizes) != 1:
+            raise UserError(f"--distil.sizes names {len(sizes)} experts: a dense student has one, such as [[256]]")
+        try:
+            experts = replace(experts, sizes=sizes)
+        except ValueError as error:
+            raise UserError(f"--distil dense: {one_line(error)}") from error
+    # It is no twin of the run, which is trained as the run is: it has a teacher.
+    train = replace(twin.train, dense_twin=False, twin_of=None)
+    return _trained_for(replace(twin, experts=experts, train=train), epochs)
+
+
+def _trained_for(config: Config, epochs: int | None) -> Config:
+    return config if epochs is None else replace(config, train=replace(config.train, epochs=epochs))
+
+
+def _half(size: Any) -> list[int]:
+    """The hidden layers of an expert with half the units, one at the least."""
+    return [max(1, units // 2) for units in (SIZES[size][0] if isinstance(size, str) else size)]

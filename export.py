@@ -1,0 +1,47 @@
+"""Write a trained run as one file that other programs run without this project.
+
+python export.py runs/cifar100-20260101-120000 model.onnx      for ONNX Runtime and what else reads ONNX
+python export.py RUN model.pt2                                 for torch.export.load
+"""
+
+from common.errors import exit_on_signal
+
+if __name__ == "__main__":
+    exit_on_signal()  # before the imports, which take seconds
+
+import argparse
+
+from assembly.loading import load_trained
+from common.arguments import Parser, path_option
+from common.errors import exit_code_of, exit_process, say
+from common.plugins import add_plugins_option, load_plugins
+from common.text import printable
+from deployment.export import BATCHES, check_target, export
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line. Raises UserError."""
+    parser = Parser(prog="export.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=path_option, metavar="RUN", help="folder that train.py wrote")
+    parser.add_argument("out", type=path_option, metavar="OUT", help="the file to write: OUT.onnx or OUT.pt2")
+    parser.add_argument(
+        "--backbone.weights", dest="weights", type=path_option, metavar="FILE", help="the backbone's, if it has moved"
+    )
+    add_plugins_option(parser)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    options = parse()
+    load_plugins(options.plugins)
+    check_target(options.out)
+    trained = load_trained(options.run, "cpu", options.weights, say=say)
+    checked = export(trained, options.out)
+    batches = ", ".join(map(str, BATCHES))
+    print(f"checked      against the run at batches {batches}: probabilities within {checked.probabilities:.1g}")
+    print(f"written to   {printable(options.out)}, {checked.bytes / 1e6:,.1f} MB; docs/export.md shows how to run it")
+
+
+if __name__ == "__main__":
+    exit_process(exit_code_of(main))

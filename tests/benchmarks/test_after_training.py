@@ -1,0 +1,19 @@
+"""The benchmarks of trained models run to their end."""
+
+import json
+
+from benchmarks import offload
+
+TINY = ["--tiny", "--device", "cpu", "--seconds", "0.05", "--out"]
+
+
+def test_experts_in_host_memory_are_copied_as_far_as_they_are_not_kept(tmp_path, capsys):
+    offload.main([*TINY, str(tmp_path)])
+    rows = json.loads((tmp_path / "offload_tiny.json").read_text())["rows"]
+    assert [row["share"] for row in rows] == list(offload.SHARES) and [row["kept"] for row in rows] == [4, 4, 2, 1, 0]
+    one = rows[0]["bytes"] / offload.TINY["experts"]
+    for row in rows:
+        copied = row["batches"]["8"]["copied"]
+        assert (copied == 0) == (row["kept"] == 4) and copied <= one * (4 - row["kept"])
+    assert rows[-1]["batches"]["1"]["copied"] == 2 * one  # top-2 of one sample
+    assert capsys.readouterr().out.count("\n| ") == 6
