@@ -135,6 +135,19 @@ class Config:
             if getattr(self.balance, name) > 0:
                 loss.check(ROUTERS[self.router.kind], self.router)
 
+    @property
+    def idle(self) -> list[str]:
+        """A line for each option that is set and has no effect."""
+        found = list(self.router.idle)
+        if self.experts.place == "blocks":
+            unused, defaults = ("mode", "views", "storage", "cache_dir", "compile"), FeaturesConfig()
+            for name in unused:
+                value = getattr(self.features, name)
+                if value not in (None, getattr(defaults, name)):
+                    why = "where the ViT runs in every step"
+                    found.append(f"features.{name} {value} has no effect with experts.place blocks, {why}")
+        return found
+
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values, as stored in config.yaml, checkpoints and ClearML."""
         return _plain(asdict(self))
@@ -154,7 +167,7 @@ class Values:
         """
         kind = self.types.get(name)
         if kind is None:
-            raise UserError(f"unknown option {printable(place(name)).removeprefix('--')}: {self._hint(name)}")
+            raise unknown_option(place(name), name)
         if value is None and place(name) == f"--{name}":
             raise UserError(f"--{name} has no value: give {expected(kind)}")
         if name == "plugins":  # which only the command line can load
@@ -180,12 +193,6 @@ class Values:
         except (ValueError, RecursionError) as error:
             raise wrong_type(place(name), value, self.types[name]) from error
 
-    def _hint(self, name: str) -> str:
-        options = [key for key, kind in self.types.items() if not is_dataclass(kind)]
-        same_word = [key for key in options if key.split(".")[-1] == name.split(".")[-1]]
-        close = same_word or difflib.get_close_matches(name, options, 1, 0.75)
-        return f"did you mean {close[0]}?" if close else "--help lists all options"
-
     def build(self) -> Config:
         """The configuration: the options given, and defaults for the others.
 
@@ -203,6 +210,15 @@ class Values:
             return Config(**parts, plugins=loaded_plugins())
         except (ValueError, OverflowError) as error:
             raise UserError(one_line(error)) from error
+
+
+def unknown_option(place: str, name: str) -> UserError:
+    """The error for a name that is no option. place: the name and where it stands."""
+    options = [key for key, kind in option_types(Config).items() if not is_dataclass(kind)]
+    same_word = [key for key in options if key.split(".")[-1] == name.split(".")[-1]]
+    close = same_word or difflib.get_close_matches(name, options, 1, 0.75)
+    hint = f"did you mean {close[0]}?" if close else "--help lists all options"
+    return UserError(f"unknown option {printable(place).removeprefix('--')}: {hint}")
 
 
 def wrong_type(place: str, value: Any, kind: Any) -> UserError:

@@ -41,10 +41,10 @@ def spelled(text: str) -> Any:
         return text
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The table in a file. Raises UserError if there is none or the file is too large."""
+def read_yaml(path: Path, option: str = "--config") -> dict[str, Any]:
+    """The table in a file, which `option` names. Raises UserError if there is none or the file is too large."""
     if not path.exists():
-        raise UserError(f"--config {printable(path)}: no such file; name one with options in YAML")
+        raise UserError(f"{option} {printable(path)}: no such file; name one with options in YAML")
     try:
         values = _load(path)
     except RecursionError:

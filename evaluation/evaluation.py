@@ -10,7 +10,7 @@ from analysis.routing import balance_figures
 from common.distributed import world
 from common.environment import environment
 from common.files import write_json
-from config.config import Config
+from config.config import Config, flatten
 from data.image_set import ImageSet
 from evaluation.blocks import WORTH_IMAGES, block_results, hardly_used, without_each_in_one_block
 from evaluation.compression import with_test_score
@@ -20,6 +20,7 @@ from evaluation.predict import predict
 from evaluation.predictions import Predictions
 from evaluation.reporting import report
 from evaluation.run_cost import run_cost
+from evaluation.run_state import run_state
 from features.bank import FeatureBank
 from features.images import ImageBank
 from model.backbone import Backbone
@@ -66,6 +67,8 @@ def evaluate(
     results |= {"init": described["init"]} if described.get("init") else {}
     load_E, history = np.array(results["expert_load"]), run.history()
     results["cost"] = run_cost(model, backbone, bank.feature_shape, load_E, history, kept)
+    if state := run_state(history, flatten(config.to_dict()), None):
+        results["state"] = state
     if (found := verdict(run, config, results["macro_f1"])) is not None:
         results["dense_twin"] = found
     if compression := with_test_score(run, results["macro_f1"]):
@@ -220,6 +223,8 @@ def table(results: dict[str, Any], hardest: int = 5) -> str:
     lines += [f"! expert {expert} is {words}: hardly used" for expert, words in enumerate(said) if words]
     scored = {name: values["f1"] for name, values in results["per_class"].items() if values["support"]}
     worst = sorted((item for item in scored.items() if item[1] < 1), key=lambda item: item[1])[:hardest]
+    if "state" in results:
+        lines += ["", results["state"]]
     if "dense_twin" in results:
         lines += ["", results["dense_twin"]["text"]]
     lines += ["", "lowest F1    " + (", ".join(f"{name}: {100 * f1:.0f} %" for name, f1 in worst) or "100 % for all")]

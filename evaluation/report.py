@@ -45,7 +45,7 @@ def write_report(run: RunFolder, config: Config, results: dict[str, Any], drawin
         name=run.path.resolve().name,
         subtitle=f"{config.data.name}, {config.backbone.name}, {_rule(config)}",
         origin=_origin(results),
-        verdict=results.get("dense_twin", {}).get("text", ""),
+        remarks=[line for line in (results.get("state"), results.get("dense_twin", {}).get("text")) if line],
         headline=_headline(results),
         figures=[_embed(drawing) for drawing in drawings],
         tables=[table for table in _tables(results) if table.rows],

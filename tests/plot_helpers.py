@@ -91,6 +91,19 @@ def pictures(count, experts, channels=3, size=32):
     return plots.samples(images, names, names[::-1], chosen)
 
 
+def searched(trials):
+    """A search of so many trials, every third of them pruned, over options of every kind."""
+    scores = [None if trial % 3 == 1 else 0.9 + 0.002 * trial for trial in range(trials)]
+    sizes = [[[16], [32], [64], [128]], [[64]] * 4, ["small", "large"]]
+    options = {
+        "optim.lr": [10.0 ** -(1 + trial % 4) for trial in range(trials)],
+        "experts.sizes": [sizes[trial % 3] for trial in range(trials)],
+        "router.top_k": [1 + trial % 2 for trial in range(trials)],
+    }
+    curves = [[0.5, 0.8, 0.9][: 3 - (score is None)] for score in scores]
+    return plots.search(scores, curves, options, logarithmic=["optim.lr"])
+
+
 MAIN = {
     "curves": lambda: plots.training_curves(history(30)),
     "time": lambda: plots.load_over_time(np.arange(1, 31), shares(30, 4), labels(4), 3),
@@ -105,6 +118,7 @@ MAIN = {
     "reliability": lambda: reliability([0, 3, 9, 0, 70] * 3),
     "comparison": lambda: comparison(3),
     "12 compared": lambda: comparison(12),
+    "search": lambda: searched(24),
 }
 
 EDGE = {
@@ -136,6 +150,7 @@ EDGE = {
         80, panels=1, name="a run of a name that is far too long to be shown in full, $x$ {}"
     ),
     "soft routing": lambda: pictures(7, 64, size=224),
+    "one trial": lambda: searched(1),
 }
 
 

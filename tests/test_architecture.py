@@ -17,8 +17,8 @@ LAYERS = (
     {"tracking"},
     {"training", "evaluation", "compression"},
     {"assembly", "deployment"},
-    {"benchmarks", "distillation"},
-    {"train", "evaluate", "predict", "compress", "export"},
+    {"benchmarks", "distillation", "tuning"},
+    {"train", "evaluate", "predict", "compress", "export", "tune"},
 )
 """From the ground up: each imports those below it, none beside it."""
 RANK = {room: rank for rank, layer in enumerate(LAYERS) for room in layer}

@@ -167,6 +167,7 @@ def open_tracker(
     tags: Sequence[str] = (),
     task_id: str | None = None,
     resume_step: int | None = None,
+    kind: str = "training",
     parent: str | None = None,
 ) -> Tracker:
     """Open RUN/metrics.jsonl and, by mode, a ClearML task; prints one line about both.
@@ -174,8 +175,9 @@ def open_tracker(
     mode: "clearml" (the configured server, or an error), "offline" (a session to import later), "none",
     or "auto": the server if one is configured and answers, else offline, else none. config: nested dicts,
     shown as hyperparameters, one section per top-level key. task_id: continue this task, if the server has it.
-    resume_step: drop the lines of metrics.jsonl after this step, and send the others again. parent: id of the parent
-    of a new task. ClearML sets its own seeds for random, numpy and torch: set yours after this call.
+    resume_step: drop the lines of metrics.jsonl after this step, and send the others again. ClearML sets its own seeds
+    for random, numpy and torch: set yours after this call. kind: ClearML's task type. parent: id of the task that it
+    belongs to, on the server.
 
     Raises UserError (unknown mode, no server configured, login refused) and its subclass EnvironmentFault (no
     answer from the server, clearml or the file cannot be used). Mode "auto" raises only for the file.
@@ -185,7 +187,7 @@ def open_tracker(
     lines, before = _open_lines(Path(run_dir) / "metrics.jsonl", resume_step)
     attempts = {"auto": ("clearml", "offline"), "none": ()}.get(mode, (mode,))
     try:
-        clearml, reasons = _first_task(attempts, mode == "auto", config, name, list(tags), task_id, "training", parent)
+        clearml, reasons = _first_task(attempts, mode == "auto", config, name, list(tags), task_id, kind, parent)
     except UserError:
         lines.close()
         raise

@@ -10,6 +10,7 @@ from analysis.plots.blocks import block_load, block_load_over_time, block_worth
 from analysis.plots.comparison import comparison
 from analysis.plots.experts import expert_by_class, expert_load, expert_worth, gate_map
 from analysis.plots.patches import patch_maps, patch_positions
+from analysis.plots.search import search
 from analysis.plots.style import BLUE, OKABE_ITO, save
 from analysis.plots.training import load_over_time, training_curves
 
@@ -31,6 +32,7 @@ __all__ = [
     "reliability",
     "samples",
     "save",
+    "search",
     "superclass_confusion",
     "training_curves",
 ]

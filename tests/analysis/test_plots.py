@@ -164,3 +164,17 @@ def test_the_numbers_of_a_few_compared_runs_are_printed():
     assert {text.get_text() for text in plots.comparison(list("ab"), values).axes[0].texts} == {"91.25", "92.5", "93.5"}
     many = {"score": {"macro-F1": np.arange(20.0)}}
     assert not plots.comparison([str(run) for run in range(20)], many).axes[0].texts
+
+
+def test_a_search_shows_each_trial_and_stars_the_best():
+    scores, curves = [0.5, None, 0.7], [[0.2, 0.5], [0.1], [0.4, 0.7]]
+    options = {"optim.lr": [1e-3, 1e-2, 1e-1], "router.kind": ["vmoe", "switch", "vmoe"], "router.top_k": [1, 2, 2]}
+    figure = plots.search(scores, curves, options, logarithmic=["optim.lr"])
+    training, rate, kind, top_k, *empty = figure.axes
+    assert [line.get_ydata().tolist() for line in training.lines] == [[20, 50], [10], [40, 70]]
+    assert rate.get_xscale() == "log" and "log scale" in rate.get_xlabel()
+    every, star = rate.collections
+    assert every.get_offsets().tolist() == [[1e-3, 50], [1e-1, 70]]  # the pruned one has no score
+    assert star.get_offsets().tolist() == [[1e-1, 70]]
+    assert [label.get_text().strip() for label in kind.get_xticklabels()] == ["switch", "vmoe"]
+    assert not any(ax.axison for ax in empty) and top_k.get_xlabel() == "router.top_k"

@@ -42,7 +42,7 @@ def test_seeds_share_their_inputs_and_an_interrupted_command_goes_on(tmp_path, m
     code, out, err = call("1", "--train.dense_twin", "true")
     assert code == 0 and "One seed cannot tell whether the mixture earned its keep: its macro-F1 minus that of" in out
     page = (tmp_path / "twin-seed0" / "evaluation" / "report.html").read_text(encoding="utf-8")
-    assert page.index('class="verdict"') < page.index('class="cards"')
+    assert page.index('class="remark"') < page.index('class="cards"')
     assert "digits, bundled/vit_micro, dense twin" in page
 
 

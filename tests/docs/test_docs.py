@@ -17,6 +17,7 @@ import compress
 import evaluate
 import export
 import predict
+import tune
 from common.errors import UserError
 from config.command_line import DEFAULT_CONFIG, parse_command_line
 from config.config import Config, write_config
@@ -40,6 +41,7 @@ PARSERS = {
     "compress.py": compress.parse,
     "evaluate.py": evaluate.parse,
     "predict.py": predict.parse,
+    "tune.py": tune.parse,
     "export.py": export.parse,
     "features.cache": cache._options,
     "distillation.train_vit_micro": train_vit_micro.parse,
@@ -59,7 +61,9 @@ def commands(path: Path) -> list[str]:
     quoted = [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", prose)]
     lines += [code for code in quoted if re.match(r"(python|pip|sh|bash|pytest) ", code)]
     lines += [f"python -m {code}" for code in quoted if re.match(r"benchmarks\.\w+( |$)", code)]
-    lines += [f"python {code}" for code in quoted if re.match(r"(train|evaluate|predict|compress|export)\.py ", code)]
+    lines += [
+        f"python {code}" for code in quoted if re.match(r"(train|evaluate|predict|compress|export|tune)\.py ", code)
+    ]
     parts = [part.strip() for line in lines for part in line.split("&&")]
     return list(dict.fromkeys(part for part in parts if shlex.split(part, comments=True)))
 

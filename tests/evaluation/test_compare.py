@@ -99,6 +99,19 @@ def test_cost_load_and_state_stand_beside_the_scores(call, tmp_path):
     assert "Peak memory: of the GPU" in (tmp_path / "comparison" / "comparison.md").read_text(encoding="utf-8")
 
 
+def test_runs_that_are_not_scored_yet_stand_beside_those_that_are(call, tmp_path):
+    runs = [write_run(tmp_path / name) for name in "abc"]
+    for run, epochs in zip(runs[1:], (2, 3), strict=True):
+        (run / "evaluation" / "metrics.json").unlink()
+        lines = [{"epoch": t, "step": t} for t in range(1, epochs + 1)]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    code, out, _ = call("--compare", *runs)
+    assert code == 0
+    state = next(line for line in out.splitlines() if line.startswith("state"))
+    assert "finished  unfinished: 2 of 3 epochs  not scored: python evaluate.py" in state
+    assert cells(out, "macro-F1") == ["50.00", "%", "–", "–"]
+
+
 def test_many_runs_have_a_row_each_and_one_name_for_each(call, tmp_path):
     runs = [write_run(tmp_path / str(i % 2) / f"run {i // 2}", train={"epochs": 3, "seed": i}) for i in range(8)]
     code, out, _ = call("--compare", *runs, "--out", tmp_path / "out")
@@ -126,6 +139,9 @@ def test_a_task_of_clearml_beside_a_run(call, tmp_path, server):
     assert cells(out, "accuracy") == ["60.00", "%", "–"]
     assert cells(out, "train.seed") == ["0", "7"]
     assert "train.epochs" not in out  # a server gives back text
+    server[TASK]["state"] = "unfinished: the task is in progress"
+    code, out, _ = call("--compare", a, TASK)
+    assert (code, cells(out, "state")) == (0, ["finished", "unfinished:", "the", "task", "is", "in", "progress"])
 
 
 def test_what_the_server_refuses_is_one_line(call, tmp_path, server):

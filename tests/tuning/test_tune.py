@@ -1,0 +1,175 @@
+"""tune.py: trials in processes of their own, gone on with, pruned, failed, and selected on validation alone."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+from conftest import ROOT
+
+import tune
+from common.errors import UserError, exit_code_of
+from tuning.space import read_space
+from tuning.study import StudyFolder, counted, give_back, next_trial, open_study, ranked
+from tuning.worker import Plan
+
+optuna = pytest.importorskip("optuna")
+
+SMALL = ["--config", "configs/digits.yaml", "--tracking", "none", "--data.max_per_class", "20", "--train.epochs", "2"]
+SMALL += ["--train.batch_size", "64", "--neck.kind", "pooled", "--backbone.features", "[cls:1]"]
+SMALL += ["--features.cache_dir", "null", "--router.warmup_steps", "1"]
+SPACE = "optim.lr: {low: 1e-4, high: 1e-2, log: true}\nrouter.kind: [noisy_topk, soft_moe]\n"
+
+
+@pytest.fixture
+def plan(tmp_path):
+    (tmp_path / "space.yaml").write_text(SPACE, encoding="utf-8")
+    return Plan(StudyFolder(tmp_path / "out"), read_space(tmp_path / "space.yaml"), SMALL, 3)
+
+
+def command(folder, *words):
+    return [sys.executable, "tune.py", *SMALL, "--space", folder / "space.yaml", "--out", folder / "out", *words]
+
+
+def call(folder, *words):
+    return subprocess.run(command(folder, *words), cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+def test_trials_fail_go_on_and_leave_the_best_options(tmp_path):
+    (tmp_path / "space.yaml").write_text(SPACE, encoding="utf-8")
+    done = call(tmp_path, "--trials", "3", "--jobs", "2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    done = call(tmp_path, "--trials", "6")
+    assert done.returncode == 0 and len(re.findall("^trial +[0-9]+ ", done.stdout, re.MULTILINE)) == 3
+    rows = json.loads((tmp_path / "out" / "trials.json").read_text(encoding="utf-8"))
+    assert [row["trial"] for row in rows] == list(range(6))
+    for row in rows:  # a rule that does not fit the neck fails, and nothing else does
+        assert (row["state"] == "fail") == (row["router.kind"] == "soft_moe")
+        assert not (tmp_path / "out" / "trials" / f"{row['trial']:04d}" / "evaluation").exists()
+    best = max((row for row in rows if row["state"] == "complete"), key=lambda row: row["macro_f1"])
+    options = yaml.safe_load((tmp_path / "out" / "best.yaml").read_text(encoding="utf-8"))
+    assert (options["optim"]["lr"], options["run_dir"]) == (best["optim.lr"], None)
+    assert (tmp_path / "out" / "trials.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_trial_is_tried_again(tmp_path, number):
+    (tmp_path / "space.yaml").write_text("optim.lr: [1e-3, 2e-3]", encoding="utf-8")
+    words = command(tmp_path, "--trials", "1", "--train.epochs", "5000", "--no_pruning")
+    log = tmp_path / "out" / "trials" / "0000" / "metrics.jsonl"
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 600
+        while not (log.is_file() and log.stat().st_size) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        if number == signal.SIGKILL:  # the process that trains, not the one that waits for it
+            children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False)
+            worker = [pid for pid in children.stdout.split() if "spawn_main" in _cmdline(pid)]
+            os.kill(int(worker[0]), signal.SIGKILL)
+        else:
+            process.send_signal(number)
+        _, err = process.communicate()
+    assert process.returncode == (1 if number == signal.SIGKILL else 130), err
+    study = optuna.load_study(study_name="tuning", storage=StudyFolder(tmp_path / "out").url)
+    if number == signal.SIGKILL:
+        assert "a process of the study ended with code -9" in err
+        folder = StudyFolder(tmp_path / "out")
+        with folder.locked():
+            assert next_trial(study, folder, 1).number == 1
+    else:
+        assert [trial.state.name for trial in study.trials] == ["FAIL", "WAITING"] and not counted(study)
+        study.ask()
+    assert study.user_attrs["interrupted"] == [0]
+    assert study.trials[1].system_attrs["fixed_params"] == study.trials[0].params
+
+
+def _cmdline(pid):
+    try:
+        with open(f"/proc/{pid}/cmdline", encoding="utf-8") as file:
+            return file.read()
+    except OSError:
+        return ""
+
+
+def test_a_study_counts_to_the_number_that_was_asked_for(plan):
+    study = plan.study(0)
+    for value in (0.5, 0.7, None):
+        trial = next_trial(study, plan.folder, 3)
+        study.tell(trial, value, state=None if value else optuna.trial.TrialState.FAIL)
+    assert next_trial(study, plan.folder, 3) is None
+    give_back(study, 2, {})
+    assert len(counted(study)) == 2 and [trial.number for trial in ranked(study)] == [1, 0]
+    assert next_trial(study, plan.folder, 3).number == 3
+
+
+def test_a_trial_whose_process_is_alive_is_left_alone(plan):
+    study = plan.study(0)
+    with plan.folder.locked():
+        trial = next_trial(study, plan.folder, 3)
+        run = plan.folder.trial(trial.number)
+        (run.path / "checkpoints").mkdir(parents=True)
+    with run.claimed():
+        assert next_trial(study, plan.folder, 3).number == 1
+        assert study.trials[0].state.name == "RUNNING"
+    next_trial(study, plan.folder, 3)
+    assert study.trials[0].state.name == "FAIL"
+
+
+def test_the_median_prunes_after_a_quarter_of_the_epochs(plan):
+    config = plan.configure({"train.epochs": 8}, "")
+    study = open_study(plan.folder, plan.space, config, 0)
+    for value in (0.5, 0.6, 0.7, 0.8, 0.9):
+        trial = study.ask()
+        for epoch in range(1, 9):
+            trial.report(value, epoch)
+        study.tell(trial, value)
+    trial = study.ask()
+    pruned = []
+    for epoch in range(1, 5):
+        trial.report(0.1, epoch)
+        pruned.append(trial.should_prune())
+    assert pruned == [False, False, True, True] or pruned == [False, True, True, True]
+
+
+def test_what_is_not_a_study_and_what_is_of_other_options(plan, tmp_path):
+    plan.study(0)
+    with pytest.raises(UserError, match=r"a study of other options: train\.epochs was 2 and is 3; choose another"):
+        open_study(plan.folder, plan.space, plan.configure({"train.epochs": 3}, ""), 0)
+    with pytest.raises(UserError, match=r"of another space: router\.kind was .* and is nothing") as caught:
+        open_study(plan.folder, {"optim.lr": plan.space["optim.lr"]}, plan.configure({}, ""), 0)
+    assert "\n" not in str(caught.value)
+    (tmp_path / "junk").mkdir()
+    (tmp_path / "junk" / "study.db").write_text("junk", encoding="utf-8")
+    with pytest.raises(UserError, match=r"cannot be used as a study: file is not a database; choose another --out"):
+        open_study(StudyFolder(tmp_path / "junk"), plan.space, plan.configure({}, ""), 0)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--trials", "0"], "--trials is 0: give 1 or more"),
+        (["--trials", "many"], "--trials is 'many': give a whole number"),
+        (["--trials", "1", "--seeds", "3"], "--seeds is for train.py alone"),
+        (["--trials", "1", "--jobs", "0"], "--jobs is 0: give 1 or more"),
+        ([], "required: --trials"),
+    ],
+)
+def test_a_wrong_command_is_one_line(words, said, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["tune.py", "--space", "s.yaml", *words])
+    assert exit_code_of(tune.main) == 2
+    err = capsys.readouterr().err
+    assert said in err and err.count("\n") == 1
+
+
+def test_without_optuna_one_line_says_how_to_get_it(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    monkeypatch.setattr("sys.argv", ["tune.py", "--space", "s.yaml", "--trials", "1"])
+    assert exit_code_of(tune.main) == 1
+    assert capsys.readouterr().err == "error: tune.py needs Optuna, which is not installed: pip install optuna\n"

@@ -1,0 +1,1 @@
+"""Tuning: options searched by Optuna, selected on validation images alone."""

@@ -1,0 +1,135 @@
+"""Run a study: processes that train its trials, and what came of them as a table, a figure and files."""
+
+import multiprocessing
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from analysis import plots
+from common.errors import EnvironmentFault, UserError
+from common.files import write_json
+from common.text import printable
+from evaluation.figures import save_figure
+from tracking.tracker import Tracker, open_tracker, tasks_of
+from tuning.space import decoded
+from tuning.study import counted, ranked
+from tuning.worker import Plan, work, write_best
+
+if TYPE_CHECKING:
+    from optuna import Study
+    from optuna.trial import FrozenTrial
+
+SHOWN = 10  # trials in the table
+
+
+def search(plan: Plan, jobs: int) -> str:
+    """Train what is lacking of the trials in so many processes, write what came of them, and return the table.
+
+    Raises UserError where no trial came to its end, and EnvironmentFault where a process ended before its time.
+    """
+    config = plan.configure({}, "")
+    study = plan.study(config.train.seed)
+    online = [task["task_id"] for task in tasks_of(plan.folder.path) if task["mode"] == "clearml"]
+    known = len(study.get_trials(deepcopy=False))
+    values = config.to_dict() | {"space": {name: str(part.plain()) for name, part in plan.space.items()}}
+    named = {"name": plan.folder.path.name, "tags": ["tuning", config.data.name], "kind": "optimizer"}
+    again = {"task_id": online[-1] if online else None, "resume_step": known}
+    with open_tracker(plan.tracking, plan.folder.path, values, **named, **again) as tracker:
+        plan = replace(plan, tracking="none" if tracker.mode == "none" else plan.tracking)
+        plan = replace(plan, parent=tracker.task_id if tracker.mode == "clearml" else None)
+        with _workers(plan, jobs, config.train.seed + known) as workers:
+            reported = {trial.number for trial in counted(study)}
+            while any(worker.is_alive() for worker in workers):
+                time.sleep(0.2)
+                _report(study, tracker, reported)
+        _report(study, tracker, reported)
+        codes = [worker.exitcode for worker in workers if worker.exitcode]
+        if codes and _lacking(plan, study):
+            raise EnvironmentFault(
+                f"a process of the study ended with code {codes[0]}: the same command goes on with it"
+            )
+        return _result(plan, study, tracker)
+
+
+@contextmanager
+def _workers(plan: Plan, jobs: int, seed: int) -> Iterator[list[Any]]:
+    """Processes that train trials; ended, each with its trial given back, where the block is left before they are."""
+    context = multiprocessing.get_context("spawn")  # a forked process could not use a GPU
+    count = min(jobs, _lacking(plan, plan.study(seed)))
+    workers = [context.Process(target=work, args=(plan, seed + 1000 * index)) for index in range(count)]
+    try:
+        for worker in workers:
+            worker.start()
+        yield workers
+    finally:
+        for worker in workers:
+            if worker.is_alive():
+                worker.terminate()
+        for worker in workers:
+            worker.join()
+
+
+def _lacking(plan: Plan, study: "Study") -> int:
+    """Trials that have yet to come to an end."""
+    return max(0, plan.trials - sum(trial.state.is_finished() for trial in counted(study)))
+
+
+def _report(study: "Study", tracker: Tracker, reported: set[int]) -> None:
+    """Send the trials that have come to their end since the last call."""
+    for trial in counted(study):
+        if trial.number in reported or trial.value is None or trial.state.name != "COMPLETE":
+            continue
+        reported.add(trial.number)
+        best = max(float(other.value or 0.0) for other in ranked(study))
+        tracker.scalars({"tuning/macro_f1": float(trial.value), "tuning/best": best}, step=trial.number + 1)
+
+
+def _result(plan: Plan, study: "Study", tracker: Tracker) -> str:
+    folder, best, trials = plan.folder, ranked(study), counted(study)
+    states = [trial.state.name for trial in trials]
+    if not best:
+        reasons = [reason for trial in trials if (reason := trial.user_attrs.get("reason"))]
+        last = f": the last one {reasons[-1]}" if reasons else ""
+        raise UserError(f"no trial of {printable(folder.path)} came to its end{last}")
+    write_best(plan, best[0])
+    rows = [
+        {"trial": trial.number, "state": trial.state.name.lower(), "macro_f1": _score(trial)}
+        | {"epochs": len(trial.intermediate_values), "reason": trial.user_attrs.get("reason")}
+        | decoded(trial.params, plan.space)
+        for trial in trials
+        if trial.params
+    ]
+    write_json(folder.path / "trials.json", rows)
+    names = list(plan.space)
+    curves = {trial.number: [v for _, v in sorted(trial.intermediate_values.items())] for trial in trials}
+    panels = {name: [row[name] for row in rows] for name in names}
+    logarithmic = [name for name in names if getattr(plan.space[name], "log", False)]
+    figure = plots.search([row["macro_f1"] for row in rows], list(curves.values()), panels, logarithmic)
+    save_figure(figure, folder.path / "trials.png")
+    header = ["trial", "validation macro-F1", "epochs", *names]
+    cells = [
+        [f"{trial.number}", f"{100 * float(trial.value or 0.0):.2f} %", f"{len(trial.intermediate_values)}"]
+        + [_cell(value) for value in decoded(trial.params, plan.space).values()]
+        for trial in best[:SHOWN]
+    ]
+    tracker.table("trials", "best", header, [list(row) for row in cells])
+    tracker.figure("tuning", "trials", folder.path / "trials.png")
+    tracker.artifact("best configuration", folder.best)
+    counts = f"{len(best)} to their end, {states.count('PRUNED')} pruned, {states.count('FAIL')} failed"
+    return f"{_aligned([header, *cells])}\n\n{len(trials)} trials: {counts}"
+
+
+def _score(trial: "FrozenTrial") -> float | None:
+    """Validation macro-F1 of a trial that came to its end; Optuna has a value for one that was pruned too."""
+    return trial.value if trial.state.name == "COMPLETE" else None
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _aligned(rows: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)

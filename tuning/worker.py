@@ -1,0 +1,178 @@
+"""A process that trains one trial of a study after the other."""
+
+import json
+import os
+import signal
+import sys
+import time
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from assembly.pipeline import Inputs, build_bank, build_trainer, load_inputs
+from assembly.start import announce, tags_of
+from common.errors import Interrupted, UserError, one_line
+from common.files import write_text
+from common.meter import duration
+from common.signals import stoppable
+from config.command_line import parse_command_line
+from config.config import Config, as_yaml, write_config
+from features.bank import FeatureBank
+from features.images import ImageBank
+from storage.folder import RunFolder
+from tracking.tracker import open_tracker
+from training.length import shorten_warmup
+from tuning.space import Space, decoded, suggest
+from tuning.study import StudyFolder, give_back, next_trial, open_study, ranked, require_optuna
+
+if TYPE_CHECKING:
+    from optuna import Study, Trial
+
+FEATURES = ("data", "augment", "backbone", "features")
+"""Sections of the configuration on which inputs and features depend, with experts.place and train.epochs."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the processes of a study have in common.
+
+    words: the command line of the configuration, above which the options of a trial stand. trials: how many there are
+    to be in all. parent: id of the ClearML task that the trials' tasks belong to.
+    """
+
+    folder: StudyFolder
+    space: Space
+    words: list[str]
+    trials: int
+    prune: bool = True
+    parent: str | None = None
+    tracking: str = "none"
+
+    def configure(self, options: dict[str, Any], place: str) -> Config:
+        """The configuration of a trial. place: what the options are of, for messages. Raises UserError."""
+        return parse_command_line(self.words, options, place).config
+
+    def study(self, seed: int) -> "Study":
+        """The study, opened. seed: of the search."""
+        return open_study(self.folder, self.space, self.configure({}, ""), seed, self.prune)
+
+
+def work(plan: Plan, seed: int) -> None:
+    """Train trials until there are enough of them, or the process that started this one is gone.
+
+    A trial that fails is kept with its reason, and the next one is tried. A signal ends the trial, which is then tried
+    again when the study goes on.
+    """
+    require_optuna()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the process that started this one says when to end
+    parent = os.getppid()
+    try:
+        with stoppable():
+            worker = _Worker(plan, seed)
+            while os.getppid() == parent and worker.trial():
+                pass
+    except Interrupted as error:
+        sys.exit(error.exit_code)
+
+
+class _Worker:
+    def __init__(self, plan: Plan, seed: int):
+        self.plan, self.study = plan, plan.study(seed)
+        self.read: tuple[str, Inputs, FeatureBank | ImageBank] | None = None
+
+    def trial(self) -> bool:
+        """Train the next trial; False where there is none."""
+        plan, folder, claim = self.plan, self.plan.folder, ExitStack()
+        with claim:
+            with folder.locked():
+                trial = next_trial(self.study, folder, plan.trials)
+                if trial is None:
+                    return False
+                options = suggest(trial, plan.space)
+                run = RunFolder.create(folder.trial(trial.number).path, "trial")
+                claim.enter_context(run.claimed())
+            try:
+                began = time.monotonic()
+                outcome = self._outcome(trial, options, run)
+            except Interrupted:
+                with folder.locked():
+                    give_back(self.study, trial.number, trial.params)
+                raise
+            with folder.locked():
+                self._tell(trial, outcome)
+            words = f"{', '.join(f'{name} {_text(value)}' for name, value in options.items())}"
+            shown = outcome if isinstance(outcome, str) else f"validation macro-F1 {100 * outcome:.2f} %"
+            print(f"trial {trial.number:3d}   {shown}, {duration(time.monotonic() - began)}: {words}", flush=True)
+            return True
+
+    def _outcome(self, trial: "Trial", options: dict[str, Any], run: RunFolder) -> float | str:
+        """Validation macro-F1, or why there is none, in words."""
+        with (run.path / "output.txt").open("w", encoding="utf-8") as output:
+            try:
+                with redirect_stdout(output), redirect_stderr(output):
+                    return self._train(trial, self.plan.configure(options, f"trial {trial.number}"), run)
+            except (UserError, MemoryError, RuntimeError, ValueError) as error:  # of PyTorch: out of memory, and others
+                return f"failed ({one_line(error, 200) or type(error).__name__})"
+
+    def _train(self, trial: "Trial", config: Config, run: RunFolder) -> float | str:
+        import optuna
+
+        inputs, bank = self._inputs(config)
+        config = shorten_warmup(config, len(inputs.splits.train))
+        named = {"name": f"{self.plan.folder.path.name}-{trial.number:04d}", "tags": [*tags_of(config), "trial"]}
+        values = config.to_dict()
+        with open_tracker(self.plan.tracking, run.path, values, **named, parent=self.plan.parent) as tracker:
+            write_config(config, run.config)
+            trainer = build_trainer(config, inputs, run, tracker, bank=bank)
+            announce(config, inputs, trainer)
+            validate = trainer.validate
+
+            def watched(model: Any) -> Any:
+                validated = validate(model)
+                trial.report(validated.scores["macro_f1"], trainer.epoch)
+                if trainer.epoch < config.train.epochs and trial.should_prune():
+                    raise optuna.TrialPruned
+                return validated
+
+            trainer.validate = watched
+            try:
+                macro_f1 = trainer.fit()["macro_f1"]
+            except optuna.TrialPruned:
+                return f"pruned after epoch {trainer.epoch}"
+            tracker.summary({"validation/macro_f1": macro_f1})
+            return macro_f1
+
+    def _inputs(self, config: Config) -> tuple[Inputs, FeatureBank | ImageBank]:
+        """Images, backbone and features: those of the trial before, where they are the same."""
+        values = config.to_dict()
+        key = json.dumps([[values[name] for name in FEATURES], config.experts.place, config.train.epochs])
+        if self.read is None or self.read[0] != key:
+            self.read = None  # before the next ones need the memory
+            inputs = load_inputs(config)
+            self.read = (key, inputs, build_bank(config, inputs.splits, inputs.backbone, inputs.device))
+        return self.read[1:]
+
+    def _tell(self, trial: "Trial", outcome: float | str) -> None:
+        from optuna.trial import TrialState
+
+        if isinstance(outcome, str):
+            trial.set_user_attr("reason", outcome)
+            pruned = outcome.startswith("pruned")
+            self.study.tell(trial, state=TrialState.PRUNED if pruned else TrialState.FAIL)
+            return
+        self.study.tell(trial, outcome)
+        best = ranked(self.study)[0]
+        if best.number == trial.number:
+            write_best(self.plan, best)
+
+
+def write_best(plan: Plan, best: Any) -> None:
+    """Write the configuration of the best trial as YAML for --config."""
+    config = plan.configure(decoded(best.params, plan.space), f"trial {best.number}")
+    config.run_dir = None
+    note = f"# Trial {best.number} of {plan.folder.path.name}: validation macro-F1 {100 * best.value:.2f} %.\n"
+    write_text(plan.folder.best, note + as_yaml(config))
+
+
+def _text(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
