@@ -93,19 +93,18 @@ class ExpertParallel:
     def optimizer_state(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
         """The state of an optimizer of one process, whole on rank 0; to be called by all."""
         by_name, names = _by_name(optimizer, model), self.trained
-        steps = {name: values["step"] for name, values in by_name.items() if "step" in values}
+        steps = self._steps(by_name)
         found: dict[str, dict[str, Tensor]] = {name: {} for name in names}
         for kind in self._moments(by_name):
             moments = {name: values[kind] for name, values in by_name.items()}
             for name, value in self.spread.whole(moments, names).items():
                 found[name][kind] = value
-        step = next(iter(steps.values()))  # all have taken the same steps
         groups, first = [], 0
         for options, group in zip(self.options, self.names, strict=True):
             lr = optimizer.param_groups[0]["lr"]
             groups.append({**options, "lr": lr, "params": list(range(first, first + len(group)))})
             first += len(group)
-        state = {index: {"step": steps.get(name, step), **found[name]} for index, name in enumerate(names)}
+        state = {index: {"step": steps[name], **found[name]} for index, name in enumerate(names)}
         return {"state": state, "param_groups": groups}
 
     def local_optimizer_state(
@@ -125,6 +124,12 @@ class ExpertParallel:
         own, template = _names(optimizer, model), optimizer.state_dict()
         state = {index: by_name[name] for index, name in enumerate(own) if name in by_name}
         return {"state": state, "param_groups": template["param_groups"]}
+
+    def _steps(self, by_name: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The steps that each parameter has taken: fewer than others for a gate that had no gradient at first."""
+        of_experts = next(values["step"] for name, values in by_name.items() if name in self.spread.parts)
+        # Each one's own tensor, which the optimizer counts up.
+        return {name: (by_name[name]["step"] if name in by_name else of_experts).clone() for name in self.trained}
 
     @staticmethod
     def _moments(by_name: dict[str, dict[str, Tensor]]) -> list[str]:
@@ -172,12 +177,12 @@ class ExpertParallel:
         """Bring experts and their moments where these shares have them. Returns the optimizer of the first model."""
         spread, first = self.spread, models[0]
         by_name = _by_name(optimizer, first)
-        step = next(iter(by_name.values()))["step"]  # all have taken the same steps
+        steps = self._steps(by_name)
         moments: dict[str, dict[str, Tensor]] = {}
         for kind in self._moments(by_name):
             moved = spread.moved({name: values[kind] for name, values in by_name.items()}, shares, self.trained)
             for name, value in moved.items():
-                moments.setdefault(name, {"step": step.clone()})[kind] = value
+                moments.setdefault(name, {"step": steps[name]})[kind] = value
         states = [spread.moved(model.state_dict(), shares) for model in models]
         spread.set_shares(shares)
         for model, state in zip(models, states, strict=True):
