@@ -3,15 +3,20 @@
 import os
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
+from conftest import PNG
+from matplotlib.figure import Figure
 from torch import multiprocessing
 
 from common.distributed import joined, meeting_at
+from common.errors import exit_code_of
 
 SECONDS = 120.0  # that a process waits for the others
 
@@ -35,6 +40,67 @@ def in_processes(size: int, function: Callable[..., Any], *arguments: Any) -> li
         failed = sorted(Path(folder).glob("*.failed"), key=lambda path: path.stat().st_mtime_ns)
         assert not failed, failed[0].read_text()
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(size)]
+
+
+class Program:
+    """`train.py WORDS` in so many processes, forked from this one: to import all of it anew takes seconds.
+
+    before: called in each process with its rank, to change what it does. evaluates: whether it ends with an evaluation,
+    of which the figures are not drawn.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        size: int,
+        *words: object,
+        before: Callable[[int], None] | None = None,
+        evaluates: bool = False,
+    ):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.evaluates = folder, evaluates
+        self.meeting = folder / f"store-{time.monotonic_ns()}"
+        self.pids = [self._fork(rank, size, [str(word) for word in words], before) for rank in range(size)]
+
+    def _fork(self, rank: int, size: int, words: list[str], before: Callable[[int], None] | None) -> int:
+        for name in ("sklearn.datasets", "timm.optim", "timm.utils", "evaluation.figures", "evaluation.report"):
+            import_module(name)  # or each process would do so
+        import train
+
+        output = self.output(rank)
+        output.unlink(missing_ok=True)
+        if pid := os.fork():
+            return pid
+        code = 99
+        try:
+            descriptor = os.open(output, os.O_WRONLY | os.O_CREAT)
+            os.dup2(descriptor, 1), os.dup2(descriptor, 2)
+            sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
+            sys.argv = ["train.py", *words]
+            os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
+            Figure.savefig = lambda figure, path, **options: Path(path).write_bytes(PNG)  # slow, and tested elsewhere
+            if not self.evaluates:
+                train.evaluate, train.table = (lambda *arguments: {}), (lambda results: "")
+            if before is not None:
+                before(rank)
+            with meeting_at(self.meeting):
+                code = exit_code_of(train.main)
+        finally:
+            os._exit(code)
+
+    def output(self, rank: int) -> Path:
+        return self.folder / f"rank{rank}.txt"
+
+    def said(self) -> str:
+        """What the processes have written, one after the other."""
+        return "".join(self.output(rank).read_text() for rank in range(len(self.pids)))
+
+    def errors(self) -> list[str]:
+        return [line for line in self.said().splitlines() if line.startswith(("error", "Traceback"))]
+
+    def codes(self) -> list[int]:
+        """Wait for all; the exit codes in the order of the ranks, negative for a signal."""
+        return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in self.pids]
 
 
 def _work(rank: int, size: int, folder: str, function: Callable[..., Any], arguments: tuple) -> None:
