@@ -92,7 +92,7 @@ def compress(
         found |= {"experts": work.experts, "budget": plan.budget, "before": before, "after": after}
         write_json(run.compression, found)
         tracker.model(run.weights, name=run.path.name)
-        return evaluate(run, config, trainer.model, opened.bank, tracker, opened.inputs.backbone)
+        return evaluate(run, config, trainer.model, opened.bank, tracker, opened.inputs.backbone, plan.worth_images)
 
 
 def scored(run: RunFolder) -> float | None:

@@ -38,11 +38,11 @@ BATCH = 64  # images at once
 class Plan:
     """What is to be done, in this order.
 
-    prune: experts, or AUTO. merge: the number of experts to merge to. distil: dense or sparse,
-    what the run is to teach; for so many epochs (None: its own), of these sizes (None: of half the units, or of equal
-    FLOPs), with that temperature and share of the loss. quantise: a number format; protect: experts that
-    stay in 16 bits, or AUTO; calibrate: one of CALIBRATIONS; rows: that an expert is calibrated on. budget: points of
-    validation macro-F1 that each step that is AUTO may lose. seconds: to measure each latency for.
+    prune: experts, or AUTO. merge: the number of experts to merge to. distil: dense or sparse, what the run is to
+    teach; for so many epochs (None: its own), of these sizes (None: of half the units, or of equal FLOPs), with that
+    temperature and share of the loss. quantise: a number format; protect: experts that stay in 16 bits, or AUTO;
+    calibrate: one of CALIBRATIONS; rows: that an expert is calibrated on. budget: points of validation macro-F1 that
+    each step that is AUTO may lose. seconds: to measure each latency for. worth_images: as `evaluate` has it.
     """
 
     prune: list[int] | str | None = None
@@ -58,6 +58,7 @@ class Plan:
     rows: int = 1024
     budget: float = 0.3
     seconds: float = 0.5
+    worth_images: int | None = None
 
 
 @dataclass
