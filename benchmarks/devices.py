@@ -7,8 +7,8 @@ python -m benchmarks.devices --tiny                   a quick trial with gloo on
 Each number of processes is started anew by torchrun. Training: the default recipe as train.py trains it, on random
 images and a ViT of random weights, which changes no time; of its epochs the first, which compiles, is left out.
 Extraction: views of the recipe with experts behind the ViT, written to a file. A step's time is split in another
-measurement, where each exchange between the processes waits for the last of them first: what that takes is `waiting`,
-the exchange after it `exchange`, all else `compute`.
+measurement, without CUDA graphs, where each exchange between the processes first waits for the last of them: what that
+takes is `waiting`, the exchange after it `exchange`, all else `compute`.
 """
 
 import json
