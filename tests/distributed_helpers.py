@@ -21,16 +21,17 @@ from common.errors import exit_code_of
 SECONDS = 120.0  # that a process waits for the others
 
 
-def in_processes(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """What `function(world, *arguments)` returns in each of so many gloo processes; what torch.save takes.
+def in_processes(size: int, function: Callable[..., Any], *arguments: Any, device: str = "cpu") -> list[Any]:
+    """What `function(world, *arguments)` returns in each of so many processes; what torch.save takes.
 
-    function: of a module, not of a test. Fails with the traceback of the first process that does.
+    function: of a module, not of a test. device: cpu, or cuda, a GPU each. Fails with the traceback of the first
+    process that does.
     """
     with tempfile.TemporaryDirectory() as folder:
         # A new interpreter imports for seconds; but what uses a GPU cannot be forked.
-        context = multiprocessing.get_context("spawn" if torch.cuda.is_initialized() else "fork")
+        context = multiprocessing.get_context("spawn" if torch.cuda.is_initialized() or device == "cuda" else "fork")
         started = [
-            context.Process(target=_work, args=(rank, size, folder, function, arguments), daemon=True)
+            context.Process(target=_work, args=(rank, size, folder, device, function, arguments), daemon=True)
             for rank in range(size)
         ]
         for process in started:
@@ -103,11 +104,14 @@ class Program:
         return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in self.pids]
 
 
-def _work(rank: int, size: int, folder: str, function: Callable[..., Any], arguments: tuple) -> None:
+def _work(rank: int, size: int, folder: str, device: str, function: Callable[..., Any], arguments: tuple) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "MASTER_ADDR": "localhost"}
     torch.set_num_threads(1)
+    here = torch.device("cuda", rank) if device == "cuda" else torch.device("cpu")
+    if device == "cuda":
+        torch.cuda.set_device(here)
     try:
-        with meeting_at(Path(folder) / "store"), joined(torch.device("cpu"), SECONDS) as world:
+        with meeting_at(Path(folder) / "store"), joined(here, SECONDS) as world:
             torch.save(function(world, *arguments), Path(folder) / f"{rank}.pt")
     except BaseException:
         (Path(folder) / f"{rank}.failed").write_text(f"rank {rank}:\n{traceback.format_exc()}")
