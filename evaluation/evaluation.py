@@ -15,6 +15,7 @@ from data.image_set import ImageSet
 from evaluation.blocks import WORTH_IMAGES, block_results, hardly_used, without_each_in_one_block
 from evaluation.compression import with_test_score
 from evaluation.cost import expert_costs
+from evaluation.latency import latencies
 from evaluation.metrics import per_class_scores, scores
 from evaluation.predict import predict
 from evaluation.predictions import Predictions
@@ -40,12 +41,14 @@ def evaluate(
     tracker: Tracker | None = None,
     backbone: Backbone | None = None,
     worth_images: int | None = None,
+    latency: bool | None = None,
 ) -> dict[str, Any]:
     """Evaluate `model` on the test split, write evaluation/metrics.json, figures/*.png and report.html, and report to
     `tracker`.
 
     backbone: to compute the total cost. worth_images: test images for the ablation of experts in single blocks of a ViT
-    (None: 2,048 on a GPU, 0 on a CPU). Leaves the model in evaluation mode. Returns the content of metrics.json.
+    (None: 2,048 on a GPU, 0 on a CPU). latency: as `latencies` has it. Leaves the model in evaluation mode. Returns the
+    content of metrics.json.
     Several processes share the work; rank 0 writes and reports.
     """
     # Here, because importing what draws and writes pages takes a second, which a wrong option need not wait for.
@@ -66,7 +69,8 @@ def evaluate(
     kept = described.get("epoch")
     results |= {"init": described["init"]} if described.get("init") else {}
     load_E, history = np.array(results["expert_load"]), run.history()
-    results["cost"] = run_cost(model, backbone, bank.feature_shape, load_E, history, kept)
+    measured = backbone and latencies(model, backbone, test.images_NCHW, latency)
+    results["cost"] = run_cost(model, backbone, bank.feature_shape, load_E, history, kept, measured)
     if state := run_state(history, flatten(config.to_dict()), None):
         results["state"] = state
     if (found := verdict(run, config, results["macro_f1"])) is not None:
