@@ -141,6 +141,8 @@ def joined(device: torch.device, timeout: float = 600.0) -> Iterator[World]:
     if not found.several:
         yield ALONE
         return
+    # At the time limit NCCL is to give up its calls, not to abort the process, which has a line to say.
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     numbers = {"rank": found.rank, "world_size": found.size}
     dist.init_process_group(backend, store=_meet(found, "group"), timeout=timedelta(seconds=timeout), **numbers)

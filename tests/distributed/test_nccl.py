@@ -99,15 +99,31 @@ def test_a_shared_gpu_is_refused(tmp_path):
     assert len(errors) == 1 and "share a GPU" in errors[0] and not (tmp_path / "run").exists()
 
 
-def test_a_killed_process_ends_the_other(tmp_path):
-    process = torchrun(2, *HEAD.split(), *WORDS.split(), "--train.epochs", 100_000, "--run_dir", tmp_path / "run")
-    while not (tmp_path / "run" / "checkpoints" / "last.pt").exists():
+def trained(tmp_path, *words: object) -> subprocess.Popen:
+    """A long run of two processes that has written a checkpoint."""
+    process = torchrun(2, *HEAD.split(), *WORDS.split(), "--train.epochs", 100_000, *words, "--run_dir", tmp_path)
+    while not (tmp_path / "checkpoints" / "last.pt").exists():
         assert process.poll() is None
         time.sleep(0.5)
+    return process
+
+
+def disturb(process: subprocess.Popen, number: int) -> tuple[str, float]:
+    """Send a signal to one of the two; what is said by both in one line, and the seconds until all have ended."""
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
     began = time.monotonic()
-    os.kill(int(children.stdout.split()[1]), signal.SIGKILL)
+    os.kill(int(children.stdout.split()[1]), number)
     said, _ = process.communicate()
-    assert time.monotonic() - began < 60
     (line,) = [line for line in said.splitlines() if line.startswith("error")]
-    assert re.match(r"error: rank \d is gone", line)
+    return line, time.monotonic() - began
+
+
+def test_a_killed_process_ends_the_other(tmp_path):
+    line, seconds = disturb(trained(tmp_path / "run"), signal.SIGKILL)
+    assert re.match(r"error: rank \d is gone", line) and seconds < 60
+
+
+def test_a_process_that_hangs_is_found_by_the_time_limit(tmp_path):
+    # torchrun waits half a minute for the one that does not even end.
+    line, _ = disturb(trained(tmp_path / "run", "--parallel.timeout", 10), signal.SIGSTOP)
+    assert re.match(r"error: rank \d did not come to the others in time", line)
