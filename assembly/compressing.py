@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from assembly.compression_steps import AUTO, STEPS, Plan, Work
+from assembly.compression_steps import AUTO, STEPS, Plan, Work, ungrown
 from assembly.distilling import check_teachers, student_of, teach
 from assembly.loading import OpenRun
 from assembly.pipeline import build_trainer
@@ -31,6 +31,7 @@ from storage.folder import RunFolder
 
 def check_plan(config: Config, plan: Plan) -> None:
     """Raise UserError for what cannot be done to a run of this configuration; reads no data."""
+    config = ungrown(config)
     if config.experts.quantised:
         raise UserError("the run is quantised already: compress the run that it was made of")
     left = len(check_prune(config, plan.prune)) if isinstance(plan.prune, list) else len(config.experts.sizes)

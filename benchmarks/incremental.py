@@ -19,7 +19,6 @@ blocks_ridge   those experts trained on the first step alone, then ridge_random 
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from typing import Any
 import torch
 
 from assembly.pipeline import build_bank
-from benchmarks.common import HEAD_RECIPE, Parser, environment, header, start, table
+from benchmarks.common import HEAD_RECIPE, Parser, append_line, environment, header, read_lines, start, table
 from benchmarks.incremental_heads import Heads
 from benchmarks.incremental_ridge import class_means, ridge
 from benchmarks.incremental_scores import Stream, summary
@@ -144,11 +143,7 @@ def append(options: argparse.Namespace, seed: int, name: str, found: dict[str, A
     """Add a result to the file, which is never rewritten."""
     names = ("method", "steps", "memory", "seed")
     row = dict(zip(names, key(options, seed, name), strict=True)) | found | {"environment": where}
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = file_of(options.out, options.tiny)
-    whole = not path.is_file() or path.read_bytes()[-1:] in (b"", b"\n")  # or the last line was cut off
-    with path.open("a", encoding="utf-8") as file:
-        file.write(("" if whole else "\n") + json.dumps(row) + "\n")
+    append_line(file_of(options.out, options.tiny), row)
     print(
         f"{name}, seed {seed}: mean {100 * found['mean']:.2f} %, {found['seconds']:.1f} s", file=sys.stderr, flush=True
     )
@@ -161,14 +156,8 @@ def file_of(out: Path, tiny: bool) -> Path:
 
 def read(out: Path, tiny: bool) -> dict[tuple, dict[str, Any]]:
     """The results so far, by what they are of; a truncated line is left out."""
-    path, found = file_of(out, tiny), {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        found[(row["method"], row["steps"], row["memory"], row["seed"])] = row
-    return found
+    names = ("method", "steps", "memory", "seed")
+    return {tuple(row[name] for name in names): row for row in read_lines(file_of(out, tiny))}
 
 
 if __name__ == "__main__":
