@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from assembly.replay import load_images
 from common.errors import UserError
 from common.paths import absolute
 from common.text import counted
-from data.datasets import load_splits
 from data.image_set import ImageSet
 from evaluation.trained import TrainedRun
 from evaluation.unlike import Unlike
@@ -31,7 +31,7 @@ def load_unlike(trained: TrainedRun, root: Path | None, say: Callable[[str], Non
     if root is not None:
         data.root = absolute(root)
     try:
-        splits = load_splits(data)
+        splits = load_images(trained.config)
     except UserError as error:
         raise UserError(
             f"--reject needs the training images once, to write {path}: {error} (name the folder with --data.root)"

@@ -67,7 +67,7 @@ def evaluate(
         return results
     described = read_description(run) if run.model.is_file() else {}
     kept = described.get("epoch")
-    results |= {"init": described["init"]} if described.get("init") else {}
+    results |= {"init": _since(described["init"], results)} if described.get("init") else {}
     load_E, history = np.array(results["expert_load"]), run.history()
     measured = backbone and latencies(model, backbone, test.images_NCHW, latency)
     results["cost"] = run_cost(model, backbone, bank.feature_shape, load_E, history, kept, measured)
@@ -112,6 +112,15 @@ def _results(predictions: Predictions, test: ImageSet, config: Config, model: An
         ],
         "per_class": per_class_scores(labels_N, predicted_N, test.class_names),
     }
+
+
+def _since(init: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
+    """What is known of the run that this one starts from, and macro-F1 on its classes and on the others, if any."""
+    before, found = set(init["classes"]), dict(init)
+    for key, old in (("macro_f1_old_classes", True), ("macro_f1_new_classes", False)):
+        rows = [row for name, row in results["per_class"].items() if (name in before) == old and row["support"]]
+        found[key] = float(np.mean([row["f1"] for row in rows])) if rows else None
+    return found
 
 
 def _blocks(
@@ -231,5 +240,8 @@ def table(results: dict[str, Any], hardest: int = 5) -> str:
         lines += ["", results["state"]]
     if "dense_twin" in results:
         lines += ["", results["dense_twin"]["text"]]
+    for key, which in (("macro_f1_old_classes", "old classes"), ("macro_f1_new_classes", "new classes")):
+        if (value := results.get("init", {}).get(key)) is not None:
+            lines.append(f"macro-F1     {100 * value:.2f} % on the {which}")
     lines += ["", "lowest F1    " + (", ".join(f"{name}: {100 * f1:.0f} %" for name, f1 in worst) or "100 % for all")]
     return "\n".join(lines)

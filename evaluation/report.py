@@ -61,7 +61,12 @@ def _origin(results: dict[str, Any]) -> str:
     if not (init := results.get("init")):
         return ""
     common = f"{len(init['classes'])} of {len(results['class_names'])} classes in common"
-    return f"Starts from {init['run']}, epoch {init['epoch']}, {common}."
+    scores = [
+        f"macro-F1 {percent(init[key])} on {which}"
+        for key, which in (("macro_f1_old_classes", "these"), ("macro_f1_new_classes", "the new ones"))
+        if init.get(key) is not None
+    ]
+    return f"Starts from {init['run']}, epoch {init['epoch']}, {', '.join([common, *scores])}."
 
 
 def _rule(config: Config) -> str:
