@@ -53,7 +53,7 @@ def load_inputs(config: Config, resumed: bool = False) -> Inputs:
 
     Raises UserError and EnvironmentFault as the loaders do, and UserError for a batch larger than the data.
     """
-    for line in config.router.idle:
+    for line in config.idle:
         warn(line)
     device, splits = pick_device(config.device), load_splits(config.data)
     steps_per_epoch(config.train, len(splits.train))

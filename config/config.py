@@ -135,6 +135,19 @@ class Config:
             if getattr(self.balance, name) > 0:
                 loss.check(ROUTERS[self.router.kind], self.router)
 
+    @property
+    def idle(self) -> list[str]:
+        """A line for each option that is set and has no effect."""
+        found = list(self.router.idle)
+        if self.experts.place == "blocks":
+            unused, defaults = ("mode", "views", "storage", "cache_dir", "compile"), FeaturesConfig()
+            for name in unused:
+                value = getattr(self.features, name)
+                if value not in (None, getattr(defaults, name)):
+                    why = "where the ViT runs in every step"
+                    found.append(f"features.{name} {value} has no effect with experts.place blocks, {why}")
+        return found
+
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values, as stored in config.yaml, checkpoints and ClearML."""
         return _plain(asdict(self))

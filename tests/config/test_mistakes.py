@@ -152,3 +152,11 @@ def test_exit_code_and_single_line_of_a_wrong_command_line(tmp_path):
     assert result.stderr.strip().startswith("error: router.top_k is 9")
     assert len(result.stderr.strip().splitlines()) == 1
     assert not run_dir.exists()
+
+
+def test_options_without_effect_inside_the_vit_are_named():
+    base = ["--config", "configs/digits_blocks.yaml"]
+    assert parse_command_line(base).config.idle == []
+    chosen = parse_command_line([*base, "--features.views", "3", "--features.mode", "live"]).config
+    assert [line.split(" has no")[0] for line in chosen.idle] == ["features.mode live", "features.views 3"]
+    assert parse_command_line([*HEAD, "--features.views", "3"]).config.idle == []
