@@ -115,7 +115,7 @@ def score(options: argparse.Namespace) -> None:
     named = {"name": run.path.name, "tags": tags_of(config)}
     with open_evaluation(options.tracking, run.path, config.to_dict(), **named) as tracker:
         if tracker.resends:
-            tracker.model(run.weights, name=run.path.name)
+            tracker.model(run.weights, run.path.name, opened.inputs.splits.train.class_names)
         print(table(evaluate(run, config, model, opened.bank, tracker, opened.inputs.backbone, options.worth_images)))
     if opened.traffic is not None:
         print(offload_line(opened.traffic))
