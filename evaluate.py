@@ -68,6 +68,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="MODE",
         help="auto (default): the training's server; clearml; none",
     )
+    parser.add_argument(
+        "--latency",
+        action="store_true",
+        default=None,
+        help="measure latency, on the CPU too (default: on a GPU alone)",
+    )
     add_offload_options(parser)
     add_plugins_option(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -116,7 +122,8 @@ def score(options: argparse.Namespace) -> None:
     with open_evaluation(options.tracking, run.path, config.to_dict(), **named) as tracker:
         if tracker.resends:
             tracker.model(run.weights, run.path.name, opened.inputs.splits.train.class_names)
-        print(table(evaluate(run, config, model, opened.bank, tracker, opened.inputs.backbone, options.worth_images)))
+        measure = (options.worth_images, options.latency)
+        print(table(evaluate(run, config, model, opened.bank, tracker, opened.inputs.backbone, *measure)))
     if opened.traffic is not None:
         print(offload_line(opened.traffic))
     print(f"written to   {printable(run.evaluation)}; open {run.report.name} in a browser")

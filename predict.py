@@ -2,6 +2,7 @@
 
 python predict.py runs/cifar100-20260101-120000 cat.jpg holiday/
 python predict.py RUN cat.jpg --json                        one JSON document instead of text
+python predict.py RUN holiday/ --reject 0.05                mark images unlike the training images
 python predict.py RUN cat.jpg dog.png --explain out.png     a figure of images, classes and experts
 """
 
@@ -20,6 +21,7 @@ import torch
 
 from analysis.blocks import evenly_spaced
 from assembly.loading import load_trained, offload_line
+from assembly.unlike import frozen_features, load_unlike
 from common.arguments import Parser, add_offload_options, check_offload, path_option
 from common.errors import EnvironmentFault, UserError, exit_code_of, exit_process, say
 from common.files import write_atomically
@@ -30,6 +32,7 @@ from data.image_file import Picture, read_picture
 from data.image_tree import find_images
 from evaluation.classify import Answer, classify
 from evaluation.trained import TrainedRun
+from evaluation.unlike import Unlike
 
 BATCH = 32  # images per batch
 EXPLAINED = 12  # images in the figure
@@ -59,6 +62,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--backbone.weights", dest="weights", type=path_option, help="the backbone's weights, if they have moved"
     )
+    parser.add_argument(
+        "--reject",
+        type=float,
+        metavar="SHARE",
+        help="mark images unlike the training images: farther from every class, in the frozen ViT's features, than all "
+        "but this share of the validation images (such as 0.05); measured once on the run's dataset",
+    )
+    parser.add_argument(
+        "--data.root", dest="root", type=path_option, metavar="DIR", help="for --reject: the dataset, if it has moved"
+    )
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, or cuda:1")
     add_offload_options(parser)
     add_plugins_option(parser)
@@ -67,6 +80,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     check_offload(parser, options)
     if options.top < 1:
         raise UserError(f"--top is {options.top}: it must be at least 1")
+    if options.reject is not None and not 0 < options.reject < 1:
+        raise UserError(f"--reject is {options.reject}: it is a share of the validation images, between 0 and 1")
     if options.explain and options.explain.suffix.lower() != ".png":
         raise UserError(f"--explain {options.explain}: the name must end in .png")
     if options.explain and not options.explain.parent.is_dir():
@@ -90,13 +105,15 @@ def main() -> None:
     if options.explain and options.explain.resolve() in {path.resolve() for path in files}:
         raise UserError(f"--explain {options.explain} is one of the images and would be overwritten: name another file")
     trained = load_trained(options.run, options.device, options.weights, say, options.offload_memory)
+    unlike = None if options.reject is None else load_unlike(trained, options.root, say)
     rows, shown = [], []
     for path, picture, answer in answers(trained, files, options.top, failed):
-        rows.append({"file": str(path), **answer.to_dict(), "notes": list(picture.notes)})
+        marked = {} if unlike is None else compared(trained, unlike, picture, options.reject)
+        rows.append({"file": str(path), **answer.to_dict(), "notes": list(picture.notes), **marked})
         if len(shown) < EXPLAINED:
             shown.append((path, picture, answer))
         if not options.json:
-            print(text(path, picture, answer, bool(trained.config.experts.shared)), flush=True)
+            print(text(path, picture, answer, bool(trained.config.experts.shared), marked), flush=True)
     if options.json:
         print(as_json(document(trained, rows, failed), is_unicode(sys.stdout)))
     if options.explain and shown:
@@ -146,12 +163,22 @@ def answers(
                 yield path, picture, answer
 
 
-def text(path: Path, picture: Picture, answer: Answer, shared: bool) -> str:
+def compared(trained: TrainedRun, unlike: Unlike, picture: Picture, share: float) -> dict[str, Any]:
+    """How far an image is from the training images, and whether it is to be rejected."""
+    distance = float(unlike.distances(frozen_features(trained, picture.pixels_CHW[None]))[0])
+    threshold = unlike.threshold(share)
+    return {"rejected": distance > threshold, "distance": distance, "threshold": threshold}
+
+
+def text(path: Path, picture: Picture, answer: Answer, shared: bool, marked: dict[str, Any] | None = None) -> str:
     """An answer as lines: file, classes, experts, and the class that each expert predicts alone.
 
-    shared: the run has shared experts, so "alone" means: with the shared experts only.
+    shared: the run has shared experts, so "alone" means: with the shared experts only. marked: what `compared` found.
     """
     lines = [printable(path) + "".join(f" ({note})" for note in picture.notes)]
+    if marked and marked["rejected"]:
+        distances = f"distance {marked['distance']:.1f}, above {marked['threshold']:.1f}"
+        lines.append(f"  REJECTED: unlike the training images ({distances}); what follows is the nearest there is")
     lines += [f"{100 * score.probability:7.1f} %  {printable(score.name)}" for score in answer.classes]
     lines += [
         f"  expert {vote.name:<24} weight {vote.weight:.2f}, "

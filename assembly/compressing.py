@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from assembly.compression_steps import AUTO, STEPS, Plan, Work
+from assembly.compression_steps import AUTO, STEPS, Plan, Work, ungrown
 from assembly.distilling import check_teachers, student_of, teach
 from assembly.loading import OpenRun
 from assembly.pipeline import build_trainer
@@ -30,6 +30,7 @@ from storage.folder import RunFolder
 
 def check_plan(config: Config, plan: Plan) -> None:
     """Raise UserError for what cannot be done to a run of this configuration; reads no data."""
+    config = ungrown(config)
     if config.experts.quantised:
         raise UserError("the run is quantised already: compress the run that it was made of")
     left = len(check_prune(config, plan.prune)) if isinstance(plan.prune, list) else len(config.experts.sizes)
@@ -92,7 +93,7 @@ def compress(
         found |= {"experts": work.experts, "budget": plan.budget, "before": before, "after": after}
         write_json(run.compression, found)
         tracker.model(run.weights, run.path.name, opened.inputs.splits.train.class_names)
-        return evaluate(run, config, trainer.model, opened.bank, tracker, opened.inputs.backbone)
+        return evaluate(run, config, trainer.model, opened.bank, tracker, opened.inputs.backbone, plan.worth_images)
 
 
 def scored(run: RunFolder) -> float | None:

@@ -1,13 +1,14 @@
 """The steps from a trained run to a smaller one, each on what the one before it has left."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from assembly.loading import OpenRun
 from assembly.pipeline import build_model
+from common.errors import UserError
 from compression.merge import check_merge, choose_groups, fit, likeness_of_gates, merge
 from compression.observe import HEAD
 from compression.prune import check_prune, prune, prune_to_budget
@@ -38,11 +39,11 @@ BATCH = 64  # images at once
 class Plan:
     """What is to be done, in this order.
 
-    prune: experts, or AUTO. merge: the number of experts to merge to. distil: dense or sparse,
-    what the run is to teach; for so many epochs (None: its own), of these sizes (None: of half the units, or of equal
-    FLOPs), with that temperature and share of the loss. quantise: a number format; protect: experts that
-    stay in 16 bits, or AUTO; calibrate: one of CALIBRATIONS; rows: that an expert is calibrated on. budget: points of
-    validation macro-F1 that each step that is AUTO may lose. seconds: to measure each latency for.
+    prune: experts, or AUTO. merge: the number of experts to merge to. distil: dense or sparse, what the run is to
+    teach; for so many epochs (None: its own), of these sizes (None: of half the units, or of equal FLOPs), with that
+    temperature and share of the loss. quantise: a number format; protect: experts that stay in 16 bits, or AUTO;
+    calibrate: one of CALIBRATIONS; rows: that an expert is calibrated on. budget: points of validation macro-F1 that
+    each step that is AUTO may lose. seconds: to measure each latency for. worth_images: as `evaluate` has it.
     """
 
     prune: list[int] | str | None = None
@@ -58,6 +59,7 @@ class Plan:
     rows: int = 1024
     budget: float = 0.3
     seconds: float = 0.5
+    worth_images: int | None = None
 
 
 @dataclass
@@ -79,7 +81,9 @@ class Work:
     @classmethod
     def begin(cls, opened: OpenRun, plan: Plan) -> "Work":
         """Nothing is done yet but to score the whole model on the validation images."""
-        model = opened.model.eval()
+        config, model = ungrown(opened.config), opened.model.eval()
+        if config is not opened.config:
+            model = as_one(opened, config)
         whole = validate(model, opened.bank)
         load_E = whole.load_LE.mean(axis=0).tolist()
         labels = opened.config.experts.labels()
@@ -87,12 +91,11 @@ class Work:
             {"expert": label, "load": load, "done": [], "becomes": index}
             for index, (label, load) in enumerate(zip(labels, load_E, strict=True))
         ]
-        return cls(opened, plan, opened.config, model, whole, whole, experts)
+        return cls(opened, plan, config, model, whole, whole, experts)
 
     def build(self, config: Config) -> AnyMoE:
         """The model of a configuration, with new weights, on the CPU."""
-        inputs = self.opened.inputs
-        return build_model(config, self.opened.bank.feature_shape, inputs.splits.test.num_classes, inputs.backbone)
+        return _build(self.opened, config)
 
     def score(self, model: AnyMoE) -> float:
         """Validation macro-F1."""
@@ -118,6 +121,30 @@ class Work:
         """Go on with what a step has made; remember the step, with the score after it."""
         self.config, self.model, self.validated = config, model, validate(model, self.opened.bank)
         self.steps.append({"step": step, **values, "macro_f1_validation": self.validated.scores["macro_f1"]})
+
+
+def _build(opened: OpenRun, config: Config) -> AnyMoE:
+    inputs = opened.inputs
+    return build_model(config, opened.bank.feature_shape, inputs.splits.test.num_classes, inputs.backbone)
+
+
+def ungrown(config: Config) -> Config:
+    """The configuration in which experts that were added to others are experts like these."""
+    if not config.experts.grown:
+        return config
+    return replace(config, experts=replace(config.experts, grown=[], add=[]))
+
+
+def as_one(opened: OpenRun, config: Config) -> AnyMoE:
+    """The run's model where its experts were added at different times, computed together.
+
+    Raises UserError where the gate is still opening to the last of them.
+    """
+    state, model = opened.model.state_dict(), _build(opened, config)
+    if any(value.any() for name, value in state.items() if name.endswith(".margin_E")):
+        raise UserError("the gate is still opening to the experts that were added: train the run on, then compress it")
+    model.load_state_dict({name: state[name] for name in model.state_dict()})
+    return model.to(next(opened.model.parameters()).device).eval()
 
 
 def _prune(work: Work, say: Callable[[str], None]) -> None:

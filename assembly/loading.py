@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from assembly.pipeline import Inputs, build_bank, build_model, identity, pick_device
+from assembly.replay import load_images
 from common.errors import EnvironmentFault, as_environment_fault, warn
 from common.network import reachable
 from common.paths import absolute
 from common.text import counted
 from config.config import Config, config_from_dict
-from data.datasets import load_splits
 from evaluation.trained import TrainedRun
 from features.bank import FeatureBank
 from features.file import gigabytes
@@ -107,7 +107,7 @@ def open_run(
     config = configure(described["config"], device, root, weights)
     if cache_dir is not None:
         config.features.cache_dir = None if str(cache_dir) == "null" else cache_dir.absolute()
-    where, splits = pick_device(config.device), load_splits(config.data)
+    where, splits = pick_device(config.device), load_images(config)
     with as_environment_fault():
         backbone = load_backbone(config.backbone, where, reachable)
     bank = build_bank(config, splits, backbone, where)

@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from assembly.agreement import require_same, require_same_inputs, require_samples
+from assembly.replay import load_images
 from assembly.transfer import Origin, begin, freeze, read_origin
 from common.distributed import expected_world, world
 from common.errors import EnvironmentFault, UserError, one_line, warn
@@ -16,7 +17,6 @@ from common.memory import installed_memory
 from common.network import reachable
 from common.text import counted, printable
 from config.config import DEVICES, Config
-from data.datasets import load_splits
 from data.image_set import Splits
 from evaluation.stale import mark_stale
 from evaluation.validation import validate
@@ -55,7 +55,7 @@ def load_inputs(config: Config, resumed: bool = False) -> Inputs:
     """
     for line in config.idle:
         warn(line)
-    device, splits = pick_device(config.device), load_splits(config.data)
+    device, splits = pick_device(config.device), load_images(config)
     steps_per_epoch(config.train, len(splits.train))
     require_samples(config.train.batch_size)
     backbone = load_backbone(config.backbone, device, reachable)

@@ -76,6 +76,8 @@ def read_origin(config: Config, backbone: dict[str, str]) -> Origin | None:
             f"{backbone['fingerprint'][:12]}: use the run's, or start without --init"
         )
     theirs, ours = flatten(Config().to_dict()) | flatten(described["config"]), flatten(config.to_dict())
+    if {theirs["experts.head_weights"], str(theirs["experts.weights"])} != {"float32"}:
+        raise UserError(f"{named} stores its experts in fewer bits: start from the run that it was made of")
     before_add, now = theirs["experts.sizes"], ours["experts.sizes"]
     if config.experts.add and now[: config.experts.first_new] == before_add:
         ours |= {key: theirs[key] for key in GROWING}

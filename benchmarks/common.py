@@ -1,6 +1,7 @@
 """Shared by the benchmarks: options, timing, tables, JSON."""
 
 import argparse
+import contextlib
 import json
 import platform
 import statistics
@@ -192,3 +193,20 @@ def save(options: argparse.Namespace, name: str, where: dict[str, Any], **values
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**where, **values}, indent=1, default=vars) + "\n", encoding="utf-8")
     return path
+
+
+def append_line(path: Path, row: dict[str, Any]) -> None:
+    """Add a row to a file of JSON lines, which is never rewritten."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = not path.is_file() or path.read_bytes()[-1:] in (b"", b"\n")  # or the last line was cut off
+    with path.open("a", encoding="utf-8") as file:
+        file.write(("" if whole else "\n") + json.dumps(row) + "\n")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of JSON lines, less one that was cut off; none where there is no file."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows

@@ -33,15 +33,14 @@ def add_offload_options(parser: argparse.ArgumentParser) -> None:
         "--offload",
         choices=("cpu",),
         metavar="cpu",
-        help="keep the routed experts in host memory, and bring those to the GPU that a batch chooses",
+        help="keep the experts in host memory, and fetch those that a batch chooses",
     )
     parser.add_argument(
         "--offload.memory",
         dest="offload_memory",
         type=size_option,
         metavar="SIZE",
-        help="with --offload: memory of the GPU for the experts that training used most, which stay there, such as "
-        "512MB (default 0)",
+        help="with --offload: keep the most used experts on the GPU, such as 512MB of them (default 0)",
     )
 
 

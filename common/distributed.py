@@ -125,7 +125,7 @@ def started() -> Iterator[World]:
     if not found.several:
         yield ALONE
         return
-    with ending.together(found.rank, found.size, _meet(found)):
+    with ending.together(found.rank, found.size, _meet(found, "ending")):
         yield found
 
 
@@ -141,9 +141,11 @@ def joined(device: torch.device, timeout: float = 600.0) -> Iterator[World]:
     if not found.several:
         yield ALONE
         return
+    # At the time limit NCCL is to give up its calls, not to abort the process, which has a line to say.
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     numbers = {"rank": found.rank, "world_size": found.size}
-    dist.init_process_group(backend, store=_meet(found), timeout=timedelta(seconds=timeout), **numbers)
+    dist.init_process_group(backend, store=_meet(found, "group"), timeout=timedelta(seconds=timeout), **numbers)
     _world = found
     try:
         _refuse_shared_gpus(found, device)
@@ -153,13 +155,13 @@ def joined(device: torch.device, timeout: float = 600.0) -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def _meet(found: World) -> dist.Store:
+def _meet(found: World, purpose: str) -> dist.Store:
     """A connection to the store that all processes reach. Raises UserError, and EnvironmentFault where nobody came."""
     if _meeting is not None:
-        return dist.FileStore(str(_meeting), found.size)
+        return dist.FileStore(f"{_meeting}-{purpose}", found.size)
     try:
         store, _, _ = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=MEETING_SECONDS))))
-        return store
+        return dist.PrefixStore(purpose, store)
     except (ValueError, RuntimeError) as error:  # what PyTorch raises without MASTER_ADDR, and where none answers
         if "MASTER_ADDR" not in os.environ:
             raise UserError("WORLD_SIZE is set, but not MASTER_ADDR: start several processes with torchrun") from error

@@ -41,6 +41,7 @@ def together(rank: int, size: int, store: Any) -> Iterator[None]:
             code = others.end(error)
             if debug and code > 0:
                 traceback.print_exc()
+        others.done()
         _leave(code)
     others.done()
 
@@ -83,7 +84,6 @@ class _Others:
         """Say what ended this process unless another has told it; returns the exit code."""
         self._over.set()
         if isinstance(error, SystemExit):  # of --help and the like, in all of them
-            self._set(f"done/{self.rank}", "yes")
             return error.code if isinstance(error.code, int) else int(error.code is not None)
         if isinstance(error, KeyboardInterrupt):
             code = getattr(error, "exit_code", 130)
@@ -96,7 +96,8 @@ class _Others:
             return code
         line, code = explained(error)
         if _is_of_others(error):
-            return self._end_without(line)
+            self._end_without(line)
+            return 1
         alike = isinstance(error, UserError) and not isinstance(error, Interrupted)
         if self.rank > 0 and alike:  # rank 0 says what all have found
             self._wait_for("told", FIRST)
@@ -104,21 +105,24 @@ class _Others:
         self._tell(f"error: {name}{line}")
         return code
 
-    def _end_without(self, line: str) -> int:
-        """A call for the other processes failed: because of one that is gone, or has said why, or none came in time."""
+    def _end_without(self, line: str) -> None:
+        """A call for the other processes failed: one is gone, or has said why it ends, or did not come in time."""
+        self._set(f"waited/{self.rank}", "yes")
         deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline:
             if self._has("told"):
-                return 1
+                return
             if (lost := self._lost()) is not None:
-                self._tell(f"error: {gone(lost)}")
-                return 1
+                return self._tell(f"error: {gone(lost)}")
             time.sleep(LOOK / 5)
-        self._tell(
-            f"error: rank {self.rank} waited in vain for another process ({line[:160]}): one of them hangs or is gone; "
-            "--resume goes on from the last checkpoint, --parallel.timeout sets how long it waits"
-        )
-        return 1
+        others = [rank for rank in range(self.size) if not self._has(f"waited/{rank}")]
+        if others:
+            self._tell(
+                f"error: rank {others[0]} did not come to the others in time, it hangs or is slow: --resume goes on "
+                "from the last checkpoint, --parallel.timeout sets how long they wait"
+            )
+        else:
+            self._tell(f"error: the processes lost each other: {line}")
 
     def _watch(self) -> None:
         """Ends this process where another one has failed and this one hangs."""

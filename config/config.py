@@ -53,6 +53,9 @@ class Config:
     freeze: list[str] | str = field(default_factory=list)
     """Of what init takes, the parts that are not trained, such as router,experts: neck, router, experts, shared, head
     (the class rows). Experts, gate columns and class rows that are new are trained all the same."""
+    replay: int = 0
+    """With init: train on this many training images of each class of that run's dataset beside the new ones; its
+    validation and test images are scored as well. 0: on the new images alone."""
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
@@ -113,6 +116,10 @@ class Config:
         for part in self.freeze:
             if part not in PARTS:
                 raise ValueError(f"freeze names '{part}': the parts are {', '.join(PARTS)}{suggestion(part, PART)}")
+        if self.replay < 0:
+            raise ValueError(f"replay is {self.replay}: it is a number of images of each class, 0 for none")
+        if self.init is None and self.replay:
+            raise ValueError(f"replay {self.replay} keeps images of a run's dataset: name the run with --init")
         if self.init is None and self.experts.add:
             raise ValueError("experts.add puts experts beside those of a run: name it with --init")
         if self.init is None and self.freeze:

@@ -11,9 +11,20 @@ from model.backbone import BackboneConfig
 from model.experts import ExpertsConfig
 from model.experts.config import LIST_DROPOUT
 
-OWN = ("run_dir", "tracking", "device", "plugins", "init", "freeze", "parallel.", "optim.lr_of", "experts.add")
+OWN = (
+    "run_dir",
+    "tracking",
+    "device",
+    "plugins",
+    "init",
+    "freeze",
+    "replay",
+    "parallel.",
+    "optim.lr_of",
+    "experts.add",
+)
 """What a run does not take: its folder, its machine, and what it took itself."""
-OF_THE_DATA = ("data.root", "data.download", "data.max_classes", "data.max_per_class")
+OF_THE_DATA = ("data.root", "data.download", "data.max_classes", "data.max_per_class", "data.shots")
 """What is not taken where data.name is given: it says which images, and where they are."""
 
 

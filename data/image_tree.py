@@ -186,7 +186,8 @@ def _leads_back(link: Path, chain: Sequence[str]) -> bool:
 def find_splits(root: Path, left_out: LeftOut) -> dict[str, Path]:
     """The folder of each split in `root`: train, validation, test, under any of their names.
 
-    Raises UserError if two folders are the same split, or none is train.
+    A root without any of them, of two class folders or more, is the train folder itself. Raises UserError if two
+    folders are the same split, or none is train.
     """
     meant = {name: split for split, names in SPLITS.items() for name in names}
     found: dict[str, Path] = {}
@@ -200,6 +201,9 @@ def find_splits(root: Path, left_out: LeftOut) -> dict[str, Path]:
             raise UserError(f"{root} has both {found[split].name}/ and {path.name}/: keep the one to use as {split}")
         else:
             found[split] = path
+    if not found and len(left_out.folders) > 1 and root.name.lower() not in meant:
+        left_out.folders.clear()
+        return {"train": root}
     if "train" not in found:
         _require_train(root, meant)
     return {split: found[split] for split in SPLITS if split in found}
@@ -209,7 +213,10 @@ def _require_train(root: Path, meant: dict[str, str]) -> None:
     above = root.absolute().parent
     if root.name.lower() in meant and any((above / name).is_dir() for name in SPLITS["train"]):
         raise UserError(f"--data.root {root} is the {root.name} folder of a dataset: name its parent, {above}")
-    raise UserError(f"{root / 'train'} is not a folder: --data.root needs train/CLASS/IMAGE (and maybe val/, test/)")
+    raise UserError(
+        f"{root / 'train'} is not a folder: --data.root needs train/CLASS/IMAGE (and maybe val/, test/), or two "
+        "or more CLASS/IMAGE"
+    )
 
 
 def find_classes(split: Path, left_out: LeftOut) -> list[Path]:

@@ -37,7 +37,13 @@ class DataConfig:
     max_per_class: int | None = None
     """Use at most this many training images, and as many test images, of each class; null: all."""
 
+    shots: int | None = None
+    """Train on this many images of each class, drawn from the training images by split_seed; validation and test images
+    stay. null: all."""
+
     def __post_init__(self):
+        if self.shots is not None and self.shots < 1:
+            raise ValueError(f"data.shots is {self.shots}: it is a number of images of each class, at least 1")
         if self.name not in DATASETS:
             raise ValueError(f"data.name is '{self.name}': use one of {', '.join(sorted(DATASETS))}")
         self.root = None if self.root is None else absolute(self.root)
@@ -109,6 +115,8 @@ def load_splits(config: DataConfig) -> Splits:
         train, test = stratified_split(train, config.test, config.split_seed, "data.test")
     if validation is None:
         train, validation = stratified_split(train, config.validation, config.split_seed, "data.validation")
+    if config.shots is not None:
+        train = few_of_each(train, config.shots, config.split_seed)
     for name, part in (("training", train), ("validation", validation), ("test", test)):
         if not len(part):
             raise UserError(f"the {name} split has no image of the remaining classes: raise data.max_classes")
@@ -159,6 +167,17 @@ def _limit(images: ImageSet, config: DataConfig) -> ImageSet:
         keep.append(positions[: config.max_per_class])
     kept = images.subset(torch.cat(keep).sort().values)
     return replace(kept, class_names=images.class_names[:classes])
+
+
+def few_of_each(images: ImageSet, shots: int, seed: int) -> ImageSet:
+    """At most `shots` images of each class, drawn by the seed; fewer shots are the first of more."""
+    generator, kept = torch.Generator().manual_seed(seed), []
+    for label in range(images.num_classes):
+        positions = torch.nonzero(images.labels_N == label).flatten()
+        kept.append(positions[torch.randperm(len(positions), generator=generator)][:shots])
+        if len(positions) < shots:
+            warn(f"data.shots {shots}: class '{images.class_names[label]}' has {counted(len(positions), 'image')}")
+    return images.subset(torch.cat(kept).sort().values)
 
 
 def stratified_split(images: ImageSet, fraction: float, seed: int, option: str) -> tuple[ImageSet, ImageSet]:

@@ -15,6 +15,7 @@ from data.image_set import ImageSet
 from evaluation.blocks import WORTH_IMAGES, block_results, hardly_used, without_each_in_one_block
 from evaluation.compression import with_test_score
 from evaluation.cost import expert_costs
+from evaluation.latency import latencies
 from evaluation.metrics import per_class_scores, scores
 from evaluation.predict import predict
 from evaluation.predictions import Predictions
@@ -40,12 +41,14 @@ def evaluate(
     tracker: Tracker | None = None,
     backbone: Backbone | None = None,
     worth_images: int | None = None,
+    latency: bool | None = None,
 ) -> dict[str, Any]:
     """Evaluate `model` on the test split, write evaluation/metrics.json, figures/*.png and report.html, and report to
     `tracker`.
 
     backbone: to compute the total cost. worth_images: test images for the ablation of experts in single blocks of a ViT
-    (None: 2,048 on a GPU, 0 on a CPU). Leaves the model in evaluation mode. Returns the content of metrics.json.
+    (None: 2,048 on a GPU, 0 on a CPU). latency: as `latencies` has it. Leaves the model in evaluation mode. Returns the
+    content of metrics.json.
     Several processes share the work; rank 0 writes and reports.
     """
     # Here, because importing what draws and writes pages takes a second, which a wrong option need not wait for.
@@ -64,9 +67,10 @@ def evaluate(
         return results
     described = read_description(run) if run.model.is_file() else {}
     kept = described.get("epoch")
-    results |= {"init": described["init"]} if described.get("init") else {}
+    results |= {"init": _since(described["init"], results)} if described.get("init") else {}
     load_E, history = np.array(results["expert_load"]), run.history()
-    results["cost"] = run_cost(model, backbone, bank.feature_shape, load_E, history, kept)
+    measured = backbone and latencies(model, backbone, test.images_NCHW, latency)
+    results["cost"] = run_cost(model, backbone, bank.feature_shape, load_E, history, kept, measured)
     if state := run_state(history, flatten(config.to_dict()), None):
         results["state"] = state
     if (found := verdict(run, config, results["macro_f1"])) is not None:
@@ -108,6 +112,15 @@ def _results(predictions: Predictions, test: ImageSet, config: Config, model: An
         ],
         "per_class": per_class_scores(labels_N, predicted_N, test.class_names),
     }
+
+
+def _since(init: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
+    """What is known of the run that this one starts from, and macro-F1 on its classes and on the others, if any."""
+    before, found = set(init["classes"]), dict(init)
+    for key, old in (("macro_f1_old_classes", True), ("macro_f1_new_classes", False)):
+        rows = [row for name, row in results["per_class"].items() if (name in before) == old and row["support"]]
+        found[key] = float(np.mean([row["f1"] for row in rows])) if rows else None
+    return found
 
 
 def _blocks(
@@ -227,5 +240,8 @@ def table(results: dict[str, Any], hardest: int = 5) -> str:
         lines += ["", results["state"]]
     if "dense_twin" in results:
         lines += ["", results["dense_twin"]["text"]]
+    for key, which in (("macro_f1_old_classes", "old classes"), ("macro_f1_new_classes", "new classes")):
+        if (value := results.get("init", {}).get(key)) is not None:
+            lines.append(f"macro-F1     {100 * value:.2f} % on the {which}")
     lines += ["", "lowest F1    " + (", ".join(f"{name}: {100 * f1:.0f} %" for name, f1 in worst) or "100 % for all")]
     return "\n".join(lines)

@@ -1,5 +1,6 @@
 """How long a model takes from images to answers."""
 
+import copy
 import statistics
 import time
 from collections.abc import Callable
@@ -8,7 +9,39 @@ import torch
 
 from model.backbone import Backbone
 from model.moe_vit import AnyMoE, MoEViT
+from model.offload import Stays
 from model.preparation import prepare
+
+BATCHES = (1, 256)
+
+
+def latencies(
+    model: AnyMoE, backbone: Backbone, images_NCHW: torch.Tensor, wanted: bool | None = None, seconds: float = 0.5
+) -> dict[str, float | None]:
+    """`latency` of each of BATCHES on a GPU and on a CPU, such as latency_gpu_1; None where it is not measured.
+
+    images_NCHW: to take them from. wanted: on the model's device, and if that is a GPU on the CPU as well, in float32;
+    None: on the model's device if it is a GPU. seconds: to spend on each, about. Experts in host memory stay there.
+    """
+    found: dict[str, float | None] = {f"latency_{kind}_{batch}": None for kind in ("gpu", "cpu") for batch in BATCHES}
+    device = next(backbone.parameters()).device
+    if not (wanted or (wanted is None and device.type == "cuda")):
+        return found
+    pairs = [(model, backbone)]
+    if wanted and device.type == "cuda" and not any(isinstance(module, Stays) for module in model.modules()):
+        pairs.append(on_cpu(model, backbone))
+    for kind, pair in zip(("gpu", "cpu") if device.type == "cuda" else ("cpu",), pairs, strict=False):
+        for batch in BATCHES:
+            images_BCHW = images_NCHW[torch.arange(batch) % len(images_NCHW)].to(device if kind == "gpu" else "cpu")
+            found[f"latency_{kind}_{batch}"] = latency(*pair, images_BCHW, seconds)
+    return found
+
+
+def on_cpu(model: AnyMoE, backbone: Backbone) -> tuple[AnyMoE, Backbone]:
+    """Copies of a model and its backbone that compute on the CPU, in float32."""
+    frozen = copy.deepcopy(backbone).cpu()
+    frozen.dtype = torch.float32
+    return (model.on(frozen) if isinstance(model, MoEViT) else copy.deepcopy(model).cpu()), frozen
 
 
 @torch.no_grad()

@@ -61,7 +61,12 @@ def _origin(results: dict[str, Any]) -> str:
     if not (init := results.get("init")):
         return ""
     common = f"{len(init['classes'])} of {len(results['class_names'])} classes in common"
-    return f"Starts from {init['run']}, epoch {init['epoch']}, {common}."
+    scores = [
+        f"macro-F1 {percent(init[key])} on {which}"
+        for key, which in (("macro_f1_old_classes", "these"), ("macro_f1_new_classes", "the new ones"))
+        if init.get(key) is not None
+    ]
+    return f"Starts from {init['run']}, epoch {init['epoch']}, {', '.join([common, *scores])}."
 
 
 def _rule(config: Config) -> str:
@@ -130,7 +135,7 @@ def _cost_card(cost: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def _tables(results: dict[str, Any]) -> list[Table]:
-    tables = [_cost_table(results["cost"]), *_compression_tables(results.get("compression"))]
+    tables = [_cost_table(results), *_compression_tables(results.get("compression"))]
     tables += [_expert_table(results), _worth_table(results)]
     tables += [_block_table(results), _co_activation(results)]
     if "superclass_names" in results:
@@ -161,9 +166,18 @@ def _spread(names: list[str], results: dict[str, Any], kind: str) -> list[list[s
     ]
 
 
-def _cost_table(cost: dict[str, Any]) -> Table:
-    rows = [[what, shown(name, cost[name])] for name, what in NAMES.items() if cost[name] is not None]
-    return Table("Cost", LEGEND, ["what", "value"], rows)
+def _cost_table(results: dict[str, Any]) -> Table:
+    """The cost of the run and, if one lies beside it, of the mixture or the dense twin of equal FLOPs."""
+    beside = results.get("dense_twin", {}).get("beside")
+    columns = (
+        {"value": results["cost"]} if beside is None else {"this run": results["cost"], beside["name"]: beside["cost"]}
+    )
+    rows = [
+        [what, *(shown(name, cost.get(name)) for cost in columns.values())]
+        for name, what in NAMES.items()
+        if any(cost.get(name) is not None for cost in columns.values())
+    ]
+    return Table("Cost", LEGEND, ["what", *columns], rows)
 
 
 def _compression_tables(found: dict[str, Any] | None) -> list[Table]:

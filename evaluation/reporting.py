@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from evaluation.compression import EXPERT_HEADER, expert_rows, figure_rows
 from evaluation.run_cost import NAMES
 from storage.folder import RunFolder
 from tracking.tracker import Tracker
@@ -27,6 +28,9 @@ def report(run: RunFolder, results: dict[str, Any], drawings: Sequence[Drawing],
     _report_experts(results, tracker)
     _report_blocks(results, tracker)
     _report_classes(results, tracker)
+    if found := results.get("compression"):
+        tracker.table("compression", "figures", ["what", "before", "after"], figure_rows(found))
+        tracker.table("compression", "experts", EXPERT_HEADER, expert_rows(found))
     bins = results["calibration"]
     points = [(x, y) for x, y in zip(bins["confidence"], bins["accuracy"], strict=True) if None not in (x, y)]
     tracker.lines("reliability", {"test": points, "calibrated": [(0.0, 0.0), (1.0, 1.0)]}, ("confidence", "accuracy"))

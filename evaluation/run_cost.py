@@ -16,6 +16,11 @@ NAMES = {
     "trained_parameters": "parameters, trained",
     "active_parameters": "parameters, active",
     "flops": "FLOPs an image",
+    "memory_bytes": "weights in memory",
+    "latency_gpu_1": "latency of 1 image, GPU",
+    "latency_gpu_256": "latency of 256 images, GPU",
+    "latency_cpu_1": "latency of 1 image, CPU",
+    "latency_cpu_256": "latency of 256 images, CPU",
     "training_seconds": "training time",
     "images_per_second": "images/s in training",
     "peak_memory_gib": "peak memory",
@@ -25,7 +30,9 @@ NAMES = {
 LEGEND = (
     "Active parameters: trained parameters that a mean test image uses. FLOPs: of one image, with the backbone; a "
     "multiply-add counts as two. Training time: all epochs with validation, and the extraction of features. Images/s: "
-    "of the median epoch, training only. Peak memory: of the GPU, or of the process on a CPU."
+    "of the median epoch, training only. Peak memory: of the GPU, or of the process on a CPU. Weights in memory: of "
+    "the backbone, in the format that it computes in, and of all that is trained. Latency: from images to answers, "
+    "backbone included."
 )
 
 
@@ -36,11 +43,12 @@ def run_cost(
     load_E: np.ndarray,
     history: Sequence[dict[str, Any]],
     kept_epoch: int | None,
+    latency: dict[str, float | None] | None = None,
 ) -> dict[str, float | None]:
     """The figures of NAMES, and `epochs` that were trained; None where that is not known.
 
     backbone: None where it is not at hand. load_E: share of the assignments on the test images. history: the lines of
-    metrics.jsonl.
+    metrics.jsonl. latency: what `latencies` measured (None: nothing).
     """
     active = trained_cost(model, feature_shape, load_E)
     whole = cost(model, backbone, feature_shape) if backbone else None
@@ -51,6 +59,8 @@ def run_cost(
         "active_parameters": active.active_parameters,
         "flops": whole and whole.backbone_flops + active.flops,
         "head_flops": active.flops,
+        "memory_bytes": backbone and weights_in_memory(model, backbone),
+        **{name: (latency or {}).get(name) for name in NAMES if name.startswith("latency")},
         "training_seconds": sum(seconds) if len(seconds) == len(history) > 0 else None,
         "images_per_second": median(_column(history, "speed/images_per_second") or [None]),
         "peak_memory_gib": max(_column(history, "speed/peak_memory_gib"), default=None),
@@ -67,7 +77,17 @@ def shown(name: str, value: float | None) -> str:
         return duration(value)
     if name == "peak_memory_gib":
         return f"{value:.1f} GiB"
+    if name == "memory_bytes":
+        return f"{value / 2**20:,.1f} MiB"
+    if name.startswith("latency"):
+        return f"{value:.3g} s" if value >= 1 else f"{1e3 * value:.3g} ms"
     return f"{value:,.0f}" if name in ("images_per_second", "kept_epoch") else si(value)
+
+
+def weights_in_memory(model: AnyMoE, backbone: Backbone) -> int:
+    """Bytes of the weights and buffers that answer for an image: of the ViT as it computes, and of the rest."""
+    runner = backbone.runner(next(backbone.parameters()).device)
+    return sum(value.nbytes for part in (runner, model) for value in part.state_dict().values())
 
 
 def si(value: float) -> str:

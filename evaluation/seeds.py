@@ -12,7 +12,7 @@ from config.config import Config, flatten
 from evaluation.compared import Compared
 from storage.folder import INCIDENTAL
 
-APART = {"train.seed", "train.dense_twin", "train.twin_of"}
+APART = {"train.seed", "data.split_seed", "train.dense_twin", "train.twin_of"}
 """Options in which a run, those of other seeds, and its dense twins differ."""
 FIGURES = {"macro_f1": "macro-F1", "accuracy": "accuracy"}
 

@@ -17,8 +17,8 @@ def verdict(run: RunFolder, config: Config, macro_f1: float) -> dict[str, Any] |
     """What this run and those beside it say of mixture and dense twin; None where there is not one of each.
 
     macro_f1: what `run`, whose results need not be written yet, scores on the test set. Returns {"text", "seeds",
-    "mean", "low", "high"}: a sentence, the seeds that pair, and mixture minus twin in macro-F1 with its 95 % interval
-    (None: one pair).
+    "mean", "low", "high", "beside"}: a sentence, the seeds that pair, mixture minus twin in macro-F1 with its 95 %
+    interval (None: one pair), and {"name", "cost"} of the run to lay beside this one.
     """
     flat = flatten(config.to_dict())
     key, path = recipe_key(flat), run.path.resolve()
@@ -30,7 +30,9 @@ def verdict(run: RunFolder, config: Config, macro_f1: float) -> dict[str, Any] |
     same = [other for other in (*mixtures, *twins) if recipe_key(other.config) == key]
     found, _ = groups([own, *same])
     minus = [difference for difference in differences_of(found)[0] if difference.second.twin]
-    return _told(minus[0]) if minus and "macro_f1" in minus[0].figures else None
+    if not minus or "macro_f1" not in minus[0].figures:
+        return None
+    return _told(minus[0]) | {"beside": _beside(minus[0], own)}
 
 
 def _neighbours(path: Path, words: str) -> Iterator[Compared]:
@@ -42,6 +44,14 @@ def _neighbours(path: Path, words: str) -> Iterator[Compared]:
         with suppress(OSError, UserError):
             if words in other.config.read_text(encoding="utf-8", errors="replace"):
                 yield load(str(folder))
+
+
+def _beside(difference: Difference, own: Compared) -> dict[str, Any]:
+    """The run on the other side of the difference, of the same seed if there is one: its name and its cost."""
+    other = difference.second if own.config.get("train.twin_of") is None else difference.first
+    run = other.by_seed.get(own.config.get("train.seed", 0), other.by_seed[difference.seeds[0]])
+    costs = {key.removeprefix("cost."): value for key, value in run.figures.items() if key.startswith("cost.")}
+    return {"name": run.name, "cost": costs}
 
 
 def _told(difference: Difference) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """MoEViT: a frozen ViT with mixtures of experts in its blocks, and a linear head."""
 
+import copy
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -103,6 +104,12 @@ class MoEViT(nn.Module):
             return self.head(features_BF).float(), routings
         logits_BC, routing = self.mixtures[-1](features_BF, warmup, static=static or features_BF.is_cuda)
         return logits_BC, (*routings, routing)
+
+    def on(self, backbone: Backbone) -> "MoEViT":
+        """A copy of this model, not compiled, on the device of `backbone`, which is its frozen ViT."""
+        other = copy.deepcopy(self).to(next(backbone.parameters()).device)
+        other._frozen, other._compiled, other._compiled_for = _Shared(backbone), run_block, frozenset()
+        return other
 
     @property
     def block_places(self) -> tuple[str, ...]:

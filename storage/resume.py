@@ -79,6 +79,10 @@ def start_of(invocation: Invocation) -> Start:
     """
     config = invocation.config
     if invocation.resume is None:
+        if config.experts.quantised and config.init is not None:
+            raise UserError(
+                f"--init {quoted(config.init)} stores its experts in fewer bits: start from the run that it was made of"
+            )
         if config.experts.quantised:
             raise UserError(
                 "experts.weights and experts.head_weights are written by compress.py --quantise: train in float32, "

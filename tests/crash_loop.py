@@ -108,7 +108,7 @@ def outcome(run: Path) -> dict:
     last, best = (torch.load(run / "checkpoints" / name, weights_only=True) for name in ("last.pt", "best.pt"))
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     metrics = json.loads((run / "evaluation" / "metrics.json").read_text())
-    for measured in ("training_seconds", "images_per_second", "peak_memory_gib"):
+    for measured in [name for name in metrics["cost"] if name.startswith(("training", "images", "peak", "latency"))]:
         metrics["cost"].pop(measured)
     return {
         "last": {k: last[k] for k in ("model", "ema", "optimizer", "random", "epoch", "step", "best", "improved")},

@@ -3,29 +3,35 @@
 import os
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
+from conftest import PNG
+from matplotlib.figure import Figure
 from torch import multiprocessing
 
 from common.distributed import joined, meeting_at
+from common.errors import exit_code_of
 
 SECONDS = 120.0  # that a process waits for the others
 
 
-def in_processes(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """What `function(world, *arguments)` returns in each of so many gloo processes; what torch.save takes.
+def in_processes(size: int, function: Callable[..., Any], *arguments: Any, device: str = "cpu") -> list[Any]:
+    """What `function(world, *arguments)` returns in each of so many processes; what torch.save takes.
 
-    function: of a module, not of a test. Fails with the traceback of the first process that does.
+    function: of a module, not of a test. device: cpu, or cuda, a GPU each. Fails with the traceback of the first
+    process that does.
     """
     with tempfile.TemporaryDirectory() as folder:
         # A new interpreter imports for seconds; but what uses a GPU cannot be forked.
-        context = multiprocessing.get_context("spawn" if torch.cuda.is_initialized() else "fork")
+        context = multiprocessing.get_context("spawn" if torch.cuda.is_initialized() or device == "cuda" else "fork")
         started = [
-            context.Process(target=_work, args=(rank, size, folder, function, arguments), daemon=True)
+            context.Process(target=_work, args=(rank, size, folder, device, function, arguments), daemon=True)
             for rank in range(size)
         ]
         for process in started:
@@ -37,11 +43,75 @@ def in_processes(size: int, function: Callable[..., Any], *arguments: Any) -> li
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(size)]
 
 
-def _work(rank: int, size: int, folder: str, function: Callable[..., Any], arguments: tuple) -> None:
+class Program:
+    """`train.py WORDS` in so many processes, forked from this one: to import all of it anew takes seconds.
+
+    before: called in each process with its rank, to change what it does. evaluates: whether it ends with an evaluation,
+    of which the figures are not drawn.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        size: int,
+        *words: object,
+        before: Callable[[int], None] | None = None,
+        evaluates: bool = False,
+    ):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.evaluates = folder, evaluates
+        self.meeting = folder / f"store-{time.monotonic_ns()}"
+        self.pids = [self._fork(rank, size, [str(word) for word in words], before) for rank in range(size)]
+
+    def _fork(self, rank: int, size: int, words: list[str], before: Callable[[int], None] | None) -> int:
+        for name in ("sklearn.datasets", "timm.optim", "timm.utils", "evaluation.figures", "evaluation.report"):
+            import_module(name)  # or each process would do so
+        import train
+
+        output = self.output(rank)
+        output.unlink(missing_ok=True)
+        if pid := os.fork():
+            return pid
+        code = 99
+        try:
+            descriptor = os.open(output, os.O_WRONLY | os.O_CREAT)
+            os.dup2(descriptor, 1), os.dup2(descriptor, 2)
+            sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
+            sys.argv = ["train.py", *words]
+            os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
+            Figure.savefig = lambda figure, path, **options: Path(path).write_bytes(PNG)  # slow, and tested elsewhere
+            if not self.evaluates:
+                train.evaluate, train.table = (lambda *arguments: {}), (lambda results: "")
+            if before is not None:
+                before(rank)
+            with meeting_at(self.meeting):
+                code = exit_code_of(train.main)
+        finally:
+            os._exit(code)
+
+    def output(self, rank: int) -> Path:
+        return self.folder / f"rank{rank}.txt"
+
+    def said(self) -> str:
+        """What the processes have written, one after the other."""
+        return "".join(self.output(rank).read_text() for rank in range(len(self.pids)))
+
+    def errors(self) -> list[str]:
+        return [line for line in self.said().splitlines() if line.startswith(("error", "Traceback"))]
+
+    def codes(self) -> list[int]:
+        """Wait for all; the exit codes in the order of the ranks, negative for a signal."""
+        return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in self.pids]
+
+
+def _work(rank: int, size: int, folder: str, device: str, function: Callable[..., Any], arguments: tuple) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "MASTER_ADDR": "localhost"}
     torch.set_num_threads(1)
+    here = torch.device("cuda", rank) if device == "cuda" else torch.device("cpu")
+    if device == "cuda":
+        torch.cuda.set_device(here)
     try:
-        with meeting_at(Path(folder) / "store"), joined(torch.device("cpu"), SECONDS) as world:
+        with meeting_at(Path(folder) / "store"), joined(here, SECONDS) as world:
             torch.save(function(world, *arguments), Path(folder) / f"{rank}.pt")
     except BaseException:
         (Path(folder) / f"{rank}.failed").write_text(f"rank {rank}:\n{traceback.format_exc()}")

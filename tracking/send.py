@@ -57,10 +57,15 @@ def _complete(task: Any) -> None:
         task.mark_completed(force=True)
 
 
-def main() -> None:
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line. Raises UserError."""
     parser = Parser(prog="-m tracking.send", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("session", type=path_option, metavar="SESSION.zip", help="file or folder of an offline session")
-    print(f"sent to ClearML task {send(parser.parse_args().session)}")
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    print(f"sent to ClearML task {send(parse().session)}")
 
 
 if __name__ == "__main__":

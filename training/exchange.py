@@ -21,11 +21,12 @@ class Exchange:
     def __call__(self, share: Share, output: Tensor, loss: Tensor, correct: Tensor) -> tuple[Tensor, ...]:
         """Replace each gradient by the sum over the processes, or their mean if each had the whole batch.
 
-        Returns the same of output, loss and correct, scalars, and bool (P,): the processes whose output or loss is not
-        finite. A parameter without a gradient has none in any process.
+        Returns the same of output, loss and correct, scalars, and (P,): 2 for a process whose output is not finite, 1
+        where its loss alone is not, which may come from another process's output. A parameter without a gradient has
+        none in any process.
         """
         bad_P = torch.zeros(self.world.size, device=loss.device)
-        bad_P[self.world.rank] = (~(output.isfinite() & loss.isfinite())).float()
+        bad_P[self.world.rank] = torch.where(output.isfinite(), (~loss.isfinite()).float(), 2.0)
         numbers = torch.cat([torch.stack([output, loss.detach(), correct.float()]), bad_P])
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         sums: list[Tensor] = []
@@ -38,7 +39,7 @@ class Exchange:
         if gradients:
             torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(sums, gradients, strict=False)])
         output, loss, correct, *_ = sums[-1].unbind()
-        return output, loss, correct, sums[-1][3:] > 0
+        return output, loss, correct, sums[-1][3:]
 
 
 def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:

@@ -30,7 +30,7 @@ class NumberWatch:
 
     def __init__(self, terms: Iterable[str], device: torch.device, processes: int = 1):
         self.terms = list(terms)
-        self.bad_P = torch.zeros(processes, dtype=torch.bool, device=device)  # processes with the first of them
+        self.bad_P = torch.zeros(processes, device=device)  # above 0: processes with the first of them
         self.bad_T = torch.zeros(len(self.terms), dtype=torch.bool, device=device)
         self.good_steps = torch.zeros((), dtype=torch.int64, device=device)
         self.found_inf = torch.zeros((), device=device)
@@ -42,7 +42,7 @@ class NumberWatch:
             tensor.zero_()
 
     def record(self, values: dict[str, Tensor], bad_P: Tensor | None = None) -> None:
-        """Record a step's scalars; a missing term counts as finite. bad_P: bool, whose input or loss was not finite."""
+        """Record a step's scalars; a missing term counts as finite. bad_P: as of training.exchange."""
         values_T = torch.stack([values.get(term, self._zero).detach().float() for term in self.terms])
         now_T = ~torch.isfinite(values_T)
         if bad_P is not None:
@@ -58,8 +58,8 @@ class NumberWatch:
         return int(self.good_steps), self.terms[int(self.bad_T.to(torch.uint8).argmax())]
 
     def where(self) -> str:
-        """ " on rank 1": the first process that had the number, of several; waits for a GPU."""
-        return f" on rank {int(self.bad_P.to(torch.uint8).argmax())}" if self.bad_P.any() else ""
+        """The process that it came from, as " on rank 1", if there are several; waits for a GPU."""
+        return f" on rank {int(self.bad_P.argmax())}" if self.bad_P.any() else ""
 
 
 def not_finite(term: str, step: int, epoch: int, kept: str, where: str = "") -> UserError:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from common.errors import UserError, warn
+from common.errors import UserError, say, warn
 from common.text import counted, printable
 from data.image_file import read_picture
 from data.image_set import ImageSet, empty_images
@@ -14,14 +14,22 @@ from data.image_tree import LeftOut, find_classes, find_splits, label_files
 from data.registry import Parts, register
 
 
-@register("folder", about="your own images, ROOT/train/CLASS/*.png", options=("root", "image_size"))
+@register("folder", about="your own images, ROOT/train/CLASS/*.png or ROOT/CLASS/*.png", options=("root", "image_size"))
 def load(config) -> Parts:
     """Load the splits of the folder."""
-    return load_image_folder(config.require_place("the folder that holds train/CLASS/*.png"), config.image_size)
+    root = config.require_place("the folder that holds train/CLASS/*.png, or CLASS/*.png")
+    parts = load_image_folder(root, config.image_size)
+    if parts[1] is None and parts[2] is None:
+        say(
+            f"{root} has no splits: {config.test:.0%} of each class are for testing and {config.validation:.0%} "
+            f"of the rest for validation, drawn with data.split_seed {config.split_seed}"
+        )
+    return parts
 
 
 def load_image_folder(root: Path, size: int) -> Parts:
-    """Train, validation (or None) and test (or None) under `root`; the classes are the folders of `root`/train.
+    """Train, validation (or None) and test (or None) under `root`; the classes are the folders of `root`/train, or of
+    `root` where it has no split.
 
     size: side in pixels; the shorter side is resized to it (bicubic, antialiased), then the centre cropped.
     `data.image_tree` decides which files count. Raises UserError for a missing train/, fewer than two classes, a class

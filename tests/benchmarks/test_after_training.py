@@ -2,7 +2,9 @@
 
 import json
 
-from benchmarks import offload
+import pytest
+
+from benchmarks import cost, offload
 
 TINY = ["--tiny", "--device", "cpu", "--seconds", "0.05", "--out"]
 
@@ -17,3 +19,16 @@ def test_experts_in_host_memory_are_copied_as_far_as_they_are_not_kept(tmp_path,
         assert (copied == 0) == (row["kept"] == 4) and copied <= one * (4 - row["kept"])
     assert rows[-1]["batches"]["1"]["copied"] == 2 * one  # top-2 of one sample
     assert capsys.readouterr().out.count("\n| ") == 6
+
+
+@pytest.mark.slow
+def test_a_mixture_and_its_dense_part_stand_side_by_side(tmp_path, capsys):
+    cost.main([*TINY, str(tmp_path), "--train.epochs", "1"])
+    mixture, dense = json.loads((tmp_path / "cost_tiny.json").read_text())["figures"].values()
+    assert dense["active_parameters"] == dense["trained_parameters"]
+    assert mixture["active_parameters"] < mixture["trained_parameters"]
+    assert mixture["memory_bytes"] - dense["memory_bytes"] > 4 * 0.9 * (
+        mixture["trained_parameters"] - dense["trained_parameters"]
+    )
+    assert all(found["latency_cpu_1"] > 0 < found["latency_cpu_256"] for found in (mixture, dense))
+    assert "| latency of 256 images, CPU |" in capsys.readouterr().out

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from assembly.pipeline import build_model
-from benchmarks import adaptation, dispatch, extraction, recipe, scaling, step, study, time_to_accuracy
+from benchmarks import adaptation, devices, dispatch, extraction, recipe, scaling, step, study, time_to_accuracy
 from benchmarks.common import Failure, Timing, attempt, table, timed
 from benchmarks.layers import Shape, contestants
 from common.errors import UserError, exit_code_of
@@ -142,7 +142,7 @@ def test_tiny_leaves_what_was_given_as_it_is(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "benchmark", [adaptation, dispatch, extraction, recipe, scaling, step, study, time_to_accuracy]
+    "benchmark", [adaptation, devices, dispatch, extraction, recipe, scaling, step, study, time_to_accuracy]
 )
 def test_help_explains_every_option_and_its_default(benchmark, capsys):
     with pytest.raises(SystemExit):
@@ -150,6 +150,16 @@ def test_help_explains_every_option_and_its_default(benchmark, capsys):
     text = " ".join(capsys.readouterr().out.partition("options:")[2].split())
     for option in re.split(r" (?=--[a-z])", text)[1:]:
         assert "default" in option or option.startswith(("--help", "--tiny")), option
+
+
+@pytest.mark.slow
+def test_devices_runs_to_its_end(tmp_path, capsys):
+    devices.main([*TINY, str(tmp_path), "--processes", "2"])
+    assert "extraction images/s" in capsys.readouterr().out
+    (row,) = read(tmp_path, "devices")["rows"]
+    split = row["step"]
+    assert row["training"] > 0 and row["extraction"] > 0 and min(split["waiting"], split["exchange"]) > 0
+    assert split["compute"] + split["exchange"] + split["waiting"] == pytest.approx(split["whole"])
 
 
 @pytest.mark.slow

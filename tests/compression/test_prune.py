@@ -1,9 +1,12 @@
 """Pruning: the smaller model answers as the whole one does under a mask, for every rule, behind and inside the ViT."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from compression_helpers import behind, inputs_of, inside
 
+from assembly.compression_steps import as_one, ungrown
 from common.errors import UserError
 from compression.prune import check_prune, prune, prune_to_budget
 from model.routers import ROUTERS
@@ -87,6 +90,20 @@ def test_lists_with_an_entry_for_each_expert_go_with_it():
     config, _ = prune(*mixture[:2], KEPT, mixture[2])
     assert config.experts.dropout == [0.1, 0.3, 0.4, 0.5] and config.experts.inputs == [[0], [0, 1], [1], [0]]
     assert config.router.target_load == [1.0, 3.0, 4.0] and config.experts.shared == [[7]]
+
+
+def test_experts_that_were_added_are_experts_like_the_others():
+    config, model, build = behind({}, {"grown": [3]})
+    bank, test = SimpleNamespace(feature_shape=(8,)), SimpleNamespace(num_classes=5)
+    inputs = SimpleNamespace(splits=SimpleNamespace(test=test), backbone=None)
+    opened = SimpleNamespace(config=config, model=model, bank=bank, inputs=inputs)
+    with pytest.raises(UserError, match="still opening"):
+        as_one(opened, ungrown(config))
+    model.moe.router.margin_E.zero_()
+    whole = as_one(opened, ungrown(config))
+    features = inputs_of(model)
+    torch.testing.assert_close(whole(features)[0], model(features)[0], atol=1e-6, rtol=1e-5)
+    assert_prunes_exactly((ungrown(config), whole, build))
 
 
 def test_to_a_budget_the_least_missed_expert_goes_first():

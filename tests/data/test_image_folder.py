@@ -8,6 +8,7 @@ from PIL import Image
 from common.errors import UserError
 from data.datasets import DataConfig, load_splits
 from data.image_file import read_picture
+from data.splits import few_of_each
 
 
 def write_images(folder, count, color, size=(20, 12)):
@@ -79,3 +80,28 @@ def test_empty_classes_and_empty_splits_are_named(tmp_path):
     (tmp_path / "train" / "fox").mkdir()
     with pytest.raises(UserError, match="fox has no image"):
         load_splits(DataConfig(name="folder", root=tmp_path))
+
+
+def test_class_folders_without_a_split_are_split_by_a_seed_that_is_said(tmp_path, capsys):
+    for label, color in (("cat", (255, 0, 0)), ("dog", (0, 0, 255))):
+        write_images(tmp_path / label, 20, color)
+    config = DataConfig(name="folder", root=tmp_path, image_size=16, split_seed=3)
+    splits = load_splits(config)
+    assert [len(splits[name]) for name in ("train", "validation", "test")] == [28, 4, 8]
+    assert splits.train.class_names == ("cat", "dog")
+    said = capsys.readouterr().err
+    assert "data.split_seed 3" in said and "name is not that of a split" not in said
+    assert all(torch.bincount(splits[name].labels_N).unique().numel() == 1 for name in ("train", "validation", "test"))
+
+
+def test_a_few_images_of_each_class(splits, capsys):
+    one, five, other = (few_of_each(splits.train, *of) for of in ((1, 0), (5, 0), (5, 1)))
+    assert torch.bincount(five.labels_N).tolist() == [5] * 10 and len(one) == 10
+    assert {image.numpy().tobytes() for image in one.images_NCHW} <= {i.numpy().tobytes() for i in five.images_NCHW}
+    assert five.fingerprint() != other.fingerprint()
+    assert len(few_of_each(splits.train, 10**6, 0)) == len(splits.train) and "data.shots" in capsys.readouterr().err
+    config = DataConfig(name="digits", max_per_class=40, shots=2)
+    few = load_splits(config)
+    assert len(few.train) == 20 and few.test.fingerprint() == splits.test.fingerprint()
+    with pytest.raises(ValueError, match="at least 1"):
+        DataConfig(name="digits", shots=0)

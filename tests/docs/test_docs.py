@@ -12,6 +12,7 @@ from typing import get_args
 import pytest
 import yaml
 from conftest import ROOT, in_a_fork
+from torch.distributed.run import get_args_parser
 
 import compress
 import evaluate
@@ -29,6 +30,7 @@ from model.balance import BalanceConfig
 from model.classifier import NeckConfig
 from model.experts import EXPERTS
 from model.routers import ROUTERS
+from tracking import send
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
@@ -44,6 +46,7 @@ PARSERS = {
     "tune.py": tune.parse,
     "export.py": export.parse,
     "features.cache": cache._options,
+    "tracking.send": send.parse,
     "distillation.train_vit_micro": train_vit_micro.parse,
 }
 
@@ -152,6 +155,9 @@ def test_every_command_is_parsed_by_the_program_that_it_names(page, run, monkeyp
         program, rest = words[0], words[1:]
         if program == "python":
             parse_python(rest, run, monkeypatch)
+        elif program == "torchrun":
+            own = get_args_parser().parse_args(rest)  # torchrun's options, and what it starts
+            parse_python([own.training_script, *own.training_script_args], run, monkeypatch)
         elif program in ("sh", "bash"):
             assert subprocess.run([program, "-n", rest[0]], check=False).returncode == 0, command
         elif program == "pip":

@@ -83,6 +83,9 @@ def test_a_run_in_eight_bits_is_a_run(tiny_run, tmp_path, call):
     name = "moe.experts.0.0.parametrizations.weight.original0"
     assert torch.equal(after[name], before[0][0].parametrizations.weight.original0)
     assert not torch.equal(after["moe.router.gate.weight"], load_trained(tiny_run).model.moe.router.gate.weight)
+    for words in ((), ("--experts.weights", "float32")):
+        code, _, lines = call(train, "--init", out, *words, "--run_dir", tmp_path / "new", "--tracking", "none")
+        assert code == 2 and "stores its experts in fewer bits: start from the run" in lines[-1]
     code, _, lines = call(compress, out, "--out", tmp_path / "again", "--prune", "0")
     assert code == 2 and "quantised already" in lines[-1] and not (tmp_path / "again").exists()
 

@@ -182,6 +182,17 @@ def test_an_unfinished_run_is_scored_by_its_best_epoch_so_far(digits_run, tmp_pa
     assert "the best epoch so far is" in capsys.readouterr().out
     assert [path.name.split("-")[0] for path in (tmp_path / "features").glob("*.safetensors")] == ["test"]
     assert (moved / "model.safetensors").is_file()
+    before = json.loads((moved / "evaluation" / "metrics.json").read_text())
+    more = ["--offload", "cpu", "--offload.memory", "1MB", "--latency"]  # of experts of 200 kB to 1.6 MB
+    monkeypatch.setattr("sys.argv", ["evaluate.py", str(moved), *words, *more])
+    assert exit_code_of(evaluate.main) == 0
+    assert "copied in" in capsys.readouterr().out
+    after = json.loads((moved / "evaluation" / "metrics.json").read_text())
+    assert after["cost"].pop("latency_cpu_1") > 0 < after["cost"].pop("latency_cpu_256")
+    assert before["cost"].pop("latency_cpu_1") is before["cost"].pop("latency_cpu_256") is None
+    for key in ("cost", "accuracy", "expert_load", "confused_pairs", "experts"):
+        assert after[key] == before[key]
+    assert after["loss"] == pytest.approx(before["loss"])
     monkeypatch.setattr("sys.argv", ["evaluate.py", str(moved), "--device", "gpu"])
     assert exit_code_of(evaluate.main) == 2
     assert "device is 'gpu'" in capsys.readouterr().err

@@ -6,10 +6,13 @@ import pytest
 import torch
 from conftest import ROOT, TINY
 
+import evaluate
 import train
+from assembly.replay import joined
 from common.errors import UserError
 from config.command_line import parse_command_line
 from config.config import flatten
+from data.image_set import ImageSet
 from evaluation.compare import compare
 from storage.checkpoint import load_checkpoint
 from storage.described import describe
@@ -124,3 +127,44 @@ def test_new_experts_beside_those_of_a_run(tiny_run, tmp_path, start, capsys):
 def test_new_experts_need_a_run():
     with pytest.raises(UserError, match="puts experts beside those of a run"):
         parse_command_line([*TINY.split(), "--experts.add", "[[8]]"])
+
+
+@pytest.mark.slow
+def test_old_images_beside_new_ones(tiny_run, tmp_path, start, capsys):
+    from PIL import Image
+
+    for name, grey in (("white", 230), ("black", 20), ("3", 120)):  # a class of the run among them
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for number in range(12):
+            image = Image.new("RGB", (10, 10), (grey, grey, min(255, grey + number)))
+            image.save(tmp_path / "images" / name / f"{number}.png")
+    words = ["--data.name", "folder", "--data.root", tmp_path / "images", "--data.image_size", "10", "--replay", "4"]
+    words += ["--train.epochs", "2", "--data.test", "0.25", "--data.validation", "0.25", "--run_dir", tmp_path / "run"]
+    start(*options(tiny_run, *words))
+    said = capsys.readouterr()
+    assert "replay: 40 training images of 10 classes" in said.err
+    assert "neck, router, experts, 10 of 12 class rows" in said.out and "new          2 class rows: " in said.out
+    assert "on the old classes" in said.out and "on the new classes" in said.out
+    run = RunFolder(tmp_path / "run")
+    assert describe(run)["class_names"] == [*map(str, range(10)), "black", "white"]
+    results = json.loads(run.results.read_text())
+    assert results["images"] > 80 and 0 <= results["init"]["macro_f1_new_classes"] <= 1
+    evaluate.score(
+        evaluate.parse([str(run.path), "--device", "cpu", "--tracking", "none"])
+    )  # the images are found again
+    assert json.loads(run.results.read_text())["accuracy"] == results["accuracy"]
+
+
+def test_joined_images_keep_their_classes_and_equal_ones_count_once():
+    def images(values, labels, names, side=4):
+        pixels = torch.stack([torch.full((3, side, side), value, dtype=torch.uint8) for value in values])
+        return ImageSet(pixels, torch.tensor(labels), names)
+
+    new, old = images([10, 20], [0, 1], ("b", "c")), images([10, 30, 40], [0, 1, 1], ("a", "b"), side=8)
+    found = joined(new, old, ("a", "b", "c"))
+    assert found.images_NCHW[:, 0, 0, 0].tolist() == [10, 20, 30, 40] and found.labels_N.tolist() == [1, 2, 1, 1]
+
+
+def test_replay_needs_a_run():
+    with pytest.raises(UserError, match="name the run with --init"):
+        parse_command_line([*TINY.split(), "--replay", "3"])

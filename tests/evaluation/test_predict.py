@@ -271,6 +271,20 @@ def test_a_folder_without_images_does_not_keep_the_others_from_an_answer(tmp_pat
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_offloaded_experts_give_the_same_answers(tiny_run, tmp_path, monkeypatch, capsys):
+    image = tmp_path / "a.png"
+    square().save(image)
+    words = (tiny_run, image, "--device", "cpu")
+    code, expected, _ = run(monkeypatch, capsys, *words)
+    code, out, err = run(monkeypatch, capsys, *words, "--offload", "cpu", "--offload.memory", "30kB")
+    assert (code, out) == (0, expected)
+    assert "saves nothing on a CPU" in err[0] and err[1].startswith("offload      1 expert on the device (")
+    code, _, (line,) = run(monkeypatch, capsys, *words, "--offload.memory", "1GB")
+    assert code == 2 and "--offload.memory is for --offload cpu" in line
+    code, _, (line,) = run(monkeypatch, capsys, *words, "--offload", "cpu", "--offload.memory", "much")
+    assert code == 2 and "'much' is no size: write it as 512MB" in line
+
+
 def test_names_of_files_and_classes_never_reach_the_terminal_raw(tiny_run, tmp_path, monkeypatch, capsys):
     folder = tmp_path / os.fsdecode(b"a\nb\x1b[31m\xff")
     folder.mkdir()

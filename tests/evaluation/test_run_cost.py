@@ -21,6 +21,9 @@ class Linear(nn.Module):
         super().__init__()
         self.layer = nn.Linear(12, 5)
 
+    def runner(self, device):
+        return self
+
     def forward(self, images_BCHW):
         return self.layer(images_BCHW.flatten(1))
 
@@ -54,6 +57,8 @@ def test_parameters_and_flops_are_those_of_hand_and_go_by_the_load():
     assert cost["active_parameters"] == round(gate + 0.25 * experts[0] + 0.75 * experts[1])
     products = [2 * (5 * units + units * 3) for units in (4, 8)]
     head = 2 * 5 * 2 + 0.25 * products[0] + 0.75 * products[1]
+    counters = 2 * 2 * 8  # of learned routing and of warm-up, int64
+    assert cost["memory_bytes"] == 4 * cost["total_parameters"] + counters
     assert cost["head_flops"] == head and cost["flops"] == 2 * 12 * 5 + head
     assert cost["training_seconds"] is cost["images_per_second"] is cost["kept_epoch"] is cost["epochs"] is None
 
@@ -70,6 +75,8 @@ def test_times_and_memory_are_those_of_the_history():
 def test_figures_are_shown_with_their_units():
     values = {"flops": 35_200_000_000, "training_seconds": 67.2, "peak_memory_gib": 1.26, "images_per_second": 4321.7}
     assert [shown(*item) for item in values.items()] == ["35.2 G", "1 min 7 s", "1.3 GiB", "4,322"]
+    values = {"memory_bytes": 3 * 2**19, "latency_gpu_1": 0.01234, "latency_cpu_256": 2.5}
+    assert [shown(*item) for item in values.items()] == ["1.5 MiB", "12.3 ms", "2.5 s"]
     assert [shown("flops", None), shown("kept_epoch", 12)] == ["–", "12"]
 
 

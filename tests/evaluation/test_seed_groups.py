@@ -110,11 +110,13 @@ def test_the_verdict_of_runs_beside_one_another(tmp_path, scores, words):
         write_run(tmp_path / f"moe-{seed}", METRICS | {"macro_f1": score}, **own)
         train = replaced["train"] | {"seed": seed, "twin_of": json.dumps(old)}
         twin = values | replaced | {"train": train}
-        write_run(tmp_path / f"twin-{seed}", METRICS | {"macro_f1": 0.5 + 0.001 * seed}, **twin)
+        cost = {"cost": {"flops": 100 + seed, "memory_bytes": None}}
+        write_run(tmp_path / f"twin-{seed}", METRICS | {"macro_f1": 0.5 + 0.001 * seed} | cost, **twin)
     write_run(tmp_path / "other", METRICS)
     (tmp_path / "no-run").mkdir()
     found = verdict(RunFolder(tmp_path / "moe-0"), config, scores[0])
     assert found["text"].startswith(words) and found["seeds"] == list(range(len(scores)))
+    assert found["beside"] == {"name": "twin-0", "cost": {"flops": 100}}  # of the same seed
 
 
 def test_without_a_twin_there_is_no_verdict(tmp_path):

@@ -1,0 +1,138 @@
+"""What compress.py saves and costs: every method on trained runs, bytes, FLOPs and latency against macro-F1.
+
+python -m benchmarks.compression --runs runs/cifar100 runs/cifar100_head     each student trains as long as its run did
+python -m benchmarks.compression --tiny                                      a rehearsal on digits, on a CPU
+
+Each method makes a run of its own in a temporary folder, chosen on the validation images and scored on the test images
+once. Budgets are those of its goal: 0.2 points of validation macro-F1 for what is removed, 0.1 for what is quantised.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from assembly.compressing import compress
+from assembly.compression_steps import AUTO, Plan
+from assembly.loading import OpenRun, open_run
+from benchmarks.common import Failure, Parser, attempt, environment, header, start, table, write
+from common.arguments import path_option
+from common.errors import UserError, exit_code_of
+from evaluation.compression import EXPERT_HEADER, expert_rows, shown
+
+ROOT = Path(__file__).resolve().parent.parent
+METHODS: dict[str, dict[str, Any]] = {
+    "prune": {"prune": AUTO, "budget": 0.2},
+    "merge": {"merge": 0},  # to half of the experts, or to top_k
+    "int8": {"quantise": "int8", "protect": AUTO, "budget": 0.1},
+    "fp8": {"quantise": "fp8", "protect": AUTO, "budget": 0.1},
+    "prune, int8": {"prune": AUTO, "quantise": "int8", "protect": AUTO, "budget": 0.1},
+    "merge, taught": {"merge": 0, "distil": "sparse"},
+    "sparse student": {"distil": "sparse"},
+    "dense student": {"distil": "dense"},
+    "dense student, int8": {"distil": "dense", "quantise": "int8", "protect": AUTO, "budget": 0.1},
+}
+TINY = {"epochs": 1, "rows": 64}
+TINY_TRAINING = "--data.max_per_class 30 --train.epochs 2 --train.batch_size 32 --router.warmup_steps 2 --tracking none"
+COLUMNS = ("expert_bytes", "file_bytes", "active_parameters", "flops", "latency_1", "latency_256")
+SCORES = ("macro_f1_validation", "macro_f1_test")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Compress, print the tables, write the JSON."""
+    parser = Parser("compression", __doc__, seconds=1, tiny=TINY)
+    parser.add_argument(
+        "--runs", type=path_option, nargs="+", default=[], metavar="RUN", help="folders of trained runs"
+    )
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD", help="which")
+    parser.add_argument("--epochs", type=int, help="of students (default: as many as the run has)")
+    parser.add_argument("--rows", type=int, default=1024, help="to calibrate each expert on (default 1024)")
+    parser.add_argument("--data.root", dest="root", type=path_option, metavar="DIR", help="where the data set lies")
+    parser.add_argument("--backbone.weights", dest="weights", type=path_option, metavar="FILE", help="the backbone's")
+    options = parser.parse_args(argv)
+    device = start(options)
+    if not options.runs and not options.tiny:
+        raise UserError("name trained runs after --runs, or --tiny to train small ones")
+    where = environment(device)
+    print(header("Compression of trained runs", where))
+    with tempfile.TemporaryDirectory() as folder:
+        runs = options.runs or [_train(Path(folder), name) for name in ("digits", "digits_blocks")]
+        rows = [row for run in runs for row in measure_run(run, options, Path(folder))]
+    write(options, "compression", where, rows=rows)
+
+
+def _train(folder: Path, recipe: str) -> Path:
+    """A small run of a recipe on digits."""
+    words = ["train.py", "--config", f"configs/{recipe}.yaml", *TINY_TRAINING.split(), "--run_dir", folder / recipe]
+    subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, check=True, stdout=sys.stderr)
+    return folder / recipe
+
+
+def measure_run(run: Path, options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    """What each method makes of a run, as compression.json has it; prints a table, and one of the quantised experts."""
+    opened = attempt(lambda: open_run(run, options.device, options.root, options.weights))
+    rows = []
+    for method in (name for name in METHODS if name in options.methods):  # students last: their teacher is compiled
+        out = folder / f"{run.name}-{len(rows)}"
+        found = opened if isinstance(opened, Failure) else attempt(partial(_measure, opened, method, options, out))
+        row = {"run": run.name, "method": method}
+        rows.append(row | (vars(found) if isinstance(found, Failure) else found))
+    print(f"\n{run.name}\n")
+    print(table(["method", *(name.replace("_", " ") for name in (*COLUMNS, *SCORES)), "seconds"], _lines(rows)))
+    for row in rows:
+        if "quantise" in METHODS[row["method"]] and "experts" in row:
+            print(f"\n{row['method']}: {_calibrations(row)}\n")
+            print(table(EXPERT_HEADER, expert_rows(row)))
+    return rows
+
+
+def _measure(opened: OpenRun, method: str, options: argparse.Namespace, out: Path) -> dict[str, Any]:
+    began = time.perf_counter()
+    opened.config.tracking = "none"
+    asked = dict(METHODS[method])
+    if "merge" in asked:
+        asked["merge"] = max(opened.config.router.top_k, len(opened.config.experts.sizes) // 2)
+    plan = Plan(
+        **asked, rows=options.rows, seconds=options.seconds, epochs=options.epochs if "distil" in asked else None
+    )
+    results = compress(opened, plan, out, say=lambda line: print(line, file=sys.stderr))
+    return results["compression"] | {"seconds": time.perf_counter() - began}
+
+
+def _lines(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """A line for the run as it was, then one for each method, with its share of the bytes."""
+    done = [row for row in rows if "before" in row]
+    scored = done[0]["before"] if done else {}
+    lines = [["as trained", *(shown(name, scored[name]) for name in (*COLUMNS, *SCORES)), "-"]] if done else []
+    for row in rows:
+        if "reason" in row:
+            lines.append([row["method"], row["reason"], *["-"] * (len(COLUMNS) + len(SCORES))])
+            continue
+        cells = [shown(name, row["after"][name]) for name in COLUMNS]
+        for place, name in enumerate(COLUMNS[:2]):
+            cells[place] += f" ({100 * row['after'][name] / row['before'][name]:.1f} %)"
+        for name in SCORES:
+            before, after = row["before"][name], row["after"][name]
+            change = "" if before is None else f" ({100 * (after - before):+.2f})"
+            cells.append(shown(name, after) + change)
+        lines.append([row["method"], *cells, f"{row['seconds']:.0f}"])
+    return lines
+
+
+def _calibrations(row: dict[str, Any]) -> str:
+    """Macro-F1 and mean error by what the scales were chosen on."""
+    tried = next(step["calibrations"] for step in row["steps"] if step["step"] == "quantise")
+    said = []
+    for how, found in tried.items():
+        errors = [error for error in found["errors"] if error is not None]
+        mean = 100 * sum(errors) / len(errors)
+        said.append(f"{how} {100 * found['macro_f1_validation']:.2f} %, mean error {mean:.3f} %")
+    return "; ".join(said)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code_of(main))

@@ -1,0 +1,100 @@
+"""What a mixture costs beside a dense part of equal FLOPs in its place, both trained: memory, time, and scores.
+
+python -m benchmarks.cost --data.root DATA --backbone.weights FILE      the default recipe, on a GPU
+python -m benchmarks.cost --config configs/cifar100_head.yaml           another one
+python -m benchmarks.cost --tiny                                        a rehearsal on a CPU, with digits
+
+Options that are none of those below go to train.py's configuration. The dense part is the one of train.dense_twin:
+trained alike, on the same data, features and seed. Latency is from images to answers; on a GPU it is measured on the
+CPU as well, in float32. --seconds: to measure each latency for.
+"""
+
+import contextlib
+import sys
+from typing import Any
+
+import torch
+
+from assembly.pipeline import Inputs, build_bank
+from assembly.twin import twin_of
+from benchmarks.common import Parser, environment, header, start, table, write
+from benchmarks.runs import trained_run
+from common.errors import exit_code_of
+from common.network import reachable
+from config.command_line import parse_command_line
+from config.config import Config
+from data.datasets import load_splits
+from evaluation.latency import latencies
+from evaluation.metrics import scores
+from evaluation.predict import predict
+from evaluation.run_cost import LEGEND, NAMES, run_cost, shown
+from features.bank import FeatureBank
+from features.images import ImageBank
+from model.backbone import load_backbone
+
+TINY = ["--config", "configs/digits.yaml", "--data.max_per_class", "20", "--neck.kind", "pooled"]
+TINY += ["--backbone.features", "[cls:1,mean:1]", "--train.epochs", "2", "--train.batch_size", "32"]
+TINY += ["--router.warmup_steps", "2"]
+LEFT_OUT = {"peak_memory_gib", "kept_epoch"}  # the peak is that of the process, which trains both
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train both, measure both, print the table, write the JSON."""
+    parser = Parser("cost", __doc__, seconds=5, tiny={"seconds": 0.1})
+    parser.allow_abbrev = False
+    options, rest = parser.parse_known_args(argv)
+    device = start(options)
+    where = environment(device)
+    rest = [*TINY, *rest] if options.tiny else rest
+    config = parse_command_line([*rest, "--features.cache_dir", "null", "--train.save_every", "1000"]).config
+    inputs = Inputs(device, load_splits(config.data), load_backbone(config.backbone, device, reachable))
+    bank = build_bank(config, inputs.splits, inputs.backbone, device)
+    twin = twin_of(config, bank.feature_shape, inputs.splits.train.num_classes, inputs.backbone)
+    extract(bank)
+    found = {name: measure(one, inputs, bank, options.seconds) for name, one in named(config, twin).items()}
+    print(header("A mixture and a dense part of equal FLOPs in its place", where))
+    print(table(["", *found], [[what, *cells] for what, *cells in rows(found)]))
+    print(f"\n{LEGEND}")
+    write(options, "cost", where, figures=found, config=config.to_dict(), twin=twin.to_dict())
+
+
+def named(config: Config, twin: Config) -> dict[str, Config]:
+    """Both by what they are called in the table."""
+    sizes = [", ".join(one.experts.labels()) for one in (config, twin)]
+    return {f"mixture ({sizes[0]})": config, f"dense ({sizes[1].partition(' · ')[2]})": twin}
+
+
+def extract(bank: FeatureBank | ImageBank) -> None:
+    """Have the features made now, and not on the clock of the run that comes first."""
+    if isinstance(bank, FeatureBank):
+        for view in range(bank.views_used):
+            next(bank.batches("train", 1, view=view))
+    for split in ("validation", "test"):
+        next(bank.batches(split, 1))
+
+
+def measure(config: Config, inputs: Inputs, bank: FeatureBank | ImageBank, seconds: float) -> dict[str, Any]:
+    """Train, and return the cost and macro_f1 on the test images. Training seconds are without features."""
+    with trained_run(config, inputs, bank) as (trainer, _), contextlib.redirect_stdout(sys.stderr):
+        model, history, kept = trainer.model.eval(), trainer.run.history(), trainer.best["epoch"]
+        answers = predict(model, bank, "test")
+    if inputs.device.type == "cuda":
+        torch.cuda.empty_cache()
+    times = latencies(model, inputs.backbone, bank.splits.test.images_NCHW, True, seconds)
+    load_E = answers.load_LE.mean(axis=0)
+    cost = run_cost(model, inputs.backbone, bank.feature_shape, load_E, history, kept, times)
+    return cost | scores(answers.labels_N, answers.predicted_N, inputs.splits.test.num_classes)
+
+
+def rows(found: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """What, and a cell for each run; figures that none has are left out."""
+    lines = [
+        [what, *(shown(name, figures[name]) for figures in found.values())]
+        for name, what in NAMES.items()
+        if name not in LEFT_OUT and any(figures[name] is not None for figures in found.values())
+    ]
+    return [*lines, ["macro-F1, test", *(f"{100 * figures['macro_f1']:.2f} %" for figures in found.values())]]
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code_of(main))

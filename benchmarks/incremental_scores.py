@@ -1,0 +1,98 @@
+"""The protocol of benchmarks/incremental.py: which classes come when, and what is made of the answers."""
+
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.image_set import Splits
+
+ORDER_SEED = 1993  # of the order in which the classes come, as in iCaRL (Rebuffi 2017)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Classes in steps. classes: those of each step. rows: the training images of each step. kept: those kept of old
+    classes before each step."""
+
+    classes: list[list[int]]
+    rows: list[Tensor]
+    kept: list[Tensor]
+    labels: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, splits: Splits, steps: int, memory: int) -> "Stream":
+        """The classes of a data set in a shuffled order that is always the same; memory: old images of each class."""
+        labels_N, count = splits.train.labels_N, splits.train.num_classes
+        order = np.random.RandomState(ORDER_SEED).permutation(count).tolist()
+        classes = [order[step * count // steps : (step + 1) * count // steps] for step in range(steps)]
+        generator = torch.Generator().manual_seed(ORDER_SEED)
+        of_class = [torch.nonzero(labels_N == label).flatten() for label in range(count)]
+        few = [rows[torch.randperm(len(rows), generator=generator)[:memory]] for rows in of_class]
+        rows = [torch.cat([of_class[label] for label in step]) for step in classes]
+        none = torch.zeros(0, dtype=torch.int64)
+        kept = [torch.cat([none, *(few[label] for old in classes[:step] for label in old)]) for step in range(steps)]
+        return cls(classes, rows, kept, {name: splits[name].labels_N for name in ("train", "validation", "test")})
+
+    def seen(self, step: int) -> list[int]:
+        """The classes up to a step, in the order in which they came."""
+        return [label for classes in self.classes[: step + 1] for label in classes]
+
+    def among(self, split: str, classes: list[int]) -> Tensor:
+        """The rows of a split that are of these classes."""
+        return torch.nonzero(torch.isin(self.labels[split], torch.tensor(classes))).flatten()
+
+
+def scored(stream: Stream, accuracy_TT: list[list[float]], seconds: float, **more: Any) -> dict[str, Any]:
+    """What one method came to. accuracy_TT: after step t the accuracy on the classes of each step up to it.
+
+    mean: of the accuracy on all classes so far over the steps. forgetting (Chaudhry 2018): for each step but the last,
+    the best accuracy on its classes less the last one, on average.
+    """
+    sizes = [len(classes) for classes in stream.classes]
+    after = [float(np.average(row, weights=sizes[: len(row)])) for row in accuracy_TT]
+    last = accuracy_TT[-1]
+    lost = [max(row[step] for row in accuracy_TT[step:-1]) - last[step] for step in range(len(last) - 1)]
+    return {
+        "mean": statistics.fmean(after),
+        "last": after[-1],
+        "forgetting": statistics.fmean(lost) if lost else 0.0,
+        "after": after,
+        "accuracy": accuracy_TT,
+        "seconds": seconds,
+        **more,
+    }
+
+
+def by_step(stream: Stream, step: int, predicted_M: Tensor, rows_M: Tensor) -> list[float]:
+    """The accuracy on the test images of each step's classes. predicted_M: classes answered for the images rows_M."""
+    labels_M = stream.labels["test"][rows_M]
+    right_M = predicted_M.cpu() == labels_M
+    found = []
+    for classes in stream.classes[: step + 1]:
+        found.append(float(right_M[torch.isin(labels_M, torch.tensor(classes))].float().mean()))
+    return found
+
+
+def summary(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Names and cells of the table: a row for each method and memory, means over seeds, the best first."""
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["method"], row["memory"]), []).append(row)
+
+    def cell(found: list[dict[str, Any]], name: str) -> str:
+        values = [100 * row[name] for row in found]
+        return f"{statistics.fmean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+
+    order = sorted(groups, key=lambda group: -statistics.fmean(row["mean"] for row in groups[group]))
+    cells = []
+    for group in order:
+        found = groups[group]
+        seconds = f"{statistics.fmean(row['seconds'] for row in found):.1f}"
+        scores = [cell(found, part) for part in ("mean", "last", "forgetting")]
+        cells.append([group[0], str(group[1]), str(len(found)), *scores, seconds])
+    columns = ["method", "old images a class", "seeds", "mean accuracy", "last accuracy", "forgetting", "seconds"]
+    return columns, cells

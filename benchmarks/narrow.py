@@ -1,0 +1,219 @@
+"""A mixture fine-tuned on a narrow domain: what becomes of its gate, and of the classes that it no longer sees.
+
+python -m benchmarks.narrow --data.root DATA --backbone.weights FILE     CIFAR-100, then three of its superclasses
+python -m benchmarks.narrow --tiny                                       a rehearsal on a CPU, with digits
+
+Options that are none of those below go to train.py's configuration, of which the head recipe is the default. For each
+seed the mixture is trained on all classes, then from there on the images of a few superclasses alone (without
+superclasses: the first three classes), once for each way to treat the gate:
+
+free        it learns, without an auxiliary loss
+frozen      it stays as it was
+balance     it learns, with the switch loss at --balance_weight
+z_loss      it learns, with the z-loss at --z_weight
+distance    it learns, and decays towards the old gate instead of zero (L2-SP, Li 2018) at --distance_weight
+
+Each result is a line of narrow.jsonl in --out; what is there already is not done again.
+"""
+
+import argparse
+import statistics
+import sys
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from analysis.routing import load_entropy
+from assembly.pipeline import build_bank, build_model
+from benchmarks.common import HEAD_RECIPE, Parser, append_line, environment, header, read_lines, start, table
+from benchmarks.incremental import TINY, Data
+from common.errors import exit_code_of
+from common.network import reachable
+from config.command_line import parse_command_line
+from config.config import Config
+from config.optim import OptimConfig
+from data.datasets import load_splits
+from data.image_set import Splits
+from model.backbone import load_backbone
+from model.balance import BalanceConfig
+from model.losses import LOSSES
+from model.transfer import Frozen, Shared
+from storage.checkpoint import seed_everything
+from training.optim import build_optimizer, lr_factor, set_learning_rate
+from training.step import TrainingStep
+
+WAYS = ("free", "frozen", "balance", "z_loss", "distance")
+SUPERCLASSES = 3
+UNUSED = 0.01  # share of the load below which an expert counts as lost
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train what is missing, print the table."""
+    tiny = {"seeds": [0, 1], "views": 1, "epochs": 3, "narrow_epochs": 3}
+    parser = Parser("narrow", __doc__, seconds=900, tiny=tiny)
+    parser.allow_abbrev = False
+    parser.add_numbers("--seeds", [0, 1, 2, 3, 4], "seeds of weights and batches")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="which (default: all)")
+    parser.add_argument("--views", type=int, default=4, metavar="N", help="augmented views of each image (default 4)")
+    parser.add_argument("--epochs", type=int, default=20, help="on all classes (default 20)")
+    parser.add_argument("--narrow_epochs", type=int, default=20, help="on the superclasses (default 20)")
+    parser.add_argument("--balance_weight", type=float, default=0.1, help="of the switch loss (default 0.1)")
+    parser.add_argument("--z_weight", type=float, default=0.01, help="of the z-loss (default 0.01)")
+    parser.add_argument("--distance_weight", type=float, default=10.0, help="of the old gate (default 10)")
+    options, rest = parser.parse_known_args(argv)
+    device = start(options)
+    path = options.out / f"narrow{'_tiny' if options.tiny else ''}.jsonl"
+    done = {(row["way"], row["seed"]) for row in read_lines(path)}
+    todo = {seed: [way for way in options.ways if (way, seed) not in done] for seed in options.seeds}
+    if any(todo.values()):
+        held = ["--data.validation", "0.1", "--features.cache_dir", "null", "--features.views", str(options.views)]
+        config = parse_command_line([*(TINY if options.tiny else ["--config", str(HEAD_RECIPE)]), *rest, *held]).config
+        splits = load_splits(config.data)
+        backbone = load_backbone(config.backbone, device, reachable)
+        bank = build_bank(config, splits, backbone, device)
+        data = Data.of(bank, options.views, len(config.backbone.features))
+        for seed in options.seeds:
+            if todo[seed]:
+                for row in Narrow(config, splits, data, bank.feature_shape, seed, options).run(todo[seed]):
+                    append_line(path, row | {"seed": seed, "environment": environment(device)})
+    print(header("Fine-tuned on a narrow domain: macro-F1 in %, shares of the load", environment(device)))
+    print(table(*summary(read_lines(path))))
+
+
+class Narrow:
+    """One seed: a mixture trained on everything, and fine-tuned from there in several ways."""
+
+    def __init__(
+        self,
+        config: Config,
+        splits: Splits,
+        data: Data,
+        shape: tuple[int, ...],
+        seed: int,
+        options: argparse.Namespace,
+    ):
+        self.config, self.data, self.shape, self.seed, self.options = config, data, shape, seed, options
+        self.device, self.names = data.labels_N.device, splits.train.class_names
+        groups_C = splits.train.superclass_of_class()
+        groups_C = np.arange(len(self.names)) if groups_C is None else groups_C
+        self.narrow = np.flatnonzero(groups_C < SUPERCLASSES).tolist()
+        self.others = np.flatnonzero(groups_C >= SUPERCLASSES).tolist()
+
+    def run(self, ways: list[str]):
+        """Yield a row of scores for each way."""
+        seed_everything(self.seed)
+        model = self._build()
+        everything = torch.arange(len(self.data.labels_N), device=self.device)
+        steps = -(-len(everything) // self._batch(everything)) * self.options.epochs
+        warmup = min(self.config.router.random_steps, steps // 4)
+        self._train(model, everything, self.options.epochs, self.config.balance, None, 0.0, warmup)
+        start_state = {name: value.clone() for name, value in model.state_dict().items()}
+        before = self._scores(model)
+        mine = torch.isin(self.data.labels_N, torch.tensor(self.narrow, device=self.device)).nonzero().flatten()
+        for way in ways:
+            seed_everything(self.seed)
+            model = self._build()
+            model.load_state_dict(start_state)
+            shared = Shared.by_name(self.names, self.names)
+            frozen = Frozen(model, ["router"], shared, len(self.names)) if way == "frozen" else None
+            weights = dict.fromkeys(LOSSES, 0.0)
+            weights |= {"balance": {"switch": self.options.balance_weight}}.get(way, {})
+            weights |= {"z_loss": {"z_loss": self.options.z_weight}}.get(way, {})
+            distance = self.options.distance_weight if way == "distance" else 0.0
+            self._train(model, mine, self.options.narrow_epochs, BalanceConfig(**weights), frozen, distance, 0)
+            yield {"way": way, "before": before, "after": self._scores(model)}
+
+    def _build(self) -> Any:
+        return build_model(self.config, self.shape, len(self.names)).to(self.device)
+
+    def _batch(self, rows: Tensor) -> int:
+        return min(self.config.train.batch_size, max(32, len(rows) // 20))
+
+    def _train(self, model, rows, epochs: int, balance: BalanceConfig, frozen, distance: float, warmup: int) -> None:
+        """Train on these training images. distance: decay of the gate towards where it starts from."""
+        batch, data = self._batch(rows), self.data
+        total, done = -(-len(rows) // batch) * epochs, 0
+        optim = OptimConfig(lr=self.config.optim.lr, weight_decay=0.05, warmup_steps=min(50, total // 5))
+        optimizer = build_optimizer(model, optim)
+        step = TrainingStep(model, optimizer, balance, 0.1, 1.0, "auto", frozen)
+        gate = [(value, value.detach().clone()) for value in model.moe.router.parameters() if distance]
+        model.train()
+        if frozen:
+            frozen.hold()
+        for epoch in range(epochs):
+            view_NF = data.train_VNF[epoch % len(data.train_VNF)]
+            for part in rows[torch.randperm(len(rows)).to(self.device)].split(batch):
+                set_learning_rate(optimizer, done, total, optim)
+                step(view_NF[part].float(), data.labels_N[part], warmup=done < warmup)
+                pull = min(1.0, distance * optim.lr * lr_factor(done, total, optim))
+                for value, old in gate:
+                    value.data.lerp_(old, pull)
+                done += 1
+
+    @torch.no_grad()
+    def _scores(self, model) -> dict[str, Any]:
+        """Macro-F1 on the narrow classes and on the others, the load, and what each expert is worth on the narrow."""
+        model.eval()
+        features, labels_N = self.data.test
+        number = model.moe.router.num_experts
+        found: dict[str, Any] = {}
+        for name, classes in (("narrow", self.narrow), ("others", self.others)):
+            rows = torch.isin(labels_N, torch.tensor(classes, device=self.device)).nonzero().flatten()
+            predicted, load_E = self._answers(model, features[rows], None)
+            f1 = macro_f1(labels_N[rows], predicted, classes)
+            share_E = load_E / load_E.sum()
+            found[name] = {"macro_f1": f1, "load": share_E.tolist(), "entropy": load_entropy(share_E)}
+            if name == "narrow":
+                allowed = ~torch.eye(number, dtype=torch.bool, device=self.device)
+                without = [self._answers(model, features[rows], allowed_E)[0] for allowed_E in allowed]
+                found[name]["worth"] = [f1 - macro_f1(labels_N[rows], other, classes) for other in without]
+        return found
+
+    def _answers(self, model, features_MF: Tensor, allowed_E: Tensor | None) -> tuple[Tensor, np.ndarray]:
+        predicted, load_E = [], np.zeros(model.moe.router.num_experts)
+        for part in features_MF.split(1024):
+            logits_BC, (routing,) = model(part.float(), allowed_E=allowed_E)
+            predicted.append(logits_BC.argmax(dim=1))
+            load_E += routing.counts_E.cpu().numpy()
+        return torch.cat(predicted), load_E
+
+
+def macro_f1(labels_N: Tensor, predicted_N: Tensor, classes: list[int]) -> float:
+    """Mean F1 of these classes, whatever else is answered."""
+    from sklearn.metrics import f1_score
+
+    true, answer = labels_N.cpu().numpy(), predicted_N.cpu().numpy()
+    return float(f1_score(true, answer, labels=classes, average="macro", zero_division=0))
+
+
+def summary(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Names and cells of the table: what was before, then each way, means and deviations over seeds."""
+    columns = ["gate", "seeds", "F1 narrow", "F1 others", "entropy narrow", "entropy others", "least load", "lost"]
+    columns.append("worth of each expert")
+    by_way: dict[str, list[dict[str, Any]]] = {}
+    seen: dict[int, dict[str, Any]] = {row["seed"]: row["before"] for row in rows}
+    by_way["before"] = list(seen.values())
+    for way in WAYS:
+        if found := [row["after"] for row in rows if row["way"] == way]:
+            by_way[way] = found
+    return columns, [[way, str(len(found)), *_cells(found)] for way, found in by_way.items() if found]
+
+
+def _cells(found: list[dict[str, Any]]) -> list[str]:
+    def shown(values: list[float], factor: float = 100.0) -> str:
+        mean = f"{factor * statistics.fmean(values):.2f}"
+        return mean + (f" ± {factor * statistics.stdev(values):.2f}" if len(values) > 1 else "")
+
+    narrow = [row["narrow"] for row in found]
+    least = [min(row["load"]) for row in narrow]
+    lost = [float(sum(share < UNUSED for share in row["load"])) for row in narrow]
+    worth = np.array([sorted(row["worth"], reverse=True) for row in narrow]).mean(axis=0)
+    scores = [shown([row[name]["macro_f1"] for row in found]) for name in ("narrow", "others")]
+    entropies = [shown([row[name]["entropy"] for row in found], 1.0) for name in ("narrow", "others")]
+    return [*scores, *entropies, shown(least), shown(lost, 1.0), " ".join(f"{100 * value:+.2f}" for value in worth)]
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code_of(main))

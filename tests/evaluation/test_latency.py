@@ -1,0 +1,42 @@
+"""Latency: measured where it is asked for, and on copies that compute the same on a CPU."""
+
+import torch
+from block_helpers import images, moe_vit, spread, tiny_vit
+
+from evaluation.latency import latencies, on_cpu
+from evaluation.report import _cost_table
+from evaluation.run_cost import NAMES
+from model.backbone import Backbone
+
+
+def test_on_a_cpu_it_is_measured_when_it_is_asked_for():
+    model = spread(moe_vit()).eval()
+    found = latencies(model, model.backbone, images(3), seconds=0)
+    assert set(found) <= set(NAMES) and list(found.values()) == [None] * 4
+    found = latencies(model, model.backbone, images(3), wanted=True, seconds=0)
+    assert found["latency_gpu_1"] is found["latency_gpu_256"] is None
+    assert found["latency_cpu_1"] > 0 < found["latency_cpu_256"]
+
+
+@torch.no_grad()
+def test_a_copy_for_the_cpu_computes_in_float32_and_leaves_the_model_alone():
+    model = spread(moe_vit()).eval()
+    expected, _ = model(images())
+    half = model.on(Backbone(tiny_vit(), ["mean:1", "mean:2"], torch.bfloat16))
+    copy, backbone = on_cpu(half, half.backbone)
+    assert copy.backbone is backbone and half.backbone.dtype == torch.bfloat16
+    torch.testing.assert_close(copy(images())[0], expected)
+    assert not torch.equal(half(images())[0], expected)
+
+
+def test_the_report_lays_a_dense_twin_beside_the_run():
+    cost = dict.fromkeys(NAMES) | {"flops": 2e9, "latency_gpu_1": 0.002}
+    beside = {"name": "twin", "cost": {"flops": 1e9, "memory_bytes": 2**20}}
+    table = _cost_table({"cost": cost, "dense_twin": {"beside": beside}})
+    assert table.header == ["what", "this run", "twin"]
+    assert table.rows == [
+        ["FLOPs an image", "2 G", "1 G"],
+        ["weights in memory", "–", "1.0 MiB"],
+        ["latency of 1 image, GPU", "2 ms", "–"],
+    ]
+    assert _cost_table({"cost": cost}).header == ["what", "value"]
