@@ -21,6 +21,7 @@ from compression.merge import check_merge
 from compression.prune import check_prune
 from compression.quantise import check_format
 from config.config import Config, write_config
+from config.parallel import ParallelConfig
 from evaluation.cost import cost, expert_costs, parameters, trained_cost
 from evaluation.evaluation import evaluate
 from evaluation.latency import latency
@@ -73,6 +74,7 @@ def compress(
             STEPS[name](work, say)
     student = None if plan.distil is None else student_of(work, out)
     config = student.config if student else replace(work.config, run_dir=out.absolute(), init=None, freeze=[])
+    config = replace(config, parallel=ParallelConfig())  # in one process, whatever the run was trained in
     with ExitStack() as stack:
         run = RunFolder.create(out, out.name)
         stack.enter_context(run.claimed())

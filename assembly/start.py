@@ -61,7 +61,8 @@ def announce(config: Config, inputs: Inputs, trainer: Trainer) -> None:
         print(f"shared       {', '.join(shared)}; every sample passes all of them")
     if taken := trainer.identity.get("init"):
         print("\n".join(lines(config, model, taken, splits.train.class_names, trainer.frozen)))
-    costs = cost(trainer.model, inputs.backbone, trainer.bank.feature_shape)
+    costs = trainer.experts.costs if trainer.experts else None
+    costs = costs or cost(trainer.model, inputs.backbone, trainer.bank.feature_shape)
     print("\n".join(costs.lines()))
     warn_of_hours(trainer.bank, costs.backbone_flops, config.train.epochs)
     print(f"run folder   {printable(trainer.run.path)}", flush=True)

@@ -99,7 +99,7 @@ class OffloadedAdapters(Stays):
         weights_BTE = assignments.weights_BE.view(x_BTD.shape[0], -1, assignments.num_experts)
         units_H = torch.tensor([expert for expert in chosen for _ in range(self.part.widths[expert])])
         weights_BTH = weights_BTE.to(dtype).index_select(-1, units_H.to(x_BTD.device))
-        hidden_BTH = F.gelu(F.linear(x_BTD, down_HD, bias_H))
+        hidden_BTH = self.part.activation(F.linear(x_BTD, down_HD, bias_H))
         return dense_BTD + (hidden_BTH * weights_BTH) @ up_HD
 
     def _brought(self, expert: int) -> list[Tensor]:

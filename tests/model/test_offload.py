@@ -95,7 +95,8 @@ def test_offloaded_experts_stay_where_they_are_and_in_the_count_of_parameters():
 @torch.no_grad()
 def test_experts_inside_the_vit_answer_as_before(kind, level):
     sizes = [[2], [4], [6]] if kind == "adapter" else [[64]] * 3
-    model = spread(moe_vit(experts={"kind": kind, "sizes": sizes}, level=level)).eval()
+    own = {"norm": "own", "activation": "silu"} if kind == "adapter" else {}
+    model = spread(moe_vit(experts={"kind": kind, "sizes": sizes, **own}, level=level)).eval()
     for mixture in model.mixtures:
         mixture.usage_E.copy_(torch.tensor([1, 3, 2]))
     expected, routings = copy.deepcopy(model)(images())
