@@ -12,6 +12,7 @@ from common.text import counted
 from config.config import Config, flatten
 from data.image_set import Splits
 from model.backbone import Backbone
+from model.routers import ROUTERS
 from storage.folder import INCIDENTAL
 
 REMEDY = "give all processes the same command, data and software"
@@ -45,3 +46,24 @@ def require_samples(batch_size: int) -> None:
             f"train.batch_size {batch_size} cannot be shared by {counted(world().size, 'process')}: raise it, or "
             f"start at most {batch_size}"
         )
+
+
+def require_places(config: Config) -> None:
+    """Raise UserError where parallel.experts does not fit the processes, the experts or what else is asked for."""
+    members, size, experts = config.parallel.experts, world().size, len(config.experts.sizes)
+    given = f"parallel.experts {members}"
+    if members == 1:
+        return
+    if members > experts:
+        raise UserError(f"{given} is more than the {counted(experts, 'expert')}: set it to at most {experts}")
+    if size % members:
+        only = f"does not divide the {size} processes" if size > members else f"needs {members} processes, not {size}"
+        divisors = ", ".join(str(number) for number in range(1, size + 1) if size % number == 0)
+        raise UserError(f"{given} {only}: start as many with torchrun, or set one of {divisors}")
+    if not ROUTERS[config.router.kind].token_choice:
+        raise UserError(
+            f"{given} is for rules by which each sample chooses its experts, not router.kind {config.router.kind}: "
+            "set 1, or a rule such as noisy_topk"
+        )
+    if config.freeze:
+        raise UserError(f"{given} does not go with freeze: set 1, since frozen experts need no moments")

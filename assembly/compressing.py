@@ -21,6 +21,7 @@ from compression.merge import check_merge
 from compression.prune import check_prune
 from compression.quantise import check_format
 from config.config import Config, write_config
+from config.parallel import ParallelConfig
 from evaluation.cost import cost, expert_costs, parameters, trained_cost
 from evaluation.evaluation import evaluate
 from evaluation.latency import latency
@@ -73,6 +74,7 @@ def compress(
             STEPS[name](work, say)
     student = None if plan.distil is None else student_of(work, out)
     config = student.config if student else replace(work.config, run_dir=out.absolute(), init=None, freeze=[])
+    config = replace(config, parallel=ParallelConfig())  # in one process, whatever the run was trained in
     with ExitStack() as stack:
         run = RunFolder.create(out, out.name)
         stack.enter_context(run.claimed())
@@ -92,7 +94,7 @@ def compress(
         found = {"from": [str(each.run.path.absolute()) for each in (opened, *others)], "steps": work.steps}
         found |= {"experts": work.experts, "budget": plan.budget, "before": before, "after": after}
         write_json(run.compression, found)
-        tracker.model(run.weights, name=run.path.name)
+        tracker.model(run.weights, run.path.name, opened.inputs.splits.train.class_names)
         return evaluate(run, config, trainer.model, opened.bank, tracker, opened.inputs.backbone, plan.worth_images)
 
 

@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from assembly.agreement import require_same, require_same_inputs, require_samples
+from assembly.agreement import require_places, require_same, require_same_inputs, require_samples
 from assembly.replay import load_images
 from assembly.transfer import Origin, begin, freeze, read_origin
 from common.distributed import expected_world, world
@@ -18,6 +18,7 @@ from common.network import reachable
 from common.text import counted, printable
 from config.config import DEVICES, Config
 from data.image_set import Splits
+from evaluation.cost import cost
 from evaluation.stale import mark_stale
 from evaluation.validation import validate
 from features.bank import FeatureBank
@@ -28,10 +29,12 @@ from features.placement import DeviceMemory
 from model.backbone import Backbone, load_backbone
 from model.classifier import VisionMoE
 from model.moe_vit import AnyMoE, MoEViT, resolve_blocks
+from model.spread import check_spread
 from storage.checkpoint import check_inputs, seed_everything
 from storage.folder import RunFolder
 from storage.resume import best_kept
 from tracking.tracker import Tracker
+from training.expert_parallel import ExpertParallel
 from training.length import steps_per_epoch
 from training.memory import bytes_per_image, must_recompute
 from training.teacher import Teacher
@@ -58,6 +61,7 @@ def load_inputs(config: Config, resumed: bool = False) -> Inputs:
     device, splits = pick_device(config.device), load_images(config)
     steps_per_epoch(config.train, len(splits.train))
     require_samples(config.train.batch_size)
+    require_places(config)
     backbone = load_backbone(config.backbone, device, reachable)
     check_backbone(config, backbone)
     require_same_inputs(config, splits, backbone)
@@ -151,6 +155,21 @@ def build_model(
     return kind(*parts)
 
 
+def spread_experts(
+    config: Config, model: AnyMoE, bank: FeatureBank | ImageBank, inputs: Inputs
+) -> ExpertParallel | None:
+    """Leave the model those experts that are this process's (None: all are, as parallel.experts is 1)."""
+    parallel = config.parallel
+    if parallel.experts == 1:
+        return None
+    try:
+        check_spread(model)
+    except ValueError as error:
+        raise UserError(f"parallel.experts {parallel.experts}: {one_line(error)}") from error
+    costs = cost(model, inputs.backbone, bank.feature_shape) if world().first else None
+    return ExpertParallel(model, parallel.experts, parallel.placement, config.optim, inputs.device, costs)
+
+
 def compile_blocks(config: Config, model: AnyMoE, device: torch.device) -> None:
     """Compile the blocks of a ViT with experts for the batches of this run, if train.compile says so."""
     wanted = config.train.compile == "always" or (config.train.compile == "auto" and device.type == "cuda")
@@ -219,16 +238,17 @@ def build_trainer(
     seed_everything(config.train.seed, config.train.deterministic)
     splits, backbone = inputs.splits, inputs.backbone
     bank = bank or build_bank(config, splits, backbone, inputs.device)
-    model = build_model(config, bank.feature_shape, splits.train.num_classes, backbone).to(inputs.device)
-    compile_blocks(config, model, inputs.device)
-    plan_memory(config, model, bank, inputs.device)
-    stored = identity(config, splits, backbone, bank.feature_shape)
+    model = build_model(config, bank.feature_shape, splits.train.num_classes, backbone)
     names, origin = splits.train.class_names, inputs.origin
     taken = checkpoint.get("init") if checkpoint else origin and begin(model, origin, names, bank.feature_shape)
-    stored |= {"init": taken} if taken else {}
+    experts = spread_experts(config, model, bank, inputs)
+    model = model.to(inputs.device)
+    compile_blocks(config, model, inputs.device)
+    plan_memory(config, model, bank, inputs.device)
+    stored = identity(config, splits, backbone, bank.feature_shape) | ({"init": taken} if taken else {})
     frozen = freeze(config, model, taken, names)
     validated = partial(validate, bank=bank)
-    trainer = Trainer(config, model, bank, run, tracker, stored, validated, frozen, teacher)
+    trainer = Trainer(config, model, bank, run, tracker, stored, validated, frozen, teacher, experts)
     if checkpoint is not None:
         check_inputs(checkpoint, stored, run.last)
         trainer.load_state_dict(checkpoint)

@@ -9,12 +9,13 @@ from torch import Tensor
 from common.meter import meter
 from evaluation.block_routing import BlockRoutingSums
 from evaluation.predictions import Predictions, Removals
-from evaluation.together import own_part, together
+from evaluation.together import batches_lacking, own_part, together
 from features.bank import FeatureBank
 from features.images import ImageBank
 from model.classifier import VisionMoE
 from model.moe_vit import AnyMoE, MoEViT
 from model.routers import Routing
+from model.spread import is_spread
 
 
 @torch.no_grad()
@@ -50,6 +51,9 @@ def predict(model: AnyMoE, bank: FeatureBank | ImageBank, split: str, removals: 
                 without.append(remove(model, inputs, logits_BC, routings))
             seen += len(labels_B)
             done(len(labels_B))
+        if is_spread(model):
+            for _ in range(batches_lacking(samples, bank.evaluation_batch)):
+                model(inputs)  # in which the experts here serve other processes
     model.train(was_training)
     blocks = sums.result() if inside else None
     routing = blocks.heaviest() if inside else _columns(flat)

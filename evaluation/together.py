@@ -17,6 +17,14 @@ def own_part(samples: int) -> Tensor:
     return everything if samples < world().size else everything[world().part(samples)]
 
 
+def batches_lacking(samples: int, batch_size: int) -> int:
+    """How many more batches than this process another one has for its part of a split."""
+    if samples < world().size:
+        return 0
+    counts = [-(-size // batch_size) for size in world().sizes(samples)]
+    return max(counts) - counts[world().rank]
+
+
 def together(own: Predictions, samples: int) -> Predictions:
     """The predictions of all processes for a split of so many samples, in every one; `own` is for `own_part`."""
     if not world().several or samples < world().size:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .experts import Experts
+from .dispatcher import Received
+from .experts import Experts, ExpertSet
 from .grouped import fits, has_kernel, run_on_all, run_on_own
 from .routing import Assignments
 from .rows import gather, inverse, pick
@@ -37,20 +38,34 @@ def dispatch(
     samples gets a gradient of zero in every mode, because modes that never wait cannot know that it has none: the
     optimizer applies weight decay to it, and its moments decay.
     """
+    received = send(x_BD, assignments, experts)
+    return run_experts(received, experts, dispatch_mode)
+
+
+def send(x_BD: Tensor, assignments: Assignments, experts: ExpertSet) -> Received:
+    """The first half of `dispatch`: rows on their way, in autocast's number format where that is on."""
     device = x_BD.device.type
     if torch.is_autocast_enabled(device):
         x_BD = x_BD.to(torch.get_autocast_dtype(device))
+    return experts.dispatcher.dispatch(x_BD, assignments)
+
+
+def run_experts(received: Received, experts: Experts, dispatch_mode: str = "auto") -> tuple[Tensor, Tensor]:
+    """The second half of `dispatch`: the experts of this process on the rows that came, and their outputs back."""
+    x_RD, assignments = received.x_RD, received.assignments
     if dispatch_mode in ("auto", "static"):
-        dispatch_mode = choose(len(assignments.sample_A), experts, x_BD, static=dispatch_mode == "static")
-    with torch.autocast(device, enabled=False):
-        return DISPATCHERS[dispatch_mode](x_BD, assignments, experts)
+        static = dispatch_mode == "static" and experts.dispatcher.local
+        dispatch_mode = choose(len(assignments.sample_A), experts, x_RD, static)
+    with torch.autocast(x_RD.device.type, enabled=False):
+        outputs_RC, order_R = DISPATCHERS[dispatch_mode](x_RD, assignments, experts)
+    return experts.dispatcher.combine(received, outputs_RC, order_R)
 
 
 def choose(number: int, experts: Experts, x_BD: Tensor, static: bool = False) -> str:
     """The best mode for a number of assignments on this device. static: one that never waits, for a CUDA graph."""
     samples, several = x_BD.shape[0], len(experts.groups) > 1
     members: Any = experts
-    if number == samples * len(experts):
+    if number == samples * len(experts):  # of none, too
         return "dense"
     if not x_BD.is_cuda:
         return "dense" if static else "sorted"
@@ -70,7 +85,8 @@ def run_sorted(x_BD: Tensor, assignments: Assignments, experts: Experts) -> tupl
     order_A = torch.argsort(assignments.expert_A, stable=True)
     sorted_AD = gather(x_BD, assignments.sample_A.index_select(0, order_A), inverse(order_A), assignments)
     # The host must know the sizes of the slices: the only place where a step waits for the device.
-    slices = sorted_AD.split(assignments.counts_E.tolist())
+    sizes = assignments.counts_E.tolist() if assignments.sizes is None else assignments.sizes
+    slices = sorted_AD.split(sizes)
     return torch.cat([expert(part) for expert, part in zip(experts, slices, strict=True)]), order_A
 
 

@@ -5,7 +5,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from .dispatch import COMBINE, dispatch
+from .dispatch import COMBINE, run_experts, send
 from .distributed import is_split
 from .experts import ExpertsConfig, build_experts
 from .quantised import linear_matrices, store
@@ -67,14 +67,14 @@ class MixtureOfExperts(nn.Module):
         if self.training:
             self.count(routing)
         chosen = routing.assignments
-        if chosen.rows_AD is None:
-            outputs_AC, order_A = dispatch(x_BD, chosen, self.experts, dispatch_mode)
-        else:
-            outputs_AC, order_A = dispatch(chosen.rows_AD, chosen.by_row(), self.experts, dispatch_mode)
-        logits_BC = self.combine(outputs_AC, order_A, chosen)
         pooled_BD = x_BD if x_BD.ndim == 2 else x_BD.mean(dim=1)
-        for expert in self.shared:
-            logits_BC = logits_BC + expert(pooled_BD).float()
+        rows = (x_BD, chosen) if chosen.rows_AD is None else (chosen.rows_AD, chosen.by_row())
+        received = send(*rows, self.experts)
+        # While rows are on their way to other processes the shared experts have theirs.
+        early = [] if self.experts.dispatcher.local else [expert(pooled_BD) for expert in self.shared]
+        logits_BC = self.combine(*run_experts(received, self.experts, dispatch_mode), chosen)
+        for shared_BC in early or (expert(pooled_BD) for expert in self.shared):
+            logits_BC = logits_BC + shared_BC.float()
         residual_B = None if routing.drops is None else routing.drops.residual_B
         if residual_B is not None and self.skip is not None:
             logits_BC = logits_BC + residual_B[:, None] * self.skip(pooled_BD).float()

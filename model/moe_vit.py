@@ -19,6 +19,7 @@ from .moe import MixtureOfExperts
 from .preparation import prepare
 from .quantised import linear_matrices, store
 from .routers import RouterConfig, Routing
+from .spread import is_spread
 from .vit_parts import add_ffn, attend, check_vit, drop_patches, embed, pool
 
 
@@ -154,7 +155,7 @@ class MoEViT(nn.Module):
         One block is compiled at a time: all of one kind share the result, so that this takes seconds, not minutes.
         say: gets one line where that fails, and all batches run as they are.
         """
-        self._compiled = CompiledBlock(say)
+        self._compiled = CompiledBlock(say, whole=not is_spread(self))
         self._compiled_for = frozenset(batch_sizes)
 
     def after_step(self, routings: tuple[Routing, ...]) -> None:
@@ -192,14 +193,15 @@ def _again(frozen: Callable[..., Tensor], *inputs: Any) -> Tensor:
 class CompiledBlock:
     """`run_block`, compiled for each kind of block and each way to run it; as it is where compiling fails."""
 
-    def __init__(self, say: Callable[[str], None]):
+    def __init__(self, say: Callable[[str], None], whole: bool = True):
+        """whole: as one graph, which experts on several processes interrupt."""
         self.say = say
         # First, middle or last of the blocks with experts, warm-up or not, training or not, of two sizes. The limit is
         # called recompile_limit now; torch 2.6 knows this name alone.
         dynamo = torch._dynamo.config
         dynamo.cache_size_limit = max(dynamo.cache_size_limit, 64)
         warnings.filterwarnings("ignore", module=r"torch\._inductor")  # advice to its developers, once a graph
-        self.run: Callable = torch.compile(run_block, dynamic=False, fullgraph=True)
+        self.run: Callable = torch.compile(run_block, dynamic=False, fullgraph=whole)
 
     def __call__(self, *block) -> tuple[Tensor, Routing | None]:
         try:

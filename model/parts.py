@@ -31,7 +31,7 @@ def class_rows(model: nn.Module) -> set[str]:
             continue
         lists = {"experts": module.experts, "shared": module.shared}
         for where, experts in lists.items():
-            for number, expert in enumerate(experts):
+            for number, expert in experts.named_children():  # as they are called in the state
                 if isinstance(expert, LayerStack):
                     last = max(index for index, layer in enumerate(expert) if isinstance(layer, nn.Linear))
                     found |= {f"{prefix}.{where}.{number}.{last}.{name}" for name in ("weight", "bias")}

@@ -12,7 +12,7 @@ class Assignments:
 
     sample_A, expert_A: int64. weight_A: float32, weight of the expert's output. counts_E: assignments of each expert,
     int64, no gradient. top_k: k if assignment a belongs to sample a // k (None: some were left out). rows_AD: the input
-    of each assignment, if it is not its sample's features.
+    of each assignment, if it is not its sample's features. sizes: counts_E, if the host knows them.
     """
 
     sample_A: Tensor
@@ -22,6 +22,7 @@ class Assignments:
     counts_E: Tensor
     top_k: int | None = None
     rows_AD: Tensor | None = None
+    sizes: list[int] | None = None
 
     @classmethod
     def listed(
@@ -80,6 +81,11 @@ class Assignments:
             )
         counts = (self.num_samples * times, self.counts_E * times)
         return Assignments(sample_A, expert_A, weight_A, *counts, self.top_k)
+
+    def scaled(self, factor_B: Tensor) -> "Assignments":
+        """The same with the weights of each sample times a factor; a sample may be repeated: (B,) for T in each."""
+        repeats = self.num_samples // len(factor_B)
+        return replace(self, weight_A=self.weight_A * factor_B.index_select(0, self.sample_A // repeats))
 
     def by_row(self) -> "Assignments":
         """The same assignments with each row of rows_AD as a separate sample."""

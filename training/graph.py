@@ -9,6 +9,7 @@ from torch import Tensor
 
 from common.distributed import world
 from model.moe_vit import AnyMoE, MoEViT
+from model.spread import is_spread
 from training.step import StepResult, TrainingStep
 
 # Above so many parameters, or parameters times samples, the kernels of a step take longer than its launches (estimates
@@ -25,7 +26,7 @@ def worth_capturing(choice: str, model: AnyMoE, batch_size: int) -> bool:
     parameters = list(model.parameters())
     number = sum(parameter.numel() for parameter in parameters)
     pays = isinstance(model, MoEViT) or (number <= PARAMETERS and number * batch_size <= WORK)
-    possible = model.static_shapes and not torch.are_deterministic_algorithms_enabled()
+    possible = model.static_shapes and not is_spread(model) and not torch.are_deterministic_algorithms_enabled()
     return choice == "auto" and parameters[0].is_cuda and pays and possible
 
 

@@ -16,6 +16,7 @@ from model.routers import Routing
 from model.transfer import Frozen
 from model.whole_batch import whole_batch
 from training.exchange import Exchange
+from training.expert_parallel import ExpertParallel
 from training.health import OUTPUT, NumberWatch
 from training.teacher import Teacher
 
@@ -56,16 +57,22 @@ class TrainingStep:
         precision: str,
         frozen: Frozen | None = None,
         teacher: Teacher | None = None,
+        experts: ExpertParallel | None = None,
     ):
-        self.model, self.optimizer, self.balance, self.frozen = model, optimizer, balance, frozen
-        self.teacher = teacher
+        self.model, self.balance, self.frozen, self.teacher, self.experts = model, balance, frozen, teacher, experts
         self.label_smoothing, self.clip_norm = label_smoothing, clip_norm
-        self.parameters = list(model.parameters())
+        self.use(optimizer)
         self.device = self.parameters[0].device
         self.half = precision == "bfloat16" or (precision == "auto" and self.device.type == "cuda")
         self.looks = self.device.type == "cpu"
         terms = [OUTPUT, "task loss", *(f"auxiliary loss {name}" for name in vars(balance)), "gradient"]
         self.numbers = NumberWatch(terms, self.device, world().size)
+
+    def use(self, optimizer: torch.optim.Optimizer) -> None:
+        """Train the parameters that the model has now with this optimizer."""
+        self.optimizer, self.parameters, self.of_experts = optimizer, list(self.model.parameters()), {}
+        if self.experts:  # not all of which are here
+            self.parameters, self.of_experts = self.experts.split(self.model)
         self.exchange = Exchange(self.parameters, world())
 
     def __call__(
@@ -90,6 +97,8 @@ class TrainingStep:
         output, bad_P = features.sum(dtype=torch.float32), None
         if share is not None:
             output, task_loss, correct, bad_P = self.exchange(share, output, task_loss, correct)
+            if self.experts:
+                self.experts.add_up(_gradients(self.of_experts), 1 if share.split else world().size)
         if self.frozen:
             self.frozen.before_step()
         values = {OUTPUT: output, "task loss": task_loss, "gradient": self._clip()}
@@ -137,7 +146,12 @@ class TrainingStep:
     def _clip(self) -> Tensor:
         """The norm of the gradient, which is cut to `clip_norm` where that is not 0."""
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = get_total_norm(gradients)
+        own = _gradients(self.of_experts)
+        norm = self.experts.norm(gradients, own) if self.experts else get_total_norm(gradients)
         if self.clip_norm:
-            clip_grads_with_norm_(self.parameters, self.clip_norm, norm)
+            clip_grads_with_norm_([*self.parameters, *self.of_experts.values()], self.clip_norm, norm)
         return norm
+
+
+def _gradients(parameters: dict[str, torch.nn.Parameter]) -> dict[str, Tensor]:
+    return {name: value.grad for name, value in parameters.items() if value.grad is not None}

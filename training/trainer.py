@@ -21,6 +21,7 @@ from features.images import ImageBank
 from model.balance import floors
 from model.distributed import Share
 from model.moe_vit import AnyMoE
+from model.spread import Shares as ExpertShares
 from model.transfer import Frozen
 from storage.checkpoint import (
     RESUMABLE,
@@ -32,6 +33,7 @@ from storage.checkpoint import (
 )
 from storage.folder import RunFolder
 from tracking.tracker import Tracker
+from training.expert_parallel import ExpertParallel, moved_line
 from training.graph import GraphedStep, worth_capturing
 from training.health import RoutingWatch, not_finite
 from training.length import Pace, check_warmup, steps_per_epoch
@@ -47,7 +49,7 @@ class Trainer:
 
     validate: scores weights after each epoch, as evaluation.validation.validate does. identity: dict from
     assembly.pipeline.identity, stored in every checkpoint. frozen: the parts of the model that do not change.
-    teacher: trained models that teach this one. Raises
+    teacher: trained models that teach this one. experts: of a model whose experts are on several processes. Raises
     UserError for a batch larger than the training set, or a routing warm-up as long as the training.
     """
 
@@ -62,6 +64,7 @@ class Trainer:
         validate: Callable[[AnyMoE], Any],
         frozen: Frozen | None = None,
         teacher: Teacher | None = None,
+        experts: ExpertParallel | None = None,
     ):
         from timm.utils import ModelEmaV3  # here, because importing timm takes seconds
 
@@ -79,8 +82,10 @@ class Trainer:
         self.ema = ModelEmaV3(model, decay=decay, use_warmup=True) if decay else None
         captured = worth_capturing(self.config.graph, model, batch_size) and self.shares.static(model) and not teacher
         smoothing, clip_norm, precision = self.config.label_smoothing, self.optim.clip_norm, self.config.precision
-        self.frozen = frozen
-        step = TrainingStep(model, self.optimizer, self.balance, smoothing, clip_norm, precision, frozen, teacher)
+        self.frozen, self.experts = frozen, experts
+        step = TrainingStep(
+            model, self.optimizer, self.balance, smoothing, clip_norm, precision, frozen, teacher, experts
+        )
         self.numbers = step.numbers
         self.train_step = GraphedStep(step, batch_size, self.shares.generator) if captured else step
         self.routing = RoutingWatch(model.mixtures[0].router, self.balance, self.routing_warmup_steps)
@@ -116,12 +121,22 @@ class Trainer:
         except UserError:  # a number that is not finite, in an epoch after the best
             self._write_best()
             raise
-        return self.chosen or load_checkpoint(self.run.best)  # best epoch of an earlier process
+        best = self.chosen or load_checkpoint(self.run.best)  # best epoch of an earlier process
+        return best if self.experts is None else self._assembled(best, self.experts)
+
+    def _assembled(self, best: dict[str, Any], experts: ExpertParallel) -> dict[str, Any]:
+        """The content of best.pt, with a model that has all experts in every process, for its evaluation."""
+        self.optimizer.state.clear()  # makes room
+        self.ema = None
+        if self.chosen is not None:
+            best = {**best, "model": experts.spread.whole(best["model"], everywhere=True)}
+        experts.spread.assemble(self.model, best["model"])
+        return best
 
     def start_from(self, weights: dict[str, Tensor]) -> None:
         """Take weights from elsewhere, before the first step."""
         for model in (self.model, self.evaluated):
-            model.load_state_dict(weights)
+            model.load_state_dict(self._own(weights))
 
     def adopt(self, weights: dict[str, Tensor], validated: Any) -> dict[str, Any]:
         """Take weights from elsewhere for those of the last epoch and write both checkpoints, to go on from.
@@ -174,12 +189,26 @@ class Trainer:
         self.improved = self.epoch if macro_f1 > self.best["macro_f1"] else self.improved
         if better or last:
             self.best = {"epoch": self.epoch, "macro_f1": macro_f1}
+        shares = None
+        if self.experts:
+            shares, numbers = self.experts.solved((self._usage() - self.progress.usage_before_LE).cpu().numpy())
+            values |= numbers
         print(epoch_line(values, self.epoch, self.config.epochs, better), flush=True)
         self.pace.check(self.epoch, values["speed/epoch_seconds"])
         # Before the checkpoint: a resumed run drops lines that come after its checkpoint, but cannot add one.
         self.tracker.scalars(values, step=self.step, epoch=self.epoch)
         self.progress = None
+        if shares is not None:
+            self._move(shares, values)
         self._keep_weights(better or last)
+
+    def _move(self, shares: ExpertShares, values: dict[str, float]) -> None:
+        """Give the experts to the processes that are to have them from here on."""
+        print(moved_line(values), flush=True)
+        if self.chosen is not None:
+            self.chosen["model"] = self.experts.spread.moved(self.chosen["model"], shares)
+        self.optimizer = self.experts.move(shares, self._models, self.optimizer)
+        self.train_step.use(self.optimizer)
 
     def _usage(self) -> Tensor:
         """Samples that learned routing has sent to each expert at each place so far, int64 (L, E)."""
@@ -277,9 +306,25 @@ class Trainer:
         self._mark_saved()
 
     def _write_best(self) -> None:
-        if not self.chosen_is_written and world().first:
-            save_checkpoint(self.run.best, self.chosen, self.last_saved)
-            self.chosen_is_written = True
+        if self.chosen_is_written:
+            return
+        best = {**self.chosen, "model": self._whole(self.chosen["model"])}
+        if world().first:
+            save_checkpoint(self.run.best, best, self.last_saved)
+        self.chosen_is_written = True
+
+    @property
+    def _models(self) -> list[torch.nn.Module]:
+        """All that has weights."""
+        return [self.model, *([self.ema.module] if self.ema else [])]
+
+    def _whole(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The state of a model of one process, on rank 0."""
+        return self.experts.spread.whole(state) if self.experts else state
+
+    def _own(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What is this process's of the state of a model of one process."""
+        return self.experts.spread.local(state) if self.experts else state
 
     @property
     def position(self) -> str:
@@ -291,10 +336,13 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """The full training state."""
+        several = self.experts
+        optimizer = several.optimizer_state(self.optimizer, self.model) if several else self.optimizer.state_dict()
         return {
-            "model": self.model.state_dict(),
-            "ema": self.ema.module.state_dict() if self.ema else None,
-            "optimizer": self.optimizer.state_dict(),
+            "model": self._whole(self.model.state_dict()),
+            "ema": self._whole(self.ema.module.state_dict()) if self.ema else None,
+            "optimizer": optimizer,
+            "placement": several.spread.shares if several else None,
             "epoch": self.epoch,
             "step": self.step,
             "progress": self.progress and self.progress.state_dict(),
@@ -311,12 +359,18 @@ class Trainer:
         """Continue from a state of `state_dict`. Raises UserError if it does not fit this model."""
         require_like(state, RESUMABLE, self.run.last)
         with fitting(self.run.last):
-            self.model.load_state_dict(state["model"])
+            optimizer = state["optimizer"]
+            if self.experts:
+                if self.experts.start_from(state.get("placement"), self._models):
+                    self.optimizer = build_optimizer(self.model, self.optim)
+                    self.train_step.use(self.optimizer)
+                optimizer = self.experts.local_optimizer_state(optimizer, self.optimizer, self.model)
+            self.model.load_state_dict(self._own(state["model"]))
             if self.frozen:
                 self.frozen.remember()
             if self.ema:
-                self.ema.module.load_state_dict(state["ema"])
-            load_optimizer(self.optimizer, state["optimizer"])
+                self.ema.module.load_state_dict(self._own(state["ema"]))
+            load_optimizer(self.optimizer, optimizer)
             self.epoch, self.step, self.best = state["epoch"], state["step"], dict(state["best"])
             self.improved, self.routing.warned = state["improved"], list(state["warned"])
             stored, zeros = state.get("progress"), EpochSums.zeros(*self._usage().shape, self.device)

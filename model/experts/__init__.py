@@ -6,7 +6,7 @@ from torch import nn
 
 from ..registry import import_all
 from ..routers import group_columns
-from .base import ExpertKind, Experts, LayeredExpert, LayerStack
+from .base import ExpertKind, Experts, ExpertSet, LayeredExpert, LayerStack, Part
 from .config import EXPERTS, SIZES, ExpertsConfig, register
 
 import_all(__name__, __path__)
@@ -15,10 +15,12 @@ __all__ = [
     "EXPERTS",
     "SIZES",
     "ExpertKind",
+    "ExpertSet",
     "Experts",
     "ExpertsConfig",
     "LayerStack",
     "LayeredExpert",
+    "Part",
     "build_experts",
     "register",
 ]

@@ -1,16 +1,19 @@
 """Experts inside a frozen ViT's blocks, beside the FFN: bottleneck adapters of unequal widths."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..dispatch import combine_logits, send
+from ..dispatcher import eagerly
 from ..distributed import rand_like
 from ..options import Option, share
 from ..quantised import Matrix
 from ..routing import Assignments
-from .base import ExpertKind
+from .base import ExpertKind, ExpertSet, Part
 from .config import ExpertsConfig, register
 
 DROP_PATH = Option(
@@ -38,13 +41,16 @@ NORM = Option(
     "down, activation, up, of one hidden layer, which adds nothing at the start (place blocks)",
     options=[DROP_PATH, ACTIVATION, NORM],
 )
-class Adapters(ExpertKind, nn.Module):
+class Adapters(ExpertKind, ExpertSet, nn.Module):
     """E adapters up(activation(down(x))) (Houlsby 2019), beside the FFN as in AdaptFormer (Chen 2022), in two products.
 
     The hidden units of all experts, H in total, stand side by side: down is (H, D), up (D, H). Each unit is multiplied
     by the weight that the gate gives its expert, which is 0 for an expert that is not chosen, so that one product more
     mixes the experts. For widths far below the FFN's this costs less than sending tokens to their experts would, and
     the shapes never change. up is zero at the start, so that training begins at the pretrained ViT exactly.
+
+    Where the experts are spread over processes, each has the rows of down and the columns of up of its experts, and
+    gets a row for each assignment to one of them.
     """
 
     place = "blocks"
@@ -63,8 +69,13 @@ class Adapters(ExpertKind, nn.Module):
         nn.init.normal_(self.down.weight, std=width**-0.5)  # of normalised tokens: hidden units of variance one
         nn.init.zeros_(self.down.bias)
         self.dropout = nn.Dropout(0.0 if isinstance(config.dropout, list) else config.dropout or 0.0)
-        units = [torch.ones(1, units) for units in self.widths]
-        self.register_buffer("units_EH", torch.block_diag(*units), persistent=False)
+        self.here = list(range(len(self.widths)))
+        self._count()
+
+    def _count(self) -> None:
+        """Note which hidden unit is of which of the experts that are here."""
+        units = [torch.ones(1, self.widths[expert]) for expert in self.here]
+        self.register_buffer("units_EH", torch.block_diag(*units).to(self.up.device), persistent=False)
 
     @classmethod
     def check(cls, config: ExpertsConfig) -> None:
@@ -83,6 +94,8 @@ class Adapters(ExpertKind, nn.Module):
 
         dense_BTD: the frozen FFN's output. assignments: of all tokens, or of the images for all their tokens.
         """
+        if not self.dispatcher.local:
+            return dense_BTD + self._exchanged(x_BTD, assignments)
         weights_BTE = assignments.weights_BE.view(x_BTD.shape[0], -1, assignments.num_experts)
         dtype = x_BTD.dtype
         down_HD, down_H = self.down.weight.to(dtype), self.down.bias.to(dtype)
@@ -97,6 +110,46 @@ class Adapters(ExpertKind, nn.Module):
             up_DH = self.up[:, units].contiguous() if len(self.generations) > 1 else self.up
             out_BTD = out_BTD + F.linear(mixed_BTH[..., units].contiguous(), up_DH.to(dtype))
         return out_BTD
+
+    @eagerly
+    def _exchanged(self, x_BTD: Tensor, assignments: Assignments) -> Tensor:
+        """The experts' part where they are on several processes, (B, T, D)."""
+        x_ND = x_BTD.flatten(0, 1)
+        if self.training and self.drop_path:
+            kept_B = rand_like(assignments.weight_A.new_empty(len(x_BTD))) >= self.drop_path
+            assignments = assignments.scaled(kept_B / (1 - self.drop_path))
+        each = assignments.repeated(len(x_ND) // assignments.num_samples)
+        received = send(x_ND, each, self)
+        x_RD, own, dtype = received.x_RD, received.assignments, x_BTD.dtype
+        with torch.autocast(x_RD.device.type, enabled=False):
+            hidden_RH = self.activation(F.linear(x_RD, self.down.weight.to(dtype), self.down.bias.to(dtype)))
+            own_RH = self.units_EH.to(dtype).index_select(0, own.expert_A)
+            outputs_RD = F.linear(self.dropout(hidden_RH) * own_RH, self.up.to(dtype))
+        outputs_AD, order_A = self.dispatcher.combine(received, outputs_RD, own.sample_A)
+        return combine_logits(outputs_AD, order_A, each).to(dtype).view_as(x_BTD)
+
+    def parts(self) -> dict[str, Part]:
+        widths_E = tuple(self.widths)
+        return {
+            "down.weight": Part(widths_E=widths_E),
+            "down.bias": Part(widths_E=widths_E),
+            "up": Part(widths_E=widths_E, dim=1),
+        }
+
+    def keep(self, numbers: Sequence[int]) -> None:
+        sizes = [self.widths[expert] for expert in self.here]
+        for module, name, dim in ((self.down, "weight", 0), (self.down, "bias", 0), (self, "up", 1)):
+            old = getattr(module, name)
+            found = dict(zip(self.here, old.detach().split(sizes, dim), strict=True))
+            for expert in numbers:
+                if expert not in found:
+                    shape = list(old.shape)
+                    shape[dim] = self.widths[expert]
+                    found[expert] = old.new_empty(shape)
+            setattr(module, name, nn.Parameter(torch.cat([found[e] for e in numbers], dim), old.requires_grad))
+        self.here = list(numbers)
+        self.down.out_features = len(self.down.bias)
+        self._count()
 
     def hidden_of(self, expert: int, x_ND: Tensor) -> Tensor:
         """The hidden units of one expert for tokens (N, D): (N, units), without dropout."""

@@ -3,12 +3,15 @@
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..dispatcher import Dispatcher, LocalDispatcher
 from ..layers import Alone, run
 from ..quantised import Matrix, linear_matrices
 from .config import ExpertsConfig
@@ -113,11 +116,48 @@ class LayeredExpert(LayerStack, ABC):
         """The modules of one hidden layer, (B, width) -> (B, units); the first is linear."""
 
 
-class Experts(nn.ModuleList):
+@dataclass(frozen=True)
+class Part:
+    """Whose a tensor of the state of all experts is: one expert's, or a slice each, of widths_E along dim."""
+
+    owner: int | None = None
+    widths_E: tuple[int, ...] = ()
+    dim: int = 0
+
+    def of(self, tensor: Tensor, numbers: Sequence[int]) -> Tensor | None:
+        """What these experts have of a tensor of all experts, one after the other (None: nothing)."""
+        if self.owner is not None:
+            return tensor if self.owner in numbers else None
+        slices = tensor.split(self.widths_E, self.dim)
+        return torch.cat([slices[expert] for expert in numbers], self.dim)
+
+
+class ExpertSet(ABC):
+    """The routed experts of one place, which may be spread over several processes.
+
+    dispatcher: brings samples to the experts, here or elsewhere.
+    """
+
+    dispatcher: Dispatcher = LocalDispatcher()
+
+    @abstractmethod
+    def parts(self) -> dict[str, Part]:
+        """Whose each tensor of the state is, by its name in this module when all experts are here."""
+
+    @abstractmethod
+    def keep(self, numbers: Sequence[int]) -> None:
+        """Have only these experts in this process, in ascending order; their names in the state stay as they are.
+
+        The parameters of those that were elsewhere are to be loaded then.
+        """
+
+
+class Experts(ExpertSet, nn.ModuleList):
     """The experts of a mixture, and which of them have the same shape.
 
     rank_E, expert_E: each expert's position in an order by shape, and the expert at each position; on the device,
-    because a CUDA graph cannot copy from the host.
+    because a CUDA graph cannot copy from the host. If experts are spread over processes,
+    indices count those that are here; their names in the state are those of one process.
     """
 
     expert_E: Tensor
@@ -127,17 +167,47 @@ class Experts(nn.ModuleList):
         """grown: numbers of experts before each addition; experts go together with those of their own addition."""
         super().__init__(experts)
         self.grown = tuple(grown)
-        expert_E = torch.tensor([expert for group in self.groups for expert in group], dtype=torch.int64)
+        self._elsewhere: dict[int, nn.Module] = {}
+        self._count()
+
+    def _count(self) -> None:
+        device = self.expert_E.device if hasattr(self, "expert_E") else None
+        expert_E = torch.tensor([expert for group in self.groups for expert in group], dtype=torch.int64, device=device)
         self.register_buffer("expert_E", expert_E, persistent=False)
         self.register_buffer("rank_E", expert_E.argsort(), persistent=False)
+
+    def __getitem__(self, index: int) -> Any:
+        return list(self)[index]
+
+    def parts(self) -> dict[str, Part]:
+        known = sorted(self._known().items())
+        return {f"{number}.{name}": Part(number) for number, expert in known for name in expert.state_dict()}
+
+    def keep(self, numbers: Sequence[int]) -> None:
+        known, device = self._known(), self.expert_E.device
+        for number, expert in known.items():
+            if number not in numbers:
+                _empty(expert, torch.device("meta"))  # which takes no memory
+            elif number in self._elsewhere:
+                _empty(expert, device)
+        self._elsewhere = {number: expert for number, expert in known.items() if number not in numbers}
+        self._modules.clear()
+        self._modules.update({str(number): known[number] for number in numbers})
+        for of_others in ("groups", "num_parameters"):
+            vars(self).pop(of_others, None)
+        self._count()
+
+    def _known(self) -> dict[int, nn.Module]:
+        """All experts by number, here or elsewhere."""
+        return self._elsewhere | {int(number): expert for number, expert in self._modules.items()}
 
     @cached_property
     def groups(self) -> tuple[tuple[int, ...], ...]:
         """Indices of the experts of each shape (hidden layers and dropout) that were added together."""
         groups: dict[tuple, list[int]] = {}
-        for index, expert in enumerate(self):
+        for index, (number, expert) in enumerate(self.named_children()):
             shape = expert.shape if isinstance(expert, LayerStack) else (index,)
-            shape = (bisect_right(self.grown, index), *shape)
+            shape = (bisect_right(self.grown, int(number)), *shape)
             groups.setdefault(shape, []).append(index)
         return tuple(map(tuple, groups.values()))
 
@@ -145,8 +215,9 @@ class Experts(nn.ModuleList):
     def generations(self) -> list[list[tuple[int, ...]]]:
         """The groups of each addition."""
         found: dict[int, list[tuple[int, ...]]] = {}
+        numbers = [int(number) for number, _ in self.named_children()]
         for group in self.groups:
-            found.setdefault(bisect_right(self.grown, group[0]), []).append(group)
+            found.setdefault(bisect_right(self.grown, numbers[group[0]]), []).append(group)
         return list(found.values())
 
     @cached_property
@@ -164,3 +235,12 @@ class Experts(nn.ModuleList):
             isinstance(expert, LayerStack) and expert.columns is None and expert[0].in_features == features
             for expert in self
         )
+
+
+def _empty(expert: nn.Module, device: torch.device) -> None:
+    """Give an expert new parameters on a device, of any values."""
+    for module in expert.modules():
+        for name, old in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(torch.empty_like(old, device=device), old.requires_grad))
+    if device.type != "meta":
+        expert.to(device)  # its buffers

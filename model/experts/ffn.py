@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..dispatch import combine_logits, dispatch
+from ..dispatcher import eagerly
 from ..grouped import kernel_on
 from ..quantised import Matrix, num_parameters
 from ..routing import Assignments
@@ -71,7 +72,8 @@ class UpcycledFFN(ExpertKind, nn.Module):
         x_ND = x_BTD.flatten(0, 1)
         each = assignments.repeated(x_ND.shape[0] // assignments.num_samples)
         dispatch_mode = "static" if self.dispatch_mode == "auto" and self.static_shapes else self.dispatch_mode
-        mixed_ND = combine_logits(*dispatch(x_ND, each, self.copies, dispatch_mode), each)
+        mix = self._mixed if self.copies.dispatcher.local else self._exchanged
+        mixed_ND = mix(x_ND, each, dispatch_mode)
         weights_NE: Any = each.weights_BE
         rest_N: Any = 1 - sum(weights_NE[:, first:last].contiguous().sum(dim=1) for first, last in self.bounds)
         return (mixed_ND + rest_N[:, None] * dense_BTD.flatten(0, 1)).to(dense_BTD.dtype).view_as(dense_BTD)
@@ -83,6 +85,13 @@ class UpcycledFFN(ExpertKind, nn.Module):
     def matrices(self) -> list[Matrix]:
         """As ExpertKind has it."""
         return self.copies.matrices()
+
+    def _mixed(self, x_ND: Tensor, each: Assignments, dispatch_mode: str) -> Tensor:
+        return combine_logits(*dispatch(x_ND, each, self.copies, dispatch_mode), each)
+
+    @eagerly
+    def _exchanged(self, x_ND: Tensor, each: Assignments, dispatch_mode: str) -> Tensor:
+        return self._mixed(x_ND, each, dispatch_mode)
 
     def parameters_of(self, expert: int) -> int:
         """Weights and biases of one expert."""

@@ -32,7 +32,7 @@ def in_the_project(monkeypatch):
 
 def run(folder, size: int, *words: object, stops_at: int | None = None, resume: bool = False, evaluates: bool = False):
     """A run in so many processes, as `Program`; stops_at: the step after which it is interrupted."""
-    where = ["--resume", folder / "run"] if resume else [*words, "--run_dir", folder / "run"]
+    where = [*words, "--resume" if resume else "--run_dir", folder / "run"]
     program = Program(folder, size, *where, before=lambda rank: stop_at(stops_at), evaluates=evaluates)
     wanted = 0 if stops_at is None else 128 + signal.SIGTERM
     assert program.codes() == [wanted] * size, program.said()

@@ -1,0 +1,137 @@
+"""Dispatchers: how samples come to the experts that see them, and outputs back, in one process and between several.
+
+torchtitan's token dispatchers showed that one interface serves both: `dispatch` brings rows to the experts that live
+here, `combine` brings their outputs back to the assignments that asked for them. What runs between the two, and what
+is done with the outputs, does not know which of them is in use.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import _functional_collectives as functional
+
+from .routing import Assignments
+from .rows import gather, inverse, pick
+
+eagerly: Any = torch.compiler.disable
+"""A decorator: what sends rows to other processes, of which there are as many as it happens, is never compiled."""
+
+
+@dataclass(frozen=True)
+class Received:
+    """What the experts of this process are to do: rows (R, D), and which of its experts sees which of them.
+
+    way_back: what `combine` of the same dispatcher needs.
+    """
+
+    x_RD: Tensor
+    assignments: Assignments
+    way_back: Any = None
+
+
+class Dispatcher(Protocol):
+    """Brings samples to experts and outputs back."""
+
+    local: bool
+    """Whether all experts are in this process, so that nothing waits for another one."""
+
+    def dispatch(self, x_BD: Tensor, assignments: Assignments) -> Received:
+        """Samples (B, D) of this process -> rows for its experts."""
+        ...
+
+    def combine(self, received: Received, outputs_RC: Tensor, order_R: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs, row i for the received assignment order_R[i] -> (outputs (A, C), order_A) of those dispatched."""
+        ...
+
+
+class LocalDispatcher:
+    """All experts are here."""
+
+    local = True
+
+    def dispatch(self, x_BD: Tensor, assignments: Assignments) -> Received:
+        return Received(x_BD, assignments)
+
+    def combine(self, received: Received, outputs_RC: Tensor, order_R: Tensor) -> tuple[Tensor, Tensor]:
+        return outputs_RC, order_R
+
+
+class AllToAllDispatcher:
+    """Experts live on the M processes of a group; rows go there and back by all-to-all, in splits of any sizes.
+
+    Expert parallelism as in GShard (Lepikhin 2020) and Switch Transformers, without padding: how many rows go where is
+    exchanged first, which is the one time a dispatch waits for the device. The gradients take the same ways back, so
+    that an expert's gradient is that of all samples of the group.
+
+    share_EM: of the assignments of each expert the share that each process computes; rows sum to 1. An expert with
+    several shares has a copy on each of these processes: whoever uses this keeps the copies equal.
+    """
+
+    local = False
+
+    def __init__(self, group: dist.ProcessGroup, share_EM: Sequence[Sequence[float]], device: torch.device):
+        self.group, self.members, self.rank = group, group.size(), group.rank()
+        shares_EM = torch.tensor(share_EM, dtype=torch.float64)
+        if shares_EM.shape[1] != self.members or not torch.allclose(shares_EM.sum(1), torch.ones(()).double()):
+            raise ValueError(f"shares of shape {tuple(shares_EM.shape)} do not sum to 1 over {self.members} processes")
+        self.mine = [e for e, share_M in enumerate(share_EM) if share_M[self.rank] > 0]
+        self.mine_L = torch.tensor(self.mine, dtype=torch.int64, device=device)
+        self.whole = bool(((shares_EM == 0) | (shares_EM == 1)).all())
+        ends_EM = shares_EM.cumsum(1)
+        ends_EM[ends_EM > 1 - 1e-9] = 1.0
+        self.ends_EM, self.owner_E = ends_EM.to(device), shares_EM.argmax(1).to(device)
+
+    def __deepcopy__(self, memo: dict) -> "AllToAllDispatcher":
+        return self  # a moving average has its experts where the model has them
+
+    def dispatch(self, x_BD: Tensor, assignments: Assignments) -> Received:
+        order_A, counts_ME = self._plan(assignments)
+        counts_SE = torch.empty_like(counts_ME)  # how many rows come from each process for each expert
+        dist.all_to_all_single(counts_SE, counts_ME, group=self.group)
+        counts_SL = counts_SE.index_select(1, self.mine_L)
+        told = torch.cat([counts_ME.sum(1), counts_SL.sum(1), counts_SL.sum(0)]).tolist()
+        sent, came, sizes = told[: self.members], told[self.members : 2 * self.members], told[2 * self.members :]
+        rows_AD = gather(x_BD, assignments.sample_A.index_select(0, order_A), inverse(order_A), assignments)
+        rows_RD = _all_to_all(rows_AD, came, sent, self.group)
+        # Rows of one process after those of another, each by expert.
+        local_X = torch.arange(len(self.mine), device=x_BD.device).repeat(self.members)
+        expert_R = local_X.repeat_interleave(counts_SL.flatten(), output_size=sum(came))
+        here = Assignments(
+            torch.arange(sum(came), device=x_BD.device),
+            expert_R,
+            assignments.weight_A.new_ones(sum(came)),
+            sum(came),
+            counts_SL.sum(0),
+            top_k=1,
+            sizes=sizes,
+        )
+        return Received(rows_RD, here, (order_A, sent, came))
+
+    def combine(self, received: Received, outputs_RC: Tensor, order_R: Tensor) -> tuple[Tensor, Tensor]:
+        order_A, sent, came = received.way_back
+        outputs_RC = pick(outputs_RC, inverse(order_R))
+        return _all_to_all(outputs_RC, sent, came, self.group), order_A
+
+    def _plan(self, assignments: Assignments) -> tuple[Tensor, Tensor]:
+        """The assignments by process and expert, (A,), and how many each process and expert gets, (M, E)."""
+        expert_A, counts_E = assignments.expert_A, assignments.counts_E
+        experts = len(counts_E)
+        ends_EM = (self.ends_EM * counts_E[:, None]).round().long()  # where each one's rows end in those of an expert
+        counts_ME = ends_EM.diff(dim=1, prepend=torch.zeros_like(ends_EM[:, :1])).T.contiguous()
+        if self.whole:
+            process_A = self.owner_E.index_select(0, expert_A)
+        else:  # the first rows of an expert go to the first process that has it, and so on
+            by_expert_A = expert_A.argsort(stable=True)
+            start_A = (counts_E.cumsum(0) - counts_E).index_select(0, expert_A)
+            position_A = inverse(by_expert_A) - start_A
+            process_A = (position_A[:, None] >= ends_EM.index_select(0, expert_A)).sum(1)
+        return (process_A * experts + expert_A).argsort(stable=True), counts_ME
+
+
+def _all_to_all(rows: Tensor, come: list[int], go: list[int], group: dist.ProcessGroup) -> Tensor:
+    """Rows to each process of a group in splits of `go`, from each in splits of `come`; differentiable."""
+    return functional.all_to_all_single_autograd(rows, come, go, group)

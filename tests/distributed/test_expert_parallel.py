@@ -1,0 +1,163 @@
+"""Training with experts on several processes against that of one: logits, gradients, losses, counters, moments."""
+
+import copy
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from block_helpers import moe_vit, spread
+from distributed_helpers import in_processes
+from test_equivalence import ALL, BATCH, CPU, SAMPLES, close, data, head
+
+from common.distributed import ALONE, World
+from config.optim import OptimConfig
+from model.balance import BalanceConfig
+from training.expert_parallel import ExpertParallel
+from training.optim import build_optimizer
+from training.parallel import Shares
+from training.step import TrainingStep
+
+OPTIM = OptimConfig(lr=0.01, weight_decay=0.01)
+COPIES = [[0.5, 0.5], [0, 1], [1, 0]]
+
+# Of each: options of the model, and of the processes. moved: shares from the fourth step on.
+HEADS = {
+    "mixtral": ({"kind": "mixtral"}, {"processes": 2}),
+    "three processes": ({"kind": "noisy_topk", "balance": {"load": 0.1}}, {"processes": 3}),
+    "two groups of two": ({"kind": "vmoe"}, {"processes": 4, "members": 2}),
+    "capacity": ({"kind": "vmoe", "capacity_factor": 0.7, "overflow": "next_best"}, {"processes": 2}),
+    "residual, top 1": (
+        {"kind": "switch", "top_k": 1, "capacity_factor": 0.6, "overflow": "residual"},
+        {"processes": 2},
+    ),
+    "every expert": ({"kind": "mixtral", "top_k": 3}, {"processes": 2}),
+    "top_p": ({"kind": "top_p"}, {"processes": 2}),
+    "hierarchical": ({"kind": "hierarchical", "experts": {"sizes": [[4], [6], [8], [8]]}}, {"processes": 2}),
+    "hash": ({"kind": "hash", "balance": {"z_loss": 0.0}}, {"processes": 3}),
+    "an expert that nobody chooses": ({"kind": "mixtral", "shut": True}, {"processes": 3}),
+    "probabilities": ({"kind": "mixtral", "experts": {"combine": "probabilities"}}, {"processes": 2}),
+    "grouped": ({"kind": "mixtral", "experts": {"sizes": [[4]] * 3, "dispatch": "grouped"}}, {"processes": 2}),
+    "moved": ({"kind": "mixtral"}, {"processes": 2, "moved": [[0, 1], [1, 0], [0, 1]]}),
+    "copied": ({"kind": "mixtral"}, {"processes": 2, "moved": COPIES}),
+    "copied in two groups": ({"kind": "mixtral"}, {"processes": 4, "members": 2, "moved": COPIES}),
+    "fewer samples than processes": ({"kind": "mixtral"}, {"processes": 6, "members": 3}),
+}
+BLOCKS = {
+    "tokens": ({"kind": "mixtral", "norm": "none"}, {"processes": 2, "moved": [[0, 1], [1, 0], [0, 1]]}),
+    "images": ({"kind": "noisy_topk", "level": "image", "norm": "batch"}, {"processes": 3}),
+    "capacity": ({"kind": "vmoe", "capacity_factor": 0.7, "norm": "none"}, {"processes": 2, "moved": COPIES}),
+    "dropped paths": ({"kind": "mixtral", "norm": "none", "experts": {"drop_path": 0.3}}, {"processes": 2}),
+    "copies of the FFN": (
+        {"kind": "mixtral", "norm": "none", "experts": {"kind": "ffn", "sizes": [[64]] * 3}},
+        {"processes": 2},
+    ),
+    "mixture on top": ({"kind": "mixtral", "norm": "none", "experts": {"head": [[4], [6], [8]]}}, {"processes": 2}),
+}
+
+
+def train(world: World, options: dict, blocks: bool, members: int = 1, moved=None) -> dict:
+    """Two epochs of steps, of members > 1 with the experts on several processes; whole on rank 0."""
+    options = copy.deepcopy(options)
+    balance = BalanceConfig(**{**ALL, **options.pop("balance", {})})
+    model = spread(moe_vit(**options)) if blocks else head(**options)
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Dropout):
+            layer.p = 0.0
+    experts = ExpertParallel(model, members, "even", OPTIM, CPU) if members > 1 else None
+    optimizer = momentum(model)
+    step = TrainingStep(model.train(), optimizer, balance, 0.1, 0.5, "float32", experts=experts)
+    features_N, labels_N = data(blocks)
+    torch.manual_seed(7)
+    shares, found = Shares(world, 7, CPU), []
+    for number, index_B in enumerate(2 * torch.arange(SAMPLES).split(BATCH)):
+        if number == 3 and experts and moved is not None:
+            optimizer = move(experts, [moved] * len(model.mixtures), model, optimizer)
+            step.use(optimizer)
+        share = shares.of(len(index_B))
+        own_B = index_B if share is None else share.own(index_B)
+        logits = []
+        hook = model.register_forward_hook(lambda *call, logits=logits: logits.append(call[2][0].detach()))
+        with shares.random_numbers(share, number):
+            result = step(features_N[own_B], labels_N[own_B], False, share=share)
+        hook.remove()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        if experts:
+            gradients = experts.spread.whole(gradients, experts.trained)
+        split = share is not None and share.split
+        found.append({"result": vars(result), "logits": logits[0], "gradients": gradients, "split": split})
+    state = experts.spread.whole(model.state_dict()) if experts else model.state_dict()
+    moments = experts.optimizer_state(optimizer, model) if experts else optimizer.state_dict()
+    return {"steps": found, "state": {name: value.clone() for name, value in state.items()}, "moments": moments}
+
+
+def momentum(model) -> torch.optim.Optimizer:
+    """AdamW that does not make a step of full size of a gradient that is zero but for rounding."""
+    groups = build_optimizer(model, OPTIM).param_groups
+    return torch.optim.AdamW([{**group, "eps": 0.1} for group in groups])
+
+
+def move(experts: ExpertParallel, shares, model, optimizer) -> torch.optim.Optimizer:
+    fresh = experts.move(shares, [model], optimizer)
+    for group in fresh.param_groups:
+        group["eps"] = 0.1
+    return fresh
+
+
+def train_each(world: World, cases: dict, blocks: bool) -> dict:
+    each = {}
+    for name, (options, processes) in cases.items():
+        if processes["processes"] == world.size:
+            members = processes.get("members", world.size)
+            each[name] = train(world, options, blocks, members, processes.get("moved"))
+    return each
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """What `train_each` of so many processes returns, each number of them started once for all cases."""
+    return cache(lambda size, blocks: in_processes(size, train_each, BLOCKS if blocks else HEADS, blocks))
+
+
+def compare(each: list[dict], options: dict, blocks: bool) -> None:
+    alone = train(ALONE, options, blocks)
+    for number, step in enumerate(alone["steps"]):
+        close(each[0]["steps"][number]["gradients"], step["gradients"])
+        for found in (other["steps"][number] for other in each):
+            close(found["result"], step["result"])
+        logits = [other["steps"][number]["logits"] for other in each]
+        same = torch.cat(logits) if each[0]["steps"][number]["split"] else logits[0]
+        close({"logits": same}, {"logits": step["logits"]})
+    close(each[0]["state"], alone["state"])
+    found, expected = each[0]["moments"], alone["moments"]
+    assert [group["params"] for group in found["param_groups"]] == [g["params"] for g in expected["param_groups"]]
+    close(found["state"], expected["state"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", HEADS)
+def test_experts_behind_the_vit(name, trained):
+    options, processes = HEADS[name]
+    compare([found[name] for found in trained(processes["processes"], False)], options, False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BLOCKS)
+def test_experts_in_the_blocks(name, trained):
+    options, processes = BLOCKS[name]
+    compare([found[name] for found in trained(processes["processes"], True)], options, True)
+
+
+def solve(world: World) -> list:
+    """Placements by loads that one expert dominates."""
+    model = head("mixtral", experts={"sizes": [[8]] * 4})
+    experts = ExpertParallel(model, 2, "lp" if world.size == 2 else "even", OPTIM, CPU)
+    assert sorted(experts.spread.dispatchers[0].mine) == ([0, 1] if world.rank == 0 else [2, 3])
+    return list(experts.solved(np.array([[60, 20, 10, 10]])))
+
+
+def test_new_shares_are_solved_from_the_load_of_an_epoch():
+    shares, numbers = in_processes(2, solve)[0]
+    # 80 and 20 of 100, where 50 is the mean; with a share of 10 of the first expert on the second process 50 and 50.
+    assert numbers == {"placement/measured": pytest.approx(1.6), "placement/predicted": pytest.approx(1.0)}
+    assert np.array(shares)[0].sum(axis=1) == pytest.approx(np.ones(4))

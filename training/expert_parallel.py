@@ -1,0 +1,219 @@
+"""Experts on several processes while training: gradients, checkpoints of one process, a new placement each epoch."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from analysis.placement import RULES, aligned, even, total_imbalance
+from common.distributed import world
+from config.optim import OptimConfig
+from model.moe_vit import AnyMoE
+from model.spread import Shares, Spread
+from training.optim import build_optimizer
+
+WORTH = 0.05  # of the largest work that a new placement must save, since experts and their moments then move
+
+
+class ExpertParallel:
+    """What training does differently where the experts of `model` are spread over groups of processes.
+
+    To be made in all processes, from the model with all experts, which then has those of this process. rule: of
+    parallel.placement. costs: of the model with all experts, for who asks.
+
+    Placements start even; after each epoch `replace` solves them anew by the measured load.
+    """
+
+    def __init__(
+        self, model: AnyMoE, members: int, rule: str, optim: OptimConfig, device: torch.device, costs: Any = None
+    ):
+        self.rule, self.optim, self.costs = rule, optim, costs
+        self.work_LE = np.array([mixture.router.work for mixture in model.mixtures])
+        experts = self.work_LE.shape[1]
+        self.spread = Spread(model, members, [even(experts, members).tolist() for _ in model.mixtures], device)
+        names = {id(value): name for name, value in model.named_parameters()}
+        groups = build_optimizer(model, optim).param_groups
+        self.names = [[names[id(value)] for value in group["params"]] for group in groups]
+        self.options = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+        self.trained = [name for names in self.names for name in names]
+        self.spread.apply(model)
+
+    # Gradients
+
+    def split(self, model: nn.Module) -> tuple[list[nn.Parameter], dict[str, nn.Parameter]]:
+        """The parameters that all processes have, and those of experts by name."""
+        own = {name: value for name, value in model.named_parameters() if name in self.spread.parts}
+        return [value for name, value in model.named_parameters() if name not in self.spread.parts], own
+
+    @torch.no_grad()
+    def add_up(self, gradients: dict[str, Tensor], divisor: float) -> None:
+        """Make gradients of experts, by the names of parameters, those of the whole batch, over a divisor.
+
+        They are of all samples of the group, which have come here: what is lacking is from other groups, and copies.
+        """
+        spread, rest, copied = self.spread, [], {}
+        for name, place, expert, view in spread.pieces(gradients):
+            if len(spread.holders(place, expert)) > 1:
+                copied[name, expert] = view
+            else:
+                rest.append(view)
+        if rest and spread.has_peers:
+            _sum_over(rest, spread.peers)
+        if spread.copied:
+            self._add_up_copies(copied)
+        if divisor != 1:
+            torch._foreach_div_(list(gradients.values()), divisor)
+
+    def _add_up_copies(self, here: dict[tuple[str, int], Tensor]) -> None:
+        """Of experts with copies, over all processes; who has none adds zeros."""
+        spread, views = self.spread, []
+        for name in (name for name in self.trained if name in spread.parts):
+            for expert in spread.owners(name):
+                if len(spread.holders(spread.parts[name][0], expert)) > 1:
+                    zeros = torch.zeros(spread.shape_of(name, expert), device=spread.device)
+                    views.append(here.get((name, expert), zeros))
+        _sum_over(views, None)
+
+    @torch.no_grad()
+    def norm(self, common: list[Tensor], gradients: dict[str, Tensor]) -> Tensor:
+        """The norm of all gradients together, each expert counted once."""
+        spread = self.spread
+        own = torch.zeros((), device=spread.device)
+        for _, place, expert, view in spread.pieces(gradients):
+            own += view.float().square().sum() / len(spread.holders(place, expert))
+        dist.all_reduce(own, group=spread.group)
+        shared = torch.stack([gradient.float().square().sum() for gradient in common]).sum() if common else 0.0
+        return (own + shared).sqrt()
+
+    # Checkpoints
+
+    def optimizer_state(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
+        """The state of an optimizer of one process, whole on rank 0; to be called by all."""
+        by_name, names = _by_name(optimizer, model), self.trained
+        steps = self._steps(by_name)
+        found: dict[str, dict[str, Tensor]] = {name: {} for name in names}
+        for kind in self._moments(by_name):
+            moments = {name: values[kind] for name, values in by_name.items()}
+            for name, value in self.spread.whole(moments, names).items():
+                found[name][kind] = value
+        groups, first = [], 0
+        for options, group in zip(self.options, self.names, strict=True):
+            lr = optimizer.param_groups[0]["lr"]
+            groups.append({**options, "lr": lr, "params": list(range(first, first + len(group)))})
+            first += len(group)
+        state = {index: {"step": steps[name], **found[name]} for index, name in enumerate(names)}
+        return {"state": state, "param_groups": groups}
+
+    def local_optimizer_state(
+        self, state: dict[str, Any], optimizer: torch.optim.Optimizer, model: nn.Module
+    ) -> dict[str, Any]:
+        """What is this process's of the state of an optimizer of one process."""
+        by_name = {name: state["state"][index] for index, name in enumerate(self.trained)}
+        local: dict[str, dict[str, Tensor]] = {}
+        for kind in ("step", *self._moments(by_name)):
+            values = {name: entry[kind] for name, entry in by_name.items()}
+            own = values if kind == "step" else self.spread.local(values)
+            for name, value in own.items():
+                local.setdefault(name, {})[kind] = value
+        return self._as_optimizer_state(local, optimizer, model)
+
+    def _as_optimizer_state(self, by_name, optimizer, model) -> dict[str, Any]:
+        own, template = _names(optimizer, model), optimizer.state_dict()
+        state = {index: by_name[name] for index, name in enumerate(own) if name in by_name}
+        return {"state": state, "param_groups": template["param_groups"]}
+
+    def _steps(self, by_name: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The steps that each parameter has taken: fewer than others for a gate that had no gradient at first."""
+        of_experts = next(values["step"] for name, values in by_name.items() if name in self.spread.parts)
+        # Each one's own tensor, which the optimizer counts up.
+        return {name: (by_name[name]["step"] if name in by_name else of_experts).clone() for name in self.trained}
+
+    @staticmethod
+    def _moments(by_name: dict[str, dict[str, Tensor]]) -> list[str]:
+        return sorted(set(next(iter(by_name.values()))) - {"step"})
+
+    # Placement
+
+    def solved(self, load_LE: np.ndarray) -> tuple[Shares | None, dict[str, float]]:
+        """New shares by the assignments of an epoch, None where experts are to stay, and what is reported.
+
+        That is by "title/series" the largest over the mean work of a process, as this epoch measured it and as the
+        same loads would have it in the next one.
+        """
+        work_LE, before = self.work_LE * load_LE, self.spread.shares
+        if not load_LE.any():  # random routing
+            return None, {}
+        measured = total_imbalance(before, work_LE)
+        unchanged = {"placement/measured": measured, "placement/predicted": measured}
+        if self.rule not in RULES:
+            return None, unchanged
+        found = world().broadcast(self._solve(work_LE) if world().first else before)
+        predicted = total_imbalance(found, work_LE)
+        if predicted > (1 - WORTH) * measured:
+            return None, unchanged
+        return found, unchanged | {"placement/predicted": predicted}
+
+    def _solve(self, work_LE: np.ndarray) -> Shares:
+        members = self.spread.members
+        pairs = zip(work_LE, self.spread.shares, strict=True)
+        return [aligned(RULES[self.rule](work_E, members), before_EM).tolist() for work_E, before_EM in pairs]
+
+    def start_from(self, shares: Shares | None, models: Sequence[nn.Module]) -> bool:
+        """Give models, to be loaded then, the experts of these shares. False: none, or of other processes."""
+        spread = self.spread
+        if shares is None or np.shape(shares) != np.shape(spread.shares) or shares == spread.shares:
+            return False
+        spread.set_shares(shares)
+        for model in models:
+            spread.apply(model)
+        return True
+
+    def move(
+        self, shares: Shares, models: Sequence[nn.Module], optimizer: torch.optim.Optimizer
+    ) -> torch.optim.Optimizer:
+        """Bring experts and their moments where these shares have them. Returns the optimizer of the first model."""
+        spread, first = self.spread, models[0]
+        by_name = _by_name(optimizer, first)
+        steps = self._steps(by_name)
+        moments: dict[str, dict[str, Tensor]] = {}
+        for kind in self._moments(by_name):
+            moved = spread.moved({name: values[kind] for name, values in by_name.items()}, shares, self.trained)
+            for name, value in moved.items():
+                moments.setdefault(name, {"step": steps[name]})[kind] = value
+        states = [spread.moved(model.state_dict(), shares) for model in models]
+        spread.set_shares(shares)
+        for model, state in zip(models, states, strict=True):
+            spread.apply(model)
+            model.load_state_dict(state)
+        fresh = build_optimizer(first, self.optim)
+        fresh.load_state_dict(self._as_optimizer_state(moments, fresh, first))
+        return fresh
+
+
+def moved_line(values: dict[str, float]) -> str:
+    """The line that says that experts move, and why."""
+    measured, predicted = values["placement/measured"], values["placement/predicted"]
+    return (
+        f"placement    largest over mean work of a process {measured:.2f}, by the same loads {predicted:.2f} from here"
+    )
+
+
+def _names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[str]:
+    names = {id(value): name for name, value in model.named_parameters()}
+    return [names[id(value)] for group in optimizer.param_groups for value in group["params"]]
+
+
+def _by_name(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, dict[str, Tensor]]:
+    names = _names(optimizer, model)
+    return {names[index]: values for index, values in optimizer.state_dict()["state"].items()}
+
+
+def _sum_over(views: list[Tensor], group: Any) -> None:
+    """Replace tensors by their sums over a group of processes."""
+    flat = torch.cat([view.flatten() for view in views])
+    dist.all_reduce(flat, group=group)
+    parts = flat.split([view.numel() for view in views])
+    torch._foreach_copy_(views, [part.view_as(view) for part, view in zip(parts, views, strict=True)])
