@@ -121,7 +121,7 @@ def score(options: argparse.Namespace) -> None:
     named = {"name": run.path.name, "tags": tags_of(config)}
     with open_evaluation(options.tracking, run.path, config.to_dict(), **named) as tracker:
         if tracker.resends:
-            tracker.model(run.weights, name=run.path.name)
+            tracker.model(run.weights, run.path.name, opened.inputs.splits.train.class_names)
         measure = (options.worth_images, options.latency)
         print(table(evaluate(run, config, model, opened.bank, tracker, opened.inputs.backbone, *measure)))
     if opened.traffic is not None:

@@ -63,7 +63,7 @@ def train(start: Start, inputs: Inputs, bank: FeatureBank | ImageBank | None = N
         print(f"{config.train.keep} epoch   {best['epoch']}, validation macro-F1 {100 * best['macro_f1']:.2f} %")
         if world().first:
             export_model(run, best)
-            tracker.model(run.weights, name=run.path.name)
+            tracker.model(run.weights, run.path.name, inputs.splits.train.class_names)
         trainer.model.load_state_dict(best["model"])
         print(table(evaluate(run, config, trainer.model, trainer.bank, tracker, inputs.backbone)))
         print(f"run folder   {printable(run.path)}")

@@ -94,7 +94,7 @@ def compress(
         found = {"from": [str(each.run.path.absolute()) for each in (opened, *others)], "steps": work.steps}
         found |= {"experts": work.experts, "budget": plan.budget, "before": before, "after": after}
         write_json(run.compression, found)
-        tracker.model(run.weights, name=run.path.name)
+        tracker.model(run.weights, run.path.name, opened.inputs.splits.train.class_names)
         return evaluate(run, config, trainer.model, opened.bank, tracker, opened.inputs.backbone, plan.worth_images)
 
 

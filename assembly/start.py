@@ -19,12 +19,13 @@ from training.trainer import Trainer
 def start_tracking(config: Config, run: RunFolder, checkpoint: dict[str, Any] | None, inputs: Inputs) -> Tracker:
     """Open the tracker; a resumed run continues its own task and drops the lines that it will write again.
 
-    The task of a run that starts from another one has that one's task as its parent. Of several processes rank 0 alone
-    tracks.
+    The task of a run that starts from another one has that one's task as its parent, and its model as input model. Of
+    several processes rank 0 alone tracks.
     """
     if not world().first:
         return silent_tracker()
-    return open_tracker(
+    parent = inputs.origin and inputs.origin.task_id
+    tracker = open_tracker(
         config.tracking,
         run.path,
         config.to_dict(),
@@ -32,8 +33,11 @@ def start_tracking(config: Config, run: RunFolder, checkpoint: dict[str, Any] | 
         tags=tags_of(config),
         task_id=checkpoint and checkpoint["task_id"],
         resume_step=metrics_step(checkpoint),
-        parent=inputs.origin and inputs.origin.task_id,
+        parent=parent,
     )
+    if parent is not None and checkpoint is None:
+        tracker.starts_from(parent)
+    return tracker
 
 
 def tags_of(config: Config) -> list[str]:

@@ -1,5 +1,7 @@
 """A ClearML server on the loopback: what the SDK needs of its API and of its file server, kept in dictionaries.
 
+It refuses what the published API does not allow.
+
 `with StandIn() as server: run_python(workplace, run, code, **server.environment())`, then look at what it holds.
 """
 
@@ -12,6 +14,8 @@ import uuid
 from email import message_from_bytes
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote
+
+from clearml_schema import complaint
 
 
 def _part(value: dict) -> str:
@@ -46,6 +50,7 @@ class StandIn:
         self.events: list[dict] = []
         self.files: dict[str, bytes] = {}
         self.calls: list[str] = []
+        self.misfits: list[str] = []  # requests that the published API does not allow
         self._lock = threading.Lock()
 
     def __enter__(self) -> "StandIn":
@@ -60,6 +65,7 @@ class StandIn:
     def __exit__(self, *exception) -> None:
         self.hanging.clear()
         self.die("refuse")
+        assert exception != (None, None, None) or not self.misfits, self.misfits
 
     def die(self, how: str) -> None:
         if how == "hang":
@@ -99,6 +105,8 @@ class StandIn:
         if action.startswith("get_all"):
             wanted = body.get("id")
             found = [item for item in store.values() if wanted is None or item["id"] in wanted]
+            if tasks := body.get("task"):
+                found = [item for item in found if item.get("task") in tasks]
             if pattern := body.get("name"):
                 found = [item for item in found if re.fullmatch(pattern, item["name"])]
             return {f"{name}s": found}
@@ -172,6 +180,10 @@ class _Handler(BaseHTTPRequestHandler):
                 data = {"token": TOKEN}
             else:
                 body = self._body(content)
+                if reason := complaint(endpoint, body):
+                    self.standin.misfits.append(f"{endpoint}: {reason}")
+                    self._send(400, self._envelope(endpoint, 400, f"Validation error ({reason})", {}))
+                    return
                 data = self.standin.call(endpoint, body)
             self._send(200, self._envelope(endpoint, 200, "OK", data))
         except KeyError as error:

@@ -2,13 +2,12 @@
 
 import atexit
 import copy
-import json
 import os
 import queue
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,8 @@ from common.text import command, printable
 PROJECT = "Vision MoE"
 PROBE_SECONDS = 3.0
 CLOSE_SECONDS = 30.0  # timeout at the end for a server that does not answer
+MODEL, FRAMEWORK = "output model", "PyTorch"  # how an artifact is marked, offline
+FAILED = "failed"  # the tag of a failed run, offline
 UPLOAD_SECONDS = 600.0  # timeout for a server that answers, or the disk
 
 
@@ -176,31 +177,47 @@ def show(task: Any, title: str, series: str, path: Path) -> None:
     task.get_logger().report_image(title, series, iteration=0, local_path=str(path))
 
 
-def upload(task: Any, name: str, path: Path, as_model: bool) -> None:
-    """Upload a file as output model or artifact. Raises OSError if that fails, and what the SDK raises."""
+def upload(task: Any, name: str, path: Path, labels: Sequence[str] | None = None) -> None:
+    """Upload a file as artifact, or with the names of its classes as output model.
+
+    Offline, where the SDK cannot make an output model, it is an artifact that `tracking.send` makes one of. Raises
+    OSError if that fails, and what the SDK raises.
+    """
     from clearml import OutputModel
 
     path.stat()  # the SDK makes an empty archive for a missing file
-    if as_model:
-        model = OutputModel(task=task, name=name, framework="PyTorch")
+    classes = {label: index for index, label in enumerate(labels or ())}
+    if labels is not None and not task.get_offline_mode_folder():
+        model = OutputModel(task=task, name=name, framework=FRAMEWORK, label_enumeration=classes)
         model.update_weights(str(path), auto_delete_file=False)
-    elif not task.upload_artifact(name, path, wait_on_upload=True):
+        return
+    marks = None if labels is None else {MODEL: FRAMEWORK} | classes
+    if not task.upload_artifact(name, path, metadata=marks, wait_on_upload=True):
         raise OSError(f"{path} was not uploaded")
+
+
+def use_model(task: Any, parent: str) -> None:
+    """Name the last output model of another task as this one's input model, where it has one. Raises as the SDK."""
+    from clearml import Task
+
+    if task.get_offline_mode_folder():
+        return
+    models = Task.get_task(task_id=parent).models["output"]
+    if models:
+        task.set_input_model(model_id=models[-1].id)
 
 
 def _finish(task: Any, failed: str | None) -> None:
     folder = task.get_offline_mode_folder()
     if failed and folder:
-        task.add_tags(["failed"])  # importing a session marks it as completed in any case
+        task.add_tags([FAILED])  # importing a session marks it as completed in any case
         task.get_logger().report_text(f"failed: {failed}", print_console=False)
     task.close()
     if failed and not folder:
         task.mark_failed(status_reason=failed, status_message=failed, force=True)
     if folder:
-        statement = f"from clearml import Task; Task.import_offline_session({json.dumps(f'{folder}.zip')})"
-        print(
-            f"tracking: offline session {printable(folder)}.zip; send it to a server with: {command('-c', statement)}"
-        )
+        send = command("-m", "tracking.send", f"{folder}.zip")
+        print(f"tracking: offline session {printable(folder)}.zip; send it to a server with: {send}")
 
 
 def server_problem() -> UserError | None:

@@ -20,7 +20,7 @@ from common.errors import EnvironmentFault, UserError, say
 from common.files import write_json
 from common.text import command, printable
 from storage.folder import RunFolder
-from tracking.clearml_task import ClearMLTask, show, upload
+from tracking.clearml_task import ClearMLTask, show, upload, use_model
 
 MODES = ("auto", "clearml", "offline", "none")
 
@@ -112,11 +112,15 @@ class Tracker:
 
     def artifact(self, name: str, path: Path) -> None:
         """Upload a file unchanged."""
-        self._send(upload, name, Path(path), False)
+        self._send(upload, name, Path(path))
 
-    def model(self, path: Path, name: str) -> None:
-        """Upload weights as the task's output model; offline, where the SDK cannot do that, as an artifact."""
-        self._send(upload, name, Path(path), self.mode == "clearml")
+    def model(self, path: Path, name: str, class_names: Sequence[str]) -> None:
+        """Upload weights as the task's output model, with the names of the classes as its labels."""
+        self._send(upload, name, Path(path), list(class_names))
+
+    def starts_from(self, task_id: str) -> None:
+        """Name the output model of another task as this one's input model."""
+        self._send(use_model, task_id)
 
     def close(self, failed: str | None = None) -> None:
         """Send the rest and mark the task as completed, or failed with a reason. Idempotent.

@@ -30,6 +30,7 @@ from model.balance import BalanceConfig
 from model.classifier import NeckConfig
 from model.experts import EXPERTS
 from model.routers import ROUTERS
+from tracking import send
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
@@ -45,6 +46,7 @@ PARSERS = {
     "tune.py": tune.parse,
     "export.py": export.parse,
     "features.cache": cache._options,
+    "tracking.send": send.parse,
     "distillation.train_vit_micro": train_vit_micro.parse,
 }
 

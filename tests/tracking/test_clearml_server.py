@@ -1,9 +1,12 @@
 """The real SDK against a server that answers: what a run leaves there, what goes on after, what is read back."""
 
 import json
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import pytest
 from clearml_process import CONFIG, run_python
+from clearml_schema import complaint
 from clearml_standin import StandIn
 from conftest import PNG
 
@@ -53,7 +56,7 @@ tracker.matrix("experts by class", "test", [[0.125, 0.875], [1, 0]], classes, ex
 tracker.lines("reliability", {"test": [(0.0, 0.0), (0.5, float("nan")), (1.0, 0.75)]}, ("confidence", "accuracy"))
 tracker.figure("evaluation", "samples", run / "figure.png")
 tracker.artifact("evaluation", run / "metrics.json")
-tracker.model(run / "model.safetensors", "cifar100")
+tracker.model(run / "model.safetensors", "cifar100", ["apple", "bear"])
 tracker.close()
 facts["first"], facts["listed"] = tracker.task_id, tasks_of(run)
 again = start(task_id=tracker.task_id, resume_step=10)
@@ -76,11 +79,15 @@ print("asked", file=sys.stderr)
 session = open_tracker("offline", run / "offline", CONFIG, name="train", tags=["digits"])
 session.scalars({"loss/train": 0.5}, step=10)
 session.summary({"test/accuracy": 0.5})
-session.close()
+session.model(run / "model.safetensors", "offline model", ["apple", "bear"])
+session.close(failed="out of memory")
 (listed,) = tasks_of(run / "offline")
-from clearml import Task
-Task.set_offline(False)
-facts["imported"] = Task.import_offline_session(listed["session"])
+from tracking.send import send
+facts["imported"] = send(Path(listed["session"]))
+later = start()
+later.starts_from(facts["first"])
+later.close()
+facts["later"] = later.task_id
 """
     with StandIn() as server:
         done = run_python(workplace, run, OPEN + code + CLOSE, **server.environment())
@@ -124,7 +131,7 @@ def test_model_artifact_and_figure_are_on_the_file_server(online):
     files = {name.rsplit("/", 1)[-1]: content for name, content in server.files.items() if facts["first"] in name}
     assert files["model.safetensors"] == b"weights"
     assert PNG in files.values()
-    (model,) = server.models.values()
+    (model,) = [model for model in server.models.values() if model["task"] == facts["first"]]
     assert model["name"] == "cifar100" and model["uri"].endswith("model.safetensors")
     assert [artifact["key"] for artifact in server.tasks[facts["first"]]["execution"]["artifacts"]] == ["evaluation"]
 
@@ -170,6 +177,57 @@ def test_an_offline_session_is_imported(online):
         ("loss", "train", 10): 0.5,
         ("Summary", "test/accuracy", -(2**31)): 0.5,
     }
+
+
+def test_what_the_import_of_the_sdk_leaves_out_is_added(online):
+    server, facts, _ = online
+    task = server.tasks[facts["imported"]]
+    assert task["status"] == "failed"
+    model = next(model for model in server.models.values() if model["task"] == facts["imported"])
+    assert (model["framework"], model["labels"]) == ("PyTorch", {"apple": 0, "bear": 1})
+    (artifact,) = [artifact for artifact in task["execution"]["artifacts"] if artifact["key"] == "offline model"]
+    assert model["uri"] == artifact["uri"] and facts["imported"] in model["uri"]
+    assert server.files[model["uri"].removeprefix(server.url)] == b"weights"
+
+
+def test_a_run_that_starts_from_another_names_its_model(online):
+    server, facts, _ = online
+    (output,) = server.tasks[facts["first"]]["models"]["output"]
+    (taken,) = server.tasks[facts["later"]]["models"]["input"]
+    assert taken["model"] == output["model"]
+    model = server.models[output["model"]]
+    assert (model["framework"], model["labels"]) == ("PyTorch", {"apple": 0, "bear": 1})
+
+
+def test_what_is_no_session_is_one_line(workplace, tmp_path):
+    code = """
+from tracking.send import send
+(run / "junk.zip").write_bytes(b"junk")
+for name, words in (("none.zip", "is not there: name the file"), ("junk.zip", "is no offline session")):
+    try:
+        send(run / name)
+    except UserError as error:
+        assert (error.exit_code, words in str(error), chr(10) in str(error)) == (2, True, False), error
+    else:
+        raise AssertionError(name)
+"""
+    with StandIn() as server:
+        run_python(workplace, tmp_path, code, **server.environment())
+
+
+def test_what_the_published_api_does_not_allow_is_refused():
+    with StandIn() as server:
+        assert complaint("tasks.nothing", {}) == "there is no endpoint tasks.nothing"
+        assert complaint("tasks.create", {"name": "a", "type": "training"}) == ""
+        assert "'dreaming' is not one of" in complaint("tasks.create", {"name": "a", "type": "dreaming"})
+        assert "'name' is a required property" in complaint("tasks.create", {"type": "training"})
+        assert "an event of type smell" in complaint("events.add_batch", [{"type": "smell"}])
+        body = json.dumps({"name": 3, "type": "training"}).encode()
+        with pytest.raises(HTTPError, match="400"):
+            urlopen(Request(f"{server.url}/tasks.create", body, {"Content-Type": "application/json"}))
+        (said,) = server.misfits
+        assert said.startswith("tasks.create: CreateRequest, name: 3 is not of type 'string'") and not server.tasks
+        server.misfits.clear()
 
 
 def test_a_refused_login_is_said_and_auto_goes_offline(workplace, tmp_path):

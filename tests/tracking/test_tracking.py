@@ -23,7 +23,7 @@ tracker.summary({"accuracy": 0.5})
 tracker.figure("t", "s", run / "missing.png")
 tracker.table("t", "s", ["a"], [[1]])
 tracker.artifact("a", run / "missing")
-tracker.model(run / "missing", "m")
+tracker.model(run / "missing", "m", ["a", "b"])
 tracker.close()
 tracker.close(failed="again")
 tracker.scalars({"loss/train": 2.0}, step=8)
@@ -83,7 +83,7 @@ tracker.figure("load", "validation", run / "figure.png")
 tracker.artifact("best", run / "best.json")
 tracker.artifact("missing", run / "missing")
 tracker.figure("missing", "too", run / "missing.png")
-tracker.model(run / "model.safetensors", "vision-moe")
+tracker.model(run / "model.safetensors", "vision-moe", ["apple", "bear"])
 tracker.close(failed="out of memory")
 tracker.close()
 second = open_tracker("offline", run / "second", {}, name="next")
@@ -158,7 +158,7 @@ def test_offline_run_says_what_to_do_and_leaves_no_trace(session):
     assert facts["environment"] == []
     assert facts["second"] not in (None, facts["id"])
     assert "no ClearML server is configured" in done.stdout
-    assert f'Task.import_offline_session("{facts["zip"]}")' in done.stdout
+    assert f"python -m tracking.send {facts['zip']}" in done.stdout
 
 
 @pytest.mark.slow
