@@ -64,7 +64,7 @@ def announce(config: Config, inputs: Inputs, trainer: Trainer) -> None:
     if shared := config.experts.shared_labels():
         print(f"shared       {', '.join(shared)}; every sample passes all of them")
     if taken := trainer.identity.get("init"):
-        print("\n".join(lines(config, model, taken, splits.train.class_names)))
+        print("\n".join(lines(config, model, taken, splits.train.class_names, trainer.frozen)))
     costs = trainer.experts.costs if trainer.experts else None
     costs = costs or cost(trainer.model, inputs.backbone, trainer.bank.feature_shape)
     print("\n".join(costs.lines()))

@@ -123,7 +123,9 @@ def freeze(config: Config, model: AnyMoE, taken: dict[str, Any] | None, class_na
         raise UserError(one_line(error)) from error
 
 
-def lines(config: Config, model: AnyMoE, taken: dict[str, Any], class_names: Sequence[str]) -> list[str]:
+def lines(
+    config: Config, model: AnyMoE, taken: dict[str, Any], class_names: Sequence[str], frozen: Frozen | None
+) -> list[str]:
     """What was taken, what is new and what learns how, for the terminal."""
     rows, common = class_rows(model), len(taken["classes"])
     parameters = dict(model.named_parameters())
@@ -141,9 +143,9 @@ def lines(config: Config, model: AnyMoE, taken: dict[str, Any], class_names: Seq
         found.append(f"new          {counted(len(new), 'class row')}: {printable(', '.join(new[:NAMED]))}{more}")
     if (left := taken["classes_before"] - common) > 0:
         found.append(f"left out     {counted(left, 'class')} of that run, which this data does not have")
-    if config.freeze:
-        trained = sum(value.numel() for value in parameters.values() if value.requires_grad)
+    if frozen is not None:
         total = sum(value.numel() for value in parameters.values())
+        trained = total - frozen.count
         found.append(f"frozen       {', '.join(config.freeze)}; {trained:,} of {total:,} parameters learn")
     if config.optim.lr_of:
         rates = (f"{part} {config.optim.lr * times:g}" for part, times in config.optim.multiples.items())

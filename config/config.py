@@ -120,6 +120,8 @@ class Config:
             raise ValueError(f"replay is {self.replay}: it is a number of images of each class, 0 for none")
         if self.init is None and self.replay:
             raise ValueError(f"replay {self.replay} keeps images of a run's dataset: name the run with --init")
+        if self.experts.grown and self.parallel.experts > 1:
+            raise ValueError("parallel.experts does not share experts that were added to a run: set it to 1")
         if self.init is None and self.experts.add:
             raise ValueError("experts.add puts experts beside those of a run: name it with --init")
         if self.init is None and self.freeze:

@@ -112,6 +112,7 @@ class Frozen:
         self.norms: list[nn.Module] = []
         self.partly: list[tuple[nn.Parameter, Tensor]] = []  # and which of its entries are frozen
         self.buffers: list[tuple[Tensor, Tensor | None]] = []
+        self.count = 0  # weights that are frozen
 
         def frozen(name: str) -> bool:
             return part_of(name, rows) in parts
@@ -123,6 +124,7 @@ class Frozen:
             kept = torch.ones_like(parameter, dtype=torch.bool) if new is None else ~new.expand_as(parameter)
             if name in rows and not whole:
                 kept = kept & _chosen(shared.new, parameter)
+            self.count += int(kept.sum())
             if kept.all():
                 parameter.requires_grad_(False)
             elif kept.any():

@@ -1,6 +1,7 @@
 """Runs that start from another run: through the programs, resumed, and what cannot be."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from conftest import ROOT, TINY
 import evaluate
 import train
 from assembly.replay import joined
+from assembly.start import start_tracking
+from assembly.transfer import read_origin
 from common.errors import UserError
 from config.command_line import parse_command_line
 from config.config import flatten
@@ -109,7 +112,8 @@ def test_a_folder_that_is_no_run_and_parts_without_one(tmp_path):
 def test_new_experts_beside_those_of_a_run(tiny_run, tmp_path, start, capsys):
     words = ["--experts.add", "[[8],[4]]", "--freeze", "router,experts", "--router.warmup_steps", "3"]
     start(*options(tiny_run, *words, "--train.epochs", "3", "--run_dir", tmp_path / "run"))
-    assert "new          2 experts: 4 · 8, 5 · 4, with gate columns" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "new          2 experts: 4 · 8, 5 · 4, with gate columns" in said
     config = parse_command_line(["--config", str(tmp_path / "run/config.yaml")]).config
     assert config.experts.sizes[4:] == config.experts.add == [[8], [4]] and config.experts.grown == [4]
     old, new = (load_weights_of(RunFolder(path)) for path in (tiny_run, tmp_path / "run"))
@@ -122,6 +126,19 @@ def test_new_experts_beside_those_of_a_run(tiny_run, tmp_path, start, capsys):
     assert same.experts == config.experts
     results = json.loads((tmp_path / "run/evaluation/metrics.json").read_text())
     assert len(results["expert_load"]) == 6
+
+
+def test_the_task_of_the_run_is_the_parent(tiny_run, tmp_path, monkeypatch):
+    config = parse_command_line(options(tiny_run)).config
+    backbone = {"name": config.backbone.name, "fingerprint": describe(RunFolder(tiny_run))["backbone"]["fingerprint"]}
+    assert read_origin(config, backbone).task_id is None
+    listed = [{"mode": "clearml", "task_id": "a" * 32}, {"mode": "offline", "task_id": "offline-1"}]
+    monkeypatch.setattr("assembly.transfer.tasks_of", lambda path: listed)
+    origin, asked = read_origin(config, backbone), []
+    monkeypatch.setattr("tracking.tracker._first_task", lambda *given: asked.append(given) or (None, []))
+    inputs = SimpleNamespace(origin=origin)
+    start_tracking(config, RunFolder(tmp_path), None, inputs).close()
+    assert asked[0][-1] == "a" * 32
 
 
 def test_new_experts_need_a_run():

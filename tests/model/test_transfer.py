@@ -237,3 +237,15 @@ def test_new_experts_inside_the_vit_change_no_bit(kind, level, ffn):
 def test_rules_that_cannot_take_new_experts_say_so(kind):
     with pytest.raises(ValueError, match="cannot take new experts"):
         grown_behind([3], [[6]], kind=kind, groups=2)
+
+
+def test_frozen_weights_are_counted():
+    model = grown_behind([3], [[6]], kind="mixtral")
+    frozen = Frozen(model, ["router", "experts", "shared", "neck"], Shared.by_name(BEFORE, BEFORE), 5)
+    rows = class_rows(model)
+    whole = sum(
+        value.numel()
+        for name, value in model.named_parameters()
+        if part_of(name, rows) != "head" and ".experts.3." not in name
+    )
+    assert frozen.count == whole - 13  # less the new gate column, of 12 weights and a bias
