@@ -130,7 +130,7 @@ def configure(
         config = config_from_dict(values)
     config.device = device
     if root is not None:
-        config.data.root = absolute(root)
+        config.data.root, config.data.clearml_dataset = absolute(root), None
     if weights is not None:
         config.backbone.weights = absolute(weights)
     if config.backbone.weights is not None and not config.backbone.weights.is_file():

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from common.distributed import world
 from common.errors import UserError, as_environment_fault, say
 from common.text import counted, printable, quoted
 from config.config import Config, config_from_dict
@@ -13,6 +14,7 @@ from data.image_set import ImageSet, Splits
 from data.splits import few_of_each
 from storage.described import describe
 from storage.folder import RunFolder
+from tracking.datasets import fetch_dataset
 
 
 def load_images(config: Config) -> Splits:
@@ -21,6 +23,7 @@ def load_images(config: Config) -> Splits:
     Of its training images so many a class are kept, of validation and test images all, so that scores speak of old
     classes too. Raises UserError as `load_splits`, and where the images of that run cannot be had.
     """
+    fetch_data(config)
     splits = load_splits(config.data)
     if not config.replay or config.init is None:
         return splits
@@ -72,3 +75,17 @@ def _resized(images_NCHW: Tensor, sides: torch.Size) -> Tensor:
         for part in images_NCHW.split(1024)
     ]
     return torch.cat(parts)
+
+
+def fetch_data(config: Config) -> None:
+    """Have data.root name a local copy of data.clearml_dataset, where one is asked for. Raises as `fetch_dataset`.
+
+    Of several processes the first one downloads; the others find the copy in ClearML's cache.
+    """
+    if config.data.clearml_dataset is None:
+        return
+    if world().first:
+        config.data.root = fetch_dataset(config.data.clearml_dataset)
+    world().wait()
+    if not world().first:
+        config.data.root = fetch_dataset(config.data.clearml_dataset)

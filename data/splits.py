@@ -22,6 +22,8 @@ class DataConfig:
     name: str = field(default="cifar100", metadata={"help": explain_datasets})
     root: Path | None = None
     """Folder of the dataset, or for its download; null: `data` in $VISION_MOE_CACHE or ~/.cache/vision_moe."""
+    clearml_dataset: str | None = None
+    """PROJECT/NAME or id of a ClearML dataset, whose files are fetched and taken as data.root; null: none."""
     download: bool = True
     """Download the dataset if it is missing."""
     validation: float = 0.1
@@ -46,6 +48,8 @@ class DataConfig:
             raise ValueError(f"data.shots is {self.shots}: it is a number of images of each class, at least 1")
         if self.name not in DATASETS:
             raise ValueError(f"data.name is '{self.name}': use one of {', '.join(sorted(DATASETS))}")
+        if self.clearml_dataset is not None and not self.clearml_dataset.strip("/ "):
+            raise ValueError(f"data.clearml_dataset is '{self.clearml_dataset}': give PROJECT/NAME or an id, or null")
         self.root = None if self.root is None else absolute(self.root)
         for name in ("validation", "test"):
             value = getattr(self, name)

@@ -28,6 +28,8 @@ from tuning.study import StudyFolder, give_back, next_trial, open_study, ranked,
 if TYPE_CHECKING:
     from optuna import Study, Trial
 
+MASTER = ("CLEARML_PROC_MASTER_ID", "TRAINS_PROC_MASTER_ID")
+"""Variables by which ClearML's SDK takes a process for part of the task of the one that started it."""
 FEATURES = ("data", "augment", "backbone", "features")
 """Sections of the configuration on which inputs and features depend, with experts.place and train.epochs."""
 
@@ -65,6 +67,8 @@ def work(plan: Plan, seed: int) -> None:
     """
     require_optuna()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the process that started this one says when to end
+    for name in MASTER:
+        os.environ.pop(name, None)
     parent = os.getppid()
     try:
         with stoppable():

@@ -78,11 +78,13 @@ def torchrun(size: int, *words: object) -> subprocess.Popen:
     )
 
 
+@pytest.mark.parametrize("spread", ["", "--parallel.experts 2 --parallel.placement work"], ids=["data", "experts"])
 @pytest.mark.parametrize("recipe", [HEAD, BLOCKS], ids=["head", "blocks"])
-def test_a_run_on_two_gpus_is_that_of_one(recipe, tmp_path):
+def test_a_run_on_two_gpus_is_that_of_one(recipe, spread, tmp_path):
     states = []
     for size in (1, 2):
-        process = torchrun(size, *recipe.split(), *WORDS.split(), "--run_dir", tmp_path / str(size))
+        words = [*recipe.split(), *WORDS.split(), *(spread.split() if size == 2 else [])]
+        process = torchrun(size, *words, "--run_dir", tmp_path / str(size))
         said, _ = process.communicate()
         assert process.returncode == 0, said
         states.append(load_checkpoint(tmp_path / str(size) / "checkpoints" / "last.pt")["model"])
