@@ -45,7 +45,7 @@ def share_features() -> None:
     for split, views in (("train", (0, 1)), ("validation", (None,)), ("test", (None,))):
         for view in views:
             next(bank.batches(split, 1, view=view))
-    train.load_inputs = lambda config: inputs
+    train.load_inputs = lambda *arguments: inputs
     train.parse_command_line = lambda: _parsed(*sys.argv[1:])
     pipeline.build_bank = lambda *arguments: bank
     train.announce = lambda *arguments: print(f"run folder   {arguments[-1].run.path}", flush=True)

@@ -24,12 +24,7 @@ from model.moe_vit import AnyMoE
 from model.spread import Shares as ExpertShares
 from model.transfer import Frozen
 from storage.checkpoint import (
-    RESUMABLE,
-    fitting,
     load_checkpoint,
-    load_optimizer,
-    require_like,
-    save_checkpoint,
 )
 from storage.folder import RunFolder
 from tracking.tracker import Tracker
@@ -40,11 +35,12 @@ from training.length import Pace, check_warmup, steps_per_epoch
 from training.optim import build_optimizer, set_learning_rate
 from training.parallel import Checks, Shares
 from training.progress import EpochSums, Progress, epoch_line
+from training.state import TrainerState
 from training.step import TrainingStep
 from training.teacher import Teacher
 
 
-class Trainer:
+class Trainer(TrainerState):
     """Trains a VisionMoE on a FeatureBank, or a MoEViT on an ImageBank; saves the best and the last state.
 
     validate: scores weights after each epoch, as evaluation.validation.validate does. identity: dict from
@@ -97,11 +93,6 @@ class Trainer:
         self.improved = 0  # the last epoch that was better than all before it, not only as good
         self.chosen: dict[str, Any] | None = None  # content of best.pt, now or at the next checkpoint
         self.chosen_is_written = True
-
-    @property
-    def evaluated(self) -> torch.nn.Module:
-        """The weights that are validated and saved: the moving average, if there is one."""
-        return self.ema.module if self.ema else self.model
 
     def fit(self) -> dict[str, Any]:
         """Train to the last epoch, or until early stopping.
@@ -210,10 +201,6 @@ class Trainer:
         self.optimizer = self.experts.move(shares, self._models, self.optimizer)
         self.train_step.use(self.optimizer)
 
-    def _usage(self) -> Tensor:
-        """Samples that learned routing has sent to each expert at each place so far, int64 (L, E)."""
-        return torch.stack([mixture.usage_E for mixture in self.model.mixtures])
-
     def _out_of_patience(self) -> bool:
         return 0 < self.config.patience <= self.epoch - self.improved
 
@@ -269,13 +256,6 @@ class Trainer:
         drops = self.config.patch_dropout and self.step < (1 - self.config.all_patches) * self.total_steps
         return {"patch_dropout": self.config.patch_dropout} if drops else {}
 
-    def _require_finite(self) -> None:
-        """Raise UserError if a step of this epoch had a number that is not finite."""
-        if found := self.numbers.check():
-            good_steps, term = found
-            at = (self.first_step + good_steps + 1, self.epoch, self.last_saved)
-            raise not_finite(term, *at, self.numbers.where())
-
     def _validate(self) -> dict[str, float]:
         validated = self.validate(self.evaluated)
         if not math.isfinite(validated.loss):
@@ -293,90 +273,3 @@ class Trainer:
         due = self.epoch == 1 or self.epoch % self.config.save_every == 0
         if due or self.epoch == self.config.epochs or self._out_of_patience():
             self._write_checkpoints()
-
-    def _write_checkpoints(self) -> None:
-        """Write best.pt if it has changed, and last.pt unless it is already of this step."""
-        if self.step == 0 or self.saved_at == (self.step, self.progress is None):
-            return
-        self._write_best()
-        self._require_finite()
-        state = self.state_dict()
-        if world().first:
-            save_checkpoint(self.run.last, state, self.last_saved)
-        self._mark_saved()
-
-    def _write_best(self) -> None:
-        if self.chosen_is_written:
-            return
-        best = {**self.chosen, "model": self._whole(self.chosen["model"])}
-        if world().first:
-            save_checkpoint(self.run.best, best, self.last_saved)
-        self.chosen_is_written = True
-
-    @property
-    def _models(self) -> list[torch.nn.Module]:
-        """All that has weights."""
-        return [self.model, *([self.ema.module] if self.ema else [])]
-
-    def _whole(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The state of a model of one process, on rank 0."""
-        return self.experts.spread.whole(state) if self.experts else state
-
-    def _own(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What is this process's of the state of a model of one process."""
-        return self.experts.spread.local(state) if self.experts else state
-
-    @property
-    def position(self) -> str:
-        """The progress of the training, in words."""
-        return f"step {self.step}, in epoch {self.epoch}" if self.progress else f"epoch {self.epoch}"
-
-    def _mark_saved(self) -> None:
-        self.saved_at, self.last_saved = (self.step, self.progress is None), f"{self.run.last} of {self.position}"
-
-    def state_dict(self) -> dict[str, Any]:
-        """The full training state."""
-        several = self.experts
-        optimizer = several.optimizer_state(self.optimizer, self.model) if several else self.optimizer.state_dict()
-        return {
-            "model": self._whole(self.model.state_dict()),
-            "ema": self._whole(self.ema.module.state_dict()) if self.ema else None,
-            "optimizer": optimizer,
-            "placement": several.spread.shares if several else None,
-            "epoch": self.epoch,
-            "step": self.step,
-            "progress": self.progress and self.progress.state_dict(),
-            "best": self.best,
-            "improved": self.improved,
-            "warned": self.routing.warned,
-            "random": self.shares.state(),
-            "threads": torch.get_num_threads(),
-            "task_id": self.tracker.task_id,
-            **self.identity,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state of `state_dict`. Raises UserError if it does not fit this model."""
-        require_like(state, RESUMABLE, self.run.last)
-        with fitting(self.run.last):
-            optimizer = state["optimizer"]
-            if self.experts:
-                if self.experts.start_from(state.get("placement"), self._models):
-                    self.optimizer = build_optimizer(self.model, self.optim)
-                    self.train_step.use(self.optimizer)
-                optimizer = self.experts.local_optimizer_state(optimizer, self.optimizer, self.model)
-            self.model.load_state_dict(self._own(state["model"]))
-            if self.frozen:
-                self.frozen.remember()
-            if self.ema:
-                self.ema.module.load_state_dict(self._own(state["ema"]))
-            load_optimizer(self.optimizer, optimizer)
-            self.epoch, self.step, self.best = state["epoch"], state["step"], dict(state["best"])
-            self.improved, self.routing.warned = state["improved"], list(state["warned"])
-            stored, zeros = state.get("progress"), EpochSums.zeros(*self._usage().shape, self.device)
-            self.progress = stored and Progress.from_state(stored, zeros)
-            left = self.steps_per_epoch - self.progress.batches if self.progress else 0
-            if not 0 <= left <= self.steps_per_epoch or self.step != self.epoch * self.steps_per_epoch - left:
-                raise ValueError(f"step {self.step} is not in epoch {self.epoch}")
-            self.shares.load_state(state["random"], self.step)
-        self._mark_saved()

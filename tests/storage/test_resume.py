@@ -168,6 +168,7 @@ def test_a_torn_checkpoint_gives_way_to_the_one_before(tmp_path, splits, capsys,
         last.unlink()
     else:
         last.write_bytes({"cut": content[: len(content) // 2], "flip": content, "empty": b""}[harm])
+    capsys.readouterr()  # progress of the training, on a slow machine
     resumed = make_trainer(tmp_path / "run", splits, resume=True)
     assert resumed.epoch == 3
     line = capsys.readouterr().err
