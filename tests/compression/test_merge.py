@@ -10,6 +10,7 @@ from compression_helpers import behind, inputs_of, inside
 
 from common.errors import UserError
 from compression.align import align, average, layers_of, write_layers
+from config.config import Config
 from compression.merge import check_merge, choose_groups, fit, group, likeness_of_gates, merge, merged_config
 from compression.observe import inputs_of as matrix_inputs
 from compression.observe import observe, output_of
@@ -210,3 +211,9 @@ def test_what_cannot_be_merged_is_one_line(router, number, message):
     with pytest.raises(UserError, match=message) as raised:
         check_merge(behind(router)[0], number)
     assert "\n" not in str(raised.value)
+
+
+def test_one_expert_has_none_to_merge_with():
+    config = Config()
+    with pytest.raises(UserError, match="--merge is 1: there is one expert, and nothing to merge it with"):
+        check_merge(config, 1, 1)
