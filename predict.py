@@ -4,6 +4,7 @@ python predict.py runs/cifar100-20260101-120000 cat.jpg holiday/
 python predict.py RUN cat.jpg --json                        one JSON document instead of text
 python predict.py RUN holiday/ --reject 0.05                mark images unlike the training images
 python predict.py RUN cat.jpg dog.png --explain out.png     a figure of images, classes and experts
+python predict.py RUN --serve                               a page in the browser to drop images on
 """
 
 from common.errors import exit_on_signal
@@ -15,7 +16,7 @@ import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -27,17 +28,23 @@ from common.distributed import require_alone
 from common.errors import EnvironmentFault, UserError, exit_code_of, exit_process, say
 from common.files import write_atomically
 from common.plugins import add_plugins_option, load_plugins
+from common.signals import stoppable
 from common.text import as_json, is_unicode, printable
 from data.datasets import DATASETS
 from data.image_file import Picture, read_picture
 from data.image_tree import find_images
 from evaluation.classify import Answer, classify
+from evaluation.page import HOST, Ask, listen, require_gradio, serve
 from evaluation.trained import TrainedRun
 from evaluation.unlike import Unlike
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 BATCH = 32  # images per batch
 EXPLAINED = 12  # images in the figure
 MAPS = 4  # blocks shown in it, for experts inside the ViT
+PORT = 7860  # gradio's own
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -48,7 +55,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "images",
         type=path_option,
         metavar="IMAGE",
-        nargs="+",
+        nargs="*",
         help="image files of any format that Pillow reads, or folders of them; they are cropped to the centre square "
         f"and resized to the resolution of the run's dataset ({', '.join(_sides())}; else its data.image_size)",
     )
@@ -60,6 +67,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="OUT.png",
         help=f"draw the first {EXPLAINED} images, their classes and experts",
     )
+    parser.add_argument(
+        "--serve",
+        action="store_true",
+        help="answer images dropped on a page in the browser, which this machine alone can open; needs gradio",
+    )
+    parser.add_argument("--port", type=int, metavar="N", help=f"for --serve: the port (default {PORT}; 0: a free one)")
     parser.add_argument(
         "--backbone.weights", dest="weights", type=path_option, help="the backbone's weights, if they have moved"
     )
@@ -77,8 +90,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add_offload_options(parser)
     add_plugins_option(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)  # IMAGE may stand on both sides of options
     check_offload(parser, options)
+    _check_serve(parser, options)
     if options.top < 1:
         raise UserError(f"--top is {options.top}: it must be at least 1")
     if options.reject is not None and not 0 < options.reject < 1:
@@ -88,6 +102,19 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if options.explain and not options.explain.parent.is_dir():
         raise UserError(f"--explain {options.explain}: {options.explain.parent} is not a folder")
     return options
+
+
+def _check_serve(parser: Parser, options: argparse.Namespace) -> None:
+    """Raise UserError where --serve is given with what it has no use for, or --port without it."""
+    if options.serve and (options.images or options.json or options.explain):
+        parser.error("--serve takes its images from the page: leave out IMAGE, --json and --explain")
+    if not options.serve and not options.images:
+        parser.error("the following arguments are required: IMAGE, or --serve")
+    if not options.serve and options.port is not None:
+        parser.error("--port is for --serve: give both, or neither")
+    options.port = PORT if options.port is None else options.port
+    if not 0 <= options.port <= 65535:
+        raise UserError(f"--port is {options.port}: it must be from 0 to 65535")
 
 
 def _sides() -> list[str]:
@@ -103,6 +130,8 @@ def main() -> None:
     options = parse()
     require_alone("predict.py")
     load_plugins(options.plugins)
+    if options.serve:
+        return serve_page(options)
     files, failed = gather(options.images)
     if options.explain and options.explain.resolve() in {path.resolve() for path in files}:
         raise UserError(f"--explain {options.explain} is one of the images and would be overwritten: name another file")
@@ -111,7 +140,7 @@ def main() -> None:
     rows, shown = [], []
     for path, picture, answer in answers(trained, files, options.top, failed):
         marked = {} if unlike is None else compared(trained, unlike, picture, options.reject)
-        rows.append({"file": str(path), **answer.to_dict(), "notes": list(picture.notes), **marked})
+        rows.append(entry(path, picture, answer, marked))
         if len(shown) < EXPLAINED:
             shown.append((path, picture, answer))
         if not options.json:
@@ -125,6 +154,32 @@ def main() -> None:
         say(offload_line(trained.traffic))
     if failed:
         raise EnvironmentFault(f"{len(failed)} of {len(failed) + len(rows)} images could not be read")
+
+
+def serve_page(options: argparse.Namespace) -> None:
+    """Serve the page of --serve until a signal. Raises EnvironmentFault without gradio, UserError for a taken port."""
+    require_gradio()
+    with listen(options.port) as listening:
+        trained = load_trained(options.run, options.device, options.weights, say, options.offload_memory)
+        unlike = None if options.reject is None else load_unlike(trained, options.root, say)
+        say(f"open http://{HOST}:{listening.getsockname()[1]} in a browser on this machine; Ctrl-C ends it")
+        with stoppable():
+            serve(
+                listening, f"Vision MoE: {printable(options.run)}", asked(trained, options.top, unlike, options.reject)
+            )
+
+
+def asked(trained: TrainedRun, top: int, unlike: Unlike | None = None, share: float | None = None) -> Ask:
+    """What the page asks: a file to its entry in --json, and its figure."""
+
+    def ask(file: Path) -> tuple[dict[str, Any], "Figure"]:
+        picture = read_picture(file, trained.config.data.side, trained.config.data.grey)
+        (answer,) = classify(trained, picture.pixels_CHW[None], top)
+        marked = {} if unlike is None or share is None else compared(trained, unlike, picture, share)
+        figure = figure_of([(Path(file.name), picture, answer)], bool(trained.config.experts.shared))
+        return entry(file, picture, answer, marked), figure
+
+    return ask
 
 
 def gather(paths: list[Path]) -> tuple[list[Path], list[dict[str, str]]]:
@@ -190,6 +245,11 @@ def text(path: Path, picture: Picture, answer: Answer, shared: bool, marked: dic
     return "\n".join(lines) + "\n"
 
 
+def entry(path: Path, picture: Picture, answer: Answer, marked: dict[str, Any]) -> dict[str, Any]:
+    """An image's entry in --json. marked: what `compared` found."""
+    return {"file": str(path), **answer.to_dict(), "notes": list(picture.notes), **marked}
+
+
 def document(trained: TrainedRun, rows: list[dict[str, Any]], failed: list[dict[str, str]]) -> dict[str, Any]:
     """What --json prints."""
     return {
@@ -209,6 +269,12 @@ def _maps(answer: Answer) -> list[tuple[str, list[list[int]]]]:
 
 def draw(path: Path, shown: list[tuple[Path, Picture, Answer]], shared: bool) -> None:
     """Write the figure of --explain. Raises EnvironmentFault if it cannot be written."""
+    figure = figure_of(shown, shared)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
+
+
+def figure_of(shown: list[tuple[Path, Picture, Answer]], shared: bool) -> "Figure":
+    """The figure of images, their classes and experts. shared: as in `text`."""
     # here, because importing matplotlib takes a second
     from analysis.plots.pictures import explanation
     from evaluation.figures import warn_of_letters
@@ -216,7 +282,7 @@ def draw(path: Path, shown: list[tuple[Path, Picture, Answer]], shared: bool) ->
     warn_of_letters(
         [text for name, _, answer in shown for text in (name.name, *(score.name for score in answer.classes))]
     )
-    figure = explanation(
+    return explanation(
         [picture.pixels_CHW.permute(1, 2, 0).numpy() for _, picture, _ in shown],
         [printable(name.name) for name, _, _ in shown],
         [[(score.name, score.probability) for score in answer.classes] for _, _, answer in shown],
@@ -227,7 +293,6 @@ def draw(path: Path, shown: list[tuple[Path, Picture, Answer]], shared: bool) ->
         shared,
         [_maps(answer) for _, _, answer in shown] if shown[0][2].patches else (),
     )
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
 
 
 if __name__ == "__main__":

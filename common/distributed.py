@@ -24,6 +24,7 @@ from common import ending
 from common.errors import EnvironmentFault, UserError
 
 T = TypeVar("T")
+OLDEST = (2, 8)  # PyTorch; 2.6 may wait for the time limit when it leaves a group
 MEETING_SECONDS = 120.0  # that processes wait for the last of them to start
 
 
@@ -148,6 +149,11 @@ def joined(device: torch.device, timeout: float = 600.0) -> Iterator[World]:
     if not found.several:
         yield ALONE
         return
+    if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST:
+        raise UserError(
+            f"several processes need PyTorch {'.'.join(map(str, OLDEST))} or newer, and this is {torch.__version__}: "
+            "update it, or start one process"
+        )
     # At the time limit NCCL is to give up its calls, not to abort the process, which has a line to say.
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

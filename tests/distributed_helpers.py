@@ -10,15 +10,22 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from conftest import PNG
 from matplotlib.figure import Figure
 from torch import multiprocessing
 
-from common.distributed import joined, meeting_at
+from common.distributed import OLDEST, joined, meeting_at
 from common.errors import exit_code_of
 
 SECONDS = 120.0  # that a process waits for the others
+
+
+def skip_old_torch() -> None:
+    """Skip the test where PyTorch is too old for several processes."""
+    if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST:
+        pytest.skip(f"several processes need PyTorch {'.'.join(map(str, OLDEST))}, and this is {torch.__version__}")
 
 
 def in_processes(size: int, function: Callable[..., Any], *arguments: Any, device: str = "cpu") -> list[Any]:
@@ -27,6 +34,7 @@ def in_processes(size: int, function: Callable[..., Any], *arguments: Any, devic
     function: of a module, not of a test. device: cpu, or cuda, a GPU each. Fails with the traceback of the first
     process that does.
     """
+    skip_old_torch()
     with tempfile.TemporaryDirectory() as folder:
         # A new interpreter imports for seconds; but what uses a GPU cannot be forked.
         context = multiprocessing.get_context("spawn" if torch.cuda.is_initialized() or device == "cuda" else "fork")
@@ -58,6 +66,7 @@ class Program:
         before: Callable[[int], None] | None = None,
         evaluates: bool = False,
     ):
+        skip_old_torch()
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.evaluates = folder, evaluates
         self.meeting = folder / f"store-{time.monotonic_ns()}"

@@ -10,7 +10,10 @@ from analysis import plots
 
 # What garbage of other tests says when it is collected in one of these is not theirs.
 pytestmark = pytest.mark.filterwarnings(
-    "error", "ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning"
+    "error",
+    "ignore::pytest.PytestUnraisableExceptionWarning",
+    "ignore::ResourceWarning",
+    "ignore::DeprecationWarning",  # of what matplotlib itself calls
 )
 
 

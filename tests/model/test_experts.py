@@ -122,6 +122,7 @@ def test_shared_experts_are_announced_beside_the_routed_ones(monkeypatch, capsys
         model=SimpleNamespace(mixtures=[SimpleNamespace(router=SimpleNamespace(experts_per_sample=2))]),
         bank=SimpleNamespace(feature_shape=(1,)),
         run=SimpleNamespace(path="run"),
+        experts=None,
     )
     for shared, line in (
         ([[2048], "small"], "shared       2048, 256-128; every sample passes all of them"),

@@ -222,7 +222,7 @@ def test_new_experts_inside_the_vit_change_no_bit(kind, level, ffn):
     assert torch.equal(before.eval()(x)[0], model.eval()(x)[0])
     frozen = Frozen(model, ["router", "experts"], Shared.by_name(BEFORE, BEFORE), 5)
     kept = state(model)
-    train_on(model, 6, frozen)
+    train_on(model, 12, frozen)
     assert all(mixture.usage_E[3] > 0 for mixture in model.mixtures)
     for name, value in model.state_dict().items():
         if name.endswith("experts.down.weight"):

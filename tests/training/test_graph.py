@@ -143,8 +143,8 @@ def test_static_dispatch_is_what_a_choice_left_open_becomes(configured, used, mo
     head.moe.dispatch_mode = configured
     seen = []
     monkeypatch.setattr(
-        "model.moe.dispatch",
-        lambda x, routing, experts, how: seen.append(how) or dispatch.dispatch(x, routing, experts, how),
+        "model.moe.run_experts",
+        lambda received, experts, how: seen.append(how) or dispatch.run_experts(received, experts, how),
     )
     head(torch.zeros(3, 24), static=True)
     head(torch.zeros(3, 24))
