@@ -10,10 +10,10 @@ from compression_helpers import behind, inputs_of, inside
 
 from common.errors import UserError
 from compression.align import align, average, layers_of, write_layers
-from config.config import Config
 from compression.merge import check_merge, choose_groups, fit, group, likeness_of_gates, merge, merged_config
 from compression.observe import inputs_of as matrix_inputs
 from compression.observe import observe, output_of
+from config.config import Config
 
 KINDS = {
     "mlp": lambda: behind(experts={"sizes": [[6, 5]] * 4}),
