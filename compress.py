@@ -18,7 +18,9 @@ from assembly.compressing import check_plan, compress
 from assembly.compression_steps import AUTO, CALIBRATIONS, Plan
 from assembly.loading import configure, open_run
 from common.arguments import Parser, path_option
+from common.distributed import require_alone
 from common.errors import UserError, exit_code_of, exit_process
+from common.files import require_place
 from common.plugins import add_plugins_option, load_plugins
 from common.signals import stoppable
 from common.text import printable
@@ -175,12 +177,14 @@ def experts_of(option: str, words: list[str] | None) -> list[int] | str | None:
 def main() -> None:
     """Open the run, check what is asked of it, make the smaller one."""
     options = parse()
+    require_alone("compress.py")
     load_plugins(options.plugins)
     names = ("prune", "merge", "distil", "epochs", "sizes", "temperature", "weight")
     names += ("quantise", "protect", "calibrate", "rows", "budget")
     plan = Plan(**{name: getattr(options, name) for name in names})
     if options.out.exists():
         raise UserError(f"--out {options.out} exists: name a new folder")
+    require_place(options.out, "--out")
     with stoppable():
         run = RunFolder(options.runs[0])
         check_plan(configure(describe(run)["config"], options.device, options.root, options.weights), plan)

@@ -17,6 +17,7 @@ from assembly.loading import offload_line, open_run
 from assembly.pipeline import compile_blocks
 from assembly.start import tags_of
 from common.arguments import Parser, add_offload_options, check_offload, path_option
+from common.distributed import require_alone
 from common.errors import exit_code_of, exit_process
 from common.plugins import add_plugins_option, load_plugins
 from common.text import printable, quoted
@@ -88,6 +89,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     check_offload(parser, options)
     if options.offload is not None and options.compare is not None:
         parser.error("--offload is for evaluating a RUN, not for --compare")
+    of_one = {"data.root": "root", "backbone.weights": "weights", "features.cache_dir": "cache_dir"}
+    for name, field in {**of_one, "worth_images": "worth_images", "latency": "latency"}.items():
+        if options.compare is not None and getattr(options, field) is not None:
+            parser.error(f"--{name} is for evaluating a RUN, not for --compare")
     if options.worth_images is not None and options.worth_images < 0:
         parser.error(f"--worth_images is {options.worth_images}: it must be a number of images, or 0 for none")
     if options.out is not None and options.compare is None:
@@ -99,6 +104,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
+    require_alone("evaluate.py")
     load_plugins(options.plugins)
     if options.compare:
         from evaluation.compare import compare  # here, because importing matplotlib takes a second

@@ -13,6 +13,7 @@ import argparse
 
 from assembly.loading import load_trained
 from common.arguments import Parser, path_option
+from common.distributed import require_alone
 from common.errors import exit_code_of, exit_process, say
 from common.plugins import add_plugins_option, load_plugins
 from common.text import printable
@@ -34,6 +35,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
+    require_alone("export.py")
     load_plugins(options.plugins)
     check_target(options.out)
     trained = load_trained(options.run, "cpu", options.weights, say=say)

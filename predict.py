@@ -24,6 +24,7 @@ from analysis.blocks import evenly_spaced
 from assembly.loading import load_trained, offload_line
 from assembly.unlike import frozen_features, load_unlike
 from common.arguments import Parser, add_offload_options, check_offload, path_option
+from common.distributed import require_alone
 from common.errors import EnvironmentFault, UserError, exit_code_of, exit_process, say
 from common.files import write_atomically
 from common.plugins import add_plugins_option, load_plugins
@@ -127,6 +128,7 @@ def _sides() -> list[str]:
 
 def main() -> None:
     options = parse()
+    require_alone("predict.py")
     load_plugins(options.plugins)
     if options.serve:
         return serve_page(options)

@@ -17,6 +17,7 @@ import argparse
 from pathlib import Path
 
 from common.arguments import Parser, path_option
+from common.distributed import require_alone
 from common.errors import exit_code_of, exit_process
 from common.signals import stoppable
 from common.text import command, printable
@@ -48,6 +49,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]
     parser.add_argument("--out", type=path_option, metavar="DIR", help="of the study (default: runs/tune-SPACE)")
     parser.add_argument("--storage", metavar="URL", help="database of Optuna (default: an SQLite file in DIR)")
     parser.add_argument("--no_pruning", action="store_true", help="let trials that are worse than most go on")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options, words = parser.parse_known_args(argv)
     for name in ("trials", "jobs"):
         if getattr(options, name) < 1:
@@ -60,6 +62,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]
 
 def main() -> None:
     options, words = parse()
+    require_alone("tune.py")
     require_optuna()
     with stoppable():
         config = parse_command_line(words).config

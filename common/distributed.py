@@ -130,6 +130,13 @@ def started() -> Iterator[World]:
         yield found
 
 
+def require_alone(program: str) -> None:
+    """Raise UserError where several processes were started for a program that is one; one of them says so."""
+    if expected_world().several:
+        with started():
+            raise UserError(f"{program} is one process: start it with python {program}; torchrun is for train.py alone")
+
+
 @contextmanager
 def joined(device: torch.device, timeout: float = 600.0) -> Iterator[World]:
     """The world of the processes that were started together, inside the block; alone this is a world of one.

@@ -1,6 +1,7 @@
 """Atomic writing of files."""
 
 import os
+import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -44,6 +45,21 @@ def write_atomically(path: Path, write: Callable[[Path], Any], kept: str = "", p
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def require_place(path: Path, option: str) -> None:
+    """Raise EnvironmentFault where a folder or file of this path could not be written; leaves nothing behind.
+
+    option: which names the path, for the message.
+    """
+    parent = next(each for each in path.absolute().parents if each.exists())
+    try:
+        with tempfile.TemporaryDirectory(prefix=".", dir=parent):
+            pass
+    except OSError as error:
+        raise EnvironmentFault(
+            f"{option} {path} cannot be made in {parent}: {error.strerror}; name another place"
+        ) from error
 
 
 def _reason(error: BaseException) -> str:

@@ -27,6 +27,8 @@ def check_merge(config: Config, number: int, count: int | None = None) -> None:
     count = len(config.experts.sizes) if count is None else count
     rule = ROUTERS[config.router.kind]
     if not 1 <= number < count:
+        if count == 1:
+            raise UserError(f"--merge is {number}: there is one expert, and nothing to merge it with")
         raise UserError(f"--merge is {number}: there are {count} experts to merge, so give 1 to {count - 1}")
     if number < config.router.top_k:
         top_k = config.router.top_k

@@ -69,7 +69,12 @@ def open_study(folder: StudyFolder, space: Space, config: Config, seed: int, pru
     import optuna
     from sqlalchemy.exc import SQLAlchemyError
 
-    folder.path.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EnvironmentFault(
+            f"{printable(folder.path)} cannot be made: {error.strerror}; choose another --out"
+        ) from error
     connect = {"connect_args": {"timeout": 60}} if folder.url.startswith("sqlite") else {}
     warmup = max(1, config.train.epochs // 4)
     try:
@@ -84,6 +89,11 @@ def open_study(folder: StudyFolder, space: Space, config: Config, seed: int, pru
         with folder.locked():
             _require_same(study, folder, "space", as_plain(space))
             _require_same(study, folder, "options", _options(config, space))
+    except ImportError as error:
+        raise EnvironmentFault(
+            f"--storage {printable(folder.url)} needs a driver that is not installed: install the one that SQLAlchemy "
+            "names for this database, or leave --storage out"
+        ) from error
     except (SQLAlchemyError, ValueError) as error:
         where = printable(folder.storage or folder.path / "study.db")
         reason = one_line(str(getattr(error, "orig", error)), 160)

@@ -13,6 +13,7 @@ from compression.align import align, average, layers_of, write_layers
 from compression.merge import check_merge, choose_groups, fit, group, likeness_of_gates, merge, merged_config
 from compression.observe import inputs_of as matrix_inputs
 from compression.observe import observe, output_of
+from config.config import Config
 
 KINDS = {
     "mlp": lambda: behind(experts={"sizes": [[6, 5]] * 4}),
@@ -210,3 +211,9 @@ def test_what_cannot_be_merged_is_one_line(router, number, message):
     with pytest.raises(UserError, match=message) as raised:
         check_merge(behind(router)[0], number)
     assert "\n" not in str(raised.value)
+
+
+def test_one_expert_has_none_to_merge_with():
+    config = Config()
+    with pytest.raises(UserError, match="--merge is 1: there is one expert, and nothing to merge it with"):
+        check_merge(config, 1, 1)

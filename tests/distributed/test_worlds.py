@@ -1,15 +1,18 @@
 """Who is who among the processes of a run, what is refused, and how answers for parts of a split are joined."""
 
+import os
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 from assembly.pipeline import pick_device
 from common import distributed
-from common.distributed import World, expected_world
-from common.errors import UserError
+from common.distributed import World, expected_world, meeting_at, require_alone
+from common.errors import UserError, exit_code_of
 from evaluation.block_routing import BlockRouting
 from evaluation.predictions import Predictions, Removals
 from evaluation.together import join, own_part
@@ -78,3 +81,29 @@ def test_answers_for_parts_are_joined_in_order():
     assert whole.removals.predicted_EN.shape == (2, 9) and (whole.removals.before_EE == 9).all()
     assert whole.blocks.count_NLE.shape == (9, 1, 2)
     assert len(whole.blocks.first_MLT) == 5  # the first images without a gap: those of the third part follow one
+
+
+def _asks(rank, meeting):
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+    with (meeting.parent / f"{rank}.txt").open("w") as file:
+        sys.stderr = file
+        with meeting_at(meeting):
+            sys.exit(exit_code_of(lambda: require_alone("evaluate.py")))
+
+
+def test_a_program_that_is_one_process_says_so_once(tmp_path):
+    require_alone("evaluate.py")
+    context = torch.multiprocessing.get_context("fork")
+    processes = [context.Process(target=_asks, args=(rank, tmp_path / "store")) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [2, 2]
+    said = "".join(path.read_text() for path in tmp_path.glob("*.txt"))
+    assert said.count("\n") == 1 and "evaluate.py is one process: start it with python evaluate.py" in said
+
+
+@pytest.mark.parametrize("name", ["evaluate", "predict", "compress", "export", "tune"])
+def test_each_other_program_asks_first(name):
+    assert f'require_alone("{name}.py")' in (ROOT / f"{name}.py").read_text(encoding="utf-8")

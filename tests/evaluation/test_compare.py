@@ -207,6 +207,13 @@ def test_what_cannot_be_compared_is_one_line(call, tmp_path, bad, words):
     assert not (tmp_path / "comparison").exists()
 
 
+@pytest.mark.parametrize("words", [["--latency"], ["--data.root", "x"], ["--worth_images", "8"]])
+def test_options_of_one_run_are_refused_beside_compare(call, tmp_path, words):
+    code, _, err = call(*words, "--compare", write_run(tmp_path / "a"), write_run(tmp_path / "b"))
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"{words[0]} is for evaluating a RUN, not for --compare" in err
+
+
 def test_the_command_line_is_explained_in_one_screen(call):
     code, out, _ = call("--help")
     assert code == 0 and 9 < out.count("\n") <= 40

@@ -1,5 +1,6 @@
 """tune.py: trials in processes of their own, gone on with, pruned, failed, and selected on validation alone."""
 
+import importlib.util
 import json
 import os
 import re
@@ -173,3 +174,22 @@ def test_without_optuna_one_line_says_how_to_get_it(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["tune.py", "--space", "s.yaml", "--trials", "1"])
     assert exit_code_of(tune.main) == 1
     assert capsys.readouterr().err == "error: tune.py needs Optuna, which is not installed: pip install optuna\n"
+
+
+@pytest.mark.parametrize(
+    "words, line",
+    [
+        (["--out", "{}/space.yaml"], "space.yaml cannot be made: File exists; choose another --out"),
+        (["--out", "{}/out", "--storage", "postgresql://nowhere/x"], "needs a driver that is not installed"),
+    ],
+)
+def test_a_place_or_a_database_that_is_not_there_is_one_line(words, line, tmp_path, monkeypatch, capsys):
+    if "postgresql" in words[-1] and importlib.util.find_spec("psycopg2"):
+        pytest.skip("the driver is installed")
+    (tmp_path / "space.yaml").write_text(SPACE, encoding="utf-8")
+    words = [word.format(tmp_path) for word in words]
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("sys.argv", ["tune.py", *SMALL, "--space", f"{tmp_path}/space.yaml", "--trials", "1", *words])
+    assert exit_code_of(tune.main) == 1
+    error = capsys.readouterr().err
+    assert line in error and error.count("\n") == 1

@@ -1,0 +1,14 @@
+"""Where a folder or file can be made."""
+
+import pytest
+
+from common.errors import EnvironmentFault
+from common.files import require_place
+
+
+def test_a_place_is_tried_and_left_as_it_was(tmp_path):
+    require_place(tmp_path / "new" / "run", "--out")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(EnvironmentFault, match=r"--out .*run cannot be made in .*file: Not a directory; name another"):
+        require_place(tmp_path / "file" / "run", "--out")
