@@ -49,6 +49,8 @@ def _meanings(value: Any) -> Iterator[Any]:
         return
     if value.strip().lower() in NULL:
         yield None
+    if value.strip().startswith("["):  # a list, where text would do as well
+        yield spelled(value)
     yield value
     yield spelled(value)
 

@@ -138,7 +138,7 @@ def another_rate(rank: int) -> None:
 
 def another_torch(rank: int) -> None:
     if rank == 1:
-        torch.__version__ = "2.0.0"
+        torch.__version__ = "99.0.0"
 
 
 def other_data(rank: int) -> None:
