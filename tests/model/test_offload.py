@@ -1,6 +1,7 @@
 """Offloaded experts: the same answers, fetched when they are chosen, the most used kept within the memory given."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -163,7 +164,9 @@ def test_a_batch_that_chooses_no_adapter_is_answered_by_the_vit_alone():
 @torch.no_grad()
 def test_on_a_gpu_weights_come_from_page_locked_memory(inside):
     # With preferences: a new gate's scores are all equal, and a GPU breaks ties otherwise than a CPU.
-    device, model = torch.device("cuda"), spread(moe_vit() if inside else head(top_k=2)).eval()
+    device = torch.device("cuda")
+    made: Any = moe_vit() if inside else head(top_k=2)
+    model = spread(made).eval()
     samples = images(40) if inside else torch.randn(40, 6)
     copied = copy.deepcopy(model)
     resident = copied.on(copy.deepcopy(model.backbone).to(device)) if inside else copied.to(device)
