@@ -8,7 +8,18 @@ import pytest
 import torch
 
 from assembly.pipeline import build_model
-from benchmarks import adaptation, devices, dispatch, extraction, recipe, scaling, step, study, time_to_accuracy
+from benchmarks import (
+    adaptation,
+    devices,
+    dispatch,
+    extraction,
+    recipe,
+    scaling,
+    seeds,
+    step,
+    study,
+    time_to_accuracy,
+)
 from benchmarks.common import Failure, Timing, attempt, table, timed
 from benchmarks.layers import Shape, contestants
 from common.errors import UserError, exit_code_of
@@ -142,7 +153,7 @@ def test_tiny_leaves_what_was_given_as_it_is(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "benchmark", [adaptation, devices, dispatch, extraction, recipe, scaling, step, study, time_to_accuracy]
+    "benchmark", [adaptation, devices, dispatch, extraction, recipe, scaling, seeds, step, study, time_to_accuracy]
 )
 def test_help_explains_every_option_and_its_default(benchmark, capsys):
     with pytest.raises(SystemExit):
@@ -290,3 +301,16 @@ def test_a_wrong_option_is_one_line(capsys):
         scaling.main(["--samples", "5000", "100"])
     assert exit_code_of(lambda: dispatch.main(["--device", "gpu"])) == 2
     assert "device is 'gpu'" in capsys.readouterr().err
+
+
+def test_stacked_seeds_compute_what_each_of_them_does(tmp_path, capsys):
+    head = seeds.TINY["tiny"]
+    weights, x_SBD = seeds.weights_of(head, 3, CPU), torch.randn(3, head.batch, head.features)
+    alone = [
+        seeds.logits(head, {name: value[s : s + 1] for name, value in weights.items()}, x_SBD[s : s + 1])
+        for s in range(3)
+    ]
+    torch.testing.assert_close(seeds.logits(head, weights, x_SBD), torch.cat(alone))
+    seeds.main([*TINY, str(tmp_path)])
+    assert "one seed after the other" in capsys.readouterr().out
+    assert read(tmp_path, "seeds")["rows"][0]["stacked"]["median"] > 0
