@@ -193,16 +193,25 @@ def test_ways_to_adapt_a_vit_share_a_file_of_runs(tmp_path, capsys):
     lines = adaptation.read(tmp_path / "adaptation_tiny.jsonl")
     assert [(line["method"], line["pick"]) for line in lines] == [
         ("experts", False),
-        *[("full", True)] * 2,
+        *[("full", True)] * 3,
         ("full", False),
     ]
-    assert lines[3]["lr"] == max(lines[1:3], key=lambda line: line["macro_f1"])["lr"]
-    assert lines[3]["trained"] > lines[0]["trained"]
+    assert lines[4]["lr"] == max(lines[1:4], key=lambda line: line["macro_f1"])["lr"]
+    assert lines[4]["trained"] > lines[0]["trained"]
     capsys.readouterr()
     adaptation.main([*options, "full"])
     assert adaptation.read(tmp_path / "adaptation_tiny.jsonl") == lines
     shown = capsys.readouterr().out
-    assert f"{100 * (lines[3]['macro_f1'] - lines[0]['macro_f1']):+.2f}" in shown
+    assert f"{100 * (lines[4]['macro_f1'] - lines[0]['macro_f1']):+.2f}" in shown
+
+
+def test_only_runs_of_the_rate_that_was_chosen_are_in_the_table():
+    picks = [{"method": "full", "pick": True, "seed": 0, "lr": lr, "macro_f1": f1} for lr, f1 in ((1, 0.1), (2, 0.2))]
+    runs = [{"method": "full", "pick": False, "seed": seed, "lr": lr} for seed, lr in ((0, 1), (0, 2), (1, 1))]
+    for index, run in enumerate(runs):
+        run |= {"macro_f1": 0.5 + index / 10, "trained": 1e6, "seconds": 3.0}
+    _, rows = adaptation.report([*picks, *runs])
+    assert [row[:4] for row in rows] == [["full", "2", 1, "60.00"]]
 
 
 def test_the_dense_adapter_is_as_wide_as_the_active_experts_under_an_even_load():
