@@ -1,5 +1,6 @@
 """A trained run, or several, teach a smaller model on the first one's images or features."""
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from common.errors import UserError
 from common.text import printable
 from compression.distil import dense_student, sparse_student
 from config.config import Config
+from model.moe_vit import AnyMoE, MoEViT
 from storage.folder import RunFolder
 from tracking.tracker import Tracker
 from training.length import shorten_warmup
@@ -85,9 +87,10 @@ def teach(
 ) -> tuple[Trainer, dict[str, Any]]:
     """Train the student in `run`. Returns the trainer, and what `Trainer.fit` returns."""
     plan, opened, config = work.plan, work.opened, student.config
-    for each in (opened, *others):
-        compile_blocks(config, each.model, opened.inputs.device)
-    teacher = Teacher([each.model for each in (opened, *others)], plan.temperature, plan.weight)
+    models = [_own(each.model) for each in (opened, *others)]
+    for model in models:
+        compile_blocks(config, model, opened.inputs.device)
+    teacher = Teacher(models, plan.temperature, plan.weight)
     trainer = build_trainer(config, opened.inputs, run, tracker, bank=opened.bank, teacher=teacher)
     if student.weights is not None:
         trainer.start_from(student.weights)
@@ -101,6 +104,11 @@ def teach(
     work.take(config, model.to(device).eval(), "distil", kind=plan.distil, weight=plan.weight, **figures)
     _note(work, student)
     return trainer, best
+
+
+def _own(model: AnyMoE) -> AnyMoE:
+    """A copy that may be compiled, which what looks into a model cannot bear."""
+    return model.on(model.backbone) if isinstance(model, MoEViT) else copy.deepcopy(model)
 
 
 def _note(work: Work, student: Student) -> None:

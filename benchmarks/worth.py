@@ -2,7 +2,7 @@
 
 python -m benchmarks.worth --config configs/cifar100.yaml --data.root DATA --backbone.weights FILE
 python -m benchmarks.worth --config configs/cifar100.yaml --experts.sizes "[[16],[32],[64]]" --name "three experts" ...
-python -m benchmarks.worth --tiny                                                       a rehearsal on a CPU, with digits
+python -m benchmarks.worth --tiny                                                     a rehearsal on a CPU, with digits
 
 A tenth of the training images are held out unless --data.validation says otherwise; the test images are not read. Each
 run is a line of --out/worth.jsonl, and the table shows all lines. Options that are none of those below go to train.py's
