@@ -19,6 +19,7 @@ from benchmarks import (
     step,
     study,
     time_to_accuracy,
+    worth,
 )
 from benchmarks.common import Failure, Timing, attempt, table, timed
 from benchmarks.layers import Shape, contestants
@@ -153,7 +154,8 @@ def test_tiny_leaves_what_was_given_as_it_is(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "benchmark", [adaptation, devices, dispatch, extraction, recipe, scaling, seeds, step, study, time_to_accuracy]
+    "benchmark",
+    [adaptation, devices, dispatch, extraction, recipe, scaling, seeds, step, study, time_to_accuracy, worth],
 )
 def test_help_explains_every_option_and_its_default(benchmark, capsys):
     with pytest.raises(SystemExit):
@@ -214,6 +216,15 @@ def test_ways_to_adapt_a_vit_share_a_file_of_runs(tmp_path, capsys):
     assert adaptation.read(tmp_path / "adaptation_tiny.jsonl") == lines
     shown = capsys.readouterr().out
     assert f"{100 * (lines[4]['macro_f1'] - lines[0]['macro_f1']):+.2f}" in shown
+
+
+@pytest.mark.slow
+def test_what_experts_are_worth_is_kept_for_each_recipe(tmp_path, capsys):
+    worth.main(["--tiny", "--device", "cpu", "--out", str(tmp_path), "--name", "four"])
+    (line,) = [json.loads(text) for text in (tmp_path / "worth_tiny.jsonl").read_text().splitlines()]
+    assert len(line["worth"]) == len(line["load"]) == 4 and sum(line["load"]) == pytest.approx(1)
+    assert all(value <= line["macro_f1"] for value in line["worth"])  # what is left is no less than nothing
+    assert "| four   | 0" in capsys.readouterr().out
 
 
 def test_only_runs_of_the_rate_that_was_chosen_are_in_the_table():
