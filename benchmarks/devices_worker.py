@@ -29,7 +29,7 @@ BLOCKS = "--router.warmup_steps 20 --train.all_patches 0 --train.save_every 1000
 TINY_BLOCKS = "--config configs/digits_blocks.yaml --train.batch_size 24 --router.warmup_steps 1"
 HEAD = f"--config {HEAD_RECIPE} --backbone.pretrained false"
 TINY_HEAD = "--config configs/digits.yaml --features.views 2 --augment.flip true"
-PROFILED = 10  # steps whose exchanges are timed
+PROFILED, PROFILED_TINY = 10, 2  # steps whose exchanges are timed, after half as many that warm up
 
 
 def main() -> None:
@@ -80,9 +80,10 @@ def training(options: argparse.Namespace, device: torch.device, batch_of: Callab
         found = {name: median(line[name] for line in lines) for name in lines[0] if "speed/" in name} if lines else {}
         found = world().broadcast(found)
         once = _step_of(trainer, batch)
-        for _ in range(5):
+        steps = PROFILED_TINY if options.tiny else PROFILED
+        for _ in range(steps // 2):
             result = once()
-        exchange = exchange_of(once, device, PROFILED) if world().several else {}
+        exchange = exchange_of(once, device, steps) if world().several else {}
         trainer.release_graphs()
         trained = sum(value.numel() for value in trainer.model.parameters() if value.requires_grad)
         router = trainer.model.mixtures[0].router

@@ -74,7 +74,7 @@ def _once(worker: str, number: int, options: argparse.Namespace, names: list[str
 
 
 def _start(run: list[str], rank: int, size: int, port: int, output: IO) -> subprocess.Popen:
-    """One process with the variables that torchrun gives it; torchrun itself would start in seconds, and kill in more."""
+    """One process with the variables that torchrun gives it, which itself takes seconds to start and to kill."""
     variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
     variables = {"OMP_NUM_THREADS": "1", **os.environ, **{name: str(value) for name, value in variables.items()}}
     return subprocess.Popen(run, cwd=ROOT, env=variables, stdout=output, stderr=subprocess.STDOUT)
@@ -105,8 +105,8 @@ def _read(out: Path) -> dict[str, Any]:
 
 def _error_in(text: str) -> str:
     lines = text.splitlines()
-    said = [line for line in lines if line.startswith("error")] or [line for line in lines if "Error" in line]
-    return one_line((said or lines or ["ended without a word"])[0], 300)
+    said = [line for line in lines if line.startswith("error")] or [line for line in lines if "Error" in line][-1:]
+    return one_line((said or lines[-1:] or ["ended without a word"])[0], 300)
 
 
 def failure(found: Any) -> str | None:
