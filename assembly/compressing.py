@@ -25,6 +25,7 @@ from config.parallel import ParallelConfig
 from evaluation.cost import cost, expert_costs, parameters, trained_cost
 from evaluation.evaluation import evaluate
 from evaluation.latency import latency
+from model.moe_vit import MoEViT
 from storage.export import export_model
 from storage.folder import RunFolder
 
@@ -88,6 +89,8 @@ def compress(
         if trainer is None:
             trainer = build_trainer(config, opened.inputs, run, tracker, bank=opened.bank)
             best = trainer.adopt(work.model.state_dict(), work.validated)
+            if isinstance(trainer.model, MoEViT):  # to score them once would not repay that they are compiled
+                trainer.model.compile(set())
         export_model(run, best)
         trainer.model.load_state_dict(best["model"])
         after = figures(work, run) | {"macro_f1_test": None}

@@ -2,17 +2,19 @@
 
 python -m benchmarks.adaptation --data.root DATA --backbone.weights FILE              all methods, on a GPU
 python -m benchmarks.adaptation --methods lora --seeds 3 --data.root DATA ...         some of the runs
+python -m benchmarks.adaptation --tables                                              what is stored, as Markdown
 python -m benchmarks.adaptation --tiny                                                a rehearsal on a CPU, with digits
 
 experts: the default recipe. dense: one adapter in each block, as wide as the recipe's active width under an even load.
 lora: LoRA of as many trained weights (peft), in every matrix of the blocks. full: all weights of the ViT. head: the
-head recipe. The first four have the same images, views, order, batches, schedule and linear head; each of dense, lora
-and full has the learning rate that is best on validation images (a tenth of the training images, --pick_epochs epochs,
-one seed; the recipe was chosen on the same split). The test images are scored once a run.
+head recipe. article: the reference recipe, on cached features. The first four have the same images, views, order,
+batches, schedule and linear head; each of dense, lora and full has the learning rate that is best of three on
+validation images (a tenth of the training images, --pick_epochs epochs, one seed; the recipe was chosen on the same
+split). The test images are scored once a run.
 
 Every run is a line of --out/adaptation.jsonl; runs that stand there are not made again, so that several processes,
-each on its own GPU, can share the work by --methods and --first_seed. Options that are none of those below go to
-train.py's configuration.
+each on its own GPU and with its own --out, can share the work by --methods and --first_seed: their files, one behind
+the other, are a file of all. Options that are none of those below go to train.py's configuration.
 """
 
 import json
@@ -26,14 +28,16 @@ from assembly.pipeline import Inputs, load_inputs
 from benchmarks.adaptation_models import lora_rank, train_adapted
 from benchmarks.common import HEAD_RECIPE, Parser, environment, header, start, synchronise, table
 from benchmarks.runs import trained_run
+from benchmarks.study_tables import paired_interval
 from common.errors import exit_code_of
 from config.command_line import parse_command_line
 from config.config import Config, config_from_dict
 from evaluation.metrics import scores
 from evaluation.predict import predict
 
-RATES = {"dense": [5e-4, 1e-3], "lora": [3e-4, 1e-3], "full": [1e-5, 3e-5]}
-METHODS = ["experts", "dense", "lora", "full", "head"]
+RATES = {"dense": [2.5e-4, 5e-4, 1e-3], "lora": [3e-4, 1e-3, 3e-3], "full": [1e-5, 3e-5, 1e-4]}
+BEHIND = {"head": HEAD_RECIPE, "article": HEAD_RECIPE.with_name("article.yaml")}
+METHODS = ["experts", *RATES, *BEHIND]
 TINY = ["--config", "configs/digits_blocks.yaml", "--data.max_per_class", "20", "--train.epochs", "1"]
 TINY += ["--train.batch_size", "32", "--data.validation", "0.2", "--router.warmup_steps", "2"]
 
@@ -49,13 +53,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--pick_only", action="store_true", help="choose learning rates, and leave the test images (default: no)"
     )
+    parser.add_argument("--tables", action="store_true", help="only print what is stored (default: no)")
     options, rest = parser.parse_known_args(argv)
     rest = [*TINY, *rest] if options.tiny else rest
     device = start(options)
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"adaptation{'_tiny' if options.tiny else ''}.jsonl"
     base = parse_command_line([*rest, "--train.save_every", "1000"]).config
-    for method in options.methods:
+    for method in [] if options.tables else options.methods:
         rates = RATES.get(method, [None])
         for lr in rates if len(rates) > 1 else []:
             tried = of_method(method, base, rest, lr)
@@ -63,21 +68,23 @@ def main(argv: list[str] | None = None) -> None:
             once(path, {"method": method, "pick": True, "seed": 0, "lr": lr}, tried, "validation")
         if options.pick_only:
             continue
-        picked = best_rate(path, method)
+        picked = best_rate(read(path), method)
         for seed in range(options.first_seed, options.first_seed + options.seeds):
             config = of_method(method, base, rest, picked)
             config.train.seed = seed
             once(path, {"method": method, "pick": False, "seed": seed, "lr": config.optim.lr}, config, "test")
-    print(header("Ways to adapt a frozen ViT: test scores of one seed or more", environment(device)))
+    title = "Ways to adapt a frozen ViT: test scores of one seed or more"
+    print(title if options.tables else header(title, environment(device)))
     print(table(*report(read(path))))
 
 
 def of_method(method: str, base: Config, rest: list[str], lr: float | None) -> Config:
     """The configuration of a method."""
-    if method == "head":
+    if method in BEHIND:
         inside = ("--neck", "--router", "--experts", "--balance", "--optim", "--train", "--config")
         kept = [word for word in _pairs(rest) if not word[0].startswith(inside)]
-        return parse_command_line(["--config", str(HEAD_RECIPE), *(w for pair in kept for w in pair)]).config
+        words = ["--config", str(BEHIND[method]), "--features.mode", "cached"]
+        return parse_command_line([*words, *(word for pair in kept for word in pair)]).config
     config = config_from_dict(base.to_dict())
     config.optim.lr = lr or config.optim.lr
     if method == "dense":
@@ -130,30 +137,39 @@ def read(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
-def best_rate(path: Path, method: str) -> float | None:
+def best_rate(lines: list[dict], method: str) -> float | None:
     """The learning rate of the best validation macro-F1, None where none was tried."""
-    tried = [line for line in read(path) if line["method"] == method and line["pick"]]
+    tried = [line for line in lines if line["method"] == method and line["pick"]]
     return max(tried, key=lambda line: line["macro_f1"])["lr"] if tried else None
 
 
 def report(lines: list[dict]) -> tuple[list[str], list[list]]:
-    """Columns and rows: mean and deviation of each method, and its paired difference with the experts."""
-    by = {m: {x["seed"]: x for x in lines if x["method"] == m and not x["pick"]} for m in METHODS}
+    """Columns and rows: mean and deviation of each method, and its paired difference with the experts (95 %)."""
+    by: dict[str, dict[int, dict]] = {}
+    for method in METHODS:
+        runs, best = [x for x in lines if x["method"] == method and not x["pick"]], best_rate(lines, method)
+        by[method] = {run["seed"]: run for run in runs if best in (None, run["lr"])}
     rows = []
     for method, runs in by.items():
         if not runs:
             continue
         f1 = 100 * np.array([run["macro_f1"] for run in runs.values()])
-        both = sorted(set(runs) & set(by["experts"]))
-        differences = [100 * (runs[seed]["macro_f1"] - by["experts"][seed]["macro_f1"]) for seed in both]
-        paired = "-" if method == "experts" or not both else f"{np.mean(differences):+.2f}"
+        both = [] if method == "experts" else sorted(set(runs) & set(by["experts"]))
+        paired = _difference([runs[seed]["macro_f1"] for seed in both], [by["experts"][s]["macro_f1"] for s in both])
         spread = f" ± {f1.std(ddof=1):.2f}" if len(f1) > 1 else ""
         some = next(iter(runs.values()))
         seconds = np.median([run["seconds"] for run in runs.values()])
         trained = f"{some['trained'] / 1e6:.2f} M"
         score = f"{f1.mean():.2f}{spread}"
         rows.append([method, f"{some['lr']:g}", len(f1), score, paired, trained, f"{seconds:.0f} s"])
-    return ["method", "lr", "seeds", "macro-F1", "paired difference", "trained", "training"], rows
+    return ["method", "lr", "seeds", "macro-F1", "paired difference (95 %)", "trained", "training"], rows
+
+
+def _difference(theirs: list[float], experts: list[float]) -> str:
+    if not theirs:
+        return "-"
+    mean, low, high = paired_interval(theirs, experts)
+    return f"{100 * mean:+.2f}" + ("" if low is None or high is None else f" ({100 * low:+.2f} to {100 * high:+.2f})")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ GATE = EXPERTS // 2
 """Hidden units that cost a token what its gate does: D * E multiply-adds, against 2 * D for a unit."""
 RULES_AT = 16  # the width at which all rules are compared
 RULES = ("vmoe", "deepseek", "hash", "top_p")
+BY_IMAGE = (4, 16, 64)  # the widths at which an image makes one decision for all its tokens
 DENSE = "dense"
 
 
@@ -89,7 +90,6 @@ def methods(widths: Sequence[int] = WIDTHS) -> list[Method]:
         found += [dense(width), routed(width, "unequal", 2), routed(width, "unequal", 1), routed(width, "equal", 1)]
     found += [routed(middle, "unequal", 2, rule) for rule in RULES]
     found += [routed(middle, "unequal", 1, rule) for rule in RULES if rule != "top_p"]
-    for width in order:
-        found += [routed(width, "unequal", 2, level="image"), routed(width, "equal", 2)]
-    found += [routed(width, "unequal", 1, level="image") for width in order]
+    found += [routed(width, "equal", 2) for width in order]
+    found += [routed(width, "unequal", k, level="image") for width in order if width in BY_IMAGE for k in (2, 1)]
     return found

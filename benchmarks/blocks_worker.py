@@ -1,11 +1,12 @@
 """A process of the study inside the ViT: it claims methods and trains them, or says how long that would take."""
 
 import argparse
+import contextlib
 import gc
 import os
 import sys
 import time
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from benchmarks.blocks_store import Store
 from benchmarks.blocks_training import CaptureFailed, FrozenEnd, MethodRuns, stored_tokens
 from benchmarks.common import environment, synchronise, table
 from common.errors import one_line
+from common.locks import try_lock
 from config.config import Config
 from features.images import ImageBank
 
@@ -28,11 +30,12 @@ WIDE = 32  # above this width a check takes a method for as slow as the widest o
 class Worker:
     """Claims one method after the other, and trains what is left of it, until the time is over.
 
-    claimed: the folder in which the workers of one start claim methods. until: the time of the end.
+    A claim is a lock on a file beside the runs, which ends with the process: whichever starts have the folder, no two
+    workers train a method at the same time.
     """
 
-    def __init__(self, config: Config, store: Store, options: argparse.Namespace, claimed: Path, until: float):
-        self.config, self.store, self.claimed, self.until, self.spent = config, store, claimed, until, 0.0
+    def __init__(self, config: Config, store: Store, options: argparse.Namespace):
+        self.config, self.store, self.until, self.spent = config, store, options.until, 0.0
         began = time.time()
         inputs = load_inputs(config)
         self.device, self.splits, backbone = inputs.device, inputs.splits, inputs.backbone
@@ -52,17 +55,18 @@ class Worker:
         for method in self.store.methods:
             if time.time() + self.spent >= self.until:
                 break
-            self.store.read()
-            if self.store.next_run(method) and self._claim(method):
-                self._train(method)
-                self.release()
+            with self._claim(method) as ours:
+                self.store.read()
+                if ours and self.store.next_run(method):
+                    self._train(method)
+                    self.release()
 
-    def _claim(self, method: Method) -> bool:
-        try:
-            (self.claimed / method.label).mkdir()
-        except FileExistsError:
-            return False
-        return True
+    @contextlib.contextmanager
+    def _claim(self, method: Method) -> Iterator[bool]:
+        folder = self.store.path.parent / "claims"
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / f"{method.label}.lock", "w") as file:
+            yield try_lock(file)
 
     def _train(self, method: Method) -> None:
         runs = self.runs_of(method)
@@ -93,9 +97,6 @@ class Worker:
         """End, to be started again without a graph for such methods: CUDA may be in any state now."""
         print(f"{one_line(error)}: going on without one", file=sys.stderr, flush=True)
         self.store.add(eager=method.kind)
-        claim = self.claimed / method.label
-        if claim.exists():
-            claim.rmdir()
         sys.stdout.flush()
         os._exit(AGAIN)
 

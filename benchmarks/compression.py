@@ -1,10 +1,13 @@
 """What compress.py saves and costs: every method on trained runs, bytes, FLOPs and latency against macro-F1.
 
 python -m benchmarks.compression --runs runs/cifar100 runs/cifar100_head     each student trains as long as its run did
+python -m benchmarks.compression --runs RUN --methods prune int8 --seconds 300
 python -m benchmarks.compression --tiny                                      a rehearsal on digits, on a CPU
 
 Each method makes a run of its own in a temporary folder, chosen on the validation images and scored on the test images
-once. Budgets are those of its goal: 0.2 points of validation macro-F1 for what is removed, 0.1 for what is quantised.
+once. Budgets are those of its goal: 0.2 points of validation macro-F1 for what is removed, 0.1 for what is quantised;
+one point for what is removed and then taught. The figures are written after each method. A method that fails has its
+reason in the table; one that the time leaves no room for is not begun.
 """
 
 import argparse
@@ -12,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +23,7 @@ from typing import Any
 from assembly.compressing import compress
 from assembly.compression_steps import AUTO, Plan
 from assembly.loading import OpenRun, open_run
-from benchmarks.common import Failure, Parser, attempt, environment, header, start, table, write
+from benchmarks.common import Failure, Parser, attempt, environment, header, save, start, table, write
 from common.arguments import path_option
 from common.errors import UserError, exit_code_of
 from evaluation.compression import EXPERT_HEADER, expert_rows, shown
@@ -32,11 +36,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "fp8": {"quantise": "fp8", "protect": AUTO, "budget": 0.1},
     "prune, int8": {"prune": AUTO, "quantise": "int8", "protect": AUTO, "budget": 0.1},
     "merge, taught": {"merge": 0, "distil": "sparse"},
+    "prune, taught": {"prune": AUTO, "budget": 1.0, "distil": "sparse"},
     "sparse student": {"distil": "sparse"},
     "dense student": {"distil": "dense"},
     "dense student, int8": {"distil": "dense", "quantise": "int8", "protect": AUTO, "budget": 0.1},
 }
-TINY = {"epochs": 1, "rows": 64}
+TINY = {"epochs": 1, "rows": 64, "latency": 0.05}
 TINY_TRAINING = "--data.max_per_class 30 --train.epochs 2 --train.batch_size 32 --router.warmup_steps 2 --tracking none"
 COLUMNS = ("expert_bytes", "file_bytes", "active_parameters", "flops", "latency_1", "latency_256")
 SCORES = ("macro_f1_validation", "macro_f1_test")
@@ -44,13 +49,14 @@ SCORES = ("macro_f1_validation", "macro_f1_test")
 
 def main(argv: list[str] | None = None) -> None:
     """Compress, print the tables, write the JSON."""
-    parser = Parser("compression", __doc__, seconds=1, tiny=TINY)
+    parser = Parser("compression", __doc__, seconds=3600, tiny=TINY)
     parser.add_argument(
         "--runs", type=path_option, nargs="+", default=[], metavar="RUN", help="folders of trained runs"
     )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD", help="which")
     parser.add_argument("--epochs", type=int, help="of students (default: as many as the run has)")
     parser.add_argument("--rows", type=int, default=1024, help="to calibrate each expert on (default 1024)")
+    parser.add_argument("--latency", type=float, default=1.0, help="seconds to measure each latency for (default 1)")
     parser.add_argument("--data.root", dest="root", type=path_option, metavar="DIR", help="where the data set lies")
     parser.add_argument("--backbone.weights", dest="weights", type=path_option, metavar="FILE", help="the backbone's")
     options = parser.parse_args(argv)
@@ -61,7 +67,14 @@ def main(argv: list[str] | None = None) -> None:
     print(header("Compression of trained runs", where))
     with tempfile.TemporaryDirectory() as folder:
         runs = options.runs or [_train(Path(folder), name) for name in ("digits", "digits_blocks")]
-        rows = [row for run in runs for row in measure_run(run, options, Path(folder))]
+        rows: list[dict[str, Any]] = []
+        until = time.perf_counter() + options.seconds
+        for run in runs:
+            before = len(rows)
+            for row in measure_run(run, options, Path(folder), until):
+                rows.append(row)
+                save(options, "compression", where, rows=rows)
+            _print(run, rows[before:])
     write(options, "compression", where, rows=rows)
 
 
@@ -72,22 +85,36 @@ def _train(folder: Path, recipe: str) -> Path:
     return folder / recipe
 
 
-def measure_run(run: Path, options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    """What each method makes of a run, as compression.json has it; prints a table, and one of the quantised experts."""
+def measure_run(run: Path, options: argparse.Namespace, folder: Path, until: float) -> Iterator[dict[str, Any]]:
+    """What each method makes of a run, as compression.json has it, or why it has nothing; each is told as it comes.
+
+    until: by time.perf_counter, when no further method is begun.
+    """
     opened = attempt(lambda: open_run(run, options.device, options.root, options.weights))
-    rows = []
-    for method in (name for name in METHODS if name in options.methods):  # students last: their teacher is compiled
-        out = folder / f"{run.name}-{len(rows)}"
-        found = opened if isinstance(opened, Failure) else attempt(partial(_measure, opened, method, options, out))
-        row = {"run": run.name, "method": method}
-        rows.append(row | (vars(found) if isinstance(found, Failure) else found))
+    for number, method in enumerate(name for name in METHODS if name in options.methods):
+        out = folder / f"{run.name}-{number}"
+        if isinstance(opened, Failure):
+            found = opened
+        elif time.perf_counter() >= until:
+            found = Failure("no time left")
+        else:
+            found = attempt(partial(_measure, opened, method, options, out))
+        row = {"run": run.name, "method": method} | (vars(found) if isinstance(found, Failure) else found)
+        said = (
+            row.get("reason") or f"macro-F1 {shown('macro_f1', row['after']['macro_f1_test'])}, {row['seconds']:.0f} s"
+        )
+        print(f"{run.name}: {method}: {said}", file=sys.stderr, flush=True)
+        yield row
+
+
+def _print(run: Path, rows: list[dict[str, Any]]) -> None:
+    """A table of all methods, and one of the experts for each that quantises."""
     print(f"\n{run.name}\n")
     print(table(["method", *(name.replace("_", " ") for name in (*COLUMNS, *SCORES)), "seconds"], _lines(rows)))
     for row in rows:
         if "quantise" in METHODS[row["method"]] and "experts" in row:
             print(f"\n{row['method']}: {_calibrations(row)}\n")
             print(table(EXPERT_HEADER, expert_rows(row)))
-    return rows
 
 
 def _measure(opened: OpenRun, method: str, options: argparse.Namespace, out: Path) -> dict[str, Any]:
@@ -96,9 +123,8 @@ def _measure(opened: OpenRun, method: str, options: argparse.Namespace, out: Pat
     asked = dict(METHODS[method])
     if "merge" in asked:
         asked["merge"] = max(opened.config.router.top_k, len(opened.config.experts.sizes) // 2)
-    plan = Plan(
-        **asked, rows=options.rows, seconds=options.seconds, epochs=options.epochs if "distil" in asked else None
-    )
+    epochs = options.epochs if "distil" in asked else None
+    plan = Plan(**asked, rows=options.rows, seconds=options.latency, epochs=epochs, worth_images=0)
     results = compress(opened, plan, out, say=lambda line: print(line, file=sys.stderr))
     return results["compression"] | {"seconds": time.perf_counter() - began}
 

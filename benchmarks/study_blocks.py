@@ -1,9 +1,9 @@
 """Mixtures inside the frozen ViT against a dense adapter of equal cost, over the width: tables and a curve.
 
 python -m benchmarks.study_blocks --data.root DATA --backbone.weights FILE --check     a minute: what it will take
-python -m benchmarks.study_blocks --data.root DATA --backbone.weights FILE             on all GPUs, 370 s python -m
-benchmarks.study_blocks --tables                                             what is stored, as Markdown python -m
-benchmarks.study_blocks --tiny                                               a quick trial on a CPU, with digits
+python -m benchmarks.study_blocks --data.root DATA --backbone.weights FILE             on all GPUs, 25 minutes at most
+python -m benchmarks.study_blocks --tables                                             what is stored, as Markdown
+python -m benchmarks.study_blocks --tiny                                               a quick trial on a CPU, digits
 
 Experts stand in the last blocks only. What the first of these reads is computed once for each augmented view, the
 patches averaged two by two, and held on the GPU: a step then costs a fraction of one on images. Every method of width r
@@ -11,7 +11,8 @@ costs a token the same: a token-level mixture has r active hidden units under an
 which costs two more; an image-level mixture and the dense adapter have r + 2. Each method takes the best of the same
 learning rates on validation images, by seed 0; that run and those of the other seeds are scored on the test images.
 Runs of one seed see the same batches. Finished runs are kept in OUT/study_blocks/runs.jsonl and not done again: an
-interrupted study goes on. Options of the sections data, augment and backbone go to train.py's configuration.
+interrupted study goes on, and several starts with the same OUT share the work. Options of the sections data, augment
+and backbone go to train.py's configuration.
 """
 
 import argparse
@@ -38,7 +39,7 @@ from config.config import Config
 ROOT = Path(__file__).resolve().parent.parent
 SECTIONS = ("--data.", "--augment.", "--backbone.")
 TINY = {"widths": [4, 16], "seeds": 2, "epochs": 1, "first": 2, "rates": [3e-3, 1e-2], "batch": 64}
-RATES = [5e-4, 1.5e-3, 4.5e-3]
+RATES = [2e-4, 6e-4, 2e-3]
 MOST_STARTS = 4  # of one process
 
 
@@ -56,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     if not options.tables:
         began = time.time()
         store.begin()
-        options.worker, options.until = claims(folder), began + options.seconds
+        options.until = began + options.seconds
         gpus = gpu_names(options)
         try:
             launch(words, options, store, gpus) if gpus else work(config, store, options)
@@ -69,17 +70,17 @@ def main(argv: list[str] | None = None) -> None:
 
 def work(config: Config, store: Store, options: argparse.Namespace) -> None:
     """What one process does."""
-    worker = Worker(config, store, options, Path(options.worker), options.until)
+    worker = Worker(config, store, options)
     check(worker) if options.check else worker.run()
 
 
 def arguments(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The study's options, and those for the configuration. Raises UserError for others."""
-    parser = Parser("study_blocks", __doc__, seconds=370, tiny=TINY)
+    parser = Parser("study_blocks", __doc__, seconds=1500, tiny=TINY)
     parser.allow_abbrev = False
     parser.add_numbers("--widths", list(WIDTHS), "active hidden units r")
     parser.add_argument("--seeds", type=int, default=5, help="runs of each method (default 5)")
-    parser.add_argument("--epochs", type=int, default=4, help="of each run, each on a view of its own (default 4)")
+    parser.add_argument("--epochs", type=int, default=3, help="of each run, each on a view of its own (default 3)")
     parser.add_argument("--first", type=int, default=8, help="first block with experts (default 8)")
     parser.add_argument("--batch", type=int, default=256, help="images a step (default 256)")
     help_text = f"learning rates (default {' '.join(map(str, RATES))})"
@@ -88,7 +89,7 @@ def arguments(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--workers", type=int, default=1, help="processes for each GPU (default 1)")
     parser.add_argument("--check", action="store_true", help="only time a few steps, and say what all will take")
     parser.add_argument("--tables", action="store_true", help="only print what is stored")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     options, rest = parser.parse_known_args(words)
     for word in rest:
@@ -119,13 +120,6 @@ def setting_of(options: argparse.Namespace, config: Config) -> Setting:
     return Setting(first=options.first, epochs=options.epochs, batch=options.batch, **source)
 
 
-def claims(folder: Path) -> str:
-    """A new folder in which the processes of one start claim methods."""
-    path = folder / "claims" / f"{time.time():.3f}-{os.getpid()}"
-    path.mkdir(parents=True)
-    return str(path)
-
-
 def gpu_names(options: argparse.Namespace) -> list[str]:
     """The GPUs of the study as CUDA_VISIBLE_DEVICES names them: all that are seen, or the one of --device."""
     if start(options).type == "cpu":
@@ -143,7 +137,7 @@ def launch(words: list[str], options: argparse.Namespace, store: Store, gpus: li
     Raises EnvironmentFault where one does not come to its end.
     """
     command = [sys.executable, "-m", "benchmarks.study_blocks", *words, "--device", "cuda"]
-    command += ["--worker", options.worker, "--until", str(options.until)]
+    command += ["--worker", "--until", str(options.until)]
 
     def begin(slot: int) -> subprocess.Popen:
         gpu = gpus[slot % len(gpus)]

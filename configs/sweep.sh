@@ -1,10 +1,10 @@
 #!/bin/sh
-# A sweep: every number of experts a sample with every balance weight, one run each. On the digits half a minute a run:
+# A sweep: one run for each combination of top-k and balance weight. On the digits a run takes half a minute:
 #   sh configs/sweep.sh
-# Or with other options, which all runs share:
+# Or with other options, which apply to all runs:
 #   sh configs/sweep.sh --config configs/cifar100_cpu.yaml --data.root DATA
-# Compare them by python evaluate.py --compare runs/sweep-*, or in ClearML, where the tasks are named sweep-*. A run that
-# is there already is left alone, so that an interrupted sweep goes on where it stopped.
+# Compare them with python evaluate.py --compare runs/sweep-*, or in ClearML, where the tasks are named sweep-*. Finished
+# runs are skipped, so an interrupted sweep continues where it stopped.
 set -eu
 cd "$(dirname "$0")/.."
 [ "$#" -gt 0 ] || set -- --config configs/digits.yaml

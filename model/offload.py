@@ -21,8 +21,6 @@ from .moe_vit import AnyMoE, MoEViT
 from .quantised import Matrix
 from .routing import Assignments
 
-UNVERIFIED = False  # True: offload for a GPU all the same, as its test does
-
 
 @dataclass
 class Traffic:
@@ -39,7 +37,10 @@ class Traffic:
     copied_bytes: int = 0
 
     def copy(self, tensor: Tensor, device: torch.device) -> Tensor:
-        """A tensor of the host on the device, ordered before what uses it there."""
+        """A tensor of the host on the device, ordered before what uses it there.
+
+        Copy and use are on the current stream, and the host's tensor is never written to: nothing needs an event.
+        """
         self.copied_bytes += tensor.nbytes
         return tensor.to(device, non_blocking=True)
 
@@ -95,6 +96,8 @@ class OffloadedAdapters(Stays):
     def forward(self, x_BTD: Tensor, dense_BTD: Tensor, assignments: Assignments) -> Tensor:
         """dense + sum_e weight_e adapter_e(x), in the number format of x."""
         chosen = [expert for expert, count in enumerate(assignments.counts_E.tolist()) if count]
+        if not chosen:
+            return dense_BTD
         parts = [self._kept.get(expert) or self._brought(expert) for expert in chosen]
         dtype = x_BTD.dtype
         down_HD, bias_H, up_HD = (torch.cat(column).to(dtype) for column in zip(*parts, strict=True))
@@ -128,10 +131,6 @@ def offload(model: AnyMoE, device: torch.device, memory: int = 0) -> Traffic:
     before, and is for evaluation alone. Experts on top of a ViT with experts inside are moved. Raises InputError for
     experts inside a ViT of a kind that is not this library's, and adapters in fewer bits.
     """
-    if device.type == "cuda" and not UNVERIFIED:
-        raise InputError(
-            "offloading for a GPU is not verified yet, its answers differed in a test: leave out --offload"
-        )
     traffic = Traffic()
     mixtures: Any = model.mixtures[: len(model.blocks)] if isinstance(model, MoEViT) else model.mixtures
     for mixture in mixtures:

@@ -10,7 +10,7 @@ from benchmarks import compression
 @pytest.mark.slow
 def test_every_method_has_a_line(tiny_run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("evaluation.figures.draw", lambda *_: [])  # seconds, and drawn elsewhere
-    words = ["--tiny", "--device", "cpu", "--seconds", "0.05", "--out", str(tmp_path), "--runs", str(tiny_run)]
+    words = ["--tiny", "--device", "cpu", "--out", str(tmp_path), "--runs", str(tiny_run)]
     compression.main([*words, "--methods", "prune", "int8", "merge", "dense student"])
     rows = json.loads((tmp_path / "compression_tiny.json").read_text())["rows"]
     assert [row["method"] for row in rows] == ["prune", "merge", "int8", "dense student"]
@@ -25,3 +25,10 @@ def test_what_fails_says_why(tmp_path, capsys):
     words = ["--tiny", "--device", "cpu", "--out", str(tmp_path), "--methods", "prune"]
     compression.main([*words, "--runs", str(tmp_path / "none")])
     assert "is not a folder" in capsys.readouterr().out
+
+
+def test_a_method_that_there_is_no_time_for_is_not_begun(tiny_run, tmp_path, capsys):
+    words = ["--tiny", "--device", "cpu", "--out", str(tmp_path), "--methods", "prune", "--seconds", "0"]
+    compression.main([*words, "--runs", str(tiny_run)])
+    shown, said = capsys.readouterr()
+    assert "no time left" in shown and "prune: no time left" in said

@@ -10,6 +10,7 @@ from benchmarks.blocks_methods import DENSE, RULES, WIDTHS, dense, equal, method
 from benchmarks.blocks_store import Store
 from benchmarks.blocks_tables import cells, preferred, rows
 from benchmarks.blocks_training import FrozenEnd, MethodRuns, Setting, averaged, tokens_below
+from benchmarks.blocks_worker import Worker
 from benchmarks.study_heads import Features
 from common.errors import UserError
 from config.command_line import parse_command_line
@@ -162,6 +163,16 @@ def test_rows_are_paired_by_seed_with_the_dense_adapter(tmp_path):
 def test_options_that_are_wrong_say_so(words, message):
     with pytest.raises(UserError, match=message):
         study_blocks.arguments(words)
+
+
+def test_a_method_that_another_start_trains_is_left_to_it(tmp_path):
+    pair, store = stored(tmp_path, {})
+    one, other = (object.__new__(Worker) for _ in range(2))
+    one.store = other.store = store
+    with one._claim(pair[0]) as first, other._claim(pair[0]) as again, other._claim(pair[1]) as second:
+        assert first and second and not again
+    with other._claim(pair[0]) as free:
+        assert free
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Offloaded experts: the same answers, fetched when they are chosen, the most used kept within the memory given."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -9,9 +10,10 @@ from torch import nn
 
 from model.classifier import NeckConfig, VisionMoE
 from model.experts import ExpertsConfig
-from model.offload import offload
+from model.offload import Stays, offload
 from model.quantised import store
 from model.routers import RouterConfig
+from model.routing import Assignments
 
 CPU = torch.device("cpu")
 SIZES = [[4], [8], [6, 5], []]
@@ -147,15 +149,35 @@ def test_experts_stored_in_fewer_bits_travel_as_they_are(number_format):
         offload(block, CPU)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @torch.no_grad()
-def test_on_a_gpu_weights_come_from_page_locked_memory(monkeypatch):
-    monkeypatch.setattr("model.offload.UNVERIFIED", True)
-    model, device = head(), torch.device("cuda")
-    features = torch.randn(40, 6)
-    expected, _ = model(features)
-    offload(model, device, 400)
-    logits, _ = model(features.to(device))
-    torch.testing.assert_close(logits.cpu(), expected, atol=1e-5, rtol=1e-4)
-    stays = [expert for expert in model.moe.experts if hasattr(expert, "traffic")]
-    assert stays and all(p.is_pinned() for expert in stays for p in expert.parameters())
+def test_a_batch_that_chooses_no_adapter_is_answered_by_the_vit_alone():
+    model = moe_vit()
+    traffic = offload(model, CPU)
+    x_BTD, dense_BTD, none = torch.randn(2, 4, 16), torch.randn(2, 4, 16), torch.zeros(0, dtype=torch.int64)
+    assignments = Assignments.listed(none, none, torch.zeros(0), (8, 3))
+    assert torch.equal(model.mixtures[0].experts(x_BTD, dense_BTD, assignments), dense_BTD)
+    assert traffic.copies == 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("inside", [False, True])
+@torch.no_grad()
+def test_on_a_gpu_weights_come_from_page_locked_memory(inside):
+    # With preferences: a new gate's scores are all equal, and a GPU breaks ties otherwise than a CPU.
+    device = torch.device("cuda")
+    made: Any = moe_vit() if inside else head(top_k=2)
+    model = spread(made).eval()
+    samples = images(40) if inside else torch.randn(40, 6)
+    copied = copy.deepcopy(model)
+    resident = copied.on(copy.deepcopy(model.backbone).to(device)) if inside else copied.to(device)
+    expected, routings = resident(samples.to(device))
+    if inside:
+        model.backbone.to(device)
+    traffic = offload(model, device, 400)
+    for _ in range(3):
+        logits, after = model(samples.to(device))
+        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-4)
+        assert all(torch.equal(a.expert_A, b.expert_A) for a, b in zip(after, routings, strict=True))
+    assert traffic.kept and traffic.copies
+    stays = [part for part in model.modules() if isinstance(part, Stays)]
+    assert stays and all(p.is_pinned() for part in stays for p in part.parameters())
