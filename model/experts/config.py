@@ -95,10 +95,10 @@ class ExpertsConfig:
             )
         if self.head and (self.place == "head" or len(self.head) != len(self.sizes)):
             rule = f"needs {len(self.sizes)} entries, as sizes"
-            rule = "is for experts.place blocks" if self.place == "head" else rule
+            rule = "needs experts.place blocks" if self.place == "head" else rule
             raise ValueError(f"experts.head {self.head} {rule}: set that, or leave it out")
         if self.place == "head" and self.head_weights != "float32":
-            raise ValueError(f"experts.head_weights {self.head_weights} is for experts.place blocks: leave it out")
+            raise ValueError(f"experts.head_weights {self.head_weights} needs experts.place blocks: leave it out")
         if self.blocks == []:
             raise ValueError("experts.blocks is empty: name at least one block, or all")
         count = len(self.sizes) + len(self.shared)

@@ -122,10 +122,10 @@ def disturb(process: subprocess.Popen, number: int) -> tuple[str, float]:
 
 def test_a_killed_process_ends_the_other(tmp_path):
     line, seconds = disturb(trained(tmp_path / "run"), signal.SIGKILL)
-    assert re.match(r"error: rank \d is gone", line) and seconds < 60
+    assert re.match(r"error: rank \d has died", line) and seconds < 60
 
 
 def test_a_process_that_hangs_is_found_by_the_time_limit(tmp_path):
     # torchrun waits half a minute for the one that does not even end.
     line, _ = disturb(trained(tmp_path / "run", "--parallel.timeout", 10), signal.SIGSTOP)
-    assert re.match(r"error: rank \d did not come to the others in time", line)
+    assert re.match(r"error: rank \d did not respond in time", line)

@@ -87,7 +87,7 @@ def test_a_run_in_eight_bits_is_a_run(tiny_run, tmp_path, call):
         code, _, lines = call(train, "--init", out, *words, "--run_dir", tmp_path / "new", "--tracking", "none")
         assert code == 2 and "stores its experts in fewer bits: start from the run" in lines[-1]
     code, _, lines = call(compress, out, "--out", tmp_path / "again", "--prune", "0")
-    assert code == 2 and "quantised already" in lines[-1] and not (tmp_path / "again").exists()
+    assert code == 2 and "already quantised" in lines[-1] and not (tmp_path / "again").exists()
 
 
 @pytest.mark.slow
@@ -159,9 +159,9 @@ def test_a_number_format_that_a_device_lacks_is_one_line(tiny_run, tmp_path, cal
         ("--prune 0 1 2", "leaves 1 of 4 experts"),
         ("--prune 0 1 2 3", "names all 4 experts"),
         ("--prune 7", "names expert 7"),
-        ("--prune -1", "--prune has -1: give numbers of experts"),
-        ("--prune one", "--prune has one: give numbers of experts"),
-        ("--prune auto 1", "--prune has auto: give numbers of experts"),
+        ("--prune -1", "--prune has -1: give expert numbers"),
+        ("--prune one", "--prune has one: give expert numbers"),
+        ("--prune auto 1", "--prune has auto: give expert numbers"),
         ("--prune auto --budget -1", "--budget is -1"),
         ("", "nothing to do"),
         ("--merge 5", "--merge is 5: there are 4 experts"),
@@ -172,13 +172,13 @@ def test_a_number_format_that_a_device_lacks_is_one_line(tiny_run, tmp_path, cal
         ("--distil dense --distil.sizes [[4],[5]]", "names 2 experts: a dense student has one"),
         ("--distil dense --distil.sizes wide", "--distil.sizes is wide: give"),
         ("--distil dense --prune 0", "leave out --prune and --merge"),
-        ("--prune 0 --distil.epochs 3", "are for --distil: name that too"),
+        ("--prune 0 --distil.epochs 3", "need --distil: add it"),
         ("--distil dense --distil.epochs 0", "--distil.epochs is 0"),
-        ("--distil dense --distil.weight 2", "--distil.weight is 2: it is a share"),
+        ("--distil dense --distil.weight 2", "--distil.weight is 2: it must be from 0 to 1"),
         ("--distil dense --distil.temperature 0", "--distil.temperature is 0"),
         ("--quantise int4", "invalid choice: 'int4'"),
-        ("--prune 0 --quantise.protect auto", "name that too"),
-        ("--prune 0 --quantise int8 --quantise.protect 3", "names expert 3: experts 0 to 2 are left"),
+        ("--prune 0 --quantise.protect auto", "--quantise.protect needs --quantise"),
+        ("--prune 0 --quantise int8 --quantise.protect 3", "names expert 3: only experts 0 to 2 remain"),
         ("--quantise int8 --quantise.rows 0", "--quantise.rows is 0"),
         ("--prune 1 --device gpu", "device is 'gpu'"),
         ("--prune 1 --data.root nowhere --backbone.weights nowhere", "nowhere are missing"),
@@ -198,7 +198,7 @@ def test_an_ensemble_has_one_data_set(tiny_run, tmp_path, call, monkeypatch):
     code, _, lines = call(compress, tiny_run, tiny_run, *words)
     assert code == 2 and len(lines) == 1 and "reads other features than" in lines[0]
     code, _, lines = call(compress, tiny_run, tiny_run, "--out", tmp_path / "out", "--prune", "0")
-    assert code == 2 and len(lines) == 1 and "name that too" in lines[0]
+    assert code == 2 and len(lines) == 1 and "need --distil" in lines[0]
     assert not (tmp_path / "out").exists()
 
 

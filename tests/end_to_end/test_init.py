@@ -104,7 +104,7 @@ def test_what_does_not_fit_is_one_line(tiny_run, words, message, start, tmp_path
 def test_a_folder_that_is_no_run_and_parts_without_one(tmp_path):
     with pytest.raises(UserError, match="is not a run"):
         parse_command_line(options(tmp_path))
-    with pytest.raises(UserError, match="name a run with --init"):
+    with pytest.raises(UserError, match="name it with --init"):
         parse_command_line([*TINY.split(), "--freeze", "router"])
 
 
@@ -142,7 +142,7 @@ def test_the_task_of_the_run_is_the_parent(tiny_run, tmp_path, monkeypatch):
 
 
 def test_new_experts_need_a_run():
-    with pytest.raises(UserError, match="puts experts beside those of a run"):
+    with pytest.raises(UserError, match="adds experts to those of a run"):
         parse_command_line([*TINY.split(), "--experts.add", "[[8]]"])
 
 

@@ -157,7 +157,7 @@ def test_what_is_not_a_study_and_what_is_of_other_options(plan, tmp_path):
     [
         (["--trials", "0"], "--trials is 0: give 1 or more"),
         (["--trials", "many"], "--trials is 'many': give a whole number"),
-        (["--trials", "1", "--seeds", "3"], "--seeds is for train.py alone"),
+        (["--trials", "1", "--seeds", "3"], "--seeds works only with train.py"),
         (["--trials", "1", "--jobs", "0"], "--jobs is 0: give 1 or more"),
         ([], "required: --trials"),
     ],
