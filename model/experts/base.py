@@ -1,7 +1,6 @@
 """Base classes of experts, and the experts of a mixture."""
 
 from abc import ABC, abstractmethod
-from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -197,6 +196,10 @@ class Experts(ExpertSet, nn.ModuleList):
             vars(self).pop(of_others, None)
         self._count()
 
+    def _generation(self, number: int) -> int:
+        """How many additions to the mixture an expert has seen; bisect_right is nothing that torch.compile knows."""
+        return sum(first <= number for first in self.grown)
+
     def _known(self) -> dict[int, nn.Module]:
         """All experts by number, here or elsewhere."""
         return self._elsewhere | {int(number): expert for number, expert in self._modules.items()}
@@ -207,7 +210,7 @@ class Experts(ExpertSet, nn.ModuleList):
         groups: dict[tuple, list[int]] = {}
         for index, (number, expert) in enumerate(self.named_children()):
             shape = expert.shape if isinstance(expert, LayerStack) else (index,)
-            shape = (bisect_right(self.grown, int(number)), *shape)
+            shape = (self._generation(int(number)), *shape)
             groups.setdefault(shape, []).append(index)
         return tuple(map(tuple, groups.values()))
 
@@ -217,7 +220,7 @@ class Experts(ExpertSet, nn.ModuleList):
         found: dict[int, list[tuple[int, ...]]] = {}
         numbers = [int(number) for number, _ in self.named_children()]
         for group in self.groups:
-            found.setdefault(bisect_right(self.grown, numbers[group[0]]), []).append(group)
+            found.setdefault(self._generation(numbers[group[0]]), []).append(group)
         return list(found.values())
 
     @cached_property

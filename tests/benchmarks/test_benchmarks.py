@@ -8,7 +8,19 @@ import pytest
 import torch
 
 from assembly.pipeline import build_model
-from benchmarks import adaptation, devices, dispatch, extraction, recipe, scaling, step, study, time_to_accuracy
+from benchmarks import (
+    adaptation,
+    devices,
+    dispatch,
+    extraction,
+    recipe,
+    scaling,
+    seeds,
+    step,
+    study,
+    time_to_accuracy,
+    worth,
+)
 from benchmarks.common import Failure, Timing, attempt, table, timed
 from benchmarks.layers import Shape, contestants
 from common.errors import UserError, exit_code_of
@@ -142,7 +154,8 @@ def test_tiny_leaves_what_was_given_as_it_is(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "benchmark", [adaptation, devices, dispatch, extraction, recipe, scaling, step, study, time_to_accuracy]
+    "benchmark",
+    [adaptation, devices, dispatch, extraction, recipe, scaling, seeds, step, study, time_to_accuracy, worth],
 )
 def test_help_explains_every_option_and_its_default(benchmark, capsys):
     with pytest.raises(SystemExit):
@@ -203,6 +216,15 @@ def test_ways_to_adapt_a_vit_share_a_file_of_runs(tmp_path, capsys):
     assert adaptation.read(tmp_path / "adaptation_tiny.jsonl") == lines
     shown = capsys.readouterr().out
     assert f"{100 * (lines[4]['macro_f1'] - lines[0]['macro_f1']):+.2f}" in shown
+
+
+@pytest.mark.slow
+def test_what_experts_are_worth_is_kept_for_each_recipe(tmp_path, capsys):
+    worth.main(["--tiny", "--device", "cpu", "--out", str(tmp_path), "--name", "four"])
+    (line,) = [json.loads(text) for text in (tmp_path / "worth_tiny.jsonl").read_text().splitlines()]
+    assert len(line["worth"]) == len(line["load"]) == 4 and sum(line["load"]) == pytest.approx(1)
+    assert all(value <= line["macro_f1"] for value in line["worth"])  # what is left is no less than nothing
+    assert "| four   | 0" in capsys.readouterr().out
 
 
 def test_only_runs_of_the_rate_that_was_chosen_are_in_the_table():
@@ -290,3 +312,16 @@ def test_a_wrong_option_is_one_line(capsys):
         scaling.main(["--samples", "5000", "100"])
     assert exit_code_of(lambda: dispatch.main(["--device", "gpu"])) == 2
     assert "device is 'gpu'" in capsys.readouterr().err
+
+
+def test_stacked_seeds_compute_what_each_of_them_does(tmp_path, capsys):
+    head = seeds.TINY["tiny"]
+    weights, x_SBD = seeds.weights_of(head, 3, CPU), torch.randn(3, head.batch, head.features)
+    alone = [
+        seeds.logits(head, {name: value[s : s + 1] for name, value in weights.items()}, x_SBD[s : s + 1])
+        for s in range(3)
+    ]
+    torch.testing.assert_close(seeds.logits(head, weights, x_SBD), torch.cat(alone))
+    seeds.main([*TINY, str(tmp_path)])
+    assert "one seed after the other" in capsys.readouterr().out
+    assert read(tmp_path, "seeds")["rows"][0]["stacked"]["median"] > 0

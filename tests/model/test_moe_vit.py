@@ -195,9 +195,11 @@ def test_a_vit_of_other_blocks_is_refused():
 
 
 @pytest.mark.slow
-def test_a_block_is_one_static_graph():
+@pytest.mark.parametrize("experts", [{}, {"kind": "ffn", "sizes": [[64]] * 4, "dispatch": "dense"}])
+def test_a_block_is_one_static_graph(experts):
+    torch._dynamo.reset()
     block, x_BTD = tiny_vit().blocks[1].requires_grad_(False), torch.randn(4, 17, 16)
-    mixture = spread(moe_vit(kind="vmoe", noise_std=1e-6, experts={"blocks": [1]})).mixtures[0].train()
+    mixture = spread(moe_vit(kind="vmoe", noise_std=1e-6, experts={"blocks": [1], **experts})).mixtures[0].train()
     compiled = torch.compile(run_block, backend="eager", fullgraph=True, dynamic=False)
     found = {}
     for name, run, keep in (("eager", run_block, True), ("compiled", compiled, True), ("recomputed", compiled, False)):
@@ -207,7 +209,7 @@ def test_a_block_is_one_static_graph():
         gradients = [parameter.grad for parameter in mixture.parameters() if parameter.grad is not None]
         found[name] = [out_BTD, routing.counts_E, routing.logits_BE, *gradients]
     for name in ("compiled", "recomputed"):
-        torch.testing.assert_close(found[name], found["eager"], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found[name], found["eager"], rtol=1e-3, atol=1e-4)
 
 
 def test_resolve_blocks_reads_no_weights():

@@ -1,0 +1,124 @@
+"""Would a step of several seeds be faster if their heads were stacked into batched products?
+
+python -m benchmarks.seeds            about a minute, and less on a GPU
+python -m benchmarks.seeds --tiny     a quick trial
+
+A step is forward, backward and AdamW of heads as the recipes have them, without counters, balance losses and random
+routing, which could only slow the stacked one down. Every seed has a batch of its own, as in train.py --seeds. On a GPU
+both are one CUDA graph, in bfloat16.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks.common import Parser, environment, header, start, table, timed, write
+from common.errors import exit_code_of
+
+
+@dataclass(frozen=True)
+class Head:
+    """Features, hidden units of the experts and of those that all samples pass, classes, samples a step."""
+
+    features: int
+    experts: tuple[int, ...]
+    shared: tuple[int, ...]
+    classes: int
+    batch: int
+
+
+HEADS = {
+    "digits.yaml": Head(12_480, (16, 32, 64, 128), (), 10, 128),
+    "cifar100_cpu.yaml": Head(384, (128, 256, 512, 1024), (), 100, 512),
+    "cifar100_head.yaml": Head(12_288, (64, 128, 256, 512), (2048,), 100, 1024),
+}
+TINY = {"tiny": Head(32, (4, 8), (16,), 5, 16)}
+Weights = dict[str, Tensor]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure the heads, print one table, write the JSON."""
+    parser = Parser("seeds", __doc__, seconds=60)
+    parser.add_argument("--seeds", type=int, default=5, help="models that are trained together (default 5)")
+    options = parser.parse_args(argv)
+    device = start(options)
+    where = environment(device)
+    threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
+    print(header(f"A step of {options.seeds} seeds, ms (range){threads}", where), flush=True)
+    heads, rows = TINY if options.tiny else HEADS, []
+    if device.type == "cpu":  # which nobody trains the largest one on
+        heads = {name: head for name, head in heads.items() if name != "cifar100_head.yaml"}
+    for name, head in heads.items():
+        steps = [step_of(head, group, device) for group in ([1] * options.seeds, [options.seeds])]
+        apart, stacked = (timed(step, device, options.seconds / len(heads) / 2) for step in steps)
+        rows.append({"head": name, "apart": apart, "stacked": stacked})
+    cells = [
+        [name, apart.milliseconds(), stacked.milliseconds(), f"{apart.median / stacked.median:.2f}"]
+        for name, apart, stacked in (row.values() for row in rows)
+    ]
+    print(table(["head", "one seed after the other", "stacked", "times as fast"], cells))
+    write(options, "seeds", where, seeds=options.seeds, rows=rows)
+
+
+def weights_of(head: Head, seeds: int, device: torch.device) -> Weights:
+    """Random weights of so many heads, each tensor with a first dimension of seeds."""
+    sizes = (*head.experts, *head.shared)
+    shapes = {"gate": (head.features, len(head.experts))}
+    shapes |= {f"in {i}": (head.features, units) for i, units in enumerate(sizes)}
+    shapes |= {f"out {i}": (units, head.classes) for i, units in enumerate(sizes)}
+    return {name: torch.randn(seeds, *s, device=device) / s[0] ** 0.5 for name, s in shapes.items()}
+
+
+def logits(head: Head, weights: Weights, x_SBD: Tensor) -> Tensor:
+    """Logits (S, B, C) of S heads, each on a batch of its own: every expert on every sample, two of them weighted."""
+    x_SBD = F.layer_norm(x_SBD, x_SBD.shape[-1:])
+    gate_SBE = torch.bmm(x_SBD.float(), weights["gate"]).softmax(-1)
+    best = gate_SBE.topk(2, dim=-1)
+    weight_SBE = torch.zeros_like(gate_SBE).scatter(-1, best.indices, best.values)
+    total_SBC = x_SBD.new_zeros(())
+    for index in range(len(head.experts) + len(head.shared)):
+        out_SBC = torch.bmm(torch.bmm(x_SBD, weights[f"in {index}"]).relu(), weights[f"out {index}"]).float()
+        if index < len(head.experts):
+            out_SBC = out_SBC * weight_SBE[..., index, None]
+        total_SBC = total_SBC + out_SBC
+    return total_SBC
+
+
+def step_of(head: Head, groups: list[int], device: torch.device) -> Callable[[], None]:
+    """A training step of heads in groups: those of a group are stacked, one group comes after the other."""
+    runs = []
+    for seeds in groups:
+        weights = {name: value.requires_grad_() for name, value in weights_of(head, seeds, device).items()}
+        optimizer = torch.optim.AdamW(list(weights.values()), fused=True, capturable=device.type == "cuda")
+        x_SBD = torch.randn(seeds, head.batch, head.features, device=device)
+        runs.append((weights, optimizer, x_SBD, torch.randint(head.classes, (seeds * head.batch,), device=device)))
+
+    def step() -> None:
+        for weights, optimizer, x_SBD, labels in runs:
+            optimizer.zero_grad(set_to_none=True)
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                logits_SBC = logits(head, weights, x_SBD)
+            (F.cross_entropy(logits_SBC.flatten(0, 1), labels, reduction="sum") / head.batch).backward()
+            optimizer.step()
+
+    return step if device.type == "cpu" else _captured(step, device)
+
+
+def _captured(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    stream, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code_of(main))
