@@ -83,7 +83,7 @@ class ExpertsConfig:
         if any(before >= after for before, after in pairwise(bounds)):
             raise ValueError(f"experts.grown is {self.grown}: it must rise, from 1 to below the number of experts")
         if self.add and (not self.grown or self.sizes[self.grown[-1] :] != self.add):
-            raise ValueError("experts.add puts experts beside those of a run: name it with --init")
+            raise ValueError("experts.add adds experts to those of a run: name the run with --init")
         if self.place == "head" and EXPERTS[self.kind].place != "head":
             heads = " or ".join(name for name, kind in EXPERTS.items() if kind.place == "head")
             raise ValueError(

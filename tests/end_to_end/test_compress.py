@@ -149,7 +149,7 @@ def test_a_number_format_that_a_device_lacks_is_one_line(tiny_run, tmp_path, cal
 
     monkeypatch.setattr("compression.quantise.unpack", lacks)
     code, _, lines = call(compress, tiny_run, "--out", tmp_path / "out", "--quantise", "fp8")
-    assert code == 2 and len(lines) == 1 and "--quantise fp8 is not for cpu (no kernel for float8 on this" in lines[0]
+    assert code == 2 and len(lines) == 1 and "--quantise fp8 does not work on cpu (no kernel for float8 on" in lines[0]
     assert not (tmp_path / "out").exists()
 
 
@@ -165,7 +165,7 @@ def test_a_number_format_that_a_device_lacks_is_one_line(tiny_run, tmp_path, cal
         ("--prune auto --budget -1", "--budget is -1"),
         ("", "nothing to do"),
         ("--merge 5", "--merge is 5: there are 4 experts"),
-        ("--merge 1", "fewer experts than each sample goes to"),
+        ("--merge 1", "fewer experts than each sample uses"),
         ("--prune 0 1 --merge 2", "--merge is 2: there are 2 experts"),
         ("--merge two", "--merge is 'two': give a whole number"),
         ("--distil sparse --distil.sizes [[4]]", "--distil sparse: router.top_k is 2 but experts.sizes names 1"),

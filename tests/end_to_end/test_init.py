@@ -65,7 +65,7 @@ def test_a_run_goes_on_from_another_one(tiny_run, tmp_path, start, capsys):
     start(*options(tiny_run, *words, "--train.epochs", "2", "--run_dir", tmp_path / "run"))
     said = capsys.readouterr().out
     assert "neck, router, experts, 7 of 7 class rows" in said and "left out     3 classes" in said
-    assert "frozen       router, experts" in said and "rates        head 0.005, the rest 0.01" in said
+    assert "frozen       router, experts" in said and "rates        head 0.005, all others 0.01" in said
     old, new = (load_weights_of(RunFolder(path)) for path in (tiny_run, tmp_path / "run"))
     frozen = [name for name in new if ".router." in name or (".experts." in name and ".4." not in name)]
     assert len(frozen) > 8 and all(torch.equal(new[name], old[name]) for name in frozen)
