@@ -79,7 +79,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--distil.temperature",
         dest="temperature",
         type=float,
-        default=2.0,
         metavar="T",
         help="temperature of both softmaxes (default 2)",
     )
@@ -87,7 +86,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--distil.weight",
         dest="weight",
         type=float,
-        default=0.7,
         metavar="W",
         help="weight of the teachers in the loss; the rest is the weight of the labels (default 0.7)",
     )
@@ -108,21 +106,18 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--quantise.calibrate",
         dest="calibrate",
         choices=CALIBRATIONS,
-        default=CALIBRATIONS[0],
         help="data for choosing the scales: equal rows per expert (default), rows as the gate sends them, or none",
     )
     parser.add_argument(
         "--quantise.rows",
         dest="rows",
         type=int,
-        default=1024,
         metavar="N",
         help="rows (images, or tokens inside the ViT) per expert and block for choosing the scales (default 1024)",
     )
     parser.add_argument(
         "--budget",
         type=float,
-        default=0.3,
         metavar="POINTS",
         help="points of validation macro-F1 that each automatic step may lose (default 0.3)",
     )
@@ -150,22 +145,34 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if all(getattr(options, name) is None for name in ("prune", "merge", "distil", "quantise")):
         parser.error("nothing to do: name --prune, --merge, --distil or --quantise")
+    _check_use(parser, options)
     _check_distil(parser, options)
-    if options.protect is not None and options.quantise is None:
-        parser.error("--quantise.protect needs --quantise: add it, or leave this option out")
-    if options.rows < 1:
+    if options.rows is not None and options.rows < 1:
         parser.error(f"--quantise.rows is {options.rows}: it must be at least 1")
     options.prune = experts_of("--prune", options.prune)
-    options.protect = experts_of("--quantise.protect", options.protect) or []
-    if not 0 <= options.budget <= 100:
+    options.protect = experts_of("--quantise.protect", options.protect)
+    if options.budget is not None and not 0 <= options.budget <= 100:
         parser.error(f"--budget is {options.budget:g}: it must be from 0 to 100 points of macro-F1")
+    if options.budget is not None and AUTO not in (options.prune, options.protect):
+        parser.error(f"--budget needs --prune {AUTO} or --quantise.protect {AUTO}: add one of them")
     return options
 
 
+def _check_use(parser: Parser, options: argparse.Namespace) -> None:
+    """Raise UserError for options of a step that is not requested."""
+    if options.distil is None and len(options.runs) > 1:
+        parser.error("several RUNs are an ensemble of teachers for --distil: add it, or name one RUN")
+    for step, names in {
+        "distil": ("sizes", "epochs", "temperature", "weight"),
+        "quantise": ("protect", "calibrate", "rows"),
+    }.items():
+        for name in names:
+            if getattr(options, step) is None and getattr(options, name) is not None:
+                parser.error(f"--{step}.{name} needs --{step}: add it, or leave this option out")
+
+
 def _check_distil(parser: Parser, options: argparse.Namespace) -> None:
-    """Raise UserError for options of a student without --distil, or out of range; parse its sizes."""
-    if options.distil is None and (len(options.runs) > 1 or options.sizes is not None or options.epochs is not None):
-        parser.error("several RUNs and the options --distil.* need --distil: add it, or leave them out")
+    """Raise UserError for options of a student that are out of range; parse its sizes."""
     if options.sizes is not None:
         kind = option_types(Config)["experts.sizes"]
         try:
@@ -174,9 +181,9 @@ def _check_distil(parser: Parser, options: argparse.Namespace) -> None:
             parser.error(f"--distil.sizes is {printable(options.sizes)}: give {expected(kind)}")
     if options.epochs is not None and options.epochs < 1:
         parser.error(f"--distil.epochs is {options.epochs}: it must be at least 1")
-    if not 0.01 <= options.temperature <= 1000:
+    if options.temperature is not None and not 0.01 <= options.temperature <= 1000:
         parser.error(f"--distil.temperature is {options.temperature:g}: it must be from 0.01 to 1000")
-    if not 0 <= options.weight <= 1:
+    if options.weight is not None and not 0 <= options.weight <= 1:
         parser.error(f"--distil.weight is {options.weight:g}: it must be from 0 to 1")
 
 
@@ -197,7 +204,7 @@ def main() -> None:
     load_plugins(options.plugins)
     names = ("prune", "merge", "distil", "epochs", "sizes", "temperature", "weight")
     names += ("quantise", "protect", "calibrate", "rows", "budget")
-    plan = Plan(**{name: getattr(options, name) for name in names})
+    plan = Plan(**{name: value for name in names if (value := getattr(options, name)) is not None})
     if options.out.exists():
         raise UserError(f"--out {options.out} exists: name a new folder")
     require_place(options.out, "--out")

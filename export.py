@@ -16,6 +16,7 @@ from common.arguments import Parser, path_option
 from common.distributed import require_alone
 from common.errors import exit_code_of, exit_process, say
 from common.plugins import add_plugins_option, load_plugins
+from common.signals import stoppable
 from common.text import printable
 from deployment.export import BATCHES, check_target, export
 
@@ -42,8 +43,9 @@ def main() -> None:
     require_alone("export.py")
     load_plugins(options.plugins)
     check_target(options.out)
-    trained = load_trained(options.run, "cpu", options.weights, say=say)
-    checked = export(trained, options.out)
+    with stoppable():
+        trained = load_trained(options.run, "cpu", options.weights, say=say)
+        checked = export(trained, options.out)
     batches = ", ".join(map(str, BATCHES))
     print(f"checked      against the run with batches of {batches}: probabilities within {checked.probabilities:.1g}")
     print(f"written to   {printable(options.out)}, {checked.bytes / 1e6:,.1f} MB; docs/export.md shows how to run it")

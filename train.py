@@ -17,6 +17,7 @@ if __name__ == "__main__":
 from assembly.pipeline import Inputs, build_trainer, load_inputs, pick_device
 from assembly.seeds import train_seeds
 from assembly.start import announce, start_tracking
+from assembly.teachers import teacher_of
 from assembly.twin import dense_twin
 from common.distributed import joined, started, world
 from common.errors import exit_code_of, exit_process
@@ -57,7 +58,8 @@ def train(start: Start, inputs: Inputs, bank: FeatureBank | ImageBank | None = N
     with start.claimed() as run, start_tracking(config, run, checkpoint, inputs) as tracker:
         if world().first:
             write_config(config, run.config)
-        trainer = build_trainer(config, inputs, run, tracker, checkpoint, bank)
+        teacher = teacher_of(start.resumed, config, inputs.device, checkpoint is not None)
+        trainer = build_trainer(config, inputs, run, tracker, checkpoint, bank, teacher)
         announce(config, inputs, trainer)
         best = trainer.fit()
         print(f"{config.train.keep} epoch   {best['epoch']}, validation macro-F1 {100 * best['macro_f1']:.2f} %")

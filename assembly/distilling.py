@@ -1,6 +1,5 @@
 """Distil one or several trained runs into a smaller model, on the images or features of the first run."""
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,18 +10,18 @@ from torch import Tensor
 
 from assembly.compression_steps import Work
 from assembly.loading import OpenRun
-from assembly.pipeline import build_trainer, compile_blocks
+from assembly.pipeline import build_trainer
 from assembly.start import announce
+from assembly.teachers import Teachers
 from assembly.twin import twin_of
-from common.errors import UserError
-from common.text import printable
+from common.errors import Interrupted, UserError
+from common.errors import say as tell
+from common.text import command, printable
 from compression.distil import dense_student, sparse_student
 from config.config import Config
-from model.moe_vit import AnyMoE, MoEViT
 from storage.folder import RunFolder
 from tracking.tracker import Tracker
 from training.length import shorten_warmup
-from training.teacher import Teacher
 from training.trainer import Trainer
 
 
@@ -87,16 +86,23 @@ def teach(
 ) -> tuple[Trainer, dict[str, Any]]:
     """Train the student in `run`. Returns the trainer, and what `Trainer.fit` returns."""
     plan, opened, config = work.plan, work.opened, student.config
-    models = [_own(each.model) for each in (opened, *others)]
-    for model in models:
-        compile_blocks(config, model, opened.inputs.device)
-    teacher = Teacher(models, plan.temperature, plan.weight)
+    teaching = (opened, *others)
+    paths = [str(each.run.path.absolute()) for each in teaching]
+    teachers = Teachers(paths, plan.temperature, plan.weight, plan.quantise)
+    teachers.keep(run)
+    teacher = teachers.teach([each.model for each in teaching], config, opened.inputs.device)
     trainer = build_trainer(config, opened.inputs, run, tracker, bank=opened.bank, teacher=teacher)
     if student.weights is not None:
         trainer.start_from(student.weights)
     announce(config, opened.inputs, trainer)
-    say(f"teachers     {', '.join(printable(each.run.path) for each in (opened, *others))}")
-    best = trainer.fit()
+    say(f"teachers     {', '.join(printable(each.run.path) for each in teaching)}")
+    try:
+        best = trainer.fit()
+    except Interrupted:
+        if run.last.exists():
+            tell(f"{command('train.py', '--resume', run.path)} continues from the last checkpoint, with its teachers")
+        raise
+    run.teachers.unlink(missing_ok=True)  # from here on it is an ordinary run
     model = work.build(config)
     model.load_state_dict(best["model"])
     device = next(opened.model.parameters()).device
@@ -104,11 +110,6 @@ def teach(
     work.take(config, model.to(device).eval(), "distil", kind=plan.distil, weight=plan.weight, **figures)
     _note(work, student)
     return trainer, best
-
-
-def _own(model: AnyMoE) -> AnyMoE:
-    """A copy that may be compiled; code that inspects a model needs an uncompiled one."""
-    return model.on(model.backbone) if isinstance(model, MoEViT) else copy.deepcopy(model)
 
 
 def _note(work: Work, student: Student) -> None:

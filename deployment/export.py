@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from common.errors import EnvironmentFault, UserError, one_line
-from common.files import write_atomically
+from common.files import require_place, write_atomically
 from deployment.about import about
 from deployment.formats import FORMATS, Answer, Format
 from deployment.graph import ImagesToAnswers, in_float32, traced
@@ -38,7 +38,8 @@ class Checked:
 def check_target(out: Path) -> Format:
     """The format given by the ending of a file name.
 
-    Raises UserError for another ending or an unsuitable path, EnvironmentFault for missing packages.
+    Raises UserError for another ending or an unsuitable path, EnvironmentFault if nothing can be written there and
+    for missing packages.
     """
     found = FORMATS.get(out.suffix.lower())
     if found is None:
@@ -47,6 +48,7 @@ def check_target(out: Path) -> Format:
         raise UserError(f"{out}: {out.parent} is not a folder")
     if out.is_dir():
         raise UserError(f"{out} is a folder: name a file")
+    require_place(out, "OUT")
     if not fits_torch():
         needed = ".".join(map(str, TORCH))
         raise EnvironmentFault(

@@ -12,7 +12,7 @@ import numpy as np
 
 from analysis import plots
 from common.errors import UserError, warn
-from common.files import write_json, write_text
+from common.files import require_place, write_json, write_text
 from common.paths import expanded
 from common.text import printable
 from evaluation.compared import FIGURES, SCORES, Compared, load
@@ -39,16 +39,19 @@ LEGEND = (
 def compare(sources: Sequence[str], out: Path) -> str:
     """Compare runs, given as folders or ClearML task ids; write comparison.md, .json and .png to `out`.
 
-    Returns the table for the terminal. Raises UserError if a source is neither, or was not evaluated.
+    Returns the table for the terminal. Raises UserError if a source is neither, or was not evaluated, EnvironmentFault
+    before that if `out` cannot be written.
     """
     if len(sources) < 2:
         raise UserError(f"--compare needs two runs or more, not {len(sources)}: evaluate.py --compare RUN RUN ...")
+    require_place(out / "comparison.json", "--out")
     runs = _named([load(source) for source in sources])
     differing = differences(runs)
     rows, (found, left_out) = _rows(runs, differing), groups(runs)
     minus, unpaired = differences_of(found)
     value = {"differing": differing, "runs": [run.to_dict() for run in runs]}
     value |= {"seeds": [group.to_dict() for group in found], "differences": [each.to_dict() for each in minus]}
+    out.mkdir(parents=True, exist_ok=True)
     write_json(out / "comparison.json", value)
     together = seed_rows(found, minus)
     for line in [*(left_out if together else []), *unpaired]:

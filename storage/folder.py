@@ -67,6 +67,11 @@ class RunFolder:
         return self.path / "compression.json"
 
     @property
+    def teachers(self) -> Path:
+        """Who teaches a student that compress.py --distil has in training, and was interrupted."""
+        return self.path / "teachers.json"
+
+    @property
     def evaluation(self) -> Path:
         return self.path / "evaluation"
 

@@ -184,6 +184,7 @@ class Unexportable(torch.nn.Module):
         return x_BD[: int(x_BD.sum())]
 
 
+@pytest.mark.slow
 def test_what_an_exporter_does_not_take_is_one_line(tmp_path):
     trained = of_rule("switch")
     trained.model.neck.norm = Unexportable()
@@ -206,6 +207,7 @@ def test_mistakes_are_one_line_before_anything_is_read(tmp_path, monkeypatch, ca
     assert "is not a folder: name a run" in mistake(gone, tmp_path / "x.pt2")
     (tmp_path / "y.pt2").mkdir()
     assert "y.pt2 is a folder: name a file" in mistake(tmp_path, tmp_path / "y.pt2")
+    assert "cannot be made in /proc" in mistake(gone, "/proc/x.pt2", expected=1)
     monkeypatch.setattr(formats.importlib.util, "find_spec", lambda name: None)
     assert "needs onnx, onnxscript, onnxruntime: pip install" in mistake(gone, tmp_path / "x.onnx", expected=1)
     monkeypatch.setattr(torch, "__version__", "2.6.0+cu124")

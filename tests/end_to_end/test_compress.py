@@ -13,7 +13,8 @@ import compress
 import evaluate
 import train
 from assembly.loading import load_trained
-from common.errors import exit_code_of
+from common.errors import Interrupted, exit_code_of
+from training.trainer import Trainer
 
 
 @pytest.fixture
@@ -124,9 +125,9 @@ def test_an_ensemble_teaches_a_dense_student_in_eight_bits(tiny_run, tmp_path, c
 
 
 @pytest.mark.slow
-def test_what_is_left_is_taught_on(tiny_run, tmp_path, call):
-    out = tmp_path / "taught"
-    words = ("--prune", "0", "--distil", "sparse", "--distil.epochs", "1")
+def test_what_is_left_is_taught_on_after_an_interruption_too(tiny_run, tmp_path, call, monkeypatch):
+    out, again = tmp_path / "taught", tmp_path / "interrupted"
+    words = ("--prune", "0", "--distil", "sparse", "--distil.epochs", "2")
     code, shown, _ = call(compress, tiny_run, "--out", out, *words)
     assert code == 0 and "random routing" not in shown
     found = json.loads((out / "compression.json").read_text())
@@ -134,6 +135,27 @@ def test_what_is_left_is_taught_on(tiny_run, tmp_path, call):
     pruned = load_trained(tiny_run).model.moe.experts[1][0].weight
     taught = load_trained(out).model.moe.experts[0][0].weight
     assert 0 < (taught - pruned).norm() < 0.5 * pruned.norm()  # from there, and a few steps on
+    assert not (out / "teachers.json").exists()
+
+    train_epoch = Trainer._train_epoch
+
+    def interrupted(trainer, progress):
+        if trainer.epoch == 2:
+            raise Interrupted(2)
+        return train_epoch(trainer, progress)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_train_epoch", interrupted)
+        code, _, lines = call(compress, tiny_run, "--out", again, *words)
+    assert code == 130 and f"--resume {again} continues from the last checkpoint, with its teachers" in lines[-2]
+    kept = (again / "teachers.json").read_text()
+    (again / "teachers.json").write_text(kept.replace(str(tiny_run), str(tmp_path / "gone")))
+    code, _, lines = call(train, "--resume", again)
+    assert code == 2 and f"is taught by {tmp_path}/gone, which cannot be opened" in lines[-1]
+    (again / "teachers.json").write_text(kept)
+    code, shown, _ = call(train, "--resume", again)
+    assert code == 0 and f"teachers     {tiny_run}" in shown and "epoch   2/2" in shown
+    assert (again / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
 
 
 def test_experts_in_eight_bits_are_not_trained_from_the_start(call, tmp_path):
@@ -143,6 +165,7 @@ def test_experts_in_eight_bits_are_not_trained_from_the_start(call, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_number_format_that_a_device_lacks_is_one_line(tiny_run, tmp_path, call, monkeypatch):
     def lacks(*_):
         raise RuntimeError("no kernel for float8\non this device")
@@ -172,7 +195,10 @@ def test_a_number_format_that_a_device_lacks_is_one_line(tiny_run, tmp_path, cal
         ("--distil dense --distil.sizes [[4],[5]]", "names 2 experts: a dense student has one"),
         ("--distil dense --distil.sizes wide", "--distil.sizes is wide: give"),
         ("--distil dense --prune 0", "leave out --prune and --merge"),
-        ("--prune 0 --distil.epochs 3", "need --distil: add it"),
+        ("--prune 0 --distil.epochs 3", "--distil.epochs needs --distil: add it"),
+        ("--prune 0 --distil.weight 0.7", "--distil.weight needs --distil: add it"),
+        ("--prune 0 --quantise.rows 64", "--quantise.rows needs --quantise: add it"),
+        ("--prune 0 --budget 1", "--budget needs --prune auto or --quantise.protect auto"),
         ("--distil dense --distil.epochs 0", "--distil.epochs is 0"),
         ("--distil dense --distil.weight 2", "--distil.weight is 2: it must be from 0 to 1"),
         ("--distil dense --distil.temperature 0", "--distil.temperature is 0"),
@@ -198,7 +224,7 @@ def test_an_ensemble_has_one_data_set(tiny_run, tmp_path, call, monkeypatch):
     code, _, lines = call(compress, tiny_run, tiny_run, *words)
     assert code == 2 and len(lines) == 1 and "reads other features than" in lines[0]
     code, _, lines = call(compress, tiny_run, tiny_run, "--out", tmp_path / "out", "--prune", "0")
-    assert code == 2 and len(lines) == 1 and "need --distil" in lines[0]
+    assert code == 2 and len(lines) == 1 and "ensemble of teachers for --distil" in lines[0]
     assert not (tmp_path / "out").exists()
 
 

@@ -6,6 +6,7 @@ import hashlib
 import pytest
 import torch
 from block_helpers import SIZES, images, moe_vit, spread, tiny_vit
+from conftest import mostly_slow
 from torch.nn import functional as F
 
 from model.backbone import Backbone
@@ -66,7 +67,7 @@ def train(model, steps: int = 3, warmup: bool = False, seed: int = 0):
 
 
 @pytest.mark.parametrize("level", ["token", "image"])
-@pytest.mark.parametrize("rule", TOKEN_RULES)
+@pytest.mark.parametrize("rule", mostly_slow(TOKEN_RULES, ["noisy_topk", "deepseek"]))
 def test_every_rule_trains_and_leaves_the_vit_as_it_was(rule, level):
     experts = {"sizes": [[2], [2], [4], [4]]}
     top_k = ROUTERS[rule].only_top_k or 2
