@@ -145,7 +145,7 @@ def test_what_is_not_a_study_and_what_is_of_other_options(plan, tmp_path):
         UserError, match=r"a study with other options: train\.epochs was 2 and is now 3; choose another"
     ):
         open_study(plan.folder, plan.space, plan.configure({"train.epochs": 3}, ""), 0)
-    with pytest.raises(UserError, match=r"of another space: router\.kind was .* and is nothing") as caught:
+    with pytest.raises(UserError, match=r"with another space: router\.kind was .* and is now nothing") as caught:
         open_study(plan.folder, {"optim.lr": plan.space["optim.lr"]}, plan.configure({}, ""), 0)
     assert "\n" not in str(caught.value)
     (tmp_path / "junk").mkdir()
