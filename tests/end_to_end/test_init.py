@@ -68,7 +68,7 @@ def test_a_run_goes_on_from_another_one(tiny_run, tmp_path, start, capsys):
     assert "balance.old_gate has no effect with --freeze router" in said.err
     said = said.out
     assert "neck, router, experts, 7 of 7 class rows" in said and "left out     3 classes" in said
-    assert "frozen       router, experts" in said and "rates        head 0.005, the rest 0.01" in said
+    assert "frozen       router, experts" in said and "rates        head 0.005, all others 0.01" in said
     old, new = (load_weights_of(RunFolder(path)) for path in (tiny_run, tmp_path / "run"))
     frozen = [name for name in new if ".router." in name or (".experts." in name and ".4." not in name)]
     assert len(frozen) > 8 and all(torch.equal(new[name], old[name]) for name in frozen)
@@ -122,7 +122,7 @@ def test_what_is_made_of_a_run_needs_no_other_run_but_for_old_images(tiny_run):
 def test_a_folder_that_is_no_run_and_parts_without_one(tmp_path):
     with pytest.raises(UserError, match="is not a run"):
         parse_command_line(options(tmp_path))
-    with pytest.raises(UserError, match="name a run with --init"):
+    with pytest.raises(UserError, match="name it with --init"):
         parse_command_line([*TINY.split(), "--freeze", "router"])
     with pytest.raises(UserError, match="gate of a trained run: name it with --init"):
         parse_command_line([*TINY.split(), "--balance.old_gate", "1"])
@@ -162,7 +162,7 @@ def test_the_task_of_the_run_is_the_parent(tiny_run, tmp_path, monkeypatch):
 
 
 def test_new_experts_need_a_run():
-    with pytest.raises(UserError, match="puts experts beside those of a run"):
+    with pytest.raises(UserError, match="adds experts to those of a run"):
         parse_command_line([*TINY.split(), "--experts.add", "[[8]]"])
 
 
