@@ -35,12 +35,15 @@ def test_seeds_share_their_inputs_and_an_interrupted_command_goes_on(tmp_path, m
     assert scores[0] != scores[1]
     assert (tmp_path / "few-seeds" / "comparison.md").is_file()
     code, _, err = call("2", "--train.batch_size", "32")
-    assert code == 2 and "--seeds cannot go on with" in err and "choose another --run_dir" in err
+    assert code == 2 and "--seeds cannot continue" in err and "choose another --run_dir" in err
 
     # Its twin, whose report begins with what the two say together.
     words[words.index("--run_dir") + 1] = str(tmp_path / "twin")
     code, out, err = call("1", "--train.dense_twin", "true")
-    assert code == 0 and "One seed cannot tell whether the mixture earned its keep: its macro-F1 minus that of" in out
+    assert (
+        code == 0
+        and "One seed cannot show whether the mixture is better than its dense twin: its macro-F1 minus that of" in out
+    )
     page = (tmp_path / "twin-seed0" / "evaluation" / "report.html").read_text(encoding="utf-8")
     assert page.index('class="remark"') < page.index('class="cards"')
     assert "digits, bundled/vit_micro, dense twin" in page
@@ -61,5 +64,5 @@ def test_a_wrong_number_of_seeds_is_one_line(words, said):
 
 def test_seeds_are_new_runs(tmp_path):
     (tmp_path / "config.yaml").write_text("{}")
-    with pytest.raises(UserError, match="--seeds starts runs of its own"):
+    with pytest.raises(UserError, match="--seeds starts new runs"):
         parse_command_line(["--resume", str(tmp_path), "--seeds", "2"])

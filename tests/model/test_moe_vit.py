@@ -179,7 +179,7 @@ def test_blocks_are_resolved_from_the_end_and_by_what_is_read():
         ({"capacity_factor": 1.0, "overflow": "residual"}, "adds a linear head"),
         ({"top_k": 4}, "larger than the number of experts"),
         ({"neck": {"kind": "flatten"}}, "reads pooled features"),
-        ({"features": ("tokens:2",)}, "are for experts.place head"),
+        ({"features": ("tokens:2",)}, "need experts.place head"),
     ],
 )
 def test_misfits_are_one_line(options, message):
@@ -230,6 +230,32 @@ def test_blocks_that_cannot_be_compiled_run_as_they_are(monkeypatch):
     assert copy.deepcopy(model)._compiled is model._compiled
 
 
+@pytest.mark.parametrize("rule", TOKEN_RULES)
+def test_evaluation_is_compiled_once_for_all_experts_and_for_some(rule, monkeypatch):
+    """In one form, whose answers are those of the model as it is, bit for bit where all experts are allowed."""
+    forms = []
+
+    def compiler(run, **_):
+        def compiled(*block):
+            forms.append([value if isinstance(value, bool | None) else type(value) for value in block])
+            return run(*block)
+
+        return compiled
+
+    experts = {"blocks": [1], "sizes": [[2], [4], [6], [8]]}
+    top_k = ROUTERS[rule].only_top_k or 2
+    model = spread(moe_vit(kind=rule, top_k=top_k, experts=experts, features=("mean:2",))).eval()
+    without_E = torch.tensor([True, False, True, True])
+    expected = [model(images())[0], model(images(), allowed_E=without_E)[0]]
+    monkeypatch.setattr(torch, "compile", compiler)
+    model.compile({6}, pytest.fail)
+    asked = [None, without_E, without_E[None]]
+    found = [model(images(), allowed_E=allowed_E)[0] for allowed_E in asked]
+    for logits, of_this in zip(found, [0, 1, 1], strict=True):
+        assert torch.equal(logits, expected[of_this])
+    assert len(forms) == 9 and forms[:3] == forms[3:6] == forms[6:]
+
+
 def test_recomputing_changes_no_gradient():
     model, found = spread(moe_vit(kind="mixtral", norm="none")).train(), []
     for recompute in (False, True):
@@ -260,7 +286,7 @@ def test_a_mixture_on_top_is_one_place_more():
     "options, message",
     [
         ({"head": [[4]], "sizes": SIZES, "place": "blocks", "kind": "adapter"}, "needs 3 entries"),
-        ({"head": [[4]] * 4}, r"is for experts\.place blocks"),
+        ({"head": [[4]] * 4}, r"needs experts\.place blocks"),
     ],
 )
 def test_a_mixture_on_top_that_does_not_fit_is_one_line(options, message):
