@@ -121,7 +121,10 @@ def output_of(model: AnyMoE, place: int, number: int, rows_ND: Tensor) -> Tensor
 
 
 def inputs_of(model: AnyMoE, place: int, number: int, rows_ND: Tensor) -> list[Tensor]:
-    """What each of `matrices_of` reads when the expert computes rows (N, D): (N, inputs) each."""
+    """What each of `matrices_of` reads when the expert computes rows (N, D): (N, inputs) each.
+
+    Raises ValueError for a kind of a plug-in of which that cannot be seen.
+    """
     module = module_of(model, place, number)
     if module is None:
         experts: Any = model.mixtures[place].experts
@@ -138,4 +141,6 @@ def inputs_of(model: AnyMoE, place: int, number: int, rows_ND: Tensor) -> list[T
 
             hooks.enter_context(_hooked(layer.register_forward_pre_hook(keep)))
         module(rows_ND)
+    if len(found) < len(linears):
+        raise ValueError(f"{type(module).__name__} has linear layers that it does not call, so that no input is seen")
     return [found[id(layer)] for layer in linears]
