@@ -21,7 +21,7 @@ from common.distributed import require_alone
 from common.errors import exit_code_of, exit_process
 from common.plugins import add_plugins_option, load_plugins
 from common.text import printable, quoted
-from evaluation.evaluation import evaluate, table
+from evaluation.evaluation import evaluate, expert_table, print_scores
 from tracking.tracker import open_evaluation
 
 
@@ -128,8 +128,9 @@ def score(options: argparse.Namespace) -> None:
     with open_evaluation(options.tracking, run.path, config.to_dict(), **named) as tracker:
         if tracker.resends:
             tracker.model(run.weights, run.path.name, opened.inputs.splits.train.class_names)
-        measure = (options.worth_images, options.latency)
-        print(table(evaluate(run, config, model, opened.bank, tracker, opened.inputs.backbone, *measure)))
+        measure = (options.worth_images, options.latency, print_scores)
+        found = evaluate(run, config, model, opened.bank, tracker, opened.inputs.backbone, *measure)
+        print(expert_table(found))
     if opened.traffic is not None:
         print(offload_line(opened.traffic))
     print(f"written to   {printable(run.evaluation)}; open {run.report.name} in a browser")

@@ -25,7 +25,7 @@ from common.signals import stoppable
 from common.text import printable
 from config.command_line import parse_command_line
 from config.config import write_config
-from evaluation.evaluation import evaluate, table
+from evaluation.evaluation import evaluate, expert_table, print_scores
 from features.bank import FeatureBank
 from features.images import ImageBank
 from storage.export import export_model
@@ -67,7 +67,8 @@ def train(start: Start, inputs: Inputs, bank: FeatureBank | ImageBank | None = N
             export_model(run, best)
             tracker.model(run.weights, run.path.name, inputs.splits.train.class_names)
         trainer.model.load_state_dict(best["model"])
-        print(table(evaluate(run, config, trainer.model, trainer.bank, tracker, inputs.backbone)))
+        found = evaluate(run, config, trainer.model, trainer.bank, tracker, inputs.backbone, scored=print_scores)
+        print(expert_table(found))
         print(f"run folder   {printable(run.path)}")
 
 

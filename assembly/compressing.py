@@ -17,6 +17,7 @@ from assembly.pipeline import build_trainer
 from assembly.start import start_tracking
 from common.errors import UserError
 from common.files import write_json
+from compression.distil import check_dense_sizes, sparse_student
 from compression.merge import check_merge
 from compression.prune import check_prune
 from compression.quantise import check_format
@@ -43,6 +44,10 @@ def check_plan(config: Config, plan: Plan) -> None:
         raise UserError("--distil dense trains one part in place of all experts: leave out --prune and --merge")
     if plan.distil is not None and plan.sizes is not None and (plan.prune is not None or plan.merge is not None):
         raise UserError("--distil.sizes are of a new student: leave them out, or --prune and --merge")
+    if plan.distil == "dense":
+        check_dense_sizes(plan.sizes)
+    elif plan.distil == "sparse" and plan.prune is None and plan.merge is None:
+        sparse_student(config, plan.epochs, plan.sizes, warm=False)
     if plan.distil == "dense" or plan.sizes is not None:
         left = len(plan.sizes or [[]])
     for expert in plan.protect if isinstance(plan.protect, list) else ():

@@ -28,7 +28,9 @@ from features.images import ImageBank
 from features.placement import DeviceMemory
 from model.backbone import Backbone, load_backbone
 from model.classifier import VisionMoE
+from model.losses import LOSSES
 from model.moe_vit import AnyMoE, MoEViT, resolve_blocks
+from model.old_gate import hold_old_gates
 from model.spread import check_spread
 from storage.checkpoint import check_inputs, seed_everything
 from storage.folder import RunFolder
@@ -241,6 +243,8 @@ def build_trainer(
     model = build_model(config, bank.feature_shape, splits.train.num_classes, backbone)
     names, origin = splits.train.class_names, inputs.origin
     taken = checkpoint.get("init") if checkpoint else origin and begin(model, origin, names, bank.feature_shape)
+    if any(loss.of_init and getattr(config.balance, name) > 0 for name, loss in LOSSES.items()):
+        hold_old_gates(model)
     experts = spread_experts(config, model, bank, inputs)
     model = model.to(inputs.device)
     compile_blocks(config, model, inputs.device)

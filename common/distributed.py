@@ -163,9 +163,15 @@ def joined(device: torch.device, timeout: float = 600.0) -> Iterator[World]:
     try:
         _refuse_shared_gpus(found, device)
         yield found
+    except BaseException:
+        if device.type == "cpu":
+            dist.destroy_process_group()
+        # NCCL would wait for CUDA graphs that the error still holds; who has `started` ends the process at once.
+        raise
+    else:
+        dist.destroy_process_group()
     finally:
         _world = ALONE
-        dist.destroy_process_group()
 
 
 def _meet(found: World, purpose: str) -> dist.Store:

@@ -31,15 +31,20 @@ def sparse_student(config: Config, epochs: int | None, sizes: list[Any] | None, 
         raise UserError(f"--distil sparse: {one_line(error)}") from error
 
 
+def check_dense_sizes(sizes: list[Any] | None) -> None:
+    """Raise UserError where the sizes of a dense student are those of several experts."""
+    if sizes is not None and len(sizes) != 1:
+        raise UserError(f"--distil.sizes names {len(sizes)} experts: a dense student has one, such as [[256]]")
+
+
 def dense_student(twin: Config, epochs: int | None, sizes: list[Any] | None) -> Config:
     """The configuration that a dense student is trained by. twin: of the dense part that costs what the mixture does.
 
     Raises UserError for sizes of several experts.
     """
     experts = twin.experts
+    check_dense_sizes(sizes)
     if sizes is not None:
-        if len(sizes) != 1:
-            raise UserError(f"--distil.sizes names {len(sizes)} experts: a dense student has one, such as [[256]]")
         try:
             experts = replace(experts, sizes=sizes)
         except ValueError as error:

@@ -143,11 +143,16 @@ class Config:
         for name, loss in LOSSES.items():
             if getattr(self.balance, name) > 0:
                 loss.check(ROUTERS[self.router.kind], self.router)
+                if loss.of_init and self.init is None:
+                    raise ValueError(f"balance.{name} compares with the gate of a trained run: name it with --init")
 
     @property
     def idle(self) -> list[str]:
         """A line for each option that is set and has no effect."""
         found = list(self.router.idle)
+        for name, loss in LOSSES.items():
+            if loss.of_init and getattr(self.balance, name) > 0 and "router" in self.freeze:
+                found.append(f"balance.{name} has no effect with --freeze router, where the gate stays as it was")
         if self.experts.place == "blocks":
             unused, defaults = ("mode", "views", "storage", "cache_dir", "compile"), FeaturesConfig()
             for name in unused:

@@ -137,17 +137,29 @@ class MoEViT(nn.Module):
                 raise ValueError("train.patch_dropout is not for a ViT with rotary embeddings: set it to 0")
             x_BTD = drop_patches(x_BTD, int(vit.num_prefix_tokens), patch_dropout)
         mixtures = dict(zip(self.blocks, self.mixtures, strict=False))
+        allowed = self._allowed(allowed_E, always=bool(compiled) and not self.training)
         routings, normed = [], {}
         for index in range(backbone.blocks[-1] + 1):
-            each = allowed_E if allowed_E is None or allowed_E.ndim == 1 else allowed_E[len(routings)]
             mixture, keep = mixtures.get(index), not (self.recompute and x_BTD.requires_grad)
-            x_BTD, routing = run(vit.blocks[index], x_BTD, ropes[index], mixture, warmup, each, keep)
+            options = (None, False, None) if mixture is None else (mixture, warmup, allowed[len(routings)])
+            x_BTD, routing = run(vit.blocks[index], x_BTD, ropes[index], *options, keep)
             routings += [] if routing is None else [routing]
             if index in backbone.blocks:
                 normed[index] = vit.norm(x_BTD)
         prefix = int(vit.num_prefix_tokens)
         pooled = [pool(how, normed[index], prefix) for how, index in backbone.features]
         return torch.cat(pooled, dim=-1), tuple(routings)
+
+    def _allowed(self, allowed_E: Tensor | None, always: bool) -> list[Tensor | None]:
+        """The experts that may be chosen in each block with experts, (E,) each; None for all.
+
+        always: never None, so that one compiled block serves the model as it is, and without an expert.
+        """
+        blocks, experts = len(self.blocks), self.mixtures[0].router.num_experts
+        if allowed_E is None:
+            device = self.mixtures[0].usage_E.device
+            return [torch.ones(experts, dtype=torch.bool, device=device) if always else None] * blocks
+        return [allowed_E] * blocks if allowed_E.ndim == 1 else [each_E.clone() for each_E in allowed_E]
 
     def compile(self, batch_sizes: set[int], say: Callable[[str], None] = warnings.warn) -> None:
         """Compile the blocks for batches of these sizes when the first one comes; others run as they are.

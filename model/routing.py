@@ -100,7 +100,8 @@ class Gate:
     logits_BE: clean router logits, float32. tempered_BE: logits_BE at the gate's temperature. load_BE: P(expert is
     chosen) under fresh noise, differentiable, if the rule has noise. importance_BE: the gate that is summed to the
     importance, if that is not the weight. target_E: target load, summing to 1 (None: even). work_E: cost of each expert
-    over their mean (None: equal).
+    over their mean (None: equal). old_BE: clean logits at its temperature of the gate that the training started from,
+    over the experts that it had, no gradient (None: not asked for).
     """
 
     logits_BE: Tensor
@@ -109,6 +110,7 @@ class Gate:
     importance_BE: Tensor | None = None
     target_E: Tensor | None = None
     work_E: Tensor | None = None
+    old_BE: Tensor | None = None
 
 
 @dataclass(frozen=True)

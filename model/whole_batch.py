@@ -27,7 +27,8 @@ def _columns(routing: Routing) -> list[Tensor]:
     """The tensors of a gate that have a row for each sample, each once."""
     gate = routing.gate
     tempered = [] if gate.tempered_BE is gate.logits_BE else [gate.tempered_BE]
-    return [gate.logits_BE, *tempered, *(rows for rows in (gate.load_BE, gate.importance_BE) if rows is not None)]
+    others = (gate.load_BE, gate.importance_BE, gate.old_BE)
+    return [gate.logits_BE, *tempered, *(rows for rows in others if rows is not None)]
 
 
 def _gathered(columns: list[list[Tensor]], share: Share) -> list[list[Tensor]]:
@@ -66,10 +67,11 @@ def _whole(routing: Routing, gate: list[Tensor], sums: list[Tensor]) -> Routing:
     tempered_BE = logits_BE if own.tempered_BE is own.logits_BE else next(of_gate)
     load_BE = None if own.load_BE is None else next(of_gate)
     importance_BE = None if own.importance_BE is None else next(of_gate)
+    old_BE = None if own.old_BE is None else next(of_gate)
     expert_E = torch.arange(len(counts_E), device=counts_E.device)
     return Routing(
         Assignments(torch.zeros_like(expert_E), expert_E, importance_E, len(logits_BE), counts_E),
-        Gate(logits_BE, tempered_BE, load_BE, importance_BE, own.target_E, own.work_E),
+        Gate(logits_BE, tempered_BE, load_BE, importance_BE, own.target_E, own.work_E, old_BE),
         None if routing.drops is None else Drops(dropped_1[0], demand_E),
         routing.learned,
     )

@@ -81,12 +81,14 @@ class ExpertParallel:
     def norm(self, common: list[Tensor], gradients: dict[str, Tensor]) -> Tensor:
         """The norm of all gradients together, each expert counted once."""
         spread = self.spread
-        own = torch.zeros((), device=spread.device)
-        for _, place, expert, view in spread.pieces(gradients):
-            own += view.float().square().sum() / len(spread.holders(place, expert))
+        if spread.copied:
+            pieces = list(spread.pieces(gradients))
+            shares = [1 / len(spread.holders(place, expert)) for _, place, expert, _ in pieces]
+            own = _square([view for *_, view in pieces], shares, spread.device)
+        else:
+            own = _square(list(gradients.values()), None, spread.device)
         dist.all_reduce(own, group=spread.group)
-        shared = torch.stack([gradient.float().square().sum() for gradient in common]).sum() if common else 0.0
-        return (own + shared).sqrt()
+        return (own + _square(common, None, spread.device)).sqrt()
 
     # Checkpoints
 
@@ -199,6 +201,14 @@ def moved_line(values: dict[str, float]) -> str:
     return (
         f"placement    largest over mean work of a process {measured:.2f}, by the same loads {predicted:.2f} from here"
     )
+
+
+def _square(tensors: list[Tensor], factors: list[float] | None, device: torch.device) -> Tensor:
+    """The sum of the squares of all numbers, each tensor's times its factor (None: 1)."""
+    if not tensors:
+        return torch.zeros((), device=device)
+    squares = torch._foreach_pow(torch._foreach_norm(tensors, dtype=torch.float32), 2)
+    return torch.stack(squares if factors is None else torch._foreach_mul(squares, factors)).sum()
 
 
 def _names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[str]:

@@ -61,6 +61,12 @@ class Captured:
         torch.cuda.current_stream(self.device).wait_stream(self.stream)
         return result
 
+    def release(self) -> None:
+        """Let go of the graphs; a later call captures again. NCCL does not end while a graph has its exchanges."""
+        for graph, _ in self.graphs.values():
+            graph.reset()
+        self.graphs.clear()
+
     def _capture(self, run: Callable[[Any], Any], argument: Hashable) -> None:
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self.graphs.values()))[0].pool() if self.graphs else None

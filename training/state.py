@@ -8,6 +8,7 @@ from torch import Tensor
 from common.distributed import world
 from config.optim import OptimConfig
 from model.moe_vit import AnyMoE
+from model.old_gate import load_old_gates, old_gates
 from model.transfer import Frozen
 from storage.checkpoint import RESUMABLE, fitting, load_optimizer, require_like, save_checkpoint
 from storage.folder import RunFolder
@@ -113,6 +114,7 @@ class TrainerState:
         return {
             "model": self._whole(self.model.state_dict()),
             "ema": self._whole(self.ema.module.state_dict()) if self.ema else None,
+            "old_gates": old_gates(self.model),
             "optimizer": optimizer,
             "placement": several.spread.shares if several else None,
             "epoch": self.epoch,
@@ -138,6 +140,7 @@ class TrainerState:
                     self.train_step.use(self.optimizer)
                 optimizer = self.experts.local_optimizer_state(optimizer, self.optimizer, self.model)
             self.model.load_state_dict(self._own(state["model"]))
+            load_old_gates(self.model, state.get("old_gates", {}))
             if self.frozen:
                 self.frozen.remember()
             if self.ema:

@@ -112,8 +112,15 @@ class Trainer(TrainerState):
         except UserError:  # a number that is not finite, in an epoch after the best
             self._write_best()
             raise
+        finally:
+            self.release_graphs()
         best = self.chosen or load_checkpoint(self.run.best)  # best epoch of an earlier process
         return best if self.experts is None else self._assembled(best, self.experts)
+
+    def release_graphs(self) -> None:
+        """Let go of captured steps: until then processes could not leave each other."""
+        if isinstance(self.train_step, GraphedStep):
+            self.train_step.captured.release()
 
     def _assembled(self, best: dict[str, Any], experts: ExpertParallel) -> dict[str, Any]:
         """The content of best.pt, with a model that has all experts in every process, for its evaluation."""

@@ -3,6 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import ClassVar
 
@@ -50,6 +51,7 @@ class Router(nn.Module, ABC):
         self.check(config, num_experts)
         self.num_experts, self.top_k, self.temperature = num_experts, config.top_k, config.temperature
         self.grown: tuple[int, ...] = ()
+        self.old: nn.Module | None = None  # the gate to compare with in training: see model/old_gate.py
         work = [1.0] * num_experts if work is None else work
         self.work = [cost * num_experts / sum(work) for cost in work]
         self.shares = config.target_shares(work)
@@ -166,13 +168,22 @@ class GatedRouter(Router):
         occur in training mode only, so that evaluation depends on the sample alone.
         """
         with torch.autocast(x_BD.device.type, enabled=False):
-            hidden_BH = self.trunk(self._perturb(x_BD.float()))
+            x_BD = x_BD.float()
+            hidden_BH = self.trunk(self._perturb(x_BD))
             logits_BE, sigma_BE = self._logits(hidden_BH, noisy=self.training and not warmup)
             if self.grown:
                 logits_BE = logits_BE - self.margin_E
             if allowed_E is not None:
                 logits_BE = logits_BE.masked_fill(~allowed_E, -math.inf)
-            return self._route_at_random(logits_BE) if warmup else self._route(logits_BE, sigma_BE)
+            routing = self._route_at_random(logits_BE) if warmup else self._route(logits_BE, sigma_BE)
+            if self.old is None or not self.training:
+                return routing
+            return replace(routing, gate=replace(routing.gate, old_BE=self.old(x_BD)))
+
+    def clean_logits(self, x_BD: Tensor) -> Tensor:
+        """Logits (B, E) of float32 features without noise, at the gate's temperature, of what is open."""
+        logits_BE, _ = self._logits(self.trunk(x_BD), noisy=False)
+        return self._tempered(logits_BE - self.margin_E if self.grown else logits_BE)
 
     def _perturb(self, x_BD: Tensor) -> Tensor:
         return x_BD

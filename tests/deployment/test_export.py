@@ -182,6 +182,7 @@ class Unexportable(torch.nn.Module):
         return x_BD[: int(x_BD.sum())]
 
 
+@pytest.mark.slow
 def test_what_an_exporter_does_not_take_is_one_line(tmp_path):
     trained = of_rule("switch")
     trained.model.neck.norm = Unexportable()

@@ -165,6 +165,7 @@ def test_experts_in_eight_bits_are_not_trained_from_the_start(call, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_number_format_that_a_device_lacks_is_one_line(tiny_run, tmp_path, call, monkeypatch):
     def lacks(*_):
         raise RuntimeError("no kernel for float8\non this device")

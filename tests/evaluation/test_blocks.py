@@ -61,7 +61,12 @@ def evaluated(tmp_path_factory):
     model, images = spread(moe_vit()).eval(), bank()
     with pytest.MonkeyPatch.context() as patch:  # laying out and compressing takes most of the time
         patch.setattr(Figure, "savefig", lambda figure, path, **options: Path(path).write_bytes(PNG))
-        return run, evaluate(run, config(), model, images, worth_images=12), model, images
+        early: list[str] = []
+        scored = lambda found: early.append(json.dumps(found) * run.results.exists())  # noqa: E731
+        results = evaluate(run, config(), model, images, worth_images=12, scored=scored)
+        (first,) = map(json.loads, early)
+        assert first["macro_f1"] == results["macro_f1"] and "macro_f1_change" not in first["expert_worth"][0]
+        return run, results, model, images
 
 
 def test_each_block_has_its_shares_and_the_one_that_tells_most_about_the_class_is_named(evaluated):

@@ -6,6 +6,7 @@ import hashlib
 import pytest
 import torch
 from block_helpers import SIZES, images, moe_vit, spread, tiny_vit
+from conftest import mostly_slow
 from torch.nn import functional as F
 
 from model.backbone import Backbone
@@ -66,7 +67,7 @@ def train(model, steps: int = 3, warmup: bool = False, seed: int = 0):
 
 
 @pytest.mark.parametrize("level", ["token", "image"])
-@pytest.mark.parametrize("rule", TOKEN_RULES)
+@pytest.mark.parametrize("rule", mostly_slow(TOKEN_RULES, ["noisy_topk", "deepseek"]))
 def test_every_rule_trains_and_leaves_the_vit_as_it_was(rule, level):
     experts = {"sizes": [[2], [2], [4], [4]]}
     top_k = ROUTERS[rule].only_top_k or 2
@@ -227,6 +228,32 @@ def test_blocks_that_cannot_be_compiled_run_as_they_are(monkeypatch):
     torch.testing.assert_close(model(images())[0], expected)
     assert lines == ["the ViT's blocks cannot be compiled (no compiler found): going on without"]
     assert copy.deepcopy(model)._compiled is model._compiled
+
+
+@pytest.mark.parametrize("rule", TOKEN_RULES)
+def test_evaluation_is_compiled_once_for_all_experts_and_for_some(rule, monkeypatch):
+    """In one form, whose answers are those of the model as it is, bit for bit where all experts are allowed."""
+    forms = []
+
+    def compiler(run, **_):
+        def compiled(*block):
+            forms.append([value if isinstance(value, bool | None) else type(value) for value in block])
+            return run(*block)
+
+        return compiled
+
+    experts = {"blocks": [1], "sizes": [[2], [4], [6], [8]]}
+    top_k = ROUTERS[rule].only_top_k or 2
+    model = spread(moe_vit(kind=rule, top_k=top_k, experts=experts, features=("mean:2",))).eval()
+    without_E = torch.tensor([True, False, True, True])
+    expected = [model(images())[0], model(images(), allowed_E=without_E)[0]]
+    monkeypatch.setattr(torch, "compile", compiler)
+    model.compile({6}, pytest.fail)
+    asked = [None, without_E, without_E[None]]
+    found = [model(images(), allowed_E=allowed_E)[0] for allowed_E in asked]
+    for logits, of_this in zip(found, [0, 1, 1], strict=True):
+        assert torch.equal(logits, expected[of_this])
+    assert len(forms) == 9 and forms[:3] == forms[3:6] == forms[6:]
 
 
 def test_recomputing_changes_no_gradient():
