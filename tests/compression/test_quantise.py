@@ -142,10 +142,10 @@ class Odd(ExpertKind, torch.nn.Module):
         return x_BD @ self.layer.weight.T
 
 
-def test_a_kind_whose_inputs_or_layers_are_not_seen_is_one_line():
+def test_a_kind_whose_inputs_or_layers_cannot_be_observed_is_one_line():
     config, model, build = behind()
     model.moe.experts._modules.update((str(number), Odd()) for number in range(4))
     with pytest.raises(UserError, match="cannot be quantised: Odd has linear layers that it does not call"):
         calibrate(model, owners_of(model), [inputs_of(model)], rows=8, equal=True)
-    with pytest.raises(UserError, match="Odd is not made of layers one after the other"):
+    with pytest.raises(UserError, match="Odd does not consist of layers"):
         merge(config, model, [[[0, 1], [2, 3]]], build)
