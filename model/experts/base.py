@@ -197,7 +197,7 @@ class Experts(ExpertSet, nn.ModuleList):
         self._count()
 
     def _generation(self, number: int) -> int:
-        """The generation of an expert: the number of additions before it. torch.compile does not support bisect_right."""
+        """The generation of an expert: the number of additions before it (torch.compile lacks bisect_right)."""
         return sum(first <= number for first in self.grown)
 
     def _known(self) -> dict[int, nn.Module]:
