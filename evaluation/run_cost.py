@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from common.meter import duration
-from evaluation.cost import cost, trained_cost
+from evaluation.cost import cost, parameters, trained_cost
 from model.backbone import Backbone
 from model.moe_vit import AnyMoE
 
@@ -55,7 +55,7 @@ def run_cost(
     seconds = _column(history, "speed/epoch_seconds")
     return {
         "total_parameters": whole and whole.total_parameters,
-        "trained_parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "trained_parameters": parameters(model),
         "active_parameters": active.active_parameters,
         "flops": whole and whole.backbone_flops + active.flops,
         "head_flops": active.flops,

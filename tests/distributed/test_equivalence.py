@@ -174,5 +174,6 @@ def test_experts_in_the_blocks(name, trained):
     compare([found[name] for found in trained(size, True)], BLOCKS[name], blocks=True)
 
 
+@pytest.mark.slow
 def test_a_batch_smaller_than_the_processes():
     compare(in_processes(5, train, HEADS["noisy_topk"]), HEADS["noisy_topk"])

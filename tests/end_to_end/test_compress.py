@@ -75,6 +75,7 @@ def test_a_run_in_eight_bits_is_a_run(tiny_run, tmp_path, call):
     assert yaml.safe_load((out / "config.yaml").read_text())["experts"]["weights"] == ["int8", "float16", "int8"]
     results = json.loads((out / "evaluation" / "metrics.json").read_text())
     assert sum(row["bytes"] for row in results["expert_worth"]) == found["after"]["expert_bytes"]
+    assert results["cost"]["trained_parameters"] == found["after"]["trained_parameters"]  # scales are none
 
     before = load_trained(out).model.moe.experts
     assert before[0][0].parametrizations.weight.original0.dtype == torch.int8
