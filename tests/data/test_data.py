@@ -73,7 +73,7 @@ def test_a_split_partitions_the_images():
 
 @pytest.mark.parametrize(
     ("labels", "fraction", "words"),
-    [([0, 0, 1], 0.5, "class 'class 1' has 1 image"), ([0, 0, 1, 1, 2, 2], 0.1, "cannot hold all 3 classes")],
+    [([0, 0, 1], 0.5, "class 'class 1' has 1 image"), ([0, 0, 1, 1, 2, 2], 0.1, "cannot contain all 3 classes")],
 )
 def test_what_cannot_be_split_is_said(labels, fraction, words):
     with pytest.raises(UserError, match=words):
