@@ -87,7 +87,7 @@ def test_the_fraction_that_is_advised_for_few_images_does(classes, count, fracti
     try:
         stratified_split(images, fraction, 0, "data.test")
     except UserError as error:
-        advised = float(re.search(r"use a (?:larger|smaller) fraction, (?:from|up to) ([\d.]+)", str(error))[1])
+        advised = float(re.search(r"use a (?:larger|smaller) fraction, at (?:least|most) ([\d.]+)", str(error))[1])
         assert all(len(part) >= classes for part in stratified_split(images, advised, 0, "data.test"))
 
 
