@@ -13,5 +13,5 @@ def _call(run: Callable[..., Any], *arguments: Any) -> Any:
 uncompiled: Any = torch.compiler.disable(_call)
 """uncompiled(run, *arguments) is run(*arguments) as it is, inside a compiled block too.
 
-For what sends rows to other processes, of which there are as many as it happens.
+For code that sends varying numbers of rows to other processes.
 """
