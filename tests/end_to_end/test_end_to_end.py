@@ -96,7 +96,7 @@ def test_the_configuration_is_resolved_and_the_backbone_named(digits_run):
 
 
 @pytest.mark.slow
-def test_evaluate_rebuilds_the_model_from_the_run_alone(digits_run, tmp_path):
+def test_evaluate_rebuilds_the_model_from_the_run_alone(digits_run, tmp_path, monkeypatch, capsys, undrawn):
     folder, _ = digits_run
     moved = tmp_path / "moved"
     shutil.copytree(folder, moved)
@@ -104,13 +104,13 @@ def test_evaluate_rebuilds_the_model_from_the_run_alone(digits_run, tmp_path):
     for name in ("evaluation", "checkpoints"):
         shutil.rmtree(moved / name)
     (moved / "config.yaml").unlink()
-    result = run_program("evaluate.py", moved)
-    assert result.returncode == 0, result.stderr
+    monkeypatch.setattr("sys.argv", ["evaluate.py", str(moved)])
+    assert exit_code_of(evaluate.main) == 0
     after = json.loads((moved / "evaluation" / "metrics.json").read_text())
     assert after["accuracy"] == before["accuracy"]
     assert after["macro_f1"] == before["macro_f1"]
     assert after["expert_by_class"] == before["expert_by_class"]
-    assert "macro-F1" in result.stdout
+    assert "macro-F1" in capsys.readouterr().out
 
 
 def test_mistakes_of_evaluate_are_one_line(tmp_path, monkeypatch, capsys):
@@ -125,15 +125,14 @@ def test_mistakes_of_evaluate_are_one_line(tmp_path, monkeypatch, capsys):
         assert words in line and line.count("\n") == 1
 
 
-@pytest.mark.slow
-def test_missing_data_ends_in_one_line_and_leaves_no_run(tmp_path):
+def test_missing_data_ends_in_one_line_and_leaves_no_run(tmp_path, monkeypatch, capsys):
     run_dir = tmp_path / "run"
-    result = run_program(
-        "train.py", "--data.root", tmp_path, "--data.download", "false", "--run_dir", run_dir, "--tracking", "none"
-    )
-    assert result.returncode == 2
-    assert len(result.stderr.strip().splitlines()) == 1
-    assert "CIFAR-100 is incomplete" in result.stderr and "--data.root" in result.stderr
+    words = ["--data.root", tmp_path, "--data.download", "false", "--run_dir", run_dir, "--tracking", "none"]
+    monkeypatch.setattr("sys.argv", ["train.py", *map(str, words)])
+    assert exit_code_of(train.main) == 2
+    error = capsys.readouterr().err
+    assert len(error.strip().splitlines()) == 1
+    assert "CIFAR-100 is incomplete" in error and "--data.root" in error
     assert not run_dir.exists()
 
 

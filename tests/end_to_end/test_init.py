@@ -28,24 +28,15 @@ def options(run, *words) -> list[str]:
 
 
 @pytest.fixture
-def start(monkeypatch):
+def start(monkeypatch, undrawn):
     """Run train.py in this process, without figures."""
-    from matplotlib.figure import Figure
-
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: path.write_bytes(_png()))
 
     def run(*words):
         monkeypatch.setattr("sys.argv", ["train.py", *map(str, words)])
         train.main()
 
     return run
-
-
-def _png() -> bytes:
-    from conftest import PNG
-
-    return PNG
 
 
 def test_the_configuration_is_that_of_the_run_but_for_what_is_its_own(tiny_run):
