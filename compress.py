@@ -1,10 +1,10 @@
-"""Make a trained run smaller: a run like any other, which evaluate.py, predict.py and train.py --resume take.
+"""Make a trained run smaller. The result is an ordinary run for evaluate.py, predict.py and train.py --resume.
 
-python compress.py RUN --out RUN2 --prune 0 3                without experts 0 and 3
-python compress.py RUN --out RUN2 --prune auto --budget 0.3  without all whose removal costs 0.3 points at most
-python compress.py RUN --out RUN2 --merge 2                  its experts merged to two
-python compress.py RUN RUN ... --out RUN2 --distil dense     one dense part, taught by one or more runs
-python compress.py RUN --out RUN2 --quantise int8            its experts in 8 bits
+python compress.py RUN --out RUN2 --prune 0 3                remove experts 0 and 3
+python compress.py RUN --out RUN2 --prune auto --budget 0.3  remove experts while this costs at most 0.3 points
+python compress.py RUN --out RUN2 --merge 2                  merge the experts to two
+python compress.py RUN RUN ... --out RUN2 --distil dense     distil one or more runs into one dense part
+python compress.py RUN --out RUN2 --quantise int8            store the experts in 8 bits
 """
 
 from common.errors import exit_on_signal
@@ -37,26 +37,30 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line. Raises UserError."""
     parser = Parser(prog="compress.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "runs", type=path_option, metavar="RUN", nargs="+", help="folder that train.py wrote; more than one: they teach"
+        "runs",
+        type=path_option,
+        metavar="RUN",
+        nargs="+",
+        help="run folder of train.py; several: an ensemble of teachers",
     )
     parser.add_argument("--out", type=path_option, metavar="RUN2", required=True, help="folder of the smaller run")
     parser.add_argument(
         "--prune",
         nargs="+",
         metavar="E",
-        help="remove these experts, numbered from 0, in all blocks; auto: one after the other while the budget lasts",
+        help="remove these experts, numbered from 0, in all blocks; auto: one after another within the budget",
     )
     parser.add_argument(
         "--merge",
         type=int,
         metavar="N",
-        help="merge the experts to N: the most used ones, each averaged with those whose gate is most like its own",
+        help="merge the experts to N: average each of the N most used experts with those of similar router logits",
     )
     parser.add_argument(
         "--distil",
         choices=("dense", "sparse"),
-        help="teach a smaller model: dense: one part for all samples, at the cost of the mixture; sparse: what --prune "
-        "and --merge have left, or a new mixture of half the hidden units",
+        help="train a smaller student. dense: one part for all samples, with the FLOPs of the mixture; sparse: the "
+        "result of --prune and --merge, or a new mixture with half of the hidden units",
     )
     parser.add_argument(
         "--distil.sizes",
@@ -64,20 +68,26 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="SIZES",
         help="experts of the new student, as experts.sizes: [[64],[128]]",
     )
-    parser.add_argument("--distil.epochs", dest="epochs", type=int, metavar="N", help="default: as many as the run has")
+    parser.add_argument(
+        "--distil.epochs",
+        dest="epochs",
+        type=int,
+        metavar="N",
+        help="epochs of the student (default: those of the run)",
+    )
     parser.add_argument(
         "--distil.temperature",
         dest="temperature",
         type=float,
         metavar="T",
-        help="of both softmaxes (default 2)",
+        help="temperature of both softmaxes (default 2)",
     )
     parser.add_argument(
         "--distil.weight",
         dest="weight",
         type=float,
         metavar="W",
-        help="share of the teachers in the loss, the rest is of the labels (default 0.7)",
+        help="weight of the teachers in the loss; the rest is the weight of the labels (default 0.7)",
     )
     parser.add_argument(
         "--quantise",
@@ -89,21 +99,21 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         dest="protect",
         nargs="+",
         metavar="E",
-        help="keep these experts in 16 bits, numbered as those that are left; auto: those that would lose most, as few "
-        "as keep to the budget",
+        help="keep these experts in 16 bits, numbered as the remaining experts; auto: the most sensitive ones, as few "
+        "as the budget needs",
     )
     parser.add_argument(
         "--quantise.calibrate",
         dest="calibrate",
         choices=CALIBRATIONS,
-        help="what scales are chosen on: equal rows for each expert (default), rows as the gate sends them, or none",
+        help="data for choosing the scales: equal rows per expert (default), rows as the gate sends them, or none",
     )
     parser.add_argument(
         "--quantise.rows",
         dest="rows",
         type=int,
         metavar="N",
-        help="rows (images, inside the ViT tokens) for each expert and block to choose the scales on (default 1024)",
+        help="rows (images, or tokens inside the ViT) per expert and block for choosing the scales (default 1024)",
     )
     parser.add_argument(
         "--budget",
@@ -111,19 +121,25 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="POINTS",
         help="points of validation macro-F1 that each automatic step may lose (default 0.3)",
     )
-    parser.add_argument("--data.root", dest="root", type=path_option, metavar="DIR", help="where the data set lies")
     parser.add_argument(
-        "--backbone.weights", dest="weights", type=path_option, metavar="FILE", help="the backbone's, if it has moved"
+        "--data.root", dest="root", type=path_option, metavar="DIR", help="folder of the dataset, if it has moved"
+    )
+    parser.add_argument(
+        "--backbone.weights",
+        dest="weights",
+        type=path_option,
+        metavar="FILE",
+        help="the backbone's weights, if they have moved",
     )
     parser.add_argument(
         "--features.cache_dir",
         dest="cache_dir",
         type=path_option,
         metavar="DIR",
-        help="where features are stored; null: in memory only",
+        help="folder for stored features; null: keep them in memory",
     )
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, or cuda:1")
-    parser.add_argument("--tracking", choices=MODES, metavar="MODE", help="as of train.py (default: the run's own)")
+    parser.add_argument("--tracking", choices=MODES, metavar="MODE", help="as in train.py (default: that of the run)")
     add_plugins_option(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(argv)
@@ -132,31 +148,31 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     _check_use(parser, options)
     _check_distil(parser, options)
     if options.rows is not None and options.rows < 1:
-        parser.error(f"--quantise.rows is {options.rows}: it is a number of rows, at least 1")
+        parser.error(f"--quantise.rows is {options.rows}: it must be at least 1")
     options.prune = experts_of("--prune", options.prune)
     options.protect = experts_of("--quantise.protect", options.protect)
     if options.budget is not None and not 0 <= options.budget <= 100:
-        parser.error(f"--budget is {options.budget:g}: it is points of macro-F1, from 0 to 100")
+        parser.error(f"--budget is {options.budget:g}: it must be from 0 to 100 points of macro-F1")
     if options.budget is not None and AUTO not in (options.prune, options.protect):
-        parser.error(f"--budget is for --prune {AUTO} and --quantise.protect {AUTO}: name one of these")
+        parser.error(f"--budget needs --prune {AUTO} or --quantise.protect {AUTO}: add one of them")
     return options
 
 
 def _check_use(parser: Parser, options: argparse.Namespace) -> None:
-    """Raise UserError for options of a step that is not asked for."""
+    """Raise UserError for options of a step that is not requested."""
     if options.distil is None and len(options.runs) > 1:
-        parser.error("several RUNs are for --distil, which they teach together: name that too")
+        parser.error("several RUNs are an ensemble of teachers for --distil: add it, or name one RUN")
     for step, names in {
         "distil": ("sizes", "epochs", "temperature", "weight"),
         "quantise": ("protect", "calibrate", "rows"),
     }.items():
         for name in names:
             if getattr(options, step) is None and getattr(options, name) is not None:
-                parser.error(f"--{step}.{name} is for --{step}: name that too")
+                parser.error(f"--{step}.{name} needs --{step}: add it, or leave this option out")
 
 
 def _check_distil(parser: Parser, options: argparse.Namespace) -> None:
-    """Raise UserError for options of a student that are out of range; read its sizes."""
+    """Raise UserError for options of a student that are out of range; parse its sizes."""
     if options.sizes is not None:
         kind = option_types(Config)["experts.sizes"]
         try:
@@ -168,21 +184,21 @@ def _check_distil(parser: Parser, options: argparse.Namespace) -> None:
     if options.temperature is not None and not 0.01 <= options.temperature <= 1000:
         parser.error(f"--distil.temperature is {options.temperature:g}: it must be from 0.01 to 1000")
     if options.weight is not None and not 0 <= options.weight <= 1:
-        parser.error(f"--distil.weight is {options.weight:g}: it is a share, from 0 to 1")
+        parser.error(f"--distil.weight is {options.weight:g}: it must be from 0 to 1")
 
 
 def experts_of(option: str, words: list[str] | None) -> list[int] | str | None:
-    """The experts that an option names, each once, or AUTO. Raises UserError."""
+    """The experts that an option names, without duplicates, or AUTO. Raises UserError."""
     if words is None or words == [AUTO]:
         return words and AUTO
     if not all(word.isdecimal() for word in words):
         wrong = next(word for word in words if not word.isdecimal())
-        raise UserError(f"{option} has {printable(wrong)}: give numbers of experts, from 0, or {AUTO} alone")
+        raise UserError(f"{option} has {printable(wrong)}: give expert numbers, from 0, or only {AUTO}")
     return sorted({int(word) for word in words})
 
 
 def main() -> None:
-    """Open the run, check what is asked of it, make the smaller one."""
+    """Open the run, check the request, create the smaller run."""
     options = parse()
     require_alone("compress.py")
     load_plugins(options.plugins)

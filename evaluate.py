@@ -33,7 +33,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run", type=path_option, metavar="RUN", nargs="?", help="folder that train.py wrote")
+    parser.add_argument("run", type=path_option, metavar="RUN", nargs="?", help="run folder of train.py")
     parser.add_argument("--compare", nargs="+", metavar="RUN", help="evaluated runs, or ClearML task ids")
     parser.add_argument(
         "--out", type=path_option, metavar="DIR", help="folder for the comparison (default: comparison)"
@@ -59,7 +59,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--worth_images",
         type=int,
         metavar="N",
-        help="ablate each expert of single blocks on N test images (default: 2048 on a GPU, else 0)",
+        help="ablate each expert in each single block on N test images (default: 2048 on a GPU, else 0)",
     )
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, or cuda:1")
     parser.add_argument(
@@ -67,13 +67,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         choices=("auto", "clearml", "none"),
         default="auto",
         metavar="MODE",
-        help="auto (default): the training's server; clearml; none",
+        help="auto (default): the server used in training; clearml; none",
     )
     parser.add_argument(
         "--latency",
         action="store_true",
         default=None,
-        help="measure latency, on the CPU too (default: on a GPU alone)",
+        help="measure latency, also on a CPU (default: only on a GPU)",
     )
     add_offload_options(parser)
     add_plugins_option(parser)
@@ -94,7 +94,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         if options.compare is not None and getattr(options, field) is not None:
             parser.error(f"--{name} is for evaluating a RUN, not for --compare")
     if options.worth_images is not None and options.worth_images < 0:
-        parser.error(f"--worth_images is {options.worth_images}: it must be a number of images, or 0 for none")
+        parser.error(f"--worth_images is {options.worth_images}: it must be a number of images, or 0 to skip this")
     if options.out is not None and options.compare is None:
         parser.error("--out needs --compare; a single run writes to RUN/evaluation")
     if options.out is not None and options.out.exists() and not options.out.is_dir():

@@ -6,7 +6,7 @@ python train.py --config configs/article.yaml          the reference recipe
 python train.py --router.top_k 1 --train.epochs 20     any field of the configuration
 python train.py --resume runs/cifar100-20260101-120000 continue an interrupted run
 torchrun --nproc-per-node 2 train.py                   the same run on two GPUs (docs/devices.md)
-python train.py --init RUN --data.name folder --data.root ROOT --freeze router    continue from a trained run
+python train.py --init RUN --data.name folder --data.root ROOT --freeze router    start from a trained run
 """
 
 from common.errors import exit_on_signal
@@ -35,7 +35,7 @@ from training.length import shorten_warmup
 
 
 def main() -> None:
-    """One run, or one a seed."""
+    """Train one run, or one per seed."""
     with stoppable(), started():
         invocation = apply_agent_values(parse_command_line())
         config = invocation.config
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def train(start: Start, inputs: Inputs, bank: FeatureBank | ImageBank | None = None) -> None:
-    """Configuration, data, model, fit, evaluate, report. bank: features that several runs share (None: made here)."""
+    """Configuration, data, model, fit, evaluate, report. bank: features shared by several runs (None: built here)."""
     checkpoint = start.checkpoint
     config = start.config if checkpoint else shorten_warmup(start.config, len(inputs.splits.train))
     config = dense_twin(config, inputs)

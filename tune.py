@@ -1,11 +1,10 @@
-"""Search a recipe's options with Optuna: each trial is a training, and the validation images alone decide.
+"""Search a recipe's options with Optuna. Each trial is one training run, scored on the validation images.
 
 python tune.py --config configs/digits.yaml --space configs/spaces/digits.yaml --trials 30
 python tune.py --config configs/digits.yaml --space configs/spaces/digits.yaml --trials 60 --jobs 4
 python train.py --config runs/tune-digits/best.yaml --seeds 5
 
-The second command goes on where the first one stopped, or was interrupted. Options that are none of those below are
-train.py's.
+The second command continues where the first one stopped or was interrupted. All other options are those of train.py.
 """
 
 from common.errors import exit_on_signal
@@ -29,7 +28,7 @@ from tuning.worker import Plan
 
 
 def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    """Read the command line: its own options, and the words that are train.py's. Raises UserError."""
+    """Read the command line: the options of tune.py, and the remaining words for train.py. Raises UserError."""
     parser = Parser(
         prog="tune.py",
         usage="%(prog)s --space SPACE.yaml --trials N [options] [--config FILE] [--section.option VALUE ...]",
@@ -44,11 +43,15 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]
         required=True,
         help="YAML file with a list of values, or {low, high, log}, for each option that is searched",
     )
-    parser.add_argument("--trials", type=int, metavar="N", required=True, help="trials in all, those before included")
-    parser.add_argument("--jobs", type=int, metavar="N", default=1, help="trials at once on this machine (default 1)")
-    parser.add_argument("--out", type=path_option, metavar="DIR", help="of the study (default: runs/tune-SPACE)")
-    parser.add_argument("--storage", metavar="URL", help="database of Optuna (default: an SQLite file in DIR)")
-    parser.add_argument("--no_pruning", action="store_true", help="let trials that are worse than most go on")
+    parser.add_argument(
+        "--trials", type=int, metavar="N", required=True, help="total number of trials, including earlier ones"
+    )
+    parser.add_argument(
+        "--jobs", type=int, metavar="N", default=1, help="number of parallel trials on this machine (default 1)"
+    )
+    parser.add_argument("--out", type=path_option, metavar="DIR", help="folder of the study (default: runs/tune-SPACE)")
+    parser.add_argument("--storage", metavar="URL", help="Optuna database (default: an SQLite file in DIR)")
+    parser.add_argument("--no_pruning", action="store_true", help="do not stop trials that are below the median")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options, words = parser.parse_known_args(argv)
     for name in ("trials", "jobs"):
@@ -56,7 +59,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]
             parser.error(f"--{name} is {getattr(options, name)}: give 1 or more")
     for name in (word.partition("=")[0] for word in words):
         if name in ("--resume", "--seeds", "--run_dir"):
-            parser.error(f"{name} is for train.py alone: trials have folders of their own in --out DIR")
+            parser.error(f"{name} works only with train.py: trials have their own folders in --out DIR")
     return options, words
 
 

@@ -1,4 +1,4 @@
-"""From a trained run to a smaller one: what compress.py asks for, step by step, into a run folder of its own."""
+"""Compression of a trained run: the steps that compress.py asks for, written to a new run folder."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -32,18 +32,18 @@ from storage.folder import RunFolder
 
 
 def check_plan(config: Config, plan: Plan) -> None:
-    """Raise UserError for what cannot be done to a run of this configuration; reads no data."""
+    """Raise UserError for steps that are impossible for a run of this configuration; reads no data."""
     config = ungrown(config)
     if config.experts.quantised:
-        raise UserError("the run is quantised already: compress the run that it was made of")
+        raise UserError("the run is already quantised: compress the run that it was made from")
     left = len(check_prune(config, plan.prune)) if isinstance(plan.prune, list) else len(config.experts.sizes)
     if plan.merge is not None and plan.prune != AUTO:
         check_merge(config, plan.merge, left)
         left = plan.merge
     if plan.distil == "dense" and (plan.prune is not None or plan.merge is not None):
-        raise UserError("--distil dense trains one part in place of all experts: leave out --prune and --merge")
+        raise UserError("--distil dense replaces all experts by one part: leave out --prune and --merge")
     if plan.distil is not None and plan.sizes is not None and (plan.prune is not None or plan.merge is not None):
-        raise UserError("--distil.sizes are of a new student: leave them out, or --prune and --merge")
+        raise UserError("--distil.sizes are for a new student: leave them out, or leave out --prune and --merge")
     if plan.distil == "dense":
         check_dense_sizes(plan.sizes)
     elif plan.distil == "sparse" and plan.prune is None and plan.merge is None:
@@ -52,7 +52,7 @@ def check_plan(config: Config, plan: Plan) -> None:
         left = len(plan.sizes or [[]])
     for expert in plan.protect if isinstance(plan.protect, list) else ():
         if expert >= left:
-            raise UserError(f"--quantise.protect names expert {expert}: experts 0 to {left - 1} are left")
+            raise UserError(f"--quantise.protect names expert {expert}: only experts 0 to {left - 1} remain")
 
 
 def compress(
@@ -64,8 +64,8 @@ def compress(
 ) -> dict[str, Any]:
     """Carry out the plan and write the smaller run to `out`, scored on its test set. Returns its metrics.json.
 
-    others: runs that teach beside the one that is opened, where the plan asks for a student. Raises UserError where the
-    plan does not fit the run, before anything is written.
+    others: further teachers for the student, if the plan has one. Raises UserError if the plan does not fit the run,
+    before anything is written.
     """
     check_plan(opened.config, plan)
     check_teachers(opened, others)
@@ -80,7 +80,7 @@ def compress(
             STEPS[name](work, say)
     student = None if plan.distil is None else student_of(work, out)
     config = student.config if student else replace(work.config, run_dir=out.absolute(), init=None, freeze=[])
-    config = replace(config, parallel=ParallelConfig())  # in one process, whatever the run was trained in
+    config = replace(config, parallel=ParallelConfig())  # in one process, however the run was trained
     with ExitStack() as stack:
         run = RunFolder.create(out, out.name)
         stack.enter_context(run.claimed())
@@ -94,7 +94,7 @@ def compress(
         if trainer is None:
             trainer = build_trainer(config, opened.inputs, run, tracker, bank=opened.bank)
             best = trainer.adopt(work.model.state_dict(), work.validated)
-            if isinstance(trainer.model, MoEViT):  # to score them once would not repay that they are compiled
+            if isinstance(trainer.model, MoEViT):  # compiling does not pay off for scoring once
                 trainer.model.compile(set())
         export_model(run, best)
         trainer.model.load_state_dict(best["model"])
@@ -107,12 +107,12 @@ def compress(
 
 
 def scored(run: RunFolder) -> float | None:
-    """The macro-F1 on the test set that the run was scored with; None where it was not, or has gone on since."""
+    """The test macro-F1 of the run; None if it was not evaluated, or if training has continued since."""
     return json.loads(run.results.read_text(encoding="utf-8")).get("macro_f1") if run.scored else None
 
 
 def figures(work: Work, run: RunFolder) -> dict[str, Any]:
-    """What evaluation.compression.FIGURES names of the model so far, which `run` has, but the score on the test set."""
+    """The values of evaluation.compression.FIGURES for the current model in `run`, except the test score."""
     model, bank, backbone = work.model, work.opened.bank, work.opened.inputs.backbone
     active = trained_cost(model, bank.feature_shape, work.validated.load_LE.mean(axis=0))
     whole = cost(model, backbone, bank.feature_shape)

@@ -54,7 +54,7 @@ class Inputs:
 
 
 def load_inputs(config: Config, resumed: bool = False) -> Inputs:
-    """Load device, images, backbone, and the run to start from: all that can be missing, before anything is written.
+    """Load device, images, backbone, and the run to start from, so that missing files are reported before any writing.
 
     Raises UserError and EnvironmentFault as the loaders do, and UserError for a batch larger than the data.
     """
@@ -74,7 +74,7 @@ def load_inputs(config: Config, resumed: bool = False) -> Inputs:
 def pick_device(name: str) -> torch.device:
     """The torch device for a name; a GPU becomes the current one. Raises UserError if it is not available.
 
-    Of several processes on a machine each gets a GPU of its own.
+    Each of several processes on a machine gets a separate GPU.
     """
     if not re.fullmatch(DEVICES, name):
         raise UserError(f"device is '{name}': use auto, cpu, cuda or cuda:N")
@@ -85,7 +85,7 @@ def pick_device(name: str) -> torch.device:
     seen = torch.cuda.device_count()
     if index >= seen and ":" not in name and index:
         raise UserError(
-            f"each process needs a GPU of its own, and PyTorch finds {counted(seen, 'GPU')} for process {index + 1} of "
+            f"each process needs its own GPU, and PyTorch finds {counted(seen, 'GPU')} for process {index + 1} of "
             f"this machine: start at most {seen}, or choose --device cpu"
         )
     if index >= seen:
@@ -101,7 +101,7 @@ def build_bank(config: Config, splits: Splits, backbone: Backbone, device: torch
     if config.experts.place == "blocks":
         return ImageBank(splits, config.augment, device, features.batch_size)
     views = min(features.views, config.train.epochs) if config.augment.active else 1
-    # All views, not only those of a short run, so that a longer run finds its features.
+    # All views, not only those of a short run, so that a longer run finds its features in the cache.
     views_kept = features.views if config.augment.active else 1
     views_run = views_kept if features.mode == "cached" else config.train.epochs
     images = views_run * len(splits.train) + len(splits.validation) + len(splits.test)
@@ -160,7 +160,7 @@ def build_model(
 def spread_experts(
     config: Config, model: AnyMoE, bank: FeatureBank | ImageBank, inputs: Inputs
 ) -> ExpertParallel | None:
-    """Leave the model those experts that are this process's (None: all are, as parallel.experts is 1)."""
+    """Keep only the experts of this process in the model (None: all experts, if parallel.experts is 1)."""
     parallel = config.parallel
     if parallel.experts == 1:
         return None
@@ -191,7 +191,7 @@ def plan_memory(config: Config, model: AnyMoE, bank: FeatureBank | ImageBank, de
 
 
 def samples_of_this(config: Config) -> int:
-    """How many samples of a training batch this process has."""
+    """The number of samples of a training batch on this process."""
     return world().sizes(config.train.batch_size)[world().rank]
 
 
@@ -206,7 +206,7 @@ _FINGERPRINTS: WeakKeyDictionary[Backbone, str] = WeakKeyDictionary()
 
 
 def backbone_identity(config: Config, backbone: Backbone) -> dict[str, str]:
-    """What tells one backbone from another."""
+    """The identity of a backbone."""
     return {"name": config.backbone.name, "fingerprint": fingerprint_of(backbone)}
 
 
@@ -232,11 +232,11 @@ def build_trainer(
 ) -> Trainer:
     """Set the seeds and build features, model and trainer, new or from a checkpoint.
 
-    bank: features that several runs share (None: built here). teacher: trained models that teach this one. Call it
+    bank: features shared by several runs (None: built here). teacher: trained models to distil from. Call this function
     after the tracker was opened (see seed_everything). Raises what `build_model` and `Trainer` raise, and UserError if
-    the checkpoint is of other data, another backbone or another model.
+    the checkpoint belongs to other data, another backbone or another model.
     """
-    require_same({"the step that it goes on from": checkpoint["step"] if checkpoint else 0})
+    require_same({"the step to resume from": checkpoint["step"] if checkpoint else 0})
     seed_everything(config.train.seed, config.train.deterministic)
     splits, backbone = inputs.splits, inputs.backbone
     bank = bank or build_bank(config, splits, backbone, inputs.device)

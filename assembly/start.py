@@ -19,8 +19,8 @@ from training.trainer import Trainer
 def start_tracking(config: Config, run: RunFolder, checkpoint: dict[str, Any] | None, inputs: Inputs) -> Tracker:
     """Open the tracker; a resumed run continues its own task and drops the lines that it will write again.
 
-    The task of a run that starts from another one has that one's task as its parent, and its model as input model. Of
-    several processes rank 0 alone tracks.
+    If the run starts from another run, the task of that run becomes the parent task, and its model the input model.
+    Of several processes only rank 0 tracks.
     """
     if not world().first:
         return silent_tracker()
@@ -41,7 +41,7 @@ def start_tracking(config: Config, run: RunFolder, checkpoint: dict[str, Any] | 
 
 
 def tags_of(config: Config) -> list[str]:
-    """What the tasks of a run are tagged with in ClearML."""
+    """The ClearML tags of the tasks of a run."""
     return [config.data.name, config.backbone.name, "dense twin" if config.train.twin_of else config.router.kind]
 
 
@@ -56,13 +56,13 @@ def announce(config: Config, inputs: Inputs, trainer: Trainer) -> None:
     if config.experts.place == "blocks":
         top = " and on top" if config.experts.head else ""
         unit = f"{config.router.level}, in {len(model.blocks)} blocks{top},"
-    seen = f"{model.mixtures[0].router.experts_per_sample:g} a {unit} by {config.router.kind}"
+    seen = f"{model.mixtures[0].router.experts_per_sample:g} per {unit} by {config.router.kind}"
     print(f"experts      {', '.join(config.experts.labels())}; {seen}")
     if config.train.twin_of:
         of = json.loads(config.train.twin_of)
         print(f"dense twin   in place of experts {of.get('experts.sizes')} by {of.get('router.kind', 'soft_moe')}")
     if shared := config.experts.shared_labels():
-        print(f"shared       {', '.join(shared)}; every sample passes all of them")
+        print(f"shared       {', '.join(shared)}; they process every sample")
     if taken := trainer.identity.get("init"):
         print("\n".join(lines(config, model, taken, splits.train.class_names, trainer.frozen)))
     costs = trainer.experts.costs if trainer.experts else None

@@ -20,7 +20,7 @@ def path_option(text: str) -> Path:
 
 
 def size_option(text: str) -> int:
-    """The type of every option that is an amount of memory: its bytes. Raises ArgumentTypeError."""
+    """Type of an option that is an amount of memory, in bytes. Raises ArgumentTypeError."""
     try:
         return size_in_bytes(text)
     except ValueError as error:
@@ -33,21 +33,21 @@ def add_offload_options(parser: argparse.ArgumentParser) -> None:
         "--offload",
         choices=("cpu",),
         metavar="cpu",
-        help="keep the experts in host memory, and fetch those that a batch chooses",
+        help="keep the experts in host memory, and copy those that a batch chooses to the GPU",
     )
     parser.add_argument(
         "--offload.memory",
         dest="offload_memory",
         type=size_option,
         metavar="SIZE",
-        help="with --offload: keep the most used experts on the GPU, such as 512MB of them (default 0)",
+        help="with --offload: keep the most used experts on the GPU, up to this size, such as 512MB (default 0)",
     )
 
 
 def check_offload(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Complete the options of `add_offload_options`. Raises UserError where one needs the other."""
+    """Complete the options of `add_offload_options`. Raises UserError if one is missing for the other."""
     if options.offload is None and options.offload_memory is not None:
-        parser.error("--offload.memory is for --offload cpu: give both, or neither")
+        parser.error("--offload.memory needs --offload cpu: give both, or neither")
     if options.offload is not None and options.offload_memory is None:
         options.offload_memory = 0
 

@@ -111,4 +111,4 @@ def check_block_parts(neck: NeckConfig, router: RouterConfig, experts: ExpertsCo
             "so set drop or next_best"
         )
     if neck.kind != "pooled":
-        raise ValueError(f"neck.kind {neck.kind} is for experts.place head: with blocks the head reads pooled features")
+        raise ValueError(f"neck.kind {neck.kind} needs experts.place head: with blocks the head reads pooled features")

@@ -248,7 +248,7 @@ def resolve_blocks(experts: ExpertsConfig, backbone: Backbone) -> list[int]:
     """
     check_vit(backbone.vit)
     if any(how == "tokens" for how, _ in backbone.features):
-        raise ValueError("backbone.features tokens:BLOCK are for experts.place head: with blocks use cls and mean")
+        raise ValueError("backbone.features tokens:BLOCK need experts.place head: with blocks use cls and mean")
     depth, last = len(backbone.vit.blocks), backbone.blocks[-1]
     if experts.blocks == "all":
         return list(range(last + 1))

@@ -63,7 +63,7 @@ class RunFolder:
 
     @property
     def compression(self) -> Path:
-        """What compress.py did, of a run that it made."""
+        """What compress.py did, in a run that it wrote."""
         return self.path / "compression.json"
 
     @property

@@ -23,7 +23,7 @@ from training.step import TrainingStep
 
 
 class TrainerState:
-    """What a Trainer has at each step, and its checkpoints."""
+    """The state of a Trainer at each step, and its checkpoints."""
 
     model: AnyMoE
     ema: Any
@@ -68,7 +68,7 @@ class TrainerState:
             raise not_finite(term, *at, self.numbers.where())
 
     def _write_checkpoints(self) -> None:
-        """Write best.pt if it has changed, and last.pt unless it is already of this step."""
+        """Write best.pt if it has changed, and last.pt unless it already has this step."""
         if self.step == 0 or self.saved_at == (self.step, self.progress is None):
             return
         self._write_best()
@@ -88,15 +88,15 @@ class TrainerState:
 
     @property
     def _models(self) -> list[torch.nn.Module]:
-        """All that has weights."""
+        """Everything that has weights."""
         return [self.model, *([self.ema.module] if self.ema else [])]
 
     def _whole(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The state of a model of one process, on rank 0."""
+        """The state of the model as in a single process, on rank 0."""
         return self.experts.spread.whole(state) if self.experts else state
 
     def _own(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What is this process's of the state of a model of one process."""
+        """The part of a single-process model state that belongs to this process."""
         return self.experts.spread.local(state) if self.experts else state
 
     @property

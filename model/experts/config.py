@@ -83,7 +83,7 @@ class ExpertsConfig:
         if any(before >= after for before, after in pairwise(bounds)):
             raise ValueError(f"experts.grown is {self.grown}: it must rise, from 1 to below the number of experts")
         if self.add and (not self.grown or self.sizes[self.grown[-1] :] != self.add):
-            raise ValueError("experts.add puts experts beside those of a run: name it with --init")
+            raise ValueError("experts.add adds experts to those of a run: name the run with --init")
         if self.place == "head" and EXPERTS[self.kind].place != "head":
             heads = " or ".join(name for name, kind in EXPERTS.items() if kind.place == "head")
             raise ValueError(
@@ -95,10 +95,10 @@ class ExpertsConfig:
             )
         if self.head and (self.place == "head" or len(self.head) != len(self.sizes)):
             rule = f"needs {len(self.sizes)} entries, as sizes"
-            rule = "is for experts.place blocks" if self.place == "head" else rule
+            rule = "needs experts.place blocks" if self.place == "head" else rule
             raise ValueError(f"experts.head {self.head} {rule}: set that, or leave it out")
         if self.place == "head" and self.head_weights != "float32":
-            raise ValueError(f"experts.head_weights {self.head_weights} is for experts.place blocks: leave it out")
+            raise ValueError(f"experts.head_weights {self.head_weights} needs experts.place blocks: leave it out")
         if self.blocks == []:
             raise ValueError("experts.blocks is empty: name at least one block, or all")
         count = len(self.sizes) + len(self.shared)

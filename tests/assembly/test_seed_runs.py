@@ -35,7 +35,7 @@ def test_seeds_share_their_inputs_and_an_interrupted_command_goes_on(tmp_path, m
     assert scores[0] != scores[1]
     assert (tmp_path / "few-seeds" / "comparison.md").is_file()
     code, _, err = call("2", "--train.batch_size", "32")
-    assert code == 2 and "--seeds cannot go on with" in err and "choose another --run_dir" in err
+    assert code == 2 and "--seeds cannot continue" in err and "choose another --run_dir" in err
 
     # Its twin, whose report begins with what the two say together.
     words[words.index("--run_dir") + 1] = str(tmp_path / "twin")
@@ -61,5 +61,5 @@ def test_a_wrong_number_of_seeds_is_one_line(words, said):
 
 def test_seeds_are_new_runs(tmp_path):
     (tmp_path / "config.yaml").write_text("{}")
-    with pytest.raises(UserError, match="--seeds starts runs of its own"):
+    with pytest.raises(UserError, match="--seeds starts new runs"):
         parse_command_line(["--resume", str(tmp_path), "--seeds", "2"])

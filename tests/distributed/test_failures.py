@@ -90,7 +90,7 @@ def signalled(rank: int, features: torch.Tensor) -> torch.Tensor:
 
 
 FAILURES = {
-    "killed": (killed, [1, -signal.SIGKILL], "error: rank 1 is gone"),
+    "killed": (killed, [1, -signal.SIGKILL], "error: rank 1 has died"),
     "out of memory": (out_of_memory, [1, 1], "error: rank 1: out of memory (CUDA out of memory."),
     "not finite": (overflowing, [2, 2], "error: the output of the backbone is not finite on rank 1 at step 7"),
 }
@@ -116,7 +116,7 @@ def test_one_line_names_the_process_and_resume_goes_on(name, tmp_path):
 def test_a_process_that_hangs_is_found_by_the_time_limit(tmp_path):
     program = fail(tmp_path, hanging, "--parallel.timeout", 3)
     assert os.waitstatus_to_exitcode(os.waitpid(program.pids[0], 0)[1]) == 1
-    assert program.errors()[0].startswith("error: rank 1 did not come to the others in time")
+    assert program.errors()[0].startswith("error: rank 1 did not respond in time")
     os.waitpid(program.pids[1], 0)  # its own watch ends it
 
 

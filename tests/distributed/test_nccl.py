@@ -212,10 +212,10 @@ def test_a_shared_gpu_is_refused(started):
 
 def test_a_killed_process_ends_the_other(started):
     line, seconds = started.ends["killed"].result()
-    assert re.match(r"error: rank \d is gone", line) and seconds < 60
+    assert re.match(r"error: rank \d has died", line) and seconds < 60
 
 
 def test_a_process_that_hangs_is_found_by_the_time_limit(started):
     # torchrun waits half a minute for the one that does not even end.
     line, _ = started.ends["hanging"].result()
-    assert re.match(r"error: rank \d did not come to the others in time", line)
+    assert re.match(r"error: rank \d did not respond in time", line)

@@ -88,7 +88,7 @@ def test_a_run_in_eight_bits_is_a_run(tiny_run, tmp_path, call):
         code, _, lines = call(train, "--init", out, *words, "--run_dir", tmp_path / "new", "--tracking", "none")
         assert code == 2 and "stores its experts in fewer bits: start from the run" in lines[-1]
     code, _, lines = call(compress, out, "--out", tmp_path / "again", "--prune", "0")
-    assert code == 2 and "quantised already" in lines[-1] and not (tmp_path / "again").exists()
+    assert code == 2 and "already quantised" in lines[-1] and not (tmp_path / "again").exists()
 
 
 @pytest.mark.slow
@@ -172,7 +172,7 @@ def test_a_number_format_that_a_device_lacks_is_one_line(tiny_run, tmp_path, cal
 
     monkeypatch.setattr("compression.quantise.unpack", lacks)
     code, _, lines = call(compress, tiny_run, "--out", tmp_path / "out", "--quantise", "fp8")
-    assert code == 2 and len(lines) == 1 and "--quantise fp8 is not for cpu (no kernel for float8 on this" in lines[0]
+    assert code == 2 and len(lines) == 1 and "--quantise fp8 does not work on cpu (no kernel for float8 on" in lines[0]
     assert not (tmp_path / "out").exists()
 
 
@@ -182,29 +182,29 @@ def test_a_number_format_that_a_device_lacks_is_one_line(tiny_run, tmp_path, cal
         ("--prune 0 1 2", "leaves 1 of 4 experts"),
         ("--prune 0 1 2 3", "names all 4 experts"),
         ("--prune 7", "names expert 7"),
-        ("--prune -1", "--prune has -1: give numbers of experts"),
-        ("--prune one", "--prune has one: give numbers of experts"),
-        ("--prune auto 1", "--prune has auto: give numbers of experts"),
+        ("--prune -1", "--prune has -1: give expert numbers"),
+        ("--prune one", "--prune has one: give expert numbers"),
+        ("--prune auto 1", "--prune has auto: give expert numbers"),
         ("--prune auto --budget -1", "--budget is -1"),
         ("", "nothing to do"),
         ("--merge 5", "--merge is 5: there are 4 experts"),
-        ("--merge 1", "fewer experts than each sample goes to"),
+        ("--merge 1", "fewer experts than each sample uses"),
         ("--prune 0 1 --merge 2", "--merge is 2: there are 2 experts"),
         ("--merge two", "--merge is 'two': give a whole number"),
         ("--distil sparse --distil.sizes [[4]]", "--distil sparse: router.top_k is 2 but experts.sizes names 1"),
         ("--distil dense --distil.sizes [[4],[5]]", "names 2 experts: a dense student has one"),
         ("--distil dense --distil.sizes wide", "--distil.sizes is wide: give"),
         ("--distil dense --prune 0", "leave out --prune and --merge"),
-        ("--prune 0 --distil.epochs 3", "--distil.epochs is for --distil: name that too"),
-        ("--prune 0 --distil.weight 0.7", "--distil.weight is for --distil: name that too"),
-        ("--prune 0 --quantise.rows 64", "--quantise.rows is for --quantise: name that too"),
-        ("--prune 0 --budget 1", "--budget is for --prune auto and --quantise.protect auto"),
+        ("--prune 0 --distil.epochs 3", "--distil.epochs needs --distil: add it"),
+        ("--prune 0 --distil.weight 0.7", "--distil.weight needs --distil: add it"),
+        ("--prune 0 --quantise.rows 64", "--quantise.rows needs --quantise: add it"),
+        ("--prune 0 --budget 1", "--budget needs --prune auto or --quantise.protect auto"),
         ("--distil dense --distil.epochs 0", "--distil.epochs is 0"),
-        ("--distil dense --distil.weight 2", "--distil.weight is 2: it is a share"),
+        ("--distil dense --distil.weight 2", "--distil.weight is 2: it must be from 0 to 1"),
         ("--distil dense --distil.temperature 0", "--distil.temperature is 0"),
         ("--quantise int4", "invalid choice: 'int4'"),
-        ("--prune 0 --quantise.protect auto", "name that too"),
-        ("--prune 0 --quantise int8 --quantise.protect 3", "names expert 3: experts 0 to 2 are left"),
+        ("--prune 0 --quantise.protect auto", "--quantise.protect needs --quantise"),
+        ("--prune 0 --quantise int8 --quantise.protect 3", "names expert 3: only experts 0 to 2 remain"),
         ("--quantise int8 --quantise.rows 0", "--quantise.rows is 0"),
         ("--prune 1 --device gpu", "device is 'gpu'"),
         ("--prune 1 --data.root nowhere --backbone.weights nowhere", "nowhere are missing"),
@@ -224,7 +224,7 @@ def test_an_ensemble_has_one_data_set(tiny_run, tmp_path, call, monkeypatch):
     code, _, lines = call(compress, tiny_run, tiny_run, *words)
     assert code == 2 and len(lines) == 1 and "reads other features than" in lines[0]
     code, _, lines = call(compress, tiny_run, tiny_run, "--out", tmp_path / "out", "--prune", "0")
-    assert code == 2 and len(lines) == 1 and "name that too" in lines[0]
+    assert code == 2 and len(lines) == 1 and "ensemble of teachers for --distil" in lines[0]
     assert not (tmp_path / "out").exists()
 
 

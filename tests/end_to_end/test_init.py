@@ -56,7 +56,7 @@ def test_a_run_goes_on_from_another_one(tiny_run, tmp_path, start, capsys):
     start(*options(tiny_run, *words, "--train.epochs", "2", "--run_dir", tmp_path / "run"))
     said = capsys.readouterr().out
     assert "neck, router, experts, 7 of 7 class rows" in said and "left out     3 classes" in said
-    assert "frozen       router, experts" in said and "rates        head 0.005, the rest 0.01" in said
+    assert "frozen       router, experts" in said and "rates        head 0.005, all others 0.01" in said
     old, new = (load_weights_of(RunFolder(path)) for path in (tiny_run, tmp_path / "run"))
     frozen = [name for name in new if ".router." in name or (".experts." in name and ".4." not in name)]
     assert len(frozen) > 8 and all(torch.equal(new[name], old[name]) for name in frozen)
@@ -95,7 +95,7 @@ def test_what_does_not_fit_is_one_line(tiny_run, words, message, start, tmp_path
 def test_a_folder_that_is_no_run_and_parts_without_one(tmp_path):
     with pytest.raises(UserError, match="is not a run"):
         parse_command_line(options(tmp_path))
-    with pytest.raises(UserError, match="name a run with --init"):
+    with pytest.raises(UserError, match="name it with --init"):
         parse_command_line([*TINY.split(), "--freeze", "router"])
 
 
@@ -133,7 +133,7 @@ def test_the_task_of_the_run_is_the_parent(tiny_run, tmp_path, monkeypatch):
 
 
 def test_new_experts_need_a_run():
-    with pytest.raises(UserError, match="puts experts beside those of a run"):
+    with pytest.raises(UserError, match="adds experts to those of a run"):
         parse_command_line([*TINY.split(), "--experts.add", "[[8]]"])
 
 

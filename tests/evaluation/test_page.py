@@ -77,7 +77,7 @@ def test_mistakes_are_one_line(tiny_run, tmp_path, monkeypatch, capsys):
         return err[0]
 
     for words in ([tmp_path / "a.png"], ["--json"], ["--explain", tmp_path / "out.png"]):
-        assert "--serve takes its images from the page" in mistake("--serve", *words)
+        assert "--serve gets its images from the web page" in mistake("--serve", *words)
     assert "--port is for --serve" in mistake(tmp_path / "a.png", "--port", "8000")
     assert "--port is 70000" in mistake("--serve", "--port", "70000")
     assert "--port is 'x': give a whole number" in mistake("--serve", "--port", "x")

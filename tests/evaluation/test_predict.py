@@ -280,9 +280,9 @@ def test_offloaded_experts_give_the_same_answers(tiny_run, tmp_path, monkeypatch
     assert (code, out) == (0, expected)
     assert "saves nothing on a CPU" in err[0] and err[1].startswith("offload      1 expert on the device (")
     code, _, (line,) = run(monkeypatch, capsys, *words, "--offload.memory", "1GB")
-    assert code == 2 and "--offload.memory is for --offload cpu" in line
+    assert code == 2 and "--offload.memory needs --offload cpu" in line
     code, _, (line,) = run(monkeypatch, capsys, *words, "--offload", "cpu", "--offload.memory", "much")
-    assert code == 2 and "'much' is no size: write it as 512MB" in line
+    assert code == 2 and "'much' is not a size: write it as 512MB" in line
 
 
 def test_names_of_files_and_classes_never_reach_the_terminal_raw(tiny_run, tmp_path, monkeypatch, capsys):

@@ -179,7 +179,7 @@ def test_blocks_are_resolved_from_the_end_and_by_what_is_read():
         ({"capacity_factor": 1.0, "overflow": "residual"}, "adds a linear head"),
         ({"top_k": 4}, "larger than the number of experts"),
         ({"neck": {"kind": "flatten"}}, "reads pooled features"),
-        ({"features": ("tokens:2",)}, "are for experts.place head"),
+        ({"features": ("tokens:2",)}, "need experts.place head"),
     ],
 )
 def test_misfits_are_one_line(options, message):
@@ -286,7 +286,7 @@ def test_a_mixture_on_top_is_one_place_more():
     "options, message",
     [
         ({"head": [[4]], "sizes": SIZES, "place": "blocks", "kind": "adapter"}, "needs 3 entries"),
-        ({"head": [[4]] * 4}, r"is for experts\.place blocks"),
+        ({"head": [[4]] * 4}, r"needs experts\.place blocks"),
     ],
 )
 def test_a_mixture_on_top_that_does_not_fit_is_one_line(options, message):

@@ -61,5 +61,5 @@ def test_drop_path_skips_the_experts_of_whole_images_and_keeps_their_mean():
 def test_options_have_their_place():
     values = Config().to_dict()
     values["train"]["patch_dropout"] = 0.3
-    with pytest.raises(Exception, match=r"train.patch_dropout is for experts.place blocks"):
+    with pytest.raises(Exception, match=r"train.patch_dropout needs experts.place blocks"):
         config_from_dict(values)

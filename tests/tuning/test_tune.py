@@ -141,9 +141,11 @@ def test_the_median_prunes_after_a_quarter_of_the_epochs(plan):
 
 def test_what_is_not_a_study_and_what_is_of_other_options(plan, tmp_path):
     plan.study(0)
-    with pytest.raises(UserError, match=r"a study of other options: train\.epochs was 2 and is 3; choose another"):
+    with pytest.raises(
+        UserError, match=r"a study with other options: train\.epochs was 2 and is now 3; choose another"
+    ):
         open_study(plan.folder, plan.space, plan.configure({"train.epochs": 3}, ""), 0)
-    with pytest.raises(UserError, match=r"of another space: router\.kind was .* and is nothing") as caught:
+    with pytest.raises(UserError, match=r"with another space: router\.kind was .* and is now nothing") as caught:
         open_study(plan.folder, {"optim.lr": plan.space["optim.lr"]}, plan.configure({}, ""), 0)
     assert "\n" not in str(caught.value)
     (tmp_path / "junk").mkdir()
@@ -157,7 +159,7 @@ def test_what_is_not_a_study_and_what_is_of_other_options(plan, tmp_path):
     [
         (["--trials", "0"], "--trials is 0: give 1 or more"),
         (["--trials", "many"], "--trials is 'many': give a whole number"),
-        (["--trials", "1", "--seeds", "3"], "--seeds is for train.py alone"),
+        (["--trials", "1", "--seeds", "3"], "--seeds works only with train.py"),
         (["--trials", "1", "--jobs", "0"], "--jobs is 0: give 1 or more"),
         ([], "required: --trials"),
     ],
@@ -179,7 +181,7 @@ def test_without_optuna_one_line_says_how_to_get_it(monkeypatch, capsys):
 @pytest.mark.parametrize(
     "words, line",
     [
-        (["--out", "{}/space.yaml"], "space.yaml cannot be made: File exists; choose another --out"),
+        (["--out", "{}/space.yaml"], "space.yaml cannot be created: File exists; choose another --out"),
         (["--out", "{}/out", "--storage", "postgresql://nowhere/x"], "needs a driver that is not installed"),
     ],
 )
