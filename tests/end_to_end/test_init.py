@@ -10,6 +10,7 @@ from conftest import ROOT, TINY
 import evaluate
 import train
 from assembly.replay import joined
+from assembly.scoring import score
 from assembly.start import start_tracking
 from assembly.transfer import read_origin
 from common.errors import UserError
@@ -128,7 +129,8 @@ def test_the_task_of_the_run_is_the_parent(tiny_run, tmp_path, monkeypatch):
     origin, asked = read_origin(config, backbone), []
     monkeypatch.setattr("tracking.tracker._first_task", lambda *given: asked.append(given) or (None, []))
     inputs = SimpleNamespace(origin=origin)
-    start_tracking(config, RunFolder(tmp_path), None, inputs).close()
+    with start_tracking(config, RunFolder(tmp_path), None, inputs):
+        pass
     assert asked[0][-1] == "a" * 32
 
 
@@ -157,9 +159,7 @@ def test_old_images_beside_new_ones(tiny_run, tmp_path, start, capsys):
     assert describe(run)["class_names"] == [*map(str, range(10)), "black", "white"]
     results = json.loads(run.results.read_text())
     assert results["images"] > 80 and 0 <= results["init"]["macro_f1_new_classes"] <= 1
-    evaluate.score(
-        evaluate.parse([str(run.path), "--device", "cpu", "--tracking", "none"])
-    )  # the images are found again
+    score(evaluate.parse([str(run.path), "--device", "cpu", "--tracking", "none"]))  # the images are found again
     assert json.loads(run.results.read_text())["accuracy"] == results["accuracy"]
 
 
