@@ -3,10 +3,10 @@
 import platform
 from typing import Any
 
-import timm
 import torch
 
 from common.distributed import world
+from common.environment import versions
 from common.errors import UserError, one_line
 from common.text import counted
 from config.config import Config, flatten
@@ -23,10 +23,10 @@ def require_same_inputs(config: Config, splits: Splits, backbone: Backbone) -> N
     if not world().several:
         return
     options = {f"option {key}": value for key, value in flatten(config.to_dict()).items() if key not in INCIDENTAL}
-    versions = {"Python": platform.python_version(), "PyTorch": torch.__version__, "timm": timm.__version__}
+    software = {"Python": platform.python_version(), "PyTorch": torch.__version__, **versions(("timm",))}
     data = {f"the {name} images": splits[name].fingerprint() for name in ("train", "validation", "test")}
     kind = {"the kind of device": "GPU" if torch.cuda.is_available() and config.device != "cpu" else "CPU"}
-    require_same(versions | kind | options | data | {"the backbone's weights": backbone.fingerprint()})
+    require_same(software | kind | options | data | {"the backbone's weights": backbone.fingerprint()})
 
 
 def require_same(facts: dict[str, Any]) -> None:

@@ -94,7 +94,7 @@ def compress(
         if getattr(plan, name) is not None:
             STEPS[name](work, say)
     student = None if plan.distil is None else student_of(work, out)
-    config = student.config if student else replace(work.config, run_dir=out.absolute(), init=None, freeze=[])
+    config = student.config if student else replace(work.config.alone(), run_dir=out.absolute())
     config = replace(config, parallel=ParallelConfig())  # in one process, however the run was trained
     with ExitStack() as stack:
         run = RunFolder.create(out, out.name)

@@ -47,7 +47,7 @@ def student_of(work: Work, out: Path) -> Student:
         config = dense_student(twin, plan.epochs, plan.sizes)
     else:
         config = sparse_student(work.config, plan.epochs, plan.sizes, warm)
-    config = shorten_warmup(replace(config, run_dir=out.absolute(), init=None, freeze=[]), len(splits.train))
+    config = shorten_warmup(replace(config.alone(), run_dir=out.absolute()), len(splits.train))
     work.build(config)  # reports what cannot be built before anything is written
     return Student(config, work.model.state_dict() if warm else None)
 

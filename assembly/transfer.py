@@ -9,6 +9,7 @@ from torch import Tensor
 from common.errors import UserError, as_environment_fault, one_line
 from common.text import counted, printable, quoted
 from config.config import Config, flatten
+from config.origin import GROWING, SHAPING
 from model.moe_vit import AnyMoE
 from model.parts import PARTS, class_rows, part_of
 from model.transfer import Frozen, Shared, take
@@ -17,24 +18,6 @@ from storage.export import load_weights_of
 from storage.folder import RunFolder
 from tracking.tracker import tasks_of
 
-GROWING = ("experts.sizes", "experts.grown", "experts.head", "experts.inputs")
-"""Options that get longer with new experts."""
-SHAPING = (
-    "experts.grown",
-    *("experts.place", "experts.kind", "experts.blocks", "experts.sizes", "experts.shared", "experts.inputs"),
-    *(
-        "experts.head",
-        "experts.activation",
-        "experts.norm",
-        "router.kind",
-        "router.level",
-        "router.hidden",
-        "router.inputs",
-        "router.norm",
-    ),
-    *("neck.kind", "neck.norm", "neck.heads"),
-)
-"""Options that determine the weights of a model; they must equal those of the run that it starts from."""
 NAMED = 5  # classes named in the summary
 
 

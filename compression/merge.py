@@ -12,6 +12,7 @@ from compression.align import Layers, align, average, layers_of, write_layers
 from compression.observe import inputs_of, observe, output_of
 from compression.state import Build, differing_axis, owner
 from config.config import Config
+from model.experts import ExpertKind
 from model.experts.adapter import Adapters
 from model.moe_vit import AnyMoE
 from model.routers import ROUTERS
@@ -175,7 +176,9 @@ def _merged_layers(experts: Any, members: Sequence[int], usage: Sequence[float])
     each = [layers_of(experts, member) for member in members]
     layers = [found for found in each if found is not None]
     if len(layers) < len(each):
-        raise UserError(f"{type(experts).__name__} does not consist of layers: its experts cannot be merged")
+        module = experts if isinstance(experts, ExpertKind) else experts[members[0]]
+        kind = type(module).__name__
+        raise UserError(f"{kind} does not consist of layers: its experts cannot be merged, use --prune")
     widest = max(range(len(layers)), key=lambda index: (sum(layers[index].hidden), -index))
     alike = [index for index, found in enumerate(layers) if len(found.hidden) == len(layers[widest].hidden)]
     hidden = [max(units) for units in zip(*(layers[index].hidden for index in alike), strict=True)]

@@ -123,7 +123,10 @@ def output_of(model: AnyMoE, place: int, number: int, rows_ND: Tensor) -> Tensor
 
 
 def inputs_of(model: AnyMoE, place: int, number: int, rows_ND: Tensor) -> list[Tensor]:
-    """The inputs of each of `matrices_of` when the expert computes rows (N, D): (N, inputs) each."""
+    """The inputs of each of `matrices_of` when the expert computes rows (N, D): (N, inputs) each.
+
+    Raises ValueError for a kind of a plug-in whose inputs cannot be observed.
+    """
     module = module_of(model, place, number)
     if module is None:
         experts: Any = model.mixtures[place].experts
@@ -140,4 +143,7 @@ def inputs_of(model: AnyMoE, place: int, number: int, rows_ND: Tensor) -> list[T
 
             hooks.enter_context(_hooked(layer.register_forward_pre_hook(keep)))
         module(rows_ND)
+    if len(found) < len(linears):
+        kind = type(module).__name__
+        raise ValueError(f"{kind} has linear layers that it does not call, so their inputs cannot be observed")
     return [found[id(layer)] for layer in linears]

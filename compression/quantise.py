@@ -83,11 +83,18 @@ class Calibration:
     rows: dict[tuple[int, int], int] = field(default_factory=lambda: defaultdict(int))
 
     def add(self, model: AnyMoE, owner: Owner, place: int, rows_ND: Tensor) -> None:
-        """Add rows that an expert read at a place."""
+        """Add rows that an expert read at a place.
+
+        Raises UserError for an expert whose inputs cannot be observed.
+        """
         if not len(rows_ND):
             return
         self.rows[place, owner.number] += len(rows_ND)
-        for part, read_NI in zip(owner.parts[place], inputs_of(model, place, owner.number, rows_ND), strict=True):
+        try:
+            read = inputs_of(model, place, owner.number, rows_ND)
+        except ValueError as error:
+            raise UserError(f"this run cannot be quantised: {one_line(error)}") from error
+        for part, read_NI in zip(owner.parts[place], read, strict=True):
             squares_I = read_NI.double().square().sum(dim=0)
             self.squares[part] = self.squares[part] + squares_I if part in self.squares else squares_I
 

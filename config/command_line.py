@@ -11,7 +11,7 @@ from common.plugins import load_plugins
 from common.text import is_unicode, printable, quoted
 from config.config import Config, Values, as_yaml
 from config.help import help_text
-from config.origin import add_experts, values_of_run
+from config.origin import add_experts, require_fit, values_of_run
 from config.yaml_file import read_yaml
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "cifar100.yaml"
@@ -64,6 +64,7 @@ def parse_command_line(
     if resume is None and (init := values.given.get("init")) is not None:
         base = values_of_run(init, values.given)
         of_run = dict(base.given)
+        require_fit(values, of_run, init)
         values = gathered(base)
         add_experts(values.given, of_run)
     config = values.build()

@@ -3,7 +3,7 @@
 import difflib
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -124,6 +124,8 @@ class Config:
             raise ValueError(f"replay {self.replay} needs the dataset of a run: name the run with --init")
         if self.experts.grown and self.parallel.experts > 1:
             raise ValueError("parallel.experts does not work with experts that were added to a run: set it to 1")
+        if self.init is not None and self.train.dense_twin and self.train.twin_of is None:
+            raise ValueError("train.dense_twin has other weights than the run that init names: leave out one of them")
         if self.init is None and self.experts.add:
             raise ValueError("experts.add adds experts to those of a run: name the run with --init")
         if self.init is None and self.freeze:
@@ -147,6 +149,11 @@ class Config:
                 loss.check(ROUTERS[self.router.kind], self.router)
                 if loss.of_init and self.init is None:
                     raise ValueError(f"balance.{name} compares with the gate of a trained run: name it with --init")
+
+    def alone(self) -> "Config":
+        """The same without what a training needs from the run that init names, but for the images that it replays."""
+        balance = replace(self.balance, **{name: 0.0 for name, loss in LOSSES.items() if loss.of_init})
+        return replace(self, init=self.init if self.replay else None, freeze=[], balance=balance)
 
     @property
     def idle(self) -> list[str]:
@@ -174,6 +181,7 @@ class Values:
 
     def __init__(self):
         self.given: dict[str, Any] = {}
+        self.places: dict[str, str] = {}  # where each was given, for messages
         self.types = option_types(Config)
 
     def add(self, name: str, value: Any, place: Callable[[str], str]) -> None:
@@ -196,7 +204,7 @@ class Values:
             for inner, item in table.items():
                 self.add(f"{name}.{inner}", item, place)
             return
-        self.given[name] = self._converted(name, value, place)
+        self.given[name], self.places[name] = self._converted(name, value, place), printable(place(name))
 
     def add_all(self, values: dict[str, Any], place: Callable[[str], str]) -> None:
         """Add the options of one source, plug-ins first, because the others may depend on them."""

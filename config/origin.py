@@ -5,7 +5,7 @@ from typing import Any
 
 from common.errors import UserError
 from common.text import printable
-from config.config import Values
+from config.config import Config, Values, flatten
 from config.yaml_file import read_yaml
 from model.backbone import BackboneConfig
 from model.experts import ExpertsConfig
@@ -26,6 +26,25 @@ OWN = (
 """Options that are not copied: its folder, its machine, and its own start."""
 OF_THE_DATA = ("data.root", "data.download", "data.max_classes", "data.max_per_class", "data.shots")
 """Options that are not copied if data.name is given: they belong to the old dataset."""
+
+GROWING = ("experts.sizes", "experts.grown", "experts.head", "experts.inputs")
+"""Options that get longer with new experts."""
+SHAPING = (
+    "experts.grown",
+    *("experts.place", "experts.kind", "experts.blocks", "experts.sizes", "experts.shared", "experts.inputs"),
+    *(
+        "experts.head",
+        "experts.activation",
+        "experts.norm",
+        "router.kind",
+        "router.level",
+        "router.hidden",
+        "router.inputs",
+        "router.norm",
+    ),
+    *("neck.kind", "neck.norm", "neck.heads"),
+)
+"""Options that determine the weights of a model; they must equal those of the run that it starts from."""
 
 
 def values_of_run(run: Path, given: dict[str, Any]) -> Values:
@@ -48,6 +67,22 @@ def values_of_run(run: Path, given: dict[str, Any]) -> Values:
     elif not values.given.get("router.warmup_steps"):
         values.given.pop("router.warmup_steps", None)
     return values
+
+
+def require_fit(given: Values, of_run: dict[str, Any], run: Path) -> None:
+    """Raise UserError where an option that is given makes a model that cannot have the weights of the run.
+
+    of_run: the options of the run. Where experts are added, what has an entry for each is left to a later check.
+    """
+    theirs, adds = flatten(Config().to_dict()) | of_run, given.given.get("experts.add")
+    keys = [key for key in SHAPING if key in given.given and not (adds and key in GROWING)]
+    if differing := [key for key in keys if given.given[key] != theirs[key]]:
+        key, *others = differing
+        more = f", and {', '.join(others)} too" if others else ""
+        raise UserError(
+            f"--init {printable(run)} has {key} {theirs[key]}, but {given.places[key]} is {given.given[key]}: leave "
+            f"it out{more}"
+        )
 
 
 def add_experts(given: dict[str, Any], of_run: dict[str, Any]) -> None:

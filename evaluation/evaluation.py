@@ -45,15 +45,15 @@ def evaluate(
     `tracker`.
 
     backbone: to compute the total cost. worth_images: test images for the ablation of experts in single blocks of a ViT
-    (None: 2,048 on a GPU, 0 on a CPU). latency: as `latencies` has it. scored: called with what metrics.json says as
+    (None: 2,048 on a GPU, 0 on a CPU). latency: as in `latencies`. scored: called with the content of metrics.json as
     soon as the test set is scored, before experts are removed, latencies measured and figures drawn. Leaves the model
     in evaluation mode. Returns the content of metrics.json.
     Several processes share the work; rank 0 writes and reports.
     """
     model.eval()
-    # Behind the ViT it costs little to remove experts in the same pass, inside it as much as E more passes.
+    # Behind the ViT, removing experts in the same pass costs little; inside it, it costs as much as E more passes.
     predictions = predict(model, bank, "test", removals=not isinstance(model, MoEViT))
-    if world().several:  # what figures read of it is extracted by all
+    if world().several:  # all processes extract the features that figures need
         next(bank.batches("validation", 1, torch.tensor([0])))
     results = _scored(run, config, predictions, model, bank, backbone)
     if world().first:
@@ -78,7 +78,7 @@ def _scored(
     bank: FeatureBank | ImageBank,
     backbone: Backbone | None,
 ) -> dict[str, Any]:
-    """What metrics.json says of the answers, of rank 0 with what is known of the run."""
+    """The content of metrics.json for the predictions; on rank 0 with the facts about the run."""
     test = bank.splits.test
     results = results_of(predictions, test, config, model) | {"environment": environment(bank.device)}
     results |= block_results(predictions, test, model.mixtures[0].router.target_E.cpu().numpy())
@@ -104,7 +104,7 @@ def _without_experts(
     bank: FeatureBank | ImageBank,
     worth_images: int | None,
 ) -> Predictions:
-    """The predictions with the answers without each expert; results get what experts inside the ViT are worth."""
+    """The predictions, with those without each expert; adds the ablation of experts inside the ViT to the results."""
     if not isinstance(model, MoEViT) or predictions.num_experts == 1:
         return predictions
     test = bank.splits.test
@@ -126,8 +126,8 @@ def _illustrate(
     results: dict[str, Any],
     tracker: Tracker | None,
 ) -> None:
-    """Draw the figures, write the page, and report."""
-    # Here, because importing what draws takes a second, which the scores need not wait for.
+    """Draw the figures, write the report page, and log the results."""
+    # Here, because importing matplotlib takes a second, and the scores need not wait for it.
     from evaluation.figures import Evaluated, draw, warn_of_letters
     from evaluation.report import write_report
 
@@ -140,7 +140,7 @@ def _illustrate(
 
 
 def _since(init: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
-    """What is known of the run that this one starts from, and macro-F1 on its classes and on the others, if any."""
+    """The run that this one starts from, and macro-F1 on its classes and on the other classes, if any."""
     before, found = set(init["classes"]), dict(init)
     for key, old in (("macro_f1_old_classes", True), ("macro_f1_new_classes", False)):
         rows = [row for name, row in results["per_class"].items() if (name in before) == old and row["support"]]
@@ -149,7 +149,7 @@ def _since(init: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The final table, as a whole."""
+    """The complete final table."""
     return f"{score_table(results)}\n{expert_table(results)}"
 
 
@@ -170,7 +170,7 @@ def score_table(results: dict[str, Any]) -> str:
 
 
 def expert_table(results: dict[str, Any], hardest: int = 5) -> str:
-    """What follows: load, accuracy and worth of each expert; the classes with the lowest F1."""
+    """The rest of the final table: load, accuracy and contribution of each expert; the classes with the lowest F1."""
     heads = f"{'expert':<26}{'load':>8}{'weight':>8}{'accuracy':>10}{'macro-F1 change without it':>28}"
     lines = ["", heads]
     columns = ("experts", "expert_load", "expert_importance", "expert_accuracy", "expert_worth")

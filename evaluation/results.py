@@ -1,4 +1,4 @@
-"""What metrics.json says of the answers to the test images."""
+"""The content of metrics.json for the predictions on the test images."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ Rows = list[dict[str, Any]]
 
 
 def results_of(predictions: Predictions, test: ImageSet, config: Config, model: AnyMoE) -> dict[str, Any]:
-    """Scores, calibration, load, and what each expert did, of the answers to the test images."""
+    """Scores, calibration, load and results of each expert, for the predictions on the test images."""
     num_classes, num_experts = test.num_classes, predictions.num_experts
     labels_N, predicted_N = predictions.labels_N, predictions.predicted_N
     load_E = predictions.load_LE.mean(axis=0)

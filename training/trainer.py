@@ -84,7 +84,7 @@ class Trainer(TrainerState):
         )
         self.numbers = step.numbers
         self.train_step = GraphedStep(step, batch_size, self.shares.generator) if captured else step
-        self.routing = RoutingWatch(model.mixtures[0].router, self.balance, self.routing_warmup_steps)
+        self.routing = RoutingWatch(model.mixtures[0].router, self.balance, config.router.random_steps)
         self.where = [f" in {place.replace('_', ' ')}" if len(model.places) > 1 else "" for place in model.places]
         self.epoch, self.step = 0, 0  # epochs started, steps done
         self.progress: Progress | None = None  # None: the epoch is over

@@ -107,8 +107,14 @@ def trained():
     return cache(in_processes_of)
 
 
+def size_of(name: str) -> int:
+    """The number of processes for a case with experts in the blocks: two and three in turn."""
+    return 2 + list(BLOCKS).index(name) % 2
+
+
 def in_processes_of(size: int, blocks: bool) -> list[dict]:
-    return in_processes(size, train_each, BLOCKS if blocks else HEADS, blocks)
+    cases = {name: options for name, options in BLOCKS.items() if size_of(name) == size} if blocks else HEADS
+    return in_processes(size, train_each, cases, blocks)
 
 
 def compare(each: list[dict], options: dict, blocks: bool = False) -> None:
@@ -162,9 +168,9 @@ def test_experts_behind_the_vit(name, trained):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("name", BLOCKS)
-def test_experts_in_the_blocks(name, size, trained):
+def test_experts_in_the_blocks(name, trained):
+    size = size_of(name)
     compare([found[name] for found in trained(size, True)], BLOCKS[name], blocks=True)
 
 

@@ -51,7 +51,7 @@ def test_a_run_without_an_expert_is_a_run(tiny_run, tmp_path, call):
     for name in ("file_bytes", "memory_bytes", "expert_bytes", "trained_parameters"):
         assert after[name] < before[name]
     assert yaml.safe_load((out / "config.yaml").read_text())["experts"]["sizes"] == [[16], [64], [128]]
-    assert "What became of the experts" in (out / "evaluation" / "report.html").read_text()
+    assert "What was done to each expert" in (out / "evaluation" / "report.html").read_text()
 
     assert call(evaluate, out, "--tracking", "none")[0] == 0
     again = json.loads((out / "evaluation" / "metrics.json").read_text())
@@ -75,6 +75,7 @@ def test_a_run_in_eight_bits_is_a_run(tiny_run, tmp_path, call):
     assert yaml.safe_load((out / "config.yaml").read_text())["experts"]["weights"] == ["int8", "float16", "int8"]
     results = json.loads((out / "evaluation" / "metrics.json").read_text())
     assert sum(row["bytes"] for row in results["expert_worth"]) == found["after"]["expert_bytes"]
+    assert results["cost"]["trained_parameters"] == found["after"]["trained_parameters"]  # scales are none
 
     before = load_trained(out).model.moe.experts
     assert before[0][0].parametrizations.weight.original0.dtype == torch.int8

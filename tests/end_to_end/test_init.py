@@ -54,8 +54,11 @@ def test_the_configuration_is_that_of_the_run_but_for_what_is_its_own(tiny_run):
 @pytest.mark.slow
 def test_a_run_goes_on_from_another_one(tiny_run, tmp_path, start, capsys):
     words = ["--freeze", "router,experts", "--optim.lr_of", "[head:0.5]", "--data.max_classes", "7"]
+    words += ["--balance.old_gate", "1"]
     start(*options(tiny_run, *words, "--train.epochs", "2", "--run_dir", tmp_path / "run"))
-    said = capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "balance.old_gate has no effect with --freeze router" in said.err
+    said = said.out
     assert "neck, router, experts, 7 of 7 class rows" in said and "left out     3 classes" in said
     assert "frozen       router, experts" in said and "rates        head 0.005, all others 0.01" in said
     old, new = (load_weights_of(RunFolder(path)) for path in (tiny_run, tmp_path / "run"))
@@ -67,7 +70,9 @@ def test_a_run_goes_on_from_another_one(tiny_run, tmp_path, start, capsys):
     start("--resume", tmp_path / "run", "--train.epochs", "3", "--tracking", "none")
     again = load_weights_of(RunFolder(tmp_path / "run"))
     assert all(torch.equal(again[name], old[name]) for name in frozen)
-    assert load_checkpoint(tmp_path / "run/checkpoints/last.pt")["init"] == taken
+    last = load_checkpoint(tmp_path / "run/checkpoints/last.pt")
+    assert last["init"] == taken
+    assert last["old_gates"]["moe.router.old.router.gate.weight"].equal(old["moe.router.gate.weight"])
     assert "init" in compare([str(tiny_run), str(tmp_path / "run")], tmp_path / "compared")
     report = (tmp_path / "run/evaluation/report.html").read_text()
     assert "Starts from" in report and str(tiny_run) in report
@@ -78,12 +83,17 @@ def test_a_run_goes_on_from_another_one(tiny_run, tmp_path, start, capsys):
     "words, message",
     [
         (["--backbone.features", "[cls:2,mean:2]"], "features"),
-        (["--experts.sizes", "[[16],[32]]"], "has experts.sizes .*: leave experts.sizes out"),
+        (["--experts.sizes", "[[16],[32]]"], "has experts.sizes .*, but --experts.sizes is .*: leave it out"),
         (["--router.hidden", "[8]"], "router.hidden"),
+        (
+            ["--config", "configs/cifar100_head.yaml"],
+            "experts.sizes in configs/cifar100_head.yaml is .*, and .* too",
+        ),
         (["--freeze", "router,heads"], "freeze names 'heads'.*did you mean head"),
         (["--freeze", "neck,router,experts,shared,head"], "leaves nothing to train"),
         (["--optim.lr_of", "[gate:2]"], "optim.lr_of has 'gate:2'"),
         (["--resume", "RUN"], "leave out --init"),
+        (["--train.dense_twin", "true"], "other weights than the run that init names"),
     ],
 )
 def test_what_does_not_fit_is_one_line(tiny_run, words, message, start, tmp_path):
@@ -93,11 +103,21 @@ def test_what_does_not_fit_is_one_line(tiny_run, words, message, start, tmp_path
     assert "\n" not in str(raised.value) and not (tmp_path / "run").exists()
 
 
+def test_what_is_made_of_a_run_needs_no_other_run_but_for_old_images(tiny_run):
+    config = parse_command_line(options(tiny_run, "--balance.old_gate", "2", "--freeze", "experts")).config
+    alone = config.alone()
+    assert (alone.init, alone.freeze, alone.balance.old_gate) == (None, [], 0.0) and alone.balance.switch > 0
+    replaying = parse_command_line(options(tiny_run, "--replay", "3")).config.alone()
+    assert (replaying.init, replaying.replay) == (tiny_run, 3)
+
+
 def test_a_folder_that_is_no_run_and_parts_without_one(tmp_path):
     with pytest.raises(UserError, match="is not a run"):
         parse_command_line(options(tmp_path))
     with pytest.raises(UserError, match="name it with --init"):
         parse_command_line([*TINY.split(), "--freeze", "router"])
+    with pytest.raises(UserError, match="gate of a trained run: name it with --init"):
+        parse_command_line([*TINY.split(), "--balance.old_gate", "1"])
 
 
 @pytest.mark.slow

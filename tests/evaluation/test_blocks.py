@@ -124,7 +124,7 @@ def test_figures_of_blocks_are_drawn_and_say_which_block(evaluated):
     assert "gate_map" not in drawn
     material = Evaluated(run, config(), model, images, predict(model, images, "test"), results)
     title = FIGURES["block_by_class"].draw(material).get_suptitle()
-    assert title == f"Which expert serves which class in block {results['most_specialised_block']}"
+    assert title == f"Which expert processes which class in block {results['most_specialised_block']}"
     maps = FIGURES["patch_maps"].draw(material)
     assert [ax.get_title() for ax in maps.axes[1:4]] == ["block 0", "block 1", "block 2"]
     assert len(maps.axes) == 5 * 4  # an image of each class

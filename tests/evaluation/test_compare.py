@@ -115,7 +115,7 @@ def test_runs_that_are_not_scored_yet_stand_beside_those_that_are(call, tmp_path
 def test_many_runs_have_a_row_each_and_one_name_for_each(call, tmp_path):
     runs = [write_run(tmp_path / str(i % 2) / f"run {i // 2}", train={"epochs": 3, "seed": i}) for i in range(8)]
     code, _, err = call("--compare", *runs, "--out", "/proc/out")
-    assert code == 1 and "--out /proc/out/comparison.json cannot be made in /proc" in err
+    assert code == 1 and "--out /proc/out/comparison.json cannot be created in /proc" in err
     code, out, _ = call("--compare", *runs, "--out", tmp_path / "new" / "out")
     assert code == 0
     header, *lines = out.splitlines()

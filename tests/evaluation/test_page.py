@@ -91,7 +91,7 @@ def test_mistakes_are_one_line(tiny_run, tmp_path, monkeypatch, capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         line = mistake("--serve", "--port", port)
-        assert line == f"error: --port {port} cannot be used ({os.strerror(errno.EADDRINUSE)}): name another one"
+        assert line == f"error: --port {port} cannot be used ({os.strerror(errno.EADDRINUSE)}): choose another one"
 
 
 def test_images_may_stand_on_both_sides_of_options():

@@ -169,7 +169,7 @@ def test_the_picture_says_what_it_was_given():
     figure = explanation([image], ["a.png"], [[("cat", 0.9)]], [votes], shared=True)
     texts = [text.get_text() for axes in figure.axes for text in axes.texts]
     assert "2 · 64 + shared: cat (50%)" in texts and not [text for text in texts if "alone" in text]
-    assert "its answer + shared" in figure.axes[2].get_title()
+    assert "its prediction + shared" in figure.axes[2].get_title()
 
 
 def test_an_answer_given_with_shared_experts_is_called_so(trained, digits):
