@@ -168,11 +168,14 @@ def test_blocks_are_resolved_from_the_end_and_by_what_is_read():
         ({"experts": {"sizes": [[2, 2]]}, "top_k": 1}, "one hidden layer"),
         ({"experts": {"sizes": ["small", "large"]}}, "one hidden layer"),
         ({"experts": {"kind": "ffn", "sizes": [[3], [3]]}}, "have 64 hidden units"),
-        ({"experts": {"kind": "ffn", "sizes": [[64], [64]], "norm": "own"}}, "norm own is not for experts.kind ffn"),
+        (
+            {"experts": {"kind": "ffn", "sizes": [[64], [64]], "norm": "own"}},
+            "norm own does not work with experts.kind ffn",
+        ),
         ({"experts": {"kind": "mlp"}}, "is a class head"),
         ({"experts": {"shared": [[4]]}}, "the frozen FFN is the shared expert"),
-        ({"experts": {"inputs": [[0], [0], [0]]}}, "has no meaning"),
-        ({"inputs": [0]}, "has no meaning"),
+        ({"experts": {"inputs": [[0], [0], [0]]}}, "does not apply"),
+        ({"inputs": [0]}, "does not apply"),
         ({"experts": {"combine": "probabilities"}}, "is for a class head"),
         ({"kind": "expert_choice"}, "each token or image chooses"),
         ({"kind": "soft_moe"}, "each token or image chooses"),
@@ -226,7 +229,7 @@ def test_blocks_that_cannot_be_compiled_run_as_they_are(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda *_, **__: no_compiler)
     model.compile({6}, lines.append)
     torch.testing.assert_close(model(images())[0], expected)
-    assert lines == ["the ViT's blocks cannot be compiled (no compiler found): going on without"]
+    assert lines == ["the ViT's blocks cannot be compiled (no compiler found): continuing without"]
     assert copy.deepcopy(model)._compiled is model._compiled
 
 
@@ -250,10 +253,21 @@ def test_evaluation_is_compiled_once_for_all_experts_and_for_some(rule, monkeypa
     monkeypatch.setattr(torch, "compile", compiler)
     model.compile({6}, pytest.fail)
     asked = [None, without_E, without_E[None]]
-    found = [model(images(), allowed_E=allowed_E)[0] for allowed_E in asked]
+    with torch.no_grad():
+        found = [model(images(), allowed_E=allowed_E)[0] for allowed_E in asked]
     for logits, of_this in zip(found, [0, 1, 1], strict=True):
         assert torch.equal(logits, expected[of_this])
     assert len(forms) == 9 and forms[:3] == forms[3:6] == forms[6:]
+
+
+def test_in_training_the_first_block_with_experts_is_not_compiled_for_itself(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda run, **_: lambda *block: compiled.append(block[0]) or run(*block))
+    model = spread(moe_vit(experts={"blocks": [1, 2]})).train()
+    model.compile({6}, pytest.fail)
+    model(images())
+    blocks = list(model.backbone.vit.blocks)
+    assert [blocks.index(block) for block in compiled] == [0, 2]
 
 
 def test_recomputing_changes_no_gradient():
