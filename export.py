@@ -1,6 +1,6 @@
-"""Write a trained run as one file that other programs run without this project.
+"""Export a trained run to one file that other programs can run without this project.
 
-python export.py runs/cifar100-20260101-120000 model.onnx      for ONNX Runtime and what else reads ONNX
+python export.py runs/cifar100-20260101-120000 model.onnx      for ONNX Runtime and other programs that read ONNX
 python export.py RUN model.pt2                                 for torch.export.load
 """
 
@@ -12,10 +12,11 @@ if __name__ == "__main__":
 import argparse
 
 from assembly.loading import load_trained
-from common.arguments import Parser, path_option
+from common.arguments import Parser, add_shared_options, path_option
 from common.distributed import require_alone
 from common.errors import exit_code_of, exit_process, say
-from common.plugins import add_plugins_option, load_plugins
+from common.plugins import load_plugins
+from common.signals import stoppable
 from common.text import printable
 from deployment.export import BATCHES, check_target, export
 
@@ -23,13 +24,9 @@ from deployment.export import BATCHES, check_target, export
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line. Raises UserError."""
     parser = Parser(prog="export.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=path_option, metavar="RUN", help="folder that train.py wrote")
-    parser.add_argument("out", type=path_option, metavar="OUT", help="the file to write: OUT.onnx or OUT.pt2")
-    parser.add_argument(
-        "--backbone.weights", dest="weights", type=path_option, metavar="FILE", help="the backbone's, if it has moved"
-    )
-    add_plugins_option(parser)
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("run", type=path_option, metavar="RUN", help="run folder of train.py")
+    parser.add_argument("out", type=path_option, metavar="OUT", help="output file: OUT.onnx or OUT.pt2")
+    add_shared_options(parser, "backbone.weights", "plugins", "debug")
     return parser.parse_args(argv)
 
 
@@ -38,10 +35,11 @@ def main() -> None:
     require_alone("export.py")
     load_plugins(options.plugins)
     check_target(options.out)
-    trained = load_trained(options.run, "cpu", options.weights, say=say)
-    checked = export(trained, options.out)
+    with stoppable():
+        trained = load_trained(options.run, "cpu", options.weights, say=say)
+        checked = export(trained, options.out)
     batches = ", ".join(map(str, BATCHES))
-    print(f"checked      against the run at batches {batches}: probabilities within {checked.probabilities:.1g}")
+    print(f"checked      against the run with batches of {batches}: probabilities within {checked.probabilities:.1g}")
     print(f"written to   {printable(options.out)}, {checked.bytes / 1e6:,.1f} MB; docs/export.md shows how to run it")
 
 

@@ -1,10 +1,10 @@
-"""Classify your own images with a trained run: the most likely classes, and the experts that were chosen.
+"""Classify your own images with a trained run: print the most likely classes and the chosen experts.
 
 python predict.py runs/cifar100-20260101-120000 cat.jpg holiday/
 python predict.py RUN cat.jpg --json                        one JSON document instead of text
-python predict.py RUN holiday/ --reject 0.05                mark images unlike the training images
+python predict.py RUN holiday/ --reject 0.05                mark images that are unlike the training images
 python predict.py RUN cat.jpg dog.png --explain out.png     a figure of images, classes and experts
-python predict.py RUN --serve                               a page in the browser to drop images on
+python predict.py RUN --serve                               a local web page to drop images on
 """
 
 from common.errors import exit_on_signal
@@ -15,6 +15,7 @@ if __name__ == "__main__":
 import argparse
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,18 +24,17 @@ import torch
 from analysis.blocks import evenly_spaced
 from assembly.loading import load_trained, offload_line
 from assembly.unlike import frozen_features, load_unlike
-from common.arguments import Parser, add_offload_options, check_offload, path_option
 from common.distributed import require_alone
 from common.errors import EnvironmentFault, UserError, exit_code_of, exit_process, say
 from common.files import write_atomically
-from common.plugins import add_plugins_option, load_plugins
+from common.plugins import load_plugins
 from common.signals import stoppable
 from common.text import as_json, is_unicode, printable
-from data.datasets import DATASETS
 from data.image_file import Picture, read_picture
 from data.image_tree import find_images
 from evaluation.classify import Answer, classify
 from evaluation.page import HOST, Ask, listen, require_gradio, serve
+from evaluation.predict_options import EXPLAINED, read_options
 from evaluation.trained import TrainedRun
 from evaluation.unlike import Unlike
 
@@ -42,88 +42,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BATCH = 32  # images per batch
-EXPLAINED = 12  # images in the figure
-MAPS = 4  # blocks shown in it, for experts inside the ViT
-PORT = 7860  # gradio's own
+MAPS = 4  # blocks shown in the figure, for experts inside the ViT
 
-
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line. Raises UserError."""
-    parser = Parser(prog="predict.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=path_option, metavar="RUN", help="folder that train.py wrote")
-    parser.add_argument(
-        "images",
-        type=path_option,
-        metavar="IMAGE",
-        nargs="*",
-        help="image files of any format that Pillow reads, or folders of them; they are cropped to the centre square "
-        f"and resized to the resolution of the run's dataset ({', '.join(_sides())}; else its data.image_size)",
-    )
-    parser.add_argument("--top", type=int, default=5, metavar="K", help="number of classes to show (default 5)")
-    parser.add_argument("--json", action="store_true", help="print one JSON document instead of text")
-    parser.add_argument(
-        "--explain",
-        type=path_option,
-        metavar="OUT.png",
-        help=f"draw the first {EXPLAINED} images, their classes and experts",
-    )
-    parser.add_argument(
-        "--serve",
-        action="store_true",
-        help="answer images dropped on a page in the browser, which this machine alone can open; needs gradio",
-    )
-    parser.add_argument("--port", type=int, metavar="N", help=f"for --serve: the port (default {PORT}; 0: a free one)")
-    parser.add_argument(
-        "--backbone.weights", dest="weights", type=path_option, help="the backbone's weights, if they have moved"
-    )
-    parser.add_argument(
-        "--reject",
-        type=float,
-        metavar="SHARE",
-        help="mark images unlike the training images: farther from every class, in the frozen ViT's features, than all "
-        "but this share of the validation images (such as 0.05); measured once on the run's dataset",
-    )
-    parser.add_argument(
-        "--data.root", dest="root", type=path_option, metavar="DIR", help="for --reject: the dataset, if it has moved"
-    )
-    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, or cuda:1")
-    add_offload_options(parser)
-    add_plugins_option(parser)
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    options = parser.parse_intermixed_args(argv)  # IMAGE may stand on both sides of options
-    check_offload(parser, options)
-    _check_serve(parser, options)
-    if options.top < 1:
-        raise UserError(f"--top is {options.top}: it must be at least 1")
-    if options.reject is not None and not 0 < options.reject < 1:
-        raise UserError(f"--reject is {options.reject}: it is a share of the validation images, between 0 and 1")
-    if options.explain and options.explain.suffix.lower() != ".png":
-        raise UserError(f"--explain {options.explain}: the name must end in .png")
-    if options.explain and not options.explain.parent.is_dir():
-        raise UserError(f"--explain {options.explain}: {options.explain.parent} is not a folder")
-    return options
-
-
-def _check_serve(parser: Parser, options: argparse.Namespace) -> None:
-    """Raise UserError where --serve is given with what it has no use for, or --port without it."""
-    if options.serve and (options.images or options.json or options.explain):
-        parser.error("--serve takes its images from the page: leave out IMAGE, --json and --explain")
-    if not options.serve and not options.images:
-        parser.error("the following arguments are required: IMAGE, or --serve")
-    if not options.serve and options.port is not None:
-        parser.error("--port is for --serve: give both, or neither")
-    options.port = PORT if options.port is None else options.port
-    if not 0 <= options.port <= 65535:
-        raise UserError(f"--port is {options.port}: it must be from 0 to 65535")
-
-
-def _sides() -> list[str]:
-    """The image sizes of datasets with a fixed one, in words."""
-    return [
-        f"{found.side} pixels for {name}" + (", without colour" if found.grey else "")
-        for name, found in sorted(DATASETS.items())
-        if found.side
-    ]
+parse = partial(read_options, __doc__)
 
 
 def main() -> None:
@@ -157,12 +78,12 @@ def main() -> None:
 
 
 def serve_page(options: argparse.Namespace) -> None:
-    """Serve the page of --serve until a signal. Raises EnvironmentFault without gradio, UserError for a taken port."""
+    """Serve the page until a signal. Raises EnvironmentFault without gradio, UserError if the port is in use."""
     require_gradio()
     with listen(options.port) as listening:
         trained = load_trained(options.run, options.device, options.weights, say, options.offload_memory)
         unlike = None if options.reject is None else load_unlike(trained, options.root, say)
-        say(f"open http://{HOST}:{listening.getsockname()[1]} in a browser on this machine; Ctrl-C ends it")
+        say(f"open http://{HOST}:{listening.getsockname()[1]} in a browser on this machine; press Ctrl-C to stop")
         with stoppable():
             serve(
                 listening, f"Vision MoE: {printable(options.run)}", asked(trained, options.top, unlike, options.reject)
@@ -170,7 +91,7 @@ def serve_page(options: argparse.Namespace) -> None:
 
 
 def asked(trained: TrainedRun, top: int, unlike: Unlike | None = None, share: float | None = None) -> Ask:
-    """What the page asks: a file to its entry in --json, and its figure."""
+    """The function behind the page: from an image file to its entry in --json and its figure."""
 
     def ask(file: Path) -> tuple[dict[str, Any], "Figure"]:
         picture = read_picture(file, trained.config.data.side, trained.config.data.grey)
@@ -183,7 +104,7 @@ def asked(trained: TrainedRun, top: int, unlike: Unlike | None = None, share: fl
 
 
 def gather(paths: list[Path]) -> tuple[list[Path], list[dict[str, str]]]:
-    """The image files of all paths, and the folders without any, which are reported at once.
+    """The image files of all paths. Folders without images are reported at once.
 
     Raises UserError if there is no file.
     """
@@ -204,7 +125,7 @@ def gather(paths: list[Path]) -> tuple[list[Path], list[dict[str, str]]]:
 def answers(
     trained: TrainedRun, files: list[Path], top: int, failed: list[dict[str, str]]
 ) -> Iterator[tuple[Path, Picture, Answer]]:
-    """Each readable image with its answer; an unreadable one is reported at once and added to `failed`."""
+    """Each readable image with its prediction; an unreadable one is reported at once and added to `failed`."""
     data = trained.config.data
     for start in range(0, len(files), BATCH):
         pictures = []
@@ -221,21 +142,23 @@ def answers(
 
 
 def compared(trained: TrainedRun, unlike: Unlike, picture: Picture, share: float) -> dict[str, Any]:
-    """How far an image is from the training images, and whether it is to be rejected."""
+    """How far an image is from the training images, and whether it is rejected."""
     distance = float(unlike.distances(frozen_features(trained, picture.pixels_CHW[None]))[0])
     threshold = unlike.threshold(share)
     return {"rejected": distance > threshold, "distance": distance, "threshold": threshold}
 
 
 def text(path: Path, picture: Picture, answer: Answer, shared: bool, marked: dict[str, Any] | None = None) -> str:
-    """An answer as lines: file, classes, experts, and the class that each expert predicts alone.
+    """A prediction as lines: file, classes, experts, and the class that each expert predicts alone.
 
     shared: the run has shared experts, so "alone" means: with the shared experts only. marked: what `compared` found.
     """
     lines = [printable(path) + "".join(f" ({note})" for note in picture.notes)]
     if marked and marked["rejected"]:
         distances = f"distance {marked['distance']:.1f}, above {marked['threshold']:.1f}"
-        lines.append(f"  REJECTED: unlike the training images ({distances}); what follows is the nearest there is")
+        lines.append(
+            f"  REJECTED: unlike the training images ({distances}); the classes below are only the nearest ones"
+        )
     lines += [f"{100 * score.probability:7.1f} %  {printable(score.name)}" for score in answer.classes]
     lines += [
         f"  expert {vote.name:<24} weight {vote.weight:.2f}, "

@@ -1,5 +1,5 @@
-"""Analysis of a trained mixture: arrays in, tables and figures (`plots`) out.
+"""Analysis of a trained mixture: functions from arrays to tables and figures (`plots`).
 
-`routing`: loads and specialisation; `gate`: its certainty; `experts`: what each one does and is worth; `answers`:
-confusions and calibration.
+`routing`: loads and specialisation; `gate`: its certainty; `experts`: the results and the contribution of each expert;
+`answers`: confusions and calibration.
 """

@@ -1,4 +1,4 @@
-"""The answers of the model: confusions and calibration.
+"""The predictions of the model: confusions and calibration.
 
 Shapes: N samples, C classes (or superclasses), B bins.
 """
@@ -26,10 +26,10 @@ def confusion(labels_N: ArrayLike, predicted_N: ArrayLike, num_classes: int) -> 
 
 
 def confused_pairs(confusion_CC: ArrayLike, class_names: Sequence[str], n: int = 30) -> list[tuple[str, str, int, int]]:
-    """The at most n pairs of classes with the most confusions, both ways together, the worst first.
+    """The at most n pairs of classes with the most confusions in both directions, in descending order.
 
-    Returns (name a, name b, a's samples taken for b, b's samples taken for a), a the one that is taken for the
-    other more often. Pairs without a confusion are left out; ties keep the order of the classes.
+    Returns (name a, name b, samples of a predicted as b, samples of b predicted as a); a is the class that is mistaken
+    for the other more often. Pairs without confusions are left out; ties keep the order of the classes.
     """
     confusion_CC = np.asarray(confusion_CC, dtype=np.int64)
     both_CC = np.triu(confusion_CC + confusion_CC.T, k=1)

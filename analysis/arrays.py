@@ -1,4 +1,4 @@
-"""Shared helpers: checks of arguments, served samples, ratios."""
+"""Shared helpers: checks of arguments, samples of each expert, ratios."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def pairs(sample_A, expert_A, num_samples: int, num_experts: int) -> tuple[IntAr
 
 
 def served(sample_A, expert_A, num_samples: int, num_experts: int) -> NDArray[np.bool_]:
-    """Whether a sample was sent to an expert, once or more: (N, E) bool. Raises as `pairs` does."""
+    """Whether a sample was sent to an expert at least once: (N, E) bool. Raises as `pairs` does."""
     served_NE = np.zeros((num_samples, num_experts), dtype=bool)
     served_NE[pairs(sample_A, expert_A, num_samples, num_experts)] = True
     return served_NE
@@ -36,7 +36,7 @@ def indices(values: ArrayLike, upper: int, name: str) -> IntArray:
     array = np.asarray(values)
     if array.ndim != 1:
         raise ValueError(f"{name} must have one dimension, got shape {array.shape}")
-    # An empty list arrives as float64, and means what an empty integer array means.
+    # An empty list becomes float64, but means an empty integer array.
     if array.size and not np.issubdtype(array.dtype, np.integer):
         raise ValueError(f"{name} must hold integers, got {array.dtype}")
     if array.size and not (array.min() >= 0 and array.max() < upper):

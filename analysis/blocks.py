@@ -1,4 +1,4 @@
-"""Experts inside a ViT's blocks: which block specialises most, and which patches go to which expert.
+"""Experts inside a ViT's blocks: the specialisation of each block, and the expert of each patch.
 
 Shapes: N images, M of them with the choices of single tokens, L blocks with experts, T tokens of which the last are the
 patches in rows, H x W patches, E experts, C classes.
@@ -18,11 +18,11 @@ from analysis.routing import mutual_information, null_summary
 def block_specialisation(
     labels_N: ArrayLike, weight_NLE: ArrayLike, num_classes: int, permutations: int = 200, seed: int = 0
 ) -> list[dict[str, Any]]:
-    """For each block how much the expert of a token tells about the class of its image, against shuffled labels.
+    """For each block, how informative the expert of a token is about the class of its image, against shuffled labels.
 
     weight_NLE: the gate weight that an image's tokens give each expert, summed, or the number of tokens that choose it.
-    Returns for each block what `analysis.routing.specialisation` does; the labels are shuffled among the images, whose
-    tokens stay together, by the same permutations for all blocks. Raises ValueError on a class out of range, a weight
+    Returns for each block the result of `analysis.routing.specialisation`. Labels are shuffled among the images, whose
+    tokens stay together, with the same permutations for all blocks. Raises ValueError on a class out of range, a weight
     that is negative or not finite, or fewer than one permutation.
     """
     weight_NLE = np.asarray(weight_NLE, dtype=np.float64)
@@ -44,20 +44,20 @@ def block_specialisation(
 
 
 def _information(weight_NLE: FloatArray, start_K: NDArray[np.intp]) -> list[float]:
-    """Mutual information of class and expert in each block; the images of a class stand together from start_K on."""
+    """Mutual information of class and expert in each block; the images of each class are consecutive from start_K."""
     table_KLE = np.add.reduceat(weight_NLE, start_K, axis=0)
     return [mutual_information(table_KE) for table_KE in table_KLE.transpose(1, 0, 2)]
 
 
 def most_specialised(found: list[dict[str, Any]]) -> list[int]:
-    """The blocks' places in the list, the one first whose experts tell most about the class beyond chance."""
+    """The indices of the blocks, sorted by how informative their experts are about the class beyond chance."""
     return sorted(range(len(found)), key=lambda place: found[place]["null_mean"] - found[place]["mutual_information"])
 
 
 def patch_choices(first_MLT: ArrayLike, rows: int, columns: int) -> NDArray[np.integer]:
-    """The expert of each patch, (M, L, H, W), from that of each token: of T tokens the last H * W, in rows.
+    """The expert of each patch, (M, L, H, W), from the experts of T tokens; the last H * W tokens are patches in rows.
 
-    Raises ValueError where there are fewer tokens than patches.
+    Raises ValueError if there are fewer tokens than patches.
     """
     first_MLT = np.asarray(first_MLT)
     patches = rows * columns
@@ -67,7 +67,7 @@ def patch_choices(first_MLT: ArrayLike, rows: int, columns: int) -> NDArray[np.i
 
 
 def position_shares(choice_MLHW: ArrayLike, num_experts: int) -> FloatArray:
-    """How often a patch at each place of the image goes to each expert: shares (L, E, H, W) that sum to 1 over E.
+    """How often a patch at each position goes to each expert: shares (L, E, H, W) that sum to 1 over E.
 
     Raises ValueError on an expert out of range.
     """

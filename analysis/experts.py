@@ -15,8 +15,8 @@ from analysis.arrays import FloatArray, IntArray, indices, ratio, served
 
 
 def co_activation(sample_A: ArrayLike, expert_A: ArrayLike, num_samples: int, num_experts: int) -> IntArray:
-    """Samples (E, E) that both experts serve; on the diagonal all samples of an expert. Symmetric."""
-    # Products of floats are the fast ones.
+    """Number of samples (E, E) that both experts process; the diagonal has all samples of an expert. Symmetric."""
+    # Products of floats are faster than those of integers.
     served_NE = served(sample_A, expert_A, num_samples, num_experts).astype(np.float64)
     return (served_NE.T @ served_NE).astype(np.int64)
 
@@ -31,10 +31,10 @@ def hardest_classes(
     n: int = 3,
     at_least: int = 5,
 ) -> list[list[tuple[str, float, int]]]:
-    """For each expert the at most n classes that the mixture gets wrong most where that expert has a part.
+    """For each expert, the at most n classes with the lowest accuracy of the mixture on the expert's samples.
 
-    Only classes of which the expert serves `at_least` samples and not all right. Returns lists of (name, accuracy,
-    samples), the lowest accuracy first, more samples first among equals.
+    Only classes with `at_least` samples of the expert and at least one error. Returns lists of (name, accuracy,
+    samples), sorted by ascending accuracy; ties by descending number of samples.
     """
     correct_N = np.asarray(correct_N, dtype=np.float64)
     labels_N = indices(labels_N, len(class_names), "labels_N")
@@ -61,11 +61,11 @@ def removal(
 ) -> dict[str, FloatArray]:
     """The change of scores when one expert at a time is removed from the mixture.
 
-    without_EN: the answers without each expert, its samples re-routed to their next choice. Returns, for each
-    expert, `macro_f1_change` and `accuracy_change` (score without it less score with it: below 0 the expert is
-    worth having), `macro_f1_deviation`, the standard deviation of the former over bootstrap resamples of the
-    samples (the same ones for both scores), and `answers_changed`, a share of the samples. Raises ValueError on a
-    class out of range or tables that do not fit.
+    without_EN: the predictions without each expert, with its samples re-routed to their next choice. Returns, for each
+    expert, `macro_f1_change` and `accuracy_change` (score without it minus score with it: negative for a useful
+    expert), `macro_f1_deviation`, the standard deviation of the former over bootstrap resamples of the samples (the
+    same ones for both scores), and `answers_changed`, a share of the samples. Raises ValueError on a class out of range
+    or tables that do not fit.
     """
     labels_N = indices(labels_N, num_classes, "labels_N")
     predicted_N = indices(predicted_N, num_classes, "predicted_N")
@@ -74,7 +74,7 @@ def removal(
         raise ValueError(f"without_EN has shape {without_EN.shape} for {len(labels_N)} samples")
     samples = len(labels_N)
     generator = np.random.default_rng(seed)
-    # How often each sample is drawn; row 0 is the sample itself.
+    # How often each sample is drawn; row 0 is the original sample.
     drawn_RN = np.ones((1 + resamples, samples))
     for row in drawn_RN[1:]:
         row[:] = np.bincount(generator.integers(0, samples, samples), minlength=samples)
@@ -100,8 +100,8 @@ def removal(
 def taken_over(before_EE: ArrayLike, after_EE: ArrayLike) -> FloatArray:
     """Experts to which the samples of each expert are reassigned, as shares (E, E) whose rows sum to 1, or zeros.
 
-    Row e of each table: the assignments, to each expert, of the samples that expert e has a part in, before and
-    after e is removed.
+    Row e of each table: the assignments, to each expert, of the samples that use expert e, before and after e is
+    removed.
     """
     gained_EE = np.clip(np.asarray(after_EE, dtype=np.float64) - np.asarray(before_EE, dtype=np.float64), 0, None)
     return ratio(gained_EE, gained_EE.sum(axis=1, keepdims=True))
@@ -117,7 +117,7 @@ def cost_saved(before_EE: ArrayLike, after_EE: ArrayLike, cost_E: ArrayLike, num
 
 
 def _tallies(drawn_RN: FloatArray, labels_N: IntArray, predicted_N: IntArray, num_classes: int) -> Any:
-    """Samples of each class, answers of each class and right answers of each class, (R, C) each."""
+    """Samples, predictions and correct predictions of each class, (R, C) each."""
     right_N = (labels_N == predicted_N).astype(np.float64)
     return (
         _count_rows(drawn_RN, labels_N, num_classes),

@@ -1,8 +1,8 @@
 """The certainty of the gate: entropy, and samples near the routing boundary.
 
 The gate's clean logits at its temperature, logits_NE, of N samples and E experts, are compared with the flat list of
-assignments (`analysis.routing`), so that any rule that chooses by them, and any number of experts a sample, reads
-alike.
+assignments (`analysis.routing`), so that all rules that choose by logits, with any number of experts per sample, can be
+analysed in the same way.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from analysis.arrays import FloatArray, served
 
 
 def gate_entropy(logits_NE: ArrayLike) -> FloatArray:
-    """Entropy of each sample's softmax over the experts, over its greatest value log E: 1.0 is no preference.
+    """Entropy of each sample's softmax over the experts, divided by its maximum log E; 1.0 means no preference.
 
-    Returns (N,); zeros for a single expert. An expert of logit -inf has probability 0. Raises ValueError on a
+    Returns (N,); zeros for a single expert. An expert with logit -inf has probability 0. Raises ValueError on a
     table without experts, or a sample without a finite logit.
     """
     logits_NE = _logits(logits_NE)
@@ -35,10 +35,10 @@ def gate_entropy(logits_NE: ArrayLike) -> FloatArray:
 def boundary_margin(logits_NE: ArrayLike, sample_A: ArrayLike, expert_A: ArrayLike) -> FloatArray:
     """The margin of each sample's routing, in logits.
 
-    The smallest logit among the sample's experts less the largest among the others: for top-k the gap between the
-    k-th and the (k+1)-th. exp(margin) is how many times as probable the gate holds the one as the other. Negative
-    where the rule does not choose by logits alone. Returns (N,), nan for a sample that no expert or every expert
-    serves. Raises ValueError on an index out of range or as `gate_entropy` does.
+    The smallest logit among the sample's experts minus the largest among the others; for top-k, the gap between the
+    k-th and the (k+1)-th. exp(margin) is the ratio of their gate probabilities. It is negative if the rule does not
+    choose only by logits. Returns (N,), nan for a sample with no expert or with all experts. Raises ValueError on an
+    index out of range or as `gate_entropy` does.
     """
     logits_NE = _logits(logits_NE)
     chosen_NE = served(sample_A, expert_A, *logits_NE.shape)
@@ -60,10 +60,10 @@ def gate_summary(
 ) -> dict[str, Any]:
     """A summary of entropy and margins.
 
-    near: a sample is near the boundary where its margin is smaller than this, whatever its sign; at 0.1 the last
-    expert chosen and the first one left out differ by 10 % in gate probability. Returns `entropy_mean` (of log E),
+    near: a sample is near the boundary if the absolute value of its margin is smaller than this; at 0.1 the last chosen
+    expert and the first one left out differ by 10 % in gate probability. Returns `entropy_mean` (relative to log E),
     `margin_median`, `boundary_share` (of the samples that have a margin), `boundary_accuracy` and
-    `elsewhere_accuracy`, None where there is no such sample; and `nearest_samples`, the at most `nearest` samples of
+    `elsewhere_accuracy` (None if there is no such sample), and `nearest_samples`, the at most `nearest` samples with
     the smallest margins.
     """
     entropy_N = gate_entropy(logits_NE)
@@ -86,7 +86,7 @@ class Plane:
     """The plane that separates groups of samples best, and samples on it.
 
     points_N2: coordinates. explained_2: share of the between-group variance (relative to that within groups) on each
-    axis. told: share of the samples whose group has the nearest centre on the plane. chance: share of the largest
+    axis. told: share of the samples whose own group has the nearest centre on the plane. chance: share of the largest
     group, the score of a constant guess.
     """
 
@@ -99,13 +99,13 @@ class Plane:
 def discriminant_plane(
     fit_MD: ArrayLike, fit_group_M: ArrayLike, shown_ND: ArrayLike, shown_group_N: ArrayLike
 ) -> Plane | None:
-    """Samples on the first two axes of a linear discriminant analysis (Fisher 1936), which was fitted to others.
+    """Samples on the first two axes of a linear discriminant analysis (Fisher 1936), fitted to other samples.
 
-    fit_MD, shown_ND: features. The groups are small integers, such as each sample's heaviest expert; negative: in none.
-    Fitted and shown samples must differ: with more features than samples any groups could be told apart on those that
-    the axes were fitted to. The features are standardised and reduced to principal components first, at most 64 and one
-    for every five samples. None where fewer than three groups have five samples or more, which is what it takes to span
-    a plane.
+    fit_MD, shown_ND: features. The groups are small integers, such as the expert with the largest weight; negative: no
+    group. Fitted and shown samples must differ: with more features than samples, any groups could be separated on the
+    samples that the axes were fitted to. The features are first standardised and reduced to principal components, at
+    most 64 and one per five samples. Returns None if fewer than three groups have five samples or more, because a plane
+    needs three groups.
     """
     from sklearn.decomposition import PCA  # here, because importing scikit-learn takes seconds
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis

@@ -1,8 +1,8 @@
-"""Where experts live: which of M processes computes which of E unequal experts, so that none has much more to do.
+"""Placement of E unequal experts on M processes, so that all processes have similar work.
 
-work_E: what each expert has to do, load times cost. A placement is share_EM: of the work of each expert the share that
-each process does; rows sum to 1. A process with a share of an expert holds its weights: two shares are two copies.
-Processes wait for the slowest, so that the largest work over the mean is how much longer a step takes.
+work_E: the work of each expert, load times cost. A placement is share_EM, the share of each expert's work that each
+process does; rows sum to 1. A process with a share of an expert stores its weights: two shares are two copies.
+Processes wait for the slowest one, so the ratio of the largest to the mean work shows how much longer a step takes.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from numpy.typing import ArrayLike
 
 from analysis.arrays import FloatArray
 
-COPY = 0.01  # of the mean work of a process that a copy must save to be worth its place
-GAP, SECONDS = 1e-3, 2.0  # when the solver may stop: so near to the optimum, or after that time
+COPY = 0.01  # penalty of a copy, relative to the mean work of a process
+GAP, SECONDS = 1e-3, 2.0  # the solver stops at this relative gap to the optimum, or after this time
 
 
 def even(experts: int, processes: int) -> FloatArray:
-    """Equal counts, in order: the first experts on the first process. The first processes have one more."""
+    """Equal counts, in order: the first experts on the first process. The first processes may have one more."""
     share_EM = np.zeros((experts, processes))
     for process, numbers in enumerate(np.array_split(np.arange(experts), processes)):
         share_EM[numbers, process] = 1
@@ -28,12 +28,12 @@ def even(experts: int, processes: int) -> FloatArray:
 
 
 def places(experts: int, processes: int) -> int:
-    """How many experts a process may hold: one more than where counts are equal, for the sake of memory."""
+    """How many experts a process may store: one more than with equal counts, to limit memory."""
     return math.ceil(experts / processes) + 1
 
 
 def greedy(work_E: ArrayLike, processes: int) -> FloatArray:
-    """The heaviest expert first, each to the process with the least work and a place (Graham 1969)."""
+    """Experts in descending order of work, each to the process with the least work that has room (Graham 1969)."""
     work_E = np.asarray(work_E, dtype=np.float64)
     share_EM = np.zeros((len(work_E), processes))
     most = places(len(work_E), processes)
@@ -45,11 +45,11 @@ def greedy(work_E: ArrayLike, processes: int) -> FloatArray:
 
 
 def optimal(work_E: ArrayLike, processes: int) -> FloatArray:
-    """The least largest work, by a mixed-integer program, with copies of experts where they lower it.
+    """Minimise the largest work by a mixed-integer program, with copies of experts if they reduce it.
 
-    Minimise t + COPY * mean work * copies over shares y and whether a process holds an expert, x in {0, 1}:
-    sum_m y_em = 1, y_em <= x_em, sum_e work_e y_em <= t, and at most `places` experts a process, at least one. Never
-    worse than `greedy`, to which it falls back where the solver finds nothing in its time.
+    Minimise t + COPY * mean work * copies over shares y and indicators x in {0, 1} of whether a process stores an
+    expert: sum_m y_em = 1, y_em <= x_em, sum_e work_e y_em <= t, and between one and `places` experts per process.
+    Never worse than `greedy`, which is the fallback if the solver finds no solution in time.
     """
     work_E = np.asarray(work_E, dtype=np.float64)
     first = greedy(work_E, processes)
@@ -60,12 +60,12 @@ def optimal(work_E: ArrayLike, processes: int) -> FloatArray:
         return first
     share_EM = np.where(found_EM < 1e-6, 0, found_EM)
     share_EM /= share_EM.sum(axis=1, keepdims=True)
-    idle = bool((share_EM.sum(axis=0) == 0).any())  # a process that holds an expert and has no work from it
+    idle = bool((share_EM.sum(axis=0) == 0).any())  # a process that stores an expert but gets no work from it
     return first if idle or _worth(first, work_E) <= _worth(share_EM, work_E) else share_EM
 
 
 def _program(work_E: FloatArray, processes: int) -> FloatArray | None:
-    """The program of `optimal`, on work whose mean for a process is 1 (None: not solved in its time)."""
+    """Solve the program of `optimal`, for work with mean 1 per process (None: no solution in time)."""
     from scipy.optimize import LinearConstraint, milp  # here, because it takes a fifth of a second
     from scipy.sparse import coo_array, eye, hstack, kron, vstack
 
@@ -98,12 +98,12 @@ def _program(work_E: FloatArray, processes: int) -> FloatArray | None:
 
 
 def _worth(share_EM: FloatArray, work_E: FloatArray) -> float:
-    """What the program minimises, in units of the mean work."""
+    """The objective of the program, in units of the mean work."""
     return imbalance(share_EM, work_E) + COPY * float((share_EM > 0).sum() - len(share_EM))
 
 
 def aligned(share_EM: ArrayLike, before_EM: ArrayLike) -> FloatArray:
-    """The same placement with its processes renumbered so that as few experts as possible move."""
+    """The same placement with processes renumbered so that as few experts as possible move."""
     from scipy.optimize import linear_sum_assignment
 
     share_EM, before_EM = np.asarray(share_EM), np.asarray(before_EM)
@@ -113,13 +113,13 @@ def aligned(share_EM: ArrayLike, before_EM: ArrayLike) -> FloatArray:
 
 
 def imbalance(share_EM: ArrayLike, work_E: ArrayLike) -> float:
-    """The largest over the mean work of a process; 1 is even. 1 where there is no work."""
+    """The ratio of the largest to the mean work of a process; 1 is even. 1 if there is no work."""
     done_M = np.asarray(work_E, dtype=np.float64) @ np.asarray(share_EM)
     return float(done_M.max() / done_M.mean()) if done_M.any() else 1.0
 
 
 def total_imbalance(share_LEM: ArrayLike, work_LE: ArrayLike) -> float:
-    """Of several places one after the other, each of which waits for its slowest process."""
+    """The ratio over several places in sequence, each of which waits for its slowest process."""
     done_LM = np.einsum("le,lem->lm", np.asarray(work_LE, dtype=np.float64), np.asarray(share_LEM))
     return float(done_LM.max(axis=1).sum() / done_LM.mean(axis=1).sum()) if done_LM.any() else 1.0
 

@@ -1,9 +1,8 @@
 """Routing statistics: loads, class tables, specialisation.
 
 The routing of N samples is a flat list of A assignments, `sample_A`, `expert_A` (integers) and `weight_A`
-(gate weights): any number of experts a sample, none at all for a dropped one, so that token choice, expert
-choice and capacity drops all read alike. Shapes: A assignments, N samples, E experts, C classes (or
-superclasses).
+(gate weights): any number of experts per sample, none for a dropped one, so that token choice, expert choice and
+capacity drops have the same form. Shapes: A assignments, N samples, E experts, C classes (or superclasses).
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ UNDERUSED = 0.01
 def expert_load(expert_A: ArrayLike, num_experts: int) -> FloatArray:
     """Fraction of the assignments that each expert receives.
 
-    Returns load_E, which sums to 1, or zeros where there is no assignment. Raises ValueError on an expert
+    Returns load_E, which sums to 1, or zeros if there is no assignment. Raises ValueError on an expert
     outside 0 .. num_experts - 1.
     """
     expert_A = indices(expert_A, num_experts, "expert_A")
@@ -31,7 +30,7 @@ def expert_load(expert_A: ArrayLike, num_experts: int) -> FloatArray:
 def expert_importance(expert_A: ArrayLike, weight_A: ArrayLike, num_experts: int) -> FloatArray:
     """Share of the gate weight that each expert receives (Shazeer 2017, eq. 6, divided by its sum).
 
-    Returns importance_E, which sums to 1, or zeros where there is no weight. Raises ValueError on an expert
+    Returns importance_E, which sums to 1, or zeros if there is no weight. Raises ValueError on an expert
     out of range, or on a weight that is negative, not finite or missing.
     """
     expert_A = indices(expert_A, num_experts, "expert_A")
@@ -48,20 +47,20 @@ def expert_by_class(
     num_experts: int,
     weight_A: ArrayLike | None = None,
 ) -> FloatArray:
-    """For each class, how its samples' assignments are spread over the experts.
+    """For each class, the distribution of its samples' assignments over the experts.
 
-    labels_N: classes, or superclasses alike. weight_A: gate weights, to count each assignment by its weight
-    instead of by one. Returns share_CE, whose rows sum to 1; the row of a class without assignments is
+    labels_N: classes or superclasses. weight_A: gate weights, to count each assignment by its weight instead of 1.
+    Returns share_CE, whose rows sum to 1; the row of a class without assignments is
     zeros. Raises ValueError on an index out of range, lists of unequal length, or a bad weight.
     """
     return _normalised(_counts(labels_N, sample_A, expert_A, num_classes, num_experts, weight_A))
 
 
 def load_entropy(load_E: ArrayLike) -> float:
-    """Entropy of the load over its greatest value log E: 1.0 is perfect balance, 0.0 is one expert for all.
+    """Entropy of the load divided by its maximum log E: 1.0 is perfect balance, 0.0 is one expert for all samples.
 
     A single expert is perfectly balanced: 1.0. A load without assignments (all zeros) has no balance: nan.
-    The load is divided by its sum, so counts do too.
+    The load is divided by its sum, so counts work too.
     """
     load_E = fractions(load_E)
     if load_E.sum() == 0.0:
@@ -75,8 +74,7 @@ def load_entropy(load_E: ArrayLike) -> float:
 def coefficient_of_variation(load_E: ArrayLike) -> float:
     """Population standard deviation of the load over its mean (Shazeer 2017, eq. 7, before squaring).
 
-    At best 0.0, at worst sqrt(E - 1), where one expert takes all; 0.0 for one expert; nan for a load of
-    zeros.
+    Between 0.0 (best) and sqrt(E - 1), if one expert gets everything; 0.0 for one expert; nan for a load of zeros.
     """
     load_E = fractions(load_E)
     mean = load_E.mean()
@@ -126,13 +124,13 @@ def specialisation(
 ) -> dict[str, float | None]:
     """Mutual information of expert and class, compared with that for shuffled labels.
 
-    The estimate of a mutual information is biased upwards by about (C - 1)(E - 1) / 2A nats, so the figure
-    means something only beside its permutation null. Labels are shuffled among the samples that have an
-    expert: the assignments of one sample stay together, since they are not independent.
+    The estimate of a mutual information is biased upwards by about (C - 1)(E - 1) / 2A nats, so it is only meaningful
+    when compared with its permutation null. Labels are shuffled among the samples that have an expert; the assignments
+    of one sample stay together, because they are not independent.
 
     Returns `mutual_information` (nats), `normalised` (over log E; 0.0 for one expert; with k experts of equal
-    weight a sample at most 1 - log k / log E), `null_mean` and `null_deviation` (nats), `z_score` (None where
-    the null does not vary) and `p_value` = (1 + #{null >= observed}) / (1 + permutations). Raises ValueError as
+    weight per sample at most 1 - log k / log E), `null_mean` and `null_deviation` (nats), `z_score` (None if the null
+    does not vary) and `p_value` = (1 + #{null >= observed}) / (1 + permutations). Raises ValueError as
     `expert_by_class` does, or for fewer than one permutation.
     """
     if permutations < 1:
@@ -153,9 +151,9 @@ def specialisation(
 
 
 def null_summary(observed: float, null_P: FloatArray, num_experts: int) -> dict[str, float | None]:
-    """A mutual information (nats) beside those of P permutations of the labels, as `specialisation` returns them."""
+    """A mutual information (nats) compared with those of P permutations of the labels, as in `specialisation`."""
     mean, deviation = float(null_P.mean()), float(null_P.std(ddof=0))
-    # Equal tables summed in another order differ in the last bits; a tie must count as one.
+    # Equal tables summed in a different order differ in the last bits, but must count as a tie.
     as_high = int((null_P >= observed - 1e-12).sum())
     return {
         "mutual_information": observed,
@@ -170,10 +168,10 @@ def null_summary(observed: float, null_P: FloatArray, num_experts: int) -> dict[
 def mean_by_expert(
     values_N: ArrayLike, sample_A: ArrayLike, expert_A: ArrayLike, num_experts: int
 ) -> tuple[FloatArray, IntArray]:
-    """Mean of a value over the samples that each expert has a part in, such as 1 for a right prediction.
+    """Mean of a value over the samples of each expert, such as 1 for a correct prediction.
 
-    Returns mean_E (nan for an expert without samples) and samples_E; a sample counts once for each of its
-    experts, even where it was sent to one of them twice.
+    Returns mean_E (nan for an expert without samples) and samples_E; a sample counts once for each of its experts, even
+    if it was sent to one of them twice.
     """
     values_N = np.asarray(values_N, dtype=np.float64)
     sample, expert = served(sample_A, expert_A, len(values_N), num_experts).nonzero()
@@ -183,11 +181,10 @@ def mean_by_expert(
 
 
 def top_classes(table_CE: ArrayLike, class_names: Sequence[str], expert: int, n: int) -> list[tuple[str, float]]:
-    """The at most n classes that an expert serves most, as (name, table value), the greatest first.
+    """The at most n classes with the largest values for an expert, as (name, table value), in descending order.
 
-    table_CE: shares of `expert_by_class` or counts. Classes that the expert never serves are left out; ties
-    keep the order of the classes. Raises ValueError on an unknown expert or a table of another length than
-    the names.
+    table_CE: shares from `expert_by_class`, or counts. Classes that the expert never processes are left out; ties keep
+    the order of the classes. Raises ValueError on an unknown expert or a table whose length differs from the names.
     """
     table_CE = np.asarray(table_CE, dtype=np.float64)
     if table_CE.ndim != 2 or len(table_CE) != len(class_names):

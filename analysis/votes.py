@@ -1,4 +1,4 @@
-"""Single samples: the clearest of each expert, and those on which two experts disagree. Shapes as in `routing`."""
+"""Single samples: the most typical of each expert, and those on which two experts disagree. Shapes as in `routing`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from analysis.arrays import IntArray, pairs, served, weights
 def clearest(
     sample_A: ArrayLike, expert_A: ArrayLike, weight_A: ArrayLike, labels_N: ArrayLike, expert: int, n: int
 ) -> IntArray:
-    """The at most n samples that the gate gives most to an expert, each of another class, the heaviest first."""
+    """The at most n samples with the largest gate weights for an expert, each of a different class, descending."""
     labels_N = np.asarray(labels_N, dtype=np.int64)
     sample_A, expert_A = pairs(sample_A, expert_A, len(labels_N), max(int(np.max(expert_A, initial=0)), expert) + 1)
     weight_A = weights(weight_A, expert_A)
@@ -26,12 +26,12 @@ def clearest(
 def disagreements(
     alone_EN: ArrayLike, labels_N: ArrayLike, sample_A: ArrayLike, expert_A: ArrayLike
 ) -> dict[tuple[int, int], dict[str, IntArray]]:
-    """Where two experts that both serve a sample would answer differently.
+    """Samples of two experts on which their predictions differ.
 
-    alone_EN: the class that each expert would name by itself, or with the shared ones. Returns, for each pair (a, b),
-    a < b, the samples that they share (`shared`), those of them with two answers (`disagree`), and of these those that
-    only a is right on (`first`), only b (`second`), or none (`neither`), each in ascending order. Raises ValueError on
-    an index out of range or tables that do not fit.
+    alone_EN: the class that each expert predicts alone, or with the shared experts. Returns, for each pair (a, b), a <
+    b, the samples that both process (`shared`), those of them with different predictions (`disagree`), and of these
+    those on which only a is correct (`first`), only b (`second`), or neither (`neither`), each in ascending order.
+    Raises ValueError on an index out of range or tables that do not fit.
     """
     alone_EN = np.asarray(alone_EN)
     num_experts, num_samples = alone_EN.shape

@@ -1,12 +1,12 @@
-"""What the processes of one run must have in common, checked before they train."""
+"""Checks before training that all processes of a run agree."""
 
 import platform
 from typing import Any
 
-import timm
 import torch
 
 from common.distributed import world
+from common.environment import versions
 from common.errors import UserError, one_line
 from common.text import counted
 from config.config import Config, flatten
@@ -19,18 +19,18 @@ REMEDY = "give all processes the same command, data and software"
 
 
 def require_same_inputs(config: Config, splits: Splits, backbone: Backbone) -> None:
-    """Raise UserError in every process where options, data, backbone or versions differ between them."""
+    """Raise UserError in every process if options, data, backbone or versions differ between them."""
     if not world().several:
         return
     options = {f"option {key}": value for key, value in flatten(config.to_dict()).items() if key not in INCIDENTAL}
-    versions = {"Python": platform.python_version(), "PyTorch": torch.__version__, "timm": timm.__version__}
+    software = {"Python": platform.python_version(), "PyTorch": torch.__version__, **versions(("timm",))}
     data = {f"the {name} images": splits[name].fingerprint() for name in ("train", "validation", "test")}
     kind = {"the kind of device": "GPU" if torch.cuda.is_available() and config.device != "cpu" else "CPU"}
-    require_same(versions | kind | options | data | {"the backbone's weights": backbone.fingerprint()})
+    require_same(software | kind | options | data | {"the backbone's weights": backbone.fingerprint()})
 
 
 def require_same(facts: dict[str, Any]) -> None:
-    """Raise UserError in every process for the first fact that is another one in another process."""
+    """Raise UserError in every process for the first fact that differs between processes."""
     each = world().gather({name: one_line(repr(value), 80) for name, value in facts.items()})
     for rank, found in enumerate(each):
         for name, value in each[0].items():
@@ -40,7 +40,7 @@ def require_same(facts: dict[str, Any]) -> None:
 
 
 def require_samples(batch_size: int) -> None:
-    """Raise UserError for a batch of which some processes would have no sample."""
+    """Raise UserError for a batch in which some processes would have no sample."""
     if batch_size < world().size:
         raise UserError(
             f"train.batch_size {batch_size} cannot be shared by {counted(world().size, 'process')}: raise it, or "
@@ -49,7 +49,7 @@ def require_samples(batch_size: int) -> None:
 
 
 def require_places(config: Config) -> None:
-    """Raise UserError where parallel.experts does not fit the processes, the experts or what else is asked for."""
+    """Raise UserError if parallel.experts does not fit the processes, the experts or the other options."""
     members, size, experts = config.parallel.experts, world().size, len(config.experts.sizes)
     given = f"parallel.experts {members}"
     if members == 1:
@@ -62,8 +62,8 @@ def require_places(config: Config) -> None:
         raise UserError(f"{given} {only}: start as many with torchrun, or set one of {divisors}")
     if not ROUTERS[config.router.kind].token_choice:
         raise UserError(
-            f"{given} is for rules by which each sample chooses its experts, not router.kind {config.router.kind}: "
+            f"{given} needs a rule in which each sample chooses its experts, not router.kind {config.router.kind}: "
             "set 1, or a rule such as noisy_topk"
         )
     if config.freeze:
-        raise UserError(f"{given} does not go with freeze: set 1, since frozen experts need no moments")
+        raise UserError(f"{given} does not work with freeze: set it to 1")

@@ -1,5 +1,6 @@
-"""From a trained run to a smaller one: what compress.py asks for, step by step, into a run folder of its own."""
+"""Compression of a trained run: the steps that compress.py asks for, written to a new run folder."""
 
+import argparse
 import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -12,11 +13,12 @@ from torch import nn
 
 from assembly.compression_steps import AUTO, STEPS, Plan, Work, ungrown
 from assembly.distilling import check_teachers, student_of, teach
-from assembly.loading import OpenRun
+from assembly.loading import OpenRun, configure, open_run
 from assembly.pipeline import build_trainer
-from assembly.start import start_tracking
+from assembly.start import export_best, start_tracking
 from common.errors import UserError
 from common.files import write_json
+from compression.distil import check_dense_sizes, sparse_student
 from compression.merge import check_merge
 from compression.prune import check_prune
 from compression.quantise import check_format
@@ -26,28 +28,46 @@ from evaluation.cost import cost, expert_costs, parameters, trained_cost
 from evaluation.evaluation import evaluate
 from evaluation.latency import latency
 from model.moe_vit import MoEViT
-from storage.export import export_model
+from storage.described import describe
 from storage.folder import RunFolder
 
 
+def open_runs(options: argparse.Namespace, plan: Plan) -> list[OpenRun]:
+    """Open the runs that the options of compress.py name, once the first of them is known to fit the plan.
+
+    Raises UserError and EnvironmentFault as `check_plan` and `open_run`.
+    """
+    described = describe(RunFolder(options.runs[0]))
+    check_plan(configure(described["config"], options.device, options.root, options.weights), plan)
+    places = (options.device, options.root, options.weights, options.cache_dir)
+    opened = [open_run(path, *places) for path in options.runs]
+    if options.tracking is not None:
+        opened[0].config.tracking = options.tracking
+    return opened
+
+
 def check_plan(config: Config, plan: Plan) -> None:
-    """Raise UserError for what cannot be done to a run of this configuration; reads no data."""
+    """Raise UserError for steps that are impossible for a run of this configuration; reads no data."""
     config = ungrown(config)
     if config.experts.quantised:
-        raise UserError("the run is quantised already: compress the run that it was made of")
+        raise UserError("the run is already quantised: compress the run that it was made from")
     left = len(check_prune(config, plan.prune)) if isinstance(plan.prune, list) else len(config.experts.sizes)
     if plan.merge is not None and plan.prune != AUTO:
         check_merge(config, plan.merge, left)
         left = plan.merge
     if plan.distil == "dense" and (plan.prune is not None or plan.merge is not None):
-        raise UserError("--distil dense trains one part in place of all experts: leave out --prune and --merge")
+        raise UserError("--distil dense replaces all experts by one part: leave out --prune and --merge")
     if plan.distil is not None and plan.sizes is not None and (plan.prune is not None or plan.merge is not None):
-        raise UserError("--distil.sizes are of a new student: leave them out, or --prune and --merge")
+        raise UserError("--distil.sizes are for a new student: leave them out, or leave out --prune and --merge")
+    if plan.distil == "dense":
+        check_dense_sizes(plan.sizes)
+    elif plan.distil == "sparse" and plan.prune is None and plan.merge is None:
+        sparse_student(config, plan.epochs, plan.sizes, warm=False)
     if plan.distil == "dense" or plan.sizes is not None:
         left = len(plan.sizes or [[]])
     for expert in plan.protect if isinstance(plan.protect, list) else ():
         if expert >= left:
-            raise UserError(f"--quantise.protect names expert {expert}: experts 0 to {left - 1} are left")
+            raise UserError(f"--quantise.protect names expert {expert}: only experts 0 to {left - 1} remain")
 
 
 def compress(
@@ -59,8 +79,8 @@ def compress(
 ) -> dict[str, Any]:
     """Carry out the plan and write the smaller run to `out`, scored on its test set. Returns its metrics.json.
 
-    others: runs that teach beside the one that is opened, where the plan asks for a student. Raises UserError where the
-    plan does not fit the run, before anything is written.
+    others: further teachers for the student, if the plan has one. Raises UserError if the plan does not fit the run,
+    before anything is written.
     """
     check_plan(opened.config, plan)
     check_teachers(opened, others)
@@ -74,13 +94,12 @@ def compress(
         if getattr(plan, name) is not None:
             STEPS[name](work, say)
     student = None if plan.distil is None else student_of(work, out)
-    config = student.config if student else replace(work.config, run_dir=out.absolute(), init=None, freeze=[])
-    config = replace(config, parallel=ParallelConfig())  # in one process, whatever the run was trained in
+    config = student.config if student else replace(work.config.alone(), run_dir=out.absolute())
+    config = replace(config, parallel=ParallelConfig())  # in one process, however the run was trained
     with ExitStack() as stack:
         run = RunFolder.create(out, out.name)
         stack.enter_context(run.claimed())
         tracker = stack.enter_context(start_tracking(config, run, None, opened.inputs))
-        write_config(config, run.config)
         trainer, best = teach(work, student, others, run, tracker, say) if student else (None, {})
         if student and plan.quantise is not None:
             STEPS["quantise"](work, say)
@@ -89,25 +108,23 @@ def compress(
         if trainer is None:
             trainer = build_trainer(config, opened.inputs, run, tracker, bank=opened.bank)
             best = trainer.adopt(work.model.state_dict(), work.validated)
-            if isinstance(trainer.model, MoEViT):  # to score them once would not repay that they are compiled
+            if isinstance(trainer.model, MoEViT):  # compiling does not pay off for scoring once
                 trainer.model.compile(set())
-        export_model(run, best)
-        trainer.model.load_state_dict(best["model"])
+        export_best(trainer, best)
         after = figures(work, run) | {"macro_f1_test": None}
         found = {"from": [str(each.run.path.absolute()) for each in (opened, *others)], "steps": work.steps}
         found |= {"experts": work.experts, "budget": plan.budget, "before": before, "after": after}
         write_json(run.compression, found)
-        tracker.model(run.weights, run.path.name, opened.inputs.splits.train.class_names)
         return evaluate(run, config, trainer.model, opened.bank, tracker, opened.inputs.backbone, plan.worth_images)
 
 
 def scored(run: RunFolder) -> float | None:
-    """The macro-F1 on the test set that the run was scored with; None where it was not, or has gone on since."""
+    """The test macro-F1 of the run; None if it was not evaluated, or if training has continued since."""
     return json.loads(run.results.read_text(encoding="utf-8")).get("macro_f1") if run.scored else None
 
 
 def figures(work: Work, run: RunFolder) -> dict[str, Any]:
-    """What evaluation.compression.FIGURES names of the model so far, which `run` has, but the score on the test set."""
+    """The values of evaluation.compression.FIGURES for the current model in `run`, except the test score."""
     model, bank, backbone = work.model, work.opened.bank, work.opened.inputs.backbone
     active = trained_cost(model, bank.feature_shape, work.validated.load_LE.mean(axis=0))
     whole = cost(model, backbone, bank.feature_shape)

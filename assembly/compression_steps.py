@@ -1,4 +1,4 @@
-"""The steps from a trained run to a smaller one, each on what the one before it has left."""
+"""The compression steps; each one works on the result of the previous one."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -30,20 +30,21 @@ from model.moe_vit import AnyMoE
 
 AUTO = "auto"
 CALIBRATIONS = ("equal", "as_they_come", "none")
-IMAGES = 4096  # training images that are looked at, at most
-ERROR_IMAGES = 512  # validation images on which the error of each expert is measured
-BATCH = 64  # images at once
+IMAGES = 4096  # limit of training images that are used
+ERROR_IMAGES = 512  # validation images for the error of each expert
+BATCH = 64  # images per batch
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be done, in this order.
+    """The steps to carry out, in this order.
 
-    prune: experts, or AUTO. merge: the number of experts to merge to. distil: dense or sparse, what the run is to
-    teach; for so many epochs (None: its own), of these sizes (None: of half the units, or of equal FLOPs), with that
-    temperature and share of the loss. quantise: a number format; protect: experts that stay in 16 bits, or AUTO;
-    calibrate: one of CALIBRATIONS; rows: that an expert is calibrated on. budget: points of validation macro-F1 that
-    each step that is AUTO may lose. seconds: to measure each latency for. worth_images: as `evaluate` has it.
+    prune: experts, or AUTO. merge: the number of experts to merge to. distil: the kind of student, dense or sparse;
+    epochs: of its training (None: those of the run); sizes: of its experts (None: half the units, or equal FLOPs);
+    temperature and weight: of the distillation loss. quantise: a number format; protect: experts that stay in 16 bits,
+    or AUTO; calibrate: one of CALIBRATIONS; rows: number of rows for the calibration of an expert. budget: points of
+    validation macro-F1 that each AUTO step may lose. seconds: duration of each latency measurement. worth_images: as
+    in `evaluate`.
     """
 
     prune: list[int] | str | None = None
@@ -64,9 +65,9 @@ class Plan:
 
 @dataclass
 class Work:
-    """A run on its way to a smaller one: configuration and model so far, their score, and what has been done.
+    """The state of a compression: current configuration and model, their score, and the steps so far.
 
-    whole, validated: what the run's own model scores on the validation images, and the one so far.
+    whole, validated: validation scores of the original model and of the current one.
     """
 
     opened: OpenRun
@@ -80,7 +81,7 @@ class Work:
 
     @classmethod
     def begin(cls, opened: OpenRun, plan: Plan) -> "Work":
-        """Nothing is done yet but to score the whole model on the validation images."""
+        """The state before the first step, with the validation score of the original model."""
         config, model = ungrown(opened.config), opened.model.eval()
         if config is not opened.config:
             model = as_one(opened, config)
@@ -103,11 +104,11 @@ class Work:
 
     @property
     def least(self) -> float:
-        """The validation macro-F1 down to which a step that is automatic may go."""
+        """The lowest validation macro-F1 that an automatic step may reach."""
         return self.validated.scores["macro_f1"] - self.plan.budget / 100
 
     def training(self) -> Iterator[torch.Tensor]:
-        """Batches of training images or features, in the view of the first epoch and an order of their own."""
+        """Batches of training images or features, in the view of the first epoch and in a fixed random order."""
         count = len(self.opened.inputs.splits.train)
         order_N = torch.randperm(count, generator=torch.Generator().manual_seed(self.config.train.seed))[:IMAGES]
         return (inputs for inputs, _ in self.opened.bank.batches("train", BATCH, order_N, view=0))
@@ -118,7 +119,7 @@ class Work:
         return (inputs for inputs, _ in self.opened.bank.batches("validation", BATCH, order_N))
 
     def take(self, config: Config, model: AnyMoE, step: str, **values: Any) -> None:
-        """Go on with what a step has made; remember the step, with the score after it."""
+        """Adopt the result of a step, and record the step with its score."""
         self.config, self.model, self.validated = config, model, validate(model, self.opened.bank)
         self.steps.append({"step": step, **values, "macro_f1_validation": self.validated.scores["macro_f1"]})
 
@@ -129,20 +130,20 @@ def _build(opened: OpenRun, config: Config) -> AnyMoE:
 
 
 def ungrown(config: Config) -> Config:
-    """The configuration in which experts that were added to others are experts like these."""
+    """The configuration in which experts that were added later are ordinary experts."""
     if not config.experts.grown:
         return config
     return replace(config, experts=replace(config.experts, grown=[], add=[]))
 
 
 def as_one(opened: OpenRun, config: Config) -> AnyMoE:
-    """The run's model where its experts were added at different times, computed together.
+    """The run's model, with experts that were added at different times computed together.
 
-    Raises UserError where the gate is still opening to the last of them.
+    Raises UserError if the gate is still opening to the newest experts.
     """
     state, model = opened.model.state_dict(), _build(opened, config)
     if any(value.any() for name, value in state.items() if name.endswith(".margin_E")):
-        raise UserError("the gate is still opening to the experts that were added: train the run on, then compress it")
+        raise UserError("the gate is still opening to the added experts: train the run further, then compress it")
     model.load_state_dict({name: state[name] for name in model.state_dict()})
     return model.to(next(opened.model.parameters()).device).eval()
 
@@ -157,7 +158,7 @@ def _prune(work: Work, say: Callable[[str], None]) -> None:
             names = ", ".join(work.experts[expert]["expert"] for expert in removal.experts)
             say(f"prune        without {names}: macro-F1 {100 * removal.macro_f1:.2f} %")
         if not removals:
-            say(f"prune        every expert is missed by more than {work.plan.budget:g} points, or needed for top-k")
+            say(f"prune        removing any expert costs more than {work.plan.budget:g} points, or top-k needs it")
     gone = [expert for expert in range(len(work.experts)) if expert not in kept]
     work.take(*prune(work.config, work.model, kept, work.build), "prune", removed=gone)
     for expert, row in enumerate(work.experts):
@@ -188,7 +189,7 @@ def _merge(work: Work, say: Callable[[str], None]) -> None:
 
 @dataclass(frozen=True)
 class _Tried:
-    """Scales, what they lose with everything quantised, and the error of each owner."""
+    """Scales, their score with everything quantised, and the error of each owner."""
 
     scales: Scales
     macro_f1: float
@@ -231,7 +232,7 @@ def _try_calibration(work: Work, owners: list[Owner], number_format: str, how: s
 def _formats(
     work: Work, owners: list[Owner], number_format: str, chosen: _Tried, lost: dict[int, float]
 ) -> dict[int, str]:
-    """The format of each owner: those that lose most stay in 16 bits, as few as keep to the budget, or those named."""
+    """The format of each owner. The named or the most sensitive ones stay in 16 bits, as few as the budget needs."""
     formats = {owner.number: number_format for owner in owners}
     if isinstance(work.plan.protect, list):
         return formats | dict.fromkeys(work.plan.protect, SPARED)
@@ -243,7 +244,7 @@ def _formats(
 
 
 def _note_formats(work: Work, formats: Formats, errors: dict[int, float | None], lost: dict[int, float]) -> None:
-    """Remember what was done to each expert, to the shared ones and to the linear head."""
+    """Record what was done to each expert, to the shared experts and to the linear head."""
     experts = work.config.experts
     for row in work.experts:
         if (number := row["becomes"]) is not None:
@@ -261,4 +262,4 @@ STEPS: dict[str, Callable[[Work, Callable[[str], None]], None]] = {
     "merge": _merge,
     "quantise": _quantise,
 }
-"""What a plan can ask for, by the names of its fields, in the order in which it is done."""
+"""The steps that a plan can contain, by the names of its fields, in the order in which they run."""

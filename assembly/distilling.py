@@ -1,6 +1,5 @@
-"""A trained run, or several, teach a smaller model on the first one's images or features."""
+"""Distil one or several trained runs into a smaller model, on the images or features of the first run."""
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,33 +10,33 @@ from torch import Tensor
 
 from assembly.compression_steps import Work
 from assembly.loading import OpenRun
-from assembly.pipeline import build_trainer, compile_blocks
+from assembly.pipeline import build_trainer
 from assembly.start import announce
+from assembly.teachers import Teachers
 from assembly.twin import twin_of
-from common.errors import UserError
-from common.text import printable
+from common.errors import Interrupted, UserError
+from common.errors import say as tell
+from common.text import command, printable
 from compression.distil import dense_student, sparse_student
 from config.config import Config
-from model.moe_vit import AnyMoE, MoEViT
 from storage.folder import RunFolder
 from tracking.tracker import Tracker
 from training.length import shorten_warmup
-from training.teacher import Teacher
 from training.trainer import Trainer
 
 
 @dataclass(frozen=True)
 class Student:
-    """Who is to be taught: a configuration, and the weights to start from (None: new ones)."""
+    """The student: a configuration, and its initial weights (None: random)."""
 
     config: Config
     weights: dict[str, Tensor] | None
 
 
 def student_of(work: Work, out: Path) -> Student:
-    """The student that the plan asks for, and the model of the steps before where there were any.
+    """The student of the plan, with the model of the previous steps, if any, as its start.
 
-    Raises UserError where its configuration does not fit.
+    Raises UserError if its configuration does not fit.
     """
     plan, splits, inputs = work.plan, work.opened.inputs.splits, work.opened.inputs
     warm = plan.distil == "sparse" and bool(work.steps)
@@ -48,13 +47,13 @@ def student_of(work: Work, out: Path) -> Student:
         config = dense_student(twin, plan.epochs, plan.sizes)
     else:
         config = sparse_student(work.config, plan.epochs, plan.sizes, warm)
-    config = shorten_warmup(replace(config, run_dir=out.absolute(), init=None, freeze=[]), len(splits.train))
-    work.build(config)  # what cannot be built is told before anything is written
+    config = shorten_warmup(replace(config.alone(), run_dir=out.absolute()), len(splits.train))
+    work.build(config)  # reports what cannot be built before anything is written
     return Student(config, work.model.state_dict() if warm else None)
 
 
 def check_teachers(first: OpenRun, others: Sequence[OpenRun]) -> None:
-    """Raise UserError for a teacher that does not read what the first run's student reads, or knows other classes."""
+    """Raise UserError for a teacher whose inputs or classes differ from those of the first run."""
     for other in others:
         name, one, splits = printable(other.run.path), printable(first.run.path), first.inputs.splits
         if other.config.experts.place != first.config.experts.place:
@@ -63,12 +62,12 @@ def check_teachers(first: OpenRun, others: Sequence[OpenRun]) -> None:
             )
         if any(other.inputs.splits[s].fingerprint() != splits[s].fingerprint() for s in ("train", "test")):
             raise UserError(
-                f"{name} was trained on other images than {printable(first.run.path)}: an ensemble has one set"
+                f"{name} was trained on other images than {printable(first.run.path)}: an ensemble needs the same ones"
             )
         if first.config.experts.place == "head" and _read(other) != _read(first):
             raise UserError(
-                f"{name} reads other features than {one}: behind the ViT, runs of an ensemble have one backbone and "
-                "the same backbone.features"
+                f"{name} reads other features than {one}: behind the ViT, all runs of an ensemble need the same "
+                "backbone and the same backbone.features"
             )
 
 
@@ -87,16 +86,23 @@ def teach(
 ) -> tuple[Trainer, dict[str, Any]]:
     """Train the student in `run`. Returns the trainer, and what `Trainer.fit` returns."""
     plan, opened, config = work.plan, work.opened, student.config
-    models = [_own(each.model) for each in (opened, *others)]
-    for model in models:
-        compile_blocks(config, model, opened.inputs.device)
-    teacher = Teacher(models, plan.temperature, plan.weight)
+    teaching = (opened, *others)
+    paths = [str(each.run.path.absolute()) for each in teaching]
+    teachers = Teachers(paths, plan.temperature, plan.weight, plan.quantise)
+    teachers.keep(run)
+    teacher = teachers.teach([each.model for each in teaching], config, opened.inputs.device)
     trainer = build_trainer(config, opened.inputs, run, tracker, bank=opened.bank, teacher=teacher)
     if student.weights is not None:
         trainer.start_from(student.weights)
     announce(config, opened.inputs, trainer)
-    say(f"teachers     {', '.join(printable(each.run.path) for each in (opened, *others))}")
-    best = trainer.fit()
+    say(f"teachers     {', '.join(printable(each.run.path) for each in teaching)}")
+    try:
+        best = trainer.fit()
+    except Interrupted:
+        if run.last.exists():
+            tell(f"{command('train.py', '--resume', run.path)} continues from the last checkpoint, with its teachers")
+        raise
+    run.teachers.unlink(missing_ok=True)  # from here on it is an ordinary run
     model = work.build(config)
     model.load_state_dict(best["model"])
     device = next(opened.model.parameters()).device
@@ -106,13 +112,8 @@ def teach(
     return trainer, best
 
 
-def _own(model: AnyMoE) -> AnyMoE:
-    """A copy that may be compiled, which what looks into a model cannot bear."""
-    return model.on(model.backbone) if isinstance(model, MoEViT) else copy.deepcopy(model)
-
-
 def _note(work: Work, student: Student) -> None:
-    """Remember what became of the experts: taught on, or replaced by those of the student."""
+    """Record what happened to the experts: trained further, or replaced by those of the student."""
     if student.weights is not None:
         for row in work.experts:
             row["done"] += ["taught"] if row["becomes"] is not None else []

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 
 from assembly.pipeline import Inputs, build_bank, build_model, identity, pick_device
+from assembly.ready import get_ready
 from assembly.replay import load_images
+from common.ahead import Ahead
 from common.errors import EnvironmentFault, as_environment_fault, warn
 from common.network import reachable
 from common.paths import absolute
@@ -37,7 +39,7 @@ def load_trained(
     """Load the model of the run in `path`, without its dataset.
 
     weights: the backbone's file, if it has moved. say: receives a line if the weights are exported first.
-    offload_memory: experts stay in host memory, except for so many bytes of them (None: all are on the device).
+    offload_memory: experts stay in host memory, except for this many bytes (None: all are on the device).
     Raises UserError for a path that is not a folder and for a missing GPU; EnvironmentFault for a run of another
     version, a file that is missing or does not fit, or a backbone other than that of training.
     """
@@ -57,18 +59,18 @@ def load_trained(
 
 
 def _place(model: AnyMoE, device: torch.device, offload_memory: int | None) -> Traffic | None:
-    """Move a model to the device: all of it, or all but experts in host memory (see `load_trained`)."""
+    """Move a model to the device, except for experts in host memory (see `load_trained`)."""
     if offload_memory is None:
         model.to(device)
         return None
     if device.type == "cpu":
-        warn("--offload cpu saves nothing on a CPU, which has the experts in its memory anyway")
+        warn("--offload cpu saves nothing on a CPU: the experts are in host memory anyway")
     with as_environment_fault():
         return offload(model, device, offload_memory)
 
 
 def offload_line(traffic: Traffic) -> str:
-    """Where the experts were, and how much was copied, in words."""
+    """Where the experts are stored, and how much was copied, in words."""
     return (
         f"offload      {counted(traffic.kept, 'expert')} on the device ({gigabytes(traffic.kept_bytes)}), "
         f"{traffic.offloaded:,} in host memory ({gigabytes(traffic.offloaded_bytes)}), "
@@ -78,7 +80,7 @@ def offload_line(traffic: Traffic) -> str:
 
 @dataclass(frozen=True)
 class OpenRun:
-    """A trained run with the data that it was trained on. model: on its device. traffic: of experts in host memory."""
+    """A trained run with its dataset. model: on its device. traffic: copies of experts from host memory."""
 
     run: RunFolder
     config: Config
@@ -96,18 +98,21 @@ def open_run(
     cache_dir: Path | None = None,
     offload_memory: int | None = None,
 ) -> OpenRun:
-    """Rebuild the model of the run in `path`, and read its data set.
+    """Rebuild the model of the run in `path`, and read its dataset.
 
-    root, weights: where data set and backbone file lie, if they have moved. cache_dir: where features are stored, if
-    not where they were; "null": in memory only. offload_memory: as for `load_trained`.
-    Raises what `load_trained` does, and UserError for data that are not there or not those of training.
+    root, weights: dataset and backbone file, if they have moved. cache_dir: folder for stored features, if it has
+    changed; "null": in memory only. offload_memory: as for `load_trained`.
+    Raises what `load_trained` does, and UserError for data that is missing or differs from that of training.
     """
     run = RunFolder(path)
     described = describe(run)
     config = configure(described["config"], device, root, weights)
     if cache_dir is not None:
         config.features.cache_dir = None if str(cache_dir) == "null" else cache_dir.absolute()
-    where, splits = pick_device(config.device), load_images(config)
+    where = pick_device(config.device)
+    images = Ahead(lambda: load_images(config))
+    get_ready(config, where, training=False)
+    splits = images.result()
     with as_environment_fault():
         backbone = load_backbone(config.backbone, where, reachable)
     bank = build_bank(config, splits, backbone, where)

@@ -9,8 +9,10 @@ from weakref import WeakKeyDictionary
 import torch
 
 from assembly.agreement import require_places, require_same, require_same_inputs, require_samples
+from assembly.ready import compiles, get_ready
 from assembly.replay import load_images
 from assembly.transfer import Origin, begin, freeze, read_origin
+from common.ahead import Ahead
 from common.distributed import expected_world, world
 from common.errors import EnvironmentFault, UserError, one_line, warn
 from common.memory import installed_memory
@@ -28,7 +30,9 @@ from features.images import ImageBank
 from features.placement import DeviceMemory
 from model.backbone import Backbone, load_backbone
 from model.classifier import VisionMoE
+from model.losses import LOSSES
 from model.moe_vit import AnyMoE, MoEViT, resolve_blocks
+from model.old_gate import hold_old_gates
 from model.spread import check_spread
 from storage.checkpoint import check_inputs, seed_everything
 from storage.folder import RunFolder
@@ -52,27 +56,32 @@ class Inputs:
 
 
 def load_inputs(config: Config, resumed: bool = False) -> Inputs:
-    """Load device, images, backbone, and the run to start from: all that can be missing, before anything is written.
+    """Load device, images, backbone, and the run to start from, so that missing files are reported before any writing.
 
     Raises UserError and EnvironmentFault as the loaders do, and UserError for a batch larger than the data.
     """
     for line in config.idle:
         warn(line)
-    device, splits = pick_device(config.device), load_images(config)
+    device = pick_device(config.device)
+    images = Ahead(lambda: load_images(config))
+    get_ready(config, device, training=True)
+    splits = images.result()
     steps_per_epoch(config.train, len(splits.train))
     require_samples(config.train.batch_size)
     require_places(config)
     backbone = load_backbone(config.backbone, device, reachable)
+    begin_fingerprint(backbone)
     check_backbone(config, backbone)
     require_same_inputs(config, splits, backbone)
-    origin = None if resumed else read_origin(config, backbone_identity(config, backbone))
+    new = config.init is not None and not resumed
+    origin = read_origin(config, backbone_identity(config, backbone)) if new else None
     return Inputs(device, splits, backbone, origin)
 
 
 def pick_device(name: str) -> torch.device:
     """The torch device for a name; a GPU becomes the current one. Raises UserError if it is not available.
 
-    Of several processes on a machine each gets a GPU of its own.
+    Each of several processes on a machine gets a separate GPU.
     """
     if not re.fullmatch(DEVICES, name):
         raise UserError(f"device is '{name}': use auto, cpu, cuda or cuda:N")
@@ -83,7 +92,7 @@ def pick_device(name: str) -> torch.device:
     seen = torch.cuda.device_count()
     if index >= seen and ":" not in name and index:
         raise UserError(
-            f"each process needs a GPU of its own, and PyTorch finds {counted(seen, 'GPU')} for process {index + 1} of "
+            f"each process needs its own GPU, and PyTorch finds {counted(seen, 'GPU')} for process {index + 1} of "
             f"this machine: start at most {seen}, or choose --device cpu"
         )
     if index >= seen:
@@ -99,7 +108,7 @@ def build_bank(config: Config, splits: Splits, backbone: Backbone, device: torch
     if config.experts.place == "blocks":
         return ImageBank(splits, config.augment, device, features.batch_size)
     views = min(features.views, config.train.epochs) if config.augment.active else 1
-    # All views, not only those of a short run, so that a longer run finds its features.
+    # All views, not only those of a short run, so that a longer run finds its features in the cache.
     views_kept = features.views if config.augment.active else 1
     views_run = views_kept if features.mode == "cached" else config.train.epochs
     images = views_run * len(splits.train) + len(splits.validation) + len(splits.test)
@@ -158,7 +167,7 @@ def build_model(
 def spread_experts(
     config: Config, model: AnyMoE, bank: FeatureBank | ImageBank, inputs: Inputs
 ) -> ExpertParallel | None:
-    """Leave the model those experts that are this process's (None: all are, as parallel.experts is 1)."""
+    """Keep only the experts of this process in the model (None: all experts, if parallel.experts is 1)."""
     parallel = config.parallel
     if parallel.experts == 1:
         return None
@@ -172,8 +181,7 @@ def spread_experts(
 
 def compile_blocks(config: Config, model: AnyMoE, device: torch.device) -> None:
     """Compile the blocks of a ViT with experts for the batches of this run, if train.compile says so."""
-    wanted = config.train.compile == "always" or (config.train.compile == "auto" and device.type == "cuda")
-    if wanted and isinstance(model, MoEViT):
+    if compiles(config, device) and isinstance(model, MoEViT):
         model.compile({samples_of_this(config), config.features.batch_size}, warn)
 
 
@@ -189,22 +197,27 @@ def plan_memory(config: Config, model: AnyMoE, bank: FeatureBank | ImageBank, de
 
 
 def samples_of_this(config: Config) -> int:
-    """How many samples of a training batch this process has."""
+    """The number of samples of a training batch on this process."""
     return world().sizes(config.train.batch_size)[world().rank]
 
 
-def fingerprint_of(backbone: Backbone) -> str:
-    """The backbone's fingerprint, computed once because it is frozen."""
+def begin_fingerprint(backbone: Backbone) -> None:
+    """Compute the backbone's fingerprint in a thread, once because it is frozen."""
     if backbone not in _FINGERPRINTS:
-        _FINGERPRINTS[backbone] = backbone.fingerprint()
-    return _FINGERPRINTS[backbone]
+        _FINGERPRINTS[backbone] = Ahead(backbone.fingerprint)
 
 
-_FINGERPRINTS: WeakKeyDictionary[Backbone, str] = WeakKeyDictionary()
+def fingerprint_of(backbone: Backbone) -> str:
+    """The backbone's fingerprint."""
+    begin_fingerprint(backbone)
+    return _FINGERPRINTS[backbone].result()
+
+
+_FINGERPRINTS: WeakKeyDictionary[Backbone, Ahead[str]] = WeakKeyDictionary()
 
 
 def backbone_identity(config: Config, backbone: Backbone) -> dict[str, str]:
-    """What tells one backbone from another."""
+    """The identity of a backbone."""
     return {"name": config.backbone.name, "fingerprint": fingerprint_of(backbone)}
 
 
@@ -230,17 +243,19 @@ def build_trainer(
 ) -> Trainer:
     """Set the seeds and build features, model and trainer, new or from a checkpoint.
 
-    bank: features that several runs share (None: built here). teacher: trained models that teach this one. Call it
+    bank: features shared by several runs (None: built here). teacher: trained models to distil from. Call this function
     after the tracker was opened (see seed_everything). Raises what `build_model` and `Trainer` raise, and UserError if
-    the checkpoint is of other data, another backbone or another model.
+    the checkpoint belongs to other data, another backbone or another model.
     """
-    require_same({"the step that it goes on from": checkpoint["step"] if checkpoint else 0})
+    require_same({"the step to resume from": checkpoint["step"] if checkpoint else 0})
     seed_everything(config.train.seed, config.train.deterministic)
     splits, backbone = inputs.splits, inputs.backbone
     bank = bank or build_bank(config, splits, backbone, inputs.device)
     model = build_model(config, bank.feature_shape, splits.train.num_classes, backbone)
     names, origin = splits.train.class_names, inputs.origin
     taken = checkpoint.get("init") if checkpoint else origin and begin(model, origin, names, bank.feature_shape)
+    if any(loss.of_init and getattr(config.balance, name) > 0 for name, loss in LOSSES.items()):
+        hold_old_gates(model)
     experts = spread_experts(config, model, bank, inputs)
     model = model.to(inputs.device)
     compile_blocks(config, model, inputs.device)

@@ -1,4 +1,4 @@
-"""The images of a run: those of its dataset and, where it starts from another run and replays, some of that one's."""
+"""The images of a run: those of its dataset and, with replay, some of the run that it starts from."""
 
 import numpy as np
 import torch
@@ -18,10 +18,11 @@ from tracking.datasets import fetch_dataset
 
 
 def load_images(config: Config) -> Splits:
-    """The splits of config.data; with config.replay joined with those of the run that config.init names.
+    """The splits of config.data; with config.replay, joined with those of the run that config.init names.
 
-    Of its training images so many a class are kept, of validation and test images all, so that scores speak of old
-    classes too. Raises UserError as `load_splits`, and where the images of that run cannot be had.
+    config.replay is the number of training images per class of that run. All of its validation and test images are
+    used, so that scores include old classes. Raises UserError as `load_splits`, and if the images of that run are not
+    available.
     """
     fetch_data(config)
     splits = load_splits(config.data)
@@ -47,9 +48,9 @@ def load_images(config: Config) -> Splits:
 
 
 def joined(new: ImageSet, old: ImageSet, names: tuple[str, ...]) -> ImageSet:
-    """The images of both, the new ones first, with the labels of `names`; old ones at the size of the new ones.
+    """The images of both sets, the new ones first, with labels by `names`; old ones are resized to the new size.
 
-    An old image that equals a new one, pixel by pixel, is left out. Superclasses are left out too.
+    An old image that equals a new one pixel by pixel is left out. So are superclasses.
     """
     resized_NCHW = _resized(old.images_NCHW, new.images_NCHW.shape[2:])
     known = {image.tobytes() for image in new.images_NCHW.contiguous().numpy()}
@@ -67,7 +68,7 @@ def _labels(images: ImageSet, names: tuple[str, ...]) -> Tensor:
 
 
 def _resized(images_NCHW: Tensor, sides: torch.Size) -> Tensor:
-    """uint8 images at another size, bicubic and antialiased."""
+    """uint8 images resized with bicubic interpolation and antialiasing."""
     if images_NCHW.shape[2:] == sides:
         return images_NCHW
     parts = [
@@ -78,7 +79,7 @@ def _resized(images_NCHW: Tensor, sides: torch.Size) -> Tensor:
 
 
 def fetch_data(config: Config) -> None:
-    """Have data.root name a local copy of data.clearml_dataset, where one is asked for. Raises as `fetch_dataset`.
+    """Set data.root to a local copy of data.clearml_dataset, if one is named. Raises as `fetch_dataset`.
 
     Of several processes the first one downloads; the others find the copy in ClearML's cache.
     """

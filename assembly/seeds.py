@@ -1,4 +1,4 @@
-"""One recipe trained from several seeds, each run in a folder of its own, on inputs that are loaded once."""
+"""Train one recipe with several seeds, each run in its own folder, on inputs that are loaded once."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -6,7 +6,8 @@ from datetime import datetime
 from pathlib import Path
 
 from assembly.pipeline import Inputs, build_bank, load_inputs
-from assembly.twin import dense_twin
+from assembly.replay import load_images
+from assembly.twin import planned
 from common.distributed import world
 from common.errors import UserError
 from common.text import printable, quoted
@@ -16,29 +17,35 @@ from features.bank import FeatureBank
 from features.images import ImageBank
 from storage.folder import RunFolder
 from storage.resume import Start, load_resumable, start_of
-from training.length import shorten_warmup
 
 Train = Callable[[Start, Inputs, FeatureBank | ImageBank], None]
 
 
 def train_seeds(invocation: Invocation, train: Train) -> None:
-    """Train the seeds train.seed, train.seed + 1, ... and print what they score together.
+    """Train the seeds train.seed, train.seed + 1, ... and print their combined scores.
 
-    invocation: with the number of seeds. train: trains one of them. The runs are one after the other and share the
-    backbone, the images and the features. A seed whose folder is there already is gone on with, and left alone once it
-    is scored; so an interrupted command goes on where it is given again with its --run_dir. Raises UserError as
+    invocation: the command line, with the number of seeds. train: trains one run. The runs are sequential and share the
+    backbone, the images and the features; with data.shots each one draws images of its own, by data.split_seed,
+    data.split_seed + 1, ... A seed with an unfinished folder is continued, and a seed that is already
+    scored is skipped; so an interrupted command continues when it is run again with its --run_dir. Raises UserError as
     `load_inputs`, `dense_twin` and `start_of`.
     """
-    from evaluation.compare import compare  # here, because importing what draws takes a second
+    from evaluation.compare import compare  # here, because importing matplotlib takes a second
 
     inputs = load_inputs(invocation.config)
-    config = dense_twin(shorten_warmup(invocation.config, len(inputs.splits.train)), inputs)
+    config = planned(invocation.config, inputs)
     bank = build_bank(config, inputs.splits, inputs.backbone, inputs.device)
     now = world().broadcast(datetime.now())
     base = config.run_dir or Path("runs") / f"{invocation.name}-{now:%Y%m%d-%H%M%S}"
     runs = []
-    for seed in range(config.train.seed, config.train.seed + invocation.seeds):
-        start = _start(invocation, _with_seed(config, seed, base.with_name(f"{base.name}-seed{seed}")))
+    for count in range(invocation.seeds):
+        seed = config.train.seed + count
+        own = _with_seed(config, seed, base.with_name(f"{base.name}-seed{seed}"))
+        if config.data.shots and count:
+            own.data.split_seed += count
+            inputs = replace(inputs, splits=load_images(own))
+            bank = build_bank(own, inputs.splits, inputs.backbone, inputs.device)
+        start = _start(invocation, own)
         runs.append(str(start.config.run_dir))
         if start.finished:
             print(start.finished)
@@ -57,7 +64,7 @@ def _with_seed(config: Config, seed: int, folder: Path) -> Config:
 
 
 def _start(invocation: Invocation, config: Config) -> Start:
-    """A new run in config.run_dir, or the one that is there, which must be of this configuration."""
+    """A new run in config.run_dir, or the existing one, which must have this configuration."""
     run = RunFolder(config.run_dir)
     if not run.last.exists():
         return start_of(replace(invocation, config=config))
@@ -66,4 +73,4 @@ def _start(invocation: Invocation, config: Config) -> Start:
         return Start(config, run.path.name, run, load_resumable(run, config))
     except UserError as error:
         folder = quoted(run.path)
-        raise UserError(f"--seeds cannot go on with {folder}, choose another --run_dir: {error}") from error
+        raise UserError(f"--seeds cannot continue {folder}, choose another --run_dir: {error}") from error

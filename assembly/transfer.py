@@ -1,4 +1,4 @@
-"""A run that starts from another one: what is read of that run, whether it fits, what is taken and what is new."""
+"""A run that starts from another one: read that run, check that it fits, and copy its weights."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ from torch import Tensor
 from common.errors import UserError, as_environment_fault, one_line
 from common.text import counted, printable, quoted
 from config.config import Config, flatten
+from config.origin import GROWING, SHAPING
 from model.moe_vit import AnyMoE
 from model.parts import PARTS, class_rows, part_of
 from model.transfer import Frozen, Shared, take
@@ -17,30 +18,12 @@ from storage.export import load_weights_of
 from storage.folder import RunFolder
 from tracking.tracker import tasks_of
 
-GROWING = ("experts.sizes", "experts.grown", "experts.head", "experts.inputs")
-"""What new experts make longer."""
-SHAPING = (
-    "experts.grown",
-    *("experts.place", "experts.kind", "experts.blocks", "experts.sizes", "experts.shared", "experts.inputs"),
-    *(
-        "experts.head",
-        "experts.activation",
-        "experts.norm",
-        "router.kind",
-        "router.level",
-        "router.hidden",
-        "router.inputs",
-        "router.norm",
-    ),
-    *("neck.kind", "neck.norm", "neck.heads"),
-)
-"""What decides which weights a model has: of the run and of those that start from it these are equal."""
-NAMED = 5  # classes that the summary names
+NAMED = 5  # classes named in the summary
 
 
 @dataclass(frozen=True)
 class Origin:
-    """The run that init names: its folder, what model.json says, and its weights."""
+    """The run that init names: its folder, the content of model.json, and its weights."""
 
     run: RunFolder
     described: dict[str, Any]
@@ -48,20 +31,20 @@ class Origin:
 
     @property
     def task_id(self) -> str | None:
-        """Its ClearML task on a server, where it has one."""
+        """Its ClearML task on a server, if it has one."""
         online = [task["task_id"] for task in tasks_of(self.run.path) if task["mode"] == "clearml"]
         return online[-1] if online else None
 
     def shared(self, class_names: Sequence[str]) -> Shared:
-        """The classes that it has in common with a run on these."""
+        """The classes that it shares with a run on these classes."""
         return Shared.by_name(class_names, self.described["class_names"])
 
 
 def read_origin(config: Config, backbone: dict[str, str]) -> Origin | None:
-    """The run that config.init names, None where it names none; it must fit the configuration and the backbone.
+    """The run that config.init names (None: no run); it must fit the configuration and the backbone.
 
-    backbone: name and fingerprint, as identity() has them. Raises UserError for a folder that is no run, one that is
-    damaged, another backbone, and options by which the model would have other weights.
+    backbone: name and fingerprint, as in identity(). Raises UserError for a folder that is not a run, a corrupt run, a
+    different backbone, and options that would give the model different weights.
     """
     if config.init is None:
         return None
@@ -73,11 +56,11 @@ def read_origin(config: Config, backbone: dict[str, str]) -> Origin | None:
         raise UserError(
             f"{named} was trained on backbone {before['name']} with features {features} and fingerprint "
             f"{before['fingerprint'][:12]}, but {backbone['name']} with features {config.backbone.features} here has "
-            f"{backbone['fingerprint'][:12]}: use the run's, or start without --init"
+            f"{backbone['fingerprint'][:12]}: use those of the run, or start without --init"
         )
     theirs, ours = flatten(Config().to_dict()) | flatten(described["config"]), flatten(config.to_dict())
     if {theirs["experts.head_weights"], str(theirs["experts.weights"])} != {"float32"}:
-        raise UserError(f"{named} stores its experts in fewer bits: start from the run that it was made of")
+        raise UserError(f"{named} stores its experts in fewer bits: start from the run that it was made from")
     before_add, now = theirs["experts.sizes"], ours["experts.sizes"]
     if config.experts.add and now[: config.experts.first_new] == before_add:
         ours |= {key: theirs[key] for key in GROWING}
@@ -89,14 +72,14 @@ def read_origin(config: Config, backbone: dict[str, str]) -> Origin | None:
 
 
 def begin(model: AnyMoE, origin: Origin, class_names: Sequence[str], feature_shape: Sequence[int]) -> dict[str, Any]:
-    """Put the weights of `origin` into a new model; returns what is to be remembered of it, as plain values.
+    """Copy the weights of `origin` into a new model; returns a record of what was copied, as plain values.
 
-    Raises UserError where they do not fit.
+    Raises UserError if they do not fit.
     """
     if origin.described["feature_shape"] != list(feature_shape):
         raise UserError(
-            f"--init {quoted(origin.run.path)} reads features of shape {origin.described['feature_shape']}, and those "
-            f"here have {list(feature_shape)}: use the run's data.image_size and backbone.features"
+            f"--init {quoted(origin.run.path)} reads features of shape {origin.described['feature_shape']}, but those "
+            f"here have {list(feature_shape)}: use the data.image_size and backbone.features of the run"
         )
     shared = origin.shared(class_names)
     try:
@@ -113,7 +96,7 @@ def begin(model: AnyMoE, origin: Origin, class_names: Sequence[str], feature_sha
 
 
 def freeze(config: Config, model: AnyMoE, taken: dict[str, Any] | None, class_names: Sequence[str]) -> Frozen | None:
-    """Freeze the parts that config.freeze names, of what was `taken` (see begin). Raises UserError."""
+    """Freeze the parts of config.freeze, within what was `taken` (see begin). Raises UserError."""
     if taken is None or not config.freeze:
         return None
     shared = Shared.by_name(class_names, taken["classes"])
@@ -126,7 +109,7 @@ def freeze(config: Config, model: AnyMoE, taken: dict[str, Any] | None, class_na
 def lines(
     config: Config, model: AnyMoE, taken: dict[str, Any], class_names: Sequence[str], frozen: Frozen | None
 ) -> list[str]:
-    """What was taken, what is new and what learns how, for the terminal."""
+    """What was copied, what is new and what is trained, for the terminal."""
     rows, common = class_rows(model), len(taken["classes"])
     parameters = dict(model.named_parameters())
     old_parts = [
@@ -142,12 +125,12 @@ def lines(
         more = f" and {len(new) - NAMED:,} more" if len(new) > NAMED else ""
         found.append(f"new          {counted(len(new), 'class row')}: {printable(', '.join(new[:NAMED]))}{more}")
     if (left := taken["classes_before"] - common) > 0:
-        found.append(f"left out     {counted(left, 'class')} of that run, which this data does not have")
+        found.append(f"left out     {counted(left, 'class')} of that run that this dataset does not have")
     if frozen is not None:
         total = sum(value.numel() for value in parameters.values())
         trained = total - frozen.count
-        found.append(f"frozen       {', '.join(config.freeze)}; {trained:,} of {total:,} parameters learn")
+        found.append(f"frozen       {', '.join(config.freeze)}; {trained:,} of {total:,} parameters are trained")
     if config.optim.lr_of:
         rates = (f"{part} {config.optim.lr * times:g}" for part, times in config.optim.multiples.items())
-        found.append(f"rates        {', '.join(rates)}, the rest {config.optim.lr:g}")
+        found.append(f"rates        {', '.join(rates)}, all others {config.optim.lr:g}")
     return found

@@ -1,4 +1,4 @@
-"""The dense twin of a run: in place of its mixture one part that every sample passes, at the same cost a sample."""
+"""The dense twin of a run: one dense part with the same cost per sample replaces the mixture."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -17,15 +17,21 @@ from model.losses import LOSSES
 from model.moe_vit import AnyMoE, MoEViT
 from model.options import WIDEST
 from model.routers import ROUTERS
+from training.length import shorten_warmup
+
+
+def planned(config: Config, inputs: Inputs) -> Config:
+    """The configuration as a new run trains it: random routing in at most half of its steps, and `dense_twin`."""
+    return dense_twin(shorten_warmup(config, len(inputs.splits.train)), inputs)
 
 
 def dense_twin(config: Config, inputs: Inputs) -> Config:
-    """The configuration of the dense twin where train.dense_twin asks for one that it is not yet; else as it is.
+    """The configuration of the dense twin, if train.dense_twin asks for one; else the configuration unchanged.
 
-    One expert that every sample passes has the FLOPs that the whole mixture has under an even load: gate, shared
-    experts and those of a sample. It has the layers of the expert that comes nearest to them, made wider or narrower,
-    stands in the same place and is trained alike. train.twin_of tells what it stands for. Raises UserError where the
-    mixture cannot be built.
+    The twin is a single expert that processes every sample. Its FLOPs are those of the whole mixture under an even
+    load: gate, shared experts and the chosen experts of a sample. It has the layers of the expert with the closest
+    FLOPs, made wider or narrower, in the same place and with the same training. train.twin_of records the options that
+    it replaces. Raises UserError if the mixture cannot be built.
     """
     if not config.train.dense_twin or config.train.twin_of is not None:
         return config
@@ -34,7 +40,7 @@ def dense_twin(config: Config, inputs: Inputs) -> Config:
 
 
 def twin_of(config: Config, shape: tuple[int, ...], classes: int, backbone: Backbone | None = None) -> Config:
-    """As `dense_twin`, for features of this shape. backbone: the one that has experts inside it."""
+    """As `dense_twin`, for features of this shape. backbone: the ViT, if the experts are inside it."""
     mixture = build_model(config, shape, classes, backbone)
     goal = trained_cost(mixture, shape).flops
     if isinstance(mixture, MoEViT):
@@ -42,12 +48,12 @@ def twin_of(config: Config, shape: tuple[int, ...], classes: int, backbone: Back
     else:
         twin, cost = _behind(config, mixture, goal, shape, classes)
     if abs(cost - goal) > 0.02 * goal:
-        warn(f"the dense twin costs an image {si(cost)} FLOPs, the mixture {si(goal)}: its part has no size in between")
+        warn(f"the dense twin has {si(cost)} FLOPs per image, the mixture {si(goal)}: no closer size is possible")
     return twin
 
 
 def _behind(config: Config, mixture: AnyMoE, goal: int, shape: tuple[int, ...], classes: int) -> tuple[Config, int]:
-    """The twin behind the ViT, and its FLOPs a sample."""
+    """The twin behind the ViT, and its FLOPs per sample."""
     experts, width = config.experts, mixture.neck.out_features
     layers, dropout = _template(experts, width, classes, goal)
     narrow = build_model(_dense(config, [1] * len(layers), dropout), shape, classes)
@@ -63,7 +69,7 @@ def _behind(config: Config, mixture: AnyMoE, goal: int, shape: tuple[int, ...], 
 
 
 def _inside(config: Config, mixture: MoEViT, goal: int, shape: tuple[int, ...], classes: int) -> tuple[Config, int]:
-    """The twin inside the ViT's blocks, and its FLOPs an image; a mixture on top of them becomes one part as well."""
+    """The twin inside the ViT's blocks, and its FLOPs per image; a mixture on top also becomes one dense part."""
     head, dropout = [], config.experts.dropout
     if isinstance(dropout, list):
         _, dropout = _template(config.experts, mixture.width, mixture.width, goal // mixture.num_tokens)
@@ -76,7 +82,7 @@ def _inside(config: Config, mixture: MoEViT, goal: int, shape: tuple[int, ...], 
 
     try:
         one, two = cost(1), cost(2)
-    except UserError:  # a part of one size, such as a copy of the FFN
+    except UserError:  # a part of fixed size, such as a copy of the FFN
         twin = _dense(config, list(config.experts.hidden(0)), dropout, head)
         return twin, trained_cost(build_model(twin, shape, classes, mixture.backbone), shape).flops
     units = _nearest(lambda units: one + (units - 1) * (two - one), goal)
@@ -84,7 +90,7 @@ def _inside(config: Config, mixture: MoEViT, goal: int, shape: tuple[int, ...], 
 
 
 def _units_on_top(config: Config, model: MoEViT, classes: int) -> int:
-    """Hidden units of one part that costs what the mixture on top does, gate included."""
+    """Hidden units of one dense part with the cost of the mixture on top, including its gate."""
     import torch
 
     on_top: Any = model.mixtures[-1]
@@ -95,7 +101,7 @@ def _units_on_top(config: Config, model: MoEViT, classes: int) -> int:
 
 
 def _template(experts: ExpertsConfig, width: int, outputs: int, goal: int) -> tuple[list[int], float]:
-    """Hidden layers and dropout of the expert, shared ones included, whose FLOPs come nearest to the goal."""
+    """Hidden layers and dropout of the routed or shared expert whose FLOPs are closest to the goal."""
     work = EXPERTS[experts.kind].work
     every = range(len(experts.sizes) + len(experts.shared))
     costs = [2 * work([width, *experts.hidden(expert), outputs]) for expert in every]
@@ -104,12 +110,12 @@ def _template(experts: ExpertsConfig, width: int, outputs: int, goal: int) -> tu
 
 
 def _scaled(layers: Sequence[int], units: int) -> list[int]:
-    """The layers with so many units in the first of them, and the others in proportion."""
+    """The layers scaled so that the first one has this many units."""
     return [units, *(max(1, round(width * units / layers[0])) for width in layers[1:])]
 
 
 def _nearest(cost: Callable[[int], int], goal: int) -> int:
-    """The units from 1 up at which a cost that grows with them comes nearest to the goal."""
+    """The number of units, at least 1, whose cost is closest to the goal; the cost must grow with the units."""
     low, high = 1, 2
     while cost(high) < goal and high < WIDEST:
         low, high = high, min(WIDEST, 2 * high)
@@ -120,7 +126,7 @@ def _nearest(cost: Callable[[int], int], goal: int) -> int:
 
 
 def _dense(config: Config, hidden: list[int], dropout: float | None, head: list | None = None) -> Config:
-    """The configuration with one expert for all, and what it replaces in train.twin_of."""
+    """The configuration with one expert for all samples, and the options that it replaces in train.twin_of."""
     values, bare = config.to_dict(), Config().to_dict()
     before = flatten(values)
     values["experts"] |= {"sizes": [hidden], "head": head or [], "dropout": dropout, "add": [], "grown": []}

@@ -1,4 +1,4 @@
-"""What predict.py --reject compares images with: measured once on the images of a run, and kept in its folder."""
+"""The reference of predict.py --reject: measured once on the images of a run, and stored in its folder."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,13 +16,13 @@ from evaluation.unlike import Unlike
 from model.preparation import prepare
 
 FILE = "unlike.safetensors"
-MOST = 10_000  # training images, and validation images, that are measured
+MOST = 10_000  # limit of training images, and of validation images, that are measured
 
 
 def load_unlike(trained: TrainedRun, root: Path | None, say: Callable[[str], None]) -> Unlike:
-    """The measure of a run, made from its images where it is not there yet.
+    """The reference of a run, computed from its images if it does not exist yet.
 
-    root: where the dataset is, if it has moved. Raises UserError where the images are needed and cannot be had.
+    root: folder of the dataset, if it has moved. Raises UserError if the images are needed but not available.
     """
     path = trained.run.path / FILE
     if path.is_file():
@@ -34,10 +34,10 @@ def load_unlike(trained: TrainedRun, root: Path | None, say: Callable[[str], Non
         splits = load_images(trained.config)
     except UserError as error:
         raise UserError(
-            f"--reject needs the training images once, to write {path}: {error} (name the folder with --data.root)"
+            f"--reject needs the training images once to write {path}: {error} (name the folder with --data.root)"
         ) from error
     train, validation = some(splits.train), some(splits.validation)
-    say(f"{path} is made from {counted(len(train) + len(validation), 'image')} of the run's dataset, once")
+    say(f"computing {path} once from {counted(len(train) + len(validation), 'image')} of the run's dataset")
     features = [frozen_features(trained, part.images_NCHW) for part in (train, validation)]
     found = Unlike.of(features[0], train.labels_N, train.num_classes, features[1])
     found.save(path)
@@ -52,8 +52,8 @@ def some(images: ImageSet) -> ImageSet:
 
 @torch.no_grad()
 def frozen_features(trained: TrainedRun, images_NCHW: Tensor) -> Tensor:
-    """What the frozen ViT gives of uint8 images, float32 (N, F) on the CPU: the last of backbone.features, or the mean
-    of its tokens."""
+    """Features of uint8 images from the frozen ViT, float32 (N, F) on the CPU: the last of backbone.features, or the
+    mean of its tokens."""
     backbone, found = trained.backbone, []
     for part in images_NCHW.split(trained.config.features.batch_size):
         images = prepare(part.to(trained.device), backbone.image_size, backbone.mean, backbone.std)

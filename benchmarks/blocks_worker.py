@@ -65,7 +65,7 @@ class Worker:
     def _claim(self, method: Method) -> Iterator[bool]:
         folder = self.store.path.parent / "claims"
         folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / f"{method.label}.lock", "w") as file:
+        with open(folder / f"{method.label}.lock", "wb") as file:
             yield try_lock(file)
 
     def _train(self, method: Method) -> None:

@@ -18,6 +18,7 @@ from assembly.pipeline import pick_device
 from common import arguments
 from common.environment import device_name, versions
 from common.errors import one_line
+from training.step import TrainingStep
 
 HEAD_RECIPE = Path(__file__).resolve().parent.parent / "configs" / "cifar100_head.yaml"
 PACKAGES = ("torch", "timm", "transformers", "mixture-of-experts", "st-moe-pytorch")
@@ -95,6 +96,28 @@ def attempt(run: Callable[[], Any]) -> Any:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return Failure(reason)
+
+
+class Limit:
+    """Time that a benchmark may spend, from now on."""
+
+    def __init__(self, seconds: float):
+        self.seconds, self.began = seconds, time.perf_counter()
+
+    @property
+    def over(self) -> bool:
+        return time.perf_counter() - self.began > self.seconds
+
+    def check(self) -> None:
+        """Raise TimeoutError once it is over."""
+        if self.over:
+            raise TimeoutError(f"the {self.seconds:g} s of --seconds are over")
+
+
+def require_finite(step: TrainingStep) -> None:
+    """Raise ValueError if a step so far had a number that is not finite, and so changed nothing."""
+    if found := step.numbers.check():
+        raise ValueError(f"the {found[1]} is not finite after {found[0]} steps")
 
 
 def timed(run: Callable[[], Any], device: torch.device, seconds: float, warm: int = 2, most: int = 100) -> Timing:

@@ -11,15 +11,16 @@ CPU as well, in float32. --seconds: to measure each latency for.
 
 import contextlib
 import sys
+from functools import partial
 from typing import Any
 
 import torch
 
 from assembly.pipeline import Inputs, build_bank
 from assembly.twin import twin_of
-from benchmarks.common import Parser, environment, header, start, table, write
+from benchmarks.common import Failure, Parser, attempt, environment, header, save, start, table, write
 from benchmarks.runs import trained_run
-from common.errors import exit_code_of
+from common.errors import exit_code_of, warn
 from common.network import reachable
 from config.command_line import parse_command_line
 from config.config import Config
@@ -51,7 +52,14 @@ def main(argv: list[str] | None = None) -> None:
     bank = build_bank(config, inputs.splits, inputs.backbone, device)
     twin = twin_of(config, bank.feature_shape, inputs.splits.train.num_classes, inputs.backbone)
     extract(bank)
-    found = {name: measure(one, inputs, bank, options.seconds) for name, one in named(config, twin).items()}
+    found = {}
+    for name, one in named(config, twin).items():
+        figures = attempt(partial(measure, one, inputs, bank, options.seconds))
+        if isinstance(figures, Failure):
+            warn(f"{name} has no figures: {figures.reason}")
+        else:
+            found[name] = figures
+        save(options, "cost", where, figures=found, config=config.to_dict(), twin=twin.to_dict())
     print(header("A mixture and a dense part of equal FLOPs in its place", where))
     print(table(["", *found], [[what, *cells] for what, *cells in rows(found)]))
     print(f"\n{LEGEND}")

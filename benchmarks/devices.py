@@ -4,72 +4,70 @@ python -m benchmarks.devices                          on 1 and 2 GPUs, about 5 m
 python -m benchmarks.devices --processes 1 2 4        on more
 python -m benchmarks.devices --tiny                   a quick trial with gloo on a CPU
 
-Each number of processes is started anew by torchrun. Training: the default recipe as train.py trains it, on random
-images and a ViT of random weights, which changes no time; of its epochs the first, which compiles, is left out.
-Extraction: views of the recipe with experts behind the ViT, written to a file. A step's time is split in another
-measurement, without CUDA graphs, where each exchange between the processes first waits for the last of them: what that
-takes is `waiting`, the exchange after it `exchange`, all else `compute`.
+`training`: the default recipe as train.py trains it, compiled and
+captured, on random images and a ViT of random weights, which changes no time; several processes share its batch. `each`
+gives every process as many images as one has alone, `half` gives one process half of them. Of the epochs the first,
+which compiles, is left out. `extraction`: views of the recipe with experts behind the ViT, written to a file. `link`: a
+plain exchange. Parts of a step: what the exchange between the processes takes, what they wait for the last of them
+(mean over the processes), and all else, `compute`.
+
+Rows that an earlier call has written, of other numbers of processes or sections, are kept.
 """
 
-import json
-import os
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
-from benchmarks.common import Parser, environment, header, start, table, write
-from common.errors import EnvironmentFault, exit_code_of
+from benchmarks.common import Parser, environment, header, save, start, table
+from benchmarks.processes import add_options, failure, measured, merged
+from common.errors import exit_code_of
 
-ROOT = Path(__file__).resolve().parent.parent
-TINY = {"images": 96, "epochs": 3, "steps": 4, "views": 2}
+TINY = {"images": 96, "extracted": 96, "epochs": 2, "views": 2}
+ALONE, SEVERAL = ("training", "extraction", "half"), ("training", "extraction", "link", "each")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure every number of processes, print the table, write the JSON."""
+    """Measure every number of processes, print the table, write the JSON after each."""
     parser = Parser("devices", __doc__, seconds=300, tiny=TINY)
-    parser.add_numbers("--processes", [1, 2], "numbers of processes, each with a GPU of its own")
+    add_options(parser, dict.fromkeys(ALONE + SEVERAL), limit=180)
     parser.add_argument("--images", type=int, default=20_000, help="training images (default 20000)")
+    parser.add_argument("--extracted", type=int, default=50_000, help="images to extract (default 50000)")
     parser.add_argument("--epochs", type=int, default=4, help="epochs, of which the first is not counted (default 4)")
-    parser.add_argument("--steps", type=int, default=40, help="steps whose time is split (default 40)")
     parser.add_argument("--views", type=int, default=3, help="views, of which the first is not counted (default 3)")
     options = parser.parse_args(argv)
     where = environment(start(options))
-    rows = [measure(number, options) for number in options.processes]
-    print(header("The default recipe, each process with a device of its own", where))
-    columns = ["processes", "training images/s", "against one", "extraction images/s", "against one"]
-    columns += ["ms a step", "compute", "exchange", "waiting"]
-    print(table(columns, [_line(row, rows[0]) for row in rows]))
-    write(options, "devices", where, images=options.images, rows=rows)
+    path = options.out / f"devices{'_tiny' if options.tiny else ''}.json"
+    words = [word for name in TINY for word in (f"--{name}", str(getattr(options, name)))]
+    words += ["--tiny"] if options.tiny else []
+    for number in options.processes:
+        names = [name for name in (ALONE if number == 1 else SEVERAL) if name in options.sections]
+        row = measured("benchmarks.devices_worker", number, options, names, words)
+        rows = merged(path, [row])
+        save(options, "devices", where, rows=rows)
+    print(header("Each process with a device of its own", where))
+    columns = ["devices", "what", "images a step", "images/s", "against one", "ms a step", "compute", "exchange"]
+    print(table([*columns, "waiting"], [line for row in rows for line in _lines(row, rows[0])]))
+    print(f"\nwritten to {path}")
 
 
-def measure(number: int, options) -> dict:
-    """What benchmarks.devices_worker finds with so many processes. Raises EnvironmentFault where they fail."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "found.json"
-        words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(number)]
-        words += ["-m", "benchmarks.devices_worker", "--out", str(out), "--device", options.device]
-        for name in ("images", "epochs", "steps", "views"):
-            words += [f"--{name}", str(getattr(options, name))]
-        words += ["--tiny"] if options.tiny else []
-        variables = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-        ran = subprocess.run(
-            [sys.executable, *words], cwd=ROOT, env=variables, capture_output=True, text=True, check=False
-        )
-        if not out.exists():
-            said = [line for line in ran.stderr.splitlines() if line.startswith("error")] or [ran.stderr[-300:]]
-            raise EnvironmentFault(f"{number} processes: {said[0]}")
-        return {"processes": number} | json.loads(out.read_text(encoding="utf-8"))
-
-
-def _line(row: dict, first: dict) -> list[str]:
-    """The cells of a row; `first` is what speed is compared with."""
-    cells = [str(row["processes"])]
-    for name in ("training", "extraction"):
-        cells += [f"{row[name]:,.0f}", f"{row[name] / first[name]:.2f}x"]
-    split = row["step"]
-    shares = [f"{100 * split[name] / split['whole']:.1f} %" for name in ("compute", "exchange", "waiting")]
-    return [*cells, f"{1e3 * split['whole']:.2f}", *shares]
+def _lines(row: dict, first: dict) -> list[list[str]]:
+    """What one number of processes came to; `first` is what speed is compared with."""
+    names = {"training": "training", "each": "training", "half": "training", "extraction": "extraction"}
+    lines = []
+    for name, title in ((name, title) for name, title in names.items() if name in row):
+        found, alone = row[name], first.get(title)
+        cells = [str(row["processes"]), title]
+        if why := failure(found):
+            lines.append([*cells, why, *[""] * 6])
+            continue
+        known = alone is not None and failure(alone) is None and first["processes"] == 1
+        speed = found["images_per_second"]
+        cells += [str(found["batch"]), f"{speed:,.0f}"]
+        cells += [f"{speed / alone['images_per_second']:.2f}x" if known else ""]
+        if title == "training":
+            exchange, waiting = found.get("sums", 0.0) + found.get("all_to_all", 0.0), found.get("waiting", 0.0)
+            parts = (found["seconds"], found["seconds"] - exchange - waiting, exchange, waiting)
+            cells += [f"{1e3 * part:.2f}" for part in parts]
+        lines.append([*cells, *[""] * (9 - len(cells))])
+    return lines
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@ python -m benchmarks.incremental --steps 5 --memory 20 --data.root DATA --backbo
 python -m benchmarks.incremental --tiny                                               a rehearsal on a CPU, with digits
 
 Options that are none of those below go to train.py's configuration. After each step the answers to the test images of
-all classes seen so far are scored. Each result is a line of incremental.jsonl in --out; what is there already is not
-done again, so that an interrupted run goes on. Methods:
+all classes seen so far are scored, and those to validation images, by which to choose among methods. Each result is a
+line of incremental.jsonl in --out; what is there already is not done again, so that an interrupted run goes on. A
+method that fails says why, and the others go on. Methods:
 
 ncm            nearest class mean on normalised features
 ridge          ridge regression onto the classes, by sums that each step adds to
@@ -15,40 +16,62 @@ dense          one dense head, trained on each step's images
 mixture        a mixture that gets new experts in each step, the old ones frozen
 dense_drawn, mixture_drawn     the same, beside features drawn from the mean of each old class and a common covariance
 blocks         the default recipe, experts inside the ViT, trained on each step's images
-blocks_ridge   those experts trained on the first step alone, then ridge_random on what they give
+first_*        those experts trained on the first step alone, then, on what they give:
+first_ridge    ridge_random
+first_both     ridge_random, with the features of the frozen ViT beside them
+first_drawn    mixture_drawn
 """
 
 import argparse
 import sys
+import time
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from assembly.pipeline import build_bank
-from benchmarks.common import HEAD_RECIPE, Parser, append_line, environment, header, read_lines, start, table
+from benchmarks.common import (
+    HEAD_RECIPE,
+    Failure,
+    Limit,
+    Parser,
+    append_line,
+    attempt,
+    environment,
+    header,
+    read_lines,
+    start,
+    table,
+)
+from benchmarks.incremental_data import Data
 from benchmarks.incremental_heads import Heads
 from benchmarks.incremental_ridge import class_means, ridge
 from benchmarks.incremental_scores import Stream, summary
 from benchmarks.incremental_vit import Inside
-from common.errors import UserError, exit_code_of
+from common.errors import UserError, exit_code_of, say
 from common.network import reachable
 from config.command_line import DEFAULT_CONFIG, parse_command_line
+from config.config import Config
 from data.datasets import load_splits
+from data.image_set import Splits
 from features.bank import FeatureBank
 from model.backbone import load_backbone
 
-METHODS = ("ncm", "ridge", "ridge_random", "dense", "mixture", "dense_drawn", "mixture_drawn", "blocks", "blocks_ridge")
+ON_FROZEN = ("ncm", "ridge", "ridge_random", "dense", "mixture", "dense_drawn", "mixture_drawn")
+INSIDE = ("first_ridge", "first_both", "first_drawn", "blocks")
+METHODS = ON_FROZEN + INSIDE
 TINY = ["--config", "configs/digits.yaml", "--data.max_per_class", "20", "--neck.kind", "pooled"]
 TINY += ["--backbone.features", "[cls:1,mean:1]", "--train.batch_size", "32"]
 TINY_BLOCKS = ["--config", "configs/digits_blocks.yaml", "--data.max_per_class", "20", "--train.batch_size", "32"]
-WITHOUT_MEMORY = ("ncm", "ridge", "ridge_random", "dense_drawn", "mixture_drawn", "blocks_ridge")
-"""Methods whose sums hold all of the old images anyway."""
+WITHOUT_MEMORY = ("ncm", "ridge", "ridge_random", "dense_drawn", "mixture_drawn", *INSIDE[:3])
+"""Methods that hold sums over all of the old images, and need none of them."""
 
 
 def main(argv: list[str] | None = None) -> None:
     """Train what is missing, print the table."""
-    tiny = {"steps": 5, "views": 1, "random_features": 64, "epochs": 2, "block_epochs": 1, "seeds": [0]}
+    tiny = {"steps": 5, "views": 1, "random_features": 64, "epochs": 2, "block_epochs": 1, "first_epochs": 2}
     parser = Parser("incremental", __doc__, seconds=900, tiny=tiny)
     parser.allow_abbrev = False
     parser.add_argument("--steps", type=int, default=10, help="steps that the classes come in (default 10)")
@@ -60,8 +83,10 @@ def main(argv: list[str] | None = None) -> None:
         "--random_features", type=int, default=16384, metavar="N", help="of ridge_random (default 16384)"
     )
     parser.add_argument("--epochs", type=int, default=10, help="of a head in each step (default 10)")
-    parser.add_argument("--block_epochs", type=int, default=4, help="of the experts inside the ViT (default 4)")
+    parser.add_argument("--block_epochs", type=int, default=4, help="of blocks in each step (default 4)")
+    parser.add_argument("--first_epochs", type=int, default=10, help="of first_* in the first step (default 10)")
     options, rest = parser.parse_known_args(argv)
+    limit = Limit(options.seconds)
     device = start(options)
     where = environment(device)
     done = read(options.out, tiny=options.tiny)
@@ -75,7 +100,9 @@ def main(argv: list[str] | None = None) -> None:
         if splits.train.num_classes % options.steps:
             raise UserError(f"--steps {options.steps} does not divide the {splits.train.num_classes} classes")
         stream = Stream.of(splits, options.steps, options.memory)
-        work(options, todo, device, stream, (head, inside), splits)
+        work = Work(options, limit, device, stream, splits, head, inside)
+        for seed, name in todo:
+            work.do(seed, name)
         done = read(options.out, tiny=options.tiny)
     rows = [row for row in done.values() if row["steps"] == options.steps]
     if not options.tiny:
@@ -83,54 +110,75 @@ def main(argv: list[str] | None = None) -> None:
     print(table(*summary(rows)))
 
 
-def work(options: argparse.Namespace, todo: list, device: torch.device, stream: Stream, configs, splits) -> None:
-    """Run what is missing, and append each result."""
-    head, inside = configs
-    names = {name for _, name in todo}
-    data = None
-    if names - {"blocks", "blocks_ridge"}:
-        backbone = load_backbone(head.backbone, device, reachable)
-        bank = build_bank(head, splits, backbone, device)
+class Work:
+    """Runs a method. What several need is made once, when the first one asks for it."""
+
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        limit: Limit,
+        device: torch.device,
+        stream: Stream,
+        splits: Splits,
+        head: Config,
+        inside: Config,
+    ):
+        self.options, self.limit, self.device, self.stream, self.splits = options, limit, device, stream, splits
+        self.configs = {"head": head, "inside": inside}
+        self._first: dict[int, Data] = {}
+        self._adapting = 0.0  # seconds that they took
+
+    def do(self, seed: int, name: str) -> None:
+        """Run a method and append its result; one that fails, or for which no time is left, says so in a line."""
+        found = attempt(lambda: self._run(seed, name))
+        if isinstance(found, Failure):
+            say(f"{name}, seed {seed}: no result, {found.reason}")
+            return
+        found["seconds"] += self._adapting if name.startswith("first") else 0.0
+        append(self.options, seed, name, found, environment(self.device))
+        say(f"{name}, seed {seed}: mean {100 * found['mean']:.2f} %, {found['seconds']:.1f} s")
+
+    def _run(self, seed: int, name: str) -> dict[str, Any]:
+        self.limit.check()
+        if name == "blocks":
+            return self.inside.run(seed)
+        if name == "ncm":
+            return class_means(self.stream, self.frozen, self.limit)
+        kind, _, way = name.rpartition("_")
+        if name.startswith("first"):
+            data = self.first(seed)
+            data = self.frozen.beside(data) if way == "both" else data
+            kind = "mixture"
+        else:
+            data = self.frozen
+        if way in ("ridge", "random", "both"):
+            random_features = 0 if name == "ridge" else self.options.random_features
+            return ridge(self.stream, data, random_features, seed, self.limit)
+        epochs, drawn = self.options.epochs, way == "drawn"
+        config = self.configs["head"]
+        return Heads(config, self.stream, data, seed, epochs, drawn, self.limit).run(kind or way)
+
+    @cached_property
+    def frozen(self) -> Data:
+        """Features of the frozen ViT."""
+        head = self.configs["head"]
+        backbone = load_backbone(head.backbone, self.device, reachable)
+        bank = build_bank(head, self.splits, backbone, self.device)
         assert isinstance(bank, FeatureBank)
-        data = Data.of(bank, options.views, len(head.backbone.features))
-    for seed in dict.fromkeys(seed for seed, _ in todo):
-        within = Inside(inside, splits, device, stream, seed, options) if names & {"blocks", "blocks_ridge"} else None
-        for name in [name for of, name in todo if of == seed]:
-            if name.startswith("blocks"):
-                found = within.run(name)
-            elif name == "ncm":
-                found = class_means(stream, data)
-            elif name.startswith("ridge"):
-                found = ridge(stream, data, options.random_features if name == "ridge_random" else 0, seed)
-            else:
-                kind, _, drawn = name.partition("_")
-                found = Heads(head, stream, data, seed, options.epochs, bool(drawn)).run(kind)
-            append(options, seed, name, found, environment(device))
+        return Data.of(bank, self.options.views, len(head.backbone.features))
 
+    @cached_property
+    def inside(self) -> Inside:
+        """The ViT with experts in its blocks."""
+        return Inside(self.configs["inside"], self.splits, self.device, self.stream, self.options, self.limit)
 
-class Data:
-    """Features on the device: views (V, N, F) of the training images, and validation and test images as they are."""
-
-    def __init__(self, train_VNF, labels_N, validation, test, groups: int):
-        self.train_VNF, self.labels_N, self.validation, self.test, self.groups = (
-            train_VNF,
-            labels_N,
-            validation,
-            test,
-            groups,
-        )
-
-    @classmethod
-    def of(cls, bank: FeatureBank, views: int, groups: int) -> "Data":
-        """Extract what the bank has. groups: equally wide features that a vector is made of."""
-
-        def whole(split: str, view: int | None = None):
-            features, labels = zip(*bank.batches(split, 1024, view=view), strict=True)
-            return torch.cat(features), torch.cat(labels)
-
-        parts = [whole("train", view if bank.augment.active else None) for view in range(views)]
-        train_VNF = torch.stack([features for features, _ in parts])
-        return cls(train_VNF, parts[0][1], whole("validation"), whole("test"), groups)
+    def first(self, seed: int) -> Data:
+        """Features of the ViT whose experts were trained on the first step."""
+        if seed not in self._first:
+            inside, began = self.inside, time.perf_counter()
+            self._first = {seed: inside.adapted(seed)}
+            self._adapting = time.perf_counter() - began
+        return self._first[seed]
 
 
 def key(options: argparse.Namespace, seed: int, name: str) -> tuple:
@@ -144,9 +192,6 @@ def append(options: argparse.Namespace, seed: int, name: str, found: dict[str, A
     names = ("method", "steps", "memory", "seed")
     row = dict(zip(names, key(options, seed, name), strict=True)) | found | {"environment": where}
     append_line(file_of(options.out, options.tiny), row)
-    print(
-        f"{name}, seed {seed}: mean {100 * found['mean']:.2f} %, {found['seconds']:.1f} s", file=sys.stderr, flush=True
-    )
 
 
 def file_of(out: Path, tiny: bool) -> Path:

@@ -1,14 +1,13 @@
 """Heads of benchmarks/incremental.py trained by gradients on stored features: one dense, and a mixture that grows."""
 
-import time
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.common import synchronise
-from benchmarks.incremental_ridge import named
-from benchmarks.incremental_scores import Stream, by_step, scored
+from benchmarks.common import Limit, require_finite
+from benchmarks.incremental_ridge import named, normalised
+from benchmarks.incremental_scores import Scores, Stream
 from config.config import Config
 from config.optim import OptimConfig
 from model.balance import BalanceConfig
@@ -28,11 +27,14 @@ RIDGE = 1e-3  # added to the diagonal of the covariance, as a share of its mean:
 class Heads:
     """Trains a head step by step, each step's from the weights of the one before, class rows by name.
 
+    It reads features that are normalised one by one, so that none outweighs the others in what is drawn.
+
     drawn: beside the images of a step, train on features drawn from a normal distribution for each old class, with its
     mean and the covariance within classes that all share.
     """
 
-    def __init__(self, config: Config, stream: Stream, data: Any, seed: int, epochs: int, drawn: bool):
+    def __init__(self, config: Config, stream: Stream, data: Any, seed: int, epochs: int, drawn: bool, limit: Limit):
+        self.limit = limit
         self.stream, self.data, self.seed, self.epochs, self.drawn = stream, data, seed, epochs, drawn
         self.device, self.batch = data.labels_N.device, min(256, config.train.batch_size)
         self.width = data.train_VNF.shape[2]
@@ -42,18 +44,17 @@ class Heads:
     def run(self, kind: str) -> dict[str, Any]:
         """The scores of a `dense` head or a `mixture`."""
         seed_everything(self.seed)
-        began, accuracy_TT, before, seen_before = time.perf_counter(), [], None, []
+        scores, before, seen_before = Scores(self.stream), None, []
         for step in range(len(self.stream.classes)):
             seen = self.stream.seen(step)
             features, labels = self._images(step, seen)
             model, frozen = self._model(kind, step, seen, before, seen_before, len(labels))
             self._train(model, frozen, features, labels)
-            accuracy_TT.append(self._score(model, step, seen))
+            scores.add(lambda split, rows, model=model, seen=seen: self._answers(model, split, rows, seen))
             before, seen_before = model.state_dict(), seen
             if self.drawn:
                 self._remember(step)
-        synchronise(self.device)
-        return scored(self.stream, accuracy_TT, time.perf_counter() - began)
+        return scores.result(self.device)
 
     def _model(self, kind: str, step: int, seen: list[int], before, seen_before, images: int):
         """The head for all classes seen, from the weights of the step before, and what of it is frozen."""
@@ -75,15 +76,17 @@ class Heads:
             return model, None
         # With something of the old classes to train on, gates and class rows go on learning; experts do not.
         rehearsed = self.drawn or len(self.stream.kept[step])
-        parts = ["experts"] if rehearsed else ["router", "experts", "head"]
+        parts = ["neck", "experts"] if rehearsed else ["neck", "router", "experts", "head"]
         return model, Frozen(model, parts, shared, len(seen))
 
     def _images(self, step: int, seen: list[int]) -> tuple[Tensor, Tensor]:
         """Features (V, M, F) of the step's images in all views, with what is kept or drawn of old ones, and columns."""
         column = torch.zeros(max(seen) + 1, dtype=torch.int64, device=self.device)
         column[torch.tensor(seen, device=self.device)] = torch.arange(len(seen), device=self.device)
-        rows = torch.cat([self.stream.rows[step], self.stream.kept[step]]).to(self.device)
-        features_VMF, labels_M = self.data.train_VNF[:, rows], self.data.labels_N[rows]
+        kept = self.stream.kept[step][: 0 if self.drawn else None]
+        rows = torch.cat([self.stream.rows[step], kept]).to(self.device)
+        views = [normalised(view_NF[rows], self.data.groups).half() for view_NF in self.data.train_VNF]
+        features_VMF, labels_M = torch.stack(views), self.data.labels_N[rows]
         if self.means:
             drawn_KF, names_K = self._draw()
             features_VMF = torch.cat([features_VMF, drawn_KF.to(features_VMF).expand(len(features_VMF), -1, -1)], dim=1)
@@ -101,33 +104,36 @@ class Heads:
         for epoch in range(self.epochs):
             view_MF = features_VMF[epoch % len(features_VMF)]
             for rows in torch.randperm(len(labels_M)).to(self.device).split(self.batch):
+                self.limit.check()
                 set_learning_rate(optimizer, done, per_epoch * self.epochs, optim)
                 step(view_MF[rows].float(), labels_M[rows], warmup=False)
                 done += 1
+        require_finite(step)
 
     @torch.no_grad()
-    def _score(self, model: VisionMoE, step: int, seen: list[int]) -> list[float]:
+    def _answers(self, model: VisionMoE, split: str, rows: Tensor, seen: list[int]) -> Tensor:
+        """The classes answered for rows of a split."""
         model.eval()
-        rows = self.stream.among("test", seen)
-        logits = [model(self.data.test[0][part.to(self.device)].float())[0] for part in rows.split(1024)]
-        return by_step(self.stream, step, named(torch.cat(logits), seen), rows)
+        features_NF = getattr(self.data, split)[0]
+        parts = (normalised(features_NF[part], self.data.groups) for part in rows.to(self.device).split(1024))
+        return named(torch.cat([model(part)[0] for part in parts]), seen)
 
     def _remember(self, step: int) -> None:
         """Add a step's classes to the means, and its images to the common scatter."""
         if self.scatter_FF is None:
-            self.scatter_FF = torch.zeros(self.width, self.width, device=self.device)
+            self.scatter_FF = torch.zeros(self.width, self.width, dtype=torch.float64, device=self.device)
         for label in self.stream.classes[step]:
             rows = torch.nonzero(self.data.labels_N == label).flatten()
-            values = self.data.train_VNF[:, rows].float().flatten(0, 1)
+            values = torch.cat([normalised(view_NF[rows], self.data.groups) for view_NF in self.data.train_VNF])
             self.means[label] = values.mean(dim=0)
-            centred = values - self.means[label]
+            centred = (values - self.means[label]).double()
             self.scatter_FF += centred.T @ centred
             self.images += len(values)
 
     def _draw(self) -> tuple[Tensor, Tensor]:
         """Features (K, F) drawn for every old class, and the class of each."""
         assert self.scatter_FF is not None
-        covariance_FF = self.scatter_FF.double() / self.images
+        covariance_FF = self.scatter_FF / self.images
         covariance_FF.diagonal().add_(RIDGE * float(covariance_FF.diagonal().mean()))
         factor_FF = torch.linalg.cholesky(covariance_FF).float()
         old = list(self.means)

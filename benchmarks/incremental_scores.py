@@ -1,6 +1,8 @@
 """The protocol of benchmarks/incremental.py: which classes come when, and what is made of the answers."""
 
 import statistics
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.common import synchronise
+from common.errors import say
 from data.image_set import Splits
 
 ORDER_SEED = 1993  # of the order in which the classes come, as in iCaRL (Rebuffi 2017)
@@ -46,14 +50,48 @@ class Stream:
         return torch.nonzero(torch.isin(self.labels[split], torch.tensor(classes))).flatten()
 
 
+Answer = Callable[[str, Tensor], Tensor]
+"""The classes that a method answers for rows of a split, on the CPU."""
+
+
+class Scores:
+    """What one method comes to, step by step."""
+
+    def __init__(self, stream: Stream):
+        self.stream, self.began = stream, time.perf_counter()
+        self.test_TT: list[list[float]] = []
+        self.validation_TT: list[list[float]] = []
+
+    def add(self, answer: Answer) -> None:
+        """Score the answers after the next step, on the images of all classes so far."""
+        step = len(self.test_TT)
+        for split, found in (("test", self.test_TT), ("validation", self.validation_TT)):
+            rows = self.stream.among(split, self.stream.seen(step))
+            found.append(by_step(self.stream, step, answer(split, rows), rows, split))
+        after = [100 * float(np.mean(part[-1])) for part in (self.test_TT, self.validation_TT)]
+        say(f"  step {step + 1} of {len(self.stream.classes)}: {after[0]:.2f} %, on validation images {after[1]:.2f} %")
+
+    def result(self, device: torch.device, **more: Any) -> dict[str, Any]:
+        """The scores as plain values, and the time since the beginning."""
+        synchronise(device)
+        seconds = time.perf_counter() - self.began
+        validation = statistics.fmean(_after(self.stream, self.validation_TT))
+        return scored(self.stream, self.test_TT, seconds, validation=validation, **more)
+
+
+def _after(stream: Stream, accuracy_TT: list[list[float]]) -> list[float]:
+    """The accuracy on all classes so far after each step."""
+    sizes = [len(classes) for classes in stream.classes]
+    return [float(np.average(row, weights=sizes[: len(row)])) for row in accuracy_TT]
+
+
 def scored(stream: Stream, accuracy_TT: list[list[float]], seconds: float, **more: Any) -> dict[str, Any]:
     """What one method came to. accuracy_TT: after step t the accuracy on the classes of each step up to it.
 
     mean: of the accuracy on all classes so far over the steps. forgetting (Chaudhry 2018): for each step but the last,
     the best accuracy on its classes less the last one, on average.
     """
-    sizes = [len(classes) for classes in stream.classes]
-    after = [float(np.average(row, weights=sizes[: len(row)])) for row in accuracy_TT]
+    after = _after(stream, accuracy_TT)
     last = accuracy_TT[-1]
     lost = [max(row[step] for row in accuracy_TT[step:-1]) - last[step] for step in range(len(last) - 1)]
     return {
@@ -67,9 +105,9 @@ def scored(stream: Stream, accuracy_TT: list[list[float]], seconds: float, **mor
     }
 
 
-def by_step(stream: Stream, step: int, predicted_M: Tensor, rows_M: Tensor) -> list[float]:
-    """The accuracy on the test images of each step's classes. predicted_M: classes answered for the images rows_M."""
-    labels_M = stream.labels["test"][rows_M]
+def by_step(stream: Stream, step: int, predicted_M: Tensor, rows_M: Tensor, split: str) -> list[float]:
+    """The accuracy on each step's classes. predicted_M: classes answered for the images rows_M of the split."""
+    labels_M = stream.labels[split][rows_M]
     right_M = predicted_M.cpu() == labels_M
     found = []
     for classes in stream.classes[: step + 1]:
@@ -92,7 +130,7 @@ def summary(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     for group in order:
         found = groups[group]
         seconds = f"{statistics.fmean(row['seconds'] for row in found):.1f}"
-        scores = [cell(found, part) for part in ("mean", "last", "forgetting")]
+        scores = [cell(found, part) for part in ("mean", "last", "forgetting", "validation")]
         cells.append([group[0], str(group[1]), str(len(found)), *scores, seconds])
-    columns = ["method", "old images a class", "seeds", "mean accuracy", "last accuracy", "forgetting", "seconds"]
-    return columns, cells
+    columns = ["method", "old images a class", "seeds", "mean accuracy", "last accuracy", "forgetting"]
+    return [*columns, "mean on validation images", "seconds"], cells

@@ -11,14 +11,17 @@ free        it learns, without an auxiliary loss
 frozen      it stays as it was
 balance     it learns, with the switch loss at --balance_weight
 z_loss      it learns, with the z-loss at --z_weight
-distance    it learns, and decays towards the old gate instead of zero (L2-SP, Li 2018) at --distance_weight
+distance    it learns, with the old_gate loss at --distance_weight
 
-Each result is a line of narrow.jsonl in --out; what is there already is not done again.
+Each result is a line of narrow.jsonl in --out; what is there already is not done again. A way that fails says why, and
+the others go on.
 """
 
 import argparse
 import statistics
 import sys
+import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,21 +30,35 @@ from torch import Tensor
 
 from analysis.routing import load_entropy
 from assembly.pipeline import build_bank, build_model
-from benchmarks.common import HEAD_RECIPE, Parser, append_line, environment, header, read_lines, start, table
-from benchmarks.incremental import TINY, Data
-from common.errors import exit_code_of
+from benchmarks.common import (
+    HEAD_RECIPE,
+    Failure,
+    Limit,
+    Parser,
+    append_line,
+    attempt,
+    environment,
+    header,
+    read_lines,
+    require_finite,
+    start,
+    table,
+)
+from benchmarks.incremental import TINY
+from benchmarks.incremental_data import Data
+from common.errors import exit_code_of, say
 from common.network import reachable
 from config.command_line import parse_command_line
 from config.config import Config
-from config.optim import OptimConfig
 from data.datasets import load_splits
 from data.image_set import Splits
 from model.backbone import load_backbone
 from model.balance import BalanceConfig
 from model.losses import LOSSES
+from model.old_gate import hold_old_gates
 from model.transfer import Frozen, Shared
 from storage.checkpoint import seed_everything
-from training.optim import build_optimizer, lr_factor, set_learning_rate
+from training.optim import build_optimizer, set_learning_rate
 from training.step import TrainingStep
 
 WAYS = ("free", "frozen", "balance", "z_loss", "distance")
@@ -61,8 +78,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--narrow_epochs", type=int, default=20, help="on the superclasses (default 20)")
     parser.add_argument("--balance_weight", type=float, default=0.1, help="of the switch loss (default 0.1)")
     parser.add_argument("--z_weight", type=float, default=0.01, help="of the z-loss (default 0.01)")
-    parser.add_argument("--distance_weight", type=float, default=10.0, help="of the old gate (default 10)")
+    parser.add_argument("--distance_weight", type=float, default=1.0, help="of the old_gate loss (default 1)")
     options, rest = parser.parse_known_args(argv)
+    limit = Limit(options.seconds)
     device = start(options)
     path = options.out / f"narrow{'_tiny' if options.tiny else ''}.jsonl"
     done = {(row["way"], row["seed"]) for row in read_lines(path)}
@@ -74,10 +92,18 @@ def main(argv: list[str] | None = None) -> None:
         backbone = load_backbone(config.backbone, device, reachable)
         bank = build_bank(config, splits, backbone, device)
         data = Data.of(bank, options.views, len(config.backbone.features))
+        shape = bank.feature_shape
         for seed in options.seeds:
-            if todo[seed]:
-                for row in Narrow(config, splits, data, bank.feature_shape, seed, options).run(todo[seed]):
-                    append_line(path, row | {"seed": seed, "environment": environment(device)})
+            if not todo[seed]:
+                continue
+            narrow = attempt(lambda seed=seed: Narrow(config, splits, data, shape, seed, options, limit))
+            for way in todo[seed]:
+                found = narrow if isinstance(narrow, Failure) else attempt(lambda way=way, at=narrow: at.run(way))
+                if isinstance(found, Failure):
+                    say(f"{way}, seed {seed}: no result, {found.reason}")
+                    continue
+                append_line(path, found | {"seed": seed, "environment": environment(device)})
+                say(f"{way}, seed {seed}: macro-F1 {_scores_of(found)}, {found['seconds']:.1f} s")
     print(header("Fine-tuned on a narrow domain: macro-F1 in %, shares of the load", environment(device)))
     print(table(*summary(read_lines(path))))
 
@@ -93,37 +119,41 @@ class Narrow:
         shape: tuple[int, ...],
         seed: int,
         options: argparse.Namespace,
+        limit: Limit,
     ):
         self.config, self.data, self.shape, self.seed, self.options = config, data, shape, seed, options
-        self.device, self.names = data.labels_N.device, splits.train.class_names
+        self.limit, self.device, self.names = limit, data.labels_N.device, splits.train.class_names
         groups_C = splits.train.superclass_of_class()
         groups_C = np.arange(len(self.names)) if groups_C is None else groups_C
         self.narrow = np.flatnonzero(groups_C < SUPERCLASSES).tolist()
         self.others = np.flatnonzero(groups_C >= SUPERCLASSES).tolist()
+        seed_everything(seed)
+        model = self._build()
+        everything = torch.arange(len(data.labels_N), device=self.device)
+        steps = -(-len(everything) // self._batch(everything)) * options.epochs
+        warmup = min(config.router.random_steps, steps // 4)
+        self._train(model, everything, options.epochs, config.balance, None, warmup)
+        self.weights = {name: value.clone() for name, value in model.state_dict().items()}
+        self.before = self._scores(model)
 
-    def run(self, ways: list[str]):
-        """Yield a row of scores for each way."""
+    def run(self, way: str) -> dict[str, Any]:
+        """The scores before and after fine-tuning in one way."""
+        began = time.perf_counter()
+        mine = torch.isin(self.data.labels_N, torch.tensor(self.narrow, device=self.device)).nonzero().flatten()
         seed_everything(self.seed)
         model = self._build()
-        everything = torch.arange(len(self.data.labels_N), device=self.device)
-        steps = -(-len(everything) // self._batch(everything)) * self.options.epochs
-        warmup = min(self.config.router.random_steps, steps // 4)
-        self._train(model, everything, self.options.epochs, self.config.balance, None, 0.0, warmup)
-        start_state = {name: value.clone() for name, value in model.state_dict().items()}
-        before = self._scores(model)
-        mine = torch.isin(self.data.labels_N, torch.tensor(self.narrow, device=self.device)).nonzero().flatten()
-        for way in ways:
-            seed_everything(self.seed)
-            model = self._build()
-            model.load_state_dict(start_state)
-            shared = Shared.by_name(self.names, self.names)
-            frozen = Frozen(model, ["router"], shared, len(self.names)) if way == "frozen" else None
-            weights = dict.fromkeys(LOSSES, 0.0)
-            weights |= {"balance": {"switch": self.options.balance_weight}}.get(way, {})
-            weights |= {"z_loss": {"z_loss": self.options.z_weight}}.get(way, {})
-            distance = self.options.distance_weight if way == "distance" else 0.0
-            self._train(model, mine, self.options.narrow_epochs, BalanceConfig(**weights), frozen, distance, 0)
-            yield {"way": way, "before": before, "after": self._scores(model)}
+        model.load_state_dict(self.weights)
+        shared = Shared.by_name(self.names, self.names)
+        frozen = Frozen(model, ["router"], shared, len(self.names)) if way == "frozen" else None
+        options = self.options
+        losses = {"balance": ("switch", options.balance_weight), "z_loss": ("z_loss", options.z_weight)}
+        losses["distance"] = ("old_gate", options.distance_weight)
+        weights = dict.fromkeys(LOSSES, 0.0) | dict([losses[way]] if way in losses else [])
+        if weights["old_gate"]:
+            hold_old_gates(model)
+        self._train(model, mine, options.narrow_epochs, BalanceConfig(**weights), frozen, 0)
+        after = self._scores(model)
+        return {"way": way, "before": self.before, "after": after, "seconds": time.perf_counter() - began}
 
     def _build(self) -> Any:
         return build_model(self.config, self.shape, len(self.names)).to(self.device)
@@ -131,26 +161,25 @@ class Narrow:
     def _batch(self, rows: Tensor) -> int:
         return min(self.config.train.batch_size, max(32, len(rows) // 20))
 
-    def _train(self, model, rows, epochs: int, balance: BalanceConfig, frozen, distance: float, warmup: int) -> None:
-        """Train on these training images. distance: decay of the gate towards where it starts from."""
+    def _train(self, model, rows, epochs: int, balance: BalanceConfig, frozen, warmup: int) -> None:
+        """Train on these training images."""
         batch, data = self._batch(rows), self.data
         total, done = -(-len(rows) // batch) * epochs, 0
-        optim = OptimConfig(lr=self.config.optim.lr, weight_decay=0.05, warmup_steps=min(50, total // 5))
+        optim = replace(self.config.optim, warmup_steps=min(50, total // 5))
         optimizer = build_optimizer(model, optim)
-        step = TrainingStep(model, optimizer, balance, 0.1, 1.0, "auto", frozen)
-        gate = [(value, value.detach().clone()) for value in model.moe.router.parameters() if distance]
+        precision = self.config.train.precision
+        step = TrainingStep(model, optimizer, balance, 0.1, optim.clip_norm, precision, frozen)
         model.train()
         if frozen:
             frozen.hold()
         for epoch in range(epochs):
             view_NF = data.train_VNF[epoch % len(data.train_VNF)]
             for part in rows[torch.randperm(len(rows)).to(self.device)].split(batch):
+                self.limit.check()
                 set_learning_rate(optimizer, done, total, optim)
                 step(view_NF[part].float(), data.labels_N[part], warmup=done < warmup)
-                pull = min(1.0, distance * optim.lr * lr_factor(done, total, optim))
-                for value, old in gate:
-                    value.data.lerp_(old, pull)
                 done += 1
+        require_finite(step)
 
     @torch.no_grad()
     def _scores(self, model) -> dict[str, Any]:
@@ -178,6 +207,11 @@ class Narrow:
             predicted.append(logits_BC.argmax(dim=1))
             load_E += routing.counts_E.cpu().numpy()
         return torch.cat(predicted), load_E
+
+
+def _scores_of(row: dict[str, Any]) -> str:
+    shown = (f"{name} {100 * row['after'][name]['macro_f1']:.2f} %" for name in ("narrow", "others"))
+    return ", ".join(shown)
 
 
 def macro_f1(labels_N: Tensor, predicted_N: Tensor, classes: list[int]) -> float:

@@ -1,17 +1,18 @@
 """What experts in host memory save and cost: bytes on the device and latency, by how much of them is kept there.
 
-python -m benchmarks.offload            about two minutes on a GPU
+python -m benchmarks.offload            about a minute and a half on a GPU
 python -m benchmarks.offload --tiny     a rehearsal on a CPU
 
 A head of equal experts behind a ViT, top-2, in evaluation mode, on random features that its random gate spreads
 unevenly. Usage is counted on a batch, as training would. Each row keeps a share of the experts' bytes.
 """
 
+import copy
 import sys
 
 import torch
 
-from benchmarks.common import Parser, environment, header, start, table, timed, write
+from benchmarks.common import Parser, environment, header, save, start, table, timed, write
 from common.errors import exit_code_of
 from features.file import gigabytes
 from model.classifier import NeckConfig, VisionMoE
@@ -34,8 +35,10 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     device = start(options)
     where = environment(device)
-    each = options.seconds / len(SHARES) / len(options.batches)
-    rows = [measure(share, options, device, each) for share in SHARES]
+    each, whole, rows = options.seconds / len(SHARES) / len(options.batches), build(options), []
+    for share in SHARES:
+        rows.append(measure(share, whole, options, device, each))
+        save(options, "offload", where, rows=rows)
     said = f"{options.experts} experts of {options.hidden:,} units on {options.features:,} features, top-2, float32"
     print(header(f"Experts in host memory: {said}", where))
     columns = ["kept on the device", "experts kept", "peak memory"]
@@ -44,12 +47,9 @@ def main(argv: list[str] | None = None) -> None:
     write(options, "offload", where, rows=rows)
 
 
-def measure(share: float | None, options, device: torch.device, seconds: float) -> dict:
-    """Seconds a batch, bytes copied for it, and the peak of the device's memory, with a share of the experts kept."""
+def build(options) -> VisionMoE:
+    """The model on the CPU, with usage counted on a batch."""
     torch.manual_seed(0)
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
     router = RouterConfig(kind="mixtral", top_k=2, norm="none")
     experts = ExpertsConfig(sizes=[[options.hidden]] * options.experts)
     model = VisionMoE((options.features,), CLASSES, NeckConfig(), router, experts).eval()
@@ -58,6 +58,15 @@ def measure(share: float | None, options, device: torch.device, seconds: float) 
         model.moe.router.gate.bias.copy_(torch.linspace(2, 0, options.experts))  # the first are used most
         routing = model.moe.router(model.neck(torch.randn(512, options.features)))
         model.moe.usage_E.copy_(routing.counts_E)
+    return model
+
+
+def measure(share: float | None, whole: VisionMoE, options, device: torch.device, seconds: float) -> dict:
+    """Seconds a batch, bytes copied for it, and the peak of the device's memory, with a share of the experts kept."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    model = copy.deepcopy(whole)
     size = sum(tensor.nbytes for tensor in model.moe.experts.parameters())
     traffic = Traffic(kept=options.experts) if share is None else offload(model, device, int(share * size))
     model.to(device)

@@ -1,1 +1,1 @@
-"""What every part of the project may use: errors, files, locks, memory, network, signals."""
+"""Code that every part of the project may use: errors, files, locks, memory, network, signals."""

@@ -3,10 +3,12 @@
 import argparse
 import re
 from pathlib import Path
+from typing import Any
 
 from common.errors import UserError
 from common.memory import size_in_bytes
 from common.paths import expanded
+from common.plugins import HELP
 
 KINDS = {"int": "a whole number", "float": "a number"}
 
@@ -20,11 +22,43 @@ def path_option(text: str) -> Path:
 
 
 def size_option(text: str) -> int:
-    """The type of every option that is an amount of memory: its bytes. Raises ArgumentTypeError."""
+    """Type of an option that is an amount of memory, in bytes. Raises ArgumentTypeError."""
     try:
         return size_in_bytes(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+SHARED: dict[str, dict[str, Any]] = {
+    "data.root": {
+        "dest": "root",
+        "type": path_option,
+        "metavar": "DIR",
+        "help": "folder of the dataset, if it has moved",
+    },
+    "backbone.weights": {
+        "dest": "weights",
+        "type": path_option,
+        "metavar": "FILE",
+        "help": "the backbone's weights, if they have moved",
+    },
+    "features.cache_dir": {
+        "dest": "cache_dir",
+        "type": path_option,
+        "metavar": "DIR",
+        "help": "folder for stored features; null: keep them in memory",
+    },
+    "device": {"default": "auto", "help": "auto (default), cpu, cuda, or cuda:1"},
+    "plugins": {"action": "append", "default": [], "metavar": "FILE", "help": HELP.replace("%", "%%")},
+    "debug": {"action": "store_true", "help": "show the traceback of an error"},
+}
+"""Options that programs have in common. The values of `plugins` go to common.plugins.load_plugins."""
+
+
+def add_shared_options(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Add those of the `SHARED` options that are named."""
+    for name in names:
+        parser.add_argument(f"--{name}", **SHARED[name])
 
 
 def add_offload_options(parser: argparse.ArgumentParser) -> None:
@@ -33,21 +67,21 @@ def add_offload_options(parser: argparse.ArgumentParser) -> None:
         "--offload",
         choices=("cpu",),
         metavar="cpu",
-        help="keep the experts in host memory, and fetch those that a batch chooses",
+        help="keep the experts in host memory, and copy those that a batch chooses to the GPU",
     )
     parser.add_argument(
         "--offload.memory",
         dest="offload_memory",
         type=size_option,
         metavar="SIZE",
-        help="with --offload: keep the most used experts on the GPU, such as 512MB of them (default 0)",
+        help="with --offload: keep the most used experts on the GPU, up to this size, such as 512MB (default 0)",
     )
 
 
 def check_offload(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Complete the options of `add_offload_options`. Raises UserError where one needs the other."""
+    """Complete the options of `add_offload_options`. Raises UserError if one is missing for the other."""
     if options.offload is None and options.offload_memory is not None:
-        parser.error("--offload.memory is for --offload cpu: give both, or neither")
+        parser.error("--offload.memory needs --offload cpu: give both, or neither")
     if options.offload is not None and options.offload_memory is None:
         options.offload_memory = 0
 

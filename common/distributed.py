@@ -1,11 +1,11 @@
-"""Several processes that are one run, as torchrun starts them: who is who, what they agree on, how they end.
+"""Several processes that form one run, started by torchrun: their ranks, shared values and common end.
 
-    with started():                     # of a program: before anything that can fail
-        with joined(device, timeout):   # from here on they exchange tensors
-            ...
+with started():                     # around a program, before anything that can fail
+    with joined(device, timeout):   # inside, the processes can exchange tensors
+        ...
 
-A process that was started alone is a world of one, in which all of this does nothing. Of several only rank 0 prints;
-what ends one of them ends all, with one line.
+A process that was started alone is a world of size one, in which all of this does nothing. Of several processes only
+rank 0 prints; an error in one of them ends all, with one line.
 """
 
 import os
@@ -25,12 +25,12 @@ from common.errors import EnvironmentFault, UserError
 
 T = TypeVar("T")
 OLDEST = (2, 8)  # PyTorch; 2.6 may wait for the time limit when it leaves a group
-MEETING_SECONDS = 120.0  # that processes wait for the last of them to start
+MEETING_SECONDS = 120.0  # how long processes wait for the last one to start
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run: this one's number, how many there are, and its number on this machine."""
+    """The processes of a run: the rank of this process, their number, and the rank on this machine."""
 
     rank: int = 0
     size: int = 1
@@ -46,7 +46,7 @@ class World:
         return self.size > 1
 
     def gather(self, value: T) -> list[T]:
-        """The values of all processes, in the order of their ranks, in every one; what pickle takes."""
+        """The values of all processes, ordered by rank, in every process. The values must be picklable."""
         if not self.several:
             return [value]
         found: list[Any] = [None] * self.size
@@ -62,20 +62,20 @@ class World:
         return found[0]
 
     def all(self, true: bool) -> bool:
-        """Whether it is true in all processes."""
+        """Whether the value is true in all processes."""
         return all(self.gather(true))
 
     def wait(self) -> None:
-        """Until all processes have come here."""
+        """Wait until all processes have reached this point."""
         self.gather(None)
 
     def sizes(self, total: int) -> tuple[int, ...]:
-        """So many things dealt out as evenly as possible: how many each rank gets, larger numbers first."""
+        """The number of items of each rank, as even as possible, larger numbers first."""
         least, more = divmod(total, self.size)
         return tuple(least + (rank < more) for rank in range(self.size))
 
     def part(self, total: int) -> slice:
-        """Which of so many things in a row are this process's."""
+        """The range of items that belong to this process."""
         sizes = self.sizes(total)
         start = sum(sizes[: self.rank])
         return slice(start, start + sizes[self.rank])
@@ -87,12 +87,12 @@ _meeting: Path | None = None
 
 
 def world() -> World:
-    """The processes of this run, once they have `joined`; a world of one before."""
+    """The processes of this run, after they have `joined`; before, a world of size one."""
     return _world
 
 
 def expected_world() -> World:
-    """What the environment says of the processes that were started together. Raises UserError where it is no number."""
+    """The processes that were started together, from the environment. Raises UserError for invalid values."""
     try:
         return World(*(int(os.environ.get(name) or default) for name, default in _VARIABLES))
     except ValueError as error:
@@ -107,7 +107,7 @@ _VARIABLES = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
 
 @contextmanager
 def meeting_at(path: Path) -> Iterator[None]:
-    """Inside, processes find each other by a file of this name, not as torchrun's variables say."""
+    """Inside, processes find each other through this file instead of torchrun's variables."""
     global _meeting  # noqa: PLW0603, as the process group of PyTorch is one of the process
     _meeting = path
     try:
@@ -118,9 +118,9 @@ def meeting_at(path: Path) -> Iterator[None]:
 
 @contextmanager
 def started() -> Iterator[World]:
-    """Around a program: what ends one of its processes ends all of them, with one line of one of them.
+    """Wrap a program: an error in one of its processes ends all of them, and one process reports it in one line.
 
-    Nothing that other ranks than 0 print inside is shown. Raises UserError where the variables of torchrun are wrong.
+    Output of ranks other than 0 is hidden. Raises UserError if the variables of torchrun are wrong.
     """
     found = expected_world()
     if not found.several:
@@ -131,18 +131,20 @@ def started() -> Iterator[World]:
 
 
 def require_alone(program: str) -> None:
-    """Raise UserError where several processes were started for a program that is one; one of them says so."""
+    """Raise UserError if several processes were started for a program that runs as one; only one of them reports it."""
     if expected_world().several:
         with started():
-            raise UserError(f"{program} is one process: start it with python {program}; torchrun is for train.py alone")
+            raise UserError(
+                f"{program} runs as one process: start it with python {program}; torchrun is only for train.py"
+            )
 
 
 @contextmanager
 def joined(device: torch.device, timeout: float = 600.0) -> Iterator[World]:
-    """The world of the processes that were started together, inside the block; alone this is a world of one.
+    """The world of the processes that were started together, inside the block; of size one for a single process.
 
-    device: of this process: NCCL carries tensors of GPUs, gloo those of the CPU. timeout: seconds after which waiting
-    for the others is an error. Raises UserError where two of them have one GPU.
+    device: the device of this process; NCCL transfers tensors of GPUs, gloo those of the CPU. timeout: seconds after
+    which waiting for the others is an error. Raises UserError if two processes share a GPU.
     """
     global _world  # noqa: PLW0603, as above
     found = expected_world()
@@ -154,7 +156,7 @@ def joined(device: torch.device, timeout: float = 600.0) -> Iterator[World]:
             f"several processes need PyTorch {'.'.join(map(str, OLDEST))} or newer, and this is {torch.__version__}: "
             "update it, or start one process"
         )
-    # At the time limit NCCL is to give up its calls, not to abort the process, which has a line to say.
+    # At the time limit NCCL must cancel its calls, not abort the process, which still has to report the error.
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     numbers = {"rank": found.rank, "world_size": found.size}
@@ -163,24 +165,30 @@ def joined(device: torch.device, timeout: float = 600.0) -> Iterator[World]:
     try:
         _refuse_shared_gpus(found, device)
         yield found
+    except BaseException:
+        if device.type == "cpu":
+            dist.destroy_process_group()
+        # NCCL would wait for CUDA graphs that the error still holds; who has `started` ends the process at once.
+        raise
+    else:
+        dist.destroy_process_group()
     finally:
         _world = ALONE
-        dist.destroy_process_group()
 
 
 def _meet(found: World, purpose: str) -> dist.Store:
-    """A connection to the store that all processes reach. Raises UserError, and EnvironmentFault where nobody came."""
+    """A connection to the store of all processes. Raises UserError; EnvironmentFault if the others do not connect."""
     if _meeting is not None:
         return dist.FileStore(f"{_meeting}-{purpose}", found.size)
     try:
         store, _, _ = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=MEETING_SECONDS))))
         return dist.PrefixStore(purpose, store)
-    except (ValueError, RuntimeError) as error:  # what PyTorch raises without MASTER_ADDR, and where none answers
+    except (ValueError, RuntimeError) as error:  # what PyTorch raises without MASTER_ADDR, and without an answer
         if "MASTER_ADDR" not in os.environ:
             raise UserError("WORLD_SIZE is set, but not MASTER_ADDR: start several processes with torchrun") from error
         raise EnvironmentFault(
-            f"the {found.size} processes have not met at {os.environ['MASTER_ADDR']} within {MEETING_SECONDS:.0f} s: "
-            "start all of them, with one address that each can reach"
+            f"the {found.size} processes did not connect to {os.environ['MASTER_ADDR']} within {MEETING_SECONDS:.0f} s"
+            ": start all of them, with an address that each can reach"
         ) from error
 
 
@@ -197,6 +205,6 @@ def _refuse_shared_gpus(found: World, device: torch.device) -> None:
 
 
 def _name_of(device: torch.device) -> str:
-    """What tells a GPU from others, whichever of them a process sees."""
+    """What identifies a GPU, whichever GPUs a process can see."""
     found = torch.cuda.get_device_properties(device)
     return str(getattr(found, "uuid", device))

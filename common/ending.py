@@ -1,7 +1,7 @@
-"""How several processes end: when one fails, all do, and one of them says why, in one line that names it.
+"""How several processes end together: if one fails, all end, and one line reports which one and why.
 
-They tell each other through a store (of torch.distributed). A process may hang in a call for another one that is gone,
-and then runs no Python: a thread of its own watches the others, and ends it.
+The processes communicate through a store of torch.distributed. A process may hang in a collective call for another
+process that no longer exists, and then runs no Python code. Therefore a thread watches the others and ends it.
 """
 
 import os
@@ -17,26 +17,27 @@ from typing import Any
 
 from common.errors import Interrupted, UserError, explained, say
 
-LOOK = 0.5  # seconds between two looks at the others
-FIRST = 2.0  # seconds in which rank 0 may say what all have found wrong
-PATIENCE = 5.0  # seconds in which a process that lost another one learns why
-GRACE = 10.0  # seconds that a process has to end by itself once another has failed
-# What a call for other processes raises when one of them is gone, by gloo and NCCL.
+LOOK = 0.5  # seconds between two checks of the others
+FIRST = 2.0  # seconds in which rank 0 may report an error that all processes have
+PATIENCE = 5.0  # seconds that a process waits for the reason why it lost another one
+GRACE = 10.0  # seconds that a process has to end by itself after another one has failed
+# What collective calls raise if another process no longer exists, with gloo and NCCL.
 BROKEN = ("connection closed", "connection reset", "broken pipe", "timed out", "gloo", "nccl")
 
 
 @contextmanager
 def together(rank: int, size: int, store: Any) -> Iterator[None]:
-    """Around a program that runs as so many processes; store: reached by all, for this alone.
+    """Wrap a program that runs as several processes. store: shared by all, used only for this.
 
-    An error ends the process here, and the others soon: the first to have one says it, rank 0 where all have the same.
+    An error ends this process at once, and the others soon after. The first process with an error reports it; if all
+    have the same error, rank 0 does.
     """
     others = _Others(rank, size, store)
     stderr, debug = sys.stderr, "--debug" in sys.argv[1:]
     try:
         with _quiet(rank > 0):
             yield
-    except BaseException as error:  # whatever ends one process ends the others
+    except BaseException as error:  # anything that ends one process ends the others
         with redirect_stderr(stderr):
             code = others.end(error)
             if debug and code > 0:
@@ -56,7 +57,7 @@ def _quiet(quiet: bool) -> Iterator[None]:
 
 
 def _leave(code: int) -> None:
-    """End at once: threads and communicators that wait for processes that are gone would hold it up."""
+    """End at once: threads and communicators that wait for ended processes would delay it."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
             stream.flush()
@@ -64,7 +65,7 @@ def _leave(code: int) -> None:
 
 
 class _Others:
-    """The other processes: which of them are there, and what has been said."""
+    """The other processes: which of them are alive, and what has been reported."""
 
     def __init__(self, rank: int, size: int, store: Any):
         self.rank, self.size, self.store = rank, size, store
@@ -76,14 +77,14 @@ class _Others:
         threading.Thread(target=self._watch, name="others", daemon=True).start()
 
     def done(self) -> None:
-        """This process has come to its end, and may be gone."""
+        """This process is finished and may disappear."""
         self._set(f"done/{self.rank}", "yes")
         self._over.set()
 
     def end(self, error: BaseException) -> int:
-        """Say what ended this process unless another has told it; returns the exit code."""
+        """Report what ended this process, unless another process has already done so; returns the exit code."""
         self._over.set()
-        if isinstance(error, SystemExit):  # of --help and the like, in all of them
+        if isinstance(error, SystemExit):  # --help and the like, in all processes
             return error.code if isinstance(error.code, int) else int(error.code is not None)
         if isinstance(error, KeyboardInterrupt):
             code = getattr(error, "exit_code", 130)
@@ -99,14 +100,14 @@ class _Others:
             self._end_without(line)
             return 1
         alike = isinstance(error, UserError) and not isinstance(error, Interrupted)
-        if self.rank > 0 and alike:  # rank 0 says what all have found
+        if self.rank > 0 and alike:  # rank 0 reports what all have found
             self._wait_for("told", FIRST)
         name = f"rank {self.rank}: " if self.rank > 0 or not alike else ""
         self._tell(f"error: {name}{line}")
         return code
 
     def _end_without(self, line: str) -> None:
-        """A call for the other processes failed: one is gone, or has said why it ends, or did not come in time."""
+        """A collective call failed: another process has disappeared, reported an error, or did not respond in time."""
         self._set(f"waited/{self.rank}", "yes")
         deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline:
@@ -118,14 +119,14 @@ class _Others:
         others = [rank for rank in range(self.size) if not self._has(f"waited/{rank}")]
         if others:
             self._tell(
-                f"error: rank {others[0]} did not come to the others in time, it hangs or is slow: --resume goes on "
-                "from the last checkpoint, --parallel.timeout sets how long they wait"
+                f"error: rank {others[0]} did not respond in time, it hangs or is too slow: --resume continues from "
+                "the last checkpoint, --parallel.timeout sets how long the others wait"
             )
         else:
-            self._tell(f"error: the processes lost each other: {line}")
+            self._tell(f"error: the processes lost their connection: {line}")
 
     def _watch(self) -> None:
-        """Ends this process where another one has failed and this one hangs."""
+        """End this process if another one has failed and this one hangs."""
         since = None
         while not self._over.wait(LOOK):
             lost = self._lost()
@@ -139,7 +140,7 @@ class _Others:
                 _leave(1)
 
     def _lost(self) -> int | None:
-        """A process of this machine that is gone, though it had not come to its end."""
+        """A process of this machine that disappeared before it was finished."""
         for rank in range(self.size):
             if rank == self.rank or self._has(f"done/{rank}") or not self._has(f"process/{rank}"):
                 continue
@@ -154,14 +155,14 @@ class _Others:
             time.sleep(LOOK / 10)
 
     def _tell(self, line: str) -> None:
-        """Say a line, unless another process has said one."""
+        """Print a line, unless another process has printed one."""
         with self._lock, suppress(RuntimeError, ValueError):
             if self.store.compare_set("told", "", str(self.rank)).decode() != str(self.rank):
                 return
         say(line)
 
     def _has(self, key: str) -> bool:
-        with self._lock, suppress(RuntimeError, ValueError):  # the store went with the process that held it
+        with self._lock, suppress(RuntimeError, ValueError):  # the store ended with the process that hosted it
             return self.store.check([key])
         return False
 
@@ -175,15 +176,15 @@ class _Others:
 
 
 def gone(rank: int) -> str:
-    """That a process is not there any more, and what to do."""
+    """The error line for a process that disappeared."""
     return (
-        f"rank {rank} is gone: it was killed, or the machine took its memory back; --resume goes on from the last "
+        f"rank {rank} has died: it was killed, perhaps because memory ran out; --resume continues from the last "
         "checkpoint"
     )
 
 
 def _is_of_others(error: BaseException) -> bool:
-    """Whether an error is that another process did not do its part."""
+    """Whether an error means that another process failed."""
     if isinstance(error, UserError) or not isinstance(error, RuntimeError):
         return False
     text = str(error).lower()
@@ -191,13 +192,13 @@ def _is_of_others(error: BaseException) -> bool:
 
 
 def _lives(pid: int) -> bool:
-    """Whether a process of this machine runs; one that has ended but was not yet asked for its code does not."""
+    """Whether a process of this machine is running; a zombie process is not."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except OSError:
         return True
-    with suppress(OSError, IndexError):  # only where there is /proc
+    with suppress(OSError, IndexError):  # only if /proc exists
         return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] not in "ZX"
     return True

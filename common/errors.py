@@ -1,4 +1,4 @@
-"""How a program ends: one line that says what is wrong, where, and what to do; a traceback only with --debug."""
+"""Errors end a program with one line that says what is wrong, where, and how to fix it; --debug adds a traceback."""
 
 import os
 import signal
@@ -41,7 +41,7 @@ def exit_on_signal() -> None:
     """Let Ctrl-C and SIGTERM end a program during its imports with one line instead of a traceback."""
 
     def exit_now(number: int, _frame: object) -> None:
-        if os.environ.get("RANK", "0") == "0":  # of several processes one says it
+        if os.environ.get("RANK", "0") == "0":  # of several processes only one reports it
             say(f"interrupted by {signal.Signals(number).name}")
         os._exit(128 + number)
 
@@ -51,7 +51,7 @@ def exit_on_signal() -> None:
 
 
 def exit_code(error: BaseException) -> int | None:
-    """The exit code of an error whose text is written for the user; None for other errors."""
+    """The exit code of an error whose message is meant for the user; None for other errors."""
     code = getattr(error, "exit_code", None)
     return code if isinstance(code, int) else None
 
@@ -123,7 +123,7 @@ class _Output:
         except OSError as error:
             with suppress(OSError):  # else the buffered text fails again when Python exits
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-            remedy = "the rest of the work is done" if self.keep_going else "send it elsewhere"
+            remedy = "the rest of the work is done" if self.keep_going else "redirect it elsewhere"
             full = EnvironmentFault(f"standard output cannot be written: {error.strerror}; {remedy}")
             self._lost = self._lost or (error if isinstance(error, BrokenPipeError) else full)
             if not self.keep_going:

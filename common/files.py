@@ -48,9 +48,9 @@ def write_atomically(path: Path, write: Callable[[Path], Any], kept: str = "", p
 
 
 def require_place(path: Path, option: str) -> None:
-    """Raise EnvironmentFault where a folder or file of this path could not be written; leaves nothing behind.
+    """Raise EnvironmentFault if this path could not be written; leaves nothing behind.
 
-    option: which names the path, for the message.
+    option: the option that names the path, for the message.
     """
     parent = next(each for each in path.absolute().parents if each.exists())
     try:
@@ -58,7 +58,7 @@ def require_place(path: Path, option: str) -> None:
             pass
     except OSError as error:
         raise EnvironmentFault(
-            f"{option} {path} cannot be made in {parent}: {error.strerror}; name another place"
+            f"{option} {path} cannot be created in {parent}: {error.strerror}; choose another folder"
         ) from error
 
 
@@ -82,7 +82,7 @@ def _set_aside(path: Path, previous: Path) -> None:
 
 
 def _flush_folder(folder: Path) -> None:
-    """Make a rename survive a power failure, where the system can."""
+    """Make a rename survive a power failure, if the system supports it."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

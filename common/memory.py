@@ -20,10 +20,10 @@ SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B?", re.IGNORECASE)
 
 
 def size_in_bytes(text: str) -> int:
-    """The bytes of a size as people write it: 512MB, 1.5GB, 200MiB, 0. Raises ValueError."""
+    """The number of bytes of a size such as 512MB, 1.5GB, 200MiB or 0. Raises ValueError."""
     found = SIZE.fullmatch(text.strip())
     if found is None:
-        raise ValueError(f"'{text}' is no size: write it as 512MB, 1.5GB or 0")
+        raise ValueError(f"'{text}' is not a size: write it as 512MB, 1.5GB or 0")
     power = " kmgt".index(found[2].lower() or " ")
     return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
 

@@ -1,12 +1,12 @@
-"""How far a long loop has come: a bar on a terminal, and elsewhere a line every half minute.
+"""Progress of a long loop: a bar on a terminal, and elsewhere a line every half minute.
 
     with meter("epoch 3/40", total=45_000) as done:
         for batch in batches:
             ...
             done(len(batch))
 
-A bar is drawn only where both standard output and standard error are terminals: of `train.py | tee log`, or under an
-agent, bars and lines would share a line. What is printed while there is a bar goes above it.
+A bar is drawn only if both standard output and standard error are terminals; with `train.py | tee log`, or under an
+agent, bars and lines would share a line. Text that is printed while a bar is shown goes above it.
 """
 
 import sys
@@ -20,22 +20,22 @@ from tqdm import tqdm
 from common.errors import say
 
 SECONDS = 30.0  # between two lines
-LOOK = 0.5  # seconds between two looks at the note, which may wait for the device
+LOOK = 0.5  # seconds between two updates of the note, which may wait for the device
 
 
 class Meter:
-    """Units done of a loop, shown as a bar or in lines. To be called with the units that were done.
+    """The progress of a loop, shown as a bar or in lines. Call it with the number of units that were done.
 
-    total: units of the loop. later: units of the loops that follow it, which count in the time that is left. note:
-    more to show, asked for when it is.
+    total: units of the loop. later: units of the following loops, which count in the remaining time. note: called for
+    more text to show.
     """
 
-    next_line = 0.0  # when the next line is due, of all meters of this process
+    next_line = 0.0  # when the next line is due, for all meters of this process
 
     def __init__(self, label: str, total: int, done: int, unit: str, later: int, bar: tqdm | None):
         self.label, self.total, self.done, self.unit, self.later, self.bar = label, total, done, unit, later, bar
         self.note: Callable[[], str] | None = None
-        self._from: tuple[float, int] | None = None  # when counting began, which leaves out what came before, and where
+        self._from: tuple[float, int] | None = None  # when and at which unit counting began, after the start-up
         self._looked = time.perf_counter()
 
     def __call__(self, units: int) -> None:
@@ -64,20 +64,20 @@ class Meter:
 
 @contextmanager
 def meter(label: str, total: int, done: int = 0, unit: str = "image", later: int = 0) -> Iterator[Meter]:
-    """A Meter for the block. done: units that were done before it."""
+    """A Meter for the block. done: units that were done before."""
     Meter.next_line = Meter.next_line or time.perf_counter() + SECONDS
     if not (_is_terminal(sys.stdout) and _is_terminal(sys.stderr)):
         yield Meter(label, total, done, unit, later, None)
         return
     out, err = sys.stdout, sys.stderr
-    terminal = err.terminal if isinstance(err, _Above) else err  # of a bar within another
+    terminal = err.terminal if isinstance(err, _Above) else err  # for a bar within another
     bar = tqdm(total=total, initial=done, desc=label, unit=unit, leave=False, file=terminal, dynamic_ncols=True)
     with bar, redirect_stdout(_Above(out, bar)), redirect_stderr(_Above(err, bar)):
         yield Meter(label, total, done, unit, later, bar)
 
 
 class _Above:
-    """A terminal on which a bar is: what is written to it takes the bar's place, and the bar is drawn again below."""
+    """A terminal with a bar: written text replaces the bar, and the bar is drawn again below."""
 
     def __init__(self, stream: TextIO, bar: tqdm):
         self._stream, self._bar = stream, bar

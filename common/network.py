@@ -5,7 +5,7 @@ import threading
 from urllib.parse import urlparse
 from urllib.request import getproxies
 
-SECONDS = 3.0  # for a host to accept a connection
+SECONDS = 3.0  # limit for a host to accept a connection
 
 
 def reachable(url: str) -> bool:

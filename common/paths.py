@@ -12,16 +12,16 @@ def expanded(text: str | os.PathLike) -> Path:
     text = os.fspath(text)
     if not text or "\0" in text:
         raise ValueError(
-            f"{'a text with a null character' if text else 'an empty text'} is not a path: name a file or folder"
+            f"{'a text with a null character' if text else 'an empty text'} is not a path: give a file or folder"
         )
     return Path(os.path.expanduser(text))
 
 
 def cache_folder(name: str) -> Path:
-    """The folder `name` of the cache, in which downloads and features are kept between runs."""
+    """The folder `name` in the cache, which keeps downloads and features between runs."""
     return Path(os.environ.get("VISION_MOE_CACHE", "~/.cache/vision_moe")) / name
 
 
 def absolute(text: str | os.PathLike) -> Path:
-    """The absolute path, which stays valid in another working folder."""
+    """The absolute path, which stays valid if the working folder changes."""
     return expanded(text).absolute()

@@ -3,7 +3,6 @@
 They are code, so only the command line can load them, never a file, a checkpoint or a server.
 """
 
-import argparse
 import importlib.util
 import os
 import sys
@@ -28,20 +27,15 @@ HELP = (
 _loaded: dict[str, str] = {}  # name of each plug-in -> where it comes from
 
 
-def add_plugins_option(parser: argparse.ArgumentParser) -> None:
-    """Give a program the option --plugins, whose values are for `load_plugins`."""
-    parser.add_argument("--plugins", action="append", default=[], metavar="FILE", help=HELP.replace("%", "%%"))
-
-
 def loaded_plugins() -> list[str]:
-    """Names of the plug-ins that are loaded, in order: their file names or entry points."""
+    """Names of the loaded plug-ins, in order: their file names or entry points."""
     return list(_loaded)
 
 
 def load_plugins(named: Iterable[str]) -> None:
     """Load plug-ins from files or entry points, each once.
 
-    Raises UserError for one that does not exist, does not load, or has the name of another.
+    Raises UserError for a plug-in that does not exist, cannot be loaded, or has the same name as another.
     """
     for text in named:
         path = Path(os.path.expanduser(text))
@@ -52,7 +46,7 @@ def load_plugins(named: Iterable[str]) -> None:
         if point is None:
             raise UserError(
                 f"--plugins {quoted(text)} is neither a Python file nor an entry point in {GROUP}: name a file that "
-                "ends in .py, or a plug-in that is installed"
+                "ends in .py, or an installed plug-in"
             )
         _load(text, point.value, text, point.load)
 
@@ -72,13 +66,15 @@ def _load(name: str, source: str, text: str, run: Callable[[], Any]) -> None:
     if _loaded.get(name) == source:
         return
     if name in _loaded:
-        raise UserError(f"--plugins {quoted(text)} has the name of {printable(_loaded[name])}: rename one of them")
+        raise UserError(f"--plugins {quoted(text)} has the same name as {printable(_loaded[name])}: rename one of them")
     try:
         run()
     except (Exception, SystemExit) as error:
         named = f"{type(error).__name__}: {getattr(error, 'msg', error)}"
         reason = named if exit_code(error) is None else str(error)
-        raise UserError(f"--plugins {quoted(text)} does not load{_line(error, source)}: {one_line(reason)}") from error
+        raise UserError(
+            f"--plugins {quoted(text)} cannot be loaded{_line(error, source)}: {one_line(reason)}"
+        ) from error
     _loaded[name] = source
 
 

@@ -37,12 +37,12 @@ class _DeferredSignals:
 
     @property
     def pending(self) -> int:
-        """The signal that waits; 0 for none."""
+        """The pending signal; 0 for none."""
         return self._pending
 
     @contextmanager
     def until_asked(self) -> Iterator[None]:
-        """As the object itself; a second signal changes nothing, since torchrun sends one on top of the terminal's."""
+        """As the object itself, but ignores a second signal, because torchrun sends one besides the terminal's."""
         self._patient = True
         with self:
             yield

@@ -18,7 +18,7 @@ REORDERING = frozenset(
 def printable(text: object) -> str:
     """`text` on one line; line breaks and control characters are escaped as in JSON.
 
-    File names may hold line breaks, escape codes that colour or clear the screen, and undecodable bytes.
+    File names may contain line breaks, escape codes that colour or clear the screen, and undecodable bytes.
     """
     return "".join(_escaped(letter) if _unseen(letter) else letter for letter in str(text))
 

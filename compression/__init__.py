@@ -1,1 +1,1 @@
-"""A trained mixture made smaller: experts removed, merged, taught by a teacher, kept in fewer bits."""
+"""Make a trained mixture smaller: remove, merge, distil or quantise its experts."""

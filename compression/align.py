@@ -1,4 +1,4 @@
-"""Experts as lists of matrices; the order of hidden units in which two of them agree; their average."""
+"""Experts as lists of matrices: matching the hidden units of two experts, and averaging experts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from model.experts import LayerStack
 from model.experts.adapter import Adapters
 
-SWEEPS = 20  # over the hidden layers, at most
+SWEEPS = 20  # limit of sweeps over the hidden layers
 
 
 @dataclass(eq=False)
@@ -20,7 +20,7 @@ class Layers:
 
     matrices: of each layer, (outputs, inputs). vectors: of each hidden layer, biases and the weights of its norm,
     (outputs,). out: the bias of the last layer (None: it has none). halves: of each hidden layer, the outputs of its
-    matrix for each unit: 2 for gated linear units, which have a gate and a value. there: which units the expert has.
+    matrix per unit: 2 for gated linear units, which have a gate and a value. there: which units the expert has.
     """
 
     matrices: list[Tensor]
@@ -35,7 +35,7 @@ class Layers:
         return [len(matrix) // halves for matrix, halves in zip(self.matrices, self.halves, strict=False)]
 
     def reorder(self, layer: int, order: Tensor) -> None:
-        """Put the units of a hidden layer into another order, in which the expert computes the same."""
+        """Permute the units of a hidden layer; the expert computes the same function."""
         units = self.hidden[layer]
         rows = torch.cat([order + half * units for half in range(self.halves[layer])])
         self.matrices[layer] = self.matrices[layer][rows]
@@ -44,7 +44,7 @@ class Layers:
         self.there[layer] = self.there[layer][order]
 
     def widened(self, hidden: Sequence[int]) -> "Layers":
-        """The same with so many units in each hidden layer: zeros, which are not `there`, behind its own."""
+        """The expert padded to these numbers of units per hidden layer with zeros, which are not `there`."""
         matrices, vectors, there = list(self.matrices), [list(group) for group in self.vectors], list(self.there)
         for layer, (units, wanted) in enumerate(zip(self.hidden, hidden, strict=True)):
             matrices[layer] = _padded(matrices[layer], units, wanted, self.halves[layer])
@@ -55,13 +55,13 @@ class Layers:
 
 
 def _padded(tensor: Tensor, units: int, wanted: int, halves: int) -> Tensor:
-    """With zeros for new units in each half of the first axis."""
+    """The tensor padded with zeros for new units in each half of the first axis."""
     lacking = tensor.new_zeros(halves, wanted - units, *tensor.shape[1:])
     return torch.cat([tensor.unflatten(0, (halves, units)), lacking], dim=1).flatten(0, 1)
 
 
 def layers_of(experts: Any, number: int) -> Layers | None:
-    """The weights of an expert of a mixture; None for one that is not made of layers one after the other."""
+    """The weights of an expert of a mixture; None for an expert that is not a sequence of layers."""
     if isinstance(experts, Adapters):
         units = list(experts.units_of(number))
         down_UD, up_DU = experts.down.weight.detach()[units], experts.up.detach()[:, units]
@@ -88,7 +88,7 @@ def _layers(matrices: list[Tensor], vectors: list[list[Tensor]], out: Tensor | N
 
 @torch.no_grad()
 def write_layers(layers: Layers, experts: Any, number: int) -> None:
-    """Put the weights into an expert of a mixture of the same shape."""
+    """Copy the weights into an expert of a mixture with the same shape."""
     if isinstance(experts, Adapters):
         units = list(experts.units_of(number))
         experts.down.weight[units], experts.up[:, units] = layers.matrices
@@ -107,10 +107,10 @@ def write_layers(layers: Layers, experts: Any, number: int) -> None:
 
 
 def align(layers: Layers, reference: Layers) -> Layers:
-    """The expert with its hidden units in the order in which it is nearest to another of the same shape.
+    """The expert with its hidden units permuted to be closest to another expert of the same shape.
 
-    Each order of units is the solution of a linear assignment problem, given those of the layers around it, until none
-    changes (weight matching of Ainsworth 2022, "Git Re-Basin"); for one hidden layer that is the nearest of all orders.
+    Each permutation solves a linear assignment problem, given the permutations of the neighbouring layers, until none
+    changes (weight matching of Ainsworth 2022, "Git Re-Basin"). For one hidden layer this is the optimal permutation.
     """
     from scipy.optimize import linear_sum_assignment  # here, because it takes a moment
 
@@ -131,7 +131,7 @@ def align(layers: Layers, reference: Layers) -> Layers:
 
 
 def _likeness(a: Layers, b: Layers, layer: int) -> Tensor:
-    """Inner products of all that goes in and out of each unit of a with that of each unit of b, (units, units)."""
+    """Inner products of the input and output weights of each unit of a with those of each unit of b, (units, units)."""
     total = a.matrices[layer + 1].double().T @ b.matrices[layer + 1].double()
     for name in ("matrices", "vectors"):
         pairs = zip(*(_columns(getattr(each, name)[layer]) for each in (a, b)), strict=True)
@@ -147,10 +147,10 @@ def _columns(value: Tensor | list[Tensor]) -> list[Tensor]:
 
 
 def average(each: Sequence[Layers], shares: Sequence[float]) -> Layers:
-    """Their weighted mean. shares: sum to 1. All have the same shape, and units that belong together in one place.
+    """The weighted mean of experts of the same shape with matched units. shares: sum to 1.
 
-    What goes into a unit is the mean over the experts that have it; what comes out of it counts for those alone, so
-    that an expert without the unit adds nothing to it.
+    The input weights of a unit are the mean over the experts that have it; its output weights are weighted by the
+    share of those experts, so an expert without the unit adds nothing.
     """
     first = each[0]
     matrices, vectors = [], []
@@ -167,7 +167,7 @@ def average(each: Sequence[Layers], shares: Sequence[float]) -> Layers:
                 for index in range(len(first.vectors[layer]))
             ]
         )
-    # Of a unit that an expert lacks, the next matrix has a column of zeros.
+    # If an expert lacks a unit, its next matrix has a column of zeros there.
     matrices.append(sum(share * member.matrices[-1] for share, member in zip(shares, each, strict=True)))
     out = None if first.out is None else sum(share * m.out for share, m in zip(shares, each, strict=True))
     return Layers(matrices, vectors, out, first.halves, [torch.ones_like(there) for there in first.there])

@@ -1,4 +1,4 @@
-"""The configurations of students: smaller mixtures for a trained one, or an ensemble, to teach."""
+"""The configurations of students: smaller models distilled from a trained run or an ensemble."""
 
 from dataclasses import replace
 from typing import Any
@@ -9,17 +9,18 @@ from model.experts import SIZES
 
 
 def sparse_student(config: Config, epochs: int | None, sizes: list[Any] | None, warm: bool) -> Config:
-    """The configuration that a sparse student of a run is trained by. Raises UserError where there is none.
+    """The training configuration of a sparse student. Raises UserError if no such student is possible.
 
-    epochs: to train (None: the run's own). sizes: of its experts (None: half the hidden units of each, shared ones
-    included). warm: it starts from weights that it has, so that sizes stay and none of its steps routes at random.
+    epochs: of the training (None: those of the run). sizes: of its experts (None: half the hidden units of each,
+    including shared experts). warm: the student starts from trained weights, so its sizes stay and there is no random
+    warm-up.
     """
     experts, router = config.experts, config.router
     if warm:
         return _trained_for(replace(config, router=replace(router, warmup_steps=0)), epochs)
     if sizes is None and experts.kind == "ffn":
         raise UserError(
-            "--distil sparse: copies of the ViT's FFN have one size, so name --prune or --merge, whose result is taught"
+            "--distil sparse: copies of the ViT's FFN have a fixed size: add --prune or --merge for a smaller student"
         )
     halves = {name: [_half(size) for size in getattr(experts, name)] for name in ("sizes", "shared", "head")}
     try:
@@ -31,20 +32,25 @@ def sparse_student(config: Config, epochs: int | None, sizes: list[Any] | None, 
         raise UserError(f"--distil sparse: {one_line(error)}") from error
 
 
+def check_dense_sizes(sizes: list[Any] | None) -> None:
+    """Raise UserError where the sizes of a dense student are those of several experts."""
+    if sizes is not None and len(sizes) != 1:
+        raise UserError(f"--distil.sizes names {len(sizes)} experts: a dense student has one, such as [[256]]")
+
+
 def dense_student(twin: Config, epochs: int | None, sizes: list[Any] | None) -> Config:
-    """The configuration that a dense student is trained by. twin: of the dense part that costs what the mixture does.
+    """The training configuration of a dense student. twin: that of the dense part with the cost of the mixture.
 
     Raises UserError for sizes of several experts.
     """
     experts = twin.experts
+    check_dense_sizes(sizes)
     if sizes is not None:
-        if len(sizes) != 1:
-            raise UserError(f"--distil.sizes names {len(sizes)} experts: a dense student has one, such as [[256]]")
         try:
             experts = replace(experts, sizes=sizes)
         except ValueError as error:
             raise UserError(f"--distil dense: {one_line(error)}") from error
-    # It is no twin of the run, which is trained as the run is: it has a teacher.
+    # It is not a twin of the run, which would be trained like the run: it has a teacher.
     train = replace(twin.train, dense_twin=False, twin_of=None)
     return _trained_for(replace(twin, experts=experts, train=train), epochs)
 
@@ -54,5 +60,5 @@ def _trained_for(config: Config, epochs: int | None) -> Config:
 
 
 def _half(size: Any) -> list[int]:
-    """The hidden layers of an expert with half the units, one at the least."""
+    """The hidden layers of an expert with half the units, at least one."""
     return [max(1, units // 2) for units in (SIZES[size][0] if isinstance(size, str) else size)]

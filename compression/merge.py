@@ -1,4 +1,4 @@
-"""Merge experts to fewer: groups of them become one, after MC-SMoE (Li 2023, "Merge, then compress")."""
+"""Merge groups of experts into one expert each, following MC-SMoE (Li 2023, "Merge, then compress")."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -12,37 +12,38 @@ from compression.align import Layers, align, average, layers_of, write_layers
 from compression.observe import inputs_of, observe, output_of
 from compression.state import Build, differing_axis, owner
 from config.config import Config
+from model.experts import ExpertKind
 from model.experts.adapter import Adapters
 from model.moe_vit import AnyMoE
 from model.routers import ROUTERS
 
-RIDGE = 1e-4  # of the mean square of a hidden unit: how much the fit is held back where the rows say little
-FIT_ROWS = 65_536  # that the fit sees at each place, at most
+RIDGE = 1e-4  # ridge penalty of the fit, relative to the mean square of a hidden unit
+FIT_ROWS = 65_536  # limit of rows for the fit at each place
 Groups = list[list[list[int]]]
-"""At each place, the members of each expert that is to be; the first of each group is the most used."""
+"""At each place, the members of each new expert; the first member of a group is the most used."""
 
 
 def check_merge(config: Config, number: int, count: int | None = None) -> None:
-    """Raise UserError where experts cannot be merged to so many. count: of the experts that are left by now."""
+    """Raise UserError if experts cannot be merged to this number. count: the number of remaining experts."""
     count = len(config.experts.sizes) if count is None else count
     rule = ROUTERS[config.router.kind]
     if not 1 <= number < count:
         if count == 1:
-            raise UserError(f"--merge is {number}: there is one expert, and nothing to merge it with")
+            raise UserError(f"--merge is {number}: there is only one expert, so nothing to merge")
         raise UserError(f"--merge is {number}: there are {count} experts to merge, so give 1 to {count - 1}")
     if number < config.router.top_k:
         top_k = config.router.top_k
-        raise UserError(f"--merge {number} leaves fewer experts than each sample goes to, router.top_k {top_k}")
+        raise UserError(f"--merge {number} leaves fewer experts than each sample uses, router.top_k {top_k}")
     if config.router.kind == "hierarchical" or not rule.learns:
-        why = "its groups are of equal number" if rule.learns else "it has no gate whose columns could be merged"
-        raise UserError(f"--merge does not go with router.kind {config.router.kind}: {why}; use --prune")
+        why = "its groups must stay equal in size" if rule.learns else "it has no gate whose columns could be merged"
+        raise UserError(f"--merge does not work with router.kind {config.router.kind}: {why}; use --prune")
     if config.experts.inputs is not None:
-        raise UserError("--merge does not go with experts.inputs: experts of one group would read different features")
+        raise UserError("--merge does not work with experts.inputs: experts of one group would read different features")
 
 
 @torch.no_grad()
 def likeness_of_gates(model: AnyMoE, batches: Iterable[Tensor]) -> list[Tensor]:
-    """At each place the cosine of each two experts' router logits over the samples, float64 (E, E) (Li 2023, eq. 2)."""
+    """At each place, the cosine similarity of the router logits of two experts, float64 (E, E) (Li 2023, eq. 2)."""
     products: list[Any] = [0.0] * len(model.mixtures)
     for inputs in batches:
         seen = observe(model, inputs)
@@ -54,10 +55,10 @@ def likeness_of_gates(model: AnyMoE, batches: Iterable[Tensor]) -> list[Tensor]:
 
 
 def group(likeness_EE: Tensor, usage_E: Sequence[float], hidden: Sequence[list[int]], number: int) -> list[list[int]]:
-    """The `number` most used experts, each with those of the others whose gate is most like its own.
+    """The `number` most used experts, each with the other experts whose router logits are most similar.
 
-    An expert joins one of its own size (`hidden`) where there is one among the most used. Groups are in the order of
-    their first members.
+    An expert joins one of its own size (`hidden`), if there is one among the most used. Groups are ordered by their
+    first members.
     """
     order = sorted(range(len(usage_E)), key=lambda expert: (-usage_E[expert], expert))
     groups = {leader: [leader] for leader in sorted(order[:number])}
@@ -69,7 +70,7 @@ def group(likeness_EE: Tensor, usage_E: Sequence[float], hidden: Sequence[list[i
 
 
 def choose_groups(config: Config, model: AnyMoE, likeness: Sequence[Tensor], number: int) -> Groups:
-    """The groups at each place; unequal experts form the same groups everywhere, since they have one configuration."""
+    """The groups at each place. Unequal experts form the same groups everywhere, as they share one configuration."""
     experts = config.experts
     hidden = [experts.hidden(expert) for expert in range(len(experts.sizes))]
     usage = [_shares(mixture.usage_E.tolist()) for mixture in model.mixtures]
@@ -81,13 +82,13 @@ def choose_groups(config: Config, model: AnyMoE, likeness: Sequence[Tensor], num
 
 
 def _shares(usage: Sequence[float]) -> list[float]:
-    """Numbers over their sum; even ones where all are zero."""
+    """Numbers divided by their sum; equal shares if all are zero."""
     total = sum(usage)
     return [value / total if total else 1 / len(usage) for value in usage]
 
 
 def merged_config(config: Config, groups: list[list[int]]) -> Config:
-    """The configuration after the merge: of each group the units of its widest member, layer by layer."""
+    """The configuration after the merge: each group gets the units of its widest member, layer by layer."""
     experts, router = config.experts, config.router
     leaders = [_widest(group, [experts.hidden(expert) for expert in range(len(experts.sizes))]) for group in groups]
     count = len(experts.sizes)
@@ -112,11 +113,11 @@ def merged_config(config: Config, groups: list[list[int]]) -> Config:
             router=replace(router, target_load=target),
         )
     except ValueError as error:
-        raise UserError(f"--merge {len(groups)} makes no model: {one_line(error)}") from error
+        raise UserError(f"--merge {len(groups)} does not make a valid model: {one_line(error)}") from error
 
 
 def _widest(group: Sequence[int], hidden: Sequence[list[int]]) -> int:
-    """The member with the most hidden units; of several the first."""
+    """The member with the most hidden units; the first one in a tie."""
     return max(group, key=lambda expert: (sum(hidden[expert]), -group.index(expert)))
 
 
@@ -131,10 +132,10 @@ def _merged_size(sizes: Sequence[Any], hidden: Sequence[list[int]], group: Seque
 def merge(config: Config, model: AnyMoE, groups: Groups, build: Build) -> tuple[Config, AnyMoE]:
     """The model with one expert for each group, in evaluation mode on the same device.
 
-    Each is the mean of its members, weighted by their usage in training, after their hidden units have been put in the
-    order in which they agree with those of the widest. Members with fewer units fill some of the places. Members with
-    another number of hidden layers are left to `fit`. The gate's columns, and what else a router has for each expert,
-    become the weighted mean too; counters are added up.
+    Each is the mean of its members, weighted by their usage in training, after their hidden units have been matched to
+    those of the widest member. Members with fewer units contribute to only some of them. Members with a different
+    number of hidden layers contribute only in `fit`. The gate's columns, and all other router parameters per expert,
+    also become the weighted mean; counters are summed.
     """
     smaller_config = merged_config(config, groups[0])
     smaller = build(smaller_config).to(next(model.parameters()).device)
@@ -151,13 +152,13 @@ def merge(config: Config, model: AnyMoE, groups: Groups, build: Build) -> tuple[
 
 
 def _is_expert(model: AnyMoE, name: str) -> bool:
-    """Whether a tensor is of routed experts."""
+    """Whether a tensor belongs to routed experts."""
     paths = [path for path, module in model.named_modules() if any(module is mixture for mixture in model.mixtures)]
     return any(name.startswith(f"{path}.experts.") for path in paths)
 
 
 def _merged_entries(model: AnyMoE, groups: Groups, name: str, axis: int) -> Tensor:
-    """A tensor of a router, or a counter, with the entries of each group in one place."""
+    """A tensor of a router, or a counter, with the entries of each group combined."""
     mixture, _ = owner(model, name)
     value, usage = model.state_dict()[name], mixture.usage_E.tolist()
     place = next(index for index, each in enumerate(model.mixtures) if each is mixture)
@@ -171,11 +172,13 @@ def _merged_entries(model: AnyMoE, groups: Groups, name: str, axis: int) -> Tens
 
 
 def _merged_layers(experts: Any, members: Sequence[int], usage: Sequence[float]) -> Layers:
-    """The mean of the members that have as many hidden layers as the widest."""
+    """The mean of the members with the same number of hidden layers as the widest one."""
     each = [layers_of(experts, member) for member in members]
     layers = [found for found in each if found is not None]
     if len(layers) < len(each):
-        raise UserError(f"{type(experts).__name__} is not made of layers: its experts cannot be merged")
+        module = experts if isinstance(experts, ExpertKind) else experts[members[0]]
+        kind = type(module).__name__
+        raise UserError(f"{kind} does not consist of layers: its experts cannot be merged, use --prune")
     widest = max(range(len(layers)), key=lambda index: (sum(layers[index].hidden), -index))
     alike = [index for index, found in enumerate(layers) if len(found.hidden) == len(layers[widest].hidden)]
     hidden = [max(units) for units in zip(*(layers[index].hidden for index in alike), strict=True)]
@@ -186,11 +189,11 @@ def _merged_layers(experts: Any, members: Sequence[int], usage: Sequence[float])
 
 @torch.no_grad()
 def fit(model: AnyMoE, smaller: AnyMoE, groups: Groups, batches: Iterable[Tensor]) -> None:
-    """Fit the last layer of experts that unequal ones have been merged to, so that their outputs are those of before.
+    """Fit the last layer of experts merged from unequal members, so that their outputs match those of the members.
 
-    A small least-squares problem for each: on the rows that `model` sends to any of its members, the outputs should be
-    those of the members, in the proportions of their weights. Rows count by the square of these weights' sum; a ridge
-    holds the weights near those of the average.
+    Each fit is a small ridge regression: on the rows that `model` sends to any of the members, the output should be
+    the mean of the members' outputs in proportion to their gate weights. Rows are weighted by the squared sum of these
+    weights; the ridge penalty keeps the result close to the average.
     """
     uneven = [
         (place, index, members)
@@ -218,7 +221,7 @@ def fit(model: AnyMoE, smaller: AnyMoE, groups: Groups, batches: Iterable[Tensor
 
 
 def _targets(model: AnyMoE, place: int, members: Sequence[int], seen: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows that go to any of the members, what these make of each in proportion to their weights, and the sum of them.
+    """Rows that go to any of the members, the members' outputs in proportion to their weights, and the sum of weights.
 
     Shapes (N, D), (N, C) and, float64, (N, 1).
     """
@@ -233,7 +236,7 @@ def _targets(model: AnyMoE, place: int, members: Sequence[int], seen: Any) -> tu
 
 
 def _last_layer(experts: Any, index: int) -> tuple[Tensor, Tensor | None]:
-    """Weights (C, H) and bias (C,) of an expert's last layer, the latter None where it has none."""
+    """Weights (C, H) and bias (C,) of an expert's last layer; the bias is None if it has none."""
     if isinstance(experts, Adapters):
         return experts.up[:, list(experts.units_of(index))], None
     linear = (experts.copies if hasattr(experts, "copies") else experts)[index].linears[-1]
@@ -241,7 +244,7 @@ def _last_layer(experts: Any, index: int) -> tuple[Tensor, Tensor | None]:
 
 
 def _solve(experts: Any, index: int, square_HH: Tensor, product_HC: Tensor) -> None:
-    """Give an expert's last layer the weights with the least squared error, near those that it has."""
+    """Set an expert's last layer to the ridge-regression solution around its present weights."""
     weight_CH, bias_C = _last_layer(experts, index)
     before_HC = weight_CH.T.double()
     if bias_C is not None:

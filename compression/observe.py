@@ -1,4 +1,4 @@
-"""What each expert of a model reads: rows, inputs of its matrices, and what it makes of them."""
+"""Observe the experts of a model: their input rows, the inputs of their matrices, and their outputs."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -16,15 +16,15 @@ from model.quantised import Matrix, linear_matrices
 from model.routing import Assignments, Routing
 
 HEAD = -1
-"""The place, and the number, of the linear head behind experts inside the ViT, among experts."""
+"""The place and the number that stand for the linear head behind experts inside the ViT."""
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What the experts at one place saw of a batch.
+    """The inputs of the experts at one place for one batch.
 
-    rows_ND: what they read, float32, one row a token or image. assignments: of these rows. pooled_BD: what the shared
-    experts read (None: there are none). logits_BE: of the gate, clean, of what it decides for.
+    rows_ND: their inputs, float32, one row per token or image. assignments: of these rows. pooled_BD: the inputs of
+    the shared experts (None: there are none). logits_BE: the gate's logits without noise, per routed token or image.
     """
 
     mixture: Any
@@ -34,7 +34,9 @@ class Seen:
     logits_BE: Tensor
 
     def rows_of(self, expert: int) -> Tensor:
-        """The rows that an expert has a part in; for the shared ones, which are counted behind the others, all."""
+        """The rows that go to an expert; all rows for a shared expert. Shared experts are numbered after the routed
+        ones.
+        """
         chosen = self.assignments
         if expert >= chosen.num_experts:
             assert self.pooled_BD is not None
@@ -44,7 +46,7 @@ class Seen:
 
 @torch.no_grad()
 def observe(model: AnyMoE, inputs: Tensor) -> dict[int, Seen | Tensor]:
-    """What is read at each place, by its number, when the model answers a batch; at HEAD the features of the head.
+    """The inputs at each place, by its number, for one batch; at HEAD the features of the head.
 
     model: in evaluation mode, not compiled.
     """
@@ -93,7 +95,7 @@ def members(model: AnyMoE) -> Iterator[tuple[int, int]]:
 
 
 def module_of(model: AnyMoE, place: int, number: int) -> nn.Module | None:
-    """The module that is an expert, or the linear head; None where experts are computed side by side."""
+    """The module of an expert, or the linear head; None if the experts share one module."""
     if place == HEAD:
         assert isinstance(model, MoEViT)
         return model.head
@@ -105,7 +107,7 @@ def module_of(model: AnyMoE, place: int, number: int) -> nn.Module | None:
 
 
 def matrices_of(model: AnyMoE, place: int, number: int) -> list[Matrix]:
-    """The matrices that an expert has, or shares with others side by side. Raises ValueError as ExpertKind does."""
+    """The matrices of an expert, which it may share with other experts. Raises ValueError as ExpertKind does."""
     module = module_of(model, place, number)
     if module is not None:
         return linear_matrices(module, number)
@@ -114,14 +116,17 @@ def matrices_of(model: AnyMoE, place: int, number: int) -> list[Matrix]:
 
 
 def output_of(model: AnyMoE, place: int, number: int, rows_ND: Tensor) -> Tensor:
-    """What an expert makes of rows, float32, not weighted. Raises ValueError as ExpertKind does."""
+    """The output of an expert for rows, float32, without gate weights. Raises ValueError as ExpertKind does."""
     module = module_of(model, place, number)
     mixture: Any = model.mixtures[place]
     return mixture.experts.output_of(number, rows_ND) if module is None else module(rows_ND)
 
 
 def inputs_of(model: AnyMoE, place: int, number: int, rows_ND: Tensor) -> list[Tensor]:
-    """What each of `matrices_of` reads when the expert computes rows (N, D): (N, inputs) each."""
+    """The inputs of each of `matrices_of` when the expert computes rows (N, D): (N, inputs) each.
+
+    Raises ValueError for a kind of a plug-in whose inputs cannot be observed.
+    """
     module = module_of(model, place, number)
     if module is None:
         experts: Any = model.mixtures[place].experts
@@ -138,4 +143,7 @@ def inputs_of(model: AnyMoE, place: int, number: int, rows_ND: Tensor) -> list[T
 
             hooks.enter_context(_hooked(layer.register_forward_pre_hook(keep)))
         module(rows_ND)
+    if len(found) < len(linears):
+        kind = type(module).__name__
+        raise ValueError(f"{kind} has linear layers that it does not call, so their inputs cannot be observed")
     return [found[id(layer)] for layer in linears]

@@ -1,4 +1,4 @@
-"""Remove experts; their samples go to their next choice, as where the gate may not choose them."""
+"""Remove experts; their samples go to their next choice, as if the gate were not allowed to choose them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -19,11 +19,11 @@ class Removal:
 
 
 def kept_config(config: Config, kept: Sequence[int]) -> Config:
-    """The configuration of a run with but some of its experts. Raises UserError where that is impossible."""
+    """The configuration of a run with only some of its experts. Raises UserError if that is impossible."""
     experts, router, count = config.experts, config.router, len(config.experts.sizes)
 
     def chosen(values: Any, shared: bool = False) -> Any:
-        """The entries of the kept experts, and of the shared ones behind them, where there is a list."""
+        """The entries of the kept experts, and of the shared ones after them, if there is a list."""
         return [values[e] for e in kept] + (values[count:] if shared else []) if isinstance(values, list) else values
 
     try:
@@ -41,20 +41,20 @@ def kept_config(config: Config, kept: Sequence[int]) -> Config:
             router=replace(router, target_load=chosen(router.target_load), **_groups(config, kept)),
         )
     except ValueError as error:
-        raise UserError(f"without the others experts {_listed(kept)} make no model: {one_line(error)}") from error
+        raise UserError(f"experts {_listed(kept)} alone do not make a valid model: {one_line(error)}") from error
 
 
 def _grown(grown: Sequence[int], kept: Sequence[int]) -> list[int]:
-    """The numbers of experts before each addition, of those that are kept."""
+    """The number of kept experts before each addition."""
     counts = [sum(expert < before for expert in kept) for before in grown]
     return [count for count in dict.fromkeys(counts) if 0 < count < len(kept)]
 
 
 def prune(config: Config, model: AnyMoE, kept: Sequence[int], build: Build) -> tuple[Config, AnyMoE]:
-    """The model with but the experts `kept`, in ascending order, in evaluation mode on the same device.
+    """The model with only the experts `kept`, in ascending order, in evaluation mode on the same device.
 
-    Its answers are those of `model` under allowed_E. Raises UserError where fewer would be left than see a sample, or
-    a rule does without none of them.
+    Its outputs are those of `model` under allowed_E. Raises UserError if fewer experts would remain than each sample
+    uses, or if the rule cannot work without the removed ones.
     """
     smaller_config = kept_config(config, kept)
     smaller = build(smaller_config)
@@ -63,7 +63,7 @@ def prune(config: Config, model: AnyMoE, kept: Sequence[int], build: Build) -> t
 
 
 def check_prune(config: Config, removed: Sequence[int]) -> list[int]:
-    """The experts that are left without some. Raises UserError for one that is not there, or too few left."""
+    """The remaining experts. Raises UserError for an expert that does not exist, or if too few remain."""
     count, top_k = len(config.experts.sizes), config.router.top_k
     for expert in removed:
         if not 0 <= expert < count:
@@ -73,8 +73,8 @@ def check_prune(config: Config, removed: Sequence[int]) -> list[int]:
         raise UserError(f"--prune names all {count} experts: leave at least router.top_k {top_k}")
     if len(kept) < top_k:
         raise UserError(
-            f"--prune leaves {len(kept)} of {count} experts, and each sample goes to router.top_k {top_k}: remove "
-            f"{count - top_k} at most"
+            f"--prune leaves {len(kept)} of {count} experts, but each sample uses router.top_k {top_k}: remove at most "
+            f"{count - top_k}"
         )
     kept_config(config, kept)
     return kept
@@ -83,10 +83,10 @@ def check_prune(config: Config, removed: Sequence[int]) -> list[int]:
 def prune_to_budget(
     config: Config, model: AnyMoE, build: Build, score: Callable[[AnyMoE], float], least: float
 ) -> tuple[list[int], list[Removal]]:
-    """The experts that are left when those have gone one by one that are missed least, and each step.
+    """Remove the least useful experts one by one; returns the remaining experts, and each step.
 
-    score: validation macro-F1. least: what it may fall to. Greedy: each step removes the expert (under hierarchical
-    routing the group) without which the score is highest; the last one above `least` counts.
+    score: validation macro-F1. least: its lower limit. Greedy: each step removes the expert (under hierarchical
+    routing the group) without which the score is highest; the last step above `least` counts.
     """
     kept, steps = list(range(len(config.experts.sizes))), []
     while True:
@@ -105,7 +105,7 @@ def prune_to_budget(
 
 
 def _removable(config: Config, kept: Sequence[int]) -> list[tuple[int, ...]]:
-    """What can go in one step: each expert, or under hierarchical routing each whole group."""
+    """What one step can remove: each expert, or under hierarchical routing each whole group."""
     if config.router.kind != "hierarchical":
         return [(expert,) for expert in kept]
     groups = [tuple(e for e in kept if e // _members(config) == group) for group in range(config.router.groups)]
@@ -114,20 +114,20 @@ def _removable(config: Config, kept: Sequence[int]) -> list[tuple[int, ...]]:
 
 
 def _members(config: Config) -> int:
-    """Experts of a group."""
+    """Number of experts in a group."""
     return len(config.experts.sizes) // config.router.groups
 
 
 def _groups(config: Config, kept: Sequence[int]) -> dict[str, int]:
-    """Under hierarchical routing the number of groups that are left. Raises UserError where one is left in part."""
+    """Under hierarchical routing, the number of remaining groups. Raises UserError if part of a group remains."""
     if config.router.kind != "hierarchical":
         return {}
     members = _members(config)
     left = sorted({expert // members for expert in kept})
     if [group * members + place for group in left for place in range(members)] != list(kept):
         raise UserError(
-            f"router.kind hierarchical has groups of {members} experts in their order: remove whole groups, since a "
-            "group's gate counts all of its experts"
+            f"router.kind hierarchical has groups of {members} consecutive experts: remove whole groups, because the "
+            "gate of a group covers all of its experts"
         )
     return {"groups": len(left)}
 

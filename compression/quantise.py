@@ -1,4 +1,4 @@
-"""Store the matrices of experts in fewer bits: which scales, what error, and which experts had better stay."""
+"""Store the matrices of experts in fewer bits: choose scales, measure errors, and find the sensitive experts."""
 
 import copy
 from collections import defaultdict
@@ -15,13 +15,13 @@ from config.config import Config
 from model.moe_vit import AnyMoE
 from model.quantised import LARGEST, fill, pack, stored_in, unpack, widest_scales
 
-RATIOS = [1 - step / 40 for step in range(25)]  # of the widest scale, down to 0.4
-SPARED = "float16"  # the number format of experts that are protected
+RATIOS = [1 - step / 40 for step in range(25)]  # candidate scales relative to the widest one, down to 0.4
+SPARED = "float16"  # the number format of protected experts
 
 
 @dataclass(frozen=True)
 class Part:
-    """The matrix of one expert: where its module is, and which of the parts along an axis it is there."""
+    """The matrix of one expert: its module, and its part along an axis of the module's weight."""
 
     path: str
     name: str
@@ -37,9 +37,9 @@ class Part:
 
 @dataclass(frozen=True)
 class Owner:
-    """What is quantised as one: an expert at all places, a shared expert, or the linear head.
+    """A unit of quantisation: an expert at all places, a shared expert, or the linear head.
 
-    number: of the routed experts, then of the shared ones; HEAD. parts: its matrices at each place.
+    number: routed experts first, then shared ones, or HEAD. parts: its matrices at each place.
     """
 
     number: int
@@ -48,20 +48,20 @@ class Owner:
 
 Scales = dict[Part, Tensor]
 Formats = Mapping[int, str]
-"""The number format of each owner, by its number; float32 for one that is not there."""
+"""The number format of each owner, by its number; float32 if an owner is missing."""
 
 
 def check_format(number_format: str, device: torch.device) -> None:
-    """Raise UserError where a device cannot convert a number format."""
+    """Raise UserError if a device cannot convert a number format."""
     try:
         unpack(pack(torch.ones(1, 1, device=device), number_format), number_format)
     except (RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
         reason = one_line(error, 80)
-        raise UserError(f"--quantise {number_format} is not for {device} ({reason}): use int8") from error
+        raise UserError(f"--quantise {number_format} does not work on {device} ({reason}): use int8") from error
 
 
 def owners_of(model: AnyMoE) -> list[Owner]:
-    """All that is quantised, the linear head last. Raises UserError for a kind of expert that cannot be."""
+    """All units of quantisation, the linear head last. Raises UserError for an unsuitable kind of expert."""
     paths = {id(module): path for path, module in model.named_modules()}
     found: dict[int, dict[int, list[Part]]] = defaultdict(dict)
     try:
@@ -77,27 +77,34 @@ def owners_of(model: AnyMoE) -> list[Owner]:
 
 @dataclass
 class Calibration:
-    """Sums of squares (I,) of what each matrix reads, and the rows that each expert had, by place and number."""
+    """Sums of squares (I,) of the inputs of each matrix, and the rows of each expert, by place and number."""
 
     squares: dict[Part, Tensor] = field(default_factory=dict)
     rows: dict[tuple[int, int], int] = field(default_factory=lambda: defaultdict(int))
 
     def add(self, model: AnyMoE, owner: Owner, place: int, rows_ND: Tensor) -> None:
-        """Take note of rows that an expert read at a place."""
+        """Add rows that an expert read at a place.
+
+        Raises UserError for an expert whose inputs cannot be observed.
+        """
         if not len(rows_ND):
             return
         self.rows[place, owner.number] += len(rows_ND)
-        for part, read_NI in zip(owner.parts[place], inputs_of(model, place, owner.number, rows_ND), strict=True):
+        try:
+            read = inputs_of(model, place, owner.number, rows_ND)
+        except ValueError as error:
+            raise UserError(f"this run cannot be quantised: {one_line(error)}") from error
+        for part, read_NI in zip(owner.parts[place], read, strict=True):
             squares_I = read_NI.double().square().sum(dim=0)
             self.squares[part] = self.squares[part] + squares_I if part in self.squares else squares_I
 
 
 @torch.no_grad()
 def calibrate(model: AnyMoE, owners: list[Owner], batches: Iterable[Tensor], rows: int, equal: bool) -> Calibration:
-    """What the experts read of some batches.
+    """The inputs of the experts for some batches.
 
-    equal: `rows` rows for each expert at each place, where so many come. Else as they come: as many in all, of which
-    an expert has those that the gate sends it.
+    equal: `rows` rows per expert and place, if there are that many. Otherwise the same total number of rows,
+    distributed as the gate sends them.
     """
     found = Calibration()
     for inputs in batches:
@@ -116,16 +123,16 @@ def calibrate(model: AnyMoE, owners: list[Owner], batches: Iterable[Tensor], row
 
 
 def rows_of(seen: Seen | Tensor, number: int) -> Tensor:
-    """The rows that an expert, or the head, reads: (N, D)."""
+    """The input rows of an expert, or of the head: (N, D)."""
     return seen.rows_of(number) if isinstance(seen, Seen) else seen
 
 
 @torch.no_grad()
 def best_scales(weight_OI: Tensor, number_format: str, squares_I: Tensor | None) -> Tensor:
-    """The scale (O, 1) of each row with the least error, of those that clip none to six tenths of its range.
+    """The scale (O, 1) of each row with the smallest error, among 0.4 to 1 times the widest scale.
 
-    squares_I: sums of squares of the inputs, which weigh the squared errors of the columns: the expected squared error
-    of an output, where inputs are uncorrelated (None: the widest scale, which clips nothing).
+    squares_I: sums of squares of the inputs, which weight the squared errors of the columns. This is the expected
+    squared error of an output if the inputs are uncorrelated (None: the widest scale, which clips nothing).
     """
     widest_O1 = widest_scales(weight_OI, number_format)
     if squares_I is None or not squares_I.any():
@@ -156,7 +163,7 @@ def choose_scales(
 
 @torch.no_grad()
 def rounded(model: AnyMoE, owners: list[Owner], formats: Formats, scales: Scales) -> AnyMoE:
-    """A copy of the model in float32 whose numbers are those that the formats leave: the same answers."""
+    """A float32 copy of the model with the rounded numbers of the formats: it gives the same outputs."""
     found = copy.deepcopy(model)
     for owner in owners:
         number_format = formats.get(owner.number, "float32")
@@ -171,9 +178,9 @@ def rounded(model: AnyMoE, owners: list[Owner], formats: Formats, scales: Scales
 def output_errors(
     model: AnyMoE, changed: AnyMoE, owners: list[Owner], batches: Iterable[Tensor]
 ) -> dict[int, float | None]:
-    """For each owner how far its outputs are off, root mean square over that of the outputs, on the rows that it reads.
+    """The relative error of each owner's outputs: root mean square error over root mean square output, on its rows.
 
-    None where no row reaches it.
+    None if an owner gets no rows.
     """
     sums = {owner.number: [0.0, 0.0] for owner in owners}
     for inputs in batches:

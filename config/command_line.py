@@ -11,7 +11,7 @@ from common.plugins import load_plugins
 from common.text import is_unicode, printable, quoted
 from config.config import Config, Values, as_yaml
 from config.help import help_text
-from config.origin import add_experts, values_of_run
+from config.origin import add_experts, require_fit, values_of_run
 from config.yaml_file import read_yaml
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "cifar100.yaml"
@@ -29,7 +29,7 @@ class Invocation:
     """Stem of the configuration file, for the run's name."""
     resume: Path | None
     seeds: int | None = None
-    """How many seeds to train, from train.seed up; None: that one alone."""
+    """Number of seeds to train, starting from train.seed; None: only that seed."""
     words: list[str] = field(default_factory=list)
     """The command line itself."""
 
@@ -49,7 +49,7 @@ def parse_command_line(
     seeds, pairs = _seeds(pairs)
     resume, files = _sources(pairs)
     if seeds is not None and resume is not None:
-        raise UserError("--seeds starts runs of its own: leave it out, or --resume")
+        raise UserError("--seeds starts new runs: leave out --seeds or --resume")
 
     def gathered(values: Values) -> Values:
         for file in files:
@@ -64,6 +64,7 @@ def parse_command_line(
     if resume is None and (init := values.given.get("init")) is not None:
         base = values_of_run(init, values.given)
         of_run = dict(base.given)
+        require_fit(values, of_run, init)
         values = gathered(base)
         add_experts(values.given, of_run)
     config = values.build()
@@ -77,7 +78,7 @@ def parse_command_line(
 
 
 def _named_plugins(words: list[str]) -> list[str]:
-    """The values of --plugins: they load first, because they may change everything else, --help included."""
+    """The values of --plugins. Plug-ins load first, because they may change everything else, including --help."""
     after = (word for option, word in pairwise(words) if option == "--plugins")
     return [*after, *(word.partition("=")[2] for word in words if word.startswith("--plugins="))]
 
@@ -127,13 +128,11 @@ def _sources(pairs: list[tuple[str, str | None]]) -> tuple[Path | None, list[Pat
                 raise UserError(f"--{name} has no value: give {NAMED[name]}")
             named[name].append(expanded(text))
     if not named["resume"]:
-        starts = any(name == "init" for name, _ in pairs)  # from a run, whose configuration it takes
+        starts = any(name == "init" for name, _ in pairs)  # from the configuration of another run
         return None, named["config"] or ([] if starts else [DEFAULT_CONFIG])
     if lost := next((name for name, _ in pairs if name in ("config", "run_dir", "init")), None):
         raise UserError(f"--resume uses the configuration and folder of its run: leave out --{lost}")
     run = absolute(named["resume"][-1])
     if not (run / "config.yaml").is_file():
-        raise UserError(
-            f"{printable(run)} is not a run folder: it has no config.yaml; name a folder that train.py wrote"
-        )
+        raise UserError(f"{printable(run)} is not a run folder: it has no config.yaml; name a run folder of train.py")
     return run, [run / "config.yaml"]

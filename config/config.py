@@ -1,9 +1,9 @@
-"""Config: the dataclasses of all parts in one, and how it is built from options."""
+"""Config: the dataclasses of all parts combined, and how it is built from options."""
 
 import difflib
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,14 +48,14 @@ class Config:
     """auto (a GPU if there is one), cpu, cuda, or cuda:1."""
     plugins: list[str] = field(default_factory=list, metadata={"help": HELP})
     init: Path | None = None
-    """Folder of a trained run whose experts, gates, neck and, where class names agree, class rows this run starts
-    from, and whose configuration holds where nothing else is given; null: from random numbers."""
+    """Folder of a trained run to start from: its experts, gates and neck, and the class rows whose class names match.
+    Its configuration provides the defaults. null: start from random weights."""
     freeze: list[str] | str = field(default_factory=list)
-    """Of what init takes, the parts that are not trained, such as router,experts: neck, router, experts, shared, head
-    (the class rows). Experts, gate columns and class rows that are new are trained all the same."""
+    """With init: parts that stay frozen, such as router,experts. The parts are neck, router, experts, shared, and head
+    (the class rows). New experts, gate columns and class rows are trained in any case."""
     replay: int = 0
-    """With init: train on this many training images of each class of that run's dataset beside the new ones; its
-    validation and test images are scored as well. 0: on the new images alone."""
+    """With init: also train on this many training images per class of that run's dataset; its validation and test
+    images are scored too. 0: train only on the new images."""
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
@@ -71,7 +71,7 @@ class Config:
     def __post_init__(self):
         self.run_dir = None if self.run_dir is None else absolute(self.run_dir)
         self._check_init()
-        self.data.root = self.data.place  # stored paths stay valid where the cache folder differs
+        self.data.root = self.data.place  # stored paths stay valid if the cache folder differs
         if not re.fullmatch(DEVICES, self.device):
             raise ValueError(f"device is '{self.device}': use auto, cpu, cuda or cuda:N")
         num_experts = len(self.experts.sizes)
@@ -83,14 +83,16 @@ class Config:
             check_block_parts(self.neck, self.router, self.experts)
             if self.backbone.gives_tokens:
                 raise ValueError(
-                    "backbone.features tokens:BLOCK are for experts.place head: with blocks the head reads cls and mean"
+                    "backbone.features tokens:BLOCK need experts.place head: with blocks the head reads cls and mean"
                 )
             self._check_balance()
             return
         if self.train.patch_dropout:
-            raise ValueError("train.patch_dropout is for experts.place blocks: set that, or leave it out")
+            raise ValueError("train.patch_dropout needs experts.place blocks: set that, or leave patch_dropout out")
         if self.router.level != "token":
-            raise ValueError(f"router.level {self.router.level} is for experts.place blocks: set that, or level token")
+            raise ValueError(
+                f"router.level {self.router.level} needs experts.place blocks: set that, or router.level token"
+            )
         if self.neck.needs_tokens and not self.backbone.gives_tokens:
             raise ValueError(
                 f"neck.kind {self.neck.kind} reads tokens, but backbone.features are pooled: use [tokens:-1]"
@@ -105,11 +107,11 @@ class Config:
 
     @property
     def random_steps(self) -> int:
-        """Training steps with random routing: none where the warm-up opens a trained gate to new experts."""
+        """Training steps with random routing: none if the warm-up opens a trained gate to new experts."""
         return 0 if self.experts.add else self.router.random_steps
 
     def _check_init(self) -> None:
-        """What is for runs that start from another one."""
+        """Check the options for runs that start from another run."""
         self.init = None if self.init is None else absolute(self.init)
         words = self.freeze.strip("[]").split(",") if isinstance(self.freeze, str) else self.freeze
         self.freeze = [word.strip() for word in words if word.strip()]
@@ -117,18 +119,20 @@ class Config:
             if part not in PARTS:
                 raise ValueError(f"freeze names '{part}': the parts are {', '.join(PARTS)}{suggestion(part, PART)}")
         if self.replay < 0:
-            raise ValueError(f"replay is {self.replay}: it is a number of images of each class, 0 for none")
+            raise ValueError(f"replay is {self.replay}: it must be a number of images per class, or 0 for none")
         if self.init is None and self.replay:
-            raise ValueError(f"replay {self.replay} keeps images of a run's dataset: name the run with --init")
+            raise ValueError(f"replay {self.replay} needs the dataset of a run: name the run with --init")
         if self.experts.grown and self.parallel.experts > 1:
-            raise ValueError("parallel.experts does not share experts that were added to a run: set it to 1")
+            raise ValueError("parallel.experts does not work with experts that were added to a run: set it to 1")
+        if self.init is not None and self.train.dense_twin and self.train.twin_of is None:
+            raise ValueError("train.dense_twin has other weights than the run that init names: leave out one of them")
         if self.init is None and self.experts.add:
-            raise ValueError("experts.add puts experts beside those of a run: name it with --init")
+            raise ValueError("experts.add adds experts to those of a run: name the run with --init")
         if self.init is None and self.freeze:
-            raise ValueError(f"freeze {','.join(self.freeze)} holds what init has taken: name a run with --init")
+            raise ValueError(f"freeze {','.join(self.freeze)} needs a run to start from: name it with --init")
 
     def _check_inputs(self) -> None:
-        """Raise ValueError where router.inputs or experts.inputs names a feature that does not exist."""
+        """Raise ValueError if router.inputs or experts.inputs names a feature that does not exist."""
         count = len(self.backbone.features)
         chosen = {"router.inputs": [self.router.inputs or []], "experts.inputs": self.experts.inputs or []}
         for name, lists in chosen.items():
@@ -143,17 +147,27 @@ class Config:
         for name, loss in LOSSES.items():
             if getattr(self.balance, name) > 0:
                 loss.check(ROUTERS[self.router.kind], self.router)
+                if loss.of_init and self.init is None:
+                    raise ValueError(f"balance.{name} compares with the gate of a trained run: name it with --init")
+
+    def alone(self) -> "Config":
+        """The same without what a training needs from the run that init names, but for the images that it replays."""
+        balance = replace(self.balance, **{name: 0.0 for name, loss in LOSSES.items() if loss.of_init})
+        return replace(self, init=self.init if self.replay else None, freeze=[], balance=balance)
 
     @property
     def idle(self) -> list[str]:
-        """A line for each option that is set and has no effect."""
+        """One line for each option that is set but has no effect."""
         found = list(self.router.idle)
+        for name, loss in LOSSES.items():
+            if loss.of_init and getattr(self.balance, name) > 0 and "router" in self.freeze:
+                found.append(f"balance.{name} has no effect with --freeze router, where the gate stays as it was")
         if self.experts.place == "blocks":
             unused, defaults = ("mode", "views", "storage", "cache_dir", "compile"), FeaturesConfig()
             for name in unused:
                 value = getattr(self.features, name)
                 if value not in (None, getattr(defaults, name)):
-                    why = "where the ViT runs in every step"
+                    why = "because the ViT runs in every step"
                     found.append(f"features.{name} {value} has no effect with experts.place blocks, {why}")
         return found
 
@@ -167,6 +181,7 @@ class Values:
 
     def __init__(self):
         self.given: dict[str, Any] = {}
+        self.places: dict[str, str] = {}  # where each was given, for messages
         self.types = option_types(Config)
 
     def add(self, name: str, value: Any, place: Callable[[str], str]) -> None:
@@ -189,10 +204,10 @@ class Values:
             for inner, item in table.items():
                 self.add(f"{name}.{inner}", item, place)
             return
-        self.given[name] = self._converted(name, value, place)
+        self.given[name], self.places[name] = self._converted(name, value, place), printable(place(name))
 
     def add_all(self, values: dict[str, Any], place: Callable[[str], str]) -> None:
-        """Add the options of one source; plug-ins first, because the others may depend on them."""
+        """Add the options of one source, plug-ins first, because the others may depend on them."""
         for name, value in sorted(values.items(), key=lambda item: item[0] != "plugins"):
             self.add(str(name), value, place)
 
@@ -203,7 +218,7 @@ class Values:
             raise wrong_type(place(name), value, self.types[name]) from error
 
     def build(self) -> Config:
-        """The configuration: the options given, and defaults for the others.
+        """The configuration: the given options, and defaults for the others.
 
         Raises UserError for a value out of range and for values that contradict each other.
         """
@@ -222,7 +237,7 @@ class Values:
 
 
 def unknown_option(place: str, name: str) -> UserError:
-    """The error for a name that is no option. place: the name and where it stands."""
+    """The error for a name that is not an option. place: the name and where it is written."""
     options = [key for key, kind in option_types(Config).items() if not is_dataclass(kind)]
     same_word = [key for key in options if key.split(".")[-1] == name.split(".")[-1]]
     close = same_word or difflib.get_close_matches(name, options, 1, 0.75)

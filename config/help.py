@@ -16,7 +16,7 @@ from config.values import expected
 
 USAGE = """usage: python train.py [--config FILE] [--section.option VALUE ...] [--seeds N] [--resume RUN]
 
-Train a vision mixture of experts on the features of a frozen ViT, then evaluate it.
+Train a vision mixture of experts on a frozen ViT, then evaluate it on the test set.
 """
 GENERAL = {
     "--help": "Show this help and exit.",
@@ -24,15 +24,15 @@ GENERAL = {
     "line override the file; options that are in neither have their own defaults.",
     "--print_config": "Check the configuration, print it as YAML and exit.",
     "--resume RUN": "Continue an interrupted run in its folder.",
-    "--seeds N": "Train N runs from train.seed up, each in a folder of its own, on inputs that are loaded once, and "
-    "print their mean, deviation and what pairs them.",
+    "--seeds N": "Train N runs with consecutive seeds, starting from train.seed, each in its own folder; load the "
+    "inputs once, and print mean, standard deviation and paired differences.",
     "--plugins FILE": HELP,
     "--debug": "Show the traceback of an error.",
 }
 EXAMPLES = """examples:
   python train.py --config configs/digits.yaml                        no download, half a minute on a CPU
   python train.py --router.kind switch --router.top_k 1 --train.epochs 20
-  python train.py --config configs/folder.yaml --data.root PICTURES   images of your own, PICTURES/train/CLASS/*
+  python train.py --config configs/folder.yaml --data.root PICTURES   your own images, PICTURES/train/CLASS/*
 """
 INDENT = 29
 
@@ -81,9 +81,9 @@ def _entry(name: str, text: str, width: int) -> str:
 
 
 def _default(value: Any, bare: Any) -> str:
-    """The value in the default configuration, and the option's own default where it differs."""
+    """The value in the default configuration, and the option's own default if it differs."""
     here, there = _shown(value), _shown(bare)
-    return f"default: {here}" + (f", {there} if the file leaves it out" if here != there else "")
+    return f"default: {here}" + (f", or {there} if not in the file" if here != there else "")
 
 
 def _shown(value: Any) -> str:

@@ -5,7 +5,7 @@ from typing import Literal
 
 from model.parts import PARTS
 
-LARGEST = 1e6  # of factors on weights and gradients, far inside the range of float32
+LARGEST = 1e6  # largest factor on weights and gradients, far inside the range of float32
 SMALLEST_NORM = 1e-6
 
 
@@ -18,8 +18,8 @@ class OptimConfig:
     lr: float = 1e-3
     """Peak learning rate, reached at the end of its warm-up."""
     lr_of: list[str] = field(default_factory=list)
-    """Learning rates of single parts, as multiples of lr, such as [router:0.1, head:2]: neck, router, experts, shared,
-    head (the class rows)."""
+    """Learning rates of single parts, as multiples of lr, such as [router:0.1, head:2]. The parts are neck, router,
+    experts, shared, and head (the class rows)."""
     weight_decay: float = 0.05
     """Weight decay of matrices; biases and norm layers have none."""
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -31,7 +31,7 @@ class OptimConfig:
 
     @property
     def multiples(self) -> dict[str, float]:
-        """The multiple of lr of each part that lr_of names. Raises ValueError for what is no PART:NUMBER."""
+        """The multiple of lr of each part in lr_of. Raises ValueError for an entry that is not PART:NUMBER."""
         found = {}
         for text in self.lr_of:
             part, _, number = text.partition(":")
@@ -42,7 +42,7 @@ class OptimConfig:
             if part not in PARTS or not 0 < found[part] <= LARGEST:
                 raise ValueError(
                     f"optim.lr_of has '{text}': write PART:NUMBER, such as router:0.1, with a part of "
-                    f"{', '.join(PARTS)} and a number above 0 (to keep a part as it is: freeze)"
+                    f"{', '.join(PARTS)} and a number above 0 (use freeze to keep a part unchanged)"
                 )
         return found
 

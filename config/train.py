@@ -1,4 +1,4 @@
-"""TrainConfig: length, batches, precision and checkpoints of a training."""
+"""TrainConfig: length, batches, precision and checkpoints of training."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,42 +11,42 @@ class TrainConfig:
     epochs: int = 40
     """Passes over the training images."""
     batch_size: int = 1024
-    """Samples in a training step."""
+    """Samples per training step."""
     label_smoothing: float = 0.1
-    """Share of each target spread evenly over all classes (Szegedy 2016)."""
+    """Label smoothing: fraction of each target spread evenly over all classes (Szegedy 2016)."""
     ema_decay: float = 0.999
-    """Decay of the moving average of the weights, which is validated and saved; 0: no average."""
+    """Decay of the exponential moving average of the weights, which is validated and saved; 0: no average."""
     patience: int = 0
     """Stop after this many epochs without a better validation macro-F1; 0: run all epochs."""
     keep: Literal["best", "last"] = "best"
-    """Which weights are evaluated and exported: those of the epoch with the best validation macro-F1, or of the last
-    epoch, which suits a cosine schedule and few validation images."""
+    """Which weights are evaluated and exported: those of the epoch with the best validation macro-F1, or those of the
+    last epoch, which suits a cosine schedule and few validation images."""
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
     """Precision of the experts in training (the gate is always float32); auto: bfloat16 on a GPU."""
     seed: int = 0
     """Seed of weights, sample order, dropout and routing noise."""
     save_every: int = 5
-    """Epochs between checkpoints (checkpoints/{last,best}.pt), the most that a killed run loses; Ctrl-C and SIGTERM
-    write them too."""
+    """Epochs between checkpoints (checkpoints/{last,best}.pt). A killed run loses at most this many epochs; Ctrl-C and
+    SIGTERM also write checkpoints."""
     graph: Literal["auto", "off"] = "auto"
-    """auto: on a GPU replay the training step of a small head, or of a ViT with experts inside it, as a CUDA graph,
-    which saves the launches of its kernels; off: never."""
+    """auto: on a GPU, capture the training step of a small head, or of a ViT with experts inside it, as a CUDA graph,
+    which saves kernel launches; off: never."""
     compile: Literal["auto", "always", "never"] = "auto"
     """experts.place blocks: compile the ViT's blocks, in training and in evaluation; auto: on a GPU."""
     recompute: Literal["auto", "on", "off"] = "auto"
-    """experts.place blocks: recompute attention and FFNs in the backward pass, which is slower and keeps a third of the
-    activations; auto: on a GPU, if they would not fit into its memory."""
+    """experts.place blocks: recompute attention and FFNs in the backward pass, which is slower but stores only a third
+    of the activations; auto: on a GPU, if they would not fit into its memory."""
     patch_dropout: float = 0.0
-    """experts.place blocks: share of the patch tokens dropped at random from each training image in each step
-    (PatchDropout, Liu 2022): less work, and less overfitting. Evaluation uses all patches."""
+    """experts.place blocks: fraction of the patch tokens dropped at random from each training image in each step
+    (PatchDropout, Liu 2022), for less work and less overfitting. Evaluation uses all patches."""
     all_patches: float = 0.1
-    """Share of the steps, at the end of training, that use all patches in spite of patch_dropout."""
+    """Fraction of the steps, at the end of training, that use all patches despite patch_dropout."""
     dense_twin: bool = False
-    """Train the run's dense twin: in place of the mixture one part that every sample passes, with the FLOPs that gate
-    and experts have for a sample, in the same place and trained alike. What is better tells whether a mixture pays."""
+    """Train the run's dense twin: one dense part, in the same place and with the same training, replaces the mixture.
+    It has as many FLOPs per sample as gate and experts. The comparison shows whether the mixture pays off."""
     twin_of: str | None = None
-    """Written by dense_twin, not by you: the options that it has replaced, as JSON, by which a comparison finds the
-    runs that belong together."""
+    """Set by dense_twin, not by you: the replaced options as JSON, by which a comparison finds the runs that belong
+    together."""
     deterministic: bool = False
     """Use only deterministic algorithms of PyTorch on a GPU, which is slower; a CPU is deterministic without it."""
 
@@ -61,7 +61,9 @@ class TrainConfig:
         if not 0 <= self.patch_dropout < 1:
             raise ValueError(f"train.patch_dropout is {self.patch_dropout}: it must be at least 0 and below 1 (0: off)")
         if not 0 <= self.all_patches <= 1:
-            raise ValueError(f"train.all_patches is {self.all_patches}: it must be a share of the steps, from 0 to 1")
+            raise ValueError(
+                f"train.all_patches is {self.all_patches}: it must be a fraction of the steps, from 0 to 1"
+            )
         if self.patience < 0:
             raise ValueError(
                 f"train.patience is {self.patience}: it must be a number of epochs, or 0 for no early stopping"
@@ -72,6 +74,6 @@ class TrainConfig:
                 "set patience to 0, or keep to best"
             )
         if self.twin_of is not None and not self.dense_twin:
-            raise ValueError("train.twin_of is written by train.dense_twin: leave it out, or set train.dense_twin true")
+            raise ValueError("train.twin_of is set by train.dense_twin: leave it out, or set train.dense_twin true")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"train.seed is {self.seed}: it must be at least 0 and below 2^32")

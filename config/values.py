@@ -1,7 +1,7 @@
 """Conversion of option values from text, YAML, JSON or a server's hyperparameters to the types of their fields.
 
-All sources follow one rule. A text is itself where a field takes text, and otherwise the value that it spells in
-YAML; a whole number may be written as 2.0 or 1e3.
+All sources follow one rule. If a field accepts text, a text is used unchanged; otherwise it is parsed as YAML. A whole
+number may be written as 2.0 or 1e3.
 """
 
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ def option_types(config: type) -> dict[str, Any]:
 
 
 def convert(kind: Any, value: Any) -> Any:
-    """`value` as the type `kind`: a number, text, a path, a choice, a list, null, or one of several. Raises ValueError.
+    """`value` as type `kind`: a number, text, a path, a choice, a list, null, or one of several. Raises ValueError.
 
     A boolean is not a number, and a number is not a boolean.
     """
@@ -43,13 +43,13 @@ def convert(kind: Any, value: Any) -> Any:
 
 
 def _meanings(value: Any) -> Iterator[Any]:
-    """The possible meanings of a value: null, itself, or what the text spells."""
+    """The possible meanings of a value: null, the value itself, or the text parsed as YAML."""
     if not isinstance(value, str):
         yield value
         return
     if value.strip().lower() in NULL:
         yield None
-    if value.strip().startswith("["):  # a list, where text would do as well
+    if value.strip().startswith("["):  # a list, even if text is accepted too
         yield spelled(value)
     yield value
     yield spelled(value)

@@ -9,7 +9,7 @@ import yaml
 from common.errors import UserError, one_line
 from common.text import printable
 
-LARGEST = 1_000_000  # most bytes and values of a file: a few lines of aliases can expand beyond the memory
+LARGEST = 1_000_000  # limit of bytes and of values in a file: a few lines of aliases can expand beyond the memory
 
 
 class Loader(yaml.SafeLoader):
@@ -34,7 +34,7 @@ for _name, (_pattern, _first) in _RESOLVED.items():
 
 
 def spelled(text: str) -> Any:
-    """The value that a text spells in YAML, or else the text itself."""
+    """The text parsed as YAML, or the text itself if that fails."""
     try:
         return yaml.load(text, Loader)
     except (yaml.YAMLError, ValueError, RecursionError):
@@ -42,9 +42,9 @@ def spelled(text: str) -> Any:
 
 
 def read_yaml(path: Path, option: str = "--config") -> dict[str, Any]:
-    """The table in a file, which `option` names. Raises UserError if there is none or the file is too large."""
+    """The table in a file that `option` names. Raises UserError if there is none or the file is too large."""
     if not path.exists():
-        raise UserError(f"{option} {printable(path)}: no such file; name one with options in YAML")
+        raise UserError(f"{option} {printable(path)}: no such file; name a YAML file with options")
     try:
         values = _load(path)
     except RecursionError:

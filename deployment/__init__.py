@@ -1,1 +1,1 @@
-"""A trained run as one file that other programs run: from uint8 images to probabilities, experts and weights."""
+"""Export of a trained run to one file for other programs: from uint8 images to probabilities, experts and weights."""

@@ -1,4 +1,4 @@
-"""What an exported file says of itself: labels, preprocessing, outputs, and a program that runs it."""
+"""The metadata of an exported file: labels, preprocessing, outputs, and an example program."""
 
 from typing import Any
 
@@ -34,7 +34,7 @@ print(labels[best], float(probabilities[0, best]), experts[0].tolist(), weights[
 
 
 def about(trained: TrainedRun, name: str, ending: str) -> dict[str, Any]:
-    """The metadata of a file, as texts and plain values. name: the file's. ending: .onnx or .pt2."""
+    """The metadata of a file, as texts and plain values. name: of the file. ending: .onnx or .pt2."""
     config, backbone, side = trained.config, trained.backbone, trained.config.data.side
     return {
         "labels": list(trained.class_names),
@@ -63,14 +63,14 @@ def _outputs(trained: TrainedRun) -> dict[str, Any]:
     shape = "(batch, block, expert)" if inside else "(batch, expert)"
     found = {
         "probabilities": "(batch, class), float32",
-        "experts": f"{shape}, int64: index into expert_names, the heaviest first; -1: none",
-        "weights": f"{shape}, float32: what the gate gives each of them{mean}",
+        "experts": f"{shape}, int64: index into expert_names, sorted by decreasing weight; -1: none",
+        "weights": f"{shape}, float32: the gate weight of each of these experts{mean}",
     }
     return found | ({"blocks": list(trained.model.blocks)} if isinstance(trained.model, MoEViT) else {})
 
 
 def example(name: str, ending: str, side: int, grey: bool) -> str:
-    """Ten lines of Python that answer for an image file, and need Pillow, NumPy and the format's own package alone."""
+    """Ten lines of Python that classify an image file, with only Pillow, NumPy and the package of the format."""
     return EXAMPLE.format(
         package=PACKAGE[ending],
         open=OPEN[ending].format(name=name),

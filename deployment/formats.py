@@ -1,4 +1,4 @@
-"""The formats of an exported run: how a graph becomes bytes, and how these answer."""
+"""The formats of an exported run: how to write a graph to a file, and how to run that file."""
 
 import importlib.util
 import io
@@ -21,27 +21,27 @@ Answer = Callable[[Tensor], tuple[Tensor, ...]]
 
 
 class Format(ABC):
-    """One format. packages: what it needs besides torch. most: bytes that a file can hold (None: any number)."""
+    """One format. packages: required in addition to torch. most: size limit of a file in bytes (None: no limit)."""
 
     packages: ClassVar[tuple[str, ...]] = ()
     most: ClassVar[int | None] = None
 
     @property
     def missing(self) -> list[str]:
-        """The packages that are not installed."""
+        """The missing packages."""
         return [name for name in self.packages if importlib.util.find_spec(name) is None]
 
     @abstractmethod
     def encode(self, program: ExportedProgram, about: dict[str, Any]) -> bytes:
-        """The file, with the metadata `about`. Raises what the exporter does."""
+        """Write the file, with the metadata `about`. Raises what the exporter does."""
 
     @abstractmethod
     def opened(self, content: bytes) -> Answer:
-        """The file as a function from uint8 images (B, 3, H, W) to OUTPUTS, run by what other programs run it with."""
+        """The file as a function from uint8 images (B, 3, H, W) to OUTPUTS, in the runtime that other programs use."""
 
 
 class Onnx(Format):
-    """ONNX, by PyTorch's own exporter. A file is one protocol buffer, which holds less than 2 GiB."""
+    """ONNX, by PyTorch's exporter. A file is one protocol buffer, which is limited to 2 GiB."""
 
     packages = ("onnx", "onnxscript", "onnxruntime")
     most = 2**31 - 2**20
@@ -78,7 +78,7 @@ class Onnx(Format):
 
 
 def _stable_sort(values: Any, stable: bool = True, dim: int = -1, descending: bool = False) -> Any:
-    """aten.sort.stable, which PyTorch does not translate: ONNX's TopK of all, where the lower index wins a tie."""
+    """aten.sort.stable, which PyTorch does not translate: ONNX's TopK over all entries; ties go to the lower index."""
     from onnxscript import opset18 as op
 
     size = op.Shape(values, start=dim, end=dim + 1 if dim != -1 else None)
@@ -87,7 +87,7 @@ def _stable_sort(values: Any, stable: bool = True, dim: int = -1, descending: bo
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep to itself what an exporter says of its own working."""
+    """Hide the messages of an exporter."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
@@ -98,7 +98,7 @@ def quiet() -> Iterator[None]:
 
 
 def _rename_batch(graph: Any) -> None:
-    """Call the number of images "batch" in all shapes, in place of the symbol that PyTorch has for it."""
+    """Name the number of images "batch" in all shapes, instead of PyTorch's symbol."""
     symbol = graph.input[0].type.tensor_type.shape.dim[0].dim_param
     for value in (*graph.input, *graph.output, *graph.value_info):
         for size in value.type.tensor_type.shape.dim:
@@ -107,7 +107,7 @@ def _rename_batch(graph: Any) -> None:
 
 
 class Pt2(Format):
-    """PyTorch's own archive of an exported graph: to be run by torch.export.load, without the code it was made from."""
+    """PyTorch's archive of an exported graph: torch.export.load runs it without the original code."""
 
     def encode(self, program: ExportedProgram, about: dict[str, Any]) -> bytes:
         file = io.BytesIO()
@@ -119,4 +119,4 @@ class Pt2(Format):
 
 
 FORMATS: dict[str, Format] = {".onnx": Onnx(), ".pt2": Pt2()}
-"""By the ending of the file's name."""
+"""Formats by file ending."""

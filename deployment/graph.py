@@ -1,4 +1,4 @@
-"""A trained run as one module: what its file for other programs computes."""
+"""A trained run as one module: the computation of the exported file."""
 
 import copy
 from collections.abc import Sequence
@@ -16,19 +16,19 @@ OUTPUTS = ("probabilities", "experts", "weights")
 
 
 class ImagesToAnswers(nn.Module):
-    """uint8 images (B, 3, H, W) -> class probabilities (B, C), experts and their weights, the heaviest first.
+    """uint8 images (B, 3, H, W) -> class probabilities (B, C), experts and weights, sorted by decreasing weight.
 
-    Experts behind the ViT: experts and weights (B, K), K the router's top_k. A rule that gives a sample more or fewer
-    has K = E. Inside it: (B, L, K) for its L blocks, and where each token chooses, K = E and a weight is the mean over
-    the image's tokens. An expert of weight 0 has no part in the answer; in its place stands -1. A mixture on top of
-    experts inside the ViT computes, and is not told of.
+    Experts behind the ViT: experts and weights (B, K), where K is the router's top_k; rules with a variable number of
+    experts per sample have K = E. Experts inside the ViT: (B, L, K) for L blocks; if each token chooses, K = E and a
+    weight is the mean over the image's tokens. Experts with weight 0 do not contribute and are shown as -1. A mixture
+    on top of experts inside the ViT is computed, but is not part of these outputs.
     """
 
     def __init__(self, trained: TrainedRun):
         super().__init__()
         self.backbone, self.model = trained.backbone, trained.model
         self.inside = isinstance(trained.model, MoEViT)
-        # Made here, since it is kept for others to use, which a tensor of an exporter's is not good for.
+        # Created here, because it is cached for later use, which does not work with a tensor of the exporter.
         side, size = trained.config.data.side, trained.backbone.image_size
         mean, std = trained.backbone.mean, trained.backbone.std
         self.preparation = preparation((side, side, size), mean, std, torch.device("cpu"))
@@ -52,7 +52,7 @@ class ImagesToAnswers(nn.Module):
 
 
 def _most(router: Router, whole: bool) -> int:
-    """The most experts that an image can have. whole: it chooses as one, not each of its tokens."""
+    """The largest number of experts of an image. whole: the image chooses, not each of its tokens."""
     return router.top_k if whole and router.fixed_k and router.token_choice else router.num_experts
 
 
@@ -66,17 +66,17 @@ def _heaviest(routing: Routing, images: int, most: int) -> tuple[Tensor, Tensor]
 
 
 def in_float32(trained: TrainedRun) -> TrainedRun:
-    """The same run, whose frozen ViT computes in float32 whatever its configuration says, as its file does."""
+    """The same run with a frozen ViT in float32, as in the exported file, whatever its configuration says."""
     trained.backbone.dtype = torch.float32
     return trained
 
 
 @torch.no_grad()
 def traced(trained: TrainedRun) -> torch.export.ExportedProgram:
-    """The graph of `ImagesToAnswers`, of any number of images at the side of the run's data set.
+    """The graph of `ImagesToAnswers` for any number of images with the image size of the run's dataset.
 
-    A graph has no sizes that depend on what is in a tensor, so that each expert computes all samples, and the gate's
-    weights choose among them. Raises what torch.export does.
+    Tensor sizes in a graph cannot depend on tensor values, so each expert processes all samples, and the gate's
+    weights select among the outputs. Raises what torch.export does.
     """
     graph = ImagesToAnswers(trained)
     graph.model = copy.deepcopy(trained.model)

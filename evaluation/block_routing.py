@@ -89,6 +89,6 @@ class BlockRoutingSums:
 def _entropy(logits_NE: Tensor) -> Tensor:
     """Entropy of each row's softmax over log E, float32 (N,); zeros for a single expert."""
     log_NE = logits_NE.float().log_softmax(dim=1)
-    # An expert of logit -inf has probability 0, and no part in the entropy.
+    # An expert with logit -inf has probability 0 and does not contribute to the entropy.
     entropy_N = -(log_NE.exp() * log_NE.clamp_min(torch.finfo(torch.float32).min)).sum(dim=1)
     return entropy_N / max(math.log(logits_NE.shape[1]), 1e-30)

@@ -24,8 +24,8 @@ def block_results(
 ) -> dict[str, Any]:
     """The part of metrics.json on single blocks; empty if the experts are behind the ViT.
 
-    `specialisation` is that of the most specialised block. target_E: target load of each expert. without_LEM: answers
-    to the first M test images without an expert in one block (None: not computed).
+    `specialisation` is that of the most specialised block. target_E: target load of each expert. without_LEM:
+    predictions for the first M test images without an expert in one block (None: not computed).
     """
     found = predictions.blocks
     if found is None:
@@ -63,7 +63,7 @@ def _add_shares(rows: list[dict[str, Any]], key: str, found: BlockRouting, label
 
 
 def hardly_used(results: dict[str, Any]) -> list[str]:
-    """For each expert "below 1 % of the load", with the blocks concerned, or an empty text."""
+    """For each expert "below 1 % of the load", with the affected blocks, or an empty text."""
     said = []
     for expert, mark in enumerate(results["expert_underused"]):
         blocks = [str(row["block"]) for row in results.get("blocks", []) if row["expert_underused"][expert]]
@@ -74,7 +74,7 @@ def hardly_used(results: dict[str, Any]) -> list[str]:
 
 @torch.no_grad()
 def without_each_in_one_block(model: MoEViT, bank: ImageBank, split: str, images: int) -> np.ndarray:
-    """The answers (L, E, M) to the first M images of a split without expert e in block l.
+    """The predictions (L, E, M) for the first M images of a split without expert e in block l.
 
     model: in evaluation mode. images: minimum M, rounded up to whole batches, at most the split.
     """

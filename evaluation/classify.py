@@ -1,4 +1,4 @@
-"""Classification of images with a trained run: the most likely classes, and the experts that were chosen."""
+"""Classification of images with a trained run: the most likely classes, and the chosen experts."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -29,7 +29,7 @@ class ClassScore:
 
 @dataclass(frozen=True)
 class Vote:
-    """The contribution of one expert to an answer.
+    """The contribution of one expert to a prediction.
 
     expert: its index. name: index and hidden units. weight: gate weight; inside the ViT its share of the gate weight
     over all tokens and blocks. alone: the most likely class with this expert only, plus the shared experts, if any,
@@ -52,7 +52,7 @@ class PatchMap:
 
 @dataclass(frozen=True)
 class Answer:
-    """The most likely classes and the image's experts, each with the largest value first.
+    """The most likely classes and the image's experts, each sorted by decreasing value.
 
     patches: a map for each block with experts, if each token chooses its experts.
     """
@@ -62,14 +62,14 @@ class Answer:
     patches: list[PatchMap] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """Nested plain values, for JSON; without patches where there are no maps."""
+        """Nested plain values, for JSON; without patches if there are no maps."""
         values = asdict(self)
         return values if self.patches else {key: value for key, value in values.items() if key != "patches"}
 
 
 @torch.no_grad()
 def classify(trained: TrainedRun, images_BCHW: Tensor, top: int = 5) -> list[Answer]:
-    """Answers for uint8 images (B, 3, H, W), prepared as in training; at most `top` classes each."""
+    """Predictions for uint8 images (B, 3, H, W), prepared as in training; at most `top` classes each."""
     inputs = _inputs(trained, images_BCHW.to(trained.device))
     logits_BC, routings = trained.model(inputs)
     values_BT, classes_BT = logits_BC.softmax(dim=-1).topk(min(top, logits_BC.shape[1]))
@@ -93,7 +93,7 @@ def _inputs(trained: TrainedRun, images_BCHW: Tensor) -> Tensor:
 
 
 def _block_routing(model: AnyMoE, routings: Sequence[Routing], images: int) -> BlockRouting | None:
-    """The routing in each block, where the experts are inside the ViT."""
+    """The routing in each block, if the experts are inside the ViT."""
     if not isinstance(model, MoEViT):
         return None
     sums = BlockRoutingSums(model.block_places)
@@ -102,7 +102,7 @@ def _block_routing(model: AnyMoE, routings: Sequence[Routing], images: int) -> B
 
 
 def _patches(model: AnyMoE, found: BlockRouting | None, images: int) -> list[list[PatchMap]]:
-    """The maps of each image, none where there are none."""
+    """The maps of each image, if there are any."""
     if found is None or found.first_MLT.shape[2] == 1:
         return [[] for _ in range(images)]
     choice_BLHW = patch_choices(found.first_MLT, *patch_grid(model)).tolist()
@@ -131,7 +131,9 @@ def _votes(
 ) -> list[list[Vote]]:
     """The experts of each sample, largest weight first; weights of repeated experts are summed."""
     weights = _weights(routings, found, len(inputs))
-    asked = sorted(set().union(*weights))  # no expert without a part, which may have to be fetched
+    asked = sorted(
+        set().union(*weights)
+    )  # only experts that are used, because others might have to be copied from host memory
     tables = (table.tolist() for table in alone_probabilities(trained.model, inputs, asked).max(dim=-1))
     alone_EB, said_EB = (dict(zip(asked, table, strict=True)) for table in tables)
     labels, names = trained.config.experts.labels(), trained.class_names
@@ -147,7 +149,7 @@ def _votes(
 def alone_probabilities(model: AnyMoE, inputs: Tensor, experts: Sequence[int] | None = None) -> Tensor:
     """Class probabilities (E, B, C) if every gate may choose only one expert; `model` in evaluation mode.
 
-    experts: those to ask (None: all). Shared experts take part in all of them.
+    experts: the experts to evaluate (None: all). Shared experts are included in every case.
     """
     each_EE = torch.eye(model.mixtures[0].router.num_experts, dtype=torch.bool, device=inputs.device)
     each_EE = each_EE if experts is None else each_EE[list(experts)]
@@ -155,7 +157,7 @@ def alone_probabilities(model: AnyMoE, inputs: Tensor, experts: Sequence[int] | 
 
 
 def answers_alone(model: AnyMoE, bank: FeatureBank | ImageBank, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """The answer of each expert alone to each image of a split: classes (E, N) int64, probabilities (E, N)."""
+    """The prediction of each expert alone for each image of a split: classes (E, N) int64, probabilities (E, N)."""
     parts = [
         alone_probabilities(model, features).max(dim=-1) for features, _ in bank.batches(split, bank.evaluation_batch)
     ]

@@ -1,4 +1,4 @@
-"""Comparison of runs: the differences of their configurations, and their scores."""
+"""Comparison of runs: differences between their configurations, and their scores."""
 
 import json
 import math
@@ -12,7 +12,7 @@ import numpy as np
 
 from analysis import plots
 from common.errors import UserError, warn
-from common.files import write_json, write_text
+from common.files import require_place, write_json, write_text
 from common.paths import expanded
 from common.text import printable
 from evaluation.compared import FIGURES, SCORES, Compared, load
@@ -29,26 +29,29 @@ MAIN = (  # printed where runs are rows
     *("macro-F1", "accuracy", "calibration error", "balance", "specialisation"),
     *(NAMES[name] for name in ("trained_parameters", "flops", "training_seconds")),
 )
-HIDDEN = INCIDENTAL | {"train.twin_of"}  # what that has replaced differs in rows of its own
+HIDDEN = INCIDENTAL | {"train.twin_of"}  # the options that it replaces have their own rows
 LEGEND = (
     "Balance: entropy of the load, 1 is even. Specialisation: mutual information of class and expert over log E; "
-    "z: standard deviations above shuffled labels. Near the boundary: images that nearly had another expert. "
+    "z: standard deviations above shuffled labels. Near the boundary: images that almost went to another expert. "
 ) + COST_LEGEND
 
 
 def compare(sources: Sequence[str], out: Path) -> str:
     """Compare runs, given as folders or ClearML task ids; write comparison.md, .json and .png to `out`.
 
-    Returns the table for the terminal. Raises UserError if a source is neither, or was not evaluated.
+    Returns the table for the terminal. Raises UserError if a source is neither, or was not evaluated, EnvironmentFault
+    before that if `out` cannot be written.
     """
     if len(sources) < 2:
         raise UserError(f"--compare needs two runs or more, not {len(sources)}: evaluate.py --compare RUN RUN ...")
+    require_place(out / "comparison.json", "--out")
     runs = _named([load(source) for source in sources])
     differing = differences(runs)
     rows, (found, left_out) = _rows(runs, differing), groups(runs)
     minus, unpaired = differences_of(found)
     value = {"differing": differing, "runs": [run.to_dict() for run in runs]}
     value |= {"seeds": [group.to_dict() for group in found], "differences": [each.to_dict() for each in minus]}
+    out.mkdir(parents=True, exist_ok=True)
     write_json(out / "comparison.json", value)
     together = seed_rows(found, minus)
     for line in [*(left_out if together else []), *unpaired]:
@@ -68,7 +71,7 @@ def differences(runs: Sequence[Compared]) -> list[str]:
 
 
 def _named(runs: list[Compared]) -> list[Compared]:
-    """The runs with unique names: folder or start of the id is added where two runs have the same name."""
+    """The runs with unique names: folder or start of the id is added if two runs have the same name."""
     names = [run.name for run in runs]
     return [replace(run, name=_longer(run)) if names.count(run.name) > 1 else run for run in runs]
 
@@ -79,7 +82,7 @@ def _longer(run: Compared) -> str:
 
 
 def _rows(runs: Sequence[Compared], differing: list[str]) -> list[tuple[str, list[str]]]:
-    """(name, a cell for each run), scores first; scores that no run has are left out."""
+    """(name, one cell per run), scores first; scores that no run has are left out."""
     rows = []
     if any(run.state for run in runs):
         rows.append(("state", [run.state or "finished" for run in runs]))
@@ -94,7 +97,7 @@ def _rows(runs: Sequence[Compared], differing: list[str]) -> list[tuple[str, lis
 
 
 def _cells(key: str, values: Sequence[float | None]) -> tuple[str, list[str]]:
-    """The name of a figure, and its values as they are printed."""
+    """The name of a score, and its values as printed."""
     if key in SCORES:
         name, as_percent = SCORES[key]
         return name, [_number(value, as_percent) for value in values]
@@ -121,7 +124,7 @@ def _shown(value: Any) -> str:
 
 
 def _grid(runs: Sequence[Compared], rows: list[tuple[str, list[str]]]) -> list[list[str]]:
-    """Header and lines: a column for each of few runs, or a row for each of many."""
+    """Header and lines: one column per run if there are few runs, otherwise one row per run."""
     grid = [["", *(run.name for run in runs)], *([what, *cells] for what, cells in rows)]
     return grid if len(runs) <= WIDE else [list(line) for line in zip(*grid, strict=True)]
 
@@ -135,7 +138,7 @@ def _text(runs: Sequence[Compared], rows: list[tuple[str, list[str]]]) -> str:
 
 
 def _aligned(grid: list[list[str]]) -> str:
-    """Lines of text, the first column to the left and the others to the right."""
+    """Lines of text; the first column is left-aligned and the others are right-aligned."""
     widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
     lines = []
     for line in grid:

@@ -1,4 +1,4 @@
-"""A run as a comparison has it: from its folder, or from a ClearML server."""
+"""A run in a comparison, from its folder or from a ClearML server."""
 
 import json
 import math
@@ -73,7 +73,7 @@ def _load_folder(run: RunFolder, source: str) -> Compared:
     if not file.is_file() and not (history and run.config.is_file()):
         raise UserError(f"{source} has no evaluation/metrics.json: run {command('evaluate.py', source)} first")
     if not run.config.is_file():
-        raise UserError(f"{source} has no config.yaml: name a run that train.py wrote")
+        raise UserError(f"{source} has no config.yaml: name a run folder of train.py")
     try:
         metrics = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         config = yaml.safe_load(run.config.read_text(encoding="utf-8"))
@@ -85,9 +85,9 @@ def _load_folder(run: RunFolder, source: str) -> Compared:
     if not isinstance(metrics, dict) or not isinstance(config, dict):
         raise UserError(f"{source} is of another version: its config.yaml or evaluation/metrics.json is not a table")
     if reason := why_stale(metrics):
-        warn(f"{source}: {reason}; {command('evaluate.py', source)} evaluates its present weights")
+        warn(f"{source}: {reason}; {command('evaluate.py', source)} evaluates its current weights")
     if run.compression.is_file():
-        config = config | {"compressed": True}  # which no option says
+        config = config | {"compressed": True}  # not visible in the options
     flat, scored = flatten(config), flatten(metrics).get("cost.epochs")
     state = run_state(history, flat, scored if isinstance(scored, int) else None, reason)
     if not file.is_file():

@@ -1,4 +1,4 @@
-"""What compress.py made of a run: its figures before and after, and what became of each expert."""
+"""The result of compress.py for a run: its figures before and after, and the fate of each expert."""
 
 import json
 from collections.abc import Sequence
@@ -16,28 +16,28 @@ FIGURES = {
     "total_parameters": "parameters, with the backbone",
     "trained_parameters": "parameters, trained",
     "active_parameters": "parameters, active",
-    "flops": "FLOPs an image",
+    "flops": "FLOPs per image",
     "latency_1": "latency of 1 image",
     "latency_256": "latency of 256 images",
     "macro_f1_validation": "macro-F1, validation",
     "macro_f1_test": "macro-F1, test",
 }
-"""What is compared, in words."""
+"""The compared figures, in words."""
 LEGEND = (
-    "Bytes: of all that is trained, without the frozen backbone. Active parameters and FLOPs: of a mean validation "
-    "image, FLOPs with the backbone, a multiply-add as two. Latency: from images to answers, backbone included, not "
-    "compiled. Macro-F1 on the test images before: as the run was scored."
+    "Bytes: of all trained weights, without the frozen backbone. Active parameters and FLOPs: mean over the validation "
+    "images; FLOPs include the backbone, and a multiply-add counts as two. Latency: from images to predictions, with "
+    "the backbone, not compiled. Test macro-F1 before: the score of the original run."
 )
 EXPERT_LEGEND = (
-    "Load: share of the validation assignments, before. Error: of the outputs of the expert when it is quantised, root "
-    "mean square over that of the outputs. Points lost: of validation macro-F1, where it alone is quantised. Experts "
-    "in float16 have these figures of the format that they were spared."
+    "Load: share of the validation assignments before compression. Error: root mean square error of the expert's "
+    "outputs when quantised, relative to their root mean square. Points lost: validation macro-F1 lost when only this "
+    "expert is quantised. Experts kept in float16 show these figures for the format that they were protected from."
 )
 EXPERT_HEADER = ["expert", "load", "what was done", "error", "points lost"]
 
 
 def read_compression(run: RunFolder) -> dict[str, Any]:
-    """What compression.json holds; empty where the run is not from compress.py. Raises UserError for a corrupt file."""
+    """The content of compression.json; empty if the run is not from compress.py. Raises UserError if it is corrupt."""
     if not run.compression.is_file():
         return {}
     try:
@@ -45,11 +45,13 @@ def read_compression(run: RunFolder) -> dict[str, Any]:
         assert set(FIGURES) <= found["before"].keys() and set(FIGURES) <= found["after"].keys()
         return found
     except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
-        raise UserError(f"{run.compression} is not what compress.py writes: delete it to go without it") from error
+        raise UserError(
+            f"{run.compression} was not written by compress.py: delete it to continue without it"
+        ) from error
 
 
 def with_test_score(run: RunFolder, macro_f1: float) -> dict[str, Any]:
-    """What compression.json holds, after the first score on the test set with that score; empty where there is none."""
+    """The content of compression.json, with the test score once it exists; empty if there is no such file."""
     found = read_compression(run)
     if found and found["after"]["macro_f1_test"] is None:
         found["after"]["macro_f1_test"] = macro_f1
@@ -58,12 +60,12 @@ def with_test_score(run: RunFolder, macro_f1: float) -> dict[str, Any]:
 
 
 def figure_rows(found: dict[str, Any]) -> list[list[str]]:
-    """A row for each of FIGURES: what, before, after."""
+    """A row for each of FIGURES: name, before, after."""
     return [[what, *(shown(name, found[when][name]) for when in ("before", "after"))] for name, what in FIGURES.items()]
 
 
 def expert_rows(found: dict[str, Any]) -> list[list[str]]:
-    """A row of EXPERT_HEADER for each expert that the run had."""
+    """A row of EXPERT_HEADER for each expert of the original run."""
     return [
         [
             row["expert"],
@@ -77,7 +79,7 @@ def expert_rows(found: dict[str, Any]) -> list[list[str]]:
 
 
 def shown(name: str, value: float | None) -> str:
-    """A figure of FIGURES as people read it."""
+    """A value of FIGURES, formatted."""
     if value is None:
         return "–"
     if name.startswith("macro_f1"):

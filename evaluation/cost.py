@@ -33,10 +33,10 @@ class Cost:
         return self.backbone_parameters + self.trainable_parameters
 
     def lines(self) -> list[str]:
-        """The summary that is printed when training starts."""
+        """The summary printed when training starts."""
         return [
             f"parameters   {self.total_parameters:,} in total, {self.trainable_parameters:,} trainable, "
-            f"{self.active_parameters:,} of those active for a sample",
+            f"{self.active_parameters:,} of these active per sample",
             f"per sample   {_si(self.backbone_flops)} in the frozen backbone, {_si(self.head_flops)} in the head",
         ]
 
@@ -70,7 +70,7 @@ def head_cost(model: VisionMoE, feature_shape: tuple[int, ...], load_E: np.ndarr
     expert_flops_E = np.array([flops(expert, row_BD) for expert in moe.experts])
     always = flops(model.neck, features) + flops(moe.router, gate_input.to(device))
     always += sum(flops(expert, row_BD) for expert in moe.shared)
-    # Assignments of a sample to each expert; soft routing's several slots of one expert use its weights again.
+    # Assignments of a sample to each expert; in soft routing, several slots of one expert reuse its weights.
     visits_E = moe.router.experts_per_sample * load_E
     fixed = parameters(model) - per_expert_E.sum() - (parameters(moe.skip) if moe.skip else 0)
     return HeadCost(
@@ -128,11 +128,11 @@ def expert_costs(model: AnyMoE) -> list[ExpertCost]:
 
 
 def _bytes_inside(experts: Any, expert: int) -> int:
-    """Bytes of one expert of a block: its matrices as they are stored, and all else in float32."""
+    """Bytes of one expert of a block: its matrices in their stored format, and everything else in float32."""
     count = experts.parameters_of(expert)
     try:
         matrices = experts.matrices()
-    except ValueError:  # a kind of a plug-in, whose matrices are as they were trained
+    except ValueError:  # a kind from a plug-in, whose matrices are stored as trained
         return 4 * count
     others = count - sum(part_numbers(matrix, expert) for matrix in matrices)
     return 4 * others + sum(part_bytes(matrix, expert) for matrix in matrices)
@@ -160,8 +160,8 @@ def parameters(module: nn.Module) -> int:
 def flops(module: nn.Module, inputs: torch.Tensor) -> int:
     """FLOPs of one forward pass in evaluation mode: matrix products, convolutions and those of attention.
 
-    Attention is counted as the two matrix products that it is, on every device: PyTorch's counter knows its fused
-    kernels on a GPU, and misses those on a CPU.
+    Attention is counted as its two matrix products on every device: PyTorch's counter knows the fused kernels on a GPU,
+    but misses those on a CPU.
     """
     from torch.utils.flop_counter import FlopCounterMode  # here, because importing it takes a quarter of a second
 

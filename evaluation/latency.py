@@ -1,4 +1,4 @@
-"""How long a model takes from images to answers."""
+"""The latency of a model, from images to predictions."""
 
 import copy
 import statistics
@@ -18,10 +18,10 @@ BATCHES = (1, 256)
 def latencies(
     model: AnyMoE, backbone: Backbone, images_NCHW: torch.Tensor, wanted: bool | None = None, seconds: float = 0.5
 ) -> dict[str, float | None]:
-    """`latency` of each of BATCHES on a GPU and on a CPU, such as latency_gpu_1; None where it is not measured.
+    """`latency` of each of BATCHES on a GPU and on a CPU, such as latency_gpu_1; None if it is not measured.
 
-    images_NCHW: to take them from. wanted: on the model's device, and if that is a GPU on the CPU as well, in float32;
-    None: on the model's device if it is a GPU. seconds: to spend on each, about. Experts in host memory stay there.
+    images_NCHW: source of the images. wanted: measure on the model's device and, if that is a GPU, also on the CPU in
+    float32; None: only on a GPU. seconds: approximate time per measurement. Experts in host memory stay there.
     """
     found: dict[str, float | None] = {f"latency_{kind}_{batch}": None for kind in ("gpu", "cpu") for batch in BATCHES}
     device = next(backbone.parameters()).device
@@ -46,9 +46,9 @@ def on_cpu(model: AnyMoE, backbone: Backbone) -> tuple[AnyMoE, Backbone]:
 
 @torch.no_grad()
 def latency(model: AnyMoE, backbone: Backbone, images_BCHW: torch.Tensor, seconds: float = 1.0) -> float:
-    """Seconds from uint8 images (B, 3, H, W) on the device to their logits, the frozen ViT included; a median.
+    """Median seconds from uint8 images (B, 3, H, W) on the device to their logits, including the frozen ViT.
 
-    model: in evaluation mode, as predict.py runs it, not compiled. seconds: to spend, about.
+    model: in evaluation mode, as predict.py runs it, not compiled. seconds: approximate time of the measurement.
     """
 
     def answer() -> torch.Tensor:
@@ -60,7 +60,7 @@ def latency(model: AnyMoE, backbone: Backbone, images_BCHW: torch.Tensor, second
 
 
 def median_seconds(run: Callable[[], object], device: torch.device, seconds: float = 1.0) -> float:
-    """The median time of a call, after a first one that loads kernels, from as many as `seconds` allow."""
+    """The median time of a call, over as many calls as `seconds` allow, after a warm-up call that loads kernels."""
     times = []
     started = time.perf_counter()
     while len(times) < 2 or (time.perf_counter() - started < seconds and len(times) < 200):

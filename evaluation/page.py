@@ -1,4 +1,4 @@
-"""A page in the browser that answers the images dropped on it; it is served to this machine only, and needs gradio."""
+"""A local web page that classifies the images dropped on it; only this machine can open it, and it needs gradio."""
 
 import os
 import socket
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 HOST = "127.0.0.1"
-# The browser may load nothing from elsewhere, and send nothing there, whatever the version of gradio asks of it.
+# The browser may not load anything from other sites or send anything there, whatever gradio requests.
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
 Ask = Callable[[Path], tuple[dict[str, Any], "Figure"]]
-"""An image file to its entry in what --json prints, and a figure of it. Raises UserError if it cannot be read."""
+"""From an image file to its entry in --json and its figure. Raises UserError if it cannot be read."""
 
 
 def require_gradio() -> None:
-    """Import gradio without its reports to its makers. Raises EnvironmentFault where it is missing."""
+    """Import gradio with its analytics turned off. Raises EnvironmentFault if it is not installed."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    os.environ["GRADIO_RUN_HISTORY"] = "False"  # which would keep the images in the browser
+    os.environ["GRADIO_RUN_HISTORY"] = "False"  # the history would keep the images in the browser
     try:
         import gradio
     except ImportError as error:
@@ -37,7 +37,7 @@ def require_gradio() -> None:
 
 
 def listen(port: int) -> socket.socket:
-    """A socket that listens on a port of this machine, 0 for a free one. Raises UserError where it is taken."""
+    """A socket that listens on a port of this machine, 0 for any free port. Raises UserError if the port is in use."""
     listening = socket.socket()
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -45,7 +45,7 @@ def listen(port: int) -> socket.socket:
         listening.listen()
     except OSError as error:
         listening.close()
-        raise UserError(f"--port {port} cannot be used ({error.strerror}): name another one") from error
+        raise UserError(f"--port {port} cannot be used ({error.strerror}): choose another one") from error
     return listening
 
 
@@ -54,14 +54,14 @@ def serve(listening: socket.socket, title: str, ask: Ask) -> None:
     import uvicorn
 
     with tempfile.TemporaryDirectory(prefix="vision-moe-page-") as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder  # read when the page is made
+        os.environ["GRADIO_TEMP_DIR"] = folder  # read when the page is built
         uvicorn.Server(uvicorn.Config(page(title, ask), log_level="warning", timeout_graceful_shutdown=1)).run(
             [listening]
         )
 
 
 def page(title: str, ask: Ask) -> "FastAPI":
-    """The page as an application: a file in; classes, experts, figure, remarks and the JSON entry out."""
+    """The page as an application. Input: a file. Output: classes, experts, figure, notes and the JSON entry."""
     import gradio as gr
     from fastapi import FastAPI
     from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -86,11 +86,13 @@ def page(title: str, ask: Ask) -> "FastAPI":
             image = gr.File(label="an image file")
             classes = gr.Label(label="classes")
         experts = gr.Dataframe(
-            headers=["expert · hidden units", "gate weight", "its answer", "probability"], label="experts"
+            headers=["expert · hidden units", "gate weight", "its prediction", "probability"], label="experts"
         )
-        shown = gr.Image(show_label=False, interactive=False, buttons=["fullscreen", "download"])  # and none to share
+        shown = gr.Image(
+            show_label=False, interactive=False, buttons=["fullscreen", "download"]
+        )  # without a share button
         notes = gr.Textbox(label="remarks", interactive=False)
-        with gr.Accordion("as --json prints it", open=False):
+        with gr.Accordion("output of --json", open=False):
             entry = gr.JSON(show_label=False)
         image.upload(answer, image, [classes, experts, shown, notes, entry], api_name="answer")
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
@@ -101,7 +103,9 @@ def page(title: str, ask: Ask) -> "FastAPI":
         response.headers["content-security-policy"] = POLICY
         return response
 
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])  # no other site under this address
+    app.add_middleware(
+        TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"]
+    )  # rejects other host names for this address
     return gr.mount_gradio_app(app, blocks, path="/", ssr_mode=False, mcp_server=False, enable_monitoring=False)
 
 
@@ -113,6 +117,6 @@ def drawn(figure: "Figure") -> Image.Image:
 
 
 def remarks(row: dict[str, Any]) -> str:
-    """How the file was read, and whether the image is unlike the training images."""
+    """Notes on how the file was read, and whether the image is unlike the training images."""
     unlike = ["rejected: unlike the training images"] if row.get("rejected") else []
     return "; ".join([*unlike, *row["notes"]])

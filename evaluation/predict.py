@@ -1,4 +1,4 @@
-"""Runs a trained model on a split and collects what scores and figures need."""
+"""Runs a trained model on a split and collects the data for scores and figures."""
 
 from collections.abc import Sequence
 
@@ -20,11 +20,11 @@ from model.spread import is_spread
 
 @torch.no_grad()
 def predict(model: AnyMoE, bank: FeatureBank | ImageBank, split: str, removals: bool = False) -> Predictions:
-    """Answers for every image of a split as it is (no augmentation), with the learned gate and no noise.
+    """Predictions for every image of a split without augmentation, with the learned gate and without noise.
 
-    Experts on features run in float32 whatever training used, so that a sample's answer does not depend on its batch
-    beyond rounding. Several processes share the work. removals: ask also what the answers would be without each
-    expert, in the same pass.
+    Experts on features run in float32 whatever training used, so that a prediction does not depend on its batch beyond
+    rounding. Several processes share the work. removals: in the same pass, also compute the predictions without each
+    expert.
     """
     was_training = model.training
     model.eval()
@@ -36,7 +36,7 @@ def predict(model: AnyMoE, bank: FeatureBank | ImageBank, split: str, removals: 
     with meter(split, len(own_N)) as done:
         for inputs, labels_B in bank.batches(split, bank.evaluation_batch, own_N):
             logits_BC, routings = model(inputs)
-            if isinstance(model, MoEViT):  # a mixture on top is not looked at
+            if isinstance(model, MoEViT):  # a mixture on top is not analysed
                 routings = routings[: len(model.blocks)]
             answers.append((logits_BC, labels_B))
             if inside:
@@ -53,7 +53,7 @@ def predict(model: AnyMoE, bank: FeatureBank | ImageBank, split: str, removals: 
             done(len(labels_B))
         if is_spread(model):
             for _ in range(batches_lacking(samples, bank.evaluation_batch)):
-                model(inputs)  # in which the experts here serve other processes
+                model(inputs)  # the experts of this process must compute for other processes
     model.train(was_training)
     blocks = sums.result() if inside else None
     routing = blocks.heaviest() if inside else _columns(flat)
@@ -75,7 +75,7 @@ def _mean_gate(routings: Sequence[Routing], images: int) -> Tensor:
 def _without_each(
     model: VisionMoE, features: Tensor, logits_BC: Tensor, routings: Sequence[Routing]
 ) -> tuple[Tensor, ...]:
-    """The columns of `Removals` for one batch. A sample that an expert has no part in keeps its answer."""
+    """The columns of `Removals` for one batch. A sample that does not use the expert keeps its prediction."""
     (routing,) = routings
     experts_E = torch.arange(routing.num_experts, device=logits_BC.device)
     predicted_EB = logits_BC.argmax(dim=1).repeat(len(experts_E), 1)

@@ -1,4 +1,4 @@
-"""A model's answers on a split, and its routing: what scores and figures need."""
+"""A model's predictions on a split, and its routing: the data for scores and figures."""
 
 from dataclasses import dataclass
 
@@ -14,8 +14,9 @@ from evaluation.block_routing import BlockRouting
 class Removals:
     """Results of removing each of E experts.
 
-    predicted_EN: the answers if the expert is excluded and its samples go to their next choice. before_EE, after_EE:
-    row e has the assignments (with positive weight) to each expert, of the samples of expert e, with and without it.
+    predicted_EN: the predictions if the expert is excluded and its samples go to their next choice. before_EE,
+    after_EE: row e has the assignments (with positive weight) to each expert, of the samples of expert e, with and
+    without it.
     """
 
     predicted_EN: np.ndarray
@@ -25,12 +26,12 @@ class Removals:
 
 @dataclass
 class Predictions:
-    """A model's answers on N samples, in the order of the split, and its routing as a flat list of A assignments.
+    """A model's predictions for N samples, in the order of the split, and its routing as a list of A assignments.
 
     logits_NC: float32. labels_N, sample_A, expert_A: int64. weight_A: float32 gate weights. gate_NE: float32, the
-    router's clean logits at its temperature. removals: where they were asked for and there are two experts or more.
-    blocks: with experts inside the ViT the routing there. Then the flat list has, for each image and block, the expert
-    with the most weight, and the softmax of gate_NE is the mean gate of an image's tokens in all blocks.
+    router's clean logits at its temperature. removals: if requested, and if there are two experts or more.
+    blocks: the routing inside the ViT, if the experts are there. Then the list has, for each image and block, the
+    expert with the largest weight, and the softmax of gate_NE is the mean gate of an image's tokens in all blocks.
     """
 
     logits_NC: np.ndarray
@@ -70,7 +71,8 @@ class Predictions:
         return expert_importance(self.expert_A, self.weight_A, self.num_experts)[None]
 
     def tally(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray]:
-        """sample_A, expert_A, count_A (None: one each) and weight_A of all assignments, the flat list where it is all.
+        """sample_A, expert_A, count_A (None: one each) and weight_A of all assignments, the list itself if it is
+        complete.
 
         With experts inside the ViT an entry is an image and an expert, with sums over blocks and tokens.
         """

@@ -21,12 +21,12 @@ from evaluation.run_cost import LEGEND, NAMES, shown, si
 from storage.folder import RunFolder
 
 SPREAD_NOTE = "For each expert: share of the gate weight / of the assignments."
-CO_ACTIVATION = 16  # experts up to which the table of pairs is shown
+CO_ACTIVATION = 16  # largest number of experts for which the table of pairs is shown
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the page. text: the columns, by their header, that hold words. folded: shown when clicked."""
+    """A table of the page. text: headers of the columns that contain words. folded: shown when clicked."""
 
     title: str
     note: str
@@ -37,7 +37,7 @@ class Table:
 
 
 def write_report(run: RunFolder, config: Config, results: dict[str, Any], drawings: list[Drawing]) -> Path:
-    """Write report.html from what metrics.json holds and the figures on the disk. Returns its path."""
+    """Write report.html from the content of metrics.json and the figures on disk. Returns its path."""
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
@@ -57,7 +57,7 @@ def write_report(run: RunFolder, config: Config, results: dict[str, Any], drawin
 
 
 def _origin(results: dict[str, Any]) -> str:
-    """Which run this one starts from, in words; empty where it starts from random numbers."""
+    """The run that this one starts from, in words; empty if it starts from random weights."""
     if not (init := results.get("init")):
         return ""
     common = f"{len(init['classes'])} of {len(results['class_names'])} classes in common"
@@ -74,7 +74,7 @@ def _rule(config: Config) -> str:
 
 
 def _embed(drawing: Drawing) -> dict[str, Any]:
-    """A figure as the page shows it, at 100 pixels an inch."""
+    """A figure in the page, at 100 pixels per inch."""
     data = drawing.path.read_bytes()
     with Image.open(drawing.path) as image:
         width = round(image.width * 100 / 150)
@@ -87,12 +87,12 @@ def _embed(drawing: Drawing) -> dict[str, Any]:
 
 
 def percent(value: float | None, digits: int = 1) -> str:
-    """0.1234 as "12.3 %", with a blank that does not break, and a dash for what is not known."""
+    """0.1234 as "12.3 %", with a non-breaking space, and a dash for an unknown value."""
     return "–" if value is None else f"{100 * value:.{digits}f}\u00a0%"
 
 
 def _headline(results: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """(what, value, how to read it) of the single figures."""
+    """(name, value, explanation) of the single values."""
     special, gate = results["specialisation"], results["gate"]
     where = f", in block {results['most_specialised_block']}" if "blocks" in results else ""
     z_score = "" if special["z_score"] is None else f", {special['z_score']:.0f} s.d. above chance"
@@ -108,21 +108,23 @@ def _headline(results: dict[str, Any]) -> list[tuple[str, str, str]]:
         ("calibration error", percent(results["expected_calibration_error"]), "expected, 15 bins; 0 is best"),
     ]
     if gate["boundary_share"] is not None:
-        reading = "of the images nearly had another expert"
+        reading = "of the images almost went to another expert"
         if gate["boundary_accuracy"] is not None and gate["elsewhere_accuracy"] is not None:
             near, rest = percent(gate["boundary_accuracy"]), percent(gate["elsewhere_accuracy"])
-            reading += f"; {near} of them are right, {rest} of the others"
+            reading += f"; accuracy {near} on these, {rest} on the others"
         shown.append(("near the boundary", percent(gate["boundary_share"]), reading))
     shown.append(
         (
             "gate entropy",
             f"{gate['entropy_mean']:.2f}",
-            f"of a mean {'token' if 'blocks' in results else 'image'}; 1 is no preference, 0 is certain",
+            f"mean over the {'tokens' if 'blocks' in results else 'images'}; 1: no preference, 0: certain",
         )
     )
     shown.append(_cost_card(results["cost"]))
     if "superclass_accuracy" in results:
-        shown.insert(2, ("superclass accuracy", percent(results["superclass_accuracy"]), "right superclass, any class"))
+        shown.insert(
+            2, ("superclass accuracy", percent(results["superclass_accuracy"]), "correct superclass, any class")
+        )
     return shown
 
 
@@ -131,7 +133,7 @@ def _cost_card(cost: dict[str, Any]) -> tuple[str, str, str]:
     if cost["training_seconds"] is not None:
         reading += f"; trained in {duration(cost['training_seconds'])}"
     flops = cost["flops"] or cost["head_flops"]
-    return "FLOPs of an image" if cost["flops"] else "FLOPs of an image, without the backbone", si(flops), reading
+    return "FLOPs per image" if cost["flops"] else "FLOPs per image, without the backbone", si(flops), reading
 
 
 def _tables(results: dict[str, Any]) -> list[Table]:
@@ -158,7 +160,7 @@ def _tables(results: dict[str, Any]) -> list[Table]:
 
 
 def _spread(names: list[str], results: dict[str, Any], kind: str) -> list[list[str]]:
-    """A row for each class or superclass: its name and its share at each expert."""
+    """A row for each class or superclass: its name and its share for each expert."""
     tables = (results[f"expert_by_{kind}_weight"], results[f"expert_by_{kind}"])
     return [
         [name, *(f"{100 * weight:.0f} / {percent(share, 0)}" for weight, share in zip(*shares, strict=True))]
@@ -167,7 +169,7 @@ def _spread(names: list[str], results: dict[str, Any], kind: str) -> list[list[s
 
 
 def _cost_table(results: dict[str, Any]) -> Table:
-    """The cost of the run and, if one lies beside it, of the mixture or the dense twin of equal FLOPs."""
+    """The cost of the run and, if there is one in the same folder, of its mixture or dense twin of equal FLOPs."""
     beside = results.get("dense_twin", {}).get("beside")
     columns = (
         {"value": results["cost"]} if beside is None else {"this run": results["cost"], beside["name"]: beside["cost"]}
@@ -181,13 +183,13 @@ def _cost_table(results: dict[str, Any]) -> Table:
 
 
 def _compression_tables(found: dict[str, Any] | None) -> list[Table]:
-    """Of a run that compress.py made: what it was before, and what became of each expert."""
+    """For a run of compress.py: its figures before and after, and what was done to each expert."""
     if not found:
         return []
     what = EXPERT_HEADER[2]
     return [
         Table("Compression", compression.LEGEND, ["what", "before", "after"], figure_rows(found)),
-        Table("What became of the experts", EXPERT_LEGEND, EXPERT_HEADER, expert_rows(found), text=(what,)),
+        Table("What was done to each expert", EXPERT_LEGEND, EXPERT_HEADER, expert_rows(found), text=(what,)),
     ]
 
 
@@ -210,15 +212,15 @@ def _expert_table(results: dict[str, Any]) -> Table:
     return Table(
         title="Experts",
         note="Accuracy and confidence of the whole mixture on the expert's images. "
-        "Serves most: share of the gate weight for the class. Hardest: accuracy on the class, from 5 images.",
-        header=["expert", "load", "gate weight", "accuracy", "confidence", "serves most", "hardest"],
+        "Main classes: share of the gate weight for the class. Hardest: accuracy on the class, from 5 images.",
+        header=["expert", "load", "gate weight", "accuracy", "confidence", "main classes", "hardest"],
         rows=rows,
-        text=("serves most", "hardest"),
+        text=("main classes", "hardest"),
     )
 
 
 def _block_table(results: dict[str, Any]) -> Table:
-    """Where the experts are inside the ViT, a row for each block."""
+    """If the experts are inside the ViT, a row for each block."""
     rows = []
     for row in results.get("blocks", []):
         special = row["specialisation"]
@@ -256,7 +258,7 @@ def _worth_table(results: dict[str, Any]) -> Table:
                 ]
             )
     return Table(
-        title="What each expert is worth",
+        title="Contribution of each expert",
         note="Each expert is removed in turn, without retraining; its images go to the gate's next choice. "
         "Change of macro-F1 in points (below 0: the expert is useful) ± one standard deviation over bootstrap "
         "resamples of the test images. "
@@ -268,7 +270,7 @@ def _worth_table(results: dict[str, Any]) -> Table:
             "parameters saved",
             "memory saved",
             "FLOPs of the expert",
-            "FLOPs saved, mean image",
+            "FLOPs saved per image",
             "reassigned to",
         ],
         rows=rows,
@@ -281,7 +283,7 @@ def _co_activation(results: dict[str, Any]) -> Table:
     shown = 1 < len(labels) <= CO_ACTIVATION
     return Table(
         title="Experts that work together",
-        note="Of the images of the expert on the left, the share that also goes to the expert above.",
+        note="Share of the images of the expert on the left that also go to the expert above.",
         header=["expert", *labels],
         rows=[
             [label, *("" if e == other else percent(count / max(1, row[e]), 0) for other, count in enumerate(row))]
@@ -292,7 +294,7 @@ def _co_activation(results: dict[str, Any]) -> Table:
 
 
 def _sections(config: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
-    """The configuration as (section, [(field, value)]), the fields that have no section first."""
+    """The configuration as (section, [(field, value)]), fields without a section first."""
     plain = [(key, _shown(value)) for key, value in config.items() if not isinstance(value, dict)]
     nested = {key: value for key, value in config.items() if isinstance(value, dict)}
     return [("run", plain)] + [(key, [(k, _shown(v)) for k, v in value.items()]) for key, value in nested.items()]

@@ -59,7 +59,7 @@ def _report_experts(results: dict[str, Any], tracker: Tracker) -> None:
 
 
 def _report_blocks(results: dict[str, Any], tracker: Tracker) -> None:
-    """Where the experts are inside the ViT, blocks by experts; of many runs ClearML lays them side by side."""
+    """Blocks by experts, if the experts are inside the ViT; ClearML shows those of several runs side by side."""
     rows = results.get("blocks", [])
     if not rows:
         return

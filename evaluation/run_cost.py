@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from common.meter import duration
-from evaluation.cost import cost, trained_cost
+from evaluation.cost import cost, parameters, trained_cost
 from model.backbone import Backbone
 from model.moe_vit import AnyMoE
 
@@ -15,7 +15,7 @@ NAMES = {
     "total_parameters": "parameters, total",
     "trained_parameters": "parameters, trained",
     "active_parameters": "parameters, active",
-    "flops": "FLOPs an image",
+    "flops": "FLOPs per image",
     "memory_bytes": "weights in memory",
     "latency_gpu_1": "latency of 1 image, GPU",
     "latency_gpu_256": "latency of 256 images, GPU",
@@ -26,12 +26,12 @@ NAMES = {
     "peak_memory_gib": "peak memory",
     "kept_epoch": "kept epoch",
 }
-"""What `run_cost` returns, in words."""
+"""The values of `run_cost`, in words."""
 LEGEND = (
-    "Active parameters: trained parameters that a mean test image uses. FLOPs: of one image, with the backbone; a "
+    "Active parameters: trained parameters used per test image, on average. FLOPs: per image, with the backbone; a "
     "multiply-add counts as two. Training time: all epochs with validation, and the extraction of features. Images/s: "
-    "of the median epoch, training only. Peak memory: of the GPU, or of the process on a CPU. Weights in memory: of "
-    "the backbone, in the format that it computes in, and of all that is trained. Latency: from images to answers, "
+    "of the median epoch, training only. Peak memory: of the GPU, or of the process on a CPU. Weights in memory: "
+    "the backbone, in its compute format, and all trained weights. Latency: from images to predictions, "
     "backbone included."
 )
 
@@ -45,9 +45,9 @@ def run_cost(
     kept_epoch: int | None,
     latency: dict[str, float | None] | None = None,
 ) -> dict[str, float | None]:
-    """The figures of NAMES, and `epochs` that were trained; None where that is not known.
+    """The values of NAMES, and the number of trained `epochs`; None if unknown.
 
-    backbone: None where it is not at hand. load_E: share of the assignments on the test images. history: the lines of
+    backbone: None if it is not available. load_E: share of the assignments on the test images. history: the lines of
     metrics.jsonl. latency: what `latencies` measured (None: nothing).
     """
     active = trained_cost(model, feature_shape, load_E)
@@ -55,7 +55,7 @@ def run_cost(
     seconds = _column(history, "speed/epoch_seconds")
     return {
         "total_parameters": whole and whole.total_parameters,
-        "trained_parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "trained_parameters": parameters(model),
         "active_parameters": active.active_parameters,
         "flops": whole and whole.backbone_flops + active.flops,
         "head_flops": active.flops,
@@ -70,7 +70,7 @@ def run_cost(
 
 
 def shown(name: str, value: float | None) -> str:
-    """A figure of NAMES as people read it."""
+    """A value of NAMES, formatted."""
     if value is None:
         return "–"
     if name == "training_seconds":
@@ -85,7 +85,7 @@ def shown(name: str, value: float | None) -> str:
 
 
 def weights_in_memory(model: AnyMoE, backbone: Backbone) -> int:
-    """Bytes of the weights and buffers that answer for an image: of the ViT as it computes, and of the rest."""
+    """Bytes of the weights and buffers used for prediction: of the ViT in its compute format, and of the rest."""
     runner = backbone.runner(next(backbone.parameters()).device)
     return sum(value.nbytes for part in (runner, model) for value in part.state_dict().values())
 

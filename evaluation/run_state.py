@@ -7,8 +7,8 @@ from typing import Any
 def run_state(history: Sequence[dict[str, Any]], config: dict[str, Any], scored: int | None, stale: str = "") -> str:
     """Why a run's scores are not final: training is unfinished, or was continued; empty if they are.
 
-    history: the lines of metrics.jsonl, one an epoch. config: flat. scored: epochs that were trained when the test set
-    was scored (None: unknown). stale: why the results have been marked so, where they have been.
+    history: the lines of metrics.jsonl, one per epoch. config: flat. scored: number of trained epochs when the test set
+    was scored (None: unknown). stale: the reason why the results were marked as stale, if they were.
     """
     if not history:
         return f"stale: {stale[:1].lower()}{stale[1:]}" if stale else ""
@@ -24,7 +24,7 @@ def run_state(history: Sequence[dict[str, Any]], config: dict[str, Any], scored:
 
 
 def _out_of_patience(history: Sequence[dict[str, Any]], config: dict[str, Any]) -> bool:
-    """Whether early stopping has ended the training: so many epochs in a row were no better than all before them."""
+    """Whether early stopping has ended the training: patience epochs in a row without an improvement."""
     best, improved = -1.0, 0
     for line in history:
         if (line.get("macro_f1/validation") or 0.0) > best:

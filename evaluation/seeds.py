@@ -1,4 +1,4 @@
-"""Runs that differ in their seed alone, and mixtures beside their dense twins: means, and differences by seed."""
+"""Runs that differ only in the seed, and mixtures with their dense twins: means, and differences paired by seed."""
 
 import json
 import os
@@ -19,7 +19,7 @@ FIGURES = {"macro_f1": "macro-F1", "accuracy": "accuracy"}
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in their seed alone. by_seed: the run of each. key: alike for a mixture and its twin."""
+    """Runs that differ only in the seed. by_seed: the run of each seed. key: the same for a mixture and its twin."""
 
     name: str
     key: str
@@ -37,7 +37,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Difference:
-    """One group minus another, by seed: for each figure the mean and the ends of its 95 % interval (None: one pair)."""
+    """One group minus another, paired by seed: the mean of each score, and its 95 % interval (None: one pair)."""
 
     first: Group
     second: Group
@@ -46,7 +46,7 @@ class Difference:
 
     @property
     def name(self) -> str:
-        """What is subtracted from what."""
+        """The name of the difference."""
         if self.second.twin and not self.first.twin:
             return f"{self.first.name} minus its dense twin"
         return f"{self.first.name} minus {self.second.name}"
@@ -60,9 +60,9 @@ class Difference:
 
 
 def groups(runs: Sequence[Compared]) -> tuple[list[Group], list[str]]:
-    """The runs by what they share beside the seed, in order, and what is left out of them, in words.
+    """The runs grouped by everything except the seed, in order, and what is left out of the groups, in words.
 
-    That is what is unfinished or stale, and a second run of the same seed.
+    Unfinished and stale runs are left out, and a second run with the same seed.
     """
     found: dict[tuple[str, bool], dict[int, Compared]] = {}
     said = []
@@ -73,7 +73,7 @@ def groups(runs: Sequence[Compared]) -> tuple[list[Group], list[str]]:
         seed, key = run.config.get("train.seed", 0), recipe_key(run.config)
         by_seed = found.setdefault((key, run.config.get("train.twin_of") is not None), {})
         if seed in by_seed:
-            said.append(f"{run.name} is {by_seed[seed].name} again, seed {seed} as well: left out of the means")
+            said.append(f"{run.name} repeats {by_seed[seed].name} with seed {seed}: left out of the means")
         else:
             by_seed[seed] = run
     return [
@@ -82,16 +82,16 @@ def groups(runs: Sequence[Compared]) -> tuple[list[Group], list[str]]:
 
 
 def recipe_key(config: dict[str, Any]) -> str:
-    """What a flat configuration says beside its seed; of a dense twin that of the mixture that it stands for."""
+    """A flat configuration without its seed; for a dense twin, that of the mixture that it replaces."""
     flat = _defaults() | config
     flat |= _replaced(flat.get("train.twin_of"))
     return json.dumps({key: flat[key] for key in sorted(flat) if key not in APART | INCIDENTAL}, default=repr)
 
 
 def differences_of(found: Sequence[Group]) -> tuple[list[Difference], list[str]]:
-    """What to subtract from what, by seed, and the seeds that do not pair, in words.
+    """The differences to compute, paired by seed, and the seeds without a partner, in words.
 
-    Mixtures minus their twins; and of the other groups of two seeds or more, each minus the first.
+    Mixtures minus their twins; and each other group of two seeds or more minus the first such group.
     """
     twins, mixtures = [group for group in found if group.twin], [group for group in found if not group.twin]
     pairs = [(mixture, twin) for mixture in mixtures for twin in twins if twin.key == mixture.key]
@@ -114,7 +114,7 @@ def _difference(first: Group, second: Group) -> Difference | None:
 
 
 def _unpaired(first: Group, second: Group) -> str:
-    """The seeds that only one of two groups has; empty where there are none."""
+    """The seeds that only one of two groups has; empty if there are none."""
     alone = sorted(first.by_seed.keys() ^ second.by_seed.keys())
     if not alone:
         return ""
@@ -122,12 +122,12 @@ def _unpaired(first: Group, second: Group) -> str:
     shared = first.by_seed.keys() & second.by_seed.keys()
     what = f"{_listed(alone)} {'is' if len(alone) == 1 else 'are'} left out of the difference"
     if not shared:
-        what = f"no seed is in both, so give both the same ones, such as --train.seed {alone[0]}"
-    return f"the seeds of {first.name} ({mine}) and of {second.name} ({theirs}) do not pair: {what}"
+        what = f"no seed is in both, so train both with the same seeds, such as --train.seed {alone[0]}"
+    return f"the seeds of {first.name} ({mine}) and of {second.name} ({theirs}) differ: {what}"
 
 
 def seed_rows(found: Sequence[Group], differences: Sequence[Difference]) -> list[list[str]]:
-    """Header and rows of the table of means and differences; empty where no two runs belong together."""
+    """Header and rows of the table of means and differences; empty if no two runs belong together."""
     if not differences and all(len(group.by_seed) < 2 for group in found):
         return []
     rows = [["seeds together", "seeds", *FIGURES.values()]]
@@ -169,7 +169,7 @@ def _listed(seeds: Sequence[int]) -> str:
 
 
 def _name(runs: list[Compared], twin: bool) -> str:
-    """What the names of the runs begin with, or the first of them."""
+    """The common prefix of the run names, or the first name."""
     shared = os.path.commonprefix([run.name for run in runs])
     if len(runs) > 1:
         shared = shared.rstrip("0123456789").removesuffix("seed").rstrip("-_ .")
@@ -183,7 +183,7 @@ def _defaults() -> dict[str, Any]:
 
 
 def _replaced(text: Any) -> dict[str, Any]:
-    """The options of the mixture that a dense twin stands for, as train.twin_of holds them."""
+    """The options of the mixture that a dense twin replaces, from train.twin_of."""
     try:
         values = json.loads(text) if isinstance(text, str) else {}
     except ValueError:

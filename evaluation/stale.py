@@ -1,4 +1,4 @@
-"""Stale results, of a run that was trained further: kept until there are new ones, and marked."""
+"""Stale results of a run that was trained further: they are kept, and marked, until there are new ones."""
 
 import json
 from contextlib import suppress
@@ -8,7 +8,7 @@ from typing import Any
 from common.files import write_json, write_text
 from storage.folder import RunFolder
 
-STALE = "stale"  # the key of metrics.json that says why
+STALE = "stale"  # the key of metrics.json with the reason
 
 
 def mark_stale(run: RunFolder, reason: str) -> None:

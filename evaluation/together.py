@@ -1,4 +1,4 @@
-"""Several processes answer for a split together: each for its part, and all know all answers."""
+"""Prediction for a split with several processes: each computes its part, and all receive all predictions."""
 
 from collections.abc import Sequence
 
@@ -12,13 +12,13 @@ from evaluation.predictions import Predictions, Removals
 
 
 def own_part(samples: int) -> Tensor:
-    """Which of so many samples this process answers for, int64: all of them where there are fewer than processes."""
+    """The samples that this process predicts, int64: all of them if there are fewer samples than processes."""
     everything = torch.arange(samples)
     return everything if samples < world().size else everything[world().part(samples)]
 
 
 def batches_lacking(samples: int, batch_size: int) -> int:
-    """How many more batches than this process another one has for its part of a split."""
+    """How many more batches another process has than this one for its part of a split."""
     if samples < world().size:
         return 0
     counts = [-(-size // batch_size) for size in world().sizes(samples)]
@@ -26,7 +26,7 @@ def batches_lacking(samples: int, batch_size: int) -> int:
 
 
 def together(own: Predictions, samples: int) -> Predictions:
-    """The predictions of all processes for a split of so many samples, in every one; `own` is for `own_part`."""
+    """The predictions of all processes for a split, in every process; `own` are those for `own_part`."""
     if not world().several or samples < world().size:
         return own
     return join(world().gather(own))

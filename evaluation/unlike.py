@@ -1,4 +1,4 @@
-"""Images unlike those of training: the distance of their frozen features from the nearest class."""
+"""Images unlike the training images: the distance of their frozen features from the nearest class."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +12,15 @@ from torch import Tensor
 from common.errors import UserError
 from common.files import write_atomically
 
-QUANTILES = 1001  # of the distances of validation images that are stored
+QUANTILES = 1001  # stored quantiles of the distances of validation images
 
 
 @dataclass(frozen=True)
 class Unlike:
-    """The Mahalanobis distance of features from the nearest class (Lee 2018), and how far validation images are.
+    """The Mahalanobis distance of features from the nearest class (Lee 2018), and the distances of validation images.
 
-    means_CF: of each class. whitening_FF: the features times it have the unit matrix as their covariance within
-    classes. quantiles_Q: of the distances of validation images, ascending, evenly spaced in their share.
+    means_CF: of each class. whitening_FF: features multiplied by it have the identity matrix as within-class
+    covariance. quantiles_Q: evenly spaced quantiles of the distances of validation images, ascending.
     """
 
     means_CF: Tensor
@@ -29,7 +29,7 @@ class Unlike:
 
     @classmethod
     def of(cls, train_NF: Tensor, labels_N: Tensor, num_classes: int, validation_MF: Tensor) -> "Unlike":
-        """From features of training and validation images; the covariance is shrunk (Ledoit and Wolf 2004)."""
+        """Fit to features of training and validation images, with a shrunk covariance (Ledoit and Wolf 2004)."""
         from sklearn.covariance import ledoit_wolf
 
         train_NF = train_NF.double()
@@ -38,7 +38,7 @@ class Unlike:
         means_CF = sums_CF / counts_C[:, None].clamp_min(1)
         covariance_FF, _ = ledoit_wolf((train_NF - means_CF[labels_N]).numpy(), assume_centered=True)
         values, vectors = np.linalg.eigh(covariance_FF)
-        kept = values > 1e-10 * values.max()  # a feature that is always the same says nothing
+        kept = values > 1e-10 * values.max()  # drops constant features
         whitening_FF = torch.from_numpy(vectors[:, kept] / np.sqrt(values[kept]))
         means_CF = means_CF[counts_C > 0]
         found = cls(means_CF.float(), whitening_FF.float(), torch.zeros(0))
@@ -46,19 +46,19 @@ class Unlike:
         return cls(found.means_CF, found.whitening_FF, found.distances(validation_MF).double().quantile(shares).float())
 
     def distances(self, features_BF: Tensor) -> Tensor:
-        """The distance of each from the class that is nearest, float32 (B,) on the CPU."""
+        """The distance of each sample from its nearest class, float32 (B,) on the CPU."""
         white_BF = features_BF.cpu().float() @ self.whitening_FF
         return torch.cdist(white_BF, self.means_CF @ self.whitening_FF).amin(dim=1)
 
     def threshold(self, share: float) -> float:
-        """The distance that this share of the validation images exceeds."""
+        """The distance that this fraction of the validation images exceeds."""
         place = (1 - share) * (len(self.quantiles_Q) - 1)
         low = int(place)
         high = min(low + 1, len(self.quantiles_Q) - 1)
         return float(torch.lerp(self.quantiles_Q[low], self.quantiles_Q[high], place - low))
 
     def save(self, path: Path) -> None:
-        """Write it. Raises EnvironmentFault."""
+        """Write the file. Raises EnvironmentFault."""
         tensors = {name: value.contiguous() for name, value in vars(self).items()}
         write_atomically(path, lambda temporary: save_file(tensors, temporary))
 
@@ -68,4 +68,6 @@ class Unlike:
         try:
             return cls(**load_file(path))
         except (SafetensorError, TypeError, OSError) as error:
-            raise UserError(f"{path} is corrupt: delete it, and it is made anew from the training images") from error
+            raise UserError(
+                f"{path} is corrupt: delete it, and it is computed again from the training images"
+            ) from error

@@ -1,4 +1,4 @@
-"""Whether a mixture earned its keep: the run and those of other seeds beside it, against their dense twins."""
+"""Whether a mixture is better than its dense twin, over all seeds in the same folder."""
 
 from collections.abc import Iterator
 from contextlib import suppress
@@ -14,11 +14,11 @@ from storage.folder import RunFolder
 
 
 def verdict(run: RunFolder, config: Config, macro_f1: float) -> dict[str, Any] | None:
-    """What this run and those beside it say of mixture and dense twin; None where there is not one of each.
+    """Compare mixture and dense twin over this run and those in the same folder; None unless there are both.
 
-    macro_f1: what `run`, whose results need not be written yet, scores on the test set. Returns {"text", "seeds",
-    "mean", "low", "high", "beside"}: a sentence, the seeds that pair, mixture minus twin in macro-F1 with its 95 %
-    interval (None: one pair), and {"name", "cost"} of the run to lay beside this one.
+    macro_f1: the test score of `run`, whose results need not be written yet. Returns {"text", "seeds", "mean", "low",
+    "high", "beside"}: a sentence, the paired seeds, mixture minus twin in macro-F1 with its 95 % interval (None: one
+    pair), and {"name", "cost"} of the run to compare the cost with.
     """
     flat = flatten(config.to_dict())
     key, path = recipe_key(flat), run.path.resolve()
@@ -36,7 +36,7 @@ def verdict(run: RunFolder, config: Config, macro_f1: float) -> dict[str, Any] |
 
 
 def _neighbours(path: Path, words: str) -> Iterator[Compared]:
-    """The scored runs beside `path` whose config.yaml has these words, which are looked for before it is parsed."""
+    """The scored runs in the folder of `path` whose config.yaml contains these words, checked before parsing."""
     for folder in sorted(path.parent.iterdir()):
         other = RunFolder(folder)
         if folder == path or not (other.scored and other.config.is_file()):
@@ -47,7 +47,7 @@ def _neighbours(path: Path, words: str) -> Iterator[Compared]:
 
 
 def _beside(difference: Difference, own: Compared) -> dict[str, Any]:
-    """The run on the other side of the difference, of the same seed if there is one: its name and its cost."""
+    """The run on the other side of the difference, with the same seed if possible: its name and its cost."""
     other = difference.second if own.config.get("train.twin_of") is None else difference.first
     run = other.by_seed.get(own.config.get("train.seed", 0), other.by_seed[difference.seeds[0]])
     costs = {key.removeprefix("cost."): value for key, value in run.figures.items() if key.startswith("cost.")}
@@ -59,9 +59,10 @@ def _told(difference: Difference) -> dict[str, Any]:
     seeds = difference.seeds
     points = f"its macro-F1 minus that of a dense twin of equal FLOPs is {100 * mean:+.2f} points"
     if low is None or high is None:
-        text = f"One seed cannot tell whether the mixture earned its keep: {points} (seed {seeds[0]})"
+        text = f"One seed cannot show whether the mixture is better than its dense twin: {points} (seed {seeds[0]})"
     else:
-        told = "These seeds cannot tell whether the mixture earned its keep"
-        told = "The mixture earned its keep" if low > 0 else "The mixture did not earn its keep" if high < 0 else told
+        told = "These seeds do not show whether the mixture is better than its dense twin"
+        if low > 0 or high < 0:
+            told = f"The mixture is {'better' if low > 0 else 'worse'} than its dense twin"
         text = f"{told}: {points} (95 % interval {100 * low:+.2f} to {100 * high:+.2f}, {len(seeds)} seeds)"
     return {"text": text, "seeds": seeds, "mean": mean, "low": low, "high": high}

@@ -18,7 +18,7 @@ from model.archives import check_archive
 FORMAT_VERSION = 1
 
 
-# Entries of every checkpoint and of model.json, and those that a checkpoint needs to resume from.
+# Entries of every checkpoint and of model.json, and the entries that resuming needs.
 IDENTITY = {
     "config": dict,
     "backbone": {"name": str, "fingerprint": str},

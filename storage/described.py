@@ -1,4 +1,4 @@
-"""The description of a trained run, exported first from its best checkpoint where training has not come to that."""
+"""The description of a trained run, exported from its best checkpoint if training has not finished."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +16,7 @@ def describe(run: RunFolder, say: Callable[[str], None] = print) -> dict[str, An
     Raises UserError for a path that is not a folder, EnvironmentFault if neither file is there or usable.
     """
     if not run.path.is_dir():
-        raise UserError(f"{run.path} is not a folder: name a run that train.py wrote")
+        raise UserError(f"{run.path} is not a folder: name a run folder of train.py")
     with as_environment_fault():
         return _described(run, say)
 
@@ -25,15 +25,15 @@ def _described(run: RunFolder, say: Callable[[str], None]) -> dict[str, Any]:
     if run.best.is_file():
         best = load_checkpoint(run.best)
         kept = read_description(run).get("epoch") if run.model.is_file() else None
-        # Later where best.pt is corrupt and the one before it was read.
+        # model.json may be newer if best.pt is corrupt and the previous checkpoint was read.
         if not isinstance(kept, int) or kept < best["epoch"]:
             say(f"{run.weights} is exported from {run.best}: the best epoch so far is {best['epoch']}")
             export_model(run, best)
     elif not run.model.is_file() and run.config.is_file():
         raise UserError(
-            f"{run.path} has no checkpoint yet: wait for its first epoch, or where it was interrupted before that, "
+            f"{run.path} has no checkpoint yet: wait for its first epoch, or if it was interrupted before that, "
             f"{command('train.py', '--resume', run.path)}"
         )
     elif not run.model.is_file():
-        raise UserError(f"{run.path} holds neither model.json nor checkpoints/best.pt: name a run that train.py wrote")
+        raise UserError(f"{run.path} has neither model.json nor checkpoints/best.pt: name a run folder of train.py")
     return read_description(run)

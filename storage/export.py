@@ -39,7 +39,7 @@ def read_description(run: RunFolder) -> dict[str, Any]:
 
 
 def load_exported(run: RunFolder, model: nn.Module, sha256: str | None = None) -> None:
-    """Load model.safetensors into `model`. Raises UserError as `load_weights_of`, and where it does not fit."""
+    """Load model.safetensors into `model`. Raises UserError as `load_weights_of`, and if it does not fit."""
     weights = load_weights_of(run, sha256)
     try:
         load_weights(model, weights, run.weights)

@@ -63,8 +63,13 @@ class RunFolder:
 
     @property
     def compression(self) -> Path:
-        """What compress.py did, of a run that it made."""
+        """What compress.py did, in a run that it wrote."""
         return self.path / "compression.json"
+
+    @property
+    def teachers(self) -> Path:
+        """Who teaches a student that compress.py --distil has in training, and was interrupted."""
+        return self.path / "teachers.json"
 
     @property
     def evaluation(self) -> Path:

@@ -81,11 +81,11 @@ def start_of(invocation: Invocation) -> Start:
     if invocation.resume is None:
         if config.experts.quantised and config.init is not None:
             raise UserError(
-                f"--init {quoted(config.init)} stores its experts in fewer bits: start from the run that it was made of"
+                f"--init {quoted(config.init)} stores its experts in fewer bits: start from the run it was made from"
             )
         if config.experts.quantised:
             raise UserError(
-                "experts.weights and experts.head_weights are written by compress.py --quantise: train in float32, "
+                "experts.weights and experts.head_weights are set by compress.py --quantise: train in float32, "
                 "then compress the run"
             )
         if config.run_dir is not None:
@@ -111,10 +111,10 @@ def load_resumable(run: RunFolder, config: Config) -> dict[str, Any] | None:
         require_like(checkpoint, {"progress": {"batches": int}}, run.last)
     if config.train.epochs < checkpoint["epoch"]:
         raise UserError(
-            f"--resume {quoted(run.path)} cannot stop at epoch {config.train.epochs}, it has reached epoch "
+            f"--resume {quoted(run.path)} cannot stop at epoch {config.train.epochs}, because it has reached epoch "
             f"{checkpoint['epoch']}: set --train.epochs to {checkpoint['epoch']} or more, or start a new run"
         )
-    # A run of a version without this option used what is now its default.
+    # A run of a version without this option used the present default.
     before = flatten(Config().to_dict()) | flatten(checkpoint["config"])
     now = flatten(config.to_dict())
     for key, value in now.items():
@@ -149,8 +149,8 @@ def metrics_step(checkpoint: dict[str, Any] | None) -> int:
 def best_kept(run: RunFolder, config: Config, checkpoint: dict[str, Any]) -> dict[str, Any]:
     """The best epoch so far, whose weights are in best.pt (or the previous one).
 
-    A best.pt newer than the checkpoint is of an epoch that will be repeated, and will be the best again; unless the
-    configuration has changed, which makes it another epoch: then best.pt counts.
+    If best.pt is newer than the checkpoint, its epoch will be repeated and will be the best again, unless the
+    configuration has changed; then best.pt counts.
     """
     best = checkpoint["best"]
     if best["epoch"] == 0:

@@ -1,6 +1,7 @@
 """Shared fixtures: where real data and weights may be found, and a small run on digits."""
 
 import atexit
+import gc
 import os
 import shutil
 import signal
@@ -11,19 +12,21 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import torch
 
 from common.errors import exit_code_of
-from data.datasets import DataConfig, load_splits
 
 ROOT = Path(__file__).resolve().parent.parent
-# Small tensors are slower on two threads than on one, by far where another process wants the cores as well.
-torch.set_num_threads(1)
+# Small tensors are slower on two threads than on one, by far where another process wants the cores as well. PyTorch
+# reads it when it is imported, which is not here: the process that only hands tests to workers needs no PyTorch.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 # Stored features of this session only: one that an older version of the code wrote would hide what a change breaks.
 _CACHE = tempfile.mkdtemp(prefix="vision-moe-tests-")
 os.environ["VISION_MOE_CACHE"] = _CACHE
 atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
+
+# Imports leave a million objects that stay: the collector looks through them neither meanwhile nor afterwards.
+gc.disable()
 
 PNG = bytes.fromhex(  # one pixel
     "89504e470d0a1a0a0000000d494844520000000100000001080000000"
@@ -34,6 +37,28 @@ TINY = (
     "--train.epochs 4 --train.batch_size 32 --router.warmup_steps 5 --optim.lr 0.01"
 )
 CLIP = "vit_base_patch16_clip_quickgelu_224.openai"
+
+
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
+
+
+def without_drawing(patch):
+    """Figures are built, and a pixel is written in their place: to draw them is slow, and tested elsewhere."""
+    from matplotlib.figure import Figure
+
+    patch.setattr(Figure, "savefig", lambda figure, path, **options: Path(path).write_bytes(PNG))
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    without_drawing(monkeypatch)
+
+
+def mostly_slow(values, quick):
+    """Parameters of a test, of which all but the `quick` ones are marked slow."""
+    return [value if value in quick else pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 def run_program(*arguments, **environment):
@@ -103,15 +128,12 @@ def workplace(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory) -> Path:
     """The folder of a run that train.py made in this process: 500 digits, an early block of the bundled ViT."""
-    from matplotlib.figure import Figure
-
     import train  # here, because most test files need none of what it imports
 
     folder = tmp_path_factory.mktemp("tiny") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        # Drawing is tested elsewhere, and slow.
-        patch.setattr(Figure, "savefig", lambda figure, path, **options: Path(path).write_bytes(PNG))
+        without_drawing(patch)
         words = ["train.py", *TINY.split(), "--tracking", "none", "--run_dir", str(folder)]
         patch.setattr("sys.argv", words)
         assert exit_code_of(train.main) == 0
@@ -120,4 +142,6 @@ def tiny_run(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def splits():
+    from data.datasets import DataConfig, load_splits
+
     return load_splits(DataConfig(name="digits", max_per_class=40))

@@ -14,7 +14,7 @@ from config.yaml_file import spelled
 from tracking.clearml_task import attempt, server_problem
 
 WHOLE = ("completed", "closed", "published")
-"""What ClearML calls a task that has come to its end."""
+"""ClearML's names for a finished task."""
 
 
 def get_task(task_id: str) -> Any:
@@ -49,7 +49,7 @@ def fetch_run(task_id: str) -> dict[str, Any]:
     """Name, configuration and final scores of a task on the configured ClearML server.
 
     Returns {"name", "config" (nested as config.yaml), "metrics" (as evaluation/metrics.json if the task has that file,
-    else the single values, such as {"accuracy": 0.7}), "state" (what speaks against the scores: the task has not
+    else the single values, such as {"accuracy": 0.7}), "state" (a reason not to trust the scores: the task is not
     completed; else empty)}. Raises as `get_task`.
     """
     task = get_task(task_id)

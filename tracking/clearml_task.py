@@ -17,7 +17,7 @@ from common.text import command, printable
 PROJECT = "Vision MoE"
 PROBE_SECONDS = 3.0
 CLOSE_SECONDS = 30.0  # timeout at the end for a server that does not answer
-MODEL, FRAMEWORK = "output model", "PyTorch"  # how an artifact is marked, offline
+MODEL, FRAMEWORK = "output model", "PyTorch"  # marks of an artifact, offline
 FAILED = "failed"  # the tag of a failed run, offline
 UPLOAD_SECONDS = 600.0  # timeout for a server that answers, or the disk
 
@@ -64,7 +64,7 @@ class ClearMLTask:
         atexit.register(self.close)
 
     def place(self) -> dict[str, str]:
-        """Where to find the task: its page, or the file of its offline session."""
+        """The location of the task: its web page, or the file of its offline session."""
         folder = self.task.get_offline_mode_folder()
         return {"session": f"{folder}.zip"} if folder else {"page": self.task.get_output_log_web_page()}
 
@@ -87,7 +87,7 @@ class ClearMLTask:
         while self._thread.join(CLOSE_SECONDS) or self._thread.is_alive():
             problem = server_problem() if self.mode == "clearml" else None
             if problem or time.monotonic() - start > UPLOAD_SECONDS:
-                say(f"tracking: ClearML was closed before it was done ({problem or 'too slow'})")
+                say(f"tracking: ClearML was closed before it had finished ({problem or 'too slow'})")
                 attempt(_disown, self.task)
                 return False
         return self.whole
@@ -102,7 +102,7 @@ def attempt(function: Callable, *args: Any, **options: Any) -> tuple[Any, Except
 
 
 def _explain(error: Exception) -> UserError:
-    """The user error for an exception that the SDK raised at its start."""
+    """The user error for an exception that the SDK raised at start-up."""
     kind = UserError if type(error).__name__ in ("LoginError", "ConfigurationError") else EnvironmentFault
     return kind(f"ClearML cannot start: {type(error).__name__}: {' '.join(str(error).split())}")
 
@@ -180,7 +180,7 @@ def show(task: Any, title: str, series: str, path: Path) -> None:
 def upload(task: Any, name: str, path: Path, labels: Sequence[str] | None = None) -> None:
     """Upload a file as artifact, or with the names of its classes as output model.
 
-    Offline, where the SDK cannot make an output model, it is an artifact that `tracking.send` makes one of. Raises
+    Offline, the SDK cannot create an output model; it becomes an artifact that `tracking.send` turns into one. Raises
     OSError if that fails, and what the SDK raises.
     """
     from clearml import OutputModel
@@ -197,7 +197,7 @@ def upload(task: Any, name: str, path: Path, labels: Sequence[str] | None = None
 
 
 def use_model(task: Any, parent: str) -> None:
-    """Name the last output model of another task as this one's input model, where it has one. Raises as the SDK."""
+    """Use the last output model of another task, if any, as this one's input model. Raises what the SDK raises."""
     from clearml import Task
 
     if task.get_offline_mode_folder():

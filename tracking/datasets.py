@@ -1,4 +1,4 @@
-"""Images that are kept as a dataset of ClearML."""
+"""Images from ClearML datasets."""
 
 from pathlib import Path
 
@@ -7,10 +7,10 @@ from tracking.clearml_task import attempt, server_problem
 
 
 def fetch_dataset(name: str) -> Path:
-    """A read-only local copy of a ClearML dataset, downloaded where it is not in ClearML's cache yet.
+    """A read-only local copy of a ClearML dataset, downloaded if it is not in ClearML's cache yet.
 
-    name: PROJECT/NAME, NAME, or the dataset's id. Of several versions the newest. Raises UserError where no server is
-    configured or it has no such dataset, EnvironmentFault where it does not answer or the files cannot be had.
+    name: PROJECT/NAME or NAME (the newest version), or the id of a dataset. Raises UserError if no server is configured
+    or it has no such dataset, EnvironmentFault if it does not answer or the files cannot be downloaded.
     """
     if problem := server_problem():
         raise problem
@@ -24,11 +24,11 @@ def fetch_dataset(name: str) -> Path:
     if dataset is None:
         reason = one_line(str(error), 160) if error else "none found"
         raise UserError(
-            f"data.clearml_dataset {name} is no finished dataset of the ClearML server ({reason}): give PROJECT/NAME "
-            "or its id"
+            f"data.clearml_dataset {name} is not a finished dataset on the ClearML server ({reason}): give "
+            "PROJECT/NAME or its id"
         ) from error
     folder, error = attempt(dataset.get_local_copy)
     if folder is None:
         reason = f"{type(error).__name__}: {one_line(str(error), 160)}" if error else "no files"
-        raise EnvironmentFault(f"the files of ClearML dataset {name} cannot be fetched ({reason})") from error
+        raise EnvironmentFault(f"the files of ClearML dataset {name} cannot be downloaded ({reason})") from error
     return Path(folder)

@@ -1,7 +1,7 @@
 """Send an offline session to the ClearML server: python -m tracking.send SESSION.zip
 
-What the SDK's own import leaves out is added: the model is an output model, with its framework and labels, and a run
-that failed is a failed task.
+In addition to the SDK's own import, the model becomes an output model with its framework and labels, and a failed run
+becomes a failed task.
 """
 
 import argparse
@@ -19,10 +19,10 @@ from tracking.clearml_task import FAILED, MODEL, attempt, server_problem
 def send(session: Path) -> str:
     """Import an offline session, and return the id of its task.
 
-    Raises UserError for a file that is none, EnvironmentFault where no server takes it.
+    Raises UserError for a file that is not a session, EnvironmentFault if no server accepts it.
     """
     if not session.exists():
-        raise UserError(f"{printable(session)} is not there: name the file that the run printed at its end")
+        raise UserError(f"{printable(session)} does not exist: name the file that the run printed at its end")
     if problem := server_problem():
         raise problem
     from clearml import Task
@@ -30,17 +30,17 @@ def send(session: Path) -> str:
     Task.set_offline(False)
     task_id, error = attempt(Task.import_offline_session, str(session))
     if isinstance(error, ValueError | BadZipFile):
-        raise UserError(f"{printable(session)} is no offline session of ClearML: {one_line(error, 160)}") from error
+        raise UserError(f"{printable(session)} is not an offline session of ClearML: {one_line(error, 160)}") from error
     if error is None:
         _, error = attempt(_complete, Task.get_task(task_id=task_id))
     if error is not None:
         reason = f"{type(error).__name__}: {one_line(error, 160)}"
-        raise EnvironmentFault(f"{printable(session)} was not sent whole ({reason}): give the command again") from error
+        raise EnvironmentFault(f"{printable(session)} was not sent completely ({reason}): run this again") from error
     return task_id
 
 
 def _complete(task: Any) -> None:
-    """Make an output model of what `upload` marked as one, and of a run that failed a failed task."""
+    """Register artifacts that `upload` marked as models, and mark the task of a failed run as failed."""
     from clearml import OutputModel
 
     models = {name: artifact for name, artifact in task.artifacts.items() if MODEL in artifact.metadata}

@@ -180,8 +180,8 @@ def open_tracker(
     or "auto": the server if one is configured and answers, else offline, else none. config: nested dicts,
     shown as hyperparameters, one section per top-level key. task_id: continue this task, if the server has it.
     resume_step: drop the lines of metrics.jsonl after this step, and send the others again. ClearML sets its own seeds
-    for random, numpy and torch: set yours after this call. kind: ClearML's task type. parent: id of the task that it
-    belongs to, on the server.
+    for random, numpy and torch: set yours after this call. kind: ClearML's task type. parent: id of its parent
+    task on the server.
 
     Raises UserError (unknown mode, no server configured, login refused) and its subclass EnvironmentFault (no
     answer from the server, clearml or the file cannot be used). Mode "auto" raises only for the file.
@@ -206,19 +206,19 @@ def open_tracker(
 
 
 def silent_tracker() -> Tracker:
-    """A tracker that writes nothing: of a process whose numbers another one writes."""
+    """A tracker that writes nothing, for a process whose numbers are written by another process."""
     return Tracker(open(os.devnull, "w", encoding="utf-8"))
 
 
 def open_evaluation(mode: str, run_dir: Path, config: dict, *, name: str, tags: Sequence[str] = ()) -> Tracker:
-    """A tracker for a later evaluation of the run in `run_dir`: a task of its own under that of the training.
+    """A tracker for a later evaluation of the run in `run_dir`: a separate child task of the training task.
 
     mode: "clearml" (the configured server, or an error), "none", or "auto": the server of the training's task, if it
     has one and it answers. The parent is the run's last task on a server, if any; if that task is incomplete, the
     numbers of metrics.jsonl are sent too. Writes nothing to metrics.jsonl. Raises as `open_tracker`.
     """
     if mode not in ("auto", "clearml", "none"):
-        raise UserError(f"tracking mode {mode!r} is unknown here: choose auto, clearml or none")
+        raise UserError(f"tracking mode {mode!r} is not possible here: choose auto, clearml or none")
     online = [task for task in tasks_of(run_dir) if task["mode"] == "clearml"]
     clearml, reasons = None, []
     if mode == "clearml" or (mode == "auto" and online):

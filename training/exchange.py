@@ -1,4 +1,4 @@
-"""What processes that share a batch tell each other after the backward pass: gradients, and a few numbers with them."""
+"""The exchange between processes that share a batch, after the backward pass: gradients and a few numbers."""
 
 from collections.abc import Iterator, Sequence
 
@@ -9,11 +9,11 @@ from torch import Tensor
 from common.distributed import World
 from model.distributed import Share
 
-BUCKET = 2**25  # numbers that are added up at once, at least
+BUCKET = 2**25  # minimum of numbers that are summed at once
 
 
 class Exchange:
-    """Adds up the gradients of `parameters` over the processes of a world."""
+    """Sums the gradients of `parameters` over the processes of a world."""
 
     def __init__(self, parameters: Sequence[Tensor], world: World):
         self.parameters, self.world = parameters, world
@@ -21,9 +21,9 @@ class Exchange:
     def __call__(self, share: Share, output: Tensor, loss: Tensor, correct: Tensor) -> tuple[Tensor, ...]:
         """Replace each gradient by the sum over the processes, or their mean if each had the whole batch.
 
-        Returns the same of output, loss and correct, scalars, and (P,): 2 for a process whose output is not finite, 1
-        where its loss alone is not, which may come from another process's output. A parameter without a gradient has
-        none in any process.
+        Returns the same reduction of the scalars output, loss and correct, and a tensor (P,): 2 for a process whose
+        output is not finite, 1 if only its loss is not, which may come from another process's output. A parameter
+        without a gradient has none in any process.
         """
         bad_P = torch.zeros(self.world.size, device=loss.device)
         bad_P[self.world.rank] = torch.where(output.isfinite(), (~loss.isfinite()).float(), 2.0)

@@ -1,4 +1,4 @@
-"""Experts on several processes while training: gradients, checkpoints of one process, a new placement each epoch."""
+"""Training with experts on several processes: gradients, single-process checkpoints, a new placement per epoch."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,16 +15,16 @@ from model.moe_vit import AnyMoE
 from model.spread import Shares, Spread
 from training.optim import build_optimizer
 
-WORTH = 0.05  # of the largest work that a new placement must save, since experts and their moments then move
+WORTH = 0.05  # a new placement must reduce the largest work by this much, because moving experts has a cost
 
 
 class ExpertParallel:
-    """What training does differently where the experts of `model` are spread over groups of processes.
+    """The parts of training that differ if the experts of `model` are distributed over groups of processes.
 
-    To be made in all processes, from the model with all experts, which then has those of this process. rule: of
-    parallel.placement. costs: of the model with all experts, for who asks.
+    Create it in all processes, from the model with all experts; the model then keeps those of this process. rule: from
+    parallel.placement. costs: those of the model with all experts.
 
-    Placements start even; after each epoch `replace` solves them anew by the measured load.
+    Placements start even; after each epoch `replace` recomputes them from the measured load.
     """
 
     def __init__(
@@ -44,15 +44,15 @@ class ExpertParallel:
     # Gradients
 
     def split(self, model: nn.Module) -> tuple[list[nn.Parameter], dict[str, nn.Parameter]]:
-        """The parameters that all processes have, and those of experts by name."""
+        """The parameters that all processes share, and those of experts by name."""
         own = {name: value for name, value in model.named_parameters() if name in self.spread.parts}
         return [value for name, value in model.named_parameters() if name not in self.spread.parts], own
 
     @torch.no_grad()
     def add_up(self, gradients: dict[str, Tensor], divisor: float) -> None:
-        """Make gradients of experts, by the names of parameters, those of the whole batch, over a divisor.
+        """Turn gradients of experts, by parameter name, into those of the whole batch, divided by a divisor.
 
-        They are of all samples of the group, which have come here: what is lacking is from other groups, and copies.
+        They already include all samples of the group; gradients from other groups and from copies are added.
         """
         spread, rest, copied = self.spread, [], {}
         for name, place, expert, view in spread.pieces(gradients):
@@ -68,7 +68,7 @@ class ExpertParallel:
             torch._foreach_div_(list(gradients.values()), divisor)
 
     def _add_up_copies(self, here: dict[tuple[str, int], Tensor]) -> None:
-        """Of experts with copies, over all processes; who has none adds zeros."""
+        """Sum the gradients of experts with copies over all processes; a process without a copy adds zeros."""
         spread, views = self.spread, []
         for name in (name for name in self.trained if name in spread.parts):
             for expert in spread.owners(name):
@@ -79,19 +79,21 @@ class ExpertParallel:
 
     @torch.no_grad()
     def norm(self, common: list[Tensor], gradients: dict[str, Tensor]) -> Tensor:
-        """The norm of all gradients together, each expert counted once."""
+        """The global norm of all gradients, with each expert counted once."""
         spread = self.spread
-        own = torch.zeros((), device=spread.device)
-        for _, place, expert, view in spread.pieces(gradients):
-            own += view.float().square().sum() / len(spread.holders(place, expert))
+        if spread.copied:
+            pieces = list(spread.pieces(gradients))
+            shares = [1 / len(spread.holders(place, expert)) for _, place, expert, _ in pieces]
+            own = _square([view for *_, view in pieces], shares, spread.device)
+        else:
+            own = _square(list(gradients.values()), None, spread.device)
         dist.all_reduce(own, group=spread.group)
-        shared = torch.stack([gradient.float().square().sum() for gradient in common]).sum() if common else 0.0
-        return (own + shared).sqrt()
+        return (own + _square(common, None, spread.device)).sqrt()
 
     # Checkpoints
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
-        """The state of an optimizer of one process, whole on rank 0; to be called by all."""
+        """The optimizer state as in a single process, complete on rank 0; all processes must call this."""
         by_name, names = _by_name(optimizer, model), self.trained
         steps = self._steps(by_name)
         found: dict[str, dict[str, Tensor]] = {name: {} for name in names}
@@ -110,7 +112,7 @@ class ExpertParallel:
     def local_optimizer_state(
         self, state: dict[str, Any], optimizer: torch.optim.Optimizer, model: nn.Module
     ) -> dict[str, Any]:
-        """What is this process's of the state of an optimizer of one process."""
+        """The part of a single-process optimizer state that belongs to this process."""
         by_name = {name: state["state"][index] for index, name in enumerate(self.trained)}
         local: dict[str, dict[str, Tensor]] = {}
         for kind in ("step", *self._moments(by_name)):
@@ -126,9 +128,9 @@ class ExpertParallel:
         return {"state": state, "param_groups": template["param_groups"]}
 
     def _steps(self, by_name: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
-        """The steps that each parameter has taken: fewer than others for a gate that had no gradient at first."""
+        """The number of steps of each parameter: smaller for a gate that had no gradient at first."""
         of_experts = next(values["step"] for name, values in by_name.items() if name in self.spread.parts)
-        # Each one's own tensor, which the optimizer counts up.
+        # A separate tensor for each parameter, which the optimizer increments.
         return {name: (by_name[name]["step"] if name in by_name else of_experts).clone() for name in self.trained}
 
     @staticmethod
@@ -138,10 +140,10 @@ class ExpertParallel:
     # Placement
 
     def solved(self, load_LE: np.ndarray) -> tuple[Shares | None, dict[str, float]]:
-        """New shares by the assignments of an epoch, None where experts are to stay, and what is reported.
+        """New shares from the assignments of an epoch (None: experts stay), and the metrics to report.
 
-        That is by "title/series" the largest over the mean work of a process, as this epoch measured it and as the
-        same loads would have it in the next one.
+        The metrics, by "title/series", are the largest over the mean work of a process: measured in this epoch, and
+        predicted for the next epoch under the same loads.
         """
         work_LE, before = self.work_LE * load_LE, self.spread.shares
         if not load_LE.any():  # random routing
@@ -162,7 +164,7 @@ class ExpertParallel:
         return [aligned(RULES[self.rule](work_E, members), before_EM).tolist() for work_E, before_EM in pairs]
 
     def start_from(self, shares: Shares | None, models: Sequence[nn.Module]) -> bool:
-        """Give models, to be loaded then, the experts of these shares. False: none, or of other processes."""
+        """Give models the experts of these shares, before loading. False: no shares, or those of other processes."""
         spread = self.spread
         if shares is None or np.shape(shares) != np.shape(spread.shares) or shares == spread.shares:
             return False
@@ -174,7 +176,7 @@ class ExpertParallel:
     def move(
         self, shares: Shares, models: Sequence[nn.Module], optimizer: torch.optim.Optimizer
     ) -> torch.optim.Optimizer:
-        """Bring experts and their moments where these shares have them. Returns the optimizer of the first model."""
+        """Move experts and their moments to the processes of these shares. Returns the optimizer of the first model."""
         spread, first = self.spread, models[0]
         by_name = _by_name(optimizer, first)
         steps = self._steps(by_name)
@@ -194,11 +196,17 @@ class ExpertParallel:
 
 
 def moved_line(values: dict[str, float]) -> str:
-    """The line that says that experts move, and why."""
+    """The line that reports that experts move, and why."""
     measured, predicted = values["placement/measured"], values["placement/predicted"]
-    return (
-        f"placement    largest over mean work of a process {measured:.2f}, by the same loads {predicted:.2f} from here"
-    )
+    return f"placement    largest over mean work of a process {measured:.2f}, predicted {predicted:.2f} after the move"
+
+
+def _square(tensors: list[Tensor], factors: list[float] | None, device: torch.device) -> Tensor:
+    """The sum of the squares of all numbers, each tensor's times its factor (None: 1)."""
+    if not tensors:
+        return torch.zeros((), device=device)
+    squares = torch._foreach_pow(torch._foreach_norm(tensors, dtype=torch.float32), 2)
+    return torch.stack(squares if factors is None else torch._foreach_mul(squares, factors)).sum()
 
 
 def _names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[str]:

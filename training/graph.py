@@ -1,4 +1,4 @@
-"""Training steps as CUDA graphs: one launch in place of some hundreds, each of which costs the host microseconds."""
+"""Training steps as CUDA graphs: one launch instead of hundreds, each of which costs the host microseconds."""
 
 from collections import Counter
 from collections.abc import Callable, Hashable
@@ -12,16 +12,16 @@ from model.moe_vit import AnyMoE, MoEViT
 from model.spread import is_spread
 from training.step import StepResult, TrainingStep
 
-# Above so many parameters, or parameters times samples, the kernels of a step take longer than its launches (estimates
-# from benchmarks/scaling.py).
+# Above this number of parameters, or of parameters times samples, the kernels of a step take longer than their launches
+# (estimates from benchmarks/scaling.py).
 PARAMETERS, WORK = 500_000_000, 500_000_000_000
 EAGER_STEPS = 3  # before a capture, so that kernels are loaded and the optimizer has its moments
 
 
 def worth_capturing(choice: str, model: AnyMoE, batch_size: int) -> bool:
-    """Whether train.graph (auto, off) asks for captured steps: on a GPU, with shapes that stay, a small head or a ViT.
+    """Whether steps are captured under train.graph (auto, off): on a GPU, with fixed shapes, for a small head or a ViT.
 
-    Not where dispatch would wait for the device, or deterministic algorithms may.
+    Not if dispatch would wait for the device, or deterministic algorithms might.
     """
     parameters = list(model.parameters())
     number = sum(parameter.numel() for parameter in parameters)
@@ -31,10 +31,10 @@ def worth_capturing(choice: str, model: AnyMoE, batch_size: int) -> bool:
 
 
 class Captured:
-    """A function of one argument, as a CUDA graph for each of its values: captured after a few calls as it is.
+    """One CUDA graph for each argument of a function, captured after a few eager calls.
 
-    The function is the same one in every call, and not held here. Its work must have static shapes, on tensors that
-    stay where they are. The tensors of a result are overwritten by the next call.
+    The function must be the same in every call, and is not stored here. Its work must have static shapes, on tensors
+    with fixed addresses. The next call overwrites the tensors of a result.
     """
 
     def __init__(self, device: torch.device, generator: torch.Generator | None = None):
@@ -54,19 +54,25 @@ class Captured:
         return result
 
     def eagerly(self, run: Callable, *arguments) -> Any:
-        """Run something on the stream that captures, or autograd would tie its work to another one."""
+        """Run a function on the capturing stream; otherwise autograd would bind its work to another stream."""
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
             result = run(*arguments)
         torch.cuda.current_stream(self.device).wait_stream(self.stream)
         return result
 
+    def release(self) -> None:
+        """Let go of the graphs; a later call captures again. NCCL does not end while a graph has its exchanges."""
+        for graph, _ in self.graphs.values():
+            graph.reset()
+        self.graphs.clear()
+
     def _capture(self, run: Callable[[Any], Any], argument: Hashable) -> None:
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self.graphs.values()))[0].pool() if self.graphs else None
         if self.generator is not None:
             graph.register_generator_state(self.generator)
-        # Of several processes, threads of NCCL make CUDA calls of their own meanwhile.
+        # With several processes, threads of NCCL make their own CUDA calls meanwhile.
         mode = {"capture_error_mode": "thread_local"} if world().several else {}
         with torch.cuda.graph(graph, pool=pool, stream=self.stream, **mode):
             result = run(argument)
@@ -76,9 +82,9 @@ class Captured:
 class GraphedStep:
     """A TrainingStep on a GPU whose batches of `batch_size` samples replay a CUDA graph.
 
-    Smaller batches run as they are. Captured or not, steps of one size dispatch in the same way, so that a run that is
-    resumed draws the same random numbers whichever of its steps are captured. The tensors of a result are overwritten
-    by the next step: add them up first.
+    Smaller batches run eagerly. Captured or not, steps of one size use the same dispatch mode, so that a resumed run
+    draws the same random numbers whichever of its steps are captured. The next step overwrites the tensors of a result:
+    accumulate them first.
     """
 
     def __init__(self, step: TrainingStep, batch_size: int, generator: torch.Generator | None = None):
@@ -88,7 +94,7 @@ class GraphedStep:
         self.labels_B: Tensor | None = None
 
     def __call__(self, features: Tensor, labels_B: Tensor, warmup: bool, **options: Any) -> StepResult | None:
-        """Train on one batch; options: as of TrainingStep, each combination a graph of its own."""
+        """Train on one batch; options: as in TrainingStep, with a separate graph for each combination."""
         share = options.get("share")
         if len(labels_B) != self.batch_size or (share is not None and not share.split):
             return self.captured.eagerly(self._step, features, labels_B, warmup, options)

@@ -17,7 +17,7 @@ REMEDIES = {
     OUTPUT: "it overflows --features.storage or --backbone.precision: use float32",
     "gradient": "lower --optim.lr, or set --optim.clip_norm",
 }
-COLLAPSED = 0.999  # share of the assignments on as many experts as one sample sees
+COLLAPSED = 0.999  # share of the assignments on as many experts as one sample uses
 
 
 class NumberWatch:
@@ -30,7 +30,7 @@ class NumberWatch:
 
     def __init__(self, terms: Iterable[str], device: torch.device, processes: int = 1):
         self.terms = list(terms)
-        self.bad_P = torch.zeros(processes, device=device)  # above 0: processes with the first of them
+        self.bad_P = torch.zeros(processes, device=device)  # above 0: processes in which it occurred first
         self.bad_T = torch.zeros(len(self.terms), dtype=torch.bool, device=device)
         self.good_steps = torch.zeros((), dtype=torch.int64, device=device)
         self.found_inf = torch.zeros((), device=device)
@@ -42,7 +42,7 @@ class NumberWatch:
             tensor.zero_()
 
     def record(self, values: dict[str, Tensor], bad_P: Tensor | None = None) -> None:
-        """Record a step's scalars; a missing term counts as finite. bad_P: as of training.exchange."""
+        """Record a step's scalars; a missing term counts as finite. bad_P: from training.exchange."""
         values_T = torch.stack([values.get(term, self._zero).detach().float() for term in self.terms])
         now_T = ~torch.isfinite(values_T)
         if bad_P is not None:
@@ -58,7 +58,7 @@ class NumberWatch:
         return int(self.good_steps), self.terms[int(self.bad_T.to(torch.uint8).argmax())]
 
     def where(self) -> str:
-        """The process that it came from, as " on rank 1", if there are several; waits for a GPU."""
+        """The process in which it occurred, as " on rank 1", if there are several; waits for a GPU."""
         return f" on rank {int(self.bad_P.argmax())}" if self.bad_P.any() else ""
 
 
@@ -78,7 +78,7 @@ def not_finite(term: str, step: int, epoch: int, kept: str, where: str = "") -> 
 class RoutingWatch:
     """Warns once if the gate has collapsed, and once per expert that is hardly used.
 
-    router, balance: they decide which option helps. warned: warnings that were given, stored in checkpoints.
+    router, balance: determine which option helps. warned: warnings already given, stored in checkpoints.
     """
 
     def __init__(self, router: Router, balance: BalanceConfig, warmup_steps: int):
@@ -116,7 +116,7 @@ def _experts(numbers: list[int]) -> str:
 
 
 def _remedy(router: Router, balance: BalanceConfig, warmup_steps: int) -> str:
-    """The option that evens the load under this rule."""
+    """The option that balances the load under this rule."""
     if not router.learns:
         return "this rule is fixed, so use fewer --experts.sizes"
     loss = f"raise --balance.switch (now {balance.switch:g}), by ten times or more"

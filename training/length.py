@@ -27,7 +27,7 @@ def shorten_warmup(config: Config, images: int) -> Config:
         return config
     warn(
         f"router.warmup_steps {config.router.warmup_steps} is more than half of the {steps} steps: "
-        f"{steps // 2} of them route at random"
+        f"only {steps // 2} steps route at random"
     )
     return replace(config, router=replace(config.router, warmup_steps=steps // 2))
 
@@ -42,7 +42,7 @@ def check_warmup(random_steps: int, steps: int) -> None:
 
 
 class Pace:
-    """Warns once if a training will take over a day at its present speed."""
+    """Warns once if a training will take more than a day at its current speed."""
 
     def __init__(self, epochs: int, views: int):
         """epochs: of the whole training. views: first epochs that may be slower, because they extract features."""

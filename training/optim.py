@@ -36,7 +36,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, total_steps: 
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW or Adam over the trained parameters, on a GPU in one fused kernel that a CUDA graph can replay."""
+    """AdamW or Adam for the trained parameters, on a GPU as one fused kernel that a CUDA graph can replay."""
     from timm.optim import param_groups_weight_decay  # here, because importing timm takes seconds
 
     groups = param_groups_weight_decay(model, config.weight_decay)
@@ -54,7 +54,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
 
 
 def _by_rate(model: nn.Module, groups: list[dict[str, Any]], multiples: dict[str, float]) -> list[dict[str, Any]]:
-    """The groups split by the part that each parameter belongs to, where that has a learning rate of its own."""
+    """The parameter groups, split by parts with a separate learning rate."""
     rows = class_rows(model)
     multiple = {value: multiples.get(part_of(name, rows) or "", 1.0) for name, value in model.named_parameters()}
     return [

@@ -1,4 +1,4 @@
-"""How several processes train as one: their shares of each batch, their random numbers, when they stop."""
+"""Training with several processes as one: their parts of each batch, their random numbers, and when they stop."""
 
 import time
 from collections.abc import Iterator
@@ -24,10 +24,10 @@ CHECK_SECONDS = 0.5  # between two checks for numbers that are not finite, each 
 class Shares:
     """How the processes of a world share the batches of a training.
 
-    Rank r has the r-th part of each batch, in the order of the epoch that all have drawn alike. A batch of fewer
-    samples than processes is every one's. What a router draws at random it draws for the whole batch, from `generator`,
-    which goes on where the random numbers of one process would; all else, dropout first of all, each process draws
-    by itself.
+    Rank r has the r-th part of each batch, in the epoch's order, which is the same in all processes. If a batch has
+    fewer samples than there are processes, every process has all of it. A router draws its random numbers for the
+    whole batch from `generator`, which continues the random numbers of a single process; everything else, such as
+    dropout, each process draws independently.
     """
 
     def __init__(self, world: World, seed: int, device: torch.device):
@@ -35,21 +35,21 @@ class Shares:
         self.generator: torch.Generator | None = None
         self._known: dict[int, Share | None] = {}
 
-        if world.several:  # which have built one model from one seed
+        if world.several:  # all have built the same model from the same seed
             self.generator = torch.Generator(device)
             self.generator.set_state(_generator_state(device))
             self._draw_apart(0)
 
     def samples_here(self, samples: int) -> int:
-        """How many of a batch of so many samples are this process's."""
+        """The number of samples of a batch that belong to this process."""
         return samples if (share := self.of(samples)) is None else len(share.own(torch.empty(samples)))
 
     def static(self, model: AnyMoE) -> bool:
-        """Whether the assignments of a process are as many in each step: not where experts choose among all samples."""
+        """Whether a process has equally many assignments in each step: not if experts choose among all samples."""
         return not self.world.several or model.mixtures[0].router.token_choice or model.mixtures[0].router.reads_tokens
 
     def of(self, samples: int) -> Share | None:
-        """This process's share of a batch of so many samples; None where it is alone."""
+        """The share of this process in a batch of this size; None for a single process."""
         if not self.world.several:
             return None
         if samples not in self._known:
@@ -61,7 +61,7 @@ class Shares:
     def batches(
         self, bank: FeatureBank | ImageBank, batch_size: int, order_N: Tensor, view: int
     ) -> Iterator[tuple[Tensor, Tensor, Share | None]]:
-        """This process's (features, labels_B, share) of each training batch of an epoch, in its order."""
+        """(features, labels_B, share) of this process for each training batch of an epoch, in order."""
         if not self.world.several:
             served = bank.batches("train", batch_size, order_N, view=view)
             return ((features, labels_B, None) for features, labels_B in served)
@@ -78,7 +78,9 @@ class Shares:
 
     @contextmanager
     def random_numbers(self, share: Share | None, step: int) -> Iterator[None]:
-        """Inside, processes that each have a whole batch draw the same random numbers, and go on with their own."""
+        """Inside, processes that each have a whole batch draw the same random numbers; afterwards each uses its own
+        again.
+        """
         if share is None or share.split:
             yield
             return
@@ -87,7 +89,7 @@ class Shares:
             yield
 
     def state(self) -> dict[str, Any]:
-        """The random numbers to come: what one process goes on with, and beside it what each of several does."""
+        """The states of the random number generators: that of a single process, and those of each of several."""
         own = random_state(self.device)
         if self.generator is None:
             return own
@@ -97,7 +99,7 @@ class Shares:
         return {**own, **common, "each": each}
 
     def load_state(self, state: dict[str, Any], step: int) -> None:
-        """Go on with what `state` returned, in any number of processes; of the same number bit by bit."""
+        """Continue from the result of `state`, in any number of processes; bit for bit with the same number."""
         restore_random_state(state, self.device)
         if self.generator is None:
             return
@@ -118,15 +120,15 @@ def _generator_state(device: torch.device) -> Tensor:
 
 
 def _runs(batches: list[Tensor]) -> Iterator[list[Tensor]]:
-    """The batches in their order, those of one size that follow each other together."""
+    """The batches in order, with consecutive batches of the same size grouped."""
     full = [batch for batch in batches if len(batch) == len(batches[0])]
     yield from (part for part in (full, batches[len(full) :]) if part)
 
 
 class Checks:
-    """When training looks up: every half second. Several processes do so after the same step.
+    """When training checks for signals: every half second. Several processes do so after the same step.
 
-    There each learns of a signal that another one got, so that all stop after one step, with one checkpoint.
+    There each process learns of signals to the others, so that all stop after the same step, with one checkpoint.
     """
 
     def __init__(self, world: World):
@@ -135,7 +137,7 @@ class Checks:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Around a training: of several processes none stops by itself at a signal."""
+        """Wrap a training: none of several processes stops at a signal by itself."""
         if not self.world.several:
             yield
             return
@@ -143,7 +145,7 @@ class Checks:
             yield
 
     def due(self) -> bool:
-        """Whether to check now, after a step. Raises Interrupted in all processes where one of several got a signal."""
+        """Whether to check now, after a step. Raises Interrupted in all processes if one of several got a signal."""
         now = time.perf_counter()
         if not self.world.several:
             found = now - self._checked > CHECK_SECONDS
@@ -156,7 +158,7 @@ class Checks:
         told = self.world.gather((defer_signals.pending, pace))
         if number := next((number for number, _ in told if number), 0):
             raise Interrupted(number)
-        # As rank 0 has it, so that all agree; no more than twice as long as before, because the first steps are slow.
+        # The value of rank 0, so that all agree; at most twice as long as before, because the first steps are slow.
         self._after = max(1, min(2 * self._after, int(CHECK_SECONDS * told[0][1])))
         self._checked, self._steps = time.perf_counter(), 0
         return True

@@ -128,7 +128,7 @@ def shares(title: str, counts_E: np.ndarray) -> dict[str, float]:
 
 
 def epoch_line(values: dict[str, float], epoch: int, epochs: int, best: bool) -> str:
-    """The line that is printed at the end of an epoch; a star marks the best so far."""
+    """The line printed at the end of an epoch; a star marks the best epoch so far."""
     balance = f"balance {values['balance/entropy']:.2f}" if "balance/entropy" in values else "random routing"
     return (
         f"epoch {epoch:3d}/{epochs}  loss {values['loss/train']:.3f}  "

@@ -8,6 +8,7 @@ from torch import Tensor
 from common.distributed import world
 from config.optim import OptimConfig
 from model.moe_vit import AnyMoE
+from model.old_gate import load_old_gates, old_gates
 from model.transfer import Frozen
 from storage.checkpoint import RESUMABLE, fitting, load_optimizer, require_like, save_checkpoint
 from storage.folder import RunFolder
@@ -22,7 +23,7 @@ from training.step import TrainingStep
 
 
 class TrainerState:
-    """What a Trainer has at each step, and its checkpoints."""
+    """The state of a Trainer at each step, and its checkpoints."""
 
     model: AnyMoE
     ema: Any
@@ -67,7 +68,7 @@ class TrainerState:
             raise not_finite(term, *at, self.numbers.where())
 
     def _write_checkpoints(self) -> None:
-        """Write best.pt if it has changed, and last.pt unless it is already of this step."""
+        """Write best.pt if it has changed, and last.pt unless it already has this step."""
         if self.step == 0 or self.saved_at == (self.step, self.progress is None):
             return
         self._write_best()
@@ -87,15 +88,15 @@ class TrainerState:
 
     @property
     def _models(self) -> list[torch.nn.Module]:
-        """All that has weights."""
+        """Everything that has weights."""
         return [self.model, *([self.ema.module] if self.ema else [])]
 
     def _whole(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The state of a model of one process, on rank 0."""
+        """The state of the model as in a single process, on rank 0."""
         return self.experts.spread.whole(state) if self.experts else state
 
     def _own(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What is this process's of the state of a model of one process."""
+        """The part of a single-process model state that belongs to this process."""
         return self.experts.spread.local(state) if self.experts else state
 
     @property
@@ -113,6 +114,7 @@ class TrainerState:
         return {
             "model": self._whole(self.model.state_dict()),
             "ema": self._whole(self.ema.module.state_dict()) if self.ema else None,
+            "old_gates": old_gates(self.model),
             "optimizer": optimizer,
             "placement": several.spread.shares if several else None,
             "epoch": self.epoch,
@@ -138,6 +140,7 @@ class TrainerState:
                     self.train_step.use(self.optimizer)
                 optimizer = self.experts.local_optimizer_state(optimizer, self.optimizer, self.model)
             self.model.load_state_dict(self._own(state["model"]))
+            load_old_gates(self.model, state.get("old_gates", {}))
             if self.frozen:
                 self.frozen.remember()
             if self.ema:

@@ -1,4 +1,4 @@
-"""One training step, all of it on the device, so that no step waits for a number."""
+"""One training step, computed entirely on the device, so that no step waits for a number."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -23,12 +23,12 @@ from training.teacher import Teacher
 
 @dataclass
 class StepResult:
-    """What a step on B samples came to, on the device and without gradients.
+    """The results of a step on B samples, on the device and without gradients.
 
-    loss: mean task loss. correct: samples classified right. importance_LE: gate weight of each expert at each place,
-    summed. dropped: choices without a place in an expert. auxiliary: unweighted balance losses by name, (L,).
-    assignments, learned: known to the host; learned is False in random warm-up. Of a batch that several processes share
-    all of that is of the whole batch, the same in each, and assignments are on the device.
+    loss: mean task loss. correct: number of samples classified correctly. importance_LE: gate weight of each expert at
+    each place, summed. dropped: choices without a slot in an expert. auxiliary: unweighted balance losses by name,
+    (L,). assignments, learned: known to the host; learned is False during random warm-up. If several processes share a
+    batch, all values are those of the whole batch, equal in every process, and assignments are on the device.
     """
 
     loss: Tensor
@@ -41,10 +41,10 @@ class StepResult:
 
 
 class TrainingStep:
-    """Features and labels -> gradients -> weights; learning rate, moving average and counters are the trainer's.
+    """Features and labels -> gradients -> weights. The trainer handles learning rate, moving average and counters.
 
     A step with a number that is not finite changes no weight. On a CPU it returns None before the optimizer; on a
-    GPU, without waiting, it tells the fused optimizer to do nothing, then and in all later steps (see NumberWatch).
+    GPU, without waiting, it makes the fused optimizer skip this and all later updates (see NumberWatch).
     """
 
     def __init__(
@@ -69,19 +69,19 @@ class TrainingStep:
         self.numbers = NumberWatch(terms, self.device, world().size)
 
     def use(self, optimizer: torch.optim.Optimizer) -> None:
-        """Train the parameters that the model has now with this optimizer."""
+        """Train the model's current parameters with this optimizer."""
         self.optimizer, self.parameters, self.of_experts = optimizer, list(self.model.parameters()), {}
-        if self.experts:  # not all of which are here
+        if self.experts:  # not all of them are on this process
             self.parameters, self.of_experts = self.experts.split(self.model)
         self.exchange = Exchange(self.parameters, world())
 
     def __call__(
         self, features: Tensor, labels_B: Tensor, warmup: bool, share: Share | None = None, **options: Any
     ) -> StepResult | None:
-        """Train on one batch. None: not done, because a number is not finite (CPU only).
+        """Train on one batch. Returns None if the step was skipped because a number is not finite (CPU only).
 
-        share: of a batch that several processes have, to which these samples belong (None: they are all of it).
-        options: of the model's forward pass: static=True for shapes that suit a CUDA graph, patch_dropout.
+        share: the part of a batch shared by several processes (None: the samples are the whole batch). options: of the
+        model's forward pass, static=True for shapes that suit a CUDA graph, or patch_dropout.
         """
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half), sharing(share):
             logits_BC, routings = self.model(features, warmup=warmup, **options)
@@ -93,7 +93,7 @@ class TrainingStep:
         self.optimizer.zero_grad(set_to_none=True)
         (task_loss + weighted_sum(auxiliary, self.balance)).backward()
         correct = (logits_BC.argmax(dim=-1) == labels_B).sum()
-        # A sum over the features, in float32, is not finite where one of them is not.
+        # A sum over the features, in float32, is not finite if one of them is not.
         output, bad_P = features.sum(dtype=torch.float32), None
         if share is not None:
             output, task_loss, correct, bad_P = self.exchange(share, output, task_loss, correct)
@@ -122,7 +122,7 @@ class TrainingStep:
         return self.teacher.loss(targets_BC, logits_BC, labels_B, self.label_smoothing)
 
     def _of_whole_batch(self, routings: tuple[Routing, ...], share: Share) -> tuple[Routing, ...]:
-        """The routings of all processes together, which are counted here; the model has counted a batch of its own."""
+        """The combined routings of all processes, for the counters; the model has counted only its own part."""
         if share.split:
             routings = whole_batch(routings, share)
             for mixture, routing in zip(self.model.mixtures, routings, strict=True):
@@ -144,7 +144,7 @@ class TrainingStep:
         )
 
     def _clip(self) -> Tensor:
-        """The norm of the gradient, which is cut to `clip_norm` where that is not 0."""
+        """The norm of the gradient, which is clipped to `clip_norm` unless that is 0."""
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         own = _gradients(self.of_experts)
         norm = self.experts.norm(gradients, own) if self.experts else get_total_norm(gradients)

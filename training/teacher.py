@@ -1,4 +1,4 @@
-"""Knowledge distillation: the task loss where trained models teach a smaller one."""
+"""Knowledge distillation: the task loss of a student with trained models as teachers."""
 
 from collections.abc import Sequence
 
@@ -10,10 +10,10 @@ from model.moe_vit import AnyMoE
 
 
 class Teacher:
-    """One or more trained models, whose answers to a batch are a student's targets beside the labels.
+    """One or more trained models, whose predictions are a student's targets in addition to the labels.
 
-    They read what the student reads, in evaluation mode. The target is the mean of their class probabilities at
-    `temperature`; `weight` is its share of the loss, the rest is that of the labels.
+    They read the same inputs as the student, in evaluation mode. The target is the mean of their class probabilities
+    at `temperature`; `weight` is its share of the loss, the rest is that of the labels.
     """
 
     def __init__(self, models: Sequence[AnyMoE], temperature: float, weight: float):
@@ -29,7 +29,7 @@ class Teacher:
     def loss(self, targets_BC: Tensor, logits_BC: Tensor, labels_B: Tensor, label_smoothing: float) -> Tensor:
         """weight T^2 KL(targets || softmax(logits / T)) + (1 - weight) cross-entropy (Hinton 2015), a mean.
 
-        T^2 keeps the size of the gradient, which softer targets make smaller by as much.
+        The factor T^2 compensates for the smaller gradient of softer targets.
         """
         soft = F.kl_div((logits_BC / self.temperature).log_softmax(dim=1), targets_BC, reduction="batchmean")
         hard = F.cross_entropy(logits_BC, labels_B, label_smoothing=label_smoothing)

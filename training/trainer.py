@@ -45,7 +45,7 @@ class Trainer(TrainerState):
 
     validate: scores weights after each epoch, as evaluation.validation.validate does. identity: dict from
     assembly.pipeline.identity, stored in every checkpoint. frozen: the parts of the model that do not change.
-    teacher: trained models that teach this one. experts: of a model whose experts are on several processes. Raises
+    teacher: trained models to distil from. experts: for a model whose experts are on several processes. Raises
     UserError for a batch larger than the training set, or a routing warm-up as long as the training.
     """
 
@@ -84,13 +84,13 @@ class Trainer(TrainerState):
         )
         self.numbers = step.numbers
         self.train_step = GraphedStep(step, batch_size, self.shares.generator) if captured else step
-        self.routing = RoutingWatch(model.mixtures[0].router, self.balance, self.routing_warmup_steps)
+        self.routing = RoutingWatch(model.mixtures[0].router, self.balance, config.router.random_steps)
         self.where = [f" in {place.replace('_', ' ')}" if len(model.places) > 1 else "" for place in model.places]
         self.epoch, self.step = 0, 0  # epochs started, steps done
         self.progress: Progress | None = None  # None: the epoch is over
         self.saved_at, self.last_saved = (0, True), "none yet"  # (step, epoch is over) and name of the last checkpoint
         self.best: dict[str, float] = {"epoch": 0, "macro_f1": -1.0}
-        self.improved = 0  # the last epoch that was better than all before it, not only as good
+        self.improved = 0  # the last epoch that was strictly better than all earlier ones
         self.chosen: dict[str, Any] | None = None  # content of best.pt, now or at the next checkpoint
         self.chosen_is_written = True
 
@@ -99,7 +99,7 @@ class Trainer(TrainerState):
 
         Returns the content of best.pt: weights, epoch and validation macro-F1 of the best (or last) epoch, and the
         identity. When a signal raises Interrupted (see common.signals), a checkpoint of the last complete step is
-        written. Raises UserError if a number is not finite, EnvironmentFault if the run folder is gone or cannot be
+        written. Raises UserError if a number is not finite, EnvironmentFault if the run folder was removed or cannot be
         written.
         """
         try:
@@ -112,11 +112,18 @@ class Trainer(TrainerState):
         except UserError:  # a number that is not finite, in an epoch after the best
             self._write_best()
             raise
+        finally:
+            self.release_graphs()
         best = self.chosen or load_checkpoint(self.run.best)  # best epoch of an earlier process
         return best if self.experts is None else self._assembled(best, self.experts)
 
+    def release_graphs(self) -> None:
+        """Let go of captured steps: until then processes could not leave each other."""
+        if isinstance(self.train_step, GraphedStep):
+            self.train_step.captured.release()
+
     def _assembled(self, best: dict[str, Any], experts: ExpertParallel) -> dict[str, Any]:
-        """The content of best.pt, with a model that has all experts in every process, for its evaluation."""
+        """The content of best.pt; the model gets all experts in every process, for its evaluation."""
         self.optimizer.state.clear()  # makes room
         self.ema = None
         if self.chosen is not None:
@@ -125,14 +132,14 @@ class Trainer(TrainerState):
         return best
 
     def start_from(self, weights: dict[str, Tensor]) -> None:
-        """Take weights from elsewhere, before the first step."""
+        """Load other weights before the first step."""
         for model in (self.model, self.evaluated):
             model.load_state_dict(self._own(weights))
 
     def adopt(self, weights: dict[str, Tensor], validated: Any) -> dict[str, Any]:
-        """Take weights from elsewhere for those of the last epoch and write both checkpoints, to go on from.
+        """Load other weights as those of the last epoch, and write both checkpoints to resume from.
 
-        validated: what `validate` says of them. Returns what best.pt holds, as `fit` does.
+        validated: the result of `validate` for them. Returns the content of best.pt, as `fit` does.
         """
         self.start_from(weights)
         values = validated.values()
@@ -176,7 +183,7 @@ class Trainer(TrainerState):
             self.run.require()
         macro_f1 = values["macro_f1/validation"]
         last = self.config.keep == "last"
-        better = macro_f1 >= self.best["macro_f1"] and not last  # of equal epochs the later one, which trained longer
+        better = macro_f1 >= self.best["macro_f1"] and not last  # in a tie the later epoch, which trained longer
         self.improved = self.epoch if macro_f1 > self.best["macro_f1"] else self.improved
         if better or last:
             self.best = {"epoch": self.epoch, "macro_f1": macro_f1}
@@ -194,7 +201,7 @@ class Trainer(TrainerState):
         self._keep_weights(better or last)
 
     def _move(self, shares: ExpertShares, values: dict[str, float]) -> None:
-        """Give the experts to the processes that are to have them from here on."""
+        """Move the experts to the processes of the new placement."""
         print(moved_line(values), flush=True)
         if self.chosen is not None:
             self.chosen["model"] = self.experts.spread.moved(self.chosen["model"], shares)
@@ -261,7 +268,7 @@ class Trainer(TrainerState):
         if not math.isfinite(validated.loss):
             raise not_finite("validation loss", self.step, self.epoch, self.last_saved)
         if self.step - self.steps_per_epoch >= self.routing_warmup_steps:
-            # After an epoch of learned routing, whose noise may hide what the gate does without it.
+            # After an epoch of learned routing; its noise may hide what the gate does without noise.
             self._check_routing(validated.load_LE, "validation")
         return validated.values()
 

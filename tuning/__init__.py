@@ -1,1 +1,1 @@
-"""Tuning: options searched by Optuna, selected on validation images alone."""
+"""Tuning: search options with Optuna, selected on the validation images."""

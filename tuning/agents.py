@@ -63,7 +63,7 @@ def train_on_agents(plan: Plan, study: optuna.Study, queue: str, jobs: int, lack
             trials.give_back()
     if trials.error is not None:
         reason = f"{type(trials.error).__name__}: {one_line(trials.error, 160)}"
-        raise EnvironmentFault(f"ClearML ended the study ({reason}): the same command goes on with it")
+        raise EnvironmentFault(f"ClearML ended the study ({reason}): run the same command again to continue")
 
 
 def _optimizer(

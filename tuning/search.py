@@ -1,4 +1,4 @@
-"""Run a study: processes that train its trials, and what came of them as a table, a figure and files."""
+"""Run a study: start processes that train its trials, and write the results as a table, a figure and files."""
 
 import multiprocessing
 import time
@@ -26,10 +26,10 @@ SHOWN = 10  # trials in the table
 
 
 def search(plan: Plan, jobs: int, queue: str | None = None) -> str:
-    """Train what is lacking of the trials, write what came of them, and return the table.
+    """Train the missing trials, write the results, and return the table.
 
-    jobs: trials at once, in processes of this machine, or of the ClearML agents that serve a queue. Raises UserError
-    where no trial came to its end, and EnvironmentFault where a process ended before its time or the server fails.
+    jobs: number of parallel trials, in processes of this machine or on the ClearML agents of a queue. Raises UserError
+    if no trial was completed, and EnvironmentFault if a process ended unexpectedly or the server fails.
     """
     if queue is not None:
         import_module("tuning.agents")  # before there is a task, as ClearML's part of it wants
@@ -60,7 +60,9 @@ def _train_here(plan: Plan, study: "Study", tracker: Tracker, jobs: int, seed: i
     _report(study, tracker, reported)
     codes = [worker.exitcode for worker in workers if worker.exitcode]
     if codes and _lacking(plan, study):
-        raise EnvironmentFault(f"a process of the study ended with code {codes[0]}: the same command goes on with it")
+        raise EnvironmentFault(
+            f"a process of the study ended with code {codes[0]}: run the same command again to continue"
+        )
 
 
 def _train_on_agents(plan: Plan, study: "Study", tracker: Tracker, queue: str, jobs: int) -> None:
@@ -76,7 +78,7 @@ def _train_on_agents(plan: Plan, study: "Study", tracker: Tracker, queue: str, j
 
 @contextmanager
 def _workers(plan: Plan, jobs: int, seed: int) -> Iterator[list[Any]]:
-    """Processes that train trials; ended, each with its trial given back, where the block is left before they are."""
+    """Processes that train trials. If the block ends early, they are stopped and their trials are released."""
     context = multiprocessing.get_context("spawn")  # a forked process could not use a GPU
     count = min(jobs, _lacking(plan, plan.study(seed)))
     workers = [context.Process(target=work, args=(plan, seed + 1000 * index)) for index in range(count)]
@@ -93,12 +95,12 @@ def _workers(plan: Plan, jobs: int, seed: int) -> Iterator[list[Any]]:
 
 
 def _lacking(plan: Plan, study: "Study") -> int:
-    """Trials that have yet to come to an end."""
+    """The number of trials that are still to be finished."""
     return max(0, plan.trials - sum(trial.state.is_finished() for trial in counted(study)))
 
 
 def _report(study: "Study", tracker: Tracker, reported: set[int]) -> None:
-    """Send the trials that have come to their end since the last call."""
+    """Report the trials that were finished since the last call."""
     for trial in counted(study):
         if trial.number in reported or trial.value is None or trial.state.name != "COMPLETE":
             continue
@@ -113,7 +115,7 @@ def _result(plan: Plan, study: "Study", tracker: Tracker) -> str:
     if not best:
         reasons = [reason for trial in trials if (reason := trial.user_attrs.get("reason"))]
         last = f": the last one {reasons[-1]}" if reasons else ""
-        raise UserError(f"no trial of {printable(folder.path)} came to its end{last}")
+        raise UserError(f"no trial of {printable(folder.path)} was completed{last}")
     write_best(plan, best[0])
     rows = [
         {"trial": trial.number, "state": trial.state.name.lower(), "macro_f1": _score(trial)}
@@ -142,12 +144,12 @@ def _result(plan: Plan, study: "Study", tracker: Tracker) -> str:
     tracker.table("trials", "best", header, [list(row) for row in cells])
     tracker.figure("tuning", "trials", folder.path / "trials.png")
     tracker.artifact("best configuration", folder.best)
-    counts = f"{len(best)} to their end, {states.count('PRUNED')} pruned, {states.count('FAIL')} failed"
+    counts = f"{len(best)} completed, {states.count('PRUNED')} pruned, {states.count('FAIL')} failed"
     return f"{_aligned([header, *cells])}\n\n{len(trials)} trials: {counts}"
 
 
 def _score(trial: "FrozenTrial") -> float | None:
-    """Validation macro-F1 of a trial that came to its end; Optuna has a value for one that was pruned too."""
+    """Validation macro-F1 of a completed trial; Optuna also stores a value for pruned trials."""
     return trial.value if trial.state.name == "COMPLETE" else None
 
 

@@ -1,4 +1,4 @@
-"""A study of Optuna in a folder: which trials there are, which comes next, and what they say."""
+"""An Optuna study in a folder: its trials, the next trial, and their values."""
 
 import json
 import time
@@ -25,7 +25,7 @@ STARTUP = 5  # trials before the first one is pruned
 
 @dataclass(frozen=True)
 class StudyFolder:
-    """Where a study keeps its files. storage: URL of a database in place of the SQLite file in the folder."""
+    """The folder of a study. storage: URL of a database instead of the SQLite file in the folder."""
 
     path: Path
     storage: str | None = None
@@ -44,7 +44,7 @@ class StudyFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other processes from choosing a trial meanwhile."""
+        """Prevent other processes from choosing a trial inside the block."""
         with (self.path / ".lock").open("wb") as file:
             while not try_lock(file):
                 time.sleep(0.05)
@@ -52,7 +52,7 @@ class StudyFolder:
 
 
 def require_optuna() -> None:
-    """Raise EnvironmentFault where Optuna is missing."""
+    """Raise EnvironmentFault if Optuna is not installed."""
     try:
         import optuna
     except ImportError as error:
@@ -61,10 +61,10 @@ def require_optuna() -> None:
 
 
 def open_study(folder: StudyFolder, space: Space, config: Config, seed: int, prune: bool = True) -> "Study":
-    """The study of a folder, made where there is none.
+    """The study of a folder, created if there is none.
 
-    seed: of the search. prune: end trials that are worse than most at the same epoch. Raises UserError where the
-    folder holds a study of another space or of other options, EnvironmentFault where its file cannot be used.
+    seed: of the search. prune: stop trials that are below the median at the same epoch. Raises UserError if the folder
+    contains a study with a different space or different options, EnvironmentFault if its file cannot be used.
     """
     import optuna
     from sqlalchemy.exc import SQLAlchemyError
@@ -73,7 +73,7 @@ def open_study(folder: StudyFolder, space: Space, config: Config, seed: int, pru
         folder.path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise EnvironmentFault(
-            f"{printable(folder.path)} cannot be made: {error.strerror}; choose another --out"
+            f"{printable(folder.path)} cannot be created: {error.strerror}; choose another --out"
         ) from error
     connect = {"connect_args": {"timeout": 60}} if folder.url.startswith("sqlite") else {}
     warmup = max(1, config.train.epochs // 4)
@@ -102,12 +102,12 @@ def open_study(folder: StudyFolder, space: Space, config: Config, seed: int, pru
 
 
 def _options(config: Config, space: Space) -> dict[str, Any]:
-    """What all trials share."""
+    """The values shared by all trials."""
     return {key: value for key, value in flatten(config.to_dict()).items() if key not in INCIDENTAL | space.keys()}
 
 
 def _require_same(study: "Study", folder: StudyFolder, what: str, values: dict[str, Any]) -> None:
-    """Keep the values with a new study; raise UserError where one that is there has others."""
+    """Store the values with a new study; raise UserError if an existing study has different ones."""
     text = json.dumps(values, sort_keys=True)
     kept = study.user_attrs.get(what)
     if kept is None:
@@ -118,15 +118,15 @@ def _require_same(study: "Study", folder: StudyFolder, what: str, values: dict[s
         if before.get(name) != now.get(name):
             sides = [one_line(json.dumps(side[name]), 60) if name in side else "nothing" for side in (before, now)]
             raise UserError(
-                f"{quoted(folder.path)} holds a study of {'another space' if what == 'space' else 'other options'}: "
-                f"{name} was {sides[0]} and is {sides[1]}; choose another --out, or go back to that"
+                f"{quoted(folder.path)} contains a study with {'another space' if what == 'space' else 'other options'}"
+                f": {name} was {sides[0]} and is now {sides[1]}; choose another --out, or change it back"
             )
 
 
 def next_trial(study: "Study", folder: StudyFolder, most: int) -> "Trial | None":
-    """The next trial, or None where there are as many as there should be. To be called where the folder is locked.
+    """The next trial, or None if there are enough. Call it only while the folder is locked.
 
-    What a killed process has left is ended first, and tried again.
+    An unfinished trial of a killed process is ended first, and repeated.
     """
     give_back_dead(study, folder)
     return study.ask() if len(counted(study)) < most else None
@@ -150,7 +150,7 @@ def _is_dead(run: RunFolder) -> bool:
 
 
 def give_back(study: "Study", number: int, params: dict[str, Any]) -> None:
-    """End a trial that was interrupted, which does not count, and have the next one try the same."""
+    """End an interrupted trial, which does not count, and queue a trial with the same values."""
     from optuna.trial import TrialState
 
     study.set_user_attr("interrupted", [*study.user_attrs.get("interrupted", []), number])
@@ -160,13 +160,13 @@ def give_back(study: "Study", number: int, params: dict[str, Any]) -> None:
 
 
 def counted(study: "Study") -> "list[FrozenTrial]":
-    """The trials that were asked for, in order: not those that wait, or were interrupted."""
+    """The trials that count, in order: without waiting and interrupted ones."""
     interrupted = study.user_attrs.get("interrupted", [])
     trials = study.get_trials(deepcopy=False)
     return [trial for trial in trials if trial.state.name != "WAITING" and trial.number not in interrupted]
 
 
 def ranked(study: "Study") -> "list[FrozenTrial]":
-    """The trials that came to their end, the best validation macro-F1 first; of equals the earlier one."""
+    """The completed trials, sorted by decreasing validation macro-F1; ties by number."""
     whole = [trial for trial in counted(study) if trial.state.name == "COMPLETE"]
     return sorted(whole, key=lambda trial: (-float(trial.value or 0.0), trial.number))

@@ -1,4 +1,4 @@
-"""A process that trains one trial of a study after the other."""
+"""A process that trains the trials of a study one after another."""
 
 import json
 import os
@@ -31,17 +31,17 @@ if TYPE_CHECKING:
 
 PROGRAM = Path(__file__).resolve().parent.parent / "train.py"
 MASTER = ("CLEARML_PROC_MASTER_ID", "TRAINS_PROC_MASTER_ID")
-"""Variables by which ClearML's SDK takes a process for part of the task of the one that started it."""
+"""Variables that make ClearML's SDK attach a process to the task of its parent process."""
 FEATURES = ("data", "augment", "backbone", "features")
-"""Sections of the configuration on which inputs and features depend, with experts.place and train.epochs."""
+"""Sections of the configuration that inputs and features depend on, in addition to experts.place and train.epochs."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What the processes of a study have in common.
+    """The settings shared by the processes of a study.
 
-    words: the command line of the configuration, above which the options of a trial stand. trials: how many there are
-    to be in all. parent: id of the ClearML task that the trials' tasks belong to.
+    words: the command line of the configuration, which the options of a trial override. trials: the total number of
+    trials. parent: id of the parent ClearML task of the trials.
     """
 
     folder: StudyFolder
@@ -53,22 +53,22 @@ class Plan:
     tracking: str = "none"
 
     def configure(self, options: dict[str, Any], place: str) -> Config:
-        """The configuration of a trial. place: what the options are of, for messages. Raises UserError."""
+        """The configuration of a trial. place: the source of the options, for messages. Raises UserError."""
         return parse_command_line(self.words, options, place).config
 
     def study(self, seed: int) -> "Study":
-        """The study, opened. seed: of the search."""
+        """Open the study. seed: of the search."""
         return open_study(self.folder, self.space, self.configure({}, ""), seed, self.prune)
 
 
 def work(plan: Plan, seed: int) -> None:
-    """Train trials until there are enough of them, or the process that started this one is gone.
+    """Train trials until there are enough of them, or until the parent process ends.
 
-    A trial that fails is kept with its reason, and the next one is tried. A signal ends the trial, which is then tried
-    again when the study goes on.
+    A failed trial is recorded with its reason, and the next one starts. A signal interrupts the trial, which is
+    repeated when the study continues.
     """
     require_optuna()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the process that started this one says when to end
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal: the parent process decides when to end
     for name in MASTER:
         os.environ.pop(name, None)
     sys.argv[:] = [str(PROGRAM)]  # what ClearML takes for the program, so that agents train clones of a trial's task
@@ -88,7 +88,7 @@ class _Worker:
         self.read: tuple[str, Inputs, FeatureBank | ImageBank] | None = None
 
     def trial(self) -> bool:
-        """Train the next trial; False where there is none."""
+        """Train the next trial; False if there is none."""
         plan, folder, claim = self.plan, self.plan.folder, ExitStack()
         with claim:
             with folder.locked():
@@ -111,12 +111,17 @@ class _Worker:
             return True
 
     def _outcome(self, trial: "Trial", options: dict[str, Any], run: RunFolder) -> float | str:
-        """Validation macro-F1, or why there is none, in words."""
+        """The validation macro-F1, or the reason why there is none, in words."""
         with (run.path / "output.txt").open("w", encoding="utf-8") as output:
             try:
                 with redirect_stdout(output), redirect_stderr(output):
                     return self._train(trial, self.plan.configure(options, f"trial {trial.number}"), run)
-            except (UserError, MemoryError, RuntimeError, ValueError) as error:  # of PyTorch: out of memory, and others
+            except (
+                UserError,
+                MemoryError,
+                RuntimeError,
+                ValueError,
+            ) as error:  # PyTorch raises these, for example out of memory
                 return f"failed ({one_line(error, 200) or type(error).__name__})"
 
     def _train(self, trial: "Trial", config: Config, run: RunFolder) -> float | str:
@@ -150,11 +155,11 @@ class _Worker:
             return macro_f1
 
     def _inputs(self, config: Config) -> tuple[Inputs, FeatureBank | ImageBank]:
-        """Images, backbone and features: those of the trial before, where they are the same."""
+        """Images, backbone and features, reused from the previous trial if they are the same."""
         values = config.to_dict()
         key = json.dumps([[values[name] for name in FEATURES], config.experts.place, config.train.epochs])
         if self.read is None or self.read[0] != key:
-            self.read = None  # before the next ones need the memory
+            self.read = None  # frees the memory for the next ones
             inputs = load_inputs(config)
             self.read = (key, inputs, build_bank(config, inputs.splits, inputs.backbone, inputs.device))
         return self.read[1:]

@@ -1,4 +1,4 @@
-"""The figures that the evaluation report, the tracker and the notebook share: arrays in, a Figure out.
+"""The figures of the evaluation report, the tracker and the notebook: functions from arrays to a Figure.
 
 Nothing here uses pyplot's global state; only `save` writes a file, a PNG. Colours are safe
 for colour-blind readers: Okabe-Ito for experts and series, viridis for maps. Shapes: E experts, C classes, G

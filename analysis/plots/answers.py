@@ -1,4 +1,4 @@
-"""Figures of the model's answers: samples, confusions, reliability."""
+"""Figures of the model's predictions: samples, confusions, reliability."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ Chosen = Sequence[tuple[str, float]]  # expert labels and gate weights of one sa
 
 
 def superclass_confusion(confusion_GG: ArrayLike, names: Names) -> Figure:
-    """Confusion map, rows (true) divided by their sum; colours on a square-root scale, for the small errors.
+    """Confusion matrix with rows (true classes) divided by their sum; colours on a square-root scale to show small
+    errors.
 
     confusion_GG: counts, true by predicted; a row without samples is grey, a cell without them blank. Up to 25 names
     get printed values.
@@ -40,7 +41,7 @@ def superclass_confusion(confusion_GG: ArrayLike, names: Names) -> Figure:
     rate_GG = ratio(confusion_GG, confusion_GG.sum(1, keepdims=True), np.nan)
     figure = new_figure(7.4, "Confusion of the superclasses")
     ax = figure.subplots()
-    blank_GG = np.where(rate_GG == 0, -1, rate_GG)  # below the scale, which is white
+    blank_GG = np.where(rate_GG == 0, -1, rate_GG)  # below the scale, shown white
     image = heat_map(ax, blank_GG, PowerNorm(0.5, 0, 1), values=len(names) <= 25)
     name_ticks(ax.yaxis, names, 5.0)
     name_ticks(ax.xaxis, names, 5.0)
@@ -51,10 +52,10 @@ def superclass_confusion(confusion_GG: ArrayLike, names: Names) -> Figure:
 
 
 def confused_pairs(pairs: Sequence[tuple[str, str, int, int]], errors: int) -> Figure:
-    """Bars of the pairs of classes that are taken for each other most, the worst on top.
+    """Bars of the most confused pairs of classes, the worst on top.
 
-    pairs: (name a, name b, a's images taken for b, b's images taken for a), in the order to draw them. errors:
-    how many images were misclassified in all, for the title.
+    pairs: (name a, name b, images of a predicted as b, images of b predicted as a), in drawing order. errors: the
+    total number of misclassified images, for the title.
     """
     drawn = sum(there + back for _, _, there, back in pairs)
     most = f"{len(pairs)} most confused pairs" if len(pairs) > 1 else "most confused pair"
@@ -63,8 +64,8 @@ def confused_pairs(pairs: Sequence[tuple[str, str, int, int]], errors: int) -> F
     ax = figure.subplots()
     rows = np.arange(len(pairs))
     there, back = (np.array([pair[place] for pair in pairs], dtype=int) for place in (2, 3))
-    ax.barh(rows, there, color=BLUE, label="the first taken for the second")
-    ax.barh(rows, back, left=there, color=ORANGE, label="the second taken for the first")
+    ax.barh(rows, there, color=BLUE, label="the first predicted as the second")
+    ax.barh(rows, back, left=there, color=ORANGE, label="the second predicted as the first")
     for row, total in enumerate(there + back):
         ax.text(total, row, f" {total}", va="center", fontsize=7)
     ax.set_yticks(rows, [f"{short(a, 22)} – {short(b, 22)}" for a, b, _, _ in pairs], fontsize=7.5)
@@ -78,9 +79,9 @@ def confused_pairs(pairs: Sequence[tuple[str, str, int, int]], errors: int) -> F
 
 
 def reliability(confidence_B: ArrayLike, accuracy_B: ArrayLike, count_B: ArrayLike, error: float) -> Figure:
-    """Accuracy against confidence in B equal bins of [0, 1] (above), and how many samples each bin holds (below).
+    """Accuracy against confidence in B equal bins of [0, 1] (top), and the number of samples in each bin (bottom).
 
-    confidence_B, accuracy_B: the means of a bin's samples, nan where it is empty. error: the expected calibration
+    confidence_B, accuracy_B: the means over a bin's samples, nan if it is empty. error: the expected calibration
     error, for the title.
     """
     confidence_B, accuracy_B = np.asarray(confidence_B, dtype=float), np.asarray(accuracy_B, dtype=float)
@@ -95,7 +96,7 @@ def reliability(confidence_B: ArrayLike, accuracy_B: ArrayLike, count_B: ArrayLi
     often_B = filled_B & ~rare_B
     above.bar(left_B[often_B], accuracy_B[often_B], color=SKY, label="accuracy", **bars)
     if rare_B.any():
-        label = f"of fewer than {RARE} images"
+        label = f"fewer than {RARE} images"
         above.bar(left_B[rare_B], accuracy_B[rare_B], color=SKY, alpha=0.35, hatch="///", label=label, **bars)
     above.plot([0, 1], [0, 1], color="black", ls="--", lw=1, label="perfectly calibrated")
     above.plot(
@@ -121,10 +122,10 @@ def reliability(confidence_B: ArrayLike, accuracy_B: ArrayLike, count_B: ArrayLi
 
 
 def samples(images_MHWC: np.ndarray, true_names: Names, predicted_names: Names, experts: Sequence[Chosen]) -> Figure:
-    """Pictures with true class (above), prediction (below: ✓ right, ✗ wrong) and bars of the gate weights.
+    """Images with true class (above), prediction (below: ✓ correct, ✗ wrong) and bars of the gate weights.
 
-    images_MHWC: uint8, one or three channels. experts: each picture's (expert label, gate weight), heaviest
-    first, of which four are drawn; an empty list is a dropped sample.
+    images_MHWC: uint8, one or three channels. experts: each image's (expert label, gate weight), sorted by decreasing
+    weight; the first four are drawn. An empty list is a dropped sample.
     """
     columns = min(5, max(1, len(images_MHWC)))
     rows = max(1, -(-len(images_MHWC) // columns))

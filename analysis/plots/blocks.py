@@ -1,4 +1,4 @@
-"""Experts inside a ViT's blocks: load by block and over time, and what each expert of each block is worth."""
+"""Experts inside a ViT's blocks: load by block and over time, and the contribution of each expert in each block."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PRINTED = 16  # largest number of experts with room for numbers
 
 
 def block_load(load_LE: ArrayLike, importance_LE: ArrayLike, block_names: Names, expert_labels: Names) -> Figure:
-    """Heat map of each block's load over the experts: blocks as rows; the importance in brackets where there is room.
+    """Heat map of the load of each block's experts: blocks as rows; the importance in brackets if there is room.
 
     load_LE, importance_LE: shares of the assignments and of the gate weight, rows that sum to 1.
     """
@@ -43,7 +43,7 @@ def block_load_over_time(
     num_blocks, num_experts = load_TLE.shape[1:]
     columns = min(4, num_blocks)
     rows = -(-num_blocks // columns)
-    figure = new_figure(1.75 * rows + 1.1, "Expert load in each block, in training", 9.0)
+    figure = new_figure(1.75 * rows + 1.1, "Expert load in each block during training", 9.0)
     axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     for ax in axes.flat[num_blocks:]:
         ax.set_visible(False)
@@ -78,16 +78,16 @@ def block_worth(
     block_names: Names,
     expert_labels: Names,
 ) -> Figure:
-    """Heat map of the macro-F1 that is lost without an expert in one block, and, in the last row, in all blocks.
+    """Heat map of the macro-F1 lost without an expert in one block, and, in the last row, in all blocks.
 
-    lost_LE, lost_E: macro-F1 (0 to 1), above 0 where the expert is of use; nan where it was not asked. deviation_LE,
-    deviation_E: standard deviations; cells within one of them are white, their numbers grey.
+    lost_LE, lost_E: macro-F1 (0 to 1), above 0 for a useful expert; nan if not measured. deviation_LE, deviation_E:
+    standard deviations; cells within one of them are white, with grey numbers.
     """
     lost = 100 * np.vstack([np.asarray(lost_LE, dtype=float), np.asarray(lost_E, dtype=float)])
     deviation = 100 * np.vstack([np.asarray(deviation_LE, dtype=float), np.asarray(deviation_E, dtype=float)])
     rows = [*block_names, "all blocks"]
     printed = lost.shape[1] <= PRINTED
-    figure, ax, height = _table_page("What each expert is worth", rows, expert_labels, printed)
+    figure, ax, height = _table_page("Contribution of each expert", rows, expert_labels, printed)
     limit = float(np.nanmax(np.where(np.abs(lost) > deviation, np.abs(lost), 0.0), initial=0.1))
     norm = TwoSlopeNorm(0, -limit, limit)
     coloured = np.where(np.abs(lost) > deviation, lost, 0 * lost)  # nan stays nan
@@ -108,7 +108,7 @@ def block_worth(
 
 
 def _table_page(title: str, rows: Names, expert_labels: Names, printed: bool) -> tuple[Figure, Axes, float]:
-    """A page for a map of blocks by experts, its axes with the experts named, and the map's height in inches."""
+    """A page for a map of blocks by experts, its axes with expert names, and the map's height in inches."""
     height = max(1.0, (0.34 if printed else 0.2) * len(rows))
     width = float(np.clip(2.4 + 0.9 * len(expert_labels), 5.0, 9.0))
     figure = new_figure(height + 1.1, title, width)

@@ -1,4 +1,4 @@
-"""Several runs side by side."""
+"""Figure that compares several runs."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from numpy.typing import ArrayLike
 
 from analysis.plots.style import BLUE, GREEN, ORANGE, Names, name_ticks, new_figure, short
 
-LABELLED = 8  # runs up to which there is room for the numbers
+LABELLED = 8  # largest number of runs with room for the numbers
 
 
 def comparison(names: Names, panels: Mapping[str, Mapping[str, ArrayLike]], from_zero: Names = ()) -> Figure:
-    """A row for each run, a panel for each kind of figure, a dot for each value; the runs keep their order.
+    """One row per run, one panel per kind of score, one dot per value; the runs keep their order.
 
-    Of few runs the values are printed beside the dots; a stem leads to a dot from the axis where that begins at 0.
-    names: of the R runs. panels: axis label -> {series: values_R}, nan where a run has none; at most three
-    series a panel. from_zero: the labels of the panels whose axis begins at 0.
+    With few runs the values are printed next to the dots; if the axis starts at 0, a line connects each dot with it.
+    names: of the R runs. panels: axis label -> {series: values_R}, nan for a missing value; at most three series per
+    panel. from_zero: the labels of the panels whose axis starts at 0.
     """
     labelled = len(names) <= LABELLED
     height = float(np.clip((0.45 if labelled else 0.26) * len(names), 0.6, 14.0))
@@ -66,7 +66,7 @@ def comparison(names: Names, panels: Mapping[str, Mapping[str, ArrayLike]], from
 
 
 def _print_values(ax: Axes, values_R: np.ndarray, colour: str, below: bool) -> None:
-    """Each value above its dot, or below it, where another series has taken the place above."""
+    """Each value above its dot, or below it if another series occupies the place above."""
     for row, value in enumerate(values_R):
         if np.isfinite(value):
             offset, side = ((0, -5), "top") if below else ((0, 5), "bottom")

@@ -1,4 +1,4 @@
-"""Figures of the experts: load, classes, worth, and the gate's input."""
+"""Figures of the experts: load, classes, contribution, and the gate's input."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ STROKE = [withStroke(linewidth=2, foreground="white")]
 def expert_load(
     load_E: ArrayLike, importance_E: ArrayLike, expert_labels: Names, images: str = "the test images"
 ) -> Figure:
-    """Bars of each expert's share of the assignments and of the gate weight, the most loaded on top.
+    """Bars of each expert's share of the assignments and of the gate weight, the highest load on top.
 
-    images: of which images, for the title.
+    images: the name of the images, for the title.
     """
     load_E, importance_E = np.asarray(load_E, dtype=float), np.asarray(importance_E, dtype=float)
     num_experts = len(load_E)
@@ -50,7 +50,7 @@ def expert_load(
         bars = ax.barh(rows + offset, share_E[order_E], height=0.4, color=colour, label=name)
         ax.bar_label(bars, fmt="{:.1%}", padding=2, fontsize=size, path_effects=STROKE)
     ax.axvline(1 / num_experts, color="0.2", ls="--", lw=1, label=f"even share, 1/{num_experts}", zorder=0)
-    # Room on the right for the printed values.
+    # Leave room on the right for the printed values.
     ax.set_xlim(0, 1.15 * max(load_E.max(), importance_E.max(), 1 / num_experts))
     ax.set_ylim(num_experts - 0.5, -0.5)
     ax.set_yticks(rows, [short(expert_labels[expert]) for expert in order_E], fontsize=size)
@@ -67,15 +67,15 @@ def expert_by_class(
     group_C: ArrayLike | None = None,
     group_names: Names | None = None,
     load_CE: ArrayLike | None = None,
-    title: str = "Which expert serves which class",
+    title: str = "Which expert processes which class",
 ) -> Figure:
-    """Heat map of each class's spread over the experts: experts as rows, classes as columns, colours by gate weight.
+    """Heat map of each class's distribution over the experts: experts as rows, classes as columns, colour: gate weight.
 
     weight_CE: shares of the gate weight, rows that sum to 1; a row of zeros (no assignment) is grey. load_CE: shares of
-    the assignments, printed in brackets below those of the weight where there is room for numbers. group_C,
-    group_names: each class's superclass and the superclasses' names, to order and separate by; without them the classes
-    are ordered by the expert of most weight. Up to 200 classes are named, in panels of about 50; more are ranks on one
-    panel.
+    the assignments, printed in brackets below those of the weight if there is room for numbers. group_C, group_names:
+    each class's superclass and the superclasses' names, for ordering and separators; without them the classes are
+    ordered by the expert with the largest weight. Up to 200 classes are named, in panels of about 50; more are shown as
+    ranks on one panel.
     """
     weight_CE = np.asarray(weight_CE, dtype=float)
     num_classes, num_experts = weight_CE.shape
@@ -104,9 +104,9 @@ def expert_by_class(
             ax.set_xticks(range(len(columns)), names[columns], fontsize=size, rotation=turn)
         if group_names is not None:
             _group_names(ax, group_C[columns], group_names, cell)
-        # Cells of one width in all panels, the last one too.
+        # Cells of the same width in all panels, including the last one.
         ax.set_xlim(-0.5, widest - 0.5)
-    order = "by the expert of most weight" if group_names is None else "by superclass"
+    order = "by the expert with the largest weight" if group_names is None else "by superclass"
     axes[-1].set_xlabel(f"class, {order}" if named else f"rank of the class, {order}")
     figure.supylabel(EXPERT_AXIS, fontsize=9)
     bar = figure.colorbar(image, ax=axes, aspect=40, pad=0.01, format=PercentFormatter(1.0, decimals=0))
@@ -117,10 +117,10 @@ def expert_by_class(
 def expert_worth(
     lost_E: ArrayLike, deviation_E: ArrayLike, parameters_E: ArrayLike, load_E: ArrayLike, expert_labels: Names
 ) -> Figure:
-    """What each expert is worth against what it costs, as numbered bubbles whose area is the expert's load.
+    """Contribution of each expert against its cost, as numbered bubbles whose area is the expert's load.
 
-    lost_E: macro-F1 (0 to 1) that is lost when the expert is removed and its samples go to the next choice, with
-    the standard deviation of that figure. parameters_E: of each expert; those of equal size stand side by side.
+    lost_E: macro-F1 (0 to 1) lost when the expert is removed and its samples go to the next choice, with its standard
+    deviation. parameters_E: of each expert; experts of equal size are drawn side by side.
     """
     lost_E, deviation_E, load_E = (100 * np.asarray(values, dtype=float) for values in (lost_E, deviation_E, load_E))
     parameters_E = np.asarray(parameters_E, dtype=float)
@@ -130,7 +130,7 @@ def expert_worth(
     ax = figure.subplots()
     ax.axhline(0, color="0.4", lw=1)
     ax.errorbar(x_E, lost_E, deviation_E, fmt="none", ecolor="0.5", elinewidth=1, capsize=3)
-    # The largest first, so that no small bubble hides behind one.
+    # The largest first, so that no small bubble is hidden.
     for expert in np.argsort(-load_E, kind="stable"):
         label = f"{short(expert_labels[expert], 26)}: {round(float(lost_E[expert]), 2) + 0.0:+.2f}"
         at = (float(x_E[expert]), float(lost_E[expert]))
@@ -163,10 +163,10 @@ def expert_worth(
 def gate_map(
     plane: Plane, expert_N: ArrayLike, expert_labels: Names, group_N: ArrayLike | None = None, group_names: Names = ()
 ) -> Figure:
-    """Samples on the plane that tells experts apart best, coloured by the expert that has most of their weight.
+    """Samples on the plane that separates the experts best, coloured by the expert with their largest weight.
 
     expert_N: -1 for a sample without an expert (grey, as are those of all but the 8 busiest experts). group_N,
-    group_names: classes or superclasses, to write each name where the median of its samples lies.
+    group_names: classes or superclasses; each name is written at the median of its samples.
     """
     points_N2, expert_N = np.asarray(plane.points_N2, dtype=float), np.asarray(expert_N)
     num_experts = len(expert_labels)
@@ -195,7 +195,7 @@ def gate_map(
     ax.set(xticks=[], yticks=[])
     first, second = (f"{100 * share:.0f} % of the variance between experts" for share in plane.explained_2)
     told, chance = (f"{100 * share:.0f} %" for share in (plane.told, plane.chance))
-    told = f"the nearest centre is the image's expert for {told} (the largest expert alone: {chance})"
+    told = f"the nearest centre is that of the image's expert for {told} (always the largest: {chance})"
     ax.set_xlabel(f"first discriminant axis: {first}\n{told}", fontsize=9)
     ax.set_ylabel(f"second discriminant axis: {second}", fontsize=9)
     figure.legend(loc="outside right upper", fontsize=8, title="main expert (images)", title_fontsize=8)
@@ -203,7 +203,7 @@ def gate_map(
 
 
 def _side_by_side(cost_E: np.ndarray, value_E: np.ndarray) -> np.ndarray:
-    """Places on a logarithmic axis, where experts of equal cost stand beside each other, the most valuable first."""
+    """Positions on a logarithmic axis, with experts of equal cost side by side, sorted by contribution."""
     place_E = cost_E.copy()
     for cost in np.unique(cost_E):
         equal = np.flatnonzero(cost_E == cost)
@@ -214,7 +214,7 @@ def _side_by_side(cost_E: np.ndarray, value_E: np.ndarray) -> np.ndarray:
 
 
 def _spread(places: dict[str, np.ndarray], inch_2: np.ndarray) -> dict[str, np.ndarray]:
-    """Where to write names of 7 points so that none covers another: moved up or down as little as need be.
+    """Positions for names in 7-point type without overlap, moved up or down as little as possible.
 
     inch_2: data units of an inch on each axis.
     """

@@ -1,4 +1,4 @@
-"""Patch maps: images with each patch in the colour of the expert that serves it."""
+"""Patch maps: images with each patch in the colour of its expert."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from PIL import Image
 
 from analysis.plots.style import OKABE_ITO, Names, new_figure, short
 
-SIDE = 224  # pixels of an image as it is drawn, at least
-TINT = 0.55  # share of the expert's colour in that of a pixel
+SIDE = 224  # minimum side of a drawn image in pixels
+TINT = 0.55  # share of the expert's colour in the colour of a pixel
 OTHERS = "#BBBBBB"
-COLOURS = (*OKABE_ITO[:7], "#555555")  # grey instead of black, under which nothing is seen
+COLOURS = (*OKABE_ITO[:7], "#555555")  # grey instead of black, which would hide the image
 
 
 def patch_maps(
@@ -29,12 +29,13 @@ def patch_maps(
     block_names: Names,
     share_LE: ArrayLike,
     expert_labels: Names,
-    title: str = "Which expert serves which patch",
+    title: str = "Which expert processes which patch",
 ) -> Figure:
-    """A row for each image: as it is, then in each block with its patches in the colours of their experts.
+    """A row for each image: the original, then for each block the image with patches in the colours of their experts.
 
     images_MHWC: uint8, one or three channels. names: one or two lines above each image. choice_MLHW: the expert of each
-    of H x W patches in each block. share_LE: of the block's tokens, for the legend, as the mean over the blocks shown.
+    of H x W patches in each block. share_LE: shares of the block's tokens; the legend shows the mean over the drawn
+    blocks.
     """
     choice_MLHW, share_E = np.asarray(choice_MLHW), np.asarray(share_LE, dtype=float).mean(axis=0)
     colours_E = expert_tints(share_E)
@@ -54,15 +55,15 @@ def patch_maps(
 
 
 def patch_positions(share_LEHW: ArrayLike, block_names: Names, expert_labels: Names) -> Figure:
-    """A row for each expert, a column for each block: how often a patch at each place of the image goes to the expert.
+    """A row per expert and a column per block: how often a patch at each position goes to the expert.
 
-    share_LEHW: shares that sum to 1 over the experts. Of more than eight experts the eight busiest are shown.
+    share_LEHW: shares that sum to 1 over the experts. Only the eight experts with the highest load are shown.
     """
     share_LEHW = np.asarray(share_LEHW, dtype=float)
     blocks, num_experts = share_LEHW.shape[:2]
     busiest = np.sort(np.argsort(-share_LEHW.mean(axis=(0, 2, 3)), kind="stable")[:8])
-    columns = max(3, blocks)  # or the names of the experts would be wider than the page
-    figure = new_figure(1.25 * len(busiest) + 0.9, "Where on an image each expert sees patches", 1.25 * columns + 2.0)
+    columns = max(3, blocks)  # otherwise the names of the experts would be wider than the page
+    figure = new_figure(1.25 * len(busiest) + 0.9, "Positions of the patches of each expert", 1.25 * columns + 2.0)
     layout: Any = figure.get_layout_engine()
     layout.set(w_pad=0.08)
     grid = figure.subplots(len(busiest), blocks, squeeze=False)
@@ -90,7 +91,7 @@ def show_patches(axes: Sequence[Axes], image_HWC: np.ndarray, choice_LHW: np.nda
 
 
 def expert_legend(figure: Figure, labels: Names, share_E: np.ndarray, colours_E: Names) -> None:
-    """The colours of the experts below a figure, with their sizes and shares; those that share the grey come as one."""
+    """The legend below a figure: colours of the experts with sizes and shares; all grey experts are one entry."""
     own = [expert for expert in range(len(labels)) if colours_E[expert] != OTHERS]
     entries = [(colours_E[e], f"expert {short(labels[e], 24)}: {100 * share_E[e]:.0f} %") for e in own]
     if rest := len(labels) - len(own):
@@ -103,7 +104,7 @@ def expert_legend(figure: Figure, labels: Names, share_E: np.ndarray, colours_E:
 
 
 def expert_tints(share_E: ArrayLike) -> list[str]:
-    """A colour for each expert, as in all figures; of more than eight the eight busiest have one each, others grey."""
+    """A colour for each expert, as in all figures; if there are more than eight, those with a lower load are grey."""
     share_E = np.asarray(share_E, dtype=float)
     if len(share_E) <= len(COLOURS):
         return list(COLOURS[: len(share_E)])
@@ -112,9 +113,9 @@ def expert_tints(share_E: ArrayLike) -> list[str]:
 
 
 def tinted(image_HWC: np.ndarray, choice_HW: ArrayLike, colours_E: Names) -> NDArray[np.uint8]:
-    """An enlarged image in grey, each patch of an even grid tinted in the colour of its expert, (H', W', 3) uint8.
+    """An enlarged image in grey, with each patch of an even grid in the colour of its expert, (H', W', 3) uint8.
 
-    A white line parts patches of different experts.
+    A white line separates patches of different experts.
     """
     choice_HW = np.asarray(choice_HW)
     patch = max(1, -(-SIDE // max(choice_HW.shape)))
@@ -134,7 +135,7 @@ def tinted(image_HWC: np.ndarray, choice_HW: ArrayLike, colours_E: Names) -> NDA
 
 
 def enlarged(image_HWC: np.ndarray) -> NDArray[np.uint8]:
-    """An image as RGB, its shorter side of at least SIDE pixels, smoothly."""
+    """An image as RGB, smoothly enlarged so that its shorter side has at least SIDE pixels."""
     image_HWC = np.asarray(image_HWC, dtype=np.uint8)
     image_HW3 = np.broadcast_to(image_HWC, (*image_HWC.shape[:2], 3))
     height, width = image_HW3.shape[:2]

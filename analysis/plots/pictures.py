@@ -1,4 +1,4 @@
-"""Figures of images: explanations of single answers, and galleries."""
+"""Figures of images: explanations of single predictions, and galleries."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ def explanation(
     shared: bool = False,
     maps: Sequence[Sequence[tuple[str, ArrayLike]]] = (),
 ) -> Figure:
-    """One row an image: pixels, probabilities of the likeliest classes, gate weights of the experts, patch maps.
+    """One row per image: pixels, probabilities of the most likely classes, gate weights of the experts, patch maps.
 
-    images_MHWC: uint8 RGB. names: of the files. classes: (name, probability), likeliest first. votes: (expert,
-    gate weight, class that the expert alone would name, its probability), heaviest first; an expert's label begins
-    with its index, which decides its colour. shared: what an expert alone would name is what it names with the shared
-    experts, which see every image. maps: for each image (block, the expert of each of H x W patches), as many for all;
-    left out where there are none.
+    images_MHWC: uint8 RGB. names: of the files. classes: (name, probability), sorted by decreasing probability. votes:
+    (expert, gate weight, class that the expert alone predicts, its probability), sorted by decreasing weight; an
+    expert's label starts with its index, which determines its colour. shared: the prediction of an expert alone
+    includes the shared experts, which process every image. maps: for each image (block, the expert of each of H x W
+    patches), the same number for all; omitted if there are none.
     """
     bars = max(map(len, [*classes, *votes]))
     rows = len(images_MHWC)
     columns = len(maps[0]) if maps else 0
     height, width = max(1.5, 0.34 + 0.26 * bars), 9.0 + 1.5 * columns
-    figure = new_figure(rows * height + 0.7, "Predictions, and the experts behind them", width)
+    figure = new_figure(rows * height + 0.7, "Predictions and their experts", width)
     grid = figure.subplots(rows, 3 + columns, squeeze=False, width_ratios=[1, 2, 2, *[0.9] * columns])
     for (picture, left, right), image, name, scores, experts in zip(
         grid[:, :3], images_MHWC, names, classes, votes, strict=True
@@ -49,7 +49,7 @@ def explanation(
             ax.set_title(block, fontsize=9)
     grid[0, 1].set_title("class, probability", fontsize=9)
     grid[0, 2].set_title(
-        f"expert · hidden units, its answer {'+ shared' if shared else 'alone'}, gate weight", fontsize=9
+        f"expert · hidden units, its prediction {'+ shared' if shared else 'alone'}, gate weight", fontsize=9
     )
     return figure
 
@@ -57,15 +57,15 @@ def explanation(
 def gallery(
     images_MHWC: Sequence[np.ndarray], captions: Names, title: str, columns: int = 8, rows: Names = ()
 ) -> Figure:
-    """Images in rows of `columns`, a caption of one or more lines above each.
+    """Images in rows of `columns`, with a caption of one or more lines above each.
 
-    rows: a label for each row, on its left; one that begins with an expert's index has the expert's colour.
+    rows: a label to the left of each row; a label that starts with an expert's index has the expert's colour.
     """
     columns = max(1, min(columns, len(images_MHWC)))
     count = max(1, -(-len(images_MHWC) // columns))
     lines = max([1, *(caption.count("\n") + 1 for caption in captions)])
     width = min(1.25 * columns + 0.6, 10.5)
-    letters = int((width - 0.6) / columns * 72 / 3.9)  # that fit above an image
+    letters = int((width - 0.6) / columns * 72 / 3.9)  # number that fits above an image
     figure = new_figure(count * ((width - 0.6) / columns + 0.14 * lines) + 0.4, title, width)
     grid = figure.subplots(count, columns, squeeze=False)
     for ax in grid.flat:
@@ -105,6 +105,6 @@ def _bars(ax: Axes, room: int, rows: list[tuple[float, str, str, str]]) -> None:
 
 
 def _name(file: str, length: int) -> str:
-    """A file's name as it is, underscores and all, shortened in front of its ending."""
+    """A file name, unchanged except that a long one is shortened before its ending."""
     text = file if len(file) <= length else f"{file[: length - 7]}…{file[-6:]}"
     return text.replace("$", r"\$")

@@ -1,4 +1,4 @@
-"""The trials of a search: how they trained, and what each option has to do with the score."""
+"""The trials of a search: their training curves, and the score against each option."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from analysis.plots.style import BLUE, ORANGE, Names, new_figure, short
 
-ROW = 3  # panels in a row
+ROW = 3  # panels per row
 
 
 def search(
@@ -21,15 +21,15 @@ def search(
     options: Mapping[str, Sequence[Any]],
     logarithmic: Names = (),
 ) -> Figure:
-    """Validation macro-F1 of N trials by epoch, and of those that came to their end against each option.
+    """Validation macro-F1 of N trials by epoch, and of the completed ones against each option.
 
-    scores: 0 to 1, None of a trial that was pruned or failed. curves: by epoch. options: name -> the value of each
-    trial. logarithmic: the options whose axis is. The best trial is orange and has a star; pruned ones are grey.
+    scores: 0 to 1, None for a pruned or failed trial. curves: by epoch. options: name -> the value of each trial.
+    logarithmic: the options with a logarithmic axis. The best trial is orange with a star; pruned trials are grey.
     """
     known = [score for score in scores if score is not None]
     best = scores.index(max(known)) if known else None
     rows = -(-(1 + len(options)) // ROW)
-    figure = new_figure(0.5 + 2.7 * rows, f"{len(scores)} trials, {len(known)} of them to their end", 10.0)
+    figure = new_figure(0.5 + 2.7 * rows, f"{len(scores)} trials, {len(known)} completed", 10.0)
     axes = figure.subplots(rows, ROW, squeeze=False).ravel()
     for trial, curve in enumerate(curves):
         colour = ORANGE if trial == best else "0.75" if scores[trial] is None else BLUE
@@ -71,5 +71,5 @@ def _against(ax: Axes, name: str, values: Sequence[Any], scores: Sequence[float 
 
 
 def _staggered(place: int, text: str) -> str:
-    """A label, every second one a line lower."""
+    """A label; every second one is one line lower."""
     return "\n" * (place % 2) + short(text.replace(", ", ","), 24)

@@ -38,14 +38,14 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
 
 
 def new_figure(height: float, title: str, width: float = 8.0) -> Figure:
-    """A white page of so many inches, its title on top, that lays itself out."""
+    """A white page with this size in inches, a title, and automatic layout."""
     figure = Page(figsize=(width, height), layout="constrained", facecolor="white")
     figure.suptitle(title, fontsize=11)
     return figure
 
 
 def short(text: object, length: int = 30) -> str:
-    """Shortened, on one line, words parted by blanks, and with no $ that matplotlib would set as mathematics."""
+    """The text shortened to one line, with single spaces, and without $ signs, which matplotlib would read as math."""
     line = " ".join(str(text).replace("_", " ").split())
     return (line if len(line) <= length else line[: length - 1] + "…").replace("$", r"\$")
 
@@ -58,10 +58,10 @@ def expert_colour(expert: int) -> str:
 def heat_map(
     ax: Axes, table: np.ndarray, norm: Normalize, values: bool = False, second: np.ndarray | None = None
 ) -> AxesImage:
-    """Heat map, grey where unknown, white below the scale.
+    """Heat map, grey for unknown values, white below the scale.
 
     values: print the percentages that do not round to 0. second: another table of the same shape, whose percentages are
-    printed as well, in brackets below the others.
+    printed in brackets below.
     """
     colours = matplotlib.colormaps["viridis"].with_extremes(bad="0.85", under="white")
     image = ax.imshow(table, norm=norm, cmap=colours, aspect="auto", interpolation="nearest")

@@ -18,16 +18,16 @@ CURVE_COLOURS = {"macro_f1/validation": GREEN, "train": BLUE, "validation": ORAN
 
 
 def training_curves(history: Sequence[dict], best_by: str | None = None, kept: int | None = None) -> Figure:
-    """Losses on the left, scores on the right, the epoch that was kept or else the best (the last of equals) marked.
+    """Losses on the left, scores on the right; the kept epoch, or else the best one (the last in a tie), is marked.
 
     history: a dict per epoch, of "epoch" and keys such as "loss/train" or "accuracy/validation" (0 to 1);
-    missing and non-finite values leave gaps, other keys are ignored. best_by: the key that decides the best
-    epoch, and whose curve has the star; left out, the first that was recorded of macro-F1, accuracy and loss on
-    validation. kept: the epoch whose weights were kept, where that is known.
+    missing and non-finite values leave gaps, other keys are ignored. best_by: the key that determines the
+    best epoch, and whose curve has the star; default: the first recorded one of validation macro-F1, accuracy and loss.
+    kept: the epoch whose weights were kept, if known.
     """
     epoch_T = [row.get("epoch", index + 1) for index, row in enumerate(history)]
     curves = {}
-    # The auxiliary losses have units and floors of their own, and would stretch the axis.
+    # The auxiliary losses have different units and floors, and would stretch the axis.
     shown = {key for row in history for key in row if re.match("(loss|accuracy|macro_f1)/", key)}
     for key in sorted(shown):
         curve_T = np.array([row.get(key) for row in history], dtype=float)
@@ -56,7 +56,7 @@ def training_curves(history: Sequence[dict], best_by: str | None = None, kept: i
 
 
 def load_over_time(epochs: ArrayLike, load_TE: ArrayLike, expert_labels: Names, warmup_epochs: float = 0.0) -> Figure:
-    """Validation load of each expert by epoch; of more than 16 experts the last epoch's first 8 are coloured.
+    """Validation load of each expert by epoch; with more than 16 experts, the 8 largest of the last epoch are coloured.
 
     epochs: (T,), ascending. load_TE: fractions of the assignments by the learned gate. The first `warmup_epochs`
     epochs, when training routed at random and the gate learned nothing, are shaded; the even share 1/E is dashed.

@@ -1,7 +1,7 @@
-"""The figures of one evaluation. Each is a function in a file of its own, registered with its name and its caption.
+"""The figures of one evaluation. Each is a function in a separate file, registered with its name and its caption.
 
-The report, ClearML, the notebook and RUN/evaluation/figures show what is registered here. A new figure is one new file
-in this folder, or one file of your own that `--plugins` names:
+The report, ClearML, the notebook and RUN/evaluation/figures show the registered figures. A new figure is one new file
+in this folder, or one of your own files named by `--plugins`:
 
     from evaluation.figures import Evaluated, register
 

@@ -1,4 +1,4 @@
-"""Which expert serves which class in the block that specialises most."""
+"""Which expert processes which class in the most specialised block."""
 
 from matplotlib.figure import Figure
 
@@ -8,8 +8,8 @@ from evaluation.figures.registry import Evaluated, register
 
 @register(
     "block_by_class",
-    "Distribution of the gate weight of each class's tokens over the experts, in the block that specialises most: the "
-    "one whose experts tell most about the class of an image, compared with shuffled labels.",
+    "Distribution of the gate weight of each class's tokens over the experts, in the most specialised block: the one "
+    "whose experts are most informative about the class of an image, compared with shuffled labels.",
     needs=["blocks"],
     place=21,
 )
@@ -23,5 +23,5 @@ def block_by_class(evaluated: Evaluated) -> Figure:
         evaluated.labels,
         test.superclass_of_class(),
         evaluated.superclasses or None,
-        title=f"Which expert serves which class in block {number}",
+        title=f"Which expert processes which class in block {number}",
     )

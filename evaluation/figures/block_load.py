@@ -8,7 +8,7 @@ from evaluation.figures.registry import Evaluated, register
 
 @register(
     "block_load",
-    "Share of the tokens that each expert receives in each block; in brackets, where there is room, its share of the "
+    "Share of the tokens that each expert receives in each block; in brackets, if there is room, its share of the "
     "gate's weight.",
     needs=["blocks"],
     place=31,

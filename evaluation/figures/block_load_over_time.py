@@ -9,8 +9,8 @@ from evaluation.figures.registry import Evaluated, register
 
 @register(
     "block_load_over_time",
-    "Share of each block's tokens per expert in training, with the gate's noise. Dashed: even share. In the shaded "
-    "warm-up routing is random.",
+    "Share of each block's tokens per expert in training, with the gate's noise. Dashed: even share. During the shaded "
+    "warm-up, routing is random.",
     needs=["blocks", "history"],
     place=41,
 )

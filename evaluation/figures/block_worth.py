@@ -1,4 +1,4 @@
-"""What each expert of each block is worth."""
+"""The contribution of each expert in each block."""
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -10,8 +10,8 @@ from evaluation.figures.registry import Evaluated, register
 @register(
     "block_worth",
     "Macro-F1 (points) lost when an expert is removed from one block, or (last row) from all blocks, and its tokens go "
-    "to the gate's next choice. Above 0: the expert is useful. If the next choice was hardly used in training, the "
-    "loss reflects that too. Grey numbers lie within one standard deviation over bootstrap resamples of the test "
+    "to the gate's next choice. Above 0: the expert is useful. If the next choice was hardly used in training, this "
+    "also adds to the loss. Grey numbers are within one standard deviation over bootstrap resamples of the test "
     "images. Single blocks are measured on the first test images.",
     needs=["blocks"],
     place=51,

@@ -1,4 +1,4 @@
-"""Which classes are taken for each other most."""
+"""The classes that are most often confused with each other."""
 
 from matplotlib.figure import Figure
 
@@ -6,7 +6,7 @@ from analysis import plots
 from evaluation.figures.registry import Evaluated, register
 
 
-@register("confused_pairs", "The pairs of classes that are confused most, by number of images.", place=90)
+@register("confused_pairs", "The most confused pairs of classes, by number of images.", place=90)
 def confused_pairs(evaluated: Evaluated) -> Figure:
     results, keys = evaluated.results, ("class", "other", "as_other", "other_as_class")
     errors = round(results["images"] * (1 - results["accuracy"]))

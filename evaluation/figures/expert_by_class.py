@@ -1,4 +1,4 @@
-"""Which expert serves which class."""
+"""Which expert processes which class."""
 
 from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""What each expert is worth, beside what it costs."""
+"""The contribution of each expert against its cost."""
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -9,8 +9,8 @@ from evaluation.figures.registry import Evaluated, register
 
 @register(
     "expert_worth",
-    "Macro-F1 lost when one expert is removed and its samples go to the gate's next choice. If that one was hardly "
-    "used in training, the loss reflects that too. Bars: one standard deviation over bootstrap resamples of the test "
+    "Macro-F1 lost when one expert is removed and its samples go to the gate's next choice. If that expert was hardly "
+    "used in training, this also adds to the loss. Bars: one standard deviation over bootstrap resamples of the test "
     "images.",
     place=50,
 )

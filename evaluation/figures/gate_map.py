@@ -1,4 +1,4 @@
-"""How the gate divides what it reads among the experts."""
+"""How the gate divides its input space among the experts."""
 
 import numpy as np
 import torch
@@ -12,8 +12,8 @@ from model.classifier import VisionMoE
 from model.moe_vit import MoEViT
 from model.routers.base import FeatureGroups
 
-POINTS = 1500  # test images that are shown, and as many validation images to fit the axes to
-NUMBERS = 50_000_000  # and at most so many features of either in memory
+POINTS = 1500  # test images that are shown, and the same number of validation images to fit the axes
+NUMBERS = 50_000_000  # limit of feature values of either in memory
 NAMES = 20  # classes that are named
 
 
@@ -27,7 +27,7 @@ NAMES = 20  # classes that are named
 def gate_map(evaluated: Evaluated) -> Figure | None:
     model, bank, test = evaluated.model, evaluated.bank, evaluated.test
     # Inside the ViT there is a gate in each block.
-    if isinstance(model, MoEViT) or model.moe.router.reads_tokens:  # there every expert has a part in every image
+    if isinstance(model, MoEViT) or model.moe.router.reads_tokens:  # there every expert contributes to every image
         return None
     order_N = _spread(bank, "test", model.neck.out_features)
     shown_ND, expert_N = gate_inputs(model, bank, "test", order_N)
@@ -50,7 +50,7 @@ def _spread(bank: FeatureBank, split: str, width: int) -> torch.Tensor:
 def gate_inputs(
     model: VisionMoE, bank: FeatureBank, split: str, order_N: torch.Tensor
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What the gate reads of samples, (N, D) float32, and the expert with most of each one's weight, -1 for none."""
+    """The gate's input for samples, (N, D) float32, and the expert with the largest weight per sample, -1 for none."""
     read, heaviest = [], []
     router = model.moe.router
     chosen = [layer for layer in router.trunk if isinstance(layer, FeatureGroups)]

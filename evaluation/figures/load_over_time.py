@@ -9,8 +9,8 @@ from evaluation.figures.registry import Evaluated, register
 
 @register(
     "load_over_time",
-    "Load on the validation images after each epoch, without noise. In the shaded warm-up training routes at random, "
-    "so the gate is still untrained.",
+    "Load on the validation images after each epoch, without noise. During the shaded warm-up training routes at "
+    "random, so the gate is still untrained.",
     needs=["history"],
     place=40,
 )

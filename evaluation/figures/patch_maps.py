@@ -1,4 +1,4 @@
-"""Which expert serves which part of an image."""
+"""Which expert processes which part of an image."""
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -14,7 +14,7 @@ IMAGES, BLOCKS = 6, 5
 @register(
     "patch_maps",
     "The first test images of different classes, and the expert with the largest gate weight for each patch, in "
-    "blocks from the first to the last and the one that specialises most. White lines part patches of different "
+    "blocks from the first to the last, including the most specialised one. White lines separate patches of different "
     "experts.",
     needs=["blocks"],
     place=5,

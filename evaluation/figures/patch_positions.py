@@ -1,4 +1,4 @@
-"""Where on an image each expert sees patches."""
+"""The positions of the patches of each expert."""
 
 from matplotlib.figure import Figure
 

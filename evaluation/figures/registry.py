@@ -26,7 +26,7 @@ from storage.folder import RunFolder
 class Evaluated:
     """The data of figures: a run that was evaluated on its test set.
 
-    model: in evaluation mode, as it made the predictions. results: what metrics.json holds.
+    model: in evaluation mode, as for the predictions. results: the content of metrics.json.
     """
 
     run: RunFolder
@@ -48,12 +48,12 @@ class Evaluated:
 
     @property
     def superclasses(self) -> Sequence[str]:
-        """Names of the superclasses, empty where the data set has none."""
+        """Names of the superclasses, empty if the dataset has none."""
         return self.test.coarse_names
 
     @property
     def blocks(self) -> BlockRouting | None:
-        """The routing in each block, where the experts are inside the ViT."""
+        """The routing in each block, if the experts are inside the ViT."""
         return self.predictions.blocks
 
     @property
@@ -63,7 +63,7 @@ class Evaluated:
 
     @cached_property
     def history(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl, one an epoch; empty where there are none."""
+        """The lines of metrics.jsonl, one per epoch; empty if there are none."""
         return self.run.history()
 
 
@@ -83,7 +83,7 @@ class RegisteredFigure:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure on the disk."""
+    """A figure on disk."""
 
     name: str
     path: Path
@@ -97,10 +97,10 @@ def register(name: str, caption: str, needs: Sequence[str] = (), place: float = 
     """Register a function from Evaluated to a matplotlib figure, or None, by the name of its file.
 
     caption: shown below the figure. needs: attributes of Evaluated without which there is nothing to draw. place: the
-    figures are shown in ascending order of it. Raises ValueError for a name that is taken, or is no name.
+    figures are shown in ascending order of this number. Raises ValueError for a name that is taken or invalid.
     """
     if not re.fullmatch("[a-z0-9_]+", name):
-        raise ValueError(f"figure {name!r}: its name is a file's, of the letters a to z, digits and _")
+        raise ValueError(f"figure {name!r}: the name becomes a file name, so use only the letters a to z, digits and _")
     if name in FIGURES:
         raise ValueError(f"figure {name!r} is registered twice: by {FIGURES[name].draw.__module__} first")
 
@@ -112,10 +112,10 @@ def register(name: str, caption: str, needs: Sequence[str] = (), place: float = 
 
 
 def warn_of_letters(texts: Sequence[str]) -> None:
-    """Warn of characters in figures that no font has."""
+    """Warn about characters in figures that no font has."""
     if letters := undrawable(texts):
         shown = letters if len(letters) <= 12 else f"{letters[:12]}… ({len(letters)} in all)"
-        warn(f"no font has {shown}: figures show boxes instead; install a font with them, such as Noto Sans")
+        warn(f"no font has {shown}: figures show boxes instead; install a font that has them, such as Noto Sans")
 
 
 def draw(evaluated: Evaluated) -> list[Drawing]:
@@ -142,7 +142,7 @@ def _drawn(figure: RegisteredFigure, evaluated: Evaluated) -> Figure | None:
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
-    """Write a PNG. Raises EnvironmentFault where that cannot be done."""
+    """Write a PNG. Raises EnvironmentFault if that fails."""
     try:
         return plots.save(figure, path)
     except OSError as error:

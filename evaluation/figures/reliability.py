@@ -1,4 +1,4 @@
-"""How far a confidence can be trusted."""
+"""How reliable the confidences are."""
 
 import numpy as np
 from matplotlib.figure import Figure

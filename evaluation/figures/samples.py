@@ -1,4 +1,4 @@
-"""Ten test images, and who saw them."""
+"""Ten test images and their experts."""
 
 from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""Which superclasses are taken for which."""
+"""Confusion between superclasses."""
 
 from matplotlib.figure import Figure
 

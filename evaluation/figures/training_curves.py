@@ -1,4 +1,4 @@
-"""How the losses and scores of the training went."""
+"""Losses and scores during training."""
 
 from matplotlib.figure import Figure
 

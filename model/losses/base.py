@@ -32,7 +32,7 @@ class Loss:
 
     floor: its value at perfect balance (load and mean gate equal the target), its minimum if the load follows the mean
     gate; may depend on the router. in_warmup: whether it applies to random routing too. needs: a message about what the
-    configuration lacks for this loss (None: nothing).
+    configuration lacks for this loss (None: nothing). of_init: whether it reads the gate of the run that init names.
     """
 
     def __init__(
@@ -41,8 +41,10 @@ class Loss:
         floor: float | Callable[[Router], float],
         in_warmup: bool,
         needs: Callable[[type[Router], RouterConfig], str | None] | None,
+        of_init: bool = False,
     ):
         self.function, self.floor, self.in_warmup, self.needs = function, floor, in_warmup, needs
+        self.of_init = of_init
         self.__module__ = function.__module__
 
     def __call__(self, routing: Routing) -> Tensor:
@@ -69,15 +71,16 @@ def register(
     floor: float | Callable[[Router], float] = 0.0,
     in_warmup: bool = False,
     needs: Callable[[type[Router], RouterConfig], str | None] | None = None,
+    of_init: bool = False,
 ) -> Callable[[Callable[[Routing], Tensor]], Callable[[Routing], Tensor]]:
     """A decorator that registers a function of a Routing as the auxiliary loss `name`, with the option balance.NAME.
 
-    weight: the option's default. floor, in_warmup, needs: as in Loss. Raises InputError for a registered name.
+    weight: the option's default. floor, in_warmup, needs, of_init: as in Loss. Raises InputError for a registered name.
     """
 
     def add(function: Callable[[Routing], Tensor]) -> Callable[[Routing], Tensor]:
         option = Option(name, float, weight, help, _weight)
-        LOSSES.register(name, help, [option])(Loss(function, floor, in_warmup, needs))
+        LOSSES.register(name, help, [option])(Loss(function, floor, in_warmup, needs, of_init))
         return function
 
     return add

@@ -3,6 +3,7 @@ from itertools import pairwise
 import matplotlib
 import numpy as np
 import pytest
+from conftest import mostly_slow
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from plot_helpers import EDGE, MAIN, drawn, labels, texts
 
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-@pytest.mark.parametrize("name", MAIN)
+@pytest.mark.parametrize("name", mostly_slow(MAIN, ["time", "load", "worth", "comparison"]))
 def test_everything_lies_inside_the_figure(name):
     figure, canvas = drawn(name)
     box = figure.get_tightbbox(canvas.get_renderer())
@@ -26,7 +27,10 @@ def test_everything_lies_inside_the_figure(name):
     assert texts(figure)
 
 
-@pytest.mark.parametrize("name", ["class 100", "confusion", "load", "class 10", "worth", "pairs", "12 compared"])
+TICKS = ["class 100", "confusion", "load", "class 10", "worth", "pairs", "12 compared"]
+
+
+@pytest.mark.parametrize("name", mostly_slow(TICKS, ["load", "worth"]))
 def test_tick_labels_do_not_overlap(name):
     figure, _ = drawn(name)
     for ax in figure.axes:
@@ -37,6 +41,7 @@ def test_tick_labels_do_not_overlap(name):
             assert all(end <= start + 1 for (_, end), (start, _) in pairwise(spans))
 
 
+@pytest.mark.slow
 def test_superclass_names_do_not_overlap():
     figure, _ = drawn("class 100")
     for ax in figure.axes[:2]:

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from conftest import mostly_slow
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 
@@ -56,7 +57,7 @@ FIGURES = {
 }
 
 
-@pytest.mark.parametrize("name", FIGURES)
+@pytest.mark.parametrize("name", mostly_slow(FIGURES, ["load", "time", "worth", "maps"]))
 def test_everything_lies_inside_the_figure(name):
     figure = FIGURES[name]()
     canvas = FigureCanvasAgg(figure)

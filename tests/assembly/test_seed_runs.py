@@ -9,13 +9,15 @@ import train
 from assembly import seeds as module
 from common.errors import UserError, exit_code_of
 from config.command_line import parse_command_line
+from storage.described import describe
+from storage.folder import RunFolder
 
 SMALL = ["--config", "configs/digits.yaml", "--tracking", "none", "--data.max_per_class", "20", "--train.epochs", "1"]
 SMALL += ["--train.batch_size", "64", "--features.cache_dir", "null"]
 
 
 @pytest.mark.slow
-def test_seeds_share_their_inputs_and_an_interrupted_command_goes_on(tmp_path, monkeypatch, capsys):
+def test_seeds_share_their_inputs_and_an_interrupted_command_goes_on(tmp_path, monkeypatch, capsys, undrawn):
     words = [*SMALL, "--run_dir", str(tmp_path / "few"), "--seeds"]
     loaded = []
     monkeypatch.setattr(module, "load_inputs", lambda config, load=module.load_inputs: loaded.append(1) or load(config))
@@ -35,12 +37,15 @@ def test_seeds_share_their_inputs_and_an_interrupted_command_goes_on(tmp_path, m
     assert scores[0] != scores[1]
     assert (tmp_path / "few-seeds" / "comparison.md").is_file()
     code, _, err = call("2", "--train.batch_size", "32")
-    assert code == 2 and "--seeds cannot go on with" in err and "choose another --run_dir" in err
+    assert code == 2 and "--seeds cannot continue" in err and "choose another --run_dir" in err
 
     # Its twin, whose report begins with what the two say together.
     words[words.index("--run_dir") + 1] = str(tmp_path / "twin")
     code, out, err = call("1", "--train.dense_twin", "true")
-    assert code == 0 and "One seed cannot tell whether the mixture earned its keep: its macro-F1 minus that of" in out
+    assert (
+        code == 0
+        and "One seed cannot show whether the mixture is better than its dense twin: its macro-F1 minus that of" in out
+    )
     page = (tmp_path / "twin-seed0" / "evaluation" / "report.html").read_text(encoding="utf-8")
     assert page.index('class="remark"') < page.index('class="cards"')
     assert "digits, bundled/vit_micro, dense twin" in page
@@ -61,5 +66,16 @@ def test_a_wrong_number_of_seeds_is_one_line(words, said):
 
 def test_seeds_are_new_runs(tmp_path):
     (tmp_path / "config.yaml").write_text("{}")
-    with pytest.raises(UserError, match="--seeds starts runs of its own"):
+    with pytest.raises(UserError, match="--seeds starts new runs"):
         parse_command_line(["--resume", str(tmp_path), "--seeds", "2"])
+
+
+@pytest.mark.slow
+def test_with_few_images_each_seed_draws_its_own(tmp_path, monkeypatch):
+    words = [*SMALL, "--data.shots", "2", "--train.batch_size", "20", "--router.warmup_steps", "0", "--seeds", "2"]
+    monkeypatch.setattr("sys.argv", ["train.py", *words, "--run_dir", str(tmp_path / "few")])
+    assert exit_code_of(train.main) == 0
+    first, second = (describe(RunFolder(tmp_path / f"few-seed{seed}")) for seed in range(2))
+    assert (first["config"]["data"]["split_seed"], second["config"]["data"]["split_seed"]) == (0, 1)
+    assert first["data"]["train"] != second["data"]["train"]
+    assert "few" in (tmp_path / "few-seeds" / "comparison.md").read_text()

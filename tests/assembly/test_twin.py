@@ -70,7 +70,7 @@ def test_copies_of_the_ffn_have_one_size_and_what_a_twin_lacks_is_said(capsys):
     config = configure(BLOCKS, "--experts.kind", "ffn", "--experts.sizes", "[[768],[768],[768]]")
     backbone = load_backbone(config.backbone, torch.device("cpu"))
     assert twin_of(config, (576,), CLASSES, backbone).experts.sizes == [[768]]
-    assert "the dense twin costs an image 115 M FLOPs, the mixture 230 M" in capsys.readouterr().err
+    assert "the dense twin has 115 M FLOPs per image, the mixture 230 M" in capsys.readouterr().err
 
 
 def test_the_nearest_size():
@@ -79,5 +79,5 @@ def test_the_nearest_size():
 
 
 def test_what_a_twin_stands_for_is_not_to_be_given_alone():
-    with pytest.raises(UserError, match=r"train\.twin_of is written by train\.dense_twin: leave it out"):
+    with pytest.raises(UserError, match=r"train\.twin_of is set by train\.dense_twin: leave it out"):
         parse_command_line(["--train.twin_of", "{}"])

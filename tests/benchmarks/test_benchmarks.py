@@ -6,12 +6,16 @@ from argparse import Namespace
 
 import pytest
 import torch
+from distributed_helpers import in_processes
 
 from assembly.pipeline import build_model
 from benchmarks import (
     adaptation,
     devices,
+    devices_worker,
     dispatch,
+    expert_parallel,
+    expert_parallel_worker,
     extraction,
     recipe,
     scaling,
@@ -155,7 +159,20 @@ def test_tiny_leaves_what_was_given_as_it_is(tmp_path):
 
 @pytest.mark.parametrize(
     "benchmark",
-    [adaptation, devices, dispatch, extraction, recipe, scaling, seeds, step, study, time_to_accuracy, worth],
+    [
+        adaptation,
+        devices,
+        dispatch,
+        expert_parallel,
+        extraction,
+        recipe,
+        scaling,
+        seeds,
+        step,
+        study,
+        time_to_accuracy,
+        worth,
+    ],
 )
 def test_help_explains_every_option_and_its_default(benchmark, capsys):
     with pytest.raises(SystemExit):
@@ -165,14 +182,42 @@ def test_help_explains_every_option_and_its_default(benchmark, capsys):
         assert "default" in option or option.startswith(("--help", "--tiny")), option
 
 
+def of_devices(world) -> dict:
+    options = Namespace(tiny=True, images=48, extracted=32, epochs=2, views=2)
+    found = devices_worker.training(options, CPU, lambda batch: batch), devices_worker.extraction(options, CPU)
+    return {"processes": world.size, **dict(zip(("training", "extraction"), found, strict=True))}
+
+
 @pytest.mark.slow
-def test_devices_runs_to_its_end(tmp_path, capsys):
-    devices.main([*TINY, str(tmp_path), "--processes", "2"])
-    assert "extraction images/s" in capsys.readouterr().out
-    (row,) = read(tmp_path, "devices")["rows"]
-    split = row["step"]
-    assert row["training"] > 0 and row["extraction"] > 0 and min(split["waiting"], split["exchange"]) > 0
-    assert split["compute"] + split["exchange"] + split["waiting"] == pytest.approx(split["whole"])
+def test_devices(capsys):
+    row = in_processes(2, of_devices)[0]
+    found = row["training"]
+    assert found["images_per_second"] > 0 and row["extraction"]["images_per_second"] > 0
+    assert found["all_to_all"] == 0 < min(found["sums"], found["waiting"])
+    # Every token of an image, in three blocks of four experts each.
+    assert found["gates"] == 65 * 3 * 4
+    alone = {"processes": 1, "training": {**found, "images_per_second": found["images_per_second"] / 2}}
+    lines = devices._lines({**row, "each": {"failed": "no room"}}, alone)
+    assert [line[:2] for line in lines] == [["2", "training"], ["2", "training"], ["2", "extraction"]]
+    assert lines[0][4] == "2.00x" and lines[1][2] == "no room" and lines[2][4] == ""
+
+
+def of_expert_parallel(world) -> dict:
+    options = Namespace(**expert_parallel.TINY)
+    step = expert_parallel_worker.measure(options, CPU, options.experts, options.rows)
+    return {"step": step, "sizes": expert_parallel_worker.sizes(options)}
+
+
+@pytest.mark.slow
+def test_expert_parallel():
+    found = in_processes(2, of_expert_parallel)[0]
+    each = 32 * 16 + 16 + 2 * 16 + 16 * 100 + 100
+    # Two of four experts: weights, gradients and two moments, and of each of the six parameters its steps.
+    assert found["step"]["expert_bytes"] == 2 * (4 * 4 * each + 6 * 4) and found["sizes"]["each"] == each
+    assert found["sizes"]["common"] == 2 * 32 + 32 * 4 + 4
+    assert min(found["step"][name] for name in ("all_to_all", "sums", "waiting")) > 0
+    (line,) = expert_parallel._lines({"processes": 2, "step": found["step"]}, {"processes": 2})
+    assert line[:2] == ["2", "256"] and line[3] == ""
 
 
 @pytest.mark.slow

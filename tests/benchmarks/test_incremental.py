@@ -2,12 +2,14 @@
 
 import json
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 from benchmarks import incremental
+from benchmarks.common import Limit
 from benchmarks.incremental_ridge import PENALTIES, normalised, ridge, solve
 from benchmarks.incremental_scores import Stream, scored
 
@@ -46,11 +48,12 @@ def test_ridge_in_steps_is_ridge_at_once():
     labels = torch.arange(6).repeat(8)
     held = (features + 0.5 * torch.randn(48, 10), labels)
     data = SimpleNamespace(train_VNF=features[None], labels_N=labels, validation=held, test=held, groups=2)
-    result = ridge(found, data, 0, 0)
+    result = ridge(found, data, 0, 0, Limit(60))
     x = normalised(features, 2).double()
     penalty = result["penalties"][-1]
     assert penalty in PENALTIES
     weight = solve(x.T @ x, x.T @ F.one_hot(labels, 6).double(), penalty)
+    assert solve(-x.T @ x, weight, 0.1).isnan().all()  # no positive matrix: no answer, and no error
     direct = torch.linalg.solve(
         x.T @ x + penalty * torch.eye(10, dtype=torch.float64), x.T @ F.one_hot(labels, 6).double()
     )
@@ -60,13 +63,20 @@ def test_ridge_in_steps_is_ridge_at_once():
 
 
 @pytest.mark.slow
-def test_the_program_goes_on_where_it_stopped(tmp_path, capsys):
-    words = ["--tiny", "--device", "cpu", "--out", str(tmp_path), "--methods"]
-    incremental.main([*words, "ncm", "ridge_random", "mixture"])
+def test_the_program_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
+    words = ["--tiny", "--device", "cpu", "--out", str(tmp_path), "--steps", "2", "--methods"]
+    incremental.main([*words, "ncm", "mixture_drawn"])
     lines = (tmp_path / "incremental_tiny.jsonl").read_text().splitlines()
-    assert [json.loads(line)["method"] for line in lines] == ["ncm", "ridge_random", "mixture"]
+    assert [json.loads(line)["method"] for line in lines] == ["ncm", "mixture_drawn"]
     (tmp_path / "incremental_tiny.jsonl").write_text("\n".join([*lines, '{"method": "cut o']))
-    incremental.main([*words, "ncm", "blocks"])
+    # What fails or has no time left says so, and the others go on.
+    monkeypatch.setattr(incremental, "Heads", Mock(side_effect=torch.OutOfMemoryError("too large")))
+    incremental.main([*words, "ncm", "dense", "first_both", "blocks"])
     lines = (tmp_path / "incremental_tiny.jsonl").read_text().splitlines()
-    assert [json.loads(line)["method"] for line in lines if line.endswith("}")][3:] == ["blocks"]
-    assert "| blocks " in capsys.readouterr().out
+    rows = [json.loads(line) for line in lines if line.endswith("}")]
+    assert [row["method"] for row in rows][2:] == ["first_both", "blocks"]
+    said = capsys.readouterr()
+    assert "| blocks " in said.out and "| first_both " in said.out
+    assert "dense, seed 0: no result, out of memory" in said.err
+    incremental.main([*words, "ridge", "--seconds", "0"])
+    assert "ridge, seed 0: no result, TimeoutError: the 0 s of --seconds are over" in capsys.readouterr().err

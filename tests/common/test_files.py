@@ -10,5 +10,7 @@ def test_a_place_is_tried_and_left_as_it_was(tmp_path):
     require_place(tmp_path / "new" / "run", "--out")
     assert not list(tmp_path.iterdir())
     (tmp_path / "file").touch()
-    with pytest.raises(EnvironmentFault, match=r"--out .*run cannot be made in .*file: Not a directory; name another"):
+    with pytest.raises(
+        EnvironmentFault, match=r"--out .*run cannot be created in .*file: Not a directory; choose another"
+    ):
         require_place(tmp_path / "file" / "run", "--out")

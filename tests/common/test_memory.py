@@ -15,5 +15,5 @@ def test_a_size_is_its_bytes(text, size):
 
 @pytest.mark.parametrize("text", ["", "many", "-1MB", "3x", "1.2.3GB"])
 def test_what_is_no_size_is_said(text):
-    with pytest.raises(ValueError, match="is no size: write it as 512MB"):
+    with pytest.raises(ValueError, match="is not a size: write it as 512MB"):
         size_in_bytes(text)

@@ -46,7 +46,7 @@ def test_a_plugin_that_does_not_load_is_one_line(content, tmp_path, monkeypatch)
     registries = (ROUTERS, EXPERTS, LOSSES, DATASETS, FIGURES)
     before = [dict(registry) for registry in registries]
     (tmp_path / "mine.py").write_text(content)
-    with pytest.raises(UserError, match=rf"^--plugins mine\.py does not load.*{BROKEN[content]}") as caught:
+    with pytest.raises(UserError, match=rf"^--plugins mine\.py cannot be loaded.*{BROKEN[content]}") as caught:
         parse_command_line(["--plugins", "mine.py"])
     assert "\n" not in str(caught.value) and exit_code(caught.value) == 2
     assert loaded_plugins() == [] and before == [dict(registry) for registry in registries]
@@ -66,7 +66,7 @@ def test_what_is_not_there_or_has_the_name_of_another_is_one_line(tmp_path, monk
             load_plugins([word])
     load_plugins(["mine.py", "./mine.py", str(tmp_path / "mine.py")])
     assert loaded_plugins() == ["mine.py"]
-    with pytest.raises(UserError, match=r"--plugins other/mine\.py has the name of .*mine\.py: rename one"):
+    with pytest.raises(UserError, match=r"--plugins other/mine\.py has the same name as .*mine\.py: rename one"):
         load_plugins(["other/mine.py"])
 
 

@@ -43,5 +43,5 @@ def test_a_dense_student_is_one_part_and_no_twin():
 
 def test_copies_of_the_ffn_have_no_half():
     config, *_ = inside(experts={"kind": "ffn", "sizes": [[64]] * 4})
-    with pytest.raises(UserError, match="name --prune or --merge, whose result is taught"):
+    with pytest.raises(UserError, match="add --prune or --merge for a smaller student"):
         sparse_student(config, None, None, warm=False)

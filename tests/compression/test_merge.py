@@ -202,9 +202,9 @@ def test_the_configuration_is_that_of_the_widest_members():
         ({}, 4, "--merge is 4: there are 4 experts to merge, so give 1 to 3"),
         ({}, 7, "--merge is 7"),
         ({}, 0, "--merge is 0"),
-        ({}, 1, "fewer experts than each sample goes to"),
+        ({}, 1, "fewer experts than each sample uses"),
         ({"kind": "hash"}, 2, "no gate whose columns"),
-        ({"kind": "hierarchical"}, 2, "groups are of equal number"),
+        ({"kind": "hierarchical"}, 2, "groups must stay equal in size"),
     ],
 )
 def test_what_cannot_be_merged_is_one_line(router, number, message):
@@ -215,5 +215,5 @@ def test_what_cannot_be_merged_is_one_line(router, number, message):
 
 def test_one_expert_has_none_to_merge_with():
     config = Config()
-    with pytest.raises(UserError, match="--merge is 1: there is one expert, and nothing to merge it with"):
+    with pytest.raises(UserError, match="--merge is 1: there is only one expert, so nothing to merge"):
         check_merge(config, 1, 1)

@@ -128,7 +128,7 @@ def test_to_a_budget_the_least_missed_expert_goes_first():
     "removed, message",
     [
         ([0, 1, 2, 3], r"names all 4 experts"),
-        ([0, 1, 2], r"leaves 1 of 4 experts, and each sample goes to router\.top_k 2: remove 2 at most"),
+        ([0, 1, 2], r"leaves 1 of 4 experts, but each sample uses router\.top_k 2: remove at most 2"),
         ([4], r"names expert 4: this run has experts 0 to 3"),
         ([-1], r"names expert -1"),
     ],

@@ -4,6 +4,8 @@ import pytest
 import torch
 from compression_helpers import behind, inputs_of, inside
 
+from common.errors import UserError
+from compression.merge import merge
 from compression.observe import HEAD, observe
 from compression.quantise import (
     best_scales,
@@ -14,6 +16,7 @@ from compression.quantise import (
     quantise,
     rounded,
 )
+from model.experts import ExpertKind
 from model.quantised import pack, unpack
 
 KINDS = {
@@ -126,3 +129,23 @@ def test_rounding_one_leaves_the_others():
     for owner in owners:
         for part in (part for parts in owner.parts.values() for part in parts):
             assert torch.equal(part.weight(changed), part.weight(model)) == (owner.number != 3)
+
+
+class Odd(ExpertKind, torch.nn.Module):
+    """A plug-in's expert, which reads its weights itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(8, 5)
+
+    def forward(self, x_BD):
+        return x_BD @ self.layer.weight.T
+
+
+def test_a_kind_whose_inputs_or_layers_cannot_be_observed_is_one_line():
+    config, model, build = behind()
+    model.moe.experts._modules.update((str(number), Odd()) for number in range(4))
+    with pytest.raises(UserError, match="cannot be quantised: Odd has linear layers that it does not call"):
+        calibrate(model, owners_of(model), [inputs_of(model)], rows=8, equal=True)
+    with pytest.raises(UserError, match="Odd does not consist of layers"):
+        merge(config, model, [[[0, 1], [2, 3]]], build)

@@ -147,7 +147,7 @@ def test_help_explains_every_field_and_print_config_round_trips(tmp_path, capsys
     assert all(f"{kind}: " in " ".join(text.split()) for kind in ROUTERS)
     shown = {match[1]: " ".join(match[2].split()) for match in options}
     assert all("default: " in explanation for explanation in shown.values())
-    assert "default: 10, 40 if the file leaves it out" in shown["train.epochs"]  # configs/cifar100.yaml has 10
+    assert "default: 10, or 40 if not in the file" in shown["train.epochs"]  # configs/cifar100.yaml has 10
     examples = re.findall(r"^  python (train\.py .*?)(?:   |$)", text.partition("examples:")[2], re.MULTILINE)
     assert len(examples) == 3
     for example in examples:

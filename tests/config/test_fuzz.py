@@ -88,6 +88,7 @@ def resume(trainer):
     assert metrics_step(checkpoint) >= 0
 
 
+@pytest.mark.slow
 @fuzz(50, changes=BYTES)
 def test_checkpoint_files(whole, changes):
     run = whole.run
@@ -145,6 +146,7 @@ def test_backbone_weights(tmp_path_factory, changes, kind):
     survives(lambda: read_weights(path))
 
 
+@pytest.mark.slow
 @fuzz(20, changes=PLAIN)
 def test_descriptions(whole, tmp_path_factory, changes):
     run = RunFolder(tmp_path_factory.getbasetemp())

@@ -5,12 +5,14 @@ import re
 import numpy as np
 import pytest
 import torch
+from sklearn.model_selection import train_test_split
 
 from common.errors import UserError
 from config.features import FeaturesConfig
 from data.augment import AugmentConfig, View, apply_view, draw_view
 from data.datasets import DataConfig, load_splits, stratified_split
 from data.image_set import ImageSet
+from data.stratified import stratified
 from features.bank import FeatureBank
 from model.preparation import prepare
 
@@ -21,6 +23,26 @@ def image_set(labels, size=4):
     labels_N = torch.tensor(labels)
     images = torch.arange(len(labels), dtype=torch.uint8)[:, None, None, None].expand(-1, 3, size, size)
     return ImageSet(images, labels_N, tuple(f"class {c}" for c in range(int(labels_N.max()) + 1)))
+
+
+def test_a_stratified_split_is_the_one_of_scikit_learn():
+    """Runs of earlier versions were split by it, and go on with the same images."""
+    random, compared = np.random.RandomState(0), 0
+    for _ in range(200):
+        classes = random.randint(2, 9)
+        labels_N = random.permutation(np.r_[np.repeat(np.arange(classes), 2), random.randint(0, classes, 60)]) * 2
+        fraction, seed = random.uniform(0.02, 0.98), int(random.randint(2**31))
+        options = {"test_size": fraction, "random_state": seed, "stratify": labels_N}
+        try:
+            expected = train_test_split(np.arange(len(labels_N)), **options)
+        except ValueError:
+            with pytest.raises(ValueError, match="one each in both parts"):
+                stratified(labels_N, fraction, seed)
+            continue
+        compared += 1
+        for part, other in zip(stratified(labels_N, fraction, seed), expected, strict=True):
+            assert np.array_equal(part, np.sort(other))
+    assert 100 < compared < 200
 
 
 def test_digits_come_in_three_stratified_disjoint_splits():
@@ -51,7 +73,7 @@ def test_a_split_partitions_the_images():
 
 @pytest.mark.parametrize(
     ("labels", "fraction", "words"),
-    [([0, 0, 1], 0.5, "class 'class 1' has 1 image"), ([0, 0, 1, 1, 2, 2], 0.1, "cannot hold all 3 classes")],
+    [([0, 0, 1], 0.5, "class 'class 1' has 1 image"), ([0, 0, 1, 1, 2, 2], 0.1, "cannot contain all 3 classes")],
 )
 def test_what_cannot_be_split_is_said(labels, fraction, words):
     with pytest.raises(UserError, match=words):
@@ -65,7 +87,7 @@ def test_the_fraction_that_is_advised_for_few_images_does(classes, count, fracti
     try:
         stratified_split(images, fraction, 0, "data.test")
     except UserError as error:
-        advised = float(re.search(r"use a (?:larger|smaller) fraction, (?:from|up to) ([\d.]+)", str(error))[1])
+        advised = float(re.search(r"use a (?:larger|smaller) fraction, at (?:least|most) ([\d.]+)", str(error))[1])
         assert all(len(part) >= classes for part in stratified_split(images, advised, 0, "data.test"))
 
 

@@ -2,13 +2,15 @@
 
 import os
 import signal
+import subprocess
 import time
 
 import pytest
 import torch
-from conftest import ROOT
-from distributed_helpers import Program
+from conftest import ROOT, running_program
+from distributed_helpers import Program, skip_old_torch
 
+from assembly import pipeline
 from common import ending
 from storage.checkpoint import load_checkpoint
 from training.trainer import Trainer
@@ -90,7 +92,7 @@ def signalled(rank: int, features: torch.Tensor) -> torch.Tensor:
 
 
 FAILURES = {
-    "killed": (killed, [1, -signal.SIGKILL], "error: rank 1 is gone"),
+    "killed": (killed, [1, -signal.SIGKILL], "error: rank 1 has died"),
     "out of memory": (out_of_memory, [1, 1], "error: rank 1: out of memory (CUDA out of memory."),
     "not finite": (overflowing, [2, 2], "error: the output of the backbone is not finite on rank 1 at step 7"),
 }
@@ -116,7 +118,7 @@ def test_one_line_names_the_process_and_resume_goes_on(name, tmp_path):
 def test_a_process_that_hangs_is_found_by_the_time_limit(tmp_path):
     program = fail(tmp_path, hanging, "--parallel.timeout", 3)
     assert os.waitstatus_to_exitcode(os.waitpid(program.pids[0], 0)[1]) == 1
-    assert program.errors()[0].startswith("error: rank 1 did not come to the others in time")
+    assert program.errors()[0].startswith("error: rank 1 did not respond in time")
     os.waitpid(program.pids[1], 0)  # its own watch ends it
 
 
@@ -127,6 +129,43 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step_with_a_checkpoint
     assert not program.errors() and program.said().count("interrupted by SIGTERM") == 1
     checkpoint = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")
     assert 7 <= checkpoint["step"] < 200
+
+
+def interrupted_twice(rank: int, features: torch.Tensor) -> torch.Tensor:
+    """As Ctrl-C does under torchrun, which passes on what the terminal has sent to all."""
+    for _ in range(2):
+        os.kill(os.getpid(), signal.SIGINT)
+    return features
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_all_with_a_checkpoint(tmp_path):
+    program = fail(tmp_path, interrupted_twice, "--train.epochs", 50)
+    assert program.codes() == [128 + signal.SIGINT] * 2, program.said()
+    assert not program.errors() and program.said().count("interrupted by SIGINT") == 1
+    assert STEP < load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["step"] < 200
+
+
+@pytest.mark.slow
+def test_sigterm_to_torchrun_ends_all_with_a_checkpoint(tmp_path):
+    skip_old_torch()
+    last = tmp_path / "run" / "checkpoints" / "last.pt"
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "train.py", *WORDS]
+    more = ["--train.epochs", 100_000, "--train.save_every", 100_000, "--run_dir", tmp_path / "run"]
+    output = tmp_path / "said.txt"
+    with output.open("w") as file, running_program(*words, *more, stdout=file, stderr=file) as process:
+        while not last.exists():
+            assert process.poll() is None, output.read_text()
+            time.sleep(0.2)
+        children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
+        began = time.monotonic()
+        process.terminate()
+        process.wait()
+    assert time.monotonic() - began < 10 * LIMIT  # on a busy machine
+    # The rest is torchrun's, which ends after those that it has started.
+    assert output.read_text().count("interrupted by SIGTERM") == 1
+    assert not any(ending._lives(int(pid)) for pid in children.stdout.split())
+    assert not list((tmp_path / "run").rglob("*.partial")) and load_checkpoint(last)["step"] > 4
 
 
 def another_rate(rank: int) -> None:
@@ -148,7 +187,25 @@ def other_data(rank: int) -> None:
         sys.argv += ["--data.max_per_class", "21"]
 
 
+def other_images(rank: int) -> None:
+    """The same options, but one pixel that differs."""
+    load_images = pipeline.load_images
+
+    def changed(config):
+        splits = load_images(config)
+        splits.train.images_NCHW[0, 0, 0, 0] ^= rank
+        return splits
+
+    pipeline.load_images = changed
+
+
 BAD = {
+    "more processes than experts": (
+        "--parallel.experts 3 --experts.sizes [[4],[8]]",
+        None,
+        "parallel.experts 3 is more than the 2 experts: set it to at most 2",
+    ),
+    "other images": ("", other_images, "the processes differ: the train images is "),
     "a batch smaller than the processes": ("--train.batch_size 2", None, "train.batch_size 2 cannot be shared by 3"),
     "another option": ("", another_rate, "the processes differ: option optim.lr is 0.001 on rank 0, 0.5 on rank 1"),
     "another version": ("", another_torch, "the processes differ: PyTorch is '"),

@@ -1,4 +1,7 @@
-"""Two processes with a GPU each, over NCCL: the same as one, in captured steps too, and as quick to end."""
+"""Two processes with a GPU each, over NCCL: the same as one, in captured steps too, and as quick to end.
+
+All processes of this file are started at once, because to start takes most of their time.
+"""
 
 import json
 import os
@@ -7,13 +10,18 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ROOT
 from distributed_helpers import in_processes
 from test_equivalence import BATCH, HEADS, SAMPLES, close, data, head, train
 
+from benchmarks.processes import exchange_of
 from common.distributed import ALONE
 from model.balance import BalanceConfig
 from storage.checkpoint import load_checkpoint
@@ -55,77 +63,159 @@ def captured(world, name: str) -> dict:
         options = {} if share is None else {"share": share}
         losses.append(run(features_N[own_B], labels_N[own_B], False, **options).loss.clone())
     assert run.captured.graphs  # replayed in the end
+    run.captured.release()
     return {"losses": torch.stack(losses).cpu(), **{k: v.cpu() for k, v in model.state_dict().items()}}
 
 
-@pytest.mark.parametrize("name", ["mixtral", "noisy_topk"])
-def test_captured_steps_are_those_of_one_process(name):
-    alone, each = captured(ALONE, name), in_processes(2, captured, name, device="cuda")
+def exchanged(world) -> dict[str, float]:
+    """The seconds of one all-to-all and two sums, for which the first process waits."""
+    device = torch.device("cuda", world.local_rank)
+    sent = torch.ones(2**20, device=device)
+    came, busy = torch.empty_like(sent), torch.ones(4096, 4096, device=device)
+
+    def once() -> None:
+        for _ in range(20 * world.rank):
+            busy @ busy
+        dist.all_to_all_single(came, sent)
+        dist.all_reduce(sent)
+        dist.all_reduce(sent)
+
+    once()
+    return exchange_of(once, device, 3)
+
+
+CASES = {
+    "mixtral": lambda world: captured(world, "mixtral"),
+    "noisy_topk": lambda world: captured(world, "noisy_topk"),
+    "as they are": lambda world: train(world, HEADS["capacity"])["state"],  # of tensors on the CPU, beside NCCL
+    "exchanged": exchanged,
+}
+
+
+def every_case(world) -> dict:
+    found = {}
+    for name, case in CASES.items():
+        try:
+            found[name] = case(world)
+        except Exception:
+            found[name] = traceback.format_exc()
+    return found
+
+
+RECIPES = {"head": HEAD, "blocks": BLOCKS}
+SPREAD = {"data": "", "experts": "--parallel.experts 2 --parallel.placement work"}
+SIGNALS = {"killed": (signal.SIGKILL, ""), "hanging": (signal.SIGSTOP, "--parallel.timeout 10")}
+
+
+class Started:
+    """Runs of train.py by name, all at once, on pairs of GPUs in turn."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.runs = folder, {}
+        for recipe, words in RECIPES.items():
+            self.start(f"{recipe} alone", 1, words)
+            for how, more in SPREAD.items():
+                self.start(f"{recipe} {how}", 2, f"{words} {more}")
+        self.start("shared", 2, f"{HEAD} --device cuda:0")
+        pool = ThreadPoolExecutor(2)
+        self.ends = {}
+        for name, (number, more) in SIGNALS.items():
+            self.start(name, 2, f"{HEAD} --train.epochs 100000 {more}")
+            self.ends[name] = pool.submit(self.disturbed, name, number)
+
+    def start(self, name: str, size: int, words: str) -> None:
+        pairs = torch.cuda.device_count() // 2
+        first = 2 * (len(self.runs) % pairs)
+        run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size), "train.py"]
+        self.runs[name] = subprocess.Popen(
+            [*run, *WORDS.split(), *words.split(), "--run_dir", str(self.run(name))],
+            cwd=ROOT,
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": f"{first},{first + 1}"},
+            stdout=self.output(name).open("w"),
+            stderr=subprocess.STDOUT,
+        )
+
+    def output(self, name: str) -> Path:
+        return self.folder / f"{name}.txt"
+
+    def run(self, name: str) -> Path:
+        return self.folder / name.replace(" ", "-")
+
+    def said(self, name: str) -> tuple[str, int]:
+        """What a run has said when it has ended, and its exit code."""
+        code = self.runs[name].wait()
+        return self.output(name).read_text(), code
+
+    def disturbed(self, name: str, number: int) -> tuple[str, float]:
+        """Send one of two processes a signal after a checkpoint; the line of both, and seconds until they ended."""
+        process = self.runs[name]
+        while not (self.run(name) / "checkpoints" / "last.pt").exists():
+            assert process.poll() is None, self.said(name)
+            time.sleep(0.5)
+        children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
+        began = time.monotonic()
+        os.kill(int(children.stdout.split()[1]), number)
+        said, _ = self.said(name)
+        (line,) = [line for line in said.splitlines() if line.startswith("error")]
+        return line, time.monotonic() - began
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
+    found = Started(tmp_path_factory.mktemp("runs"))
+    yield found
+    for process in found.runs.values():
+        if process.poll() is None:
+            process.terminate()  # torchrun, which ends what it has started
+
+
+@pytest.fixture(scope="module")
+def each(started):
+    return in_processes(2, every_case, device="cuda")
+
+
+def test_exchanges_are_told_from_waiting(each):
     for found in each:
-        close(found, alone)
+        seconds = found["exchanged"]
+        assert isinstance(seconds, dict), seconds
+        assert seconds["all_to_all"] > 0 and seconds["sums"] > 0 and seconds["waiting"] > 0
 
 
-def test_steps_as_they_are():
-    each = in_processes(2, train, HEADS["capacity"], device="cuda")  # of tensors on the CPU, beside NCCL
-    close(each[0]["state"], train(ALONE, HEADS["capacity"])["state"])
+@pytest.mark.parametrize("name", [name for name in CASES if name != "exchanged"])
+def test_steps_are_those_of_one_process(name, each):
+    alone = CASES[name](ALONE)
+    for found in each:
+        assert isinstance(found[name], dict), found[name]
+        close(found[name], alone)
 
 
-def torchrun(size: int, *words: object) -> subprocess.Popen:
-    """`train.py WORDS` in so many processes."""
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size), "train.py"]
-    return subprocess.Popen(
-        [*run, *map(str, words)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
-@pytest.mark.parametrize("spread", ["", "--parallel.experts 2 --parallel.placement work"], ids=["data", "experts"])
-@pytest.mark.parametrize("recipe", [HEAD, BLOCKS], ids=["head", "blocks"])
-def test_a_run_on_two_gpus_is_that_of_one(recipe, spread, tmp_path):
-    states = []
-    for size in (1, 2):
-        words = [*recipe.split(), *WORDS.split(), *(spread.split() if size == 2 else [])]
-        process = torchrun(size, *words, "--run_dir", tmp_path / str(size))
-        said, _ = process.communicate()
-        assert process.returncode == 0, said
-        states.append(load_checkpoint(tmp_path / str(size) / "checkpoints" / "last.pt")["model"])
+@pytest.mark.parametrize("how", SPREAD)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_run_on_two_gpus_is_that_of_one(recipe, how, started):
+    folders = []
+    for name in (f"{recipe} alone", f"{recipe} {how}"):
+        said, code = started.said(name)
+        assert code == 0, said
+        folders.append(started.run(name))
+    states = [load_checkpoint(folder / "checkpoints" / "last.pt")["model"] for folder in folders]
     for name, value in states[0].items():
         assert torch.allclose(states[1][name].double(), value.double(), atol=1e-3), name
-    results = [json.loads((tmp_path / size / "evaluation" / "metrics.json").read_text()) for size in "12"]
+    results = [json.loads((folder / "evaluation" / "metrics.json").read_text()) for folder in folders]
     assert results[0]["accuracy"] == pytest.approx(results[1]["accuracy"], abs=0.05)
 
 
-def test_a_shared_gpu_is_refused(tmp_path):
-    process = torchrun(2, *HEAD.split(), *WORDS.split(), "--device", "cuda:0", "--run_dir", tmp_path / "run")
-    said, _ = process.communicate()
+def test_a_shared_gpu_is_refused(started):
+    said, _ = started.said("shared")
     errors = [line for line in said.splitlines() if line.startswith("error")]
-    assert len(errors) == 1 and "share a GPU" in errors[0] and not (tmp_path / "run").exists()
+    assert len(errors) == 1 and "share a GPU" in errors[0] and not started.run("shared").exists()
 
 
-def trained(tmp_path, *words: object) -> subprocess.Popen:
-    """A long run of two processes that has written a checkpoint."""
-    process = torchrun(2, *HEAD.split(), *WORDS.split(), "--train.epochs", 100_000, *words, "--run_dir", tmp_path)
-    while not (tmp_path / "checkpoints" / "last.pt").exists():
-        assert process.poll() is None
-        time.sleep(0.5)
-    return process
+def test_a_killed_process_ends_the_other(started):
+    line, seconds = started.ends["killed"].result()
+    assert re.match(r"error: rank \d has died", line) and seconds < 60
 
 
-def disturb(process: subprocess.Popen, number: int) -> tuple[str, float]:
-    """Send a signal to one of the two; what is said by both in one line, and the seconds until all have ended."""
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
-    began = time.monotonic()
-    os.kill(int(children.stdout.split()[1]), number)
-    said, _ = process.communicate()
-    (line,) = [line for line in said.splitlines() if line.startswith("error")]
-    return line, time.monotonic() - began
-
-
-def test_a_killed_process_ends_the_other(tmp_path):
-    line, seconds = disturb(trained(tmp_path / "run"), signal.SIGKILL)
-    assert re.match(r"error: rank \d is gone", line) and seconds < 60
-
-
-def test_a_process_that_hangs_is_found_by_the_time_limit(tmp_path):
+def test_a_process_that_hangs_is_found_by_the_time_limit(started):
     # torchrun waits half a minute for the one that does not even end.
-    line, _ = disturb(trained(tmp_path / "run", "--parallel.timeout", 10), signal.SIGSTOP)
-    assert re.match(r"error: rank \d did not come to the others in time", line)
+    line, _ = started.ends["hanging"].result()
+    assert re.match(r"error: rank \d did not respond in time", line)

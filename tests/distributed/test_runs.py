@@ -1,7 +1,12 @@
-"""Whole runs of train.py in two and three processes: what they come to, and how a run changes their number."""
+"""Whole runs of train.py in several processes, with and without experts on several: they are the run of one.
+
+Runs are shared by the tests, because a process takes a second of a core.
+"""
 
 import json
+import shutil
 import signal
+from functools import cache
 
 import pytest
 import torch
@@ -10,6 +15,7 @@ from distributed_helpers import Program
 
 from common.errors import Interrupted
 from storage.checkpoint import load_checkpoint
+from storage.folder import RunFolder
 from training.trainer import Trainer
 
 pytestmark = pytest.mark.slow
@@ -23,6 +29,11 @@ BLOCKS = (
     "--config configs/digits_blocks.yaml --data.max_per_class 25 --router.warmup_steps 3 --train.batch_size 27 "
     "--train.epochs 2 --train.save_every 1 --train.patch_dropout 0.2 --tracking none --experts.blocks [3]"
 )
+
+
+RECIPES = {"head": HEAD, "blocks": BLOCKS}
+SPREAD = "--parallel.experts 2 --parallel.placement lp"
+STOP = 11  # a step of the second epoch
 
 
 @pytest.fixture(autouse=True)
@@ -61,22 +72,48 @@ def scores(folder) -> dict:
     return json.loads((folder / "run" / "evaluation" / "metrics.json").read_text())
 
 
-@pytest.mark.parametrize("words", [HEAD, BLOCKS], ids=["head", "blocks"])
-def test_a_run_in_two_processes_is_that_of_one(words, tmp_path):
-    one, two = (run(tmp_path / str(size), size, *words.split(), evaluates=True) for size in (1, 2))
+def history(folder) -> list[dict]:
+    return [json.loads(line) for line in RunFolder(folder / "run").metrics.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Of a recipe the folder of a run in one process, which is evaluated, and its last checkpoint."""
+
+    @cache
+    def of(recipe: str):
+        folder = tmp_path_factory.mktemp(recipe)
+        return folder, run(folder, 1, *RECIPES[recipe].split(), evaluates=True)
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """Puts in a folder a run of the head, in so many processes, that was interrupted."""
+
+    @cache
+    def of(size: int, words: str):
+        folder = tmp_path_factory.mktemp("stopped")
+        run(folder, size, *HEAD.split(), *words.split(), stops_at=STOP)
+        return folder
+
+    return lambda folder, size, words="": shutil.copytree(of(size, words) / "run", folder / "run")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_run_in_two_processes_is_that_of_one(recipe, tmp_path, alone):
+    folder, one = alone(recipe)
+    two = run(tmp_path, 2, *RECIPES[recipe].split(), evaluates=True)
     assert apart(one["model"], two["model"]) < 1e-5
     assert all(torch.equal(value, two["model"][name]) for name, value in one["model"].items() if "usage" in name)
     assert torch.equal(one["random"]["torch"], two["random"]["torch"])
-    lines = [
-        [json.loads(line) for line in (tmp_path / str(size) / "run" / "metrics.jsonl").read_text().splitlines()]
-        for size in (1, 2)
-    ]
-    for first, second in zip(*lines, strict=True):
+    for first, second in zip(history(folder), history(tmp_path), strict=True):
         assert first.keys() == second.keys()
         for name, value in first.items():
             if not name.startswith("speed/"):
                 assert second[name] == pytest.approx(value, abs=1e-4), name
-    first, second = scores(tmp_path / "1"), scores(tmp_path / "2")
+    first, second = scores(folder), scores(tmp_path)
     assert first.keys() == second.keys()
     for name in ("accuracy", "macro_f1", "expert_samples", "expert_by_class", "confused_pairs"):
         assert first[name] == second[name], name
@@ -86,29 +123,50 @@ def test_a_run_in_two_processes_is_that_of_one(words, tmp_path):
     ]
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The last checkpoint of a run in one process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)
-        return run(tmp_path_factory.mktemp("whole"), 1, *HEAD.split())
+def test_a_run_with_its_experts_on_two_processes_is_that_of_one(tmp_path, alone):
+    _, one = alone("head")
+    two = run(tmp_path, 2, *HEAD.split(), *SPREAD.split(), evaluates=True)
+    assert apart(one["model"], two["model"]) < 1e-5
+    assert apart(one["ema"], two["ema"]) < 1e-5
+    assert two["optimizer"]["state"].keys() == one["optimizer"]["state"].keys()
+    for index, entry in one["optimizer"]["state"].items():
+        assert apart(entry, two["optimizer"]["state"][index]) < 1e-5
+    learned = [line for line in history(tmp_path) if "placement/measured" in line]
+    assert learned
+    # Equal counts of unequal experts are not equal work, which a placement by measured loads corrects.
+    assert learned[0]["placement/predicted"] < learned[0]["placement/measured"]
+    assert learned[-1]["placement/measured"] < learned[0]["placement/measured"]
+    assert load_checkpoint(RunFolder(tmp_path / "run").best)["model"].keys() == one["model"].keys()
 
 
-@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 3)])
-def test_a_run_resumes_on_another_number_of_processes(before, after, tmp_path, whole):
-    run(tmp_path / "parts", before, *HEAD.split(), stops_at=11)
-    resumed = run(tmp_path / "parts", after, resume=True)
+def test_experts_inside_the_blocks_on_two_processes_are_those_of_one(tmp_path, alone):
+    two = run(tmp_path, 2, *BLOCKS.split(), "--parallel.experts", 2)
+    assert apart(alone("blocks")[1]["model"], two["model"]) < 1e-5
+
+
+WORK = "--parallel.placement work --parallel.experts 2"
+# Processes, and how many of them share the experts.
+RESUMED = [((1, 1), (2, 1)), ((2, 1), (1, 1)), ((1, 1), (2, 2)), ((2, 2), (1, 1)), ((2, 2), (4, 2))]
+
+
+@pytest.mark.parametrize(("before", "after"), RESUMED)
+def test_a_run_resumes_on_another_number_of_processes(before, after, tmp_path, alone, stopped):
+    _, whole = alone("head")
+    stopped(tmp_path, before[0], WORK if before[1] > 1 else "")
+    resumed = run(tmp_path, after[0], "--parallel.experts", after[1], "--parallel.placement", "work", resume=True)
     assert resumed["step"] == whole["step"]
     assert apart(whole["model"], resumed["model"]) < 1e-5
 
 
-def test_a_run_resumes_bit_by_bit_on_the_same_number(tmp_path):
-    words = [*HEAD.split(), "--neck.dropout", "0.2", "--train.deterministic", "true"]
+@pytest.mark.parametrize("spread", ["", SPREAD], ids=["data", "experts"])
+def test_a_run_resumes_bit_by_bit_on_the_same_number(spread, tmp_path):
+    words = [*HEAD.split(), *spread.split(), "--neck.dropout", "0.2", "--train.deterministic", "true"]
     whole = run(tmp_path / "whole", 2, *words)
-    run(tmp_path / "parts", 2, *words, stops_at=11)
+    run(tmp_path / "parts", 2, *words, stops_at=STOP)
     resumed = run(tmp_path / "parts", 2, resume=True)
-    assert all(torch.equal(value, resumed["model"][name]) for name, value in whole["model"].items())
-    assert all(torch.equal(value, resumed["ema"][name]) for name, value in whole["ema"].items())
+    for name in ("model", "ema"):
+        assert all(torch.equal(value, resumed[name][key]) for key, value in whole[name].items())
+    assert resumed.get("placement") == whole.get("placement")
 
 
 def test_features_are_extracted_in_parts_and_stored_once(tmp_path):

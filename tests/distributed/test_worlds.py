@@ -101,7 +101,7 @@ def test_a_program_that_is_one_process_says_so_once(tmp_path):
         process.join()
     assert [process.exitcode for process in processes] == [2, 2]
     said = "".join(path.read_text() for path in tmp_path.glob("*.txt"))
-    assert said.count("\n") == 1 and "evaluate.py is one process: start it with python evaluate.py" in said
+    assert said.count("\n") == 1 and "evaluate.py runs as one process: start it with python evaluate.py" in said
 
 
 @pytest.mark.parametrize("name", ["evaluate", "predict", "compress", "export", "tune"])

@@ -33,7 +33,7 @@ BLOCKS = [
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
+def call(monkeypatch, capsys, undrawn):
     """Run a program's `main` with arguments; what it printed."""
 
     def run(program, *arguments) -> str:
@@ -47,7 +47,7 @@ def call(monkeypatch, capsys):
 @pytest.mark.slow
 def test_a_run_is_trained_scored_asked_and_gone_on_with(tmp_path, call):
     run, picture = tmp_path / "run", tmp_path / "picture.png"
-    assert "2 a token, in 2 blocks, by noisy_topk" in call(train, *BLOCKS, "--run_dir", run)
+    assert "2 per token, in 2 blocks, by noisy_topk" in call(train, *BLOCKS, "--run_dir", run)
     results = json.loads((run / "evaluation" / "metrics.json").read_text())
     assert [row["block"] for row in results["blocks"]] == [1, 2]
     assert all(sum(row["expert_load"]) == pytest.approx(1) for row in results["blocks"])
@@ -74,9 +74,9 @@ def test_a_run_is_trained_scored_asked_and_gone_on_with(tmp_path, call):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ("--router.kind expert_choice", "router.kind expert_choice does not go with experts.place blocks"),
+        ("--router.kind expert_choice", "router.kind expert_choice does not work with experts.place blocks"),
         ("--experts.shared [[4]]", "the frozen FFN is the shared expert"),
-        ("--backbone.features [tokens:2]", "backbone.features tokens:BLOCK are for experts.place head"),
+        ("--backbone.features [tokens:2]", "backbone.features tokens:BLOCK need experts.place head"),
         ("--experts.kind mlp", "experts.kind mlp is a class head"),
         ("--experts.place head", "is an expert inside the ViT"),
         ("--balance.load 0.1 --router.kind switch --router.top_k 1", "balance.load needs noise"),

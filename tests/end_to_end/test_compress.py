@@ -6,20 +6,21 @@ import shutil
 import pytest
 import torch
 import yaml
-from conftest import PNG, ROOT
-from matplotlib.figure import Figure
+from conftest import ROOT
 
 import compress
 import evaluate
 import train
 from assembly.loading import load_trained
-from common.errors import exit_code_of
+from common.errors import Interrupted, exit_code_of
+from evaluation.latency import latency
+from training.trainer import Trainer
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
-    """Exit code, standard output and lines of standard error of a program; nothing is drawn."""
-    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: path.write_bytes(PNG))
+def call(monkeypatch, capsys, undrawn):
+    """Exit code, standard output and lines of standard error of a program; nothing is drawn, latencies are rough."""
+    monkeypatch.setattr("assembly.compressing.latency", lambda *found: latency(*found[:3], seconds=0.01))
     monkeypatch.chdir(ROOT)
 
     def run(program, *words):
@@ -50,7 +51,7 @@ def test_a_run_without_an_expert_is_a_run(tiny_run, tmp_path, call):
     for name in ("file_bytes", "memory_bytes", "expert_bytes", "trained_parameters"):
         assert after[name] < before[name]
     assert yaml.safe_load((out / "config.yaml").read_text())["experts"]["sizes"] == [[16], [64], [128]]
-    assert "What became of the experts" in (out / "evaluation" / "report.html").read_text()
+    assert "What was done to each expert" in (out / "evaluation" / "report.html").read_text()
 
     assert call(evaluate, out, "--tracking", "none")[0] == 0
     again = json.loads((out / "evaluation" / "metrics.json").read_text())
@@ -74,6 +75,7 @@ def test_a_run_in_eight_bits_is_a_run(tiny_run, tmp_path, call):
     assert yaml.safe_load((out / "config.yaml").read_text())["experts"]["weights"] == ["int8", "float16", "int8"]
     results = json.loads((out / "evaluation" / "metrics.json").read_text())
     assert sum(row["bytes"] for row in results["expert_worth"]) == found["after"]["expert_bytes"]
+    assert results["cost"]["trained_parameters"] == found["after"]["trained_parameters"]  # scales are none
 
     before = load_trained(out).model.moe.experts
     assert before[0][0].parametrizations.weight.original0.dtype == torch.int8
@@ -87,7 +89,7 @@ def test_a_run_in_eight_bits_is_a_run(tiny_run, tmp_path, call):
         code, _, lines = call(train, "--init", out, *words, "--run_dir", tmp_path / "new", "--tracking", "none")
         assert code == 2 and "stores its experts in fewer bits: start from the run" in lines[-1]
     code, _, lines = call(compress, out, "--out", tmp_path / "again", "--prune", "0")
-    assert code == 2 and "quantised already" in lines[-1] and not (tmp_path / "again").exists()
+    assert code == 2 and "already quantised" in lines[-1] and not (tmp_path / "again").exists()
 
 
 @pytest.mark.slow
@@ -124,9 +126,9 @@ def test_an_ensemble_teaches_a_dense_student_in_eight_bits(tiny_run, tmp_path, c
 
 
 @pytest.mark.slow
-def test_what_is_left_is_taught_on(tiny_run, tmp_path, call):
-    out = tmp_path / "taught"
-    words = ("--prune", "0", "--distil", "sparse", "--distil.epochs", "1")
+def test_what_is_left_is_taught_on_after_an_interruption_too(tiny_run, tmp_path, call, monkeypatch):
+    out, again = tmp_path / "taught", tmp_path / "interrupted"
+    words = ("--prune", "0", "--distil", "sparse", "--distil.epochs", "2")
     code, shown, _ = call(compress, tiny_run, "--out", out, *words)
     assert code == 0 and "random routing" not in shown
     found = json.loads((out / "compression.json").read_text())
@@ -134,6 +136,27 @@ def test_what_is_left_is_taught_on(tiny_run, tmp_path, call):
     pruned = load_trained(tiny_run).model.moe.experts[1][0].weight
     taught = load_trained(out).model.moe.experts[0][0].weight
     assert 0 < (taught - pruned).norm() < 0.5 * pruned.norm()  # from there, and a few steps on
+    assert not (out / "teachers.json").exists()
+
+    train_epoch = Trainer._train_epoch
+
+    def interrupted(trainer, progress):
+        if trainer.epoch == 2:
+            raise Interrupted(2)
+        return train_epoch(trainer, progress)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_train_epoch", interrupted)
+        code, _, lines = call(compress, tiny_run, "--out", again, *words)
+    assert code == 130 and f"--resume {again} continues from the last checkpoint, with its teachers" in lines[-2]
+    kept = (again / "teachers.json").read_text()
+    (again / "teachers.json").write_text(kept.replace(str(tiny_run), str(tmp_path / "gone")))
+    code, _, lines = call(train, "--resume", again)
+    assert code == 2 and f"is taught by {tmp_path}/gone, which cannot be opened" in lines[-1]
+    (again / "teachers.json").write_text(kept)
+    code, shown, _ = call(train, "--resume", again)
+    assert code == 0 and f"teachers     {tiny_run}" in shown and "epoch   2/2" in shown
+    assert (again / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
 
 
 def test_experts_in_eight_bits_are_not_trained_from_the_start(call, tmp_path):
@@ -143,13 +166,14 @@ def test_experts_in_eight_bits_are_not_trained_from_the_start(call, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_number_format_that_a_device_lacks_is_one_line(tiny_run, tmp_path, call, monkeypatch):
     def lacks(*_):
         raise RuntimeError("no kernel for float8\non this device")
 
     monkeypatch.setattr("compression.quantise.unpack", lacks)
     code, _, lines = call(compress, tiny_run, "--out", tmp_path / "out", "--quantise", "fp8")
-    assert code == 2 and len(lines) == 1 and "--quantise fp8 is not for cpu (no kernel for float8 on this" in lines[0]
+    assert code == 2 and len(lines) == 1 and "--quantise fp8 does not work on cpu (no kernel for float8 on" in lines[0]
     assert not (tmp_path / "out").exists()
 
 
@@ -159,26 +183,29 @@ def test_a_number_format_that_a_device_lacks_is_one_line(tiny_run, tmp_path, cal
         ("--prune 0 1 2", "leaves 1 of 4 experts"),
         ("--prune 0 1 2 3", "names all 4 experts"),
         ("--prune 7", "names expert 7"),
-        ("--prune -1", "--prune has -1: give numbers of experts"),
-        ("--prune one", "--prune has one: give numbers of experts"),
-        ("--prune auto 1", "--prune has auto: give numbers of experts"),
+        ("--prune -1", "--prune has -1: give expert numbers"),
+        ("--prune one", "--prune has one: give expert numbers"),
+        ("--prune auto 1", "--prune has auto: give expert numbers"),
         ("--prune auto --budget -1", "--budget is -1"),
         ("", "nothing to do"),
         ("--merge 5", "--merge is 5: there are 4 experts"),
-        ("--merge 1", "fewer experts than each sample goes to"),
+        ("--merge 1", "fewer experts than each sample uses"),
         ("--prune 0 1 --merge 2", "--merge is 2: there are 2 experts"),
         ("--merge two", "--merge is 'two': give a whole number"),
         ("--distil sparse --distil.sizes [[4]]", "--distil sparse: router.top_k is 2 but experts.sizes names 1"),
         ("--distil dense --distil.sizes [[4],[5]]", "names 2 experts: a dense student has one"),
         ("--distil dense --distil.sizes wide", "--distil.sizes is wide: give"),
         ("--distil dense --prune 0", "leave out --prune and --merge"),
-        ("--prune 0 --distil.epochs 3", "are for --distil: name that too"),
+        ("--prune 0 --distil.epochs 3", "--distil.epochs needs --distil: add it"),
+        ("--prune 0 --distil.weight 0.7", "--distil.weight needs --distil: add it"),
+        ("--prune 0 --quantise.rows 64", "--quantise.rows needs --quantise: add it"),
+        ("--prune 0 --budget 1", "--budget needs --prune auto or --quantise.protect auto"),
         ("--distil dense --distil.epochs 0", "--distil.epochs is 0"),
-        ("--distil dense --distil.weight 2", "--distil.weight is 2: it is a share"),
+        ("--distil dense --distil.weight 2", "--distil.weight is 2: it must be from 0 to 1"),
         ("--distil dense --distil.temperature 0", "--distil.temperature is 0"),
         ("--quantise int4", "invalid choice: 'int4'"),
-        ("--prune 0 --quantise.protect auto", "name that too"),
-        ("--prune 0 --quantise int8 --quantise.protect 3", "names expert 3: experts 0 to 2 are left"),
+        ("--prune 0 --quantise.protect auto", "--quantise.protect needs --quantise"),
+        ("--prune 0 --quantise int8 --quantise.protect 3", "names expert 3: only experts 0 to 2 remain"),
         ("--quantise int8 --quantise.rows 0", "--quantise.rows is 0"),
         ("--prune 1 --device gpu", "device is 'gpu'"),
         ("--prune 1 --data.root nowhere --backbone.weights nowhere", "nowhere are missing"),
@@ -198,7 +225,7 @@ def test_an_ensemble_has_one_data_set(tiny_run, tmp_path, call, monkeypatch):
     code, _, lines = call(compress, tiny_run, tiny_run, *words)
     assert code == 2 and len(lines) == 1 and "reads other features than" in lines[0]
     code, _, lines = call(compress, tiny_run, tiny_run, "--out", tmp_path / "out", "--prune", "0")
-    assert code == 2 and len(lines) == 1 and "name that too" in lines[0]
+    assert code == 2 and len(lines) == 1 and "ensemble of teachers for --distil" in lines[0]
     assert not (tmp_path / "out").exists()
 
 

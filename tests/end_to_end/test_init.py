@@ -10,6 +10,7 @@ from conftest import ROOT, TINY
 import evaluate
 import train
 from assembly.replay import joined
+from assembly.scoring import score
 from assembly.start import start_tracking
 from assembly.transfer import read_origin
 from common.errors import UserError
@@ -28,24 +29,15 @@ def options(run, *words) -> list[str]:
 
 
 @pytest.fixture
-def start(monkeypatch):
+def start(monkeypatch, undrawn):
     """Run train.py in this process, without figures."""
-    from matplotlib.figure import Figure
-
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: path.write_bytes(_png()))
 
     def run(*words):
         monkeypatch.setattr("sys.argv", ["train.py", *map(str, words)])
         train.main()
 
     return run
-
-
-def _png() -> bytes:
-    from conftest import PNG
-
-    return PNG
 
 
 def test_the_configuration_is_that_of_the_run_but_for_what_is_its_own(tiny_run):
@@ -62,10 +54,13 @@ def test_the_configuration_is_that_of_the_run_but_for_what_is_its_own(tiny_run):
 @pytest.mark.slow
 def test_a_run_goes_on_from_another_one(tiny_run, tmp_path, start, capsys):
     words = ["--freeze", "router,experts", "--optim.lr_of", "[head:0.5]", "--data.max_classes", "7"]
+    words += ["--balance.old_gate", "1"]
     start(*options(tiny_run, *words, "--train.epochs", "2", "--run_dir", tmp_path / "run"))
-    said = capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "balance.old_gate has no effect with --freeze router" in said.err
+    said = said.out
     assert "neck, router, experts, 7 of 7 class rows" in said and "left out     3 classes" in said
-    assert "frozen       router, experts" in said and "rates        head 0.005, the rest 0.01" in said
+    assert "frozen       router, experts" in said and "rates        head 0.005, all others 0.01" in said
     old, new = (load_weights_of(RunFolder(path)) for path in (tiny_run, tmp_path / "run"))
     frozen = [name for name in new if ".router." in name or (".experts." in name and ".4." not in name)]
     assert len(frozen) > 8 and all(torch.equal(new[name], old[name]) for name in frozen)
@@ -75,7 +70,9 @@ def test_a_run_goes_on_from_another_one(tiny_run, tmp_path, start, capsys):
     start("--resume", tmp_path / "run", "--train.epochs", "3", "--tracking", "none")
     again = load_weights_of(RunFolder(tmp_path / "run"))
     assert all(torch.equal(again[name], old[name]) for name in frozen)
-    assert load_checkpoint(tmp_path / "run/checkpoints/last.pt")["init"] == taken
+    last = load_checkpoint(tmp_path / "run/checkpoints/last.pt")
+    assert last["init"] == taken
+    assert last["old_gates"]["moe.router.old.router.gate.weight"].equal(old["moe.router.gate.weight"])
     assert "init" in compare([str(tiny_run), str(tmp_path / "run")], tmp_path / "compared")
     report = (tmp_path / "run/evaluation/report.html").read_text()
     assert "Starts from" in report and str(tiny_run) in report
@@ -86,12 +83,17 @@ def test_a_run_goes_on_from_another_one(tiny_run, tmp_path, start, capsys):
     "words, message",
     [
         (["--backbone.features", "[cls:2,mean:2]"], "features"),
-        (["--experts.sizes", "[[16],[32]]"], "has experts.sizes .*: leave experts.sizes out"),
+        (["--experts.sizes", "[[16],[32]]"], "has experts.sizes .*, but --experts.sizes is .*: leave it out"),
         (["--router.hidden", "[8]"], "router.hidden"),
+        (
+            ["--config", "configs/cifar100_head.yaml"],
+            "experts.sizes in configs/cifar100_head.yaml is .*, and .* too",
+        ),
         (["--freeze", "router,heads"], "freeze names 'heads'.*did you mean head"),
         (["--freeze", "neck,router,experts,shared,head"], "leaves nothing to train"),
         (["--optim.lr_of", "[gate:2]"], "optim.lr_of has 'gate:2'"),
         (["--resume", "RUN"], "leave out --init"),
+        (["--train.dense_twin", "true"], "other weights than the run that init names"),
     ],
 )
 def test_what_does_not_fit_is_one_line(tiny_run, words, message, start, tmp_path):
@@ -101,11 +103,21 @@ def test_what_does_not_fit_is_one_line(tiny_run, words, message, start, tmp_path
     assert "\n" not in str(raised.value) and not (tmp_path / "run").exists()
 
 
+def test_what_is_made_of_a_run_needs_no_other_run_but_for_old_images(tiny_run):
+    config = parse_command_line(options(tiny_run, "--balance.old_gate", "2", "--freeze", "experts")).config
+    alone = config.alone()
+    assert (alone.init, alone.freeze, alone.balance.old_gate) == (None, [], 0.0) and alone.balance.switch > 0
+    replaying = parse_command_line(options(tiny_run, "--replay", "3")).config.alone()
+    assert (replaying.init, replaying.replay) == (tiny_run, 3)
+
+
 def test_a_folder_that_is_no_run_and_parts_without_one(tmp_path):
     with pytest.raises(UserError, match="is not a run"):
         parse_command_line(options(tmp_path))
-    with pytest.raises(UserError, match="name a run with --init"):
+    with pytest.raises(UserError, match="name it with --init"):
         parse_command_line([*TINY.split(), "--freeze", "router"])
+    with pytest.raises(UserError, match="gate of a trained run: name it with --init"):
+        parse_command_line([*TINY.split(), "--balance.old_gate", "1"])
 
 
 @pytest.mark.slow
@@ -137,12 +149,13 @@ def test_the_task_of_the_run_is_the_parent(tiny_run, tmp_path, monkeypatch):
     origin, asked = read_origin(config, backbone), []
     monkeypatch.setattr("tracking.tracker._first_task", lambda *given: asked.append(given) or (None, []))
     inputs = SimpleNamespace(origin=origin)
-    start_tracking(config, RunFolder(tmp_path), None, inputs).close()
+    with start_tracking(config, RunFolder(tmp_path), None, inputs):
+        pass
     assert asked[0][-1] == "a" * 32
 
 
 def test_new_experts_need_a_run():
-    with pytest.raises(UserError, match="puts experts beside those of a run"):
+    with pytest.raises(UserError, match="adds experts to those of a run"):
         parse_command_line([*TINY.split(), "--experts.add", "[[8]]"])
 
 
@@ -166,9 +179,7 @@ def test_old_images_beside_new_ones(tiny_run, tmp_path, start, capsys):
     assert describe(run)["class_names"] == [*map(str, range(10)), "black", "white"]
     results = json.loads(run.results.read_text())
     assert results["images"] > 80 and 0 <= results["init"]["macro_f1_new_classes"] <= 1
-    evaluate.score(
-        evaluate.parse([str(run.path), "--device", "cpu", "--tracking", "none"])
-    )  # the images are found again
+    score(evaluate.parse([str(run.path), "--device", "cpu", "--tracking", "none"]))  # the images are found again
     assert json.loads(run.results.read_text())["accuracy"] == results["accuracy"]
 
 

@@ -5,7 +5,7 @@ import os
 
 import nbformat
 import pytest
-from conftest import ROOT
+from conftest import PNG, ROOT
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
@@ -60,18 +60,21 @@ def test_it_runs_on_a_run_and_agrees_with_its_evaluation(executed, tiny_run):
 
 
 @pytest.mark.slow
-def test_with_experts_inside_the_vit_it_shows_patches(tmp_path, monkeypatch):
-    run = tmp_path / "run"
+def test_with_experts_inside_the_vit_it_shows_patches_and_what_the_run_starts_from(tmp_path, monkeypatch, undrawn):
+    run, more = tmp_path / "run", tmp_path / "more"
     options = ["--data.max_per_class", "13", "--experts.blocks", "[0,1]", "--backbone.features", "[cls:1,mean:1]"]
     options += ["--train.epochs", "1", "--train.batch_size", "16", "--router.warmup_steps", "1", "--tracking", "none"]
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(
-        "sys.argv", ["train.py", "--config", "configs/digits_blocks.yaml", *options, "--run_dir", str(run)]
-    )
-    assert exit_code_of(train.main) == 0
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **options: path.write_bytes(PNG))
+    begun = ["--config", "configs/digits_blocks.yaml", *options, "--run_dir", str(run)]
+    more_of = ["--init", str(run), "--experts.add", "[[4]]", "--tracking", "none", "--run_dir", str(more)]
+    for words in (begun, more_of):
+        monkeypatch.setattr("sys.argv", ["train.py", *words])
+        assert exit_code_of(train.main) == 0
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    client_of(notebook).execute(env=os.environ | {"VISION_MOE_RUN": str(run), "OMP_NUM_THREADS": "1"})
+    client_of(notebook).execute(env=os.environ | {"VISION_MOE_RUN": str(more), "OMP_NUM_THREADS": "1"})
     shown = texts(notebook)
+    assert f"This run starts from {run}, epoch 1." in shown and "5 experts, 2 for each image" in shown
     assert "the expert with the largest gate weight for each patch" in shown
     assert "block  0: specialisation " in shown and "block  1: specialisation " in shown
     (cell,) = [cell for cell in notebook.cells if cell.source.startswith('show("patch_maps"')]

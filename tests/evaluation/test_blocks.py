@@ -1,14 +1,12 @@
 """evaluate() with experts inside the ViT: single blocks, what each expert is worth there, and patch maps."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from block_helpers import moe_vit, spread
-from conftest import PNG
-from matplotlib.figure import Figure
+from conftest import without_drawing
 from sklearn.metrics import f1_score
 
 from config.config import Config
@@ -60,8 +58,13 @@ def evaluated(tmp_path_factory):
     run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     model, images = spread(moe_vit()).eval(), bank()
     with pytest.MonkeyPatch.context() as patch:  # laying out and compressing takes most of the time
-        patch.setattr(Figure, "savefig", lambda figure, path, **options: Path(path).write_bytes(PNG))
-        return run, evaluate(run, config(), model, images, worth_images=12), model, images
+        without_drawing(patch)
+        early: list[str] = []
+        scored = lambda found: early.append(json.dumps(found) * run.results.exists())  # noqa: E731
+        results = evaluate(run, config(), model, images, worth_images=12, scored=scored)
+        (first,) = map(json.loads, early)
+        assert first["macro_f1"] == results["macro_f1"] and "macro_f1_change" not in first["expert_worth"][0]
+        return run, results, model, images
 
 
 def test_each_block_has_its_shares_and_the_one_that_tells_most_about_the_class_is_named(evaluated):
@@ -121,7 +124,7 @@ def test_figures_of_blocks_are_drawn_and_say_which_block(evaluated):
     assert "gate_map" not in drawn
     material = Evaluated(run, config(), model, images, predict(model, images, "test"), results)
     title = FIGURES["block_by_class"].draw(material).get_suptitle()
-    assert title == f"Which expert serves which class in block {results['most_specialised_block']}"
+    assert title == f"Which expert processes which class in block {results['most_specialised_block']}"
     maps = FIGURES["patch_maps"].draw(material)
     assert [ax.get_title() for ax in maps.axes[1:4]] == ["block 0", "block 1", "block 2"]
     assert len(maps.axes) == 5 * 4  # an image of each class

@@ -114,13 +114,15 @@ def test_runs_that_are_not_scored_yet_stand_beside_those_that_are(call, tmp_path
 
 def test_many_runs_have_a_row_each_and_one_name_for_each(call, tmp_path):
     runs = [write_run(tmp_path / str(i % 2) / f"run {i // 2}", train={"epochs": 3, "seed": i}) for i in range(8)]
-    code, out, _ = call("--compare", *runs, "--out", tmp_path / "out")
+    code, _, err = call("--compare", *runs, "--out", "/proc/out")
+    assert code == 1 and "--out /proc/out/comparison.json cannot be created in /proc" in err
+    code, out, _ = call("--compare", *runs, "--out", tmp_path / "new" / "out")
     assert code == 0
     header, *lines = out.splitlines()
     assert header.split()[-1] == "train.seed" and "macro-F1" in header
     assert [line.split()[-1] for line in lines[:8]] == list("01234567")
     assert [line.startswith(str(run)) for line, run in zip(lines, runs, strict=False)] == [True] * 8
-    assert (tmp_path / "out" / "comparison.png").is_file() and not (tmp_path / "comparison").exists()
+    assert (tmp_path / "new" / "out" / "comparison.png").is_file() and not (tmp_path / "comparison").exists()
 
 
 def test_names_that_mean_something_to_markdown_are_escaped(call, tmp_path):

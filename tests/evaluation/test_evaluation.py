@@ -36,7 +36,11 @@ def evaluated(tmp_path_factory):
     ]
     run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
     config, model, bank, _ = build()
-    return run, evaluate(run, config, model, bank), model, bank
+
+    def scored(results):
+        assert json.loads(run.results.read_text()) == results and not run.report.exists()
+
+    return run, evaluate(run, config, model, bank, scored=scored), model, bank
 
 
 def test_the_numbers_are_complete_and_valid_json(evaluated):

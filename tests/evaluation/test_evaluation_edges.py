@@ -9,9 +9,10 @@ from PIL import Image
 
 from config.config import Config
 from evaluation import figures
-from evaluation.evaluation import _results, evaluate, table
+from evaluation.evaluation import evaluate, table
 from evaluation.predict import predict
 from evaluation.reporting import _report_classes, _report_experts
+from evaluation.results import results_of
 from storage.folder import RunFolder
 
 
@@ -39,7 +40,7 @@ def test_clearml_leaves_out_what_an_expert_without_samples_or_a_class_without_im
     with torch.no_grad():
         model.moe.router.gate.bias.copy_(torch.tensor([0.0, 1000.0, 2000.0]))
     shown = {}
-    results = _results(predict(model, bank, "test", removals=True), bank.splits.test, config, model)
+    results = results_of(predict(model, bank, "test", removals=True), bank.splits.test, config, model)
     _report_experts(results, Recorder())
     _report_classes(results, Recorder())
     assert shown["expert accuracy", "test"][1]["accuracy"][0] is None

@@ -57,5 +57,5 @@ def test_a_name_that_is_taken_or_no_file_name_is_refused(registry):
     register("mine", "Mine.")(lambda evaluated: None)
     with pytest.raises(ValueError, match="figure 'mine' is registered twice: by test_figures first"):
         register("mine", "Another.")
-    with pytest.raises(ValueError, match=r"figure '\.\./mine': its name is a file's"):
+    with pytest.raises(ValueError, match=r"figure '\.\./mine': the name becomes a file name"):
         register("../mine", "Mine.")

@@ -35,7 +35,7 @@ def test_the_report_lays_a_dense_twin_beside_the_run():
     table = _cost_table({"cost": cost, "dense_twin": {"beside": beside}})
     assert table.header == ["what", "this run", "twin"]
     assert table.rows == [
-        ["FLOPs an image", "2 G", "1 G"],
+        ["FLOPs per image", "2 G", "1 G"],
         ["weights in memory", "–", "1.0 MiB"],
         ["latency of 1 image, GPU", "2 ms", "–"],
     ]

@@ -22,6 +22,7 @@ import predict
 from assembly.loading import load_trained
 from common.errors import UserError, exit_code_of
 from evaluation.page import listen, remarks, require_gradio
+from evaluation.predict_options import PORT
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
@@ -77,7 +78,7 @@ def test_mistakes_are_one_line(tiny_run, tmp_path, monkeypatch, capsys):
         return err[0]
 
     for words in ([tmp_path / "a.png"], ["--json"], ["--explain", tmp_path / "out.png"]):
-        assert "--serve takes its images from the page" in mistake("--serve", *words)
+        assert "--serve gets its images from the web page" in mistake("--serve", *words)
     assert "--port is for --serve" in mistake(tmp_path / "a.png", "--port", "8000")
     assert "--port is 70000" in mistake("--serve", "--port", "70000")
     assert "--port is 'x': give a whole number" in mistake("--serve", "--port", "x")
@@ -90,7 +91,7 @@ def test_mistakes_are_one_line(tiny_run, tmp_path, monkeypatch, capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         line = mistake("--serve", "--port", port)
-        assert line == f"error: --port {port} cannot be used ({os.strerror(errno.EADDRINUSE)}): name another one"
+        assert line == f"error: --port {port} cannot be used ({os.strerror(errno.EADDRINUSE)}): choose another one"
 
 
 def test_images_may_stand_on_both_sides_of_options():
@@ -102,7 +103,7 @@ def test_images_may_stand_on_both_sides_of_options():
     ):
         options = predict.parse(words.split())
         assert (str(options.run), [str(path) for path in options.images]) == ("RUN", ["a.png", "b.png"])
-    assert predict.parse(["RUN", "--serve"]).images == [] and predict.parse(["--serve", "RUN"]).port == predict.PORT
+    assert predict.parse(["RUN", "--serve"]).images == [] and predict.parse(["--serve", "RUN"]).port == PORT
 
 
 def test_a_port_is_given_back_and_belongs_to_this_machine():

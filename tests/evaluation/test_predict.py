@@ -169,7 +169,7 @@ def test_the_picture_says_what_it_was_given():
     figure = explanation([image], ["a.png"], [[("cat", 0.9)]], [votes], shared=True)
     texts = [text.get_text() for axes in figure.axes for text in axes.texts]
     assert "2 · 64 + shared: cat (50%)" in texts and not [text for text in texts if "alone" in text]
-    assert "its answer + shared" in figure.axes[2].get_title()
+    assert "its prediction + shared" in figure.axes[2].get_title()
 
 
 def test_an_answer_given_with_shared_experts_is_called_so(trained, digits):
@@ -280,9 +280,9 @@ def test_offloaded_experts_give_the_same_answers(tiny_run, tmp_path, monkeypatch
     assert (code, out) == (0, expected)
     assert "saves nothing on a CPU" in err[0] and err[1].startswith("offload      1 expert on the device (")
     code, _, (line,) = run(monkeypatch, capsys, *words, "--offload.memory", "1GB")
-    assert code == 2 and "--offload.memory is for --offload cpu" in line
+    assert code == 2 and "--offload.memory needs --offload cpu" in line
     code, _, (line,) = run(monkeypatch, capsys, *words, "--offload", "cpu", "--offload.memory", "much")
-    assert code == 2 and "'much' is no size: write it as 512MB" in line
+    assert code == 2 and "'much' is not a size: write it as 512MB" in line
 
 
 def test_names_of_files_and_classes_never_reach_the_terminal_raw(tiny_run, tmp_path, monkeypatch, capsys):

@@ -45,10 +45,10 @@ def test_seeds_that_do_not_pair_are_said_and_left_out():
     found, _ = groups([*mixtures(0.5, 0.6), *twins(0.4, 0.4, first=1)])
     (minus,), (line,) = differences_of(found)
     assert minus.seeds == [1] and minus.figures["macro_f1"] == (pytest.approx(0.2), None, None)
-    assert line == ("the seeds of moe (0, 1) and of twin (1, 2) do not pair: 0, 2 are left out of the difference")
+    assert line == ("the seeds of moe (0, 1) and of twin (1, 2) differ: 0, 2 are left out of the difference")
     found, _ = groups([*mixtures(0.5), *twins(0.4, first=3)])
     minus, (line,) = differences_of(found)
-    assert minus == [] and "no seed is in both, so give both the same ones, such as --train.seed 0" in line
+    assert minus == [] and "no seed is in both, so train both with the same seeds, such as --train.seed 0" in line
 
 
 def test_what_is_unfinished_or_there_twice_has_no_part_in_the_means():
@@ -57,7 +57,7 @@ def test_what_is_unfinished_or_there_twice_has_no_part_in_the_means():
     (group,), left_out = groups([*mixtures(0.5, 0.6), again, stale])
     assert group.to_dict()["macro_f1"] == pytest.approx(0.55)
     assert left_out == [
-        "again is moe-seed1 again, seed 1 as well: left out of the means",
+        "again repeats moe-seed1 with seed 1: left out of the means",
         "old is left out of the means (stale: resumed)",
     ]
 
@@ -93,10 +93,13 @@ def test_comparison_prints_and_writes_means(call, tmp_path):  # noqa: F811
 @pytest.mark.parametrize(
     ("scores", "words"),
     [
-        ((0.60, 0.61, 0.62), "The mixture earned its keep: its macro-F1 minus that of a dense twin of equal FLOPs is"),
-        ((0.50, 0.62, 0.40), "These seeds cannot tell whether the mixture earned its keep"),
-        ((0.40, 0.41, 0.42), "The mixture did not earn its keep"),
-        ((0.60,), "One seed cannot tell whether the mixture earned its keep"),
+        (
+            (0.60, 0.61, 0.62),
+            "The mixture is better than its dense twin: its macro-F1 minus that of a dense twin of equal FLOPs is",
+        ),
+        ((0.50, 0.62, 0.40), "These seeds do not show whether the mixture is better than its dense twin"),
+        ((0.40, 0.41, 0.42), "The mixture is worse than its dense twin"),
+        ((0.60,), "One seed cannot show whether the mixture is better than its dense twin"),
     ],
 )
 def test_the_verdict_of_runs_beside_one_another(tmp_path, scores, words):

@@ -1,6 +1,7 @@
 """Auxiliary losses against numbers worked out by hand, their values at perfect balance, and their gradients."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from model.losses.p_penalty import parameter_penalty
 from model.losses.switch import switch_balance
 from model.losses.usage_variance import usage_variance
 from model.losses.z_loss import z_loss
+from model.old_gate import OldGate
 from model.routers import RouterConfig, build_router
 
 
@@ -118,9 +120,9 @@ def test_every_floor_is_the_value_at_perfect_balance(target):
     logits_BE = share_E.log().expand(len(expert_A), 3)  # of logsumexp 0
     aim = {"target_E": router.target_E, "work_E": router.work_E}
     samples_A = torch.arange(len(expert_A))
-    routing = listed_routing(samples_A, expert_A, ones_A, logits_BE, load_BE=logits_BE.exp(), **aim)
+    routing = listed_routing(samples_A, expert_A, ones_A, logits_BE, load_BE=logits_BE.exp(), old_BE=logits_BE, **aim)
     found = balance_losses(routing, config)
-    for name in ("switch", "importance", "load", "z_loss", "entropy_global"):
+    for name in ("switch", "importance", "load", "z_loss", "entropy_global", "old_gate"):
         assert found[name].item() == pytest.approx(floor[name], abs=1e-4), name
     if target == "inverse_size":
         assert found["p_penalty"].item() == pytest.approx(floor["p_penalty"], abs=1e-4)
@@ -134,11 +136,12 @@ def test_losses_have_the_gradient_of_finite_differences(name):
     torch.manual_seed(0)
     config = BalanceConfig(**{"switch": 0.0, name: 1.0})
     router = build_router(RouterConfig(kind="noisy_topk", top_k=2, norm="none", target_load=[1.0, 2.0, 3.0]), 3, 3)
-    router = router.double().train()
+    router, old_BE = router.double().train(), torch.randn(5, 3, dtype=torch.float64)
 
     def loss(logits):
         torch.manual_seed(1)  # the same noise each time
         routing = router._route(logits, torch.nn.functional.softplus(logits))
+        routing = replace(routing, gate=replace(routing.gate, old_BE=old_BE))
         return balance_losses(routing, config)[name]
 
     assert torch.autograd.gradcheck(loss, (torch.randn(5, 3, dtype=torch.float64, requires_grad=True),))
@@ -179,6 +182,7 @@ def test_which_losses_reach_the_gate():
         router = build_router(RouterConfig(kind="noisy_topk", top_k=2), 6, 4).train()
         config = BalanceConfig(switch=0.0) if name != "switch" else BalanceConfig(switch=1.0)
         setattr(config, name, 1.0)
+        router.old = OldGate(router, 4)
         torch.nn.init.normal_(router.gate.weight)
         losses = balance_losses(router(torch.randn(32, 6)), config)
         assert list(losses) == [name]

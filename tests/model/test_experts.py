@@ -125,11 +125,11 @@ def test_shared_experts_are_announced_beside_the_routed_ones(monkeypatch, capsys
         experts=None,
     )
     for shared, line in (
-        ([[2048], "small"], "shared       2048, 256-128; every sample passes all of them"),
+        ([[2048], "small"], "shared       2048, 256-128; they process every sample"),
         ([], None),
     ):
         config = Config(experts=ExpertsConfig(sizes=[[64], [128]], shared=shared))
         start.announce(config, SimpleNamespace(splits=splits, backbone=None), trainer)
         printed = capsys.readouterr().out
-        assert "experts      0 · 64, 1 · 128; 2 a sample by noisy_topk" in printed
+        assert "experts      0 · 64, 1 · 128; 2 per sample by noisy_topk" in printed
         assert (line in printed) if line else ("shared" not in printed)

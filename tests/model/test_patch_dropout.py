@@ -41,7 +41,7 @@ def test_a_step_sees_fewer_tokens_and_trains_the_experts():
 
 
 def test_rotary_embeddings_are_told():
-    with pytest.raises(ValueError, match=r"patch_dropout is not for a ViT with rotary"):
+    with pytest.raises(ValueError, match=r"patch_dropout does not work for a ViT with rotary"):
         moe_vit(tiny_vit("eva"))(images(), patch_dropout=0.5)
 
 
@@ -61,5 +61,5 @@ def test_drop_path_skips_the_experts_of_whole_images_and_keeps_their_mean():
 def test_options_have_their_place():
     values = Config().to_dict()
     values["train"]["patch_dropout"] = 0.3
-    with pytest.raises(Exception, match=r"train.patch_dropout is for experts.place blocks"):
+    with pytest.raises(Exception, match=r"train.patch_dropout needs experts.place blocks"):
         config_from_dict(values)

@@ -122,7 +122,7 @@ def test_in_float32_nothing_changes():
     [
         ({"weights": "int4"}, "experts.weights is 'int4'"),
         ({"weights": ["int8"]}, "experts.weights has 1 entries for 4 experts"),
-        ({"head_weights": "int8"}, "experts.head_weights int8 is for experts.place blocks"),
+        ({"head_weights": "int8"}, "experts.head_weights int8 needs experts.place blocks"),
     ],
 )
 def test_formats_that_do_not_fit_are_one_line(options, message):

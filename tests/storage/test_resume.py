@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from conftest import run_program, running_program
+from conftest import mostly_slow, run_program, running_program
 from trainer_helpers import equal_states, make_trainer
 
 import train
@@ -88,7 +88,7 @@ def test_a_signal_at_any_step_resumes_at_that_step(tmp_path, splits):
         assert_resumes(path, splits, whole, **plan)
 
 
-@pytest.mark.parametrize("kind", ROUTERS)
+@pytest.mark.parametrize("kind", mostly_slow(ROUTERS, ["noisy_topk", "deepseek"]))
 def test_every_routing_rule_resumes_in_the_middle_of_warm_up_and_after_it(tmp_path, splits, kind):
     options = {"switch": {"top_k": 1}, "hierarchical": {"groups": 3, "top_groups": 2}}.get(kind, {})
     plan = {"epochs": 2, "batch_size": 96, "router": {"kind": kind, "warmup_steps": 2, **options}}  # 3 steps an epoch

@@ -27,6 +27,8 @@ run_program("train.py", *{TINY.split()!r}, *options)
 run_program("evaluate.py", run / "tiny")
 task_id = json.loads((run / "tiny" / "clearml.json").read_text())[0]["task_id"]
 run_program("evaluate.py", "--compare", run / "tiny", task_id, "--out", run / "comparison")
+more = ("--train.epochs", 1, "--tracking", "clearml", "--run_dir", run / "more")
+run_program("train.py", "--init", run / "tiny", "--experts.add", "[[8]]", *more)
 """
 
 
@@ -54,7 +56,7 @@ def tracked(workplace, tmp_path_factory):
 
 def test_training_and_evaluation_leave_two_linked_tasks(tracked):
     server, run, output = tracked
-    training, evaluation = server.tasks.values()
+    training, evaluation, _ = server.tasks.values()
     assert (training["type"], training["status"]) == ("training", "completed")
     assert (evaluation["type"], evaluation["status"]) == ("testing", "completed")
     assert evaluation["parent"] == training["id"]
@@ -68,7 +70,7 @@ def test_training_and_evaluation_leave_two_linked_tasks(tracked):
 
 def test_the_task_has_every_number_and_the_evaluation_as_data(tracked):
     server, run, _ = tracked
-    training, evaluation = server.tasks.values()
+    training, evaluation, _ = server.tasks.values()
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     results = json.loads((run / "evaluation" / "metrics.json").read_text())
     scalars = server.scalars(training["id"])
@@ -85,8 +87,21 @@ def test_the_task_has_every_number_and_the_evaluation_as_data(tracked):
         assert {"expert_by_class", "samples", "training_curves"} <= shown
     stored = {artifact["key"] for artifact in training["execution"]["artifacts"]}
     assert {"evaluation", "figure expert_by_class", "figure training_curves"} <= stored
-    (model,) = server.models.values()
+    model = next(iter(server.models.values()))
     assert model["uri"].endswith("model.safetensors") and model["task"] == training["id"]
+
+
+def test_a_run_that_starts_from_another_is_linked_to_its_task_and_its_model(tracked):
+    server, run, _ = tracked
+    training, _, more = server.tasks.values()
+    first, second = server.models.values()
+    assert (more["parent"], more["type"], more["status"]) == (training["id"], "training", "completed")
+    assert [entry["model"] for entry in more["models"]["input"]] == [first["id"]] and second["task"] == more["id"]
+    assert more["hyperparams"]["General"]["init"]["value"] == str(run)
+    assert more["hyperparams"]["experts"]["grown"]["value"] == "[4]"
+    results = json.loads((run.parent / "more" / "evaluation" / "metrics.json").read_text())
+    assert results["init"]["task_id"] == training["id"]
+    assert f"Starts from {run}" in (run.parent / "more" / "evaluation" / "report.html").read_text()
 
 
 def test_a_task_compares_with_a_folder_as_equal_to_itself(tracked):

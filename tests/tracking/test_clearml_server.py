@@ -203,7 +203,7 @@ def test_what_is_no_session_is_one_line(workplace, tmp_path):
     code = """
 from tracking.send import send
 (run / "junk.zip").write_bytes(b"junk")
-for name, words in (("none.zip", "is not there: name the file"), ("junk.zip", "is no offline session")):
+for name, words in (("none.zip", "does not exist: name the file"), ("junk.zip", "is not an offline session")):
     try:
         send(run / name)
     except UserError as error:
@@ -280,7 +280,7 @@ facts["task"] = tracker.task_id
     with StandIn() as server:
         done = run_python(workplace, tmp_path, OPEN + dying + CLOSE, **server.environment())
         training = facts_of(tmp_path)["task"]
-        assert "ClearML was closed before it was done" in done.stderr
+        assert "ClearML was closed before it had finished" in done.stderr
         assert f"python evaluate.py {tmp_path} --tracking clearml sends everything again" in done.stderr
         lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
         assert [line["loss/train"] for line in lines] == [0.5, 0.25]

@@ -52,8 +52,8 @@ def test_the_copy_is_where_the_images_are_read(asked, tmp_path):
 @pytest.mark.parametrize(
     ("name", "kind", "words"),
     [
-        ("none", UserError, "data.clearml_dataset none is no finished dataset of the ClearML server"),
-        ("pets/broken", EnvironmentFault, r"dataset pets/broken cannot be fetched \(OSError: disk full\)"),
+        ("none", UserError, "data.clearml_dataset none is not a finished dataset on the ClearML server"),
+        ("pets/broken", EnvironmentFault, r"dataset pets/broken cannot be downloaded \(OSError: disk full\)"),
     ],
 )
 def test_what_is_not_there_is_one_line(asked, name, kind, words):

@@ -29,7 +29,7 @@ assert again.mode == "none"
     done = run_python(workplace, tmp_path, code)
     assert len(records(tmp_path)) == 5
     assert done.stderr.count("the SDK raises anything") == 1
-    assert "before it was done" in done.stderr
+    assert "before it had finished" in done.stderr
 
 
 SOON = "clearml_task.PROBE_SECONDS = 0.5\n"

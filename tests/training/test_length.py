@@ -29,7 +29,9 @@ def test_every_shipped_configuration_trains_for_one_epoch(path, capsys):
     assert config.router.warmup_steps == min(given.router.warmup_steps, steps // 2)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == (given.router.warmup_steps > steps // 2)
-    assert all(f"more than half of the {steps} steps: {steps // 2} of them route at random" in line for line in lines)
+    assert all(
+        f"more than half of the {steps} steps: only {steps // 2} steps route at random" in line for line in lines
+    )
     assert shorten_warmup(config, images) == config and not capsys.readouterr().err  # once, also where it is resumed
 
 

@@ -13,6 +13,7 @@ import tune
 from common.errors import UserError, exit_code_of
 from config.command_line import parse_command_line
 from tracking import queues
+from tuning.options import require_agents
 
 pytest.importorskip("optuna")
 
@@ -112,8 +113,8 @@ def test_a_queue_needs_a_server(words, said, monkeypatch, tmp_path, capsys):
 def test_what_agents_cannot_do_is_refused_before_a_server_is_asked():
     config = parse_command_line(["--config", str(ROOT / "configs" / "digits.yaml")]).config
     config.plugins = ["my_rules.py"]
-    with pytest.raises(UserError, match="--plugins is for this machine"):
-        tune.require_agents(config, "gpu")
+    with pytest.raises(UserError, match="--plugins works only on this machine"):
+        require_agents(config, "gpu")
 
 
 def test_options_have_the_names_of_their_sections():

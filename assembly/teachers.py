@@ -1,0 +1,85 @@
+"""The teachers of a student whose training was interrupted: they teach on when train.py goes on with it."""
+
+import copy
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from assembly.loading import load_trained
+from assembly.pipeline import compile_blocks
+from common.distributed import world
+from common.errors import UserError, one_line, say
+from common.files import write_json
+from common.text import command, printable
+from config.config import Config
+from model.moe_vit import AnyMoE, MoEViT
+from storage.described import describe
+from storage.folder import RunFolder
+from storage.resume import Start
+from training.teacher import Teacher
+
+
+@dataclass(frozen=True)
+class Teachers:
+    """Which runs teach, and how: what `Teacher` takes. quantise: what is asked of compress.py after that, if anything.
+
+    Kept in the student's folder for as long as the student is in training.
+    """
+
+    runs: list[str]
+    temperature: float
+    weight: float
+    quantise: str | None = None
+
+    def keep(self, run: RunFolder) -> None:
+        """Write them down for a later process."""
+        write_json(run.teachers, asdict(self))
+
+    def teach(self, models: Sequence[AnyMoE], config: Config, device: torch.device) -> Teacher:
+        """Models that teach a student of this configuration: copies, which are compiled as its own model is."""
+        own = [m.on(m.backbone) if isinstance(m, MoEViT) else copy.deepcopy(m) for m in models]
+        for model in own:
+            compile_blocks(config, model, device)
+        return Teacher(own, self.temperature, self.weight)
+
+
+def teacher_of(start: Start, config: Config, device: torch.device) -> Teacher | None:
+    """The teacher of a run that is resumed while compress.py has not come to its end; None for any other run.
+
+    Raises UserError where there is no checkpoint, since the run began with weights that are not kept, where a teacher
+    is gone, and for a file that is not of this kind.
+    """
+    run = start.resumed
+    if run is None or not run.teachers.is_file():
+        return None
+    try:
+        found = Teachers(**json.loads(run.teachers.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(
+            f"{run.teachers} is not what compress.py writes: delete it to go on without teachers"
+        ) from error
+    if start.checkpoint is None:
+        raise UserError(
+            f"{printable(run.path)} was interrupted before its first checkpoint: delete it, and give compress.py "
+            "--distil again"
+        )
+    models = []
+    for path in map(Path, found.runs):
+        try:
+            backbone = describe(RunFolder(path))["config"]["backbone"]["name"]
+            moved = config.backbone.weights if backbone == config.backbone.name else None
+            models.append(load_trained(path, str(device), moved, say).model)
+        except UserError as error:
+            raise UserError(
+                f"{printable(run.path)} is taught by {printable(path)}, which cannot be opened "
+                f"({one_line(error, 100)}): put it back, or delete {printable(run.teachers)} to go on without teachers"
+            ) from error
+    if world().first:
+        print(f"teachers     {', '.join(map(printable, found.runs))}")
+    if found.quantise is not None:
+        then = command("compress.py", run.path, "--out", f"{run.path}-{found.quantise}", "--quantise", found.quantise)
+        say(f"--quantise {found.quantise} is not done here: when this run has ended, {then}")
+    return found.teach(models, config, device)

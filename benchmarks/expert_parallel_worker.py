@@ -1,0 +1,141 @@
+"""What benchmarks.expert_parallel measures, in one of several processes."""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from benchmarks.common import synchronise
+from benchmarks.processes import exchange_of, link_of, work
+from common.distributed import world
+from common.errors import exit_code_of
+from config.optim import OptimConfig
+from model.balance import BalanceConfig
+from model.classifier import NeckConfig, VisionMoE
+from model.experts import ExpertsConfig
+from model.routers import RouterConfig
+from training.expert_parallel import ExpertParallel
+from training.optim import build_optimizer
+from training.parallel import Shares
+from training.step import TrainingStep
+
+CLASSES, TOP_K = 100, 2
+NAMES = ("rows", "experts", "units", "features", "steps")
+PROFILED = 10  # steps whose exchanges are timed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    for name in NAMES:
+        parser.add_argument(f"--{name}", type=int)
+    work(
+        parser,
+        {
+            "step": lambda options, device: measure(options, device, options.experts, options.rows),
+            "half_rows": lambda options, device: measure(options, device, options.experts, options.rows // 2),
+            "half": lambda options, device: measure(options, device, options.experts // 2, options.rows // 2),
+            "each": lambda options, device: measure(options, device, options.experts, options.rows * world().size),
+            "link": link,
+        },
+    )
+
+
+def build(options: argparse.Namespace, experts: int, device: Any) -> VisionMoE:
+    with torch.device(device):
+        router = RouterConfig(kind="mixtral", top_k=TOP_K)
+        parts = ExpertsConfig(sizes=[[options.units]] * experts)
+        model = VisionMoE((options.features,), CLASSES, NeckConfig(), router, parts)
+        # Zero, as it begins, sends all rows to the same experts.
+        nn.init.normal_(model.moe.router.gate.weight, std=options.features**-0.5)
+        return model
+
+
+def measure(options: argparse.Namespace, device: torch.device, experts: int, rows: int) -> dict[str, Any]:
+    """Seconds of a step on a batch of so many rows that the processes share, and its parts, and memory.
+
+    `expert_bytes`: of the process with most: weights, gradients and moments of its experts after a step, as allocated.
+    `peak`: bytes that PyTorch allocated at most in a process; of a GPU.
+    """
+    model = build(options, experts, device)
+    optim = OptimConfig(lr=1e-6)  # loads stay even, as random rows have them
+    spread = ExpertParallel(model, world().size, "even", optim, device) if world().several else None
+    model.train()
+    optimizer = build_optimizer(model, optim)
+    step = TrainingStep(model, optimizer, BalanceConfig(), 0.1, 1.0, "auto", experts=spread)
+    share = Shares(world(), 0, device).of(rows)
+    here = rows if share is None else share.sizes[share.rank]
+    generator = torch.Generator(device).manual_seed(1 + world().rank)
+    features_BF = torch.randn(here, options.features, device=device, generator=generator)
+    labels_B = torch.randint(CLASSES, (here,), device=device, generator=generator)
+
+    def once() -> None:
+        step(features_BF, labels_B, False, share=share)
+
+    for _ in range(3):
+        once()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    seconds = [_seconds(once, device) for _ in range(options.steps)]
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    load_M = model.moe.usage_E.view(world().size, -1).sum(1).double()  # by process, which have experts in a row
+    found = {
+        "rows": rows,
+        "seconds": median(max(alike) for alike in zip(*world().gather(seconds), strict=True)),
+        "expert_bytes": max(world().gather(held_by_experts(model, optimizer))),
+        "peak": max(world().gather(peak)),
+        "largest_over_mean": float(load_M.max() / load_M.mean()),
+    }
+    return found | (exchange_of(once, device, min(PROFILED, options.steps)) if world().several else {})
+
+
+def _seconds(run: Callable[[], None], device: torch.device) -> float:
+    """Of a call, with what it gave the device; all processes begin together."""
+    world().wait()
+    synchronise(device)
+    began = time.perf_counter()
+    run()
+    synchronise(device)
+    return time.perf_counter() - began
+
+
+def held_by_experts(model: VisionMoE, optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the storages of the experts' weights, gradients and moments that are here, each once."""
+    tensors = []
+    for value in model.moe.experts.parameters():
+        state = [entry for entry in optimizer.state[value].values() if isinstance(entry, torch.Tensor)]
+        tensors += [value, *state] if value.grad is None else [value, value.grad, *state]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def link(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """What the cost model needs to know: sizes, bytes a second that a device sends in an all-to-all as large as those
+    of a step, and seconds of one of next to nothing."""
+    count, size = world().size, options.rows // world().size * TOP_K * (options.features + CLASSES) // 2
+
+    def exchange(numbers: int) -> Callable[[], object]:
+        sent = torch.zeros(numbers // count * count, dtype=torch.bfloat16, device=device)
+        came = torch.empty_like(sent)
+        return lambda: dist.all_to_all_single(came, sent)
+
+    large, small = link_of(exchange, device, size)
+    sent = 2 * size * (1 - 1 / count)
+    return sizes(options) | {"within": sent / max(large - small, 1e-9), "latency": small}
+
+
+def sizes(options: argparse.Namespace) -> dict[str, int]:
+    """What the cost model needs to know of the model."""
+    model: nn.Module = build(options, options.experts, "meta")
+    of_experts = sum(value.numel() for name, value in model.named_parameters() if ".experts." in f".{name}")
+    total = sum(value.numel() for value in model.parameters())
+    found = {"top_k": TOP_K, "features": options.features, "outputs": CLASSES, "experts": options.experts}
+    return found | {"common": total - of_experts, "each": of_experts // options.experts}
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code_of(main))

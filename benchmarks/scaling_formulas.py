@@ -1,0 +1,139 @@
+"""What a step on N devices takes, from a few measured inputs: the formulas of docs/scaling.md.
+
+A head with many experts on groups of M devices, R rows of k assignments a device, D features, C outputs, E experts:
+
+    compute     base + expert * E / M + row * R           the three from steps on one device, without any exchange
+    all-to-all  2 * R * k * (D + C) * 2 bytes             there and back, forward and backward, in 16 bits;
+                * (1 - 1 / M) / bandwidth + 5 * latency   of M devices one holds its own part
+    gates       R * (N - 1) * E * 4 bytes / bandwidth     every process sees the gate of the whole batch
+    gradients   2 * 4 bytes * common * (N - 1) / N / bandwidth + 4 * latency, and of the experts over N / M groups
+
+The default recipe, data parallel, has of these compute (without its experts' part), gates and gradients, three
+exchanges in all. Extraction has whole batches, and each device receives what all have extracted.
+
+Where N is more than the devices of a node, what crosses it goes at the bandwidth between nodes. Nothing overlaps, and
+loads are even: both are told apart by measuring.
+"""
+
+import math
+from dataclasses import dataclass
+
+ALL_TO_ALLS = 5  # of a mixture in a step: how many rows come, rows and outputs, and their gradients
+OTHERS = 4  # gates, their sums, gradients, the norm of those of experts
+OF_A_RECIPE = 3  # gates, their sums, gradients
+
+
+@dataclass(frozen=True)
+class Network:
+    """within, between: bytes a second of a device to others of its node, and to other nodes. latency: seconds of an
+    exchange of next to nothing. node: devices of a node."""
+
+    within: float
+    between: float
+    latency: float
+    node: int = 8
+
+    def bandwidth(self, span: int) -> float:
+        """Of a device in a group of this many in a row: what crosses the node is the slower."""
+        outside = max(0, span - self.node) / max(1, span - 1)
+        return 1 / ((1 - outside) / self.within + outside / self.between)
+
+    def summed(self, parameters: float, devices: int, span: int) -> float:
+        """Seconds that gradients of so many parameters take to be added up over `devices` in a group of `span`."""
+        return 2 * 4 * parameters * (devices - 1) / devices / self.bandwidth(span)
+
+
+@dataclass(frozen=True)
+class Step:
+    """Seconds of the parts of a step."""
+
+    compute: float
+    all_to_all: float = 0.0
+    gates: float = 0.0
+    gradients: float = 0.0
+
+    @property
+    def whole(self) -> float:
+        return self.compute + self.all_to_all + self.gates + self.gradients
+
+
+@dataclass(frozen=True)
+class Head:
+    """A head with many experts. Seconds: base of a step, expert of one expert held, row of one row.
+
+    common: parameters that every process has; each: those of one expert.
+    """
+
+    base: float
+    expert: float
+    row: float
+    experts: int
+    top_k: int
+    features: int
+    outputs: int
+    common: int
+    each: int
+
+    @classmethod
+    def fitted(cls, whole: float, half_rows: float, half: float, rows: int, experts: int, **others) -> "Head":
+        """From the seconds of three steps on one device: all, half of the rows, half of the rows and of the experts.
+
+        base + expert * E + row * R = whole, and so on. What noise makes negative is 0.
+        """
+        row = max(0.0, (whole - half_rows) / (rows / 2))
+        expert = max(0.0, (half_rows - half) / (experts / 2))
+        base = max(0.0, half - expert * experts / 2 - row * rows / 2)
+        return cls(base, expert, row, experts=experts, **others)
+
+    def step(self, network: Network, devices: int, members: int, rows: int) -> Step:
+        """On so many devices, with experts on groups of `members`, and rows on each device."""
+        sent = 2 * rows * self.top_k * (self.features + self.outputs) * 2 * (1 - 1 / members)
+        here = self.experts / members
+        several = devices > 1
+        summed = network.summed(self.common, devices, devices)
+        summed += network.summed(self.each * here, devices // members, devices)
+        return Step(
+            compute=self.base + self.expert * here + self.row * rows,
+            all_to_all=sent / network.bandwidth(members) + ALL_TO_ALLS * network.latency * (members > 1),
+            gates=rows * (devices - 1) * self.experts * 4 / network.bandwidth(devices),
+            gradients=summed + OTHERS * network.latency * several,
+        )
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The default recipe. Seconds: base of a step, row of an image. gates: numbers that all gates give for an image."""
+
+    base: float
+    row: float
+    trained: int
+    gates: float
+
+    @classmethod
+    def fitted(cls, whole: float, half: float, batch: int, **others) -> "Recipe":
+        """From the seconds of two steps on one device: all images of a batch, and half of them."""
+        row = max(0.0, (whole - half) / (batch - batch // 2))
+        return cls(base=max(0.0, whole - row * batch), row=row, **others)
+
+    def step(self, network: Network, devices: int, images: int) -> Step:
+        """On so many devices, with images on each device."""
+        return Step(
+            compute=self.base + self.row * images,
+            gates=images * (devices - 1) * self.gates * 4 / network.bandwidth(devices),
+            gradients=network.summed(self.trained, devices, devices) + OF_A_RECIPE * network.latency * (devices > 1),
+        )
+
+
+@dataclass(frozen=True)
+class View:
+    """Extraction of a view. seconds: of a batch of `batch` images; bytes: of the features of an image."""
+
+    seconds: float
+    batch: int
+    bytes: int
+
+    def step(self, network: Network, devices: int, images: int) -> Step:
+        """All images of a view: whole batches, then everything to every device, one device after the other."""
+        batches = math.ceil(math.ceil(images / self.batch) / devices)
+        told = images * self.bytes / network.bandwidth(devices) if devices > 1 else 0.0
+        return Step(compute=batches * self.seconds, gradients=told)

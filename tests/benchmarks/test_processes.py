@@ -1,0 +1,39 @@
+"""Sections of a benchmark of several processes: one that fails or hangs costs its own result alone."""
+
+import argparse
+import json
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks import processes
+from benchmarks.processes import failure, measured, merged
+
+
+@pytest.mark.slow
+def test_a_section_that_fails_is_a_line_and_those_after_it_are_measured(capsys):
+    options = argparse.Namespace(device="cpu", limit=60.0)
+    names = ["good", "bad", "after"]
+    found = measured("tests.benchmarks.worker_that_fails", 1, options, names, [])
+    assert found == {"processes": 1, "good": 1, "bad": {"failed": "ValueError: no room"}, "after": 2}
+    assert capsys.readouterr().err.count("\n") == 1
+    assert failure(found["bad"]) == "ValueError: no room" and failure(1) is None and failure(None) == "not measured"
+
+
+def test_a_section_that_hangs_is_left_at_its_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "LOOK", 0.01)
+    out = tmp_path / "found.json"
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as process:
+        out.write_text("{}")
+        assert processes._wait([process], out, 0.05)
+        process.kill()
+    assert not processes._wait([process], out, 0.05)
+
+
+def test_earlier_results_are_kept(tmp_path):
+    path = tmp_path / "found.json"
+    assert merged(path, [{"processes": 2, "a": 1}]) == [{"processes": 2, "a": 1}]
+    path.write_text(json.dumps({"rows": [{"processes": 2, "a": 1}, {"processes": 4, "a": 3}]}))
+    rows = merged(path, [{"processes": 2, "b": 2}, {"processes": 1, "a": 0}])
+    assert rows == [{"processes": 1, "a": 0}, {"processes": 2, "a": 1, "b": 2}, {"processes": 4, "a": 3}]
