@@ -68,7 +68,7 @@ def test_training_learns_and_leaves_the_vit_as_it_was(tmp_path, splits):
 
 
 def test_an_expert_that_one_block_has_lost_is_said_once_with_its_block(tmp_path, splits, capsys):
-    router = {"kind": "mixtral", "top_k": 1, "norm": "none"}
+    router = {"kind": "switch", "top_k": 1, "norm": "none"}
     trainer = block_trainer(tmp_path / "run", splits, epochs=3, router=router)
     for model in (trainer.model, trainer.ema.module):
         model.mixtures[1].router.gate.bias.data[0] = -100.0
