@@ -8,7 +8,9 @@ from typing import Any
 import torch
 
 from assembly.pipeline import Inputs, build_bank, build_model, identity, pick_device
+from assembly.ready import get_ready
 from assembly.replay import load_images
+from common.ahead import Ahead
 from common.errors import EnvironmentFault, as_environment_fault, warn
 from common.network import reachable
 from common.paths import absolute
@@ -107,7 +109,10 @@ def open_run(
     config = configure(described["config"], device, root, weights)
     if cache_dir is not None:
         config.features.cache_dir = None if str(cache_dir) == "null" else cache_dir.absolute()
-    where, splits = pick_device(config.device), load_images(config)
+    where = pick_device(config.device)
+    images = Ahead(lambda: load_images(config))
+    get_ready(config, where, training=False)
+    splits = images.result()
     with as_environment_fault():
         backbone = load_backbone(config.backbone, where, reachable)
     bank = build_bank(config, splits, backbone, where)

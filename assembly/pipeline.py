@@ -9,8 +9,10 @@ from weakref import WeakKeyDictionary
 import torch
 
 from assembly.agreement import require_places, require_same, require_same_inputs, require_samples
+from assembly.ready import compiles, get_ready
 from assembly.replay import load_images
 from assembly.transfer import Origin, begin, freeze, read_origin
+from common.ahead import Ahead
 from common.distributed import expected_world, world
 from common.errors import EnvironmentFault, UserError, one_line, warn
 from common.memory import installed_memory
@@ -60,14 +62,19 @@ def load_inputs(config: Config, resumed: bool = False) -> Inputs:
     """
     for line in config.idle:
         warn(line)
-    device, splits = pick_device(config.device), load_images(config)
+    device = pick_device(config.device)
+    images = Ahead(lambda: load_images(config))
+    get_ready(config, device, training=True)
+    splits = images.result()
     steps_per_epoch(config.train, len(splits.train))
     require_samples(config.train.batch_size)
     require_places(config)
     backbone = load_backbone(config.backbone, device, reachable)
+    begin_fingerprint(backbone)
     check_backbone(config, backbone)
     require_same_inputs(config, splits, backbone)
-    origin = None if resumed else read_origin(config, backbone_identity(config, backbone))
+    new = config.init is not None and not resumed
+    origin = read_origin(config, backbone_identity(config, backbone)) if new else None
     return Inputs(device, splits, backbone, origin)
 
 
@@ -174,8 +181,7 @@ def spread_experts(
 
 def compile_blocks(config: Config, model: AnyMoE, device: torch.device) -> None:
     """Compile the blocks of a ViT with experts for the batches of this run, if train.compile says so."""
-    wanted = config.train.compile == "always" or (config.train.compile == "auto" and device.type == "cuda")
-    if wanted and isinstance(model, MoEViT):
+    if compiles(config, device) and isinstance(model, MoEViT):
         model.compile({samples_of_this(config), config.features.batch_size}, warn)
 
 
@@ -195,14 +201,19 @@ def samples_of_this(config: Config) -> int:
     return world().sizes(config.train.batch_size)[world().rank]
 
 
-def fingerprint_of(backbone: Backbone) -> str:
-    """The backbone's fingerprint, computed once because it is frozen."""
+def begin_fingerprint(backbone: Backbone) -> None:
+    """Compute the backbone's fingerprint in a thread, once because it is frozen."""
     if backbone not in _FINGERPRINTS:
-        _FINGERPRINTS[backbone] = backbone.fingerprint()
-    return _FINGERPRINTS[backbone]
+        _FINGERPRINTS[backbone] = Ahead(backbone.fingerprint)
 
 
-_FINGERPRINTS: WeakKeyDictionary[Backbone, str] = WeakKeyDictionary()
+def fingerprint_of(backbone: Backbone) -> str:
+    """The backbone's fingerprint."""
+    begin_fingerprint(backbone)
+    return _FINGERPRINTS[backbone].result()
+
+
+_FINGERPRINTS: WeakKeyDictionary[Backbone, Ahead[str]] = WeakKeyDictionary()
 
 
 def backbone_identity(config: Config, backbone: Backbone) -> dict[str, str]:

@@ -6,6 +6,7 @@ from datetime import datetime
 from pathlib import Path
 
 from assembly.pipeline import Inputs, build_bank, load_inputs
+from assembly.replay import load_images
 from assembly.twin import dense_twin
 from common.distributed import world
 from common.errors import UserError
@@ -25,7 +26,8 @@ def train_seeds(invocation: Invocation, train: Train) -> None:
     """Train the seeds train.seed, train.seed + 1, ... and print their combined scores.
 
     invocation: the command line, with the number of seeds. train: trains one run. The runs are sequential and share the
-    backbone, the images and the features. A seed with an unfinished folder is continued, and a seed that is already
+    backbone, the images and the features; with data.shots each one draws images of its own, by data.split_seed,
+    data.split_seed + 1, ... A seed with an unfinished folder is continued, and a seed that is already
     scored is skipped; so an interrupted command continues when it is run again with its --run_dir. Raises UserError as
     `load_inputs`, `dense_twin` and `start_of`.
     """
@@ -37,8 +39,14 @@ def train_seeds(invocation: Invocation, train: Train) -> None:
     now = world().broadcast(datetime.now())
     base = config.run_dir or Path("runs") / f"{invocation.name}-{now:%Y%m%d-%H%M%S}"
     runs = []
-    for seed in range(config.train.seed, config.train.seed + invocation.seeds):
-        start = _start(invocation, _with_seed(config, seed, base.with_name(f"{base.name}-seed{seed}")))
+    for count in range(invocation.seeds):
+        seed = config.train.seed + count
+        own = _with_seed(config, seed, base.with_name(f"{base.name}-seed{seed}"))
+        if config.data.shots and count:
+            own.data.split_seed += count
+            inputs = replace(inputs, splits=load_images(own))
+            bank = build_bank(own, inputs.splits, inputs.backbone, inputs.device)
+        start = _start(invocation, own)
         runs.append(str(start.config.run_dir))
         if start.finished:
             print(start.finished)

@@ -1,1 +1,1 @@
-"""Image sets, datasets, splits and augmentation."""
+"""Datasets, splits and augmentation."""

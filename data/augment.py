@@ -20,11 +20,11 @@ class AugmentConfig:
     crop: int = 3
     """Largest shift of an image in pixels, horizontally and vertically, with reflected borders; 0: off."""
     scale: float = 1.0
-    """Random resized crop (Szegedy 2015): smallest share of the image's area that a crop has; 1: off."""
+    """Random resized crop (Szegedy 2015): smallest crop as a fraction of the image's area; 1: off."""
     color_jitter: float = 0.0
     """Largest relative change of brightness, contrast and saturation; 0: off."""
     strong: float = 0.5
-    """Share of the images of a view that `scale` and `color_jitter` change; the others get flip and crop only."""
+    """Fraction of the images of a view that `scale` and `color_jitter` change; the others get only flip and crop."""
     seed: int = 0
     """Seed of the views; view v of image n depends only on this seed, not on the batch."""
 
@@ -33,12 +33,12 @@ class AugmentConfig:
             raise ValueError(f"augment.crop is {self.crop}: it must be a number of pixels from 0 to {WIDEST:,}")
         if not 0.05 <= self.scale <= 1:
             raise ValueError(
-                f"augment.scale is {self.scale}: it must be a share of the image's area from 0.05 to 1 (1: off)"
+                f"augment.scale is {self.scale}: it must be a fraction of the image's area from 0.05 to 1 (1: off)"
             )
         if not 0 <= self.color_jitter < 1:
             raise ValueError(f"augment.color_jitter is {self.color_jitter}: it must be at least 0 and below 1")
         if not 0 <= self.strong <= 1:
-            raise ValueError(f"augment.strong is {self.strong}: it must be a share of the images from 0 to 1")
+            raise ValueError(f"augment.strong is {self.strong}: it must be a fraction of the images from 0 to 1")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"augment.seed is {self.seed}: it must be at least 0 and below 2^32")
 
@@ -58,7 +58,7 @@ class View:
     """The augmentation of N images in one view.
 
     flip_N: bool. shift_N2: int64 pixels (rows, columns). box_N4: float32, the crop that is resized to the whole image:
-    centre (x, y) in [-1, 1], width and height as shares. color_N3: float32 factors of brightness, contrast and
+    centre (x, y) in [-1, 1], width and height as fractions. color_N3: float32 factors of brightness, contrast and
     saturation. strong_N: bool, the images that crop and colour change. The last three are None if no image has them.
     """
 

@@ -47,7 +47,7 @@ def read_picture(path: Path, size: int, grey: bool = False) -> Picture:
 
 
 def decode_picture(content: bytes, name: str, size: int) -> Picture:
-    """The picture in the bytes of an image file, as `read_picture`. name: its name in messages."""
+    """The image in the bytes of an image file, as `read_picture`. name: its name in messages."""
     return _decode(BytesIO(content), name, len(content), size, False)
 
 
@@ -93,7 +93,7 @@ def _read(image: Image.Image, name: Path | str, num_bytes: int, size: int, grey:
     image.draft(None, (DRAFT_FACTOR * size, DRAFT_FACTOR * size))
     if image.width * image.height > MAX_PIXELS:
         raise UserError(
-            f"{name} has {image.width * image.height / 1e6:.0f} megapixels, and the limit is {MAX_PIXELS // 10**6}: "
+            f"{name} has {image.width * image.height / 1e6:.0f} megapixels, but the limit is {MAX_PIXELS // 10**6}: "
             "make it smaller first, or a JPEG, which is decoded at a lower resolution"
         )
     _check_claim(image, num_bytes)

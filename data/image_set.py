@@ -29,7 +29,7 @@ class ImageSet:
     def __post_init__(self):
         if len(set(self.class_names)) < self.num_classes:
             twice = next(name for name in self.class_names if self.class_names.count(name) > 1)
-            raise UserError(f"two classes are called '{twice}': give them different names")
+            raise UserError(f"two classes have the name '{twice}': give them different names")
         if len(self.labels_N) != len(self.images_NCHW):
             raise UserError(f"there are {len(self.images_NCHW)} images but {len(self.labels_N)} labels")
         if len(self) and not 0 <= int(self.labels_N.min()) <= int(self.labels_N.max()) < self.num_classes:
@@ -88,7 +88,7 @@ def empty_images(count: int, size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Splits:
-    """The splits: train; validation, to choose epochs and settings; test, used once per run."""
+    """The splits: train; validation, for choosing epochs and settings; test, used once per run."""
 
     train: ImageSet
     validation: ImageSet

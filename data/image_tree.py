@@ -1,8 +1,8 @@
 """Finds image files, class folders and splits, for training and prediction.
 
 An image file is a regular file with the extension of a format that Pillow reads, at any depth of a folder. Hidden files
-and folders are ignored. Links are followed, but never back to a folder above, and each file counts once; it belongs to
-one class of one split. A warning for each reason says what is left out.
+and folders are ignored. Links are followed, but never to a parent folder, and each file counts once; it belongs to one
+class of one split. A warning for each reason says what is left out.
 """
 
 import os
@@ -32,7 +32,7 @@ UNREADABLE_FORMATS = {
 }  # EPS runs a program; of the others Pillow reads only the header
 HIDDEN = {"__macosx", "@eadir", "$recycle.bin", "system volume information", "thumbs.db", "desktop.ini"}
 
-SHARED = "has no image of its own: each is also in another class or split, by a link: keep it in one"
+SHARED = "has no separate image: each is also in another class or split, through a link: keep it in only one"
 
 
 @cache
@@ -83,7 +83,7 @@ class LeftOut:
             "left out: not a regular file": self.special,
             "left out: not in a class folder": self.outside,
             f"left out: not the name of a split ({', '.join(sum(SPLITS.values(), ()))})": self.folders,
-            "not followed: it leads back to a folder above it": self.loops,
+            "not followed: it links to a parent folder": self.loops,
             "counted once": [f"{path} is {kept} by another name" for path, kept in self.repeated],
         }
         for reason, found in reasons.items():
@@ -108,7 +108,7 @@ def find_images(path: Path) -> list[Path]:
 
 
 def _once(found: Sequence[ImageFile], left_out: LeftOut) -> list[ImageFile]:
-    """One name for each file: its own place rather than a link, else the first in order."""
+    """One name for each file: its real path rather than a link, else the first in order."""
     kept: dict[object, ImageFile] = {}
     for file in sorted(found, key=lambda file: file.linked):
         first = kept.setdefault(file.key or file.path, file)
@@ -118,9 +118,10 @@ def _once(found: Sequence[ImageFile], left_out: LeftOut) -> list[ImageFile]:
 
 
 def _walk(folder: Path, above: tuple[str, ...], linked: bool, left_out: LeftOut) -> list[ImageFile]:
-    """Every image below a folder. Links to folders come last, so that files are first found in their own place.
+    """Every image below a folder. Links to folders come last, so that files are first found at their real path.
 
-    above: real folders that a link must not lead back to, or above. linked: whether `folder` was found through a link.
+    above: real folders that a link must not lead to, nor to their parents. linked: whether `folder` was found through a
+    link.
     """
     found: list[ImageFile] = []
     seen: dict[tuple[int, int], Path] = {}
@@ -178,7 +179,7 @@ def _key(status: os.stat_result) -> tuple[int, int]:
 
 
 def _leads_back(link: Path, chain: Sequence[str]) -> bool:
-    """Whether a link leads to one of the real folders in `chain`, or to one above it."""
+    """Whether a link leads to one of the real folders in `chain`, or to a parent of one."""
     target = os.path.join(os.path.realpath(link), "")
     return any(os.path.join(place, "").startswith(target) for place in chain)
 
@@ -186,7 +187,7 @@ def _leads_back(link: Path, chain: Sequence[str]) -> bool:
 def find_splits(root: Path, left_out: LeftOut) -> dict[str, Path]:
     """The folder of each split in `root`: train, validation, test, under any of their names.
 
-    A root without any of them, of two class folders or more, is the train folder itself. Raises UserError if two
+    A root without any of them, with two class folders or more, is the train folder itself. Raises UserError if two
     folders are the same split, or none is train.
     """
     meant = {name: split for split, names in SPLITS.items() for name in names}
@@ -214,13 +215,13 @@ def _require_train(root: Path, meant: dict[str, str]) -> None:
     if root.name.lower() in meant and any((above / name).is_dir() for name in SPLITS["train"]):
         raise UserError(f"--data.root {root} is the {root.name} folder of a dataset: name its parent, {above}")
     raise UserError(
-        f"{root / 'train'} is not a folder: --data.root needs train/CLASS/IMAGE (and maybe val/, test/), or two "
-        "or more CLASS/IMAGE"
+        f"{root / 'train'} is not a folder: --data.root needs train/CLASS/IMAGE (and optionally val/, test/), or "
+        "two or more CLASS/IMAGE"
     )
 
 
 def find_classes(split: Path, left_out: LeftOut) -> list[Path]:
-    """The class folders of a split, in order; images beside them are left out."""
+    """The class folders of a split, in order; images next to them are left out."""
     folders, real = [], os.path.realpath(split)
     for path, status, is_link in _entries(split):
         if not _is_folder(status):
@@ -236,7 +237,7 @@ def find_classes(split: Path, left_out: LeftOut) -> list[Path]:
 def label_files(
     splits: dict[str, Path], classes: Sequence[str], left_out: LeftOut
 ) -> dict[str, list[tuple[Path, int]]]:
-    """The images of each split with their labels; a file has one label: that of its own place, or the first one.
+    """The images of each split with their labels; a file has one label: that of its real path, or the first one.
 
     Raises UserError for a class folder that train does not have, and for a split or a training class without images.
     """

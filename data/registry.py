@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from data.image_set import ImageSet
     from data.splits import DataConfig
 
-# Train, validation and test; for None, part of train takes its place.
+# Train, validation and test; for None, a part of train is used.
 Parts = tuple["ImageSet", "ImageSet | None", "ImageSet | None"]
 
 
@@ -18,9 +18,10 @@ Parts = tuple["ImageSet", "ImageSet | None", "ImageSet | None"]
 class Dataset:
     """A dataset for data.name.
 
-    about: what it is, for --help. options: the fields of DataConfig that it reads, besides those that all datasets
-    read. default_root: the default of data.root. side: of its images in pixels, if not data.image_size. grey: whether
-    they have no colour. published: whether all users have the same images, so that duplicates among them are known.
+    about: what it is, for --help. options: the fields of DataConfig that it reads, in addition to those that all
+    datasets read. default_root: the default of data.root. side: of its images in pixels, if not data.image_size. grey:
+    whether they have no colour. published: whether all users have the same images, so that duplicates among them are
+    known.
     """
 
     load: Callable[[DataConfig], Parts]

@@ -24,7 +24,7 @@ class DataConfig:
     root: Path | None = None
     """Folder of the dataset, or for its download; null: `data` in $VISION_MOE_CACHE or ~/.cache/vision_moe."""
     clearml_dataset: str | None = None
-    """PROJECT/NAME or id of a ClearML dataset, whose files are fetched and taken as data.root; null: none."""
+    """PROJECT/NAME or id of a ClearML dataset, which is downloaded and used as data.root; null: none."""
     download: bool = True
     """Download the dataset if it is missing."""
     validation: float = 0.1
@@ -32,7 +32,7 @@ class DataConfig:
     test: float = 0.2
     """Fraction held out for testing if the dataset has no test set."""
     split_seed: int = 0
-    """Seed of both splits; runs to compare need the same one."""
+    """Seed of both splits; use the same seed for runs that you compare."""
     image_size: int = 224
     """Side in pixels to which your own images are resized and centre-cropped."""
     max_classes: int | None = None
@@ -41,12 +41,12 @@ class DataConfig:
     """Use at most this many training images, and as many test images, of each class; null: all."""
 
     shots: int | None = None
-    """Train on this many images of each class, drawn from the training images by split_seed; validation and test images
-    stay. null: all."""
+    """Train on this many images per class, drawn from the training images with split_seed; validation and test images
+    stay the same. null: all."""
 
     def __post_init__(self):
         if self.shots is not None and self.shots < 1:
-            raise ValueError(f"data.shots is {self.shots}: it is a number of images of each class, at least 1")
+            raise ValueError(f"data.shots is {self.shots}: it must be at least 1 image per class")
         if self.name not in DATASETS:
             raise ValueError(f"data.name is '{self.name}': use one of {', '.join(sorted(DATASETS))}")
         if self.clearml_dataset is not None and not self.clearml_dataset.strip("/ "):
@@ -81,7 +81,7 @@ class DataConfig:
 
     @property
     def idle(self) -> list[str]:
-        """A line for each changed option that this dataset does not read."""
+        """One line for each changed option that this dataset does not read."""
         lines = []
         for item in fields(self):
             readers = sorted(name for name, found in DATASETS.items() if item.name in found.options)
@@ -138,7 +138,7 @@ def load_splits(config: DataConfig) -> Splits:
 
 
 def _require_enough(train: ImageSet, parts: int) -> None:
-    """Raise UserError if a class has fewer images than the parts into which train is split."""
+    """Raise UserError if a class has fewer images than the number of parts into which train is split."""
     counts_C = torch.bincount(train.labels_N, minlength=train.num_classes)
     if parts > 1 and counts_C.min() < parts:
         name, count = train.class_names[int(counts_C.argmin())], counted(int(counts_C.min()), "image")
@@ -150,7 +150,7 @@ def _require_enough(train: ImageSet, parts: int) -> None:
 
 
 def _warn_of_copies(splits: Splits) -> None:
-    """Warn of validation and test images that are also trained on: they inflate the scores."""
+    """Warn about validation and test images that are also training images: they inflate the scores."""
     seen: set[bytes] = set()
     for name in ("train", "validation", "test"):
         images_NCHW = splits[name].images_NCHW.contiguous().numpy()
@@ -158,7 +158,7 @@ def _warn_of_copies(splits: Splits) -> None:
         if copies := sum(digest in seen for digest in digests):
             warn(
                 f"{copies:,} of {len(digests):,} {name} images are exact copies of images in another split: they "
-                "make the score better than it should be"
+                "make the score too high"
             )
         seen.update(digests)
 
@@ -175,7 +175,7 @@ def _limit(images: ImageSet, config: DataConfig) -> ImageSet:
 
 
 def few_of_each(images: ImageSet, shots: int, seed: int) -> ImageSet:
-    """At most `shots` images of each class, drawn by the seed; fewer shots are the first of more."""
+    """At most `shots` images of each class, drawn with the seed; a smaller number is a subset of a larger one."""
     generator, kept = torch.Generator().manual_seed(seed), []
     for label in range(images.num_classes):
         positions = torch.nonzero(images.labels_N == label).flatten()
@@ -198,8 +198,10 @@ def stratified_split(images: ImageSet, fraction: float, seed: int, option: str) 
     except ValueError as error:
         what = f"{option} {fraction} of {len(images)} images"
         if fraction < least:
-            remedy = f"cannot hold all {images.num_classes} classes: use a larger fraction, from {least:g} up"
+            remedy = f"cannot contain all {images.num_classes} classes: use a larger fraction, at least {least:g}"
         else:
-            remedy = f"leaves too few for all {images.num_classes} classes: use a smaller fraction, up to {1 - least:g}"
+            remedy = (
+                f"leaves too few for all {images.num_classes} classes: use a smaller fraction, at most {1 - least:g}"
+            )
         raise UserError(f"{what} {remedy}, or more images") from error
     return images.subset(torch.from_numpy(rest)), images.subset(torch.from_numpy(held_out))

@@ -1,4 +1,4 @@
-"""A stratified split, drawn as scikit-learn draws it, without the seconds that importing scikit-learn takes."""
+"""A stratified split, equal to that of scikit-learn, without importing scikit-learn, which takes seconds."""
 
 import math
 
@@ -8,8 +8,8 @@ import numpy as np
 def stratified(labels_N: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Positions of the rest and of the held-out `fraction` of N labels, int64, each in order.
 
-    Each class gives its share of both parts, to the nearest whole number; what that leaves open goes to the classes of
-    the largest remainders (Hamilton's method), drawn among equals. The parts are those of scikit-learn's
+    Each class contributes proportionally to both parts, rounded down; the remaining samples go to the classes with the
+    largest remainders (Hamilton's method), with random tie-breaking. The parts are those of scikit-learn's
     train_test_split(stratify=labels_N, test_size=fraction, random_state=seed). Raises ValueError if a part cannot have
     a sample of each class.
     """
@@ -33,7 +33,7 @@ def stratified(labels_N: np.ndarray, fraction: float, seed: int) -> tuple[np.nda
 
 
 def _shares(counts_C: np.ndarray, total: int, random: np.random.RandomState) -> np.ndarray:
-    """How many of `total` samples each class gives, in proportion to its count, int64."""
+    """The number of samples of each class among `total`, in proportion to its count, int64."""
     exact_C = counts_C / counts_C.sum() * total
     whole_C = np.floor(exact_C)
     remainder_C, left = exact_C - whole_C, int(total - whole_C.sum())

@@ -41,7 +41,7 @@ def _batch_by_core(device: torch.device) -> Iterator[Callable]:
     try:
         yield pool.map
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # or Ctrl-C would wait for running batches
+        pool.shutdown(wait=False, cancel_futures=True)  # otherwise Ctrl-C would wait for running batches
         torch.set_num_threads(cores)
 
 
@@ -49,13 +49,13 @@ class FeatureBank:
     """Serves batches of (features, labels) of a split; the training split comes in augmented views.
 
     extract: turns uint8 images (B, 3, H, W) on `device` into features (B, ...) there, without gradients.
-    In cached mode a view is extracted at its first use and then stored: on a GPU while half of its free memory
-    suffices, else in host memory, from which batches are prefetched; with `cache` also on disk, under a key of the
-    view, the data and `source` (everything else that determines the features, as plain values). In live mode nothing
-    is stored. views_used: views that the run will use (None: all), for the size that is printed. memory: the GPU's
+    In cached mode a view is extracted at its first use and then stored: on a GPU if it fits into half of its free
+    memory, else in host memory, from which batches are prefetched; with `cache` also on disk, under a key of the view,
+    the data and `source` (everything else that determines the features, as plain values). In live mode nothing
+    is stored. views_used: views that the run will use (None: all), for the printed size. memory: the GPU's
     memory, from `device` unless given.
 
-    Raises EnvironmentFault if the disk of `cache`, or without one host memory, is too small.
+    Raises EnvironmentFault if the disk of `cache` (or, without a cache, host memory) is too small.
     """
 
     evaluation_batch = 1024  # samples per evaluation batch
@@ -187,7 +187,7 @@ class FeatureBank:
                 return self._extract(images, index_B, drawn).to(self._dtype)
             except torch.OutOfMemoryError:
                 host_copy.finish()
-                if world().several or not self._make_room(stored):  # one of several cannot decide for the others
+                if world().several or not self._make_room(stored):  # a single process cannot decide for the others
                     raise
             return self._extract(images, index_B, drawn).to(self._dtype)
 
@@ -209,12 +209,12 @@ class FeatureBank:
         return self._settle(stored)
 
     def _bring_together(self, stored: Stored) -> None:
-        """Have what all processes extracted, in each of them."""
+        """Make the features extracted by all processes available in each of them."""
         if stored.device is not None:
             bring_together(stored.device, self.config.batch_size)
         elif not stored.shared:
             bring_together(stored.host, self.config.batch_size)
-        world().wait()  # until the file, if there is one, is complete
+        world().wait()  # until the file, if any, is complete
 
     def _allocate(self, split: str, view: int | None) -> Stored:
         shape = (len(self.splits[split]), *self.feature_shape)

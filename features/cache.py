@@ -84,7 +84,7 @@ class FeatureCache:
             return None
         if metadata.get("key") != canonical(key):
             clear = command("-m", "features.cache", "clear", Entry.digest(path), "--dir", self.folder)
-            say(f"{path} does not have the features that its name says: ignored; {clear} deletes it")
+            say(f"{path} contains other features than its name says: ignored; {clear} deletes it")
             return None
         if not intact:
             say(f"{path} is altered (its checksum differs): extracting its features again")

@@ -14,11 +14,12 @@ from features.images import ImageBank
 from model.backbone import Backbone
 from model.preparation import preparation, resize_and_normalise
 
-# Measured by benchmarks/extraction.py on an H200: images from which compiling (14 to 22 s) pays off at 10 microseconds
-# an image, and the mode of torch.compile: max-autotune compiles three times as long and gains one per cent.
+# Measured by benchmarks/extraction.py on an H200: the number of images above which compiling (14 to 22 s) pays off at
+# 10 microseconds per image, and the mode of torch.compile: max-autotune compiles three times as long and gains one per
+# cent.
 COMPILE_FROM = 2_000_000
 COMPILE_MODE = "default"
-HOURS = 5e14  # FLOPs that take a core hours
+HOURS = 5e14  # FLOPs that take hours on one core
 
 
 def worth_compiling(choice: str, images: int, device: torch.device) -> bool:

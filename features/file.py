@@ -28,9 +28,9 @@ NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}  # 
 class Draft:
     """A feature file under a temporary name: fill `tensor`, which maps the file, then call `finish`.
 
-    dataset: a readable name, in the header beside the key. `file` has a shared lock until it is finished or discarded,
-    so that no process deletes it. Raises OSError if the disk is full: all space is allocated at once, because a mapped
-    page without space would kill the process.
+    dataset: a readable name, stored in the header with the key. `file` has a shared lock until it is finished or
+    discarded, so that no process deletes it. Raises OSError if the disk is full: all space is allocated at once,
+    because a mapped page without space would kill the process.
     """
 
     def __init__(self, path: Path, key: dict[str, Any], shape: tuple[int, ...], dtype: torch.dtype, dataset: str = ""):

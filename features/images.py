@@ -15,10 +15,10 @@ DEVICE_SHARE = 0.25  # share of a GPU's free memory for a split's images; the re
 class ImageBank:
     """Serves batches of (uint8 images, labels) of a split on a device, as FeatureBank serves features.
 
-    A split's images stay on a GPU if a quarter of its free memory suffices, else in host memory, from which batches are
-    prefetched. The training split is augmented on the device, each epoch with another view, which depends only on the
-    seed of the augmentation, the number of the view and the image. evaluation_batch: images per evaluation batch.
-    memory: the GPU's memory, from `device` unless given.
+    A split's images stay on a GPU if they fit into a quarter of its free memory, else in host memory, from which
+    batches are prefetched. The training split is augmented on the device, with a different view in each epoch, which
+    depends only on the seed of the augmentation, the number of the view and the image. evaluation_batch: images per
+    evaluation batch. memory: the GPU's memory, from `device` unless given.
     """
 
     def __init__(

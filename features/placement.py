@@ -1,4 +1,4 @@
-"""Placement of stored features: in a GPU's memory while they fit, else in host memory, with prefetching."""
+"""Placement of stored features: in GPU memory as long as they fit, else in host memory, with prefetching."""
 
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -49,8 +49,8 @@ class DeviceMemory:
 def fetch_ahead(source: Tensor, parts: tuple[Tensor, ...], memory: DeviceMemory) -> Iterator[Tensor]:
     """Yield `source[part]` on the device for each part; a thread gathers the next ones meanwhile.
 
-    source: host memory, rows first, maybe a mapped file. Only three buffers are pinned: pinning everything takes long,
-    and a mapped file cannot be pinned. The thread makes no CUDA call, so a graph may be captured meanwhile.
+    source: host memory, rows first, possibly a mapped file. Only three buffers are pinned: pinning everything takes
+    long, and a mapped file cannot be pinned. The thread makes no CUDA call, so a graph may be captured meanwhile.
     """
     if not parts:
         return
@@ -66,7 +66,7 @@ def fetch_ahead(source: Tensor, parts: tuple[Tensor, ...], memory: DeviceMemory)
         if number >= len(parts):
             return None
         if (event := copied[number % len(buffers)]) is not None:
-            event.synchronize()  # of three batches ago: done, unless the device is far behind
+            event.synchronize()  # of three batches ago: finished, unless the device is far behind
         return pool.submit(gather, number)
 
     pool = ThreadPoolExecutor(1, thread_name_prefix="fetch-ahead")
@@ -118,7 +118,7 @@ class HostCopy:
 
 @dataclass
 class Stored:
-    """The features of one view: on a GPU, or in host memory (maybe a mapped file) if `device` is None.
+    """The features of one view: on a GPU, or in host memory (possibly a mapped file) if `device` is None.
 
     shared: `host` is a file that all processes of a run write to.
     """

@@ -1,4 +1,4 @@
-"""Several processes extract a view together: each passes its images through the backbone, and all have the features."""
+"""Extraction of a view by several processes: each runs the backbone on its images, and all get the features."""
 
 import socket
 from contextlib import suppress
@@ -10,18 +10,18 @@ from torch import Tensor
 from common.distributed import world
 from features.file import Draft, mapped, say
 
-CHUNK = 2**28  # bytes that are sent at once
+CHUNK = 2**28  # bytes sent at once
 
 
 def own_batches(batches: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The batches of a split that this process extracts: whole ones, of which features are the same as in one."""
+    """The batches of a split that this process extracts: whole batches, so that features equal those of one process."""
     return batches[world().part(len(batches))]
 
 
 def shared_file(draft: Draft | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
-    """The features of rank 0's draft as a mapped file that all processes write to; None where not all can.
+    """The features of rank 0's draft as a mapped file that all processes write to; None if not all can.
 
-    draft: of rank 0, which discards it then.
+    draft: that of rank 0, which discards it in that case.
     """
     if not world().several:
         return None if draft is None else draft.tensor
@@ -34,13 +34,13 @@ def shared_file(draft: Draft | None, shape: tuple[int, ...], dtype: torch.dtype)
     if world().all(found is not None):
         return found
     if draft is not None:
-        say(f"{draft.path} cannot be written by all processes: going on without it")
+        say(f"{draft.path} cannot be written by all processes: continuing without it")
         draft.discard()
     return None
 
 
 def bring_together(features_NF: Tensor, batch_size: int) -> None:
-    """Send the rows that each process has extracted to all; in place."""
+    """Send the rows extracted by each process to all processes, in place."""
     total = len(features_NF)
     sizes = world().sizes(-(-total // batch_size))
     start = 0

@@ -1,7 +1,7 @@
-"""Vision MoE: mixtures of unequal experts, with gates of many kinds, for your own PyTorch models.
+"""Vision MoE: mixtures of unequal experts, with many kinds of gates, for your own PyTorch models.
 
 `MixtureOfExperts` turns features (B, D) into class logits; `MoEFFN` is the FFN of a transformer, tokens (B, T, D) to
-(B, T, D). Both return a `Routing` too: which sample went where, for the auxiliary losses and for analysis.
+(B, T, D). Both also return a `Routing`, the assignments of samples to experts, for the auxiliary losses and analysis.
 """
 
 from .backbone import Backbone, BackboneConfig, load_backbone

@@ -1,7 +1,7 @@
 """Checks of a file of tensors from an untrusted source, before PyTorch reads it.
 
-`torch.load(weights_only=True)` runs no code, but it does not detect flipped bits, and a small file may claim much
-memory.
+`torch.load(weights_only=True)` runs no code, but it does not detect flipped bits, and a small file may claim a large
+amount of memory.
 """
 
 import pickletools

@@ -1,6 +1,6 @@
 """A frozen pretrained ViT from timm, and the features taken from it.
 
-timm is imported where it is used, because that takes seconds, which --help should not.
+timm is imported where it is used, because importing it takes seconds, and --help should be fast.
 """
 
 import difflib

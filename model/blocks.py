@@ -1,4 +1,4 @@
-"""A mixture of experts inside one block of a frozen ViT, beside its FFN."""
+"""A mixture of experts inside one block of a frozen ViT, in parallel to its FFN."""
 
 from typing import Any
 
@@ -14,11 +14,11 @@ from .routers import ROUTERS, RouterConfig, Routing, build_router
 
 
 class BlockMixture(nn.Module):
-    """Tokens (B, T, D) and what the frozen FFN makes of them -> the same with the experts' part, and the routing.
+    """Tokens (B, T, D) and the output of the frozen FFN -> this output plus that of the experts, and the routing.
 
     router.level token: each token chooses its experts, and the samples of the routing are the N = B * T tokens. image:
-    the class token, or the mean of the patch tokens where there is none, chooses for all tokens of its image, and the
-    samples are the B images.
+    the class token (without one, the mean of the patch tokens) chooses for all tokens of its image, and the samples are
+    the B images.
 
     usage_E and warmup_usage_E count, as int64 buffers that are saved with the model, the training assignments of each
     expert by the learned gate and by random warm-up.
@@ -30,7 +30,9 @@ class BlockMixture(nn.Module):
     def __init__(
         self, width: int, router: RouterConfig, experts: ExpertsConfig, ffn: nn.Module, class_token: bool, prefix: int
     ):
-        """ffn: the block's own. class_token: whether the first token is one. prefix: tokens before the patches."""
+        """ffn: that of the block. class_token: whether the first token is one. prefix: number of tokens before the
+        patches.
+        """
         super().__init__()
         num_experts = len(experts.sizes)
         self.router = build_router(router, width, num_experts, experts.work(width, width), 1, experts.grown)
@@ -51,31 +53,31 @@ class BlockMixture(nn.Module):
     def forward(
         self, x_BTD: Tensor, dense_BTD: Tensor, warmup: bool = False, allowed_E: Tensor | None = None
     ) -> tuple[Tensor, Routing]:
-        """The FFN's output with the experts' part (B, T, D), and the routing.
+        """The sum of the FFN's and the experts' output (B, T, D), and the routing.
 
-        x_BTD: tokens as `normalise` gives them, which gate and experts read. dense_BTD: the frozen FFN's output.
+        x_BTD: tokens from `normalise`, the input of gate and experts. dense_BTD: the frozen FFN's output.
         warmup: route at random. allowed_E: bool, the experts that may be chosen (None: all).
         """
         routing = self.router(self._read(x_BTD), warmup, allowed_E)
         return self.experts(x_BTD, dense_BTD, routing.assignments), routing
 
     def normalise(self, x_BTD: Tensor, normed_BTD: Tensor) -> Tensor:
-        """What gate and experts read, from the tokens before the FFN's norm and after it."""
+        """The input of gate and experts, from the tokens before and after the FFN's norm."""
         return F.layer_norm(x_BTD, x_BTD.shape[-1:]) if self.own_norm else normed_BTD
 
     def _read(self, x_BTD: Tensor) -> Tensor:
-        """What the gate reads: (N, D)."""
+        """The gate's input: (N, D)."""
         if not self.by_image:
             return x_BTD.flatten(0, 1)
         return x_BTD[:, 0] if self.class_token else x_BTD[:, self.prefix :].float().mean(dim=1)
 
     def after_step(self, routing: Routing) -> None:
-        """To be called once after each optimizer step: moves the loss-free bias, where there is one."""
+        """Call once after each optimizer step: updates the loss-free bias, if there is one."""
         self.router.after_step(routing)
 
     @torch.no_grad()
     def count(self, routing: Routing) -> None:
-        """Add a training batch to the counters, as `MixtureOfExperts.count`."""
+        """Add a training batch to the counters, like `MixtureOfExperts.count`."""
         if is_split():
             return
         counter_E = self.usage_E if routing.learned else self.warmup_usage_E
@@ -83,7 +85,7 @@ class BlockMixture(nn.Module):
 
 
 def check_block_parts(neck: NeckConfig, router: RouterConfig, experts: ExpertsConfig) -> None:
-    """Raise ValueError where neck, router and experts do not fit a mixture inside the ViT's blocks."""
+    """Raise ValueError if neck, router and experts do not fit a mixture inside the ViT's blocks."""
     rule = ROUTERS[router.kind]
     rule.check(router, len(experts.sizes))
     if EXPERTS[experts.kind].place != "blocks":
@@ -92,7 +94,7 @@ def check_block_parts(neck: NeckConfig, router: RouterConfig, experts: ExpertsCo
     EXPERTS[experts.kind].check(experts)
     if not rule.token_choice:
         raise ValueError(
-            f"router.kind {router.kind} does not go with experts.place blocks, where each token or image chooses its "
+            f"router.kind {router.kind} does not work with experts.place blocks, where each token or image chooses its "
             "experts: set a rule of that kind, such as noisy_topk or vmoe"
         )
     for name, given in (
@@ -102,13 +104,13 @@ def check_block_parts(neck: NeckConfig, router: RouterConfig, experts: ExpertsCo
     ):
         if given:
             why = "the frozen FFN is the shared expert" if name == "experts.shared" else "gate and experts read tokens"
-            raise ValueError(f"{name} has no meaning with experts.place blocks, where {why}: leave it out")
+            raise ValueError(f"{name} does not apply to experts.place blocks, where {why}: leave it out")
     if experts.combine != "logits":
         raise ValueError(f"experts.combine {experts.combine} is for a class head: with experts.place blocks set logits")
     if router.overflow == "residual":
         raise ValueError(
-            "router.overflow residual adds a linear head: with experts.place blocks the frozen FFN serves every token, "
-            "so set drop or next_best"
+            "router.overflow residual adds a linear head: with experts.place blocks the frozen FFN processes every "
+            "token, so set drop or next_best"
         )
     if neck.kind != "pooled":
         raise ValueError(f"neck.kind {neck.kind} needs experts.place head: with blocks the head reads pooled features")

@@ -1,4 +1,4 @@
-"""VisionMoE: a neck that turns frozen features into one vector per sample, and a mixture of experts on it."""
+"""VisionMoE: a neck that turns frozen features into one vector per sample, and a mixture of experts on top."""
 
 from dataclasses import dataclass
 from functools import partial

@@ -1,10 +1,10 @@
-"""Dispatch and combine: run the experts on their samples in one of three ways with equal results, mix the outputs.
+"""Dispatch and combine: run the experts on their samples in one of three modes with equal results, mix the outputs.
 
 | sorted | samples sorted by expert, one expert after the other | waits for the device once per step |
 | grouped | samples sorted by expert, experts of one shape in one grouped product | static shapes, never waits |
 | dense | every expert on every sample, first layers in one product | static shapes, never waits |
 
-Those that never wait can be captured in a CUDA graph. A sample goes to an expert at most once.
+Modes that never wait can be captured in a CUDA graph. A sample goes to an expert at most once.
 """
 
 from typing import Any
@@ -18,10 +18,10 @@ from .grouped import fits, has_kernel, run_on_all, run_on_own
 from .routing import Assignments
 from .rows import gather, inverse, pick
 
-# Measured by benchmarks/dispatch.py on an H200; near these numbers the ways are equally fast within noise. The first
-# are products of samples and parameters up to which dense takes no longer than the launches of any other way, or in a
-# CUDA graph, for experts of one shape and of several, than their kernels. The last are samples per expert from which
-# sorted is faster than grouped, likewise.
+# Measured by benchmarks/dispatch.py on an H200; near these numbers the modes are equally fast within noise. The first
+# numbers are products of samples and parameters: below them dense takes no longer than the launches of any other mode
+# or, in a CUDA graph, than their kernels, for experts of one shape and of several. The last numbers are samples per
+# expert above which sorted is faster than grouped, again for one shape and for several.
 DENSE_WORK, DENSE_WORK_IN_A_GRAPH = 500_000_000_000, (20_000_000_000, 100_000_000_000)
 SORTED_FROM = 16_384, 4096
 
@@ -33,7 +33,7 @@ def dispatch(
 ) -> tuple[Tensor, Tensor]:
     """Run the experts on the samples assigned to them, in autocast's dtype if it is on.
 
-    dispatch_mode: sorted, grouped, dense, auto, static (a way that suits a CUDA graph), or plain (dense, for an
+    dispatch_mode: sorted, grouped, dense, auto, static (a mode that suits a CUDA graph), or plain (dense, for an
     export). Returns (outputs (A, C), order_A): row i of the outputs belongs to assignment order_A[i]. An expert without
     samples gets a gradient of zero in every mode, because modes that never wait cannot know that it has none: the
     optimizer applies weight decay to it, and its moments decay.
@@ -43,7 +43,7 @@ def dispatch(
 
 
 def send(x_BD: Tensor, assignments: Assignments, experts: ExpertSet) -> Received:
-    """The first half of `dispatch`: rows on their way, in autocast's number format where that is on."""
+    """The first half of `dispatch`: send the rows, in autocast's number format if it is on."""
     device = x_BD.device.type
     if torch.is_autocast_enabled(device):
         x_BD = x_BD.to(torch.get_autocast_dtype(device))
@@ -51,7 +51,7 @@ def send(x_BD: Tensor, assignments: Assignments, experts: ExpertSet) -> Received
 
 
 def run_experts(received: Received, experts: Experts, dispatch_mode: str = "auto") -> tuple[Tensor, Tensor]:
-    """The second half of `dispatch`: the experts of this process on the rows that came, and their outputs back."""
+    """The second half of `dispatch`: run the experts of this process on the received rows, and return the outputs."""
     x_RD, assignments = received.x_RD, received.assignments
     if dispatch_mode in ("auto", "static"):
         static = dispatch_mode == "static" and experts.dispatcher.local
@@ -65,7 +65,7 @@ def choose(number: int, experts: Experts, x_BD: Tensor, static: bool = False) ->
     """The best mode for a number of assignments on this device. static: one that never waits, for a CUDA graph."""
     samples, several = x_BD.shape[0], len(experts.groups) > 1
     members: Any = experts
-    if number == samples * len(experts):  # of none, too
+    if number == samples * len(experts):  # also if both are 0
         return "dense"
     if not x_BD.is_cuda:
         return "dense" if static else "sorted"
@@ -108,7 +108,7 @@ def run_dense(x_BD: Tensor, assignments: Assignments, experts: Experts) -> tuple
 def run_grouped(x_BD: Tensor, assignments: Assignments, experts: Experts) -> tuple[Tensor, Tensor]:
     """Run experts of one shape together: a grouped product finds each expert's rows by offsets on the device.
 
-    Experts that read different features run dense: they have no rows in common.
+    Experts that read different features run dense, because they share no rows.
     """
     if not experts.go_together(x_BD.shape[1]):
         return run_dense(x_BD, assignments, experts)
@@ -146,7 +146,7 @@ def run_grouped(x_BD: Tensor, assignments: Assignments, experts: Experts) -> tup
 
 
 def run_plain(x_BD: Tensor, assignments: Assignments, experts: Experts) -> tuple[Tensor, Tensor]:
-    """Every expert on every sample, one after the other, in operations that every export format has."""
+    """Every expert on every sample, one after another, in operations that every export format supports."""
     outputs_EBC = torch.stack([expert(x_BD) for expert in experts])
     row_A = assignments.expert_A * x_BD.shape[0] + assignments.sample_A
     return outputs_EBC.flatten(0, 1).index_select(0, row_A), torch.arange(row_A.shape[0], device=row_A.device)
@@ -170,8 +170,8 @@ def combine_probabilities(outputs_AC: Tensor, order_A: Tensor, assignments: Assi
     """
     sample_A = assignments.sample_A.index_select(0, order_A)
     weight_A1 = assignments.weight_A.index_select(0, order_A)[:, None]
-    # A softmax weight may underflow, and log 0 has no finite gradient. An expert of weight 0 counts less than any other
-    # expert, and only matters if a sample has no other.
+    # A softmax weight may underflow, and log 0 has no finite gradient. An expert with weight 0 counts less than any
+    # other expert, and only matters if a sample has no other.
     log_A1 = weight_A1.clamp_min(torch.finfo(torch.float32).tiny).log().masked_fill(weight_A1 == 0, NO_WEIGHT)
     log_AC = outputs_AC.float().log_softmax(dim=-1) + log_A1
     index_AC = sample_A[:, None].expand_as(log_AC)

@@ -1,8 +1,8 @@
-"""Dispatchers: how samples come to the experts that see them, and outputs back, in one process and between several.
+"""Dispatchers: send samples to their experts and return the outputs, in one process or between several.
 
-torchtitan's token dispatchers showed that one interface serves both: `dispatch` brings rows to the experts that live
-here, `combine` brings their outputs back to the assignments that asked for them. What runs between the two, and what
-is done with the outputs, does not know which of them is in use.
+As in torchtitan's token dispatchers, one interface covers both cases: `dispatch` sends rows to the experts of this
+process, and `combine` returns their outputs to the assignments. The code between the two, and the code that uses the
+outputs, does not depend on the dispatcher.
 """
 
 from collections.abc import Sequence
@@ -18,14 +18,14 @@ from .routing import Assignments
 from .rows import gather, inverse, pick
 
 eagerly: Any = torch.compiler.disable
-"""A decorator: what sends rows to other processes, of which there are as many as it happens, is never compiled."""
+"""A decorator: code that sends varying numbers of rows to other processes is never compiled."""
 
 
 @dataclass(frozen=True)
 class Received:
-    """What the experts of this process are to do: rows (R, D), and which of its experts sees which of them.
+    """The work for the experts of this process: rows (R, D), and the assignments of rows to its experts.
 
-    way_back: what `combine` of the same dispatcher needs.
+    way_back: data for `combine` of the same dispatcher.
     """
 
     x_RD: Tensor
@@ -34,10 +34,10 @@ class Received:
 
 
 class Dispatcher(Protocol):
-    """Brings samples to experts and outputs back."""
+    """Sends samples to experts and returns the outputs."""
 
     local: bool
-    """Whether all experts are in this process, so that nothing waits for another one."""
+    """Whether all experts are in this process, so that nothing waits for other processes."""
 
     def dispatch(self, x_BD: Tensor, assignments: Assignments) -> Received:
         """Samples (B, D) of this process -> rows for its experts."""
@@ -49,7 +49,7 @@ class Dispatcher(Protocol):
 
 
 class LocalDispatcher:
-    """All experts are here."""
+    """All experts are in this process."""
 
     local = True
 
@@ -61,14 +61,14 @@ class LocalDispatcher:
 
 
 class AllToAllDispatcher:
-    """Experts live on the M processes of a group; rows go there and back by all-to-all, in splits of any sizes.
+    """Experts are distributed over the M processes of a group; all-to-all exchanges send rows there and back.
 
-    Expert parallelism as in GShard (Lepikhin 2020) and Switch Transformers, without padding: how many rows go where is
-    exchanged first, which is the one time a dispatch waits for the device. The gradients take the same ways back, so
-    that an expert's gradient is that of all samples of the group.
+    Expert parallelism as in GShard (Lepikhin 2020) and Switch Transformers, without padding: the numbers of rows are
+    exchanged first, which is the only time that a dispatch waits for the device. Gradients travel back the same way, so
+    an expert's gradient is that of all samples of the group.
 
-    share_EM: of the assignments of each expert the share that each process computes; rows sum to 1. An expert with
-    several shares has a copy on each of these processes: whoever uses this keeps the copies equal.
+    share_EM: the share of each expert's assignments that each process computes; rows sum to 1. An expert with several
+    shares has a copy on each of these processes: the caller must keep the copies equal.
     """
 
     local = False
@@ -86,18 +86,18 @@ class AllToAllDispatcher:
         self.ends_EM, self.owner_E = ends_EM.to(device), shares_EM.argmax(1).to(device)
 
     def __deepcopy__(self, memo: dict) -> "AllToAllDispatcher":
-        return self  # a moving average has its experts where the model has them
+        return self  # a moving average has the same placement as the model
 
     def dispatch(self, x_BD: Tensor, assignments: Assignments) -> Received:
         order_A, counts_ME = self._plan(assignments)
-        counts_SE = torch.empty_like(counts_ME)  # how many rows come from each process for each expert
+        counts_SE = torch.empty_like(counts_ME)  # number of rows from each process for each expert
         dist.all_to_all_single(counts_SE, counts_ME, group=self.group)
         counts_SL = counts_SE.index_select(1, self.mine_L)
         told = torch.cat([counts_ME.sum(1), counts_SL.sum(1), counts_SL.sum(0)]).tolist()
         sent, came, sizes = told[: self.members], told[self.members : 2 * self.members], told[2 * self.members :]
         rows_AD = gather(x_BD, assignments.sample_A.index_select(0, order_A), inverse(order_A), assignments)
         rows_RD = _all_to_all(rows_AD, came, sent, self.group)
-        # Rows of one process after those of another, each by expert.
+        # Rows are ordered by process, and by expert within each process.
         local_X = torch.arange(len(self.mine), device=x_BD.device).repeat(self.members)
         expert_R = local_X.repeat_interleave(counts_SL.flatten(), output_size=sum(came))
         here = Assignments(
@@ -117,10 +117,12 @@ class AllToAllDispatcher:
         return _all_to_all(outputs_RC, sent, came, self.group), order_A
 
     def _plan(self, assignments: Assignments) -> tuple[Tensor, Tensor]:
-        """The assignments by process and expert, (A,), and how many each process and expert gets, (M, E)."""
+        """The assignments sorted by process and expert, (A,), and the number for each process and expert, (M, E)."""
         expert_A, counts_E = assignments.expert_A, assignments.counts_E
         experts = len(counts_E)
-        ends_EM = (self.ends_EM * counts_E[:, None]).round().long()  # where each one's rows end in those of an expert
+        ends_EM = (
+            (self.ends_EM * counts_E[:, None]).round().long()
+        )  # end of each process's rows among those of an expert
         counts_ME = ends_EM.diff(dim=1, prepend=torch.zeros_like(ends_EM[:, :1])).T.contiguous()
         if self.whole:
             process_A = self.owner_E.index_select(0, expert_A)

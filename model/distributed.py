@@ -1,13 +1,13 @@
-"""A batch that several processes hold together: sums, rows and random numbers of the whole of it.
+"""A batch that is split over several processes: sums, rows and random numbers of the whole batch.
 
-    with sharing(Share(rank, sizes)):      # of a training step: what is asked inside is of the whole batch
-        logits, routings = model(...)
+with sharing(Share(rank, sizes)):      # in a training step: functions inside refer to the whole batch
+    logits, routings = model(...)
 
-Outside such a block, which is in one process and in evaluation, the functions here return their argument.
+Outside such a block, that is, in a single process or in evaluation, the functions here return their argument.
 
-Each process computes a loss of which the sum over all processes is the loss of the batch, and gradients are summed.
-What all processes compute alike of the whole batch, such as a balance loss, is differentiated with respect to a
-process's own rows there; the sum of these gradients is that of the whole.
+The sum of the losses of all processes is the loss of the batch, and gradients are summed. A quantity that all
+processes compute for the whole batch, such as a balance loss, is differentiated in each process with respect to its own
+rows; the sum of these gradients is the gradient for the whole batch.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,11 +22,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Share:
-    """The rows of a batch that a process has: those of rank 0 come first.
+    """The rows of a batch that belong to a process; those of rank 0 come first.
 
-    sizes: samples of each rank; of one entry where each process has the whole batch. generator: the source of the
-    random numbers that are drawn for the whole batch, in the same state in all processes (None: each draws its own).
-    group: the processes (None: all).
+    sizes: number of samples of each rank; a single entry if each process has the whole batch. generator: source of the
+    random numbers for the whole batch, in the same state in all processes (None: each process draws its own). group:
+    the processes (None: all).
     """
 
     rank: int
@@ -36,23 +36,23 @@ class Share:
 
     @property
     def total(self) -> int:
-        """Samples of the whole batch."""
+        """Number of samples in the whole batch."""
         return sum(self.sizes)
 
     @property
     def split(self) -> bool:
-        """Whether each process has a part only."""
+        """Whether each process has only a part."""
         return len(self.sizes) > 1
 
     @property
     def part(self) -> float:
-        """The samples here as a share of the whole batch."""
+        """The samples of this process as a fraction of the whole batch."""
         return self.sizes[self.rank] / self.total if self.split else 1.0
 
     def gather(self, x: Tensor) -> Tensor:
-        """(R, ...) -> the rows of all processes, (R', ...): own rows are differentiable, the others constants.
+        """(R, ...) -> the rows of all processes, (R', ...): own rows are differentiable, the others are constants.
 
-        R: a multiple of the samples here, the same in each process.
+        R: a multiple of the number of samples, with the same factor in each process.
         """
         if not self.split:
             return x
@@ -71,11 +71,11 @@ class Share:
 
     @property
     def start(self) -> int:
-        """Samples of the whole batch that come before those of this process."""
+        """Number of samples of the whole batch before those of this process."""
         return sum(self.sizes[: self.rank]) if self.split else 0
 
     def own(self, whole: Tensor) -> Tensor:
-        """The rows of this process among those of all, (R', ...) -> (R, ...)."""
+        """The rows of this process among those of all processes, (R', ...) -> (R, ...)."""
         if not self.split:
             return whole
         each = len(whole) // self.total
@@ -90,13 +90,13 @@ _current: Share | None = None
 
 
 def current_share() -> Share | None:
-    """The share of the batch that this process has (None: all of it)."""
+    """The share of the batch on this process (None: all of it)."""
     return _current
 
 
 @contextmanager
 def sharing(share: Share | None) -> Iterator[None]:
-    """Inside, this process has a share of the batch (None: all of it)."""
+    """Inside the block, this process has a share of the batch (None: all of it)."""
     global _current  # noqa: PLW0603, as autograd's modes are of the process
     before, _current = _current, share
     try:
@@ -106,7 +106,7 @@ def sharing(share: Share | None) -> Iterator[None]:
 
 
 def is_split() -> bool:
-    """Whether this process has a part of the batch only."""
+    """Whether this process has only a part of the batch."""
     return _current is not None and _current.split
 
 
@@ -126,37 +126,37 @@ def summed(x: Tensor) -> Tensor:
 
 
 def whole_size(rows: int) -> int:
-    """How many rows the whole batch has, where this process has so many."""
+    """The number of rows of the whole batch, given the number of this process."""
     return rows // _current.sizes[_current.rank] * _current.total if _current is not None and _current.split else rows
 
 
 def rows_before(rows: int) -> int:
-    """How many rows of the whole batch come before those of this process, of which there are so many."""
+    """The number of rows of the whole batch before those of this process, given the number of this process."""
     return rows // _current.sizes[_current.rank] * _current.start if _current is not None and _current.split else 0
 
 
 def rand_like(x: Tensor) -> Tensor:
-    """Numbers drawn evenly from 0 to 1, in the shape and format of x (R, ...), without a gradient.
+    """Uniform random numbers from 0 to 1, in the shape and format of x (R, ...), without a gradient.
 
-    Of a batch that several processes hold, the numbers that one process with all of it would have drawn.
+    If several processes share a batch, these are the numbers that a single process would have drawn.
     """
     return _drawn(torch.rand, torch.rand_like, x)
 
 
 def randn_like(x: Tensor) -> Tensor:
-    """Numbers drawn from the standard normal distribution; else as `rand_like`."""
+    """Standard normal random numbers; otherwise as `rand_like`."""
     return _drawn(torch.randn, torch.randn_like, x)
 
 
 def _drawn(draw: Callable[..., Tensor], alone: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    # What is compiled knows no generator: there each process draws its own numbers.
+    # Compiled code does not support generators: there each process draws its own numbers.
     if _current is None or _current.generator is None or torch.compiler.is_compiling():
         return alone(x)
     shape = (whole_size(len(x)), *x.shape[1:])
     return own_rows(draw(shape, generator=_current.generator, dtype=x.dtype, device=x.device))
 
 
-# Its name since torch 2.14, and before.
+# The name since torch 2.14, and the older name.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 

@@ -8,7 +8,7 @@ from .routers import ROUTERS, RouterConfig, Routing
 
 
 class MoEFFN(nn.Module):
-    """Tokens (B, T, D) -> (B, T, D): a transformer's FFN in which each token passes a few of E unequal experts.
+    """Tokens (B, T, D) -> (B, T, D): a transformer's FFN in which each token uses a few of E unequal experts.
 
     The samples of the routing are the N = B * T tokens. A token dropped by `router.capacity_factor` gives zeros: the
     transformer's residual connection keeps it. Raises ValueError if router and experts do not fit each other or an FFN.

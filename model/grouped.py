@@ -1,4 +1,4 @@
-"""Experts of one shape computed together: each on all rows, or on its own rows, whose counts stay on the device."""
+"""Experts of the same shape computed together, on all rows or on their own rows, with counts on the device."""
 
 from collections.abc import Iterable, Sequence
 

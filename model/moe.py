@@ -13,11 +13,11 @@ from .routers import ROUTERS, RouterConfig, Routing, build_router
 
 
 class MixtureOfExperts(nn.Module):
-    """Features (B, D), or tokens (B, T, D), -> class logits (B, C); each sample passes a few of E unequal experts.
+    """Features (B, D), or tokens (B, T, D), -> class logits (B, C); each sample uses a few of E unequal experts.
 
-    Shared experts process every sample (of tokens their mean), and their logits are added. A class head has no residual
-    connection for dropped choices; with `router.overflow residual` a linear head replaces it, in training only, because
-    evaluation drops nothing.
+    Shared experts process every sample (the mean of its tokens), and their logits are added. A class head has no
+    residual connection for dropped choices; with `router.overflow residual` a linear head replaces it, only in
+    training, because evaluation drops nothing.
 
     usage_E and warmup_usage_E, int64 buffers that are saved with the model, count the training samples of each expert
     in learned routing and in random warm-up, separately, because random routing would hide a collapsed gate.
@@ -70,7 +70,7 @@ class MixtureOfExperts(nn.Module):
         pooled_BD = x_BD if x_BD.ndim == 2 else x_BD.mean(dim=1)
         rows = (x_BD, chosen) if chosen.rows_AD is None else (chosen.rows_AD, chosen.by_row())
         received = send(*rows, self.experts)
-        # While rows are on their way to other processes the shared experts have theirs.
+        # The shared experts compute while rows are in transit to other processes.
         early = [] if self.experts.dispatcher.local else [expert(pooled_BD) for expert in self.shared]
         logits_BC = self.combine(*run_experts(received, self.experts, dispatch_mode), chosen)
         for shared_BC in early or (expert(pooled_BD) for expert in self.shared):
@@ -88,7 +88,7 @@ class MixtureOfExperts(nn.Module):
     def count(self, routing: Routing) -> None:
         """Add a training batch to the counters.
 
-        In the forward pass of a batch that several processes hold this does nothing: it is counted as a whole.
+        This does nothing in the forward pass of a batch shared by several processes, which is counted as a whole.
         """
         if is_split():
             return
@@ -111,8 +111,8 @@ def check_mixture(router: RouterConfig, experts: ExpertsConfig) -> None:
     scale = rule.only_scales(router, len(experts.sizes))
     if experts.combine == "probabilities" and scale is not None:
         raise ValueError(
-            f"experts.combine probabilities with {scale} gives the gate no gradient, since a single weight scales all "
-            f"probabilities alike: use logits, or {scale.replace('1', '2')}"
+            f"experts.combine probabilities with {scale} gives the gate no gradient, because a single weight scales "
+            f"all probabilities equally: use logits, or {scale.replace('1', '2')}"
         )
     if experts.combine == "probabilities" and router.overflow == "residual":
         raise ValueError("router.overflow residual adds logits: set experts.combine logits, or another overflow")

@@ -26,16 +26,17 @@ from .vit_parts import add_ffn, attend, check_vit, drop_patches, embed, pool
 class MoEViT(nn.Module):
     """Images (B, 3, H, W) -> class logits (B, C), through a frozen ViT with experts in some of its blocks.
 
-    In each of experts.blocks a gate sends every token, or every image, to k of E experts beside the block's frozen
-    FFN, which stays and sees every token (V-MoE, Riquelme 2021, on a frozen ViT): y = x + ffn(norm x) +
-    sum_e g_e expert_e(norm x), with the ViT's layer scale on both parts. The head reads backbone.features, as the
-    final norm of the ViT gives them: neck, then one linear layer, or a mixture of the experts of experts.head, whose
-    routing comes last.
+    In each of experts.blocks a gate sends every token, or every image, to k of E experts in parallel to the block's
+    frozen FFN, which processes every token (V-MoE, Riquelme 2021, on a frozen ViT): y = x + ffn(norm x) +
+    sum_e g_e expert_e(norm x), with the ViT's layer scale on both parts. The head reads backbone.features after the
+    final norm of the ViT. It consists of the neck and one linear layer, or a mixture with the sizes of experts.head,
+    whose routing comes last.
 
-    The ViT is the one of `backbone`, which all copies of this model share: it is not among the parameters, the buffers
-    or the state. Gradients flow down to the first block with experts. Raises ValueError where the parts do not fit.
+    The ViT is that of `backbone`, and is shared by all copies of this model: it is not among the parameters, the
+    buffers or the state. Gradients flow back to the first block with experts. Raises ValueError if the parts do not
+    fit each other.
 
-    recompute: whether the backward pass computes attention and FFNs again, to keep about a third of the activations.
+    recompute: whether the backward pass recomputes attention and FFNs, to store only about a third of the activations.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class MoEViT(nn.Module):
 
     @property
     def backbone(self) -> Backbone:
-        """The frozen ViT and how images get into it."""
+        """The frozen ViT with its preprocessing."""
         return self._frozen.part
 
     @property
@@ -87,13 +88,13 @@ class MoEViT(nn.Module):
     ) -> tuple[Tensor, tuple[Routing, ...]]:
         """Logits (B, C) in float32, and the routing at each of `places`.
 
-        images_BCHW: uint8 of any size, or floating-point numbers that `prepare` gave. warmup: route at random.
+        images_BCHW: uint8 of any size, or floating-point numbers from `prepare`. warmup: route at random.
         allowed_E: bool, the experts that may be chosen in all blocks, or (L, E) in each (None: all). patch_dropout:
-        share of the patch tokens that each image leaves out, at random (PatchDropout, Liu 2022). Raises ValueError for
-        it where the ViT has rotary embeddings. static: have the mixture on top dispatch as suits a CUDA graph.
+        fraction of the patch tokens that are dropped at random from each image (PatchDropout, Liu 2022); raises
+        ValueError if the ViT has rotary embeddings. static: the mixture on top uses a dispatch mode for CUDA graphs.
         """
         images_BCHW = self.prepare(images_BCHW)
-        # Autocast would norm in float32; the ViT's own number format is for the experts too. Gates are always float32.
+        # Autocast would normalise in float32; the experts use the ViT's number format too. Gates are always float32.
         own = self.backbone.dtype != torch.float32
         with torch.autocast(images_BCHW.device.type, enabled=False) if own else nullcontext():
             features_BF, routings = self._features(images_BCHW, warmup, allowed_E, patch_dropout)
@@ -107,7 +108,7 @@ class MoEViT(nn.Module):
         return logits_BC, (*routings, routing)
 
     def on(self, backbone: Backbone) -> "MoEViT":
-        """A copy of this model, not compiled, on the device of `backbone`, which is its frozen ViT."""
+        """An uncompiled copy of this model on the device of `backbone`, which becomes its frozen ViT."""
         other = copy.deepcopy(self).to(next(backbone.parameters()).device)
         other._frozen, other._compiled, other._compiled_for = _Shared(backbone), run_block, frozenset()
         return other
@@ -118,7 +119,7 @@ class MoEViT(nn.Module):
         return self.places[: len(self.blocks)]
 
     def prepare(self, images_BCHW: Tensor) -> Tensor:
-        """uint8 images resized and normalised for the ViT, float32; others as they are."""
+        """uint8 images resized and normalised for the ViT, float32; other images are returned unchanged."""
         if images_BCHW.dtype != torch.uint8:
             return images_BCHW
         return prepare(images_BCHW, self.backbone.image_size, self.backbone.mean, self.backbone.std)
@@ -126,7 +127,7 @@ class MoEViT(nn.Module):
     def _features(
         self, images_BCHW: Tensor, warmup: bool, allowed_E: Tensor | None, patch_dropout: float = 0.0
     ) -> tuple[Tensor, tuple[Routing, ...]]:
-        """What the head reads, float32 (B, F), and the routings."""
+        """The input of the head, float32 (B, F), and the routings."""
         backbone = self.backbone
         vit = backbone.runner(images_BCHW.device)
         compiled = self._compiled_for and len(images_BCHW) in self._compiled_for
@@ -134,7 +135,7 @@ class MoEViT(nn.Module):
         x_BTD, ropes = embed(vit, images_BCHW.to(backbone.dtype))
         if patch_dropout:
             if ropes[0] is not None:
-                raise ValueError("train.patch_dropout is not for a ViT with rotary embeddings: set it to 0")
+                raise ValueError("train.patch_dropout does not work for a ViT with rotary embeddings: set it to 0")
             x_BTD = drop_patches(x_BTD, int(vit.num_prefix_tokens), patch_dropout)
         mixtures = dict(zip(self.blocks, self.mixtures, strict=False))
         allowed = self._allowed(allowed_E, always=bool(compiled) and not self.training)
@@ -153,7 +154,7 @@ class MoEViT(nn.Module):
     def _allowed(self, allowed_E: Tensor | None, always: bool) -> list[Tensor | None]:
         """The experts that may be chosen in each block with experts, (E,) each; None for all.
 
-        always: never None, so that one compiled block serves the model as it is, and without an expert.
+        always: never None, so that the same compiled block works with all experts and without some.
         """
         blocks, experts = len(self.blocks), self.mixtures[0].router.num_experts
         if allowed_E is None:
@@ -162,16 +163,16 @@ class MoEViT(nn.Module):
         return [allowed_E] * blocks if allowed_E.ndim == 1 else [each_E.clone() for each_E in allowed_E]
 
     def compile(self, batch_sizes: set[int], say: Callable[[str], None] = warnings.warn) -> None:
-        """Compile the blocks for batches of these sizes when the first one comes; others run as they are.
+        """Compile the blocks for these batch sizes at their first use; other batches run eagerly.
 
-        One block is compiled at a time: all of one kind share the result, so that this takes seconds, not minutes.
-        say: gets one line where that fails, and all batches run as they are.
+        Blocks are compiled one at a time: all blocks of a kind share the result, so this takes seconds, not minutes.
+        say: receives one line if compilation fails; then all batches run eagerly.
         """
         self._compiled = CompiledBlock(say, whole=not is_spread(self))
         self._compiled_for = frozenset(batch_sizes)
 
     def after_step(self, routings: tuple[Routing, ...]) -> None:
-        """To be called once after each optimizer step: moves the loss-free biases, where there are any."""
+        """Call once after each optimizer step: updates the loss-free biases, if there are any."""
         for mixture, routing in zip(self.mixtures, routings, strict=True):
             mixture.after_step(routing)
 
@@ -185,9 +186,9 @@ def run_block(
     allowed_E: Tensor | None,
     keep: bool = True,
 ) -> tuple[Tensor, Routing | None]:
-    """One block of the ViT, with the experts of its mixture where it has one: tokens (B, T, D), and the routing.
+    """One block of the ViT, with its mixture of experts if it has one: tokens (B, T, D), and the routing.
 
-    keep: hold the activations of attention and FFN for the backward pass, instead of computing them again.
+    keep: store the activations of attention and FFN for the backward pass, instead of recomputing them.
     """
     x_BTD = attend(block, x_BTD, rope) if keep else _again(attend, block, x_BTD, rope)
     h_BTD = block.norm2(x_BTD)
@@ -198,21 +199,21 @@ def run_block(
 
 
 def _again(frozen: Callable[..., Tensor], *inputs: Any) -> Tensor:
-    """A frozen part, computed again in the backward pass (Chen 2016). It draws no random numbers."""
+    """A frozen part that is recomputed in the backward pass (Chen 2016). It draws no random numbers."""
     return checkpoint(frozen, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 class CompiledBlock:
-    """`run_block`, compiled for each kind of block and each way to run it; as it is where compiling fails."""
+    """`run_block`, compiled for each kind of block and each mode; eager if compilation fails."""
 
     def __init__(self, say: Callable[[str], None], whole: bool = True):
-        """whole: as one graph, which experts on several processes interrupt."""
+        """whole: as one graph, which is not possible with experts on several processes."""
         self.say = say
-        # First, middle or last of the blocks with experts, warm-up or not, training or not, of two sizes. The limit is
-        # called recompile_limit now; torch 2.6 knows this name alone.
+        # First, middle or last of the blocks with experts, warm-up or not, training or not, for two sizes. The limit is
+        # now called recompile_limit; torch 2.6 has only this name.
         dynamo = torch._dynamo.config
         dynamo.cache_size_limit = max(dynamo.cache_size_limit, 64)
-        warnings.filterwarnings("ignore", module=r"torch\._inductor")  # advice to its developers, once a graph
+        warnings.filterwarnings("ignore", module=r"torch\._inductor")  # advice for its developers, once per graph
         self.run: Callable = torch.compile(run_block, dynamic=False, fullgraph=whole)
 
     def __call__(self, *block) -> tuple[Tensor, Routing | None]:
@@ -220,10 +221,10 @@ class CompiledBlock:
             return self.run(*block)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # a compiler fails in every way there is
+        except Exception as error:  # a compiler can raise any exception
             if self.run is run_block:
                 raise
-            self.say(f"the ViT's blocks cannot be compiled ({one_line(error, 160)}): going on without")
+            self.say(f"the ViT's blocks cannot be compiled ({one_line(error, 160)}): continuing without")
             self.run = run_block
             return run_block(*block)
 
@@ -232,7 +233,7 @@ class CompiledBlock:
 
 
 class _Shared:
-    """A frozen part that is no part of a model's state, and that copies of the model have in common."""
+    """A frozen part that is not part of a model's state, and is shared by copies of the model."""
 
     def __init__(self, part: Any):
         self.part = part
@@ -242,7 +243,7 @@ class _Shared:
 
 
 def resolve_blocks(experts: ExpertsConfig, backbone: Backbone) -> list[int]:
-    """The blocks that experts.blocks names, counted from 0, in order.
+    """The blocks in experts.blocks, counted from 0, in order.
 
     Raises ValueError for a block that the ViT does not have, or whose output no feature reads.
     """
@@ -266,4 +267,4 @@ def resolve_blocks(experts: ExpertsConfig, backbone: Backbone) -> list[int]:
 
 
 AnyMoE = VisionMoE | MoEViT
-"""Experts behind the frozen ViT, or inside it: called alike, with `mixtures`, `places` and `after_step`."""
+"""Experts behind the frozen ViT, or inside it: the same interface, with `mixtures`, `places` and `after_step`."""

@@ -8,10 +8,10 @@ from .distributed import is_split, summed, whole_size
 
 
 class Standardise(nn.BatchNorm1d):
-    """BatchNorm (Ioffe 2015) over (B, D) that also trains on a batch of one sample, by its running statistics.
+    """BatchNorm (Ioffe 2015) over (B, D) that also trains on a batch of one sample, using its running statistics.
 
-    by_running: training also normalises by the running statistics, so that an output does not depend on the batch.
-    A batch that several processes share is normalised as a whole.
+    by_running: training also normalises with the running statistics, so that an output does not depend on the batch.
+    A batch shared by several processes is normalised as a whole.
     """
 
     def __init__(self, num_features: int, affine: bool = True, by_running: bool = False):
@@ -20,7 +20,7 @@ class Standardise(nn.BatchNorm1d):
 
     def forward(self, x_BD: Tensor) -> Tensor:
         if not self.training or whole_size(len(x_BD)) > 1:
-            # In training either updates the running statistics.
+            # In training both variants update the running statistics.
             whole = self.training and is_split()
             normalised_BD = self._by_whole_batch(x_BD) if whole else super().forward(x_BD)
             if not self.by_running:

@@ -1,6 +1,7 @@
-"""Experts whose weights lie in host memory and come to the device when a batch chooses them.
+"""Experts whose weights are in host memory and are copied to the device when a batch chooses them.
 
-Not by accelerate's hooks: they bring a module whenever it is called, and a dispatch calls every expert, chosen or not.
+This does not use accelerate's hooks, because they copy a module whenever it is called, and a dispatch calls every
+expert, chosen or not.
 """
 
 from collections.abc import Sequence
@@ -24,9 +25,9 @@ from .routing import Assignments
 
 @dataclass
 class Traffic:
-    """What offloading a model comes to: experts, counted in every place, and bytes of their weights.
+    """Statistics of an offloaded model: numbers of experts, counted in every place, and bytes of their weights.
 
-    kept: on the device for good. offloaded: in host memory. copied: brought to the device so far, each time anew.
+    kept: permanently on the device. offloaded: in host memory. copied: total copies to the device so far.
     """
 
     kept: int = 0
@@ -46,9 +47,9 @@ class Traffic:
 
 
 class Stays(nn.Module):
-    """A part whose parameters stay in host memory, page-locked where `device` is a GPU, wherever the model goes.
+    """A part whose parameters stay in host memory wherever the model goes; page-locked if `device` is a GPU.
 
-    They are part of the model's parameters and state as before.
+    They remain part of the model's parameters and state.
     """
 
     def __init__(self, part: nn.Module, device: torch.device, traffic: Traffic):
@@ -63,7 +64,7 @@ class Stays(nn.Module):
 
 
 class Offloaded(Stays):
-    """An expert (B, D) -> (B, C) that is brought to the device for each batch that has rows for it."""
+    """An expert (B, D) -> (B, C) that is copied to the device for each batch that has rows for it."""
 
     def forward(self, x_BD: Tensor) -> Tensor:
         traffic, part = self.traffic, self.part
@@ -75,17 +76,17 @@ class Offloaded(Stays):
 
 
 class OffloadedAdapters(Stays):
-    """The adapters of one block, of which a batch brings those that it chooses and that are not kept.
+    """The adapters of one block; each batch copies those that it chooses and that are not kept.
 
-    kept: the experts that stay on the device. As `Adapters` in evaluation mode, with the hidden units of the experts
-    that have no token left out, which their weight of 0 would leave out too.
+    kept: the experts that stay on the device. Same as `Adapters` in evaluation mode, without the hidden units of
+    experts that have no token, which would have weight 0.
     """
 
     part: Any
 
     def __init__(self, part: Any, device: torch.device, traffic: Traffic, kept: Sequence[int]):
         super().__init__(part, device, traffic)
-        # An expert's columns of up as rows, which lie together and so are copied at once.
+        # An expert's columns of up are stored as rows, which are contiguous and are copied at once.
         up_HD = part.up.detach().T.contiguous()
         up_HD = up_HD.pin_memory() if device.type == "cuda" else up_HD
         part.up.data = up_HD.T
@@ -116,7 +117,7 @@ class OffloadedAdapters(Stays):
         return self.part.matrices()
 
     def parameters_of(self, expert: int) -> int:
-        """Weights and biases of one expert."""
+        """Number of weights and biases of one expert."""
         return self.part.parameters_of(expert)
 
     def flops_of(self, expert: int) -> int:
@@ -125,11 +126,11 @@ class OffloadedAdapters(Stays):
 
 
 def offload(model: AnyMoE, device: torch.device, memory: int = 0) -> Traffic:
-    """Leave the routed experts of a model that is on the CPU in host memory, and move all else to `device`.
+    """Leave the routed experts of a model on the CPU in host memory, and move everything else to `device`.
 
-    memory: bytes of the device for the experts that training used most; these are kept there. The model answers as
-    before, and is for evaluation alone. Experts on top of a ViT with experts inside are moved. Raises InputError for
-    experts inside a ViT of a kind that is not this library's, and adapters in fewer bits.
+    memory: bytes of device memory for the experts that training used most. The outputs of the model stay the same; it
+    is only for evaluation. A mixture on top of a ViT with experts inside is moved completely. Raises InputError for
+    experts inside a ViT of a kind from outside this library, and for adapters in fewer bits.
     """
     traffic = Traffic()
     mixtures: Any = model.mixtures[: len(model.blocks)] if isinstance(model, MoEViT) else model.mixtures
@@ -163,7 +164,7 @@ def _offload_mixture(mixture: Any, device: torch.device, traffic: Traffic, kept:
         mixture.experts = OffloadedAdapters(experts, device, traffic, kept)
         return
     inside = isinstance(mixture.experts, UpcycledFFN)
-    # The one way of dispatch that gives an expert its own rows alone, and none where it has none.
+    # The only dispatch mode that gives an expert just its own rows, and skips experts without rows.
     (experts if inside else mixture).dispatch_mode = "sorted"
     members: Any = experts.copies if inside else experts
     for expert in range(len(members)):
@@ -181,7 +182,7 @@ def _sizes(mixture: Any) -> list[int]:
 
 
 def _most_used(mixtures: Sequence[Any], memory: int) -> set[tuple[int, int]]:
-    """The (place, expert) of the largest training usage that fit into `memory` bytes together, each that still does."""
+    """The (place, expert) pairs in order of training usage that fit into `memory` bytes; too large ones are skipped."""
     usage = [(-int(count), place, e) for place, m in enumerate(mixtures) for e, count in enumerate(m.usage_E.tolist())]
     sizes, chosen = [_sizes(mixture) for mixture in mixtures], set()
     for _, place, expert in sorted(usage):

@@ -1,4 +1,4 @@
-"""The gates that a training starts from, as copies that it does not change: what the old_gate loss compares with."""
+"""Frozen copies of the gates that a training starts from, for the old_gate loss."""
 
 import copy
 
@@ -10,10 +10,10 @@ from .routers.base import GatedRouter
 
 
 class OldGate(nn.Module):
-    """A router as it is now: features (B, D) -> its clean logits at its temperature, (B, E), without gradient.
+    """A frozen copy of a router: features (B, D) -> its noise-free logits at its temperature, (B, E), without gradient.
 
-    It normalises by its running statistics, as in evaluation. No state dict and no optimizer lists it. count: how many
-    of its experts there were, which come first; logits are of those alone.
+    It normalises with its running statistics, as in evaluation. It is in no state dict and no optimizer. count: the
+    number of old experts, which come first; the logits cover only these.
     """
 
     def __init__(self, router: GatedRouter, count: int):
@@ -26,11 +26,11 @@ class OldGate(nn.Module):
                 part._parameters.pop(name, None)
                 part.register_buffer(name, None if value is None else value.detach(), persistent=False)
             if isinstance(part, nn.BatchNorm1d):
-                part.track_running_stats = False  # in no state, and there to normalise by
+                part.track_running_stats = False  # not in the state, but used for normalisation
         self.train(False)
 
     def train(self, mode: bool = True) -> "OldGate":
-        """As in evaluation, whatever the mode of the rest."""
+        """Stays in evaluation mode, whatever the mode of the model."""
         return super().train(False)
 
     @torch.no_grad()
@@ -39,22 +39,22 @@ class OldGate(nn.Module):
 
 
 def hold_old_gates(model: AnyMoE) -> None:
-    """Have each gate of `model` compared with what it is now."""
+    """Store a copy of each gate of `model`, to compare it with later."""
     for mixture in model.mixtures:
         router = mixture.router
         if isinstance(router, GatedRouter):
-            router.old = None  # or the copy would hold it too
+            router.old = None  # otherwise the copy would contain it too
             router.old = OldGate(router, model.first_new or router.num_experts)
 
 
 def old_gates(model: AnyMoE) -> dict[str, Tensor]:
-    """What `hold_old_gates` holds, by name; empty where it holds nothing."""
+    """The tensors stored by `hold_old_gates`, by name; empty if there are none."""
     return {name: value for name, value in model.named_buffers() if ".old." in name}
 
 
 @torch.no_grad()
 def load_old_gates(model: AnyMoE, stored: dict[str, Tensor]) -> None:
-    """Hold the gates that `old_gates` gave in another process. Raises ValueError where they do not fit."""
+    """Load the gates that `old_gates` returned in another process. Raises ValueError if they do not fit."""
     held = old_gates(model)
     if held.keys() != stored.keys() or any(held[name].shape != value.shape for name, value in stored.items()):
         raise ValueError("its old gates are not those of this model")

@@ -6,7 +6,7 @@ from .experts import LayerStack
 from .moe import MixtureOfExperts
 
 PARTS = ("neck", "router", "experts", "shared", "head")
-"""What can be frozen, or learn at its own rate. head: the rows of the classes, in whatever layer they are."""
+"""The parts that can be frozen or have a separate learning rate. head: the class rows, in whichever layer they are."""
 
 
 def part_of(name: str, class_rows: set[str]) -> str | None:
@@ -23,7 +23,7 @@ def part_of(name: str, class_rows: set[str]) -> str | None:
 def class_rows(model: nn.Module) -> set[str]:
     """The names of the parameters whose first dimension counts the classes.
 
-    Behind the ViT these are the last layers of all experts, and of what stands in for dropped ones.
+    Behind the ViT these are the last layers of all experts, and the linear head that replaces dropped choices.
     """
     found = {name for name, _ in model.named_parameters() if name in ("head.weight", "head.bias")}
     for prefix, module in model.named_modules():
@@ -31,7 +31,7 @@ def class_rows(model: nn.Module) -> set[str]:
             continue
         lists = {"experts": module.experts, "shared": module.shared}
         for where, experts in lists.items():
-            for number, expert in experts.named_children():  # as they are called in the state
+            for number, expert in experts.named_children():  # by their names in the state
                 if isinstance(expert, LayerStack):
                     last = max(index for index, layer in enumerate(expert) if isinstance(layer, nn.Linear))
                     found |= {f"{prefix}.{where}.{number}.{last}.{name}" for name in ("weight", "bias")}

@@ -6,7 +6,7 @@
 | int8 | round(w / scale), -127 to 127, in a byte | scale, float32 |
 | fp8 | w / scale as float8 e4m3, -448 to 448, in a byte | scale, float32 |
 
-They take no gradient: training goes on with what else the model has.
+They have no gradient: further training changes only the other parameters.
 """
 
 from collections.abc import Iterable, Sequence
@@ -25,9 +25,9 @@ LARGEST = {"int8": 127.0, "fp8": 448.0}
 
 @dataclass(frozen=True)
 class Matrix:
-    """A matrix of one expert, or of several side by side.
+    """A matrix of one expert, or of several concatenated experts.
 
-    module, name: where it is a parameter. experts: whose each part is. sizes: of the parts along axis `dim`.
+    module, name: the module and its parameter. experts: the expert of each part. sizes: of the parts along axis `dim`.
     """
 
     module: nn.Module
@@ -56,7 +56,7 @@ class Stored(nn.Module):
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=self.dim)
 
     def right_inverse(self, weight: Tensor, scales: Sequence[Tensor | None] | None = None) -> list[Tensor]:
-        """What is stored of a matrix. scales: of each part (None: so that its rows just fit)."""
+        """The stored tensors of a matrix. scales: of each part (None: the scales at which the rows just fit)."""
         scales = scales or [None] * len(self.sizes)
         pieces = zip(weight.split(self.sizes, dim=self.dim), self.formats, scales, strict=True)
         return [tensor for piece in pieces for tensor in pack(*piece)]
@@ -74,7 +74,7 @@ def widest_scales(weight_OI: Tensor, number_format: str) -> Tensor:
 
 
 def pack(weight_OI: Tensor, number_format: str, scales_O1: Tensor | None = None) -> list[Tensor]:
-    """What is stored of a matrix: itself in a floating-point format, or bytes and scales."""
+    """The stored tensors of a matrix: the matrix in a floating-point format, or bytes and scales."""
     if number_format not in LARGEST:
         return [weight_OI.to(getattr(torch, number_format)).contiguous()]
     scales_O1 = widest_scales(weight_OI, number_format) if scales_O1 is None else scales_O1
@@ -82,7 +82,7 @@ def pack(weight_OI: Tensor, number_format: str, scales_O1: Tensor | None = None)
     scaled_OI = (weight_OI.float() / scales_O1).clamp(-largest, largest)
     if number_format == "int8":
         return [scaled_OI.round().to(torch.int8).contiguous(), scales_O1]
-    # As bytes: moving averages, copies and files take these everywhere, float8 not.
+    # As bytes, because moving averages, copies and files support these everywhere, but not float8.
     return [scaled_OI.to(torch.float8_e4m3fn).contiguous().view(torch.uint8), scales_O1]
 
 
@@ -95,7 +95,7 @@ def unpack(stored: Sequence[Tensor], number_format: str) -> Tensor:
 
 
 def store(matrices: Iterable[Matrix], formats: Sequence[str]) -> None:
-    """Store matrices in the format of the experts that they are of; those in float32 alone stay as they are."""
+    """Store matrices in the formats of their experts; matrices with only float32 stay unchanged."""
     for matrix in matrices:
         each = [formats[expert] for expert in matrix.experts]
         if set(each) != {"float32"}:
@@ -106,7 +106,7 @@ def store(matrices: Iterable[Matrix], formats: Sequence[str]) -> None:
 
 
 def stored_in(module: nn.Module, name: str) -> tuple[Stored, list[nn.Parameter]] | None:
-    """How a parameter is stored, and the tensors of it; None where it is as it is."""
+    """How a parameter is stored, and its tensors; None if it is an ordinary parameter."""
     if not parametrize.is_parametrized(module, name):
         return None
     held: Any = cast(Any, module).parametrizations[name]
@@ -115,7 +115,7 @@ def stored_in(module: nn.Module, name: str) -> tuple[Stored, list[nn.Parameter]]
 
 @torch.no_grad()
 def fill(module: nn.Module, name: str, weight: Tensor, scales: Sequence[Tensor | None] | None = None) -> None:
-    """Store a matrix in the place of the one that is stored there. scales: of each part (None: its rows just fit)."""
+    """Replace a stored matrix. scales: of each part (None: the scales at which the rows just fit)."""
     found = stored_in(module, name)
     assert found is not None
     for place, value in zip(found[1], found[0].right_inverse(weight, scales), strict=True):
@@ -123,7 +123,7 @@ def fill(module: nn.Module, name: str, weight: Tensor, scales: Sequence[Tensor |
 
 
 def part_bytes(matrix: Matrix, expert: int) -> int:
-    """Bytes that one expert's part of a matrix takes."""
+    """Bytes of one expert's part of a matrix."""
     found = stored_in(matrix.module, matrix.name)
     if found is None:
         weight = getattr(matrix.module, matrix.name)
@@ -138,13 +138,13 @@ def part_bytes(matrix: Matrix, expert: int) -> int:
 
 
 def part_numbers(matrix: Matrix, expert: int) -> int:
-    """Numbers of one expert's part of a matrix, scales not counted."""
+    """Number of elements of one expert's part of a matrix, without scales."""
     others = getattr(matrix.module, matrix.name).shape[1 - matrix.dim]
     return sum(size * others for owner, size in zip(matrix.experts, matrix.sizes, strict=True) if owner == expert)
 
 
 def num_parameters(module: nn.Module) -> int:
-    """Parameters of a module; of stored matrices their numbers, not their scales."""
+    """Number of parameters of a module; for stored matrices, their elements without scales."""
     scales = 0
     for part in module.modules():
         for name in getattr(part, "parametrizations", ()):

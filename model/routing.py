@@ -1,4 +1,4 @@
-"""Routing: which expert gets which sample, with what weight, as data for dispatch, counters, losses and analysis."""
+"""Routing: the assignments of samples to experts with weights, for dispatch, counters, losses and analysis."""
 
 from dataclasses import dataclass, replace
 
@@ -83,7 +83,9 @@ class Assignments:
         return Assignments(sample_A, expert_A, weight_A, *counts, self.top_k)
 
     def scaled(self, factor_B: Tensor) -> "Assignments":
-        """The same with the weights of each sample times a factor; a sample may be repeated: (B,) for T in each."""
+        """The same assignments with each sample's weights multiplied by a factor; (B,) factors, or T of them per
+        sample.
+        """
         repeats = self.num_samples // len(factor_B)
         return replace(self, weight_A=self.weight_A * factor_B.index_select(0, self.sample_A // repeats))
 
@@ -117,7 +119,7 @@ class Gate:
 class Drops:
     """Dropped choices of a training step.
 
-    count: dropped choices, or under expert choice samples that no expert took; int64 scalar on the device. demand_E:
+    count: dropped choices, or with expert choice, samples that no expert took; int64 scalar on the device. demand_E:
     assignments of each expert before drops, int64 (None: no difference). residual_B: weight of the choices that a
     linear head replaces (None: none).
     """

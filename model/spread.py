@@ -1,7 +1,7 @@
-"""Experts spread over processes: which are here, and the state of one process from those of several, and back.
+"""Experts distributed over processes: their placement, and conversion between single-process and local states.
 
-N processes are N / M groups of M in a row. Each group has all experts once, or more often where there are copies, and
-what a process has is held by its peers too, those at the same place of the other groups.
+N processes form N / M groups of M consecutive ranks. Each group has all experts once, or more often if there are
+copies. Processes at the same position of different groups are peers and have the same experts.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,14 +15,14 @@ from .dispatcher import AllToAllDispatcher, LocalDispatcher
 from .experts import ExpertSet, Part
 
 Shares = Sequence[Sequence[Sequence[float]]]
-"""Of the assignments of each expert at each of L places the share of each process of a group: (L, E, M)."""
+"""The share of each process of a group in the assignments of each expert at each of L places: (L, E, M)."""
 
 
 class Spread:
-    """The experts of a model, whose places are spread over groups of `members` processes by `shares`.
+    """The experts of a model, distributed over groups of `members` processes by `shares`.
 
-    To be made in all processes of the default group at once, from a model that has all experts; `apply` then leaves in
-    a model, or in a moving average of it, those that are this process's.
+    Create it in all processes of the default group at once, from a model that has all experts; `apply` then keeps in a
+    model, or in its moving average, only the experts of this process.
     """
 
     def __init__(self, model: nn.Module, members: int, shares: Shares, device: torch.device):
@@ -30,7 +30,9 @@ class Spread:
         size, rank = dist.get_world_size(), dist.get_rank()
         groups = [list(range(first, first + members)) for first in range(0, size, members)]
         self.first, self.here = rank // members * members, rank % members
-        made: list[Any] = [dist.new_group(ranks) for ranks in groups]  # by all processes, those outside too
+        made: list[Any] = [
+            dist.new_group(ranks) for ranks in groups
+        ]  # created by all processes, also by those outside the group
         peers: list[Any] = [dist.new_group(list(ranks)) for ranks in zip(*groups, strict=True)]
         self.group, self.peers = made[rank // members], peers[self.here]
         self.has_peers = size > members
@@ -43,19 +45,19 @@ class Spread:
         self.set_shares(shares)
 
     def set_shares(self, shares: Shares) -> None:
-        """From here on these are the shares; models are to be given their experts by `apply`."""
+        """Set new shares; afterwards call `apply` on the models."""
         self.shares = [[list(map(float, share_M)) for share_M in share_EM] for share_EM in shares]
         self.dispatchers = [AllToAllDispatcher(self.group, share_EM, self.device) for share_EM in self.shares]
 
     def apply(self, model: nn.Module) -> None:
-        """Leave a model the experts of this process; what it lacked so far is to be loaded."""
+        """Keep only the experts of this process in a model; load the parameters of new ones afterwards."""
         for (_, experts), dispatcher in zip(_places(model), self.dispatchers, strict=True):
             experts.keep(dispatcher.mine)
             experts.dispatcher = dispatcher
 
     @staticmethod
     def assemble(model: nn.Module, state: dict[str, Tensor]) -> None:
-        """Make a model one of a single process again, with the state of all experts."""
+        """Make a model a single-process model again, with the state of all experts."""
         for _, experts in _places(model):
             parts = experts.parts().values()
             owners = {part.owner for part in parts if part.owner is not None}
@@ -64,7 +66,7 @@ class Spread:
         model.load_state_dict(state)
 
     def holders(self, place: int, expert: int) -> list[int]:
-        """The processes of a group that have an expert, counted in the group."""
+        """The processes of a group that have an expert, numbered within the group."""
         return [member for member, share in enumerate(self.shares[place][expert]) if share > 0]
 
     @property
@@ -73,7 +75,7 @@ class Spread:
         return any(not dispatcher.whole for dispatcher in self.dispatchers)
 
     def local(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What is this process's of the state of one process; names that are not of experts stay."""
+        """The part of a single-process state that belongs to this process; names without experts are kept."""
         found = {}
         for name, value in state.items():
             mine: Tensor | None = value
@@ -88,11 +90,12 @@ class Spread:
     def whole(
         self, state: dict[str, Tensor], names: Iterable[str] | None = None, everywhere: bool = False
     ) -> dict[str, Tensor]:
-        """The state of one process on the CPU, on rank 0 or everywhere, from those of all; to be called by all.
+        """The single-process state on the CPU, on rank 0 or everywhere, from those of all; all processes must call
+        this.
 
-        state: of a model, or tensors in the shapes of the parameters `names`. Elsewhere returns what was handed over.
+        state: of a model, or tensors in the shapes of the parameters `names`. Other ranks return their argument.
         """
-        if not everywhere and self.first:  # of other groups than that of rank 0
+        if not everywhere and self.first:  # in groups other than that of rank 0
             return state
         wanted, found = everywhere or self.here == 0, {}
         for name in self.shapes if names is None else names:
@@ -109,9 +112,9 @@ class Spread:
 
     @torch.no_grad()
     def moved(self, state: dict[str, Tensor], shares: Shares, names: Iterable[str] | None = None) -> dict[str, Tensor]:
-        """What is to be this process's of a state under other shares; to be called by all.
+        """The part of a state that belongs to this process under new shares; all processes must call this.
 
-        state, names: as of `whole`. The shares of this object are set afterwards, by `set_shares`.
+        state, names: as in `whole`. Set the shares of this object afterwards with `set_shares`.
         """
         found = {name: value for name, value in state.items() if name not in self.parts}
         for name in self.shapes if names is None else names:
@@ -132,7 +135,7 @@ class Spread:
         return found
 
     def pieces(self, values: dict[str, Tensor]) -> Iterator[tuple[str, int, int, Tensor]]:
-        """(name, place, expert, view of the values) of the experts that are here, by the names of parameters."""
+        """(name, place, expert, view of the values) of the experts of this process, by parameter name."""
         for name, value in values.items():
             place, part = self.parts[name]
             mine = self.dispatchers[place].mine
@@ -143,7 +146,7 @@ class Spread:
                 yield from ((name, place, expert, view) for expert, view in zip(mine, views, strict=True))
 
     def shape_of(self, name: str, expert: int) -> list[int]:
-        """The shape of what an expert has of a tensor."""
+        """The shape of an expert's part of a tensor."""
         part, shape = self.parts[name][1], list(self.shapes[name])
         if part.owner is None:
             shape[part.dim] = part.widths_E[expert]
@@ -161,7 +164,7 @@ class Spread:
         return next(view for _, _, owner, view in self.pieces({name: state[name]}) if owner == expert)
 
     def _told(self, name: str, expert: int, state: dict[str, Tensor]) -> Tensor:
-        """What an expert has of a tensor, told to all of the group by the first process that holds it."""
+        """An expert's part of a tensor, broadcast to the group by the first process that has it."""
         first = self.holders(self.parts[name][0], expert)[0]
         if first == self.here:
             piece = self._piece(name, expert, state).detach().contiguous()
@@ -177,10 +180,10 @@ def is_spread(model: nn.Module) -> bool:
 
 
 def check_spread(model: nn.Module) -> None:
-    """Raise ValueError for a model whose experts cannot be spread over processes."""
+    """Raise ValueError for a model whose experts cannot be distributed over processes."""
     found: Any = model
     if len(_places(model)) != len(found.mixtures):
-        raise ValueError("this kind of experts cannot be spread over processes: it is no ExpertSet")
+        raise ValueError("this kind of expert cannot be distributed over processes: it is not an ExpertSet")
 
 
 def _places(model: nn.Module) -> list[tuple[str, ExpertSet]]:

@@ -1,4 +1,4 @@
-"""A model that starts from another one's weights: what is taken, class rows by name, and what of it stays frozen."""
+"""Start a model from another model's weights: copy them, match class rows by name, and freeze parts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,14 +14,14 @@ from .parts import class_rows, part_of
 
 @dataclass(frozen=True)
 class Shared:
-    """The classes that two models have in common: the row of each in the new and in the old one."""
+    """The classes that two models share: the row of each in the new and in the old model."""
 
     new: Tensor
     old: Tensor
 
     @classmethod
     def by_name(cls, now: Sequence[str], before: Sequence[str]) -> "Shared":
-        """The classes of equal name, whatever their order."""
+        """The classes with equal names, in any order."""
         places = {name: row for row, name in enumerate(before)}
         pairs = [(row, places[name]) for row, name in enumerate(now) if name in places]
         rows = torch.tensor(pairs, dtype=torch.int64).view(-1, 2)
@@ -30,10 +30,10 @@ class Shared:
 
 @torch.no_grad()
 def take(model: AnyMoE, weights: dict[str, Tensor], shared: Shared) -> None:
-    """Put another model's state into `model`: everything, of the class rows those of the classes in common.
+    """Copy another model's state into `model`: everything, but only the rows of classes that both have.
 
-    New class rows stay as they are, and usage counters too, which count the samples of one run. New experts behind the
-    old ones start with gates that never choose them. Raises ValueError where the models do not fit each other.
+    New class rows keep their values, and so do usage counters, which count the samples of one run. New experts after
+    the old ones start with gates that never choose them. Raises ValueError if the models do not fit each other.
     """
     rows, state = class_rows(model), model.state_dict()
     if lost := [name for name in weights if name not in state]:
@@ -43,7 +43,7 @@ def take(model: AnyMoE, weights: dict[str, Tensor], shared: Shared) -> None:
         if part_of(name, rows) is None or (new is not None and bool(new.all())):
             continue
         if name not in weights:
-            if name.endswith("margin_E"):  # 0, as of experts that have been there from the beginning
+            if name.endswith("margin_E"):  # 0, as for experts that were never added
                 continue
             raise ValueError(f"it lacks {name}, which this model has")
         before, old = weights[name], value if new is None else _without(value, new)
@@ -61,9 +61,9 @@ def take(model: AnyMoE, weights: dict[str, Tensor], shared: Shared) -> None:
 
 
 def new_entries(model: AnyMoE, name: str, value: Tensor) -> Tensor | None:
-    """Which entries of a parameter or buffer belong to experts that were added in this run, and to their gate columns.
+    """The entries of a parameter or buffer that belong to experts added in this run, or to their gate columns.
 
-    bool, of a shape that broadcasts with it; they are the last ones along an axis. None: there are none.
+    bool, of a shape that broadcasts with it; they are the last entries along an axis. None: there are none.
     """
     first, words = model.first_new, name.split(".")
     if first is None:
@@ -74,7 +74,7 @@ def new_entries(model: AnyMoE, name: str, value: Tensor) -> Tensor | None:
     if "experts" not in words:
         return None
     index = next((int(word) for word in words[words.index("experts") :] if word.isdigit()), None)
-    if index is not None:  # each is a module of its own
+    if index is not None:  # each expert is a separate module
         return _last(value, 0, 0 if index >= first else len(value)) if value.ndim else None
     mixture: Any = model.mixtures[int(words[1])] if words[0] == "mixtures" else model.mixtures[0]
     units = sum(len(mixture.experts.units_of(expert)) for expert in range(first))
@@ -82,7 +82,7 @@ def new_entries(model: AnyMoE, name: str, value: Tensor) -> Tensor | None:
 
 
 def _last(value: Tensor, axis: int, first: int) -> Tensor | None:
-    """True from `first` on along an axis; None where nothing is."""
+    """True from `first` on along an axis; None if all entries are False."""
     size = value.shape[axis]
     shape = [1] * value.ndim
     shape[axis] = size
@@ -96,23 +96,22 @@ def _without(value: Tensor, new: Tensor) -> Tensor:
 
 
 class Frozen:
-    """The parts of a model that stay as they were taken: weights, statistics and biases, bit for bit.
+    """The frozen parts of a model: copied weights, statistics and biases stay the same bit for bit.
 
-    parts: of PARTS. shared: the classes in common, whose rows alone are frozen with the head. Whole parameters need no
-    gradient any more; of those that new classes or experts have a part in, and of buffers, the taken values are put
-    back after each step. What is
-    normalised by statistics uses the running ones. Noise and dropout are as in any training. Raises ValueError where
-    nothing is left to train, or the head is frozen and no class is in common.
+    parts: of PARTS. shared: the classes that both models have; with the head, only their rows are frozen. Parameters
+    that are frozen completely need no gradient; for parameters that also contain new classes or experts, and for
+    buffers, the copied values are restored after each step. Normalisation uses the running statistics. Noise and
+    dropout stay active. Raises ValueError if nothing is left to train, or if the head is frozen and no class is shared.
     """
 
     def __init__(self, model: AnyMoE, parts: Sequence[str], shared: Shared, num_classes: int):
         if "head" in parts and not len(shared.new):
-            raise ValueError("freeze head needs a class in common with the run that init names, and there is none")
+            raise ValueError("freeze head needs a class that the run of init has too, but there is none")
         rows, whole = class_rows(model), len(shared.new) == num_classes
         self.norms: list[nn.Module] = []
         self.partly: list[tuple[nn.Parameter, Tensor]] = []  # and which of its entries are frozen
         self.buffers: list[tuple[Tensor, Tensor | None]] = []
-        self.count = 0  # weights that are frozen
+        self.count = 0  # number of frozen weights
 
         def frozen(name: str) -> bool:
             return part_of(name, rows) in parts
@@ -142,25 +141,25 @@ class Frozen:
         self.remember()
 
     def remember(self) -> None:
-        """Take the values of now as those to keep: at the beginning, and once a checkpoint has been loaded."""
+        """Store the current values as those to keep: at the start, and after loading a checkpoint."""
         self._partly = [parameter.detach().clone() for parameter, _ in self.partly]
         self._buffers = [buffer.clone() for buffer, _ in self.buffers]
 
     def hold(self) -> None:
-        """To be called after `model.train()`: normalise by the running statistics."""
+        """Call after `model.train()`: normalise with the running statistics."""
         for module in self.norms:
             module.eval()
 
     @torch.no_grad()
     def before_step(self) -> None:
-        """Leave what is frozen out of the gradient, and of its norm."""
+        """Exclude frozen entries from the gradient and its norm."""
         for parameter, kept in self.partly:
             if parameter.grad is not None:
                 parameter.grad.masked_fill_(kept, 0.0)
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Put back what weight decay, statistics and biases have moved."""
+        """Restore frozen values that weight decay, statistics and bias updates have changed."""
         for (parameter, kept), taken in zip(self.partly, self._partly, strict=True):
             parameter.copy_(torch.where(kept, taken, parameter))
         for (buffer, kept), taken in zip(self.buffers, self._buffers, strict=True):

@@ -29,7 +29,7 @@ def vit_micro(drop_path_rate: float = 0.0) -> VisionTransformer:
 
     Input: x_B3HW, H = W = 32 pixels, normalised with MEAN and STD. `forward_features` gives 65 tokens (the
     class token, then 8 x 8 patches of 4 pixels) of 192 features; `forward` gives the class token, (B, 192).
-    8 blocks, 3 heads, 0.5 GFLOP an image. drop_path_rate: stochastic depth of the last block, rising linearly
+    8 blocks, 3 heads, 0.5 GFLOP per image. drop_path_rate: stochastic depth of the last block, rising linearly
     from 0 at the first.
     """
     model: Any = VisionTransformer(

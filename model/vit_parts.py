@@ -38,10 +38,10 @@ def embed(vit: Any, images_BCHW: Tensor) -> tuple[Tensor, list[Tensor | None]]:
 
 
 def drop_patches(x_BTD: Tensor, prefix_tokens: int, share: float) -> Tensor:
-    """The tokens with `share` of each image's patches left out at random, at least one kept, the others in any order.
+    """The tokens without a random fraction `share` of each image's patches; at least one is kept, in any order.
 
-    PatchDropout (Liu 2022). The tokens carry their positions, so that their order means nothing. The number kept
-    depends on the shape alone.
+    PatchDropout (Liu 2022). The tokens include position embeddings, so their order does not matter. The number of kept
+    tokens depends only on the shape.
     """
     prefix_BRD, patches_BPD = x_BTD[:, :prefix_tokens], x_BTD[:, prefix_tokens:]
     _, patches, width = patches_BPD.shape

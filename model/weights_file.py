@@ -59,7 +59,7 @@ def load_converted(vit: nn.Module, state: dict[str, Tensor], path: Path, name: s
         raise InputError(f"{place}: it belongs to another model ({one_line(error, 120)}); {remedy}") from error
     if missing:
         raise InputError(
-            f"{place}: {len(missing)} of its weights are missing from the file, {missing[0]} the first; {remedy}"
+            f"{place}: {len(missing)} of its weights are missing from the file, the first is {missing[0]}; {remedy}"
         )
 
 

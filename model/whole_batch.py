@@ -1,4 +1,4 @@
-"""The routing of a batch that several processes hold, brought together: what balance losses and counters read."""
+"""The combined routing of a batch shared by several processes, for balance losses and counters."""
 
 from collections.abc import Sequence
 
@@ -10,11 +10,11 @@ from .routing import Assignments, Drops, Gate, Routing
 
 
 def whole_batch(routings: Sequence[Routing], share: Share) -> tuple[Routing, ...]:
-    """For the routing at each place that of the whole batch, the same in all processes; two exchanges in all.
+    """The routing of the whole batch at each place, the same in all processes, with two exchanges in total.
 
-    Gates have the rows of all processes, of which own rows are differentiable. Assignments are summed up: one for each
-    expert, with the number and the weight of all that it has, so that counts, demand, drops and importance are those of
-    the batch, and single samples are not to be told apart.
+    Gates contain the rows of all processes; only own rows are differentiable. Assignments are summed: there is one per
+    expert, with the total number and weight, so counts, demand, drops and importance are those of the batch, but
+    single samples cannot be distinguished.
     """
     if not share.split:
         return tuple(routings)
@@ -24,7 +24,7 @@ def whole_batch(routings: Sequence[Routing], share: Share) -> tuple[Routing, ...
 
 
 def _columns(routing: Routing) -> list[Tensor]:
-    """The tensors of a gate that have a row for each sample, each once."""
+    """The tensors of a gate that have one row per sample, without duplicates."""
     gate = routing.gate
     tempered = [] if gate.tempered_BE is gate.logits_BE else [gate.tempered_BE]
     others = (gate.load_BE, gate.importance_BE, gate.old_BE)
@@ -32,7 +32,7 @@ def _columns(routing: Routing) -> list[Tensor]:
 
 
 def _gathered(columns: list[list[Tensor]], share: Share) -> list[list[Tensor]]:
-    """The same of all processes. A sample may have several rows, its tokens, at one place and one at another."""
+    """The tensors of all processes. A sample may have several rows (tokens) at one place and one row at another."""
     count = share.sizes[share.rank]
     flat = [tensor.float().reshape(count, -1) for tensors in columns for tensor in tensors]
     parts = iter(share.gather(torch.cat(flat, dim=1)).split([part.shape[1] for part in flat], dim=1))
@@ -40,13 +40,13 @@ def _gathered(columns: list[list[Tensor]], share: Share) -> list[list[Tensor]]:
 
 
 def _sums(routing: Routing) -> list[Tensor]:
-    """What is added up over the processes: counts and demand (E,), drops (1,), importance (E,)."""
+    """The tensors to sum over the processes: counts and demand (E,), drops (1,), importance (E,)."""
     drops = routing.counts_E.new_zeros(()) if routing.drops is None else routing.drops.count
     return [routing.counts_E, routing.demand_E, drops[None], routing.importance_E]
 
 
 def _summed(sums: list[list[Tensor]], share: Share) -> list[list[Tensor]]:
-    """Sums over the processes, in float64, which holds counts exactly; own parts stay differentiable."""
+    """Sums over the processes, in float64, which represents counts exactly; own parts stay differentiable."""
     flat = [tensor for tensors in sums for tensor in tensors]
     with torch.no_grad():
         total = share.sum(torch.cat([tensor.double() for tensor in flat]))

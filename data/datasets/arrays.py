@@ -1,4 +1,4 @@
-"""Arrays of images and labels: a NumPy .npz file, or a folder of Parquet files from the Hugging Face hub."""
+"""Arrays of images and labels: a NumPy .npz file, or a folder of Parquet files from the Hugging Face Hub."""
 
 import json
 import re
@@ -28,7 +28,7 @@ NAMES = ("names", "class_names", "classes")
 
 @dataclass
 class Table:
-    """A stored split: images uint8 (N, 3, S, S), and a label for each, a whole number or a text."""
+    """A stored split: images uint8 (N, 3, S, S), and one label per image, an integer or a string."""
 
     images_NCHW: Tensor
     labels_N: np.ndarray
@@ -36,7 +36,7 @@ class Table:
 
 @register(
     "arrays",
-    about="your own images in an .npz file (images, labels, names) or in Parquet files of the Hugging Face hub",
+    about="your own images in an .npz file (images, labels, names) or in Parquet files of the Hugging Face Hub",
     options=("root", "image_size"),
 )
 def load(config) -> Parts:
@@ -49,7 +49,7 @@ def load(config) -> Parts:
         raise UserError(f"--data.root {root} does not exist: name an .npz file, or a folder of .parquet files")
     tables, names = (_read_parquet if root.is_dir() else _read_npz)(root, config.image_size)
     if "train" not in tables:
-        raise UserError(f"{root} has {' and '.join(tables)} images only: the training images are missing")
+        raise UserError(f"{root} has only {' and '.join(tables)} images: the training images are missing")
     if not names:  # the classes are the labels of the training images
         values = np.unique(tables["train"].labels_N)
         names = [str(value) for value in values]
@@ -92,7 +92,7 @@ def _image_set(root: Path, split: str, table: Table, names: Sequence[str]) -> Im
 
 
 def _read_npz(path: Path, size: int) -> tuple[dict[str, Table], list[str]]:
-    """images and labels; or train_images, train_labels, test_images, ...; or x_train, y_train, ...; and maybe names."""
+    """images and labels; or train_images, train_labels, test_images, ...; or x_train, y_train, ...; names optional."""
     try:
         with zipfile.ZipFile(path) as archive:
             _require_memory(path, sum(record.file_size for record in archive.infolist()))
@@ -118,7 +118,7 @@ def _require_memory(path: Path, claimed: int) -> None:
     free = available_memory()
     if free is not None and claimed > free:
         raise EnvironmentFault(
-            f"{path} holds {claimed / 1e9:,.1f} GB of arrays, but only {free / 1e9:,.1f} GB of memory are free: use "
+            f"{path} contains {claimed / 1e9:,.1f} GB of arrays, but only {free / 1e9:,.1f} GB of memory are free: use "
             "smaller or fewer images, or image files and --data.name folder"
         )
 
@@ -136,14 +136,14 @@ def _by_split(path: Path, keys: Sequence[str]) -> dict[str, tuple[str, str]]:
     whole = {split: (pair["images"], pair["labels"]) for split, pair in found.items() if len(pair) == 2}
     if not whole:
         raise UserError(
-            f"{path} holds {', '.join(keys) or 'nothing'}: expected the arrays images and labels, or train_images, "
+            f"{path} contains {', '.join(keys) or 'nothing'}: expected the arrays images and labels, or train_images, "
             "train_labels, test_images, test_labels"
         )
     return whole
 
 
 def _pixels(name: str, images: np.ndarray) -> np.ndarray:
-    """uint8 (N, H, W, 3) of (N, H, W), (N, H, W, 1 or 3) or (N, 1 or 3, H, W), of 0 to 255 or real numbers 0 to 1."""
+    """uint8 (N, H, W, 3) from (N, H, W), (N, H, W, 1 or 3) or (N, 1 or 3, H, W), with values 0 to 255 or 0.0 to 1.0."""
     if images.ndim == 3:
         images = images[..., None]
     elif images.ndim == 4 and images.shape[3] not in (1, 3) and images.shape[1] in (1, 3):
@@ -161,14 +161,14 @@ def _pixels(name: str, images: np.ndarray) -> np.ndarray:
 
 
 def _labels(name: str, labels: np.ndarray) -> np.ndarray:
-    """(N,) whole numbers or texts, of (N,) or (N, 1)."""
+    """(N,) integers or strings, from (N,) or (N, 1)."""
     labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
     if labels.ndim != 1:
         raise UserError(f"{name} has the shape {labels.shape}: expected one label for each image, (N,)")
     if labels.dtype.kind == "b" or (labels.dtype.kind == "f" and (labels == np.floor(labels)).all()):
         labels = labels.astype(np.int64)
     if labels.dtype.kind not in "iuU":
-        raise UserError(f"{name} holds {labels.dtype}: expected whole numbers or texts")
+        raise UserError(f"{name} has type {labels.dtype}: expected integers or strings")
     return labels
 
 
@@ -187,7 +187,7 @@ def _read_parquet(root: Path, size: int) -> tuple[dict[str, Table], list[str]]:
     shown = (path for path in root.rglob("*.parquet") if not any(map(hidden, path.relative_to(root).parts)))
     files = sorted(path for path in shown if path.is_file())
     if not files:
-        raise UserError(f"{root} holds no .parquet file: name a folder of them, an .npz file, or use data.name folder")
+        raise UserError(f"{root} has no .parquet file: name a folder of them, an .npz file, or use data.name folder")
     try:
         from pyarrow import ArrowException, parquet
     except ImportError as error:
@@ -200,7 +200,7 @@ def _read_parquet(root: Path, size: int) -> tuple[dict[str, Table], list[str]]:
             source = parquet.ParquetFile(path)
             image, label, found = _columns(path, source.schema_arrow)
         except (ArrowException, OSError, ValueError) as error:
-            raise UserError(f"{path} is no readable Parquet file: {one_line(error, 120)}") from error
+            raise UserError(f"{path} is not a readable Parquet file: {one_line(error, 120)}") from error
         names = names or found
         by_split.setdefault(_split_of(path.relative_to(root)), []).append((path, source, image, label))
     tables = {}
@@ -255,4 +255,4 @@ def _rows(path: Path, source: Any, image: str, label: str) -> Iterator[tuple[str
                 yield f"row {row} of {path}", file, value
                 row += 1
     except (ArrowException, OSError) as error:
-        raise UserError(f"{path} is no readable Parquet file: {one_line(error, 120)}") from error
+        raise UserError(f"{path} is not a readable Parquet file: {one_line(error, 120)}") from error

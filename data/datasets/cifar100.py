@@ -59,7 +59,7 @@ def _reject_inner_folder(root: Path, folder: Path, files: Iterable[str]) -> None
         at_home = root.absolute().name == folder.name
         parent = quoted(root.absolute().parent)
         remedy = f"name its parent, --data.root {parent}" if at_home else f"move them to {folder}"
-        raise UserError(f"--data.root {root} holds the files of CIFAR-100 itself: {remedy}")
+        raise UserError(f"--data.root {root} is the folder with the files of CIFAR-100: {remedy}")
 
 
 def _unpacked(archive: Path, folder: Path, files: Iterable[str]) -> bool:
@@ -72,7 +72,7 @@ def _unpacked(archive: Path, folder: Path, files: Iterable[str]) -> bool:
     if not archive.is_file():
         return False
     content = _verified(archive, CIFAR100.tgz_md5)
-    say(f"CIFAR-100 is unpacked from {archive}")
+    say(f"unpacking CIFAR-100 from {archive}")
     with tarfile.open(fileobj=BytesIO(content)) as members:
         for name in files:
             inner = members.extractfile(f"{folder.name}/{name}").read()
@@ -85,7 +85,7 @@ def _download(root: Path, folder: Path, missing: list[str], download: bool) -> N
 
     lacking = f"CIFAR-100 is incomplete: {', '.join(missing)} not found in {folder}"
     remedy = (
-        f"put {CIFAR100.filename} into {root} (from {CIFAR100.url}), name the folder that holds it with --data.root, "
+        f"put {CIFAR100.filename} into {root} (from {CIFAR100.url}), name its folder with --data.root, "
         "or train without a download: python train.py --config configs/digits.yaml"
     )
     if not download:

@@ -17,11 +17,11 @@ from data.registry import Parts, register
 @register("folder", about="your own images, ROOT/train/CLASS/*.png or ROOT/CLASS/*.png", options=("root", "image_size"))
 def load(config) -> Parts:
     """Load the splits of the folder."""
-    root = config.require_place("the folder that holds train/CLASS/*.png, or CLASS/*.png")
+    root = config.require_place("the folder with train/CLASS/*.png, or CLASS/*.png")
     parts = load_image_folder(root, config.image_size)
     if parts[1] is None and parts[2] is None:
         say(
-            f"{root} has no splits: {config.test:.0%} of each class are for testing and {config.validation:.0%} "
+            f"{root} has no splits: {config.test:.0%} of each class are used for testing and {config.validation:.0%} "
             f"of the rest for validation, drawn with data.split_seed {config.split_seed}"
         )
     return parts
@@ -32,7 +32,7 @@ def load_image_folder(root: Path, size: int) -> Parts:
     `root` where it has no split.
 
     size: side in pixels; the shorter side is resized to it (bicubic, antialiased), then the centre cropped.
-    `data.image_tree` decides which files count. Raises UserError for a missing train/, fewer than two classes, a class
+    `data.image_tree` defines which files count. Raises UserError for a missing train/, fewer than two classes, a class
     that train/ does not have, or a file that is not a readable image.
     """
     left_out = LeftOut()
@@ -40,7 +40,7 @@ def load_image_folder(root: Path, size: int) -> Parts:
     names = [path.name for path in find_classes(splits["train"], LeftOut())]
     if len(names) < 2:
         left_out.tell()
-        raise UserError(f"{splits['train']} holds {counted(len(names), 'class folder')}: a classifier needs at least 2")
+        raise UserError(f"{splits['train']} has {counted(len(names), 'class folder')}: a classifier needs at least 2")
     labelled = label_files(splits, names, left_out)
     left_out.tell()
     shown = tuple(map(printable, names))

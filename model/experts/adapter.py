@@ -1,4 +1,4 @@
-"""Experts inside a frozen ViT's blocks, beside the FFN: bottleneck adapters of unequal widths."""
+"""Experts inside a frozen ViT's blocks, in parallel to the FFN: bottleneck adapters of unequal widths."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -20,37 +20,39 @@ DROP_PATH = Option(
     "drop_path",
     float,
     0.0,
-    "adapter: share of the training images that a block's experts skip, drawn for each block (stochastic depth, Huang "
-    "2016); the others' weights are divided by the rest.",
+    "adapter: fraction of the training images that skip a block's experts, drawn for each block (stochastic depth, "
+    "Huang 2016); the weights of the other images are scaled up accordingly.",
     share,
 )
 
 ACTIVATIONS = {"gelu": F.gelu, "silu": F.silu, "relu": F.relu}
-ACTIVATION = Option("activation", Literal["gelu", "silu", "relu"], "gelu", "adapter: between down and up.")
+ACTIVATION = Option(
+    "activation", Literal["gelu", "silu", "relu"], "gelu", "adapter: activation between down- and up-projection."
+)
 NORM = Option(
     "norm",
     Literal["ffn", "own"],
     "ffn",
-    "adapter: how the tokens that gate and experts read are normalised; ffn: as for the block's FFN; own: LayerNorm "
-    "without weights, since those of the ViT's norm scale each feature as its own FFN needs it.",
+    "adapter: normalisation of the input of gate and experts. ffn: that of the block's FFN; own: LayerNorm without "
+    "weights, because the weights of the ViT's norm scale each feature for the FFN.",
 )
 
 
 @register(
     "adapter",
-    "down, activation, up, of one hidden layer, which adds nothing at the start (place blocks)",
+    "down-projection, activation, up-projection; outputs zero at the start (place blocks)",
     options=[DROP_PATH, ACTIVATION, NORM],
 )
 class Adapters(ExpertKind, ExpertSet, nn.Module):
-    """E adapters up(activation(down(x))) (Houlsby 2019), beside the FFN as in AdaptFormer (Chen 2022), in two products.
+    """E adapters up(activation(down(x))) (Houlsby 2019), parallel to the FFN as in AdaptFormer (Chen 2022).
 
-    The hidden units of all experts, H in total, stand side by side: down is (H, D), up (D, H). Each unit is multiplied
-    by the weight that the gate gives its expert, which is 0 for an expert that is not chosen, so that one product more
-    mixes the experts. For widths far below the FFN's this costs less than sending tokens to their experts would, and
-    the shapes never change. up is zero at the start, so that training begins at the pretrained ViT exactly.
+    The hidden units of all experts, H in total, are concatenated: down is (H, D), up (D, H). Each unit is multiplied
+    by the gate weight of its expert, which is 0 for an expert that is not chosen, so two matrix products compute and
+    mix all experts. For widths far below that of the FFN this costs less than sending tokens to their experts, and the
+    shapes never change. up is zero at the start, so that training starts exactly from the pretrained ViT.
 
-    Where the experts are spread over processes, each has the rows of down and the columns of up of its experts, and
-    gets a row for each assignment to one of them.
+    If the experts are distributed over processes, each process has the rows of down and the columns of up of its
+    experts, and gets a row for each assignment to one of them.
     """
 
     place = "blocks"
@@ -66,28 +68,28 @@ class Adapters(ExpertKind, ExpertSet, nn.Module):
         self.down = nn.Linear(width, total)
         self.up = nn.Parameter(torch.zeros(width, total))
         self.drop_path, self.activation = config.drop_path, ACTIVATIONS[config.activation]
-        nn.init.normal_(self.down.weight, std=width**-0.5)  # of normalised tokens: hidden units of variance one
+        nn.init.normal_(self.down.weight, std=width**-0.5)  # for normalised tokens: hidden units with variance one
         nn.init.zeros_(self.down.bias)
         self.dropout = nn.Dropout(0.0 if isinstance(config.dropout, list) else config.dropout or 0.0)
         self.here = list(range(len(self.widths)))
         self._count()
 
     def _count(self) -> None:
-        """Note which hidden unit is of which of the experts that are here."""
+        """Store the expert of each hidden unit, for the experts of this process."""
         units = [torch.ones(1, self.widths[expert]) for expert in self.here]
         self.register_buffer("units_EH", torch.block_diag(*units).to(self.up.device), persistent=False)
 
     @classmethod
     def check(cls, config: ExpertsConfig) -> None:
-        """Raise ValueError for sizes that are no single hidden layer."""
+        """Raise ValueError for sizes that are not a single hidden layer."""
         for expert, size in enumerate(config.sizes):
             if len(config.hidden(expert)) != 1:
                 raise ValueError(
-                    f"experts.sizes has {size}: an adapter has one hidden layer, so give each expert a list of one "
+                    f"experts.sizes has {size}: an adapter has one hidden layer, so give each expert a list with one "
                     "width, such as [[16], [32], [64], [128]]"
                 )
         if isinstance(config.dropout, list):
-            raise ValueError("experts.dropout is a list: adapters share one number")
+            raise ValueError("experts.dropout is a list: all adapters use the same number")
 
     def forward(self, x_BTD: Tensor, dense_BTD: Tensor, assignments: Assignments) -> Tensor:
         """dense + sum_e weight_e adapter_e(x), in the number format of x.
@@ -113,7 +115,7 @@ class Adapters(ExpertKind, ExpertSet, nn.Module):
 
     @eagerly
     def _exchanged(self, x_BTD: Tensor, assignments: Assignments) -> Tensor:
-        """The experts' part where they are on several processes, (B, T, D)."""
+        """The output of the experts if they are on several processes, (B, T, D)."""
         x_ND = x_BTD.flatten(0, 1)
         if self.training and self.drop_path:
             kept_B = rand_like(assignments.weight_A.new_empty(len(x_BTD))) >= self.drop_path
@@ -159,22 +161,22 @@ class Adapters(ExpertKind, ExpertSet, nn.Module):
         )
 
     def output_of(self, expert: int, x_ND: Tensor) -> Tensor:
-        """As ExpertKind has it."""
+        """See ExpertKind."""
         units = slice(self.units_of(expert).start, self.units_of(expert).stop)
         return F.linear(self.hidden_of(expert, x_ND), self.up[:, units].to(x_ND.dtype))
 
     def matrices(self) -> list[Matrix]:
-        """As ExpertKind has it; a row of an expert's part is an output channel of it."""
+        """See ExpertKind; a row of an expert's part is one of its output channels."""
         parts = tuple(range(len(self.widths))), tuple(self.widths)
         return [Matrix(self.down, "weight", *parts, dim=0), Matrix(self, "up", *parts, dim=1)]
 
     def units_of(self, expert: int) -> range:
-        """Where the hidden units of one expert are among those of all."""
+        """The position of one expert's hidden units among those of all experts."""
         first = sum(self.widths[:expert])
         return range(first, first + self.widths[expert])
 
     def parameters_of(self, expert: int) -> int:
-        """Weights and biases of one expert."""
+        """Number of weights and biases of one expert."""
         return self.widths[expert] * (self.down.in_features + 1 + self.up.shape[0])
 
     def flops_of(self, expert: int) -> int:

@@ -17,12 +17,12 @@ from .config import ExpertsConfig
 
 
 class ExpertKind:
-    """A kind of experts.
+    """A kind of expert.
 
     place head: one expert behind the frozen ViT, a module built from (in_features, hidden, num_outputs, dropout,
-    columns) as LayeredExpert is, from (B, D) to (B, C) in the number format of its input. place blocks: all experts of
-    one block of the ViT, built from (width, ExpertsConfig, the frozen FFN) and called as Adapters is. static_shapes:
-    whether that call never waits to know how many tokens an expert has, so that a CUDA graph can hold it.
+    columns) like LayeredExpert, from (B, D) to (B, C) in the number format of its input. place blocks: all experts of
+    one block of the ViT, built from (width, ExpertsConfig, the frozen FFN) and called like Adapters. static_shapes:
+    whether that call never waits for the number of tokens of an expert, so that a CUDA graph can capture it.
     """
 
     place = "head"
@@ -34,7 +34,7 @@ class ExpertKind:
 
     @staticmethod
     def silence(expert: nn.Module) -> None:
-        """Let a new expert that is added to a trained mixture put out nothing at first, where it has a last layer."""
+        """Make a new expert that is added to a trained mixture output zero at first, if it has a last layer."""
         if isinstance(expert, LayerStack):
             nn.init.zeros_(expert.linears[-1].weight)
             nn.init.zeros_(expert.linears[-1].bias)
@@ -45,16 +45,16 @@ class ExpertKind:
         return sum(fan_in * fan_out for fan_in, fan_out in pairwise(widths))
 
     def output_of(self, expert: int, x_ND: Tensor) -> Tensor:
-        """place blocks: what one expert makes of tokens (N, D), not weighted.
+        """place blocks: the output of one expert for tokens (N, D), without its gate weight.
 
-        Raises ValueError where a kind does not say it.
+        Raises ValueError if a kind does not define it.
         """
         raise ValueError(f"{type(self).__name__} has no output_of(): its experts cannot be measured one by one")
 
     def matrices(self) -> list[Matrix]:
         """place blocks: the matrices of all experts of the block, which `experts.weights` stores in fewer bits.
 
-        Raises ValueError where a kind does not say them.
+        Raises ValueError if a kind does not define them.
         """
         raise ValueError(f"{type(self).__name__} has no matrices(): set experts.weights float32")
 
@@ -79,7 +79,7 @@ class LayerStack(ExpertKind, nn.Sequential):
 
     @property
     def shape(self) -> tuple[str, ...]:
-        """Equal for experts that can be computed together, whichever features they read."""
+        """Equal for experts that can be computed together, whatever features they read."""
         return str(self[0].out_features), *map(str, list(self)[1:])
 
     def forward(self, x_BD: Tensor) -> Tensor:
@@ -117,14 +117,14 @@ class LayeredExpert(LayerStack, ABC):
 
 @dataclass(frozen=True)
 class Part:
-    """Whose a tensor of the state of all experts is: one expert's, or a slice each, of widths_E along dim."""
+    """The owners of a tensor in the state of all experts: one expert, or one slice each, of widths_E along dim."""
 
     owner: int | None = None
     widths_E: tuple[int, ...] = ()
     dim: int = 0
 
     def of(self, tensor: Tensor, numbers: Sequence[int]) -> Tensor | None:
-        """What these experts have of a tensor of all experts, one after the other (None: nothing)."""
+        """The parts of these experts in a tensor of all experts, concatenated (None: no parts)."""
         if self.owner is not None:
             return tensor if self.owner in numbers else None
         slices = tensor.split(self.widths_E, self.dim)
@@ -132,22 +132,22 @@ class Part:
 
 
 class ExpertSet(ABC):
-    """The routed experts of one place, which may be spread over several processes.
+    """The routed experts of one place, which may be distributed over several processes.
 
-    dispatcher: brings samples to the experts, here or elsewhere.
+    dispatcher: sends samples to the experts, in this process or in others.
     """
 
     dispatcher: Dispatcher = LocalDispatcher()
 
     @abstractmethod
     def parts(self) -> dict[str, Part]:
-        """Whose each tensor of the state is, by its name in this module when all experts are here."""
+        """The owners of each tensor of the state, by its name in this module when all experts are here."""
 
     @abstractmethod
     def keep(self, numbers: Sequence[int]) -> None:
-        """Have only these experts in this process, in ascending order; their names in the state stay as they are.
+        """Keep only these experts in this process, in ascending order; their names in the state do not change.
 
-        The parameters of those that were elsewhere are to be loaded then.
+        Afterwards, load the parameters of experts that were in other processes.
         """
 
 
@@ -155,15 +155,15 @@ class Experts(ExpertSet, nn.ModuleList):
     """The experts of a mixture, and which of them have the same shape.
 
     rank_E, expert_E: each expert's position in an order by shape, and the expert at each position; on the device,
-    because a CUDA graph cannot copy from the host. If experts are spread over processes,
-    indices count those that are here; their names in the state are those of one process.
+    because a CUDA graph cannot copy from the host. If experts are distributed over processes, indices count those of
+    this process; their names in the state are those of a single process.
     """
 
     expert_E: Tensor
     rank_E: Tensor
 
     def __init__(self, experts: Iterable[nn.Module], grown: Sequence[int] = ()):
-        """grown: numbers of experts before each addition; experts go together with those of their own addition."""
+        """grown: numbers of experts before each addition; only experts of the same addition are computed together."""
         super().__init__(experts)
         self.grown = tuple(grown)
         self._elsewhere: dict[int, nn.Module] = {}
@@ -186,7 +186,7 @@ class Experts(ExpertSet, nn.ModuleList):
         known, device = self._known(), self.expert_E.device
         for number, expert in known.items():
             if number not in numbers:
-                _empty(expert, torch.device("meta"))  # which takes no memory
+                _empty(expert, torch.device("meta"))  # takes no memory
             elif number in self._elsewhere:
                 _empty(expert, device)
         self._elsewhere = {number: expert for number, expert in known.items() if number not in numbers}
@@ -197,11 +197,11 @@ class Experts(ExpertSet, nn.ModuleList):
         self._count()
 
     def _generation(self, number: int) -> int:
-        """How many additions to the mixture an expert has seen; bisect_right is nothing that torch.compile knows."""
+        """The generation of an expert: the number of additions before it (torch.compile lacks bisect_right)."""
         return sum(first <= number for first in self.grown)
 
     def _known(self) -> dict[int, nn.Module]:
-        """All experts by number, here or elsewhere."""
+        """All experts by number, in this process or others."""
         return self._elsewhere | {int(number): expert for number, expert in self._modules.items()}
 
     @cached_property
@@ -229,7 +229,7 @@ class Experts(ExpertSet, nn.ModuleList):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def matrices(self, first: int = 0) -> list[Matrix]:
-        """The matrices of all of them. first: the number of the first expert."""
+        """The matrices of all experts. first: the number of the first expert."""
         return [m for index, expert in enumerate(self, start=first) for m in linear_matrices(expert, index)]
 
     def go_together(self, features: int) -> bool:
@@ -241,7 +241,7 @@ class Experts(ExpertSet, nn.ModuleList):
 
 
 def _empty(expert: nn.Module, device: torch.device) -> None:
-    """Give an expert new parameters on a device, of any values."""
+    """Give an expert new, uninitialised parameters on a device."""
     for module in expert.modules():
         for name, old in module.named_parameters(recurse=False):
             setattr(module, name, nn.Parameter(torch.empty_like(old, device=device), old.requires_grad))

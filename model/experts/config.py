@@ -32,17 +32,18 @@ class ExpertsConfig:
     """
 
     place: Literal["head", "blocks"] = "head"
-    """head: behind the frozen ViT, on its stored features; blocks: inside the ViT's blocks, beside the frozen FFN, with
-    a linear head on backbone.features."""
+    """head: behind the frozen ViT, on its stored features; blocks: inside the ViT's blocks, in parallel to the frozen
+    FFN, with a linear head on backbone.features."""
     blocks: Literal["all"] | list[int] = "all"
     """place blocks: the blocks with experts, counted from 0, negative numbers from the end; all: every block that
     backbone.features depend on."""
     add: list[Size] = field(default_factory=list)
-    """With init: new experts, given like sizes and put behind those of the run that init names. They change nothing at
-    the start; the gate opens to them over router.warmup_steps. In a stored configuration: the last of sizes."""
+    """With init: new experts, written like sizes, that are appended to those of the run that init names. At the start
+    they change nothing; the gate opens to them over router.warmup_steps. In a stored configuration: the last of
+    sizes."""
     grown: list[int] = field(default_factory=list)
-    """Numbers of experts before each addition, which experts.add writes; the parts that were there before are computed
-    by themselves, so that what they compute does not change by a bit."""
+    """Set by experts.add: the number of experts before each addition. Older experts are computed separately, so that
+    their results stay the same bit for bit."""
     head: list[Size] = field(default_factory=list)
     """place blocks: sizes of a mixture on backbone.features that replaces the linear head, with the same routing rule
     and as many experts as sizes; none: a linear head."""
@@ -59,13 +60,13 @@ class ExpertsConfig:
     combine: Literal["logits", "probabilities"] = "logits"
     """Mix the experts' logits, or their class probabilities (a mixture distribution, Jacobs 1991)."""
     dispatch: Literal["auto", "sorted", "grouped", "dense"] = "auto"
-    """How experts are computed, with equal results. sorted: one expert after the other; grouped: experts of one shape
-    in one product; dense: every expert on every sample; auto: by size and device."""
+    """How experts are computed, with equal results. sorted: one expert after another; grouped: experts of the same
+    shape in one product; dense: every expert on every sample; auto: by size and device."""
     weights: Format | list[Format] = "float32"
-    """Number format in which the experts' matrices are stored, of all or of each of sizes and then of shared: float32,
-    or in a run of `compress.py --quantise` float16, int8 or fp8, which are not trained any more."""
+    """Number format of the experts' matrices, for all experts, or one for each of sizes and then of shared: float32, or
+    in a run of `compress.py --quantise` float16, int8 or fp8, which are no longer trained."""
     head_weights: Format = "float32"
-    """place blocks: the number format of the linear head, likewise."""
+    """place blocks: the number format of the linear head, in the same way."""
 
     if TYPE_CHECKING:
 
@@ -81,7 +82,7 @@ class ExpertsConfig:
             raise ValueError("experts.sizes is empty: name at least one expert")
         bounds = [0, *self.grown, len(self.sizes)]
         if any(before >= after for before, after in pairwise(bounds)):
-            raise ValueError(f"experts.grown is {self.grown}: it must rise, from 1 to below the number of experts")
+            raise ValueError(f"experts.grown is {self.grown}: it must increase, from 1 to below the number of experts")
         if self.add and (not self.grown or self.sizes[self.grown[-1] :] != self.add):
             raise ValueError("experts.add adds experts to those of a run: name the run with --init")
         if self.place == "head" and EXPERTS[self.kind].place != "head":
@@ -113,7 +114,7 @@ class ExpertsConfig:
             if rate is not None and not 0 <= rate < 1:
                 raise ValueError(f"experts.dropout is {rate}: it must be at least 0 and below 1")
         if self.inputs is not None and self.dispatch == "grouped":
-            raise ValueError("experts.dispatch grouped cannot serve experts.inputs: use auto, sorted or dense")
+            raise ValueError("experts.dispatch grouped does not support experts.inputs: use auto, sorted or dense")
         for groups in self.inputs or []:
             if not groups or len(set(groups)) < len(groups):
                 raise ValueError(
@@ -127,7 +128,7 @@ class ExpertsConfig:
 
     @property
     def generation_bounds(self) -> list[tuple[int, int]]:
-        """The first expert of each generation, those that were added together, and the first behind it."""
+        """The first and the end index of each generation of experts that were added together."""
         return list(pairwise([0, *self.grown, len(self.sizes)]))
 
     @property

@@ -17,15 +17,16 @@ from .config import ExpertsConfig, register
 
 @register(
     "ffn",
-    "a copy of the block's own FFN (sparse upcycling, Komatsuzaki 2022), which starts as the dense ViT (place blocks)",
+    "a copy of the block's own FFN (sparse upcycling, Komatsuzaki 2022), equal to the dense ViT at the start (place "
+    "blocks)",
 )
 class UpcycledFFN(ExpertKind, nn.Module):
     """Sparse upcycling (Komatsuzaki 2022): every expert starts as a copy of the block's FFN, the gate is new.
 
-    The frozen FFN gets the remaining weight: (1 - sum_e g_e) ffn(x) + sum_e g_e expert_e(x). So training starts at the
-    dense ViT for every rule and every drop. If the weights of a token sum to 1, as in the paper, this is its layer. If
-    they carry the gate's confidence (V-MoE, Switch), it avoids dividing by their sum, which would leave the gate
-    without a gradient for one expert per token.
+    The frozen FFN gets the remaining weight: (1 - sum_e g_e) ffn(x) + sum_e g_e expert_e(x). So training starts from
+    the dense ViT with every rule and any drops. If the weights of a token sum to 1, as in the paper, this equals the
+    paper's layer. If they contain the gate's confidence (V-MoE, Switch), it avoids dividing by their sum, which would
+    leave the gate without a gradient for one expert per token.
     """
 
     place = "blocks"
@@ -55,7 +56,9 @@ class UpcycledFFN(ExpertKind, nn.Module):
                 "experts.dropout has no effect on experts.kind ffn, which keeps the ViT's dropout: leave it out"
             )
         if config.norm != "ffn":
-            raise ValueError(f"experts.norm {config.norm} is not for experts.kind ffn, whose copies read what it reads")
+            raise ValueError(
+                f"experts.norm {config.norm} does not work with experts.kind ffn: copies need the FFN's own norm"
+            )
 
     @property
     def static_shapes(self) -> bool:
@@ -79,11 +82,11 @@ class UpcycledFFN(ExpertKind, nn.Module):
         return (mixed_ND + rest_N[:, None] * dense_BTD.flatten(0, 1)).to(dense_BTD.dtype).view_as(dense_BTD)
 
     def output_of(self, expert: int, x_ND: Tensor) -> Tensor:
-        """As ExpertKind has it."""
+        """See ExpertKind."""
         return self.copies[expert](x_ND)
 
     def matrices(self) -> list[Matrix]:
-        """As ExpertKind has it."""
+        """See ExpertKind."""
         return self.copies.matrices()
 
     def _mixed(self, x_ND: Tensor, each: Assignments, dispatch_mode: str) -> Tensor:
@@ -94,7 +97,7 @@ class UpcycledFFN(ExpertKind, nn.Module):
         return self._mixed(x_ND, each, dispatch_mode)
 
     def parameters_of(self, expert: int) -> int:
-        """Weights and biases of one expert."""
+        """Number of weights and biases of one expert."""
         return num_parameters(self.copies[expert])
 
     def flops_of(self, expert: int) -> int:

@@ -11,7 +11,7 @@ from .base import log_gate, register
 
 @register(
     "entropy_global",
-    "Divergence of the mean gate from the target load, log E less its entropy (LIMoE): evens out the mean gate.",
+    "Divergence of the mean gate from the target load, log E minus its entropy (LIMoE): balances the mean gate.",
 )
 def entropy_global(routing: Routing) -> Tensor:
     return global_divergence(routing.gate_logits_BE, routing.gate.target_E)
@@ -20,8 +20,8 @@ def entropy_global(routing: Routing) -> Tensor:
 def global_divergence(logits_BE: Tensor, target_E: Tensor | None = None) -> Tensor:
     """Divergence, in nats, of the mean gate from the target load; 0 at perfect balance.
 
-    For an even target log E less the entropy of the mean gate, which LIMoE (Mustafa 2022) maximises. logits_BE: clean
-    logits at the gate's temperature.
+    For an even target this is log E minus the entropy of the mean gate, which LIMoE (Mustafa 2022) maximises.
+    logits_BE: clean logits at the gate's temperature.
     """
     log_mean_E = log_gate(logits_BE).logsumexp(dim=0) - math.log(len(logits_BE))
     target_E = torch.full_like(log_mean_E, 1 / len(log_mean_E)) if target_E is None else target_E

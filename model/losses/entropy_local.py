@@ -8,7 +8,7 @@ from .base import log_gate, register
 
 @register(
     "entropy_local",
-    "Mean entropy of each sample's gate (LIMoE, Mustafa 2022): makes the gate certain. It does not measure balance.",
+    "Mean entropy of each sample's gate (LIMoE, Mustafa 2022): makes the gate more certain; does not measure balance.",
 )
 def entropy_local(routing: Routing) -> Tensor:
     return local_entropy(routing.gate_logits_BE)

@@ -13,8 +13,8 @@ from .base import register, squared_cv
 def importance_loss(routing: Routing) -> Tensor:
     """CV^2 of the importance summed over the batch (Shazeer 2017, eq. 6-7); 0 at perfect balance.
 
-    V-MoE's importance is the sum of the clean gates over all experts (Riquelme 2021, appendix A), Shazeer's the sum of
-    the weights.
+    In V-MoE importance is the sum of the noise-free gates over all experts (Riquelme 2021, appendix A); in Shazeer 2017
+    it is the sum of the weights.
     """
     gate = routing.gate
     importance_E = routing.importance_E if gate.importance_BE is None else gate.importance_BE.sum(dim=0)

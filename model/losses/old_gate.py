@@ -12,7 +12,7 @@ from .base import log_gate, register
 def _gate(rule: type[Router], config: RouterConfig) -> str | None:
     if rule.learns and not rule.reads_tokens:
         return None
-    return f"balance.old_gate compares gates, and router.kind {config.kind} has none that learns: set it to 0"
+    return f"balance.old_gate needs a trainable gate, which router.kind {config.kind} does not have: set it to 0"
 
 
 @register(
@@ -26,12 +26,12 @@ def _gate(rule: type[Router], config: RouterConfig) -> str | None:
 def old_gate_distance(routing: Routing) -> Tensor:
     """Mean over samples of the Kullback-Leibler divergence of the gate from the old one (Hinton 2015, Li 2016).
 
-    sum_e p_e log(p_e / q_e), p the old gate and q the gate over the experts that the old one has, both at the gate's
+    sum_e p_e log(p_e / q_e), where p is the old gate and q the new gate over the old experts, both at the gate's
     temperature; 0 while they are equal. Raises InputError for a Routing without an old gate.
     """
     old_BE = routing.gate.old_BE
     if old_BE is None:
-        raise InputError("balance.old_gate needs the gate to compare with: call hold_old_gates on the trained model")
+        raise InputError("balance.old_gate needs an old gate to compare with: call hold_old_gates on the trained model")
     return gate_divergence(old_BE, routing.gate_logits_BE[:, : old_BE.shape[1]])
 
 

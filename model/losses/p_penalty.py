@@ -15,7 +15,7 @@ def _floor(router: Router) -> float:
 @register(
     "p_penalty",
     "Parameter penalty of HMoE (Wang 2024): the switch loss with each expert's load weighted by its cost, which "
-    "evens out the work and prefers small experts. It ignores router.target_load.",
+    "balances the work and prefers small experts. It ignores router.target_load.",
     floor=_floor,
 )
 def p_penalty(routing: Routing) -> Tensor:

@@ -1,4 +1,4 @@
-"""Routers: which expert processes which sample, with what weight. Each rule is one file that registers itself."""
+"""Routers assign samples to experts, with weights. Each rule is one file that registers itself."""
 
 from collections.abc import Sequence
 

@@ -86,7 +86,7 @@ class Router(nn.Module, ABC):
             config.target_shares([1.0] * num_experts)
         if not cls.token_choice and config.bias_rate:
             raise ValueError(
-                f"router.bias_rate is for rules that choose k experts per sample, not {config.kind}: set 0"
+                f"router.bias_rate is for rules that choose k experts per sample, not {config.kind}: set it to 0"
             )
         if not cls.token_choice and config.overflow != "drop":
             raise ValueError(f"router.kind {config.kind} has no dropped choices to replace: set router.overflow drop")
@@ -110,25 +110,24 @@ class Router(nn.Module, ABC):
         self.gate = nn.Linear(width, self.num_experts)
 
     def entries_of(self, experts: Sequence[int], size: int) -> list[int]:
-        """Where the entries of some experts are, along an axis of a state tensor that has `size` of them for all."""
+        """The positions of some experts' entries along an axis of a state tensor with `size` entries in total."""
         each = size // self.num_experts
         return [expert * each + entry for expert in experts for entry in range(each)]
 
     def grow(self, grown: Sequence[int], config: RouterConfig) -> None:
-        """Let the last experts be ones that were added to a trained gate. grown: the number before each addition.
+        """Mark the last experts as added to a trained gate. grown: the number of experts before each addition.
 
-        Raises ValueError for a rule under which new experts cannot leave the function as it was.
+        Raises ValueError for a rule in which new experts would change the function.
         """
         if not self.grows:
             raise ValueError(
-                f"router.kind {config.kind} cannot take new experts without changing what the others do: leave out "
-                "experts.add"
+                f"router.kind {config.kind} cannot get new experts without changing the others: leave out experts.add"
             )
         self.grown, self.opening_steps = tuple(grown), max(1, config.warmup_steps)
         self.register_buffer("margin_E", torch.zeros(self.num_experts))
 
     def close_to(self, new_E: Tensor, old_E: Tensor) -> None:
-        """Start the gate of new experts: never chosen, of no weight. new_E, old_E: their indices, and the others'."""
+        """Initialise the gate of new experts: never chosen, weight 0. new_E, old_E: new and old expert indices."""
 
     @property
     def experts_per_sample(self) -> float:
@@ -149,8 +148,8 @@ class Router(nn.Module, ABC):
 
 
 CLOSED, OPENING = 1e4, 10.0
-"""How far below the others the logits of new experts are: at the start, where softmax makes of it a weight of exactly
-0, and from the first step on."""
+"""How far the logits of new experts are below the others: at the start, where softmax gives a weight of exactly 0, and
+from the first step on."""
 
 
 class GatedRouter(Router):
@@ -181,7 +180,7 @@ class GatedRouter(Router):
             return replace(routing, gate=replace(routing.gate, old_BE=self.old(x_BD)))
 
     def clean_logits(self, x_BD: Tensor) -> Tensor:
-        """Logits (B, E) of float32 features without noise, at the gate's temperature, of what is open."""
+        """Logits (B, E) of float32 features without noise, at the gate's temperature, as far as the gate is open."""
         logits_BE, _ = self._logits(self.trunk(x_BD), noisy=False)
         return self._tempered(logits_BE - self.margin_E if self.grown else logits_BE)
 
@@ -193,7 +192,7 @@ class GatedRouter(Router):
         return self._gate_logits(hidden_BH), None
 
     def _gate_logits(self, hidden_BH: Tensor) -> Tensor:
-        """The gate's product, of each addition by itself: what the others compute does not change by a bit."""
+        """The gate's matrix product, separately for each addition, so that older logits stay the same bit for bit."""
         if not self.grown:
             return self.gate(hidden_BH)
         sizes = [last - first for first, last in pairwise([0, *self.grown, self.num_experts])]
@@ -202,9 +201,10 @@ class GatedRouter(Router):
 
     @torch.no_grad()
     def close_to(self, new_E: Tensor, old_E: Tensor) -> None:
-        """As Router: gate columns of zeros, CLOSED below all others.
+        """See Router: gate columns of zeros, with logits CLOSED below all others.
 
-        After the first step they are OPENING below, and then rise in equal steps to nothing over router.warmup_steps.
+        After the first step they are OPENING below, and this offset then goes to zero linearly over
+        router.warmup_steps.
         """
         self.gate.weight[new_E] = 0
         self.gate.bias[new_E] = 0
@@ -212,7 +212,7 @@ class GatedRouter(Router):
 
     @torch.no_grad()
     def after_step(self, routing: Routing) -> None:
-        """Open the gate a little to experts that were added."""
+        """Open the gate one step further to added experts."""
         if self.grown and routing.learned:
             self.margin_E.clamp_(max=OPENING).sub_(OPENING / self.opening_steps).clamp_(min=0)
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 
 def exact(number: float) -> Fraction:
-    """The exact fraction that a number spells: 0.1 is one tenth, so that no rounding error changes a capacity."""
+    """The exact decimal fraction of a number: 0.1 is one tenth, so that no rounding error changes a capacity."""
     return Fraction(str(number))
 
 
@@ -32,7 +32,7 @@ def place(
 
     expert_BR: each sample's experts in order of preference. wanted_BK: which of the first k it requests. A sample whose
     choice was full continues from round k on with the rest of its row (none for R = k) until it has as many experts as
-    it requested; spare_BS: which of them it may get (None: all). priority_B: larger values come first within a round
+    it requested; spare_BS: which of them are allowed (None: all). priority_B: larger values come first within a round
     (None: the order of the batch). Returns placed_BR: which of expert_BR the sample got.
     """
     rounds, k = expert_BR.shape[1], wanted_BK.shape[1]

@@ -48,8 +48,8 @@ class RouterConfig:
     temperature: float = 1.0
     """Divides the logits before their softmax (deepseek: before the score); above 1 makes weights more even."""
     warmup_steps: int = 500
-    """Training steps with random routing at the start, so that every expert gets samples; not used by rules without
-    that problem, such as hash and soft_moe."""
+    """Training steps with random routing at the start, so that every expert gets samples; rules that do not need this,
+    such as hash and soft_moe, ignore it."""
     bias_rate: float | None = None
     """Loss-free balancing: step size of a bias that affects the choice of experts but not their weights; it moves
     the load towards target_load. null: 0.001 for deepseek, 0 (off) for other rules that choose k experts per sample."""
@@ -104,7 +104,7 @@ class RouterConfig:
 
     @property
     def idle(self) -> list[str]:
-        """A line for each option without effect: options of other rules, or of capacities that are not set."""
+        """One line for each option without effect: options of other rules, or of capacities that are not set."""
         defaults = {option.name: option.default for option in fields(self)}
         found = []
         if self.capacity_order == "priority" and (self.capacity_factor is None or not ROUTERS[self.kind].token_choice):

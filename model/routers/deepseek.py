@@ -13,7 +13,7 @@ SCORES = Option(
     "scores",
     Literal["sigmoid", "softmax"],
     "sigmoid",
-    "deepseek: sigmoid, with weights divided by their sum (V3), or softmax over all experts, without that.",
+    "deepseek: sigmoid, with weights divided by their sum (V3), or softmax over all experts, without this division.",
 )
 
 
@@ -26,8 +26,8 @@ class DeepSeekRouter(TokenChoiceRouter):
     """DeepSeekMoE's gate without auxiliary loss: top-k of score + bias, weighted by the score only.
 
     sigmoid (DeepSeek-V3, DeepSeek-AI 2024, eq. 13-16): weights are the chosen scores over their sum; for k = 1 the
-    score itself, or the gate would get no gradient. softmax (DeepSeekMoE, Dai 2024): the scores themselves. Its
-    shared experts are `experts.shared`.
+    score itself, because the gate would get no gradient otherwise. softmax (DeepSeekMoE, Dai 2024): the scores
+    themselves. Its shared experts are `experts.shared`.
     """
 
     default_bias_rate = 1e-3
@@ -38,7 +38,7 @@ class DeepSeekRouter(TokenChoiceRouter):
         self.sigmoid = config.scores == "sigmoid"
 
     def _scores(self, logits_BE: Tensor, sigma_BE: Tensor | None) -> tuple[Tensor, None]:
-        """Logarithms of the scores, in the same order: a score underflows to 0, and is 1 from logits of 17 on."""
+        """Logarithms of the scores, in the same order; the scores underflow to 0 and round to 1 for logits above 17."""
         logits_BE = logits_BE / self.temperature
         return (F.logsigmoid(logits_BE) if self.sigmoid else logits_BE.log_softmax(dim=-1)), None
 

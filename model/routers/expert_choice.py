@@ -18,13 +18,14 @@ class ExpertChoiceRouter(GatedRouter):
     """Expert choice (Zhou 2022, "Mixture-of-experts with expert choice routing", eq. 1-2).
 
     The gate is a softmax over the experts; expert i takes the C_i = ceil(B c t_i) samples of a batch with its largest
-    gates, which are their weights. c is capacity_factor (null: top_k), the mean number of experts per sample; t the
-    target load, even by default, so the load is balanced without a loss.
+    gate values, which are their weights. c is capacity_factor (null: top_k), the mean number of experts per sample; t
+    the target load, even by default, so the load is balanced without a loss.
 
     So **training depends on the batch**: the number of a sample's experts, which may be 0, depends on the other
     samples. Evaluation does not: an expert takes every sample whose gate reaches threshold_E, the running mean
-    (momentum 0.1, as in BatchNorm) of the smallest gate it took in training; a sample that no expert takes goes to the
-    expert with its largest gate. Random warm-up draws top_k experts per sample and does not change thresholds.
+    (momentum 0.1, as in BatchNorm) of the smallest gate value it took in training; a sample that no expert takes goes
+    to the expert with its largest gate value. Random warm-up draws top_k experts per sample and does not change
+    thresholds.
     """
 
     token_choice = False
@@ -35,12 +36,12 @@ class ExpertChoiceRouter(GatedRouter):
     def _build_gate(self, width: int, config: RouterConfig) -> None:
         super()._build_gate(width, config)
         self.per_sample = float(config.top_k if config.capacity_factor is None else config.capacity_factor)
-        # Below every gate: before training all experts take all samples.
+        # Below every gate value: before training, all experts take all samples.
         self.register_buffer("threshold_E", torch.zeros(self.num_experts))
 
     @torch.no_grad()
     def close_to(self, new_E: Tensor, old_E: Tensor) -> None:
-        """As GatedRouter; no gate reaches a threshold of 1, from where it falls while new experts take samples."""
+        """See GatedRouter; no gate value reaches a threshold of 1, which falls as new experts take samples."""
         super().close_to(new_E, old_E)
         self.threshold_E[new_E] = 1.0
 
@@ -71,7 +72,7 @@ class ExpertChoiceRouter(GatedRouter):
 
     def _take_best(self, logits_BE: Tensor, gate_BE: Tensor) -> Routing:
         batch, before = len(gate_BE), rows_before(len(gate_BE))
-        whole_BE = gathered(gate_BE)  # of the batch that all processes hold together
+        whole_BE = gathered(gate_BE)  # of the whole batch of all processes
         places = expert_capacity(len(whole_BE), exact(self.per_sample), self.shares)
         value_PE, sample_PE = whole_BE.topk(max(places), dim=0)
         columns = range(self.num_experts)
@@ -83,7 +84,7 @@ class ExpertChoiceRouter(GatedRouter):
             self.threshold_E.lerp_(smallest_E, self.momentum)
             unseen_B = torch.ones(len(whole_BE), dtype=torch.int64, device=sample_A.device).index_fill(0, sample_A, 0)
             unseen_B = own_rows(unseen_B)
-        if batch < len(whole_BE):  # the experts of a process see its own samples, in a number that varies
+        if batch < len(whole_BE):  # a varying number of the selected samples belongs to this process
             own_A = (sample_A >= before) & (sample_A < before + batch)
             sample_A, expert_A, weight_A = sample_A[own_A] - before, expert_A[own_A], weight_A[own_A]
         taken = Assignments.listed(sample_A, expert_A, weight_A, (batch, self.num_experts))

@@ -33,7 +33,7 @@ class HashRouter(TokenChoiceRouter):
         self.scale = Standardise(self.num_experts, affine=False, by_running=True)
 
     def forward(self, x_BD: Tensor, warmup: bool = False, allowed_E: Tensor | None = None) -> Routing:
-        """As `Router.forward`, with the hash in warm-up too."""
+        """See `Router.forward`; the hash is also used in warm-up."""
         return super().forward(x_BD, warmup=False, allowed_E=allowed_E)
 
     @torch.no_grad()

@@ -24,7 +24,7 @@ GROUPS = (
 
 @register("hierarchical", "a group of experts, then experts in it (Shazeer 2017)", options=GROUPS)
 class HierarchicalRouter(LearnedNoiseRouter):
-    """A noisy gate chooses groups, and one for each group chooses experts in it (Shazeer 2017, appendix B).
+    """A noisy gate chooses groups, and another gate per group chooses experts in it (Shazeer 2017, appendix B).
 
     The experts form `groups` groups of equal size; a sample goes to `top_groups` groups, and to top_k / top_groups
     experts of each. An expert's weight is the product of the two gates (Jordan and Jacobs 1994), each a softmax over
@@ -58,7 +58,7 @@ class HierarchicalRouter(LearnedNoiseRouter):
 
     @classmethod
     def only_scales(cls, config: RouterConfig, num_experts: int) -> str | None:
-        """As for every rule; also if a sample goes to one of several groups, whose gate is a factor of every weight."""
+        """See Router; also if a sample goes to one of several groups, whose gate is a factor of every weight."""
         single = "router.top_groups 1" if config.top_groups == 1 < config.groups else None
         return super().only_scales(config, num_experts) or single
 
@@ -72,7 +72,7 @@ class HierarchicalRouter(LearnedNoiseRouter):
         return self.groups + self.num_experts
 
     def entries_of(self, experts: Sequence[int], size: int) -> list[int]:
-        """As for every rule; of the gate's outputs those of the groups that the experts form, then their own."""
+        """See Router; first the gate outputs for the groups of the experts, then those for the experts."""
         if size != self._outputs:
             return super().entries_of(experts, size)
         members = self.num_experts // self.groups
@@ -103,7 +103,7 @@ class HierarchicalRouter(LearnedNoiseRouter):
     def _scores(self, logits_BE: Tensor, sigma_BE: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if sigma_BE is None:
             return logits_BE, None
-        levels, sigmas = self._levels(logits_BE), self._split(sigma_BE)  # of the groups and of the experts
+        levels, sigmas = self._levels(logits_BE), self._split(sigma_BE)  # for the groups and for the experts
         noisy = [clean + randn_like(clean) * sigma for clean, sigma in zip(levels, sigmas, strict=True)]
         load_BG, load_BGM = (
             load_probability(clean + shift, drawn + shift, sigma, top_k)
@@ -116,8 +116,9 @@ class HierarchicalRouter(LearnedNoiseRouter):
     def _shifts(self, logits_BE: Tensor) -> tuple[Tensor | float, Tensor | float]:
         """The bias of the logits of the groups and of the experts.
 
-        A group rises by what the bias adds to the sum of its clean gates. Without the noise of its experts, whose
-        chances to be chosen are then independent of their group's: the load estimate is the product of the two.
+        The score of a group increases by the amount that the bias adds to the sum of its noise-free gates. The noise of
+        its experts is not used, so that their probability of being chosen is independent of that of their group, and
+        the load estimate is the product of the two.
         """
         if not self.bias_rate:
             return 0.0, 0.0

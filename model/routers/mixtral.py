@@ -12,7 +12,7 @@ class MixtralRouter(TokenChoiceRouter):
     def check(cls, config: RouterConfig, num_experts: int) -> None:
         if config.top_k == 1 < num_experts:
             raise ValueError(
-                "router.kind mixtral with router.top_k 1 weights every choice 1 and gives the gate no gradient: "
+                "router.kind mixtral with router.top_k 1 gives every choice weight 1 and the gate no gradient: "
                 "set router.top_k 2, or router.kind switch"
             )
         super().check(config, num_experts)

@@ -1,4 +1,4 @@
-"""Noise on the logits: learned, with the load estimate that it gives, and of fixed size."""
+"""Noise on the logits: learned noise with its load estimate, and noise of fixed size."""
 
 import torch
 from torch import Tensor, nn
@@ -12,17 +12,17 @@ NOISE_STD = Option(
     "noise_std",
     float | None,
     None,
-    "article: standard deviation of the noise as a share of the spread of the sample's own logits (null: 0.5); vmoe: "
-    "standard deviation of the noise on the logits (null: one over the number of experts).",
+    "article: standard deviation of the noise relative to that of the sample's own logits (null: 0.5); vmoe: standard "
+    "deviation of the noise on the logits (null: one over the number of experts).",
     zero_or_moderate,
 )
-"""Of rules whose noise has a fixed size, each in its own unit."""
+"""For rules whose noise has a fixed size, each in its own unit."""
 
 
 class LearnedNoiseRouter(TokenChoiceRouter):
     """A gate whose noise has a learned standard deviation, softplus(x W_noise) (Shazeer 2017, eq. 4).
 
-    Both matrices start at zero, so that the first choices are even (ibid., appendix A).
+    Both matrices start at zero, so that the first choices are balanced (ibid., appendix A).
     """
 
     has_load = True
@@ -36,7 +36,7 @@ class LearnedNoiseRouter(TokenChoiceRouter):
 
     @torch.no_grad()
     def close_to(self, new_E: Tensor, old_E: Tensor) -> None:
-        """As GatedRouter; the noise starts as that of any new gate."""
+        """See GatedRouter; the noise starts as in any new gate."""
         super().close_to(new_E, old_E)
         self.noise.weight[new_E] = 0
 
@@ -47,7 +47,7 @@ class LearnedNoiseRouter(TokenChoiceRouter):
     def _logits(self, hidden_BH: Tensor, noisy: bool) -> tuple[Tensor, Tensor | None]:
         if not noisy:
             return self._gate_logits(hidden_BH), None
-        # As one product the two read the features once.
+        # In one product, both read the features only once.
         weight = torch.cat([self.gate.weight, self.noise.weight])
         bias = torch.cat([self.gate.bias, torch.zeros_like(self.gate.bias)])
         logits, noise = F.linear(hidden_BH, weight, bias).chunk(2, dim=1)
@@ -58,8 +58,8 @@ def load_probability(clean_BE: Tensor, noisy_BE: Tensor, sigma_BE: Tensor, top_k
     """P(x, i): the probability that expert i is among the top k if its own noise is drawn again.
 
     Shazeer 2017, eq. 8-9: Phi((clean_i - threshold_i) / sigma_i), with threshold_i the k-th largest noisy
-    logit of the others: the (k+1)-th of all where i is kept, else the k-th. The expectation over the noise
-    of the sum over experts is k. Returns (B, E); ones where k = E.
+        logit of the others: the (k+1)-th of all if i is kept, else the k-th. The expectation over the noise
+    of the sum over experts is k. Returns (B, E); ones if k = E.
     """
     num_experts = noisy_BE.shape[-1]
     if top_k == num_experts:

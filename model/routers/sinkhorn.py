@@ -14,7 +14,7 @@ ITERATIONS = Option(
     "sinkhorn_iterations",
     int,
     16,
-    "sinkhorn: rounds of normalisation in a training step; logits of a wider spread need more.",
+    "sinkhorn: number of normalisation iterations in a training step; logits with a wider spread need more.",
     count,
 )
 
@@ -29,15 +29,15 @@ class SinkhornRouter(SoftmaxFirstRouter):
 
     In training the choice is the top-k of the transport plan between the samples of the batch and the experts: the
     matrix of exp(logits at the temperature), its rows and columns scaled in turn until each sample has the same mass
-    and each expert its target load. Scaling a row changes no choice in it, so the plan ranks as logits + the
-    logarithms of the columns' scales, `column_scales`. Weights come from the gate alone, as in Megatron-LM: its
+    and each expert its target load. Scaling a row changes no choice in it, so the plan gives the same order as logits +
+    the logarithms of the columns' scales, `column_scales`. Weights come only from the gate, as in Megatron-LM: its
     sigmoid for k = 1, else its softmax over all experts.
 
-    What is even is the plan. For k = 1, as in the papers, the loads are about even too, without an auxiliary loss. For
-    more they need not be: an expert that is everybody's second choice keeps that place.
+    The plan is balanced. For k = 1, as in the papers, the loads are also approximately even, without an auxiliary loss.
+    For larger k they need not be: an expert that is the second choice of every sample stays the second choice.
 
     So **training depends on the batch**, evaluation does not: it is plain top-k of the logits. A batch with fewer
-    choices than there are experts is routed that way too.
+    choices than experts is also routed that way.
     """
 
     paper: ClassVar = {"balance.switch": 0.0}
@@ -61,10 +61,11 @@ class SinkhornRouter(SoftmaxFirstRouter):
 
 @torch.no_grad()
 def column_scales(logits_BE: Tensor, target_E: Tensor, iterations: int) -> Tensor:
-    """Logarithms (E,) of what scales the columns of exp(logits) so that they sum to the target, and the rows to 1 / B.
+    """Logarithms (E,) of the scales of the columns of exp(logits) for which columns sum to the target and rows to 1 /
+    B.
 
-    Sinkhorn's algorithm (Sinkhorn and Knopp 1967) in logarithms. target_E: sums to 1. Returns 0 for an expert that
-    nobody may choose.
+    Sinkhorn's algorithm (Sinkhorn and Knopp 1967) in logarithms. target_E: sums to 1. Returns 0 for an expert that no
+    sample may choose.
     """
     log_target_E, scale_E = target_E.log(), torch.zeros_like(target_E)
     for _ in range(iterations):

@@ -21,11 +21,11 @@ class SoftMoERouter(Router):
     Tokens (B, T, D) have logits with P = E * slots learned vectors, both of unit length, times a learned scale.
     Their softmax over the tokens (dispatch) mixes the tokens into P slots, which the experts read; their softmax over
     the slots (combine) mixes the slots' outputs back into T tokens, whose mean is the sample's output. The mean
-    over the tokens comes out the same when it is taken of the combine weights, so a slot is one assignment: it reads
-    its row of rows_AD and weighs the mean of its combine weights, and the weights of a sample sum to 1.
+    over the tokens can equally be taken over the combine weights, so a slot is one assignment: it reads its row of
+    rows_AD, its weight is the mean of its combine weights, and the weights of a sample sum to 1.
 
-    Every expert sees every sample, so none can starve: `warmup` changes nothing. logits_BE are the logarithms of the
-    weights that the experts have, which their softmax gives back.
+    Every expert processes every sample, so `warmup` changes nothing. logits_BE are the logarithms of the experts'
+    weights, so that their softmax equals the weights.
     """
 
     token_choice = False
@@ -51,7 +51,9 @@ class SoftMoERouter(Router):
         return float(self.num_experts * self.slots)
 
     def mixing(self, tokens_BTD: Tensor, allowed_E: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Dispatch weights (B, T, P), which sum to 1 over the tokens, and combine weights, which do over the slots."""
+        """Dispatch weights (B, T, P), which sum to 1 over the tokens, and combine weights, which sum to 1 over the
+        slots.
+        """
         slots_DP = self.scale * F.normalize(self.slots_DP, dim=0)
         logits_BTP = F.normalize(tokens_BTD, dim=-1) @ slots_DP / self.temperature
         combine_BTP = logits_BTP

@@ -13,16 +13,16 @@ JITTER = Option(
     "jitter",
     float,
     0.01,
-    "switch: while training, each input of the gate is multiplied by a number drawn from 1 - jitter to 1 + jitter.",
+    "switch: in training, each input of the gate is multiplied by a random number from 1 - jitter to 1 + jitter.",
     share,
 )
 
 
-@register("switch", "the best expert alone, jittered input (Fedus 2021)", options=[JITTER])
+@register("switch", "only the best expert, jittered input (Fedus 2021)", options=[JITTER])
 class SwitchRouter(SoftmaxFirstRouter):
-    """Switch Transformers (Fedus 2021): the best expert alone, weighted by its probability (eq. 1-2).
+    """Switch Transformers (Fedus 2021): only the best expert, weighted by its probability (eq. 1-2).
 
-    At training time each input of the gate is multiplied by a number drawn evenly from 1 - jitter to 1 + jitter.
+    In training each input of the gate is multiplied by a uniform random number from 1 - jitter to 1 + jitter.
     """
 
     only_top_k = 1

@@ -1,4 +1,4 @@
-"""What the rules share in which each sample chooses its experts: ranking, loss-free bias, capacities."""
+"""Common base of rules in which each sample chooses its experts: ranking, loss-free bias, capacities."""
 
 import math
 
@@ -14,14 +14,14 @@ from .config import RouterConfig
 
 
 class TokenChoiceRouter(GatedRouter):
-    """Top-k of scores, a loss-free bias on the choice, capacities while training.
+    """Top-k of scores, a loss-free bias on the choice, capacities in training.
 
-    A rule says what is ranked (`_scores`) and what a chosen expert weighs (`_weights`); the rest is here:
+    A rule defines the scores for ranking (`_scores`) and the weights of chosen experts (`_weights`); the rest is here:
 
-    - bias_E (Wang 2024, "Auxiliary-loss-free load balancing"; DeepSeek-V3, eq. 16) is added to what is ranked and
-      never enters a weight. `after_step` moves it by bias_rate towards the target load. It is saved with the
+    - bias_E (Wang 2024, "Auxiliary-loss-free load balancing"; DeepSeek-V3, eq. 16) is added to the scores for ranking
+      and never changes a weight. `after_step` moves it by bias_rate towards the target load. It is saved with the
       model, and in a moving average of the weights it is averaged with the gate that it belongs to.
-    - Where capacity_factor is set, experts take no more samples than that in a training step.
+    - If capacity_factor is set, it limits the number of samples per expert in a training step.
     """
 
     default_bias_rate = 0.0
@@ -54,8 +54,8 @@ class TokenChoiceRouter(GatedRouter):
     def _weights(self, scores_BE: Tensor, expert_BK: Tensor, placed_BK: Tensor | None = None) -> Tensor:
         """Weights of the chosen experts, here their softmax; placed_BK leaves out dropped ones.
 
-        For one expert per sample the softmax over all experts, or the gate would get no gradient. For more, the softmax
-        over all experts, renormalised over the chosen ones, is the same.
+        For one expert per sample this is the softmax over all experts, because the gate would get no gradient
+        otherwise. For more, it equals the softmax over all experts, renormalised over the chosen ones.
         """
         scores_BE = scores_BE / self.temperature
         if self.top_k == 1:
@@ -66,7 +66,7 @@ class TokenChoiceRouter(GatedRouter):
         """The biased scores, with excluded experts last."""
         if not self.bias_rate:
             return scores_BE
-        # An excluded expert's score is finite under some rules, and the bias could lift it over the others.
+        # An excluded expert's score is finite under some rules, and the bias could raise it above the others.
         return self._biased(scores_BE, logits_BE).masked_fill(logits_BE == -math.inf, -math.inf)
 
     def _wanted(self, weight_BK: Tensor) -> Tensor | None:
@@ -94,7 +94,7 @@ class TokenChoiceRouter(GatedRouter):
         """The assignments that are kept under the capacities."""
         assert self.capacity_factor is not None
         batch, k = expert_BK.shape
-        whole = whole_size(batch)  # the places are those of the batch that all processes hold together
+        whole = whole_size(batch)  # slots are counted over the whole batch of all processes
         wanted_BK = torch.ones_like(expert_BK, dtype=torch.bool) if wanted_BK is None else wanted_BK
         places = expert_capacity(whole, self.top_k * exact(self.capacity_factor), self.shares)
         capacity_E = torch.tensor(places, device=expert_BK.device)
@@ -104,7 +104,7 @@ class TokenChoiceRouter(GatedRouter):
             priority_B = self._tempered(logits_BE.detach()).softmax(dim=-1).amax(dim=-1)
         expert_BR, weight_BR, spare_BS = expert_BK, weight_BK, None
         if self.overflow == "next_best":
-            # In order of preference, all experts that the sample did not request, dropped choices included.
+            # In order of preference, all experts that the sample did not request, including dropped choices.
             order_BE = ranked_BE.argsort(dim=-1, descending=True, stable=True)
             expert_BR = torch.cat([expert_BK, order_BE], dim=-1)
             spare_BS = ~torch.zeros_like(ranked_BE, dtype=torch.bool).scatter(1, expert_BK, wanted_BK).gather(
@@ -128,14 +128,14 @@ class TokenChoiceRouter(GatedRouter):
             sample_A, expert_BR[sample_A, rank_A], weight_BR[sample_A, rank_A], (batch, self.num_experts)
         )
         importance_BE = self._importance(logits_BE)
-        if importance_BE is None:  # of all choices, dropped ones included
+        if importance_BE is None:  # of all choices, including dropped ones
             importance_BE = torch.zeros_like(logits_BE).scatter(1, expert_BK, weight_BK * wanted_BK)
         drops = Drops(wanted_BK.sum() - placed_BR.sum(), demand_E, residual_B)
         return Routing(assignments, self._gate(logits_BE, load_BE, importance_BE), drops)
 
     @torch.no_grad()
     def close_to(self, new_E: Tensor, old_E: Tensor) -> None:
-        """As GatedRouter; the bias on the choice starts as the smallest, so that it lifts none over another."""
+        """See GatedRouter; the bias of new experts starts at the smallest one, so that it favours none of them."""
         super().close_to(new_E, old_E)
         if self.bias_rate:
             self.bias_E[new_E] = self.bias_E[old_E].min()
@@ -150,14 +150,14 @@ class TokenChoiceRouter(GatedRouter):
 
 
 class SoftmaxFirstRouter(TokenChoiceRouter):
-    """A rule whose weights are the softmax over all experts, without renormalising over the chosen ones."""
+    """A rule whose weights are the softmax over all experts, not renormalised over the chosen ones."""
 
     def _weights(self, scores_BE: Tensor, expert_BK: Tensor, placed_BK: Tensor | None = None) -> Tensor:
         return (scores_BE / self.temperature).softmax(dim=-1).gather(-1, expert_BK)
 
 
 def renormalised(chosen_BK: Tensor, placed_BK: Tensor | None) -> Tensor:
-    """exp(chosen) over their sum for each sample; placed_BK leaves out dropped ones (None: none is dropped)."""
+    """exp(chosen) divided by their sum per sample; placed_BK leaves out dropped choices (None: none are dropped)."""
     if placed_BK is not None:
         chosen_BK = chosen_BK.masked_fill(~placed_BK, torch.finfo(chosen_BK.dtype).min)
     return chosen_BK.softmax(dim=-1)

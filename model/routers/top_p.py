@@ -1,4 +1,4 @@
-"""Top-p routing: as many experts as a sample needs."""
+"""Top-p routing: more experts for harder samples."""
 
 from typing import ClassVar
 
@@ -25,8 +25,8 @@ class TopPRouter(SoftmaxFirstRouter):
 
     A sample gets experts in order of their probability until these sum to p or more, each weighted by its probability:
     one if the gate is certain, up to all if it is not. The paper adds the entropy of each sample's gate to the loss,
-    times 1e-4 (`balance.entropy_local`), or the gate would learn to be uncertain and use all experts, and Switch's
-    loss, times 0.01.
+    with weight 1e-4 (`balance.entropy_local`), because otherwise the gate would learn to be uncertain and use all
+    experts, and the loss of Switch Transformers, with weight 0.01.
 
     top_k is the number of experts in random warm-up, and the mean number for capacities. mean_experts, saved with the
     model, is the running mean of the number of experts that a training sample chose (momentum 0.1).

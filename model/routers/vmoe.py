@@ -13,16 +13,16 @@ from .token_choice import SoftmaxFirstRouter
 class VMoERouter(SoftmaxFirstRouter):
     """V-MoE (Riquelme 2021, "Scaling vision with sparse mixture of experts"): TOP_k(softmax(W x + eps)).
 
-    eps ~ N(0, noise_std^2) in training, with std 1/E by default. The importance loss reads the clean gates over all
-    experts, the load loss the probability to be chosen under fresh noise. With `capacity_order priority` samples get
-    their slots by their largest gate (Batch Prioritized Routing, ibid., section 4).
+    eps ~ N(0, noise_std^2) in training, with std 1/E by default. The importance loss uses the noise-free gates
+    over all experts, the load loss the probability of being chosen under fresh noise. With `capacity_order priority`
+    samples get their slots in order of their largest gate value (Batch Prioritized Routing, ibid., section 4).
     """
 
     has_load = True
 
     @classmethod
     def lacks_load(cls, config: RouterConfig) -> str | None:
-        """As for every rule; it also needs noise."""
+        """See Router; this rule also needs noise."""
         return "router.noise_std above 0" if config.noise_std == 0 else None
 
     def _build_gate(self, width: int, config: RouterConfig) -> None:

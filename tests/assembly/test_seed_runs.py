@@ -9,6 +9,8 @@ import train
 from assembly import seeds as module
 from common.errors import UserError, exit_code_of
 from config.command_line import parse_command_line
+from storage.described import describe
+from storage.folder import RunFolder
 
 SMALL = ["--config", "configs/digits.yaml", "--tracking", "none", "--data.max_per_class", "20", "--train.epochs", "1"]
 SMALL += ["--train.batch_size", "64", "--features.cache_dir", "null"]
@@ -66,3 +68,14 @@ def test_seeds_are_new_runs(tmp_path):
     (tmp_path / "config.yaml").write_text("{}")
     with pytest.raises(UserError, match="--seeds starts new runs"):
         parse_command_line(["--resume", str(tmp_path), "--seeds", "2"])
+
+
+@pytest.mark.slow
+def test_with_few_images_each_seed_draws_its_own(tmp_path, monkeypatch):
+    words = [*SMALL, "--data.shots", "2", "--train.batch_size", "20", "--router.warmup_steps", "0", "--seeds", "2"]
+    monkeypatch.setattr("sys.argv", ["train.py", *words, "--run_dir", str(tmp_path / "few")])
+    assert exit_code_of(train.main) == 0
+    first, second = (describe(RunFolder(tmp_path / f"few-seed{seed}")) for seed in range(2))
+    assert (first["config"]["data"]["split_seed"], second["config"]["data"]["split_seed"]) == (0, 1)
+    assert first["data"]["train"] != second["data"]["train"]
+    assert "few" in (tmp_path / "few-seeds" / "comparison.md").read_text()

@@ -208,6 +208,7 @@ def of_expert_parallel(world) -> dict:
     return {"step": step, "sizes": expert_parallel_worker.sizes(options)}
 
 
+@pytest.mark.slow
 def test_expert_parallel():
     found = in_processes(2, of_expert_parallel)[0]
     each = 32 * 16 + 16 + 2 * 16 + 16 * 100 + 100

@@ -71,7 +71,7 @@ HEAD = ["--config", str(ROOT / "configs" / "cifar100_head.yaml")]
         (["--train.epochs"], "--train.epochs has no value: give a whole number"),
         (["--train.seed", "100000000000000"], "train.seed is 100000000000000"),
         (["--router.temperature", ".nan"], "router.temperature is nan"),
-        (["--router.top_k", "1", "--experts.combine", "probabilities"], "gives the gate no gradient"),
+        (["--router.top_k", "1", "--experts.combine", "probabilities"], "the gate no gradient"),
         (["--router.kind", "switch"], "set router.top_k 1, not 2"),
         (["--router.capacity_factor", "0"], "router.capacity_factor is 0.0"),
         (["--router.kind", "soft_moe", "--router.hidden", "[]"], "soft_moe mixes patch tokens, which neck.kind pooled"),

@@ -97,9 +97,9 @@ def test_splits_are_taken_where_there_are_none_and_copies_among_them_are_said(tm
 @pytest.mark.parametrize(
     ("arrays", "words"),
     [
-        ({"pictures": GREY}, "holds pictures: expected the arrays images and labels"),
+        ({"pictures": GREY}, "contains pictures: expected the arrays images and labels"),
         ({"images": GREY}, "expected the arrays images and labels"),
-        ({"test_images": GREY, "test_labels": LABELS}, "has test images only: the training images are missing"),
+        ({"test_images": GREY, "test_labels": LABELS}, "has only test images: the training images are missing"),
         ({"images": GREY[0], "labels": LABELS}, r"images in .* has the shape \(8, 8\)"),
         ({"images": RGB[..., :2], "labels": LABELS}, "expected .*N, H, W, 3"),
         ({"images": GREY[:0], "labels": LABELS[:0]}, "has the shape"),
@@ -108,12 +108,12 @@ def test_splits_are_taken_where_there_are_none_and_copies_among_them_are_said(tm
         ({"images": GREY.astype(complex), "labels": LABELS}, "values outside 0 to 255"),
         ({"images": GREY, "labels": LABELS[:5]}, "has 20 train images but 5 labels"),
         ({"images": GREY, "labels": np.eye(2)[LABELS]}, r"labels in .* has the shape \(20, 2\)"),
-        ({"images": GREY, "labels": LABELS + 0.5}, "holds float64: expected whole numbers or texts"),
+        ({"images": GREY, "labels": LABELS + 0.5}, "has type float64: expected integers or strings"),
         ({"images": GREY, "labels": 0 * LABELS}, "has 1 class"),
         ({"images": GREY, "labels": LABELS - 1}, "has the train label -1: leave out images without a label"),
         ({"images": GREY, "labels": LABELS, "names": np.array(["a"])}, "has 1 class"),
         ({"images": GREY, "labels": 2 * LABELS, "names": np.array(["a", "b"])}, "labels from 0 to 2: its 2 classes"),
-        ({"images": GREY, "labels": LABELS, "names": np.array(["a", "a"])}, "two classes are called 'a'"),
+        ({"images": GREY, "labels": LABELS, "names": np.array(["a", "a"])}, "two classes have the name 'a'"),
         (
             {"images": GREY, "labels": LABELS, "test_images": GREY, "test_labels": 2 * LABELS},
             "has the test label '2', which no training image has",
@@ -138,7 +138,7 @@ def test_what_is_no_file_of_arrays_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"needs --data\.root: name an \.npz file"):
         parts(None)
     (tmp_path / "folder").mkdir()
-    with pytest.raises(UserError, match=r"holds no \.parquet file"):
+    with pytest.raises(UserError, match=r"has no \.parquet file"):
         parts(tmp_path / "folder")
     monkeypatch.setattr("data.datasets.arrays.available_memory", lambda: 1000)
     with pytest.raises(EnvironmentFault, match="GB of memory are free"):
@@ -201,11 +201,11 @@ def test_what_is_wrong_with_parquet_files_is_one_line(tmp_path, parquet):
     parquet.write_table(pyarrow.table({"image": [b"no image"], "label": [0]}), path)
     refused("the image in row 0 of .* cannot be read as an image")
     parquet.write_table(pyarrow.table({"image": [encoded(RGB[0])], "label": [None]}), path)
-    refused("expected whole numbers or texts")
+    refused("expected integers or strings")
     parquet.write_table(pyarrow.table({"image": [{"bytes": None, "path": "x.png"}], "label": [0]}), path)
     refused("has the columns image, label|has no bytes of an image")
     path.write_bytes(b"PAR1 cut")
-    refused("no readable Parquet file")
+    refused("not a readable Parquet file")
 
 
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):

@@ -28,7 +28,7 @@ def folder_of_images(root, counts):
         ({"train/a": 1}, "holds 1 class folder"),
         ({"train/a": 9, "train/b": 1}, "class 'b' has 1 image"),
         ({"train/a": 9, "train/b": 0}, "b has no image"),
-        ({"train/a": 3, "train/b": 3, "test/a": 2}, "data.validation 0.1 of 6 images cannot hold all 2 classes"),
+        ({"train/a": 3, "train/b": 3, "test/a": 2}, "data.validation 0.1 of 6 images cannot contain all 2 classes"),
         ({"train/a": 9, "train/b": 9, "val/a": 0}, "val has no image"),
         ({"train/a": 9, "train/b": 9, "test/c": 1}, "class folder 'c' that train/ does not have"),
     ],

@@ -36,7 +36,7 @@ def test_the_folder_of_cifar_in_place_of_its_parent_is_said(tmp_path):
     folder.mkdir()
     for name in ("train", "test", "meta"):
         (folder / name).touch()
-    with pytest.raises(UserError, match=f"files of CIFAR-100 itself: name its parent, --data.root {tmp_path}$"):
+    with pytest.raises(UserError, match=f"files of CIFAR-100: name its parent, --data.root {tmp_path}$"):
         load_splits(DataConfig(root=folder))
     with pytest.raises(UserError, match=r"move them to .*mine/cifar-100-python$"):
         load_splits(DataConfig(root=folder.rename(tmp_path / "mine")))
@@ -81,7 +81,7 @@ def test_an_archive_at_hand_is_unpacked_once_its_checksum_matched(tmp_path, monk
     for _ in range(2):  # the second time from the files
         train, test = load_cifar100(tmp_path, download=False)
         assert (len(train), len(test), train.class_names) == (2, 2, ("a", "b"))
-    assert capsys.readouterr().err.count("is unpacked from") == 1
+    assert capsys.readouterr().err.count("unpacking CIFAR-100 from") == 1
 
 
 @pytest.mark.slow

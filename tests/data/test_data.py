@@ -73,7 +73,7 @@ def test_a_split_partitions_the_images():
 
 @pytest.mark.parametrize(
     ("labels", "fraction", "words"),
-    [([0, 0, 1], 0.5, "class 'class 1' has 1 image"), ([0, 0, 1, 1, 2, 2], 0.1, "cannot hold all 3 classes")],
+    [([0, 0, 1], 0.5, "class 'class 1' has 1 image"), ([0, 0, 1, 1, 2, 2], 0.1, "cannot contain all 3 classes")],
 )
 def test_what_cannot_be_split_is_said(labels, fraction, words):
     with pytest.raises(UserError, match=words):
@@ -87,7 +87,7 @@ def test_the_fraction_that_is_advised_for_few_images_does(classes, count, fracti
     try:
         stratified_split(images, fraction, 0, "data.test")
     except UserError as error:
-        advised = float(re.search(r"use a (?:larger|smaller) fraction, (?:from|up to) ([\d.]+)", str(error))[1])
+        advised = float(re.search(r"use a (?:larger|smaller) fraction, at (?:least|most) ([\d.]+)", str(error))[1])
         assert all(len(part) >= classes for part in stratified_split(images, advised, 0, "data.test"))
 
 

@@ -57,7 +57,7 @@ def test_a_link_back_to_a_folder_above_changes_nothing_and_is_said(tree, capsys,
     assert found == plain(tree)
     left_out.tell()
     line = capsys.readouterr().err
-    assert line == f"warning: not followed: it leads back to a folder above it: {tree / link}\n"
+    assert line == f"warning: not followed: it links to a parent folder: {tree / link}\n"
 
 
 def test_links_that_lead_round_through_other_folders_end(tmp_path):
@@ -90,11 +90,11 @@ def test_a_folder_that_is_only_a_link_is_followed_once(tmp_path):
     touch(tmp_path, "store/cats/0.png", "store/cats/1.png", "root/train/dog/0.png")
     (tmp_path / "root/train/cat").symlink_to(tmp_path / "store/cats")
     (tmp_path / "root/train/cat_again").symlink_to(tmp_path / "store/cats")
-    with pytest.raises(UserError, match=r"train/cat_again has no image of its own.*by a link"):
+    with pytest.raises(UserError, match=r"train/cat_again has no separate image.*through a link"):
         labelled(tmp_path / "root")
     (tmp_path / "root/train/cat_again").unlink()
     (tmp_path / "root/test").symlink_to("train")
-    with pytest.raises(UserError, match=r"root/test has no image of its own"):
+    with pytest.raises(UserError, match=r"root/test has no separate image"):
         labelled(tmp_path / "root")
     (tmp_path / "root/test").unlink()
     assert set(labelled(tmp_path / "root")[0]["train"]) == {"train/cat/0.png", "train/cat/1.png", "train/dog/0.png"}
@@ -112,7 +112,7 @@ def test_a_loop_leaves_the_sets_of_a_training_as_they_are(tmp_path, capsys):
     after = load_splits(config)
     for split in ("train", "validation", "test"):
         assert before[split].fingerprint() == after[split].fingerprint()
-    assert capsys.readouterr().err.count("leads back") == 1
+    assert capsys.readouterr().err.count("links to a parent") == 1
 
 
 def test_hidden_files_and_folders_are_not_there(tree, capsys):
@@ -208,6 +208,6 @@ def test_prediction_follows_links_by_the_same_rule(tree, capsys):
     (album / "again.png").symlink_to("0.png")
     assert [path.relative_to(album).as_posix() for path in find_images(album)] == ["0.png", "b/0.png", "b/1.png"]
     assert capsys.readouterr().err.splitlines() == [
-        f"warning: not followed: it leads back to a folder above it: {album}/self",
+        f"warning: not followed: it links to a parent folder: {album}/self",
         f"warning: counted once: {album}/again.png is {album}/0.png by another name",
     ]

@@ -74,7 +74,7 @@ def test_a_run_is_trained_scored_asked_and_gone_on_with(tmp_path, call):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ("--router.kind expert_choice", "router.kind expert_choice does not go with experts.place blocks"),
+        ("--router.kind expert_choice", "router.kind expert_choice does not work with experts.place blocks"),
         ("--experts.shared [[4]]", "the frozen FFN is the shared expert"),
         ("--backbone.features [tokens:2]", "backbone.features tokens:BLOCK need experts.place head"),
         ("--experts.kind mlp", "experts.kind mlp is a class head"),

@@ -168,11 +168,14 @@ def test_blocks_are_resolved_from_the_end_and_by_what_is_read():
         ({"experts": {"sizes": [[2, 2]]}, "top_k": 1}, "one hidden layer"),
         ({"experts": {"sizes": ["small", "large"]}}, "one hidden layer"),
         ({"experts": {"kind": "ffn", "sizes": [[3], [3]]}}, "have 64 hidden units"),
-        ({"experts": {"kind": "ffn", "sizes": [[64], [64]], "norm": "own"}}, "norm own is not for experts.kind ffn"),
+        (
+            {"experts": {"kind": "ffn", "sizes": [[64], [64]], "norm": "own"}},
+            "norm own does not work with experts.kind ffn",
+        ),
         ({"experts": {"kind": "mlp"}}, "is a class head"),
         ({"experts": {"shared": [[4]]}}, "the frozen FFN is the shared expert"),
-        ({"experts": {"inputs": [[0], [0], [0]]}}, "has no meaning"),
-        ({"inputs": [0]}, "has no meaning"),
+        ({"experts": {"inputs": [[0], [0], [0]]}}, "does not apply"),
+        ({"inputs": [0]}, "does not apply"),
         ({"experts": {"combine": "probabilities"}}, "is for a class head"),
         ({"kind": "expert_choice"}, "each token or image chooses"),
         ({"kind": "soft_moe"}, "each token or image chooses"),
@@ -226,7 +229,7 @@ def test_blocks_that_cannot_be_compiled_run_as_they_are(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda *_, **__: no_compiler)
     model.compile({6}, lines.append)
     torch.testing.assert_close(model(images())[0], expected)
-    assert lines == ["the ViT's blocks cannot be compiled (no compiler found): going on without"]
+    assert lines == ["the ViT's blocks cannot be compiled (no compiler found): continuing without"]
     assert copy.deepcopy(model)._compiled is model._compiled
 
 

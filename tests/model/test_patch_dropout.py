@@ -41,7 +41,7 @@ def test_a_step_sees_fewer_tokens_and_trains_the_experts():
 
 
 def test_rotary_embeddings_are_told():
-    with pytest.raises(ValueError, match=r"patch_dropout is not for a ViT with rotary"):
+    with pytest.raises(ValueError, match=r"patch_dropout does not work for a ViT with rotary"):
         moe_vit(tiny_vit("eva"))(images(), patch_dropout=0.5)
 
 

@@ -190,7 +190,7 @@ def test_target_shares(target, expected):
         ({"top_k": 5}, "top_k 5 is larger than the number of experts 4"),
         ({"kind": "switch"}, "set router.top_k 1, not 2"),
         ({"kind": "gshard", "top_k": 1}, "set router.top_k 2, not 1"),
-        ({"kind": "mixtral", "top_k": 1}, "gives the gate no gradient"),
+        ({"kind": "mixtral", "top_k": 1}, "the gate no gradient"),
         ({"kind": "hierarchical", "groups": 3}, "router.groups 3 does not divide the 4 experts"),
         ({"kind": "hierarchical", "top_groups": 3}, "router.top_groups 3 is larger than router.groups 2"),
         ({"kind": "hierarchical", "top_k": 3, "top_groups": 2}, "cannot be divided among"),

@@ -242,7 +242,7 @@ def test_new_experts_inside_the_vit_change_no_bit(kind, level, ffn):
 
 @pytest.mark.parametrize("kind", ["hash", "hierarchical"])
 def test_rules_that_cannot_take_new_experts_say_so(kind):
-    with pytest.raises(ValueError, match="cannot take new experts"):
+    with pytest.raises(ValueError, match="cannot get new experts"):
         grown_behind([3], [[6]], kind=kind, groups=2)
 
 

@@ -1,0 +1,25 @@
+"""Work in a thread: it goes on meanwhile, and what it returns or raises comes where it is asked for."""
+
+import threading
+
+import pytest
+
+from common.ahead import Ahead
+from common.errors import UserError
+
+
+def test_a_call_goes_on_while_the_caller_does_something_else():
+    may_end = threading.Event()
+    begun = Ahead(lambda: may_end.wait(60) and 3)
+    may_end.set()  # which a call in this thread would wait for
+    assert begun.result() == 3 and begun.result() == 3
+
+
+def test_an_error_is_raised_where_the_result_is_asked_for():
+    def fails():
+        raise UserError("no such folder")
+
+    begun = Ahead(fails)
+    for _ in range(2):
+        with pytest.raises(UserError, match="no such folder"):
+            begun.result()
