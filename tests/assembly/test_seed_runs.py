@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+from conftest import PNG
 
 import train
 from assembly import seeds as module
@@ -73,6 +74,7 @@ def test_seeds_are_new_runs(tmp_path):
 @pytest.mark.slow
 def test_with_few_images_each_seed_draws_its_own(tmp_path, monkeypatch):
     words = [*SMALL, "--data.shots", "2", "--train.batch_size", "20", "--router.warmup_steps", "0", "--seeds", "2"]
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **options: path.write_bytes(PNG))
     monkeypatch.setattr("sys.argv", ["train.py", *words, "--run_dir", str(tmp_path / "few")])
     assert exit_code_of(train.main) == 0
     first, second = (describe(RunFolder(tmp_path / f"few-seed{seed}")) for seed in range(2))
