@@ -12,10 +12,10 @@ if __name__ == "__main__":
 import argparse
 
 from assembly.loading import load_trained
-from common.arguments import Parser, path_option
+from common.arguments import Parser, add_shared_options, path_option
 from common.distributed import require_alone
 from common.errors import exit_code_of, exit_process, say
-from common.plugins import add_plugins_option, load_plugins
+from common.plugins import load_plugins
 from common.signals import stoppable
 from common.text import printable
 from deployment.export import BATCHES, check_target, export
@@ -26,15 +26,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(prog="export.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=path_option, metavar="RUN", help="run folder of train.py")
     parser.add_argument("out", type=path_option, metavar="OUT", help="output file: OUT.onnx or OUT.pt2")
-    parser.add_argument(
-        "--backbone.weights",
-        dest="weights",
-        type=path_option,
-        metavar="FILE",
-        help="the backbone's weights, if they have moved",
-    )
-    add_plugins_option(parser)
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_shared_options(parser, "backbone.weights", "plugins", "debug")
     return parser.parse_args(argv)
 
 

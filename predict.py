@@ -15,6 +15,7 @@ if __name__ == "__main__":
 import argparse
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,18 +24,17 @@ import torch
 from analysis.blocks import evenly_spaced
 from assembly.loading import load_trained, offload_line
 from assembly.unlike import frozen_features, load_unlike
-from common.arguments import Parser, add_offload_options, check_offload, path_option
 from common.distributed import require_alone
 from common.errors import EnvironmentFault, UserError, exit_code_of, exit_process, say
 from common.files import write_atomically
-from common.plugins import add_plugins_option, load_plugins
+from common.plugins import load_plugins
 from common.signals import stoppable
 from common.text import as_json, is_unicode, printable
-from data.datasets import DATASETS
 from data.image_file import Picture, read_picture
 from data.image_tree import find_images
 from evaluation.classify import Answer, classify
 from evaluation.page import HOST, Ask, listen, require_gradio, serve
+from evaluation.predict_options import EXPLAINED, read_options
 from evaluation.trained import TrainedRun
 from evaluation.unlike import Unlike
 
@@ -42,96 +42,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BATCH = 32  # images per batch
-EXPLAINED = 12  # images in the figure
 MAPS = 4  # blocks shown in the figure, for experts inside the ViT
-PORT = 7860  # gradio's default
 
-
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line. Raises UserError."""
-    parser = Parser(prog="predict.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=path_option, metavar="RUN", help="run folder of train.py")
-    parser.add_argument(
-        "images",
-        type=path_option,
-        metavar="IMAGE",
-        nargs="*",
-        help="image files of any format that Pillow reads, or folders of them; they are cropped to the centre square "
-        f"and resized to the resolution of the run's dataset ({', '.join(_sides())}; else its data.image_size)",
-    )
-    parser.add_argument("--top", type=int, default=5, metavar="K", help="number of classes to show (default 5)")
-    parser.add_argument("--json", action="store_true", help="print one JSON document instead of text")
-    parser.add_argument(
-        "--explain",
-        type=path_option,
-        metavar="OUT.png",
-        help=f"draw the first {EXPLAINED} images, their classes and experts",
-    )
-    parser.add_argument(
-        "--serve",
-        action="store_true",
-        help="open a local web page that classifies the images you drop on it; needs gradio",
-    )
-    parser.add_argument(
-        "--port", type=int, metavar="N", help=f"with --serve: the port (default {PORT}; 0: any free port)"
-    )
-    parser.add_argument(
-        "--backbone.weights", dest="weights", type=path_option, help="the backbone's weights, if they have moved"
-    )
-    parser.add_argument(
-        "--reject",
-        type=float,
-        metavar="SHARE",
-        help="mark images that are unlike the training images: farther from every class, in the frozen ViT's features, "
-        "than all but this fraction of the validation images (such as 0.05); calibrated once on the run's dataset",
-    )
-    parser.add_argument(
-        "--data.root",
-        dest="root",
-        type=path_option,
-        metavar="DIR",
-        help="with --reject: folder of the dataset, if it has moved",
-    )
-    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, or cuda:1")
-    add_offload_options(parser)
-    add_plugins_option(parser)
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    options = parser.parse_intermixed_args(argv)  # IMAGE may come before and after options
-    check_offload(parser, options)
-    _check_serve(parser, options)
-    if options.top < 1:
-        raise UserError(f"--top is {options.top}: it must be at least 1")
-    if options.reject is not None and not 0 < options.reject < 1:
-        raise UserError(
-            f"--reject is {options.reject}: it must be a fraction of the validation images, between 0 and 1"
-        )
-    if options.explain and options.explain.suffix.lower() != ".png":
-        raise UserError(f"--explain {options.explain}: the name must end in .png")
-    if options.explain and not options.explain.parent.is_dir():
-        raise UserError(f"--explain {options.explain}: {options.explain.parent} is not a folder")
-    return options
-
-
-def _check_serve(parser: Parser, options: argparse.Namespace) -> None:
-    """Raise UserError for options that --serve does not use, and for --port without --serve."""
-    if options.serve and (options.images or options.json or options.explain):
-        parser.error("--serve gets its images from the web page: leave out IMAGE, --json and --explain")
-    if not options.serve and not options.images:
-        parser.error("the following arguments are required: IMAGE, or --serve")
-    if not options.serve and options.port is not None:
-        parser.error("--port is for --serve: give both, or neither")
-    options.port = PORT if options.port is None else options.port
-    if not 0 <= options.port <= 65535:
-        raise UserError(f"--port is {options.port}: it must be from 0 to 65535")
-
-
-def _sides() -> list[str]:
-    """The image sizes of datasets with a fixed size, in words."""
-    return [
-        f"{found.side} pixels for {name}" + (", without colour" if found.grey else "")
-        for name, found in sorted(DATASETS.items())
-        if found.side
-    ]
+parse = partial(read_options, __doc__)
 
 
 def main() -> None:

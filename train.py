@@ -16,22 +16,19 @@ if __name__ == "__main__":
 
 from assembly.pipeline import Inputs, build_trainer, load_inputs, pick_device
 from assembly.seeds import train_seeds
-from assembly.start import announce, start_tracking
+from assembly.start import announce, export_best, start_tracking
 from assembly.teachers import teacher_of
-from assembly.twin import dense_twin
-from common.distributed import joined, started, world
+from assembly.twin import planned
+from common.distributed import joined, started
 from common.errors import exit_code_of, exit_process
 from common.signals import stoppable
 from common.text import printable
 from config.command_line import parse_command_line
-from config.config import write_config
 from evaluation.evaluation import evaluate, expert_table, print_scores
 from features.bank import FeatureBank
 from features.images import ImageBank
-from storage.export import export_model
 from storage.resume import Start, start_of
 from tracking.agent import apply_agent_values
-from training.length import shorten_warmup
 
 
 def main() -> None:
@@ -42,9 +39,7 @@ def main() -> None:
         with joined(pick_device(config.device), config.parallel.timeout):
             if invocation.seeds is not None:
                 train_seeds(invocation, train)
-                return
-            start = start_of(invocation)
-            if start.finished:
+            elif (start := start_of(invocation)).finished:
                 print(start.finished)
             else:
                 train(start, load_inputs(start.config, start.checkpoint is not None))
@@ -52,21 +47,14 @@ def main() -> None:
 
 def train(start: Start, inputs: Inputs, bank: FeatureBank | ImageBank | None = None) -> None:
     """Configuration, data, model, fit, evaluate, report. bank: features shared by several runs (None: built here)."""
-    checkpoint = start.checkpoint
-    config = start.config if checkpoint else shorten_warmup(start.config, len(inputs.splits.train))
-    config = dense_twin(config, inputs)
-    with start.claimed() as run, start_tracking(config, run, checkpoint, inputs) as tracker:
-        if world().first:
-            write_config(config, run.config)
-        teacher = teacher_of(start.resumed, config, inputs.device, checkpoint is not None)
-        trainer = build_trainer(config, inputs, run, tracker, checkpoint, bank, teacher)
+    config = start.config if start.checkpoint else planned(start.config, inputs)
+    with start.claimed() as run, start_tracking(config, run, start.checkpoint, inputs) as tracker:
+        teacher = teacher_of(start, config, inputs.device)
+        trainer = build_trainer(config, inputs, run, tracker, start.checkpoint, bank, teacher)
         announce(config, inputs, trainer)
         best = trainer.fit()
         print(f"{config.train.keep} epoch   {best['epoch']}, validation macro-F1 {100 * best['macro_f1']:.2f} %")
-        if world().first:
-            export_model(run, best)
-            tracker.model(run.weights, run.path.name, inputs.splits.train.class_names)
-        trainer.model.load_state_dict(best["model"])
+        export_best(trainer, best)
         found = evaluate(run, config, trainer.model, trainer.bank, tracker, inputs.backbone, scored=print_scores)
         print(expert_table(found))
         print(f"run folder   {printable(run.path)}")

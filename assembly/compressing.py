@@ -1,5 +1,6 @@
 """Compression of a trained run: the steps that compress.py asks for, written to a new run folder."""
 
+import argparse
 import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -12,9 +13,9 @@ from torch import nn
 
 from assembly.compression_steps import AUTO, STEPS, Plan, Work, ungrown
 from assembly.distilling import check_teachers, student_of, teach
-from assembly.loading import OpenRun
+from assembly.loading import OpenRun, configure, open_run
 from assembly.pipeline import build_trainer
-from assembly.start import start_tracking
+from assembly.start import export_best, start_tracking
 from common.errors import UserError
 from common.files import write_json
 from compression.distil import check_dense_sizes, sparse_student
@@ -27,8 +28,22 @@ from evaluation.cost import cost, expert_costs, parameters, trained_cost
 from evaluation.evaluation import evaluate
 from evaluation.latency import latency
 from model.moe_vit import MoEViT
-from storage.export import export_model
+from storage.described import describe
 from storage.folder import RunFolder
+
+
+def open_runs(options: argparse.Namespace, plan: Plan) -> list[OpenRun]:
+    """Open the runs that the options of compress.py name, once the first of them is known to fit the plan.
+
+    Raises UserError and EnvironmentFault as `check_plan` and `open_run`.
+    """
+    described = describe(RunFolder(options.runs[0]))
+    check_plan(configure(described["config"], options.device, options.root, options.weights), plan)
+    places = (options.device, options.root, options.weights, options.cache_dir)
+    opened = [open_run(path, *places) for path in options.runs]
+    if options.tracking is not None:
+        opened[0].config.tracking = options.tracking
+    return opened
 
 
 def check_plan(config: Config, plan: Plan) -> None:
@@ -85,7 +100,6 @@ def compress(
         run = RunFolder.create(out, out.name)
         stack.enter_context(run.claimed())
         tracker = stack.enter_context(start_tracking(config, run, None, opened.inputs))
-        write_config(config, run.config)
         trainer, best = teach(work, student, others, run, tracker, say) if student else (None, {})
         if student and plan.quantise is not None:
             STEPS["quantise"](work, say)
@@ -96,13 +110,11 @@ def compress(
             best = trainer.adopt(work.model.state_dict(), work.validated)
             if isinstance(trainer.model, MoEViT):  # compiling does not pay off for scoring once
                 trainer.model.compile(set())
-        export_model(run, best)
-        trainer.model.load_state_dict(best["model"])
+        export_best(trainer, best)
         after = figures(work, run) | {"macro_f1_test": None}
         found = {"from": [str(each.run.path.absolute()) for each in (opened, *others)], "steps": work.steps}
         found |= {"experts": work.experts, "budget": plan.budget, "before": before, "after": after}
         write_json(run.compression, found)
-        tracker.model(run.weights, run.path.name, opened.inputs.splits.train.class_names)
         return evaluate(run, config, trainer.model, opened.bank, tracker, opened.inputs.backbone, plan.worth_images)
 
 

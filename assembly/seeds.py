@@ -7,7 +7,7 @@ from pathlib import Path
 
 from assembly.pipeline import Inputs, build_bank, load_inputs
 from assembly.replay import load_images
-from assembly.twin import dense_twin
+from assembly.twin import planned
 from common.distributed import world
 from common.errors import UserError
 from common.text import printable, quoted
@@ -17,7 +17,6 @@ from features.bank import FeatureBank
 from features.images import ImageBank
 from storage.folder import RunFolder
 from storage.resume import Start, load_resumable, start_of
-from training.length import shorten_warmup
 
 Train = Callable[[Start, Inputs, FeatureBank | ImageBank], None]
 
@@ -34,7 +33,7 @@ def train_seeds(invocation: Invocation, train: Train) -> None:
     from evaluation.compare import compare  # here, because importing matplotlib takes a second
 
     inputs = load_inputs(invocation.config)
-    config = dense_twin(shorten_warmup(invocation.config, len(inputs.splits.train)), inputs)
+    config = planned(invocation.config, inputs)
     bank = build_bank(config, inputs.splits, inputs.backbone, inputs.device)
     now = world().broadcast(datetime.now())
     base = config.run_dir or Path("runs") / f"{invocation.name}-{now:%Y%m%d-%H%M%S}"

@@ -1,29 +1,37 @@
-"""The start of a training: tracking, and the lines that describe data, backbone and model."""
+"""The start of a training: tracking, and the lines that describe data, backbone and model; and its end: the export."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from assembly.pipeline import Inputs
 from assembly.transfer import lines
 from common.distributed import world
 from common.text import printable
-from config.config import Config
+from config.config import Config, write_config
 from evaluation.cost import cost
 from features.extraction import warn_of_hours
+from storage.export import export_model
 from storage.folder import RunFolder
 from storage.resume import metrics_step
 from tracking.tracker import Tracker, open_tracker, silent_tracker
 from training.trainer import Trainer
 
 
-def start_tracking(config: Config, run: RunFolder, checkpoint: dict[str, Any] | None, inputs: Inputs) -> Tracker:
+@contextmanager
+def start_tracking(
+    config: Config, run: RunFolder, checkpoint: dict[str, Any] | None, inputs: Inputs
+) -> Iterator[Tracker]:
     """Open the tracker; a resumed run continues its own task and drops the lines that it will write again.
 
     If the run starts from another run, the task of that run becomes the parent task, and its model the input model.
     Of several processes only rank 0 tracks.
     """
     if not world().first:
-        return silent_tracker()
+        with silent_tracker() as tracker:
+            yield tracker
+        return
     parent = inputs.origin and inputs.origin.task_id
     tracker = open_tracker(
         config.tracking,
@@ -37,7 +45,9 @@ def start_tracking(config: Config, run: RunFolder, checkpoint: dict[str, Any] | 
     )
     if parent is not None and checkpoint is None:
         tracker.starts_from(parent)
-    return tracker
+    with tracker:
+        write_config(config, run.config)
+        yield tracker
 
 
 def tags_of(config: Config) -> list[str]:
@@ -70,3 +80,15 @@ def announce(config: Config, inputs: Inputs, trainer: Trainer) -> None:
     print("\n".join(costs.lines()))
     warn_of_hours(trainer.bank, costs.backbone_flops, config.train.epochs)
     print(f"run folder   {printable(trainer.run.path)}", flush=True)
+
+
+def export_best(trainer: Trainer, best: dict[str, Any]) -> None:
+    """Write the weights of the best epoch as the model of the run, upload them, and load them into the trainer's model.
+
+    best: what `Trainer.fit` returns. Of several processes rank 0 writes.
+    """
+    run, names = trainer.run, trainer.bank.splits.train.class_names
+    if world().first:
+        export_model(run, best)
+        trainer.tracker.model(run.weights, run.path.name, names)
+    trainer.model.load_state_dict(best["model"])

@@ -18,6 +18,7 @@ from config.config import Config
 from model.moe_vit import AnyMoE, MoEViT
 from storage.described import describe
 from storage.folder import RunFolder
+from storage.resume import Start
 from training.teacher import Teacher
 
 
@@ -45,12 +46,13 @@ class Teachers:
         return Teacher(own, self.temperature, self.weight)
 
 
-def teacher_of(run: RunFolder | None, config: Config, device: torch.device, goes_on: bool) -> Teacher | None:
+def teacher_of(start: Start, config: Config, device: torch.device) -> Teacher | None:
     """The teacher of a run that is resumed while compress.py has not come to its end; None for any other run.
 
-    goes_on: whether there is a checkpoint. Raises UserError where there is none, since the run began with weights that
-    are not kept, where a teacher is gone, and for a file that is not of this kind.
+    Raises UserError where there is no checkpoint, since the run began with weights that are not kept, where a teacher
+    is gone, and for a file that is not of this kind.
     """
+    run = start.resumed
     if run is None or not run.teachers.is_file():
         return None
     try:
@@ -59,7 +61,7 @@ def teacher_of(run: RunFolder | None, config: Config, device: torch.device, goes
         raise UserError(
             f"{run.teachers} is not what compress.py writes: delete it to go on without teachers"
         ) from error
-    if not goes_on:
+    if start.checkpoint is None:
         raise UserError(
             f"{printable(run.path)} was interrupted before its first checkpoint: delete it, and give compress.py "
             "--distil again"

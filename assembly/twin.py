@@ -17,6 +17,12 @@ from model.losses import LOSSES
 from model.moe_vit import AnyMoE, MoEViT
 from model.options import WIDEST
 from model.routers import ROUTERS
+from training.length import shorten_warmup
+
+
+def planned(config: Config, inputs: Inputs) -> Config:
+    """The configuration as a new run trains it: random routing in at most half of its steps, and `dense_twin`."""
+    return dense_twin(shorten_warmup(config, len(inputs.splits.train)), inputs)
 
 
 def dense_twin(config: Config, inputs: Inputs) -> Config:

@@ -24,7 +24,7 @@ from assembly.compressing import compress
 from assembly.compression_steps import AUTO, Plan
 from assembly.loading import OpenRun, open_run
 from benchmarks.common import Failure, Parser, attempt, environment, header, save, start, table, write
-from common.arguments import path_option
+from common.arguments import add_shared_options, path_option
 from common.errors import UserError, exit_code_of
 from evaluation.compression import EXPERT_HEADER, expert_rows, shown
 
@@ -57,10 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, help="epochs of students (default: those of the run)")
     parser.add_argument("--rows", type=int, default=1024, help="rows for the calibration of each expert (default 1024)")
     parser.add_argument("--latency", type=float, default=1.0, help="seconds per latency measurement (default 1)")
-    parser.add_argument(
-        "--data.root", dest="root", type=path_option, metavar="DIR", help="folder of the dataset, if it has moved"
-    )
-    parser.add_argument("--backbone.weights", dest="weights", type=path_option, metavar="FILE", help="the backbone's")
+    add_shared_options(parser, "data.root", "backbone.weights")
     options = parser.parse_args(argv)
     device = start(options)
     if not options.runs and not options.tiny:

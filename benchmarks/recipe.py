@@ -115,9 +115,7 @@ def report(
     found = rows(runs, {}, dict.fromkeys(runs.keys() - {"recipe"}, "recipe"))
     print(header("A recipe and a dense head of equal FLOPs: test scores, paired with the recipe", where))
     print(table(*shown(found)))
-    print(
-        f"\nfeatures of all images and views: {extracted:.1f} s; then seconds per run, until the test images are scored:"
-    )
+    print(f"\nfeatures of all images and views: {extracted:.1f} s; seconds per run until the test images are scored:")
     for name, of_seed in runs.items():
         seconds = Timing.of([run["seconds"] for run in of_seed.values()])
         print(f"{name}: {seconds.median:.1f} ({seconds.low:.1f}-{seconds.high:.1f})")

@@ -3,10 +3,12 @@
 import argparse
 import re
 from pathlib import Path
+from typing import Any
 
 from common.errors import UserError
 from common.memory import size_in_bytes
 from common.paths import expanded
+from common.plugins import HELP
 
 KINDS = {"int": "a whole number", "float": "a number"}
 
@@ -25,6 +27,38 @@ def size_option(text: str) -> int:
         return size_in_bytes(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+SHARED: dict[str, dict[str, Any]] = {
+    "data.root": {
+        "dest": "root",
+        "type": path_option,
+        "metavar": "DIR",
+        "help": "folder of the dataset, if it has moved",
+    },
+    "backbone.weights": {
+        "dest": "weights",
+        "type": path_option,
+        "metavar": "FILE",
+        "help": "the backbone's weights, if they have moved",
+    },
+    "features.cache_dir": {
+        "dest": "cache_dir",
+        "type": path_option,
+        "metavar": "DIR",
+        "help": "folder for stored features; null: keep them in memory",
+    },
+    "device": {"default": "auto", "help": "auto (default), cpu, cuda, or cuda:1"},
+    "plugins": {"action": "append", "default": [], "metavar": "FILE", "help": HELP.replace("%", "%%")},
+    "debug": {"action": "store_true", "help": "show the traceback of an error"},
+}
+"""Options shared by several programs. The values of `plugins` go to common.plugins.load_plugins."""
+
+
+def add_shared_options(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Add the named options of `SHARED`."""
+    for name in names:
+        parser.add_argument(f"--{name}", **SHARED[name])
 
 
 def add_offload_options(parser: argparse.ArgumentParser) -> None:

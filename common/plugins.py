@@ -3,7 +3,6 @@
 They are code, so only the command line can load them, never a file, a checkpoint or a server.
 """
 
-import argparse
 import importlib.util
 import os
 import sys
@@ -26,11 +25,6 @@ HELP = (
 )
 
 _loaded: dict[str, str] = {}  # name of each plug-in -> where it comes from
-
-
-def add_plugins_option(parser: argparse.ArgumentParser) -> None:
-    """Add the option --plugins, whose values go to `load_plugins`."""
-    parser.add_argument("--plugins", action="append", default=[], metavar="FILE", help=HELP.replace("%", "%%"))
 
 
 def loaded_plugins() -> list[str]:

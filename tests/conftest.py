@@ -44,6 +44,18 @@ def pytest_collection_finish():
     gc.enable()
 
 
+def without_drawing(patch):
+    """Figures are built, and a pixel is written in their place: to draw them is slow, and tested elsewhere."""
+    from matplotlib.figure import Figure
+
+    patch.setattr(Figure, "savefig", lambda figure, path, **options: Path(path).write_bytes(PNG))
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    without_drawing(monkeypatch)
+
+
 def mostly_slow(values, quick):
     """Parameters of a test, of which all but the `quick` ones are marked slow."""
     return [value if value in quick else pytest.param(value, marks=pytest.mark.slow) for value in values]
@@ -116,15 +128,12 @@ def workplace(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory) -> Path:
     """The folder of a run that train.py made in this process: 500 digits, an early block of the bundled ViT."""
-    from matplotlib.figure import Figure
-
     import train  # here, because most test files need none of what it imports
 
     folder = tmp_path_factory.mktemp("tiny") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        # Drawing is tested elsewhere, and slow.
-        patch.setattr(Figure, "savefig", lambda figure, path, **options: Path(path).write_bytes(PNG))
+        without_drawing(patch)
         words = ["train.py", *TINY.split(), "--tracking", "none", "--run_dir", str(folder)]
         patch.setattr("sys.argv", words)
         assert exit_code_of(train.main) == 0

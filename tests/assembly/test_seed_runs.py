@@ -17,7 +17,7 @@ SMALL += ["--train.batch_size", "64", "--features.cache_dir", "null"]
 
 
 @pytest.mark.slow
-def test_seeds_share_their_inputs_and_an_interrupted_command_goes_on(tmp_path, monkeypatch, capsys):
+def test_seeds_share_their_inputs_and_an_interrupted_command_goes_on(tmp_path, monkeypatch, capsys, undrawn):
     words = [*SMALL, "--run_dir", str(tmp_path / "few"), "--seeds"]
     loaded = []
     monkeypatch.setattr(module, "load_inputs", lambda config, load=module.load_inputs: loaded.append(1) or load(config))

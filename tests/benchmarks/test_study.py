@@ -107,9 +107,9 @@ def test_every_part_reads_a_configuration_that_is_one(name, tiny):
 
 
 @pytest.mark.slow
-def test_the_study_runs_to_its_end_and_goes_on_where_it_was(tmp_path, capsys):
+def test_the_study_runs_to_its_end_and_goes_on_where_it_was(tmp_path, capsys, undrawn):
     words = ["--tiny", "--parts", "widths", "--widths", "8", "--seeds", "1", "--workers", "1", "--out", str(tmp_path)]
-    words += ["--data.max_per_class", "20"]
+    words += ["--data.max_per_class", "13"]
     study.main(words)
     first = capsys.readouterr().out
     assert (
@@ -121,7 +121,7 @@ def test_the_study_runs_to_its_end_and_goes_on_where_it_was(tmp_path, capsys):
     done = (folder / "runs.jsonl").read_text()
     study.main(words)
     assert (folder / "runs.jsonl").read_text() == done
-    study.main([*words[:-1], "25", "--seconds", "0"])  # other data: no run is known, and no time
+    study.main([*words[:-1], "14", "--seconds", "0"])  # other data: no run is known, and no time
     assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 2
     assert "top-1" not in capsys.readouterr().out.rpartition("Heads on frozen")[2]
 

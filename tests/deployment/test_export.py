@@ -117,11 +117,10 @@ def test_copies_of_the_ffn_are_exported():
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: of_rule("top_p"),
-        lambda: of_rule("vmoe", combine="probabilities"),
+        lambda: of_rule("top_p", combine="probabilities"),
         lambda: inside("eva", router={"level": "image"}, experts={"head": [[4], [4], [8]]}),
     ],
-    ids=["a sort", "a mixture of probabilities", "one choice an image, and a mixture on top"],
+    ids=["a sort, and a mixture of probabilities", "one choice an image, and a mixture on top"],
 )
 def test_onnx_runtime_gives_the_same_answers(make):
     checked = rounded(make(), ".onnx")

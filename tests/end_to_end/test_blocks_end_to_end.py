@@ -33,7 +33,7 @@ BLOCKS = [
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
+def call(monkeypatch, capsys, undrawn):
     """Run a program's `main` with arguments; what it printed."""
 
     def run(program, *arguments) -> str:

@@ -6,21 +6,21 @@ import shutil
 import pytest
 import torch
 import yaml
-from conftest import PNG, ROOT
-from matplotlib.figure import Figure
+from conftest import ROOT
 
 import compress
 import evaluate
 import train
 from assembly.loading import load_trained
 from common.errors import Interrupted, exit_code_of
+from evaluation.latency import latency
 from training.trainer import Trainer
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
-    """Exit code, standard output and lines of standard error of a program; nothing is drawn."""
-    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: path.write_bytes(PNG))
+def call(monkeypatch, capsys, undrawn):
+    """Exit code, standard output and lines of standard error of a program; nothing is drawn, latencies are rough."""
+    monkeypatch.setattr("assembly.compressing.latency", lambda *found: latency(*found[:3], seconds=0.01))
     monkeypatch.chdir(ROOT)
 
     def run(program, *words):

@@ -1,11 +1,9 @@
 """A routing rule, a kind of expert, a loss, a data set and a figure from outside the project, in a run."""
 
 import json
-from pathlib import Path
 
 import pytest
-from conftest import PNG, ROOT, in_a_fork
-from matplotlib.figure import Figure
+from conftest import ROOT, in_a_fork
 from PIL import Image
 
 import evaluate
@@ -74,9 +72,8 @@ OPTIONS = (
 
 
 @pytest.mark.slow
-def test_a_run_with_a_rule_an_expert_a_loss_a_data_set_and_a_figure_from_outside(tmp_path, monkeypatch, capfd):
+def test_a_run_with_a_rule_an_expert_a_loss_a_data_set_and_a_figure_from_outside(tmp_path, monkeypatch, capfd, undrawn):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: Path(path).write_bytes(PNG))
     plugin, run, picture = tmp_path / "toys.py", tmp_path / "run", tmp_path / "red.png"
     plugin.write_text(PLUGIN)
     Image.new("RGB", (8, 8), (250, 60, 60)).save(picture)

@@ -10,6 +10,7 @@ from conftest import ROOT, TINY
 import evaluate
 import train
 from assembly.replay import joined
+from assembly.scoring import score
 from assembly.start import start_tracking
 from assembly.transfer import read_origin
 from common.errors import UserError
@@ -28,24 +29,15 @@ def options(run, *words) -> list[str]:
 
 
 @pytest.fixture
-def start(monkeypatch):
+def start(monkeypatch, undrawn):
     """Run train.py in this process, without figures."""
-    from matplotlib.figure import Figure
-
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: path.write_bytes(_png()))
 
     def run(*words):
         monkeypatch.setattr("sys.argv", ["train.py", *map(str, words)])
         train.main()
 
     return run
-
-
-def _png() -> bytes:
-    from conftest import PNG
-
-    return PNG
 
 
 def test_the_configuration_is_that_of_the_run_but_for_what_is_its_own(tiny_run):
@@ -157,7 +149,8 @@ def test_the_task_of_the_run_is_the_parent(tiny_run, tmp_path, monkeypatch):
     origin, asked = read_origin(config, backbone), []
     monkeypatch.setattr("tracking.tracker._first_task", lambda *given: asked.append(given) or (None, []))
     inputs = SimpleNamespace(origin=origin)
-    start_tracking(config, RunFolder(tmp_path), None, inputs).close()
+    with start_tracking(config, RunFolder(tmp_path), None, inputs):
+        pass
     assert asked[0][-1] == "a" * 32
 
 
@@ -186,9 +179,7 @@ def test_old_images_beside_new_ones(tiny_run, tmp_path, start, capsys):
     assert describe(run)["class_names"] == [*map(str, range(10)), "black", "white"]
     results = json.loads(run.results.read_text())
     assert results["images"] > 80 and 0 <= results["init"]["macro_f1_new_classes"] <= 1
-    evaluate.score(
-        evaluate.parse([str(run.path), "--device", "cpu", "--tracking", "none"])
-    )  # the images are found again
+    score(evaluate.parse([str(run.path), "--device", "cpu", "--tracking", "none"]))  # the images are found again
     assert json.loads(run.results.read_text())["accuracy"] == results["accuracy"]
 
 

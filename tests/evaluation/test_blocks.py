@@ -1,14 +1,12 @@
 """evaluate() with experts inside the ViT: single blocks, what each expert is worth there, and patch maps."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from block_helpers import moe_vit, spread
-from conftest import PNG
-from matplotlib.figure import Figure
+from conftest import without_drawing
 from sklearn.metrics import f1_score
 
 from config.config import Config
@@ -60,7 +58,7 @@ def evaluated(tmp_path_factory):
     run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     model, images = spread(moe_vit()).eval(), bank()
     with pytest.MonkeyPatch.context() as patch:  # laying out and compressing takes most of the time
-        patch.setattr(Figure, "savefig", lambda figure, path, **options: Path(path).write_bytes(PNG))
+        without_drawing(patch)
         early: list[str] = []
         scored = lambda found: early.append(json.dumps(found) * run.results.exists())  # noqa: E731
         results = evaluate(run, config(), model, images, worth_images=12, scored=scored)

@@ -22,6 +22,7 @@ import predict
 from assembly.loading import load_trained
 from common.errors import UserError, exit_code_of
 from evaluation.page import listen, remarks, require_gradio
+from evaluation.predict_options import PORT
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
@@ -102,7 +103,7 @@ def test_images_may_stand_on_both_sides_of_options():
     ):
         options = predict.parse(words.split())
         assert (str(options.run), [str(path) for path in options.images]) == ("RUN", ["a.png", "b.png"])
-    assert predict.parse(["RUN", "--serve"]).images == [] and predict.parse(["--serve", "RUN"]).port == predict.PORT
+    assert predict.parse(["RUN", "--serve"]).images == [] and predict.parse(["--serve", "RUN"]).port == PORT
 
 
 def test_a_port_is_given_back_and_belongs_to_this_machine():

@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import run_program
 from PIL import Image
 
 import predict
@@ -44,7 +43,7 @@ def test_a_feature_that_never_varies_says_nothing():
 
 
 @pytest.mark.slow
-def test_photos_are_told_from_digits(tiny_run, assets, tmp_path):
+def test_photos_are_told_from_digits(tiny_run, assets, tmp_path, monkeypatch, capsys):
     from sklearn.metrics import roc_auc_score
 
     trained = load_trained(tiny_run, "cpu")
@@ -54,12 +53,13 @@ def test_photos_are_told_from_digits(tiny_run, assets, tmp_path):
     photos = torch.nn.functional.interpolate(photos, (8, 8), mode="area").round().to(torch.uint8).repeat(1, 3, 1, 1)
     own, other = (unlike.distances(frozen_features(trained, part)) for part in (test.images_NCHW, photos))
     score = roc_auc_score([0] * len(own) + [1] * len(other), torch.cat([own, other]))
-    print(f"AUROC of digits against CIFAR-100: {score:.4f}")
     assert score > 0.9
     Image.fromarray(photos[int(other.argmax())].permute(1, 2, 0).numpy()).save(tmp_path / "photo.png")
-    said = run_program("predict.py", tiny_run, tmp_path / "photo.png", "--reject", "0.05", "--json")
-    (row,) = json.loads(said.stdout)["images"]
-    assert row["rejected"] and row["distance"] > row["threshold"], said
+    words = [tiny_run, tmp_path / "photo.png", "--reject", "0.05", "--json"]
+    monkeypatch.setattr("sys.argv", ["predict.py", *map(str, words)])
+    predict.main()
+    (row,) = json.loads(capsys.readouterr().out)["images"]
+    assert row["rejected"] and row["distance"] > row["threshold"]
 
 
 @pytest.mark.parametrize("share", ["0", "1", "5", "-0.1"])

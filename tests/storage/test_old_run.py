@@ -8,8 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import PNG, ROOT
-from matplotlib.figure import Figure
+from conftest import ROOT
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -25,10 +24,9 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch) -> RunFolder:
+def run(tmp_path, monkeypatch, undrawn) -> RunFolder:
     """A copy of the run, in the working folder."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: Path(path).write_bytes(PNG))
     return RunFolder(Path(shutil.copytree(ROOT / "tests/storage/data/digits_run", tmp_path / "run")))
 
 

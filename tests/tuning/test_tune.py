@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -33,22 +34,26 @@ def plan(tmp_path):
     return Plan(StudyFolder(tmp_path / "out"), read_space(tmp_path / "space.yaml"), SMALL, 3)
 
 
-def command(folder, *words):
-    return [sys.executable, "tune.py", *SMALL, "--space", folder / "space.yaml", "--out", folder / "out", *words]
+@pytest.fixture
+def call(tmp_path, monkeypatch, capfd):
+    """Run tune.py on tmp_path/space.yaml, in this process but for its trials: exit code, output and errors of all."""
+    monkeypatch.chdir(ROOT)
 
+    def run(space, *words):
+        (tmp_path / "space.yaml").write_text(space, encoding="utf-8")
+        places = ["--space", tmp_path / "space.yaml", "--out", tmp_path / "out"]
+        monkeypatch.setattr("sys.argv", list(map(str, ["tune.py", *SMALL, *places, *words])))
+        return exit_code_of(tune.main), *capfd.readouterr()
 
-def call(folder, *words):
-    return subprocess.run(command(folder, *words), cwd=ROOT, capture_output=True, text=True, check=False)
+    return run
 
 
 @pytest.mark.slow
-def test_trials_fail_go_on_and_leave_the_best_options(tmp_path):
-    (tmp_path / "space.yaml").write_text(SPACE, encoding="utf-8")
-    done = call(tmp_path, "--trials", "3", "--jobs", "2")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stderr == ""
-    done = call(tmp_path, "--trials", "6")
-    assert done.returncode == 0 and len(re.findall("^trial +[0-9]+ ", done.stdout, re.MULTILINE)) == 3
+def test_trials_fail_go_on_and_leave_the_best_options(tmp_path, call):
+    code, out, err = call(SPACE, "--trials", "3", "--jobs", "2")
+    assert (code, err) == (0, ""), out
+    code, out, _ = call(SPACE, "--trials", "6")
+    assert code == 0 and len(re.findall("^trial +[0-9]+ ", out, re.MULTILINE)) == 3
     rows = json.loads((tmp_path / "out" / "trials.json").read_text(encoding="utf-8"))
     assert [row["trial"] for row in rows] == list(range(6))
     for row in rows:  # a rule that does not fit the neck fails, and nothing else does
@@ -60,24 +65,30 @@ def test_trials_fail_go_on_and_leave_the_best_options(tmp_path):
     assert (tmp_path / "out" / "trials.png").stat().st_size > 10_000
 
 
+def kill_the_trial():
+    """Kill the process that trains, not this one, which waits for it."""
+    children = subprocess.run(["pgrep", "-P", str(os.getpid())], capture_output=True, text=True, check=False)
+    (worker,) = [pid for pid in children.stdout.split() if "spawn_main" in _cmdline(pid)]
+    os.kill(int(worker), signal.SIGKILL)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_an_interrupted_trial_is_tried_again(tmp_path, number):
-    (tmp_path / "space.yaml").write_text("optim.lr: [1e-3, 2e-3]", encoding="utf-8")
-    words = command(tmp_path, "--trials", "1", "--train.epochs", "5000", "--no_pruning")
-    log = tmp_path / "out" / "trials" / "0000" / "metrics.jsonl"
-    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+def test_an_interrupted_trial_is_tried_again(tmp_path, call, number):
+    log, main = tmp_path / "out" / "trials" / "0000" / "metrics.jsonl", threading.main_thread().ident
+
+    def strike():
         deadline = time.monotonic() + 600
         while not (log.is_file() and log.stat().st_size) and time.monotonic() < deadline:
             time.sleep(0.1)
-        if number == signal.SIGKILL:  # the process that trains, not the one that waits for it
-            children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False)
-            worker = [pid for pid in children.stdout.split() if "spawn_main" in _cmdline(pid)]
-            os.kill(int(worker[0]), signal.SIGKILL)
-        else:
-            process.send_signal(number)
-        _, err = process.communicate()
-    assert process.returncode == (1 if number == signal.SIGKILL else 130), err
+        kill_the_trial() if number == signal.SIGKILL else signal.pthread_kill(main, number)
+
+    striker = threading.Thread(target=strike)
+    striker.start()
+    space = "optim.lr: [1e-3, 2e-3]"
+    code, _, err = call(space, "--trials", "1", "--train.epochs", "5000", "--no_pruning")
+    striker.join()
+    assert code == (1 if number == signal.SIGKILL else 130), err
     study = optuna.load_study(study_name="tuning", storage=StudyFolder(tmp_path / "out").url)
     if number == signal.SIGKILL:
         assert "a process of the study ended with code -9" in err
