@@ -53,8 +53,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--pick_epochs", type=int, default=3, help="epochs of a run that selects a learning rate (default 3)"
     )
-    parser.add_argument("--pick_only", action="store_true", help="only choose learning rates, without the test images")
-    parser.add_argument("--tables", action="store_true", help="only print the stored results")
+    parser.add_argument(
+        "--pick_only", action="store_true", help="only choose learning rates, without the test images (default: no)"
+    )
+    parser.add_argument("--tables", action="store_true", help="only print the stored results (default: no)")
     options, rest = parser.parse_known_args(argv)
     rest = [*TINY, *rest] if options.tiny else rest
     device = start(options)
