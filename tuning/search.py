@@ -12,7 +12,8 @@ from common.errors import EnvironmentFault, UserError
 from common.files import write_json
 from common.text import printable
 from evaluation.figures import save_figure
-from tracking.tracker import Tracker, open_tracker, tasks_of
+from tracking.tasks import tasks_of
+from tracking.tracker import Tracker, open_tracker
 from tuning.space import decoded
 from tuning.study import counted, ranked
 from tuning.worker import Plan, work, write_best
