@@ -7,6 +7,7 @@ outputs, does not depend on the dispatcher.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, Protocol
 
 import torch
@@ -16,9 +17,6 @@ from torch.distributed import _functional_collectives as functional
 
 from .routing import Assignments
 from .rows import gather, inverse, pick
-
-eagerly: Any = torch.compiler.disable
-"""A decorator: code that sends varying numbers of rows to other processes is never compiled."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +72,7 @@ class AllToAllDispatcher:
     local = False
 
     def __init__(self, group: dist.ProcessGroup, share_EM: Sequence[Sequence[float]], device: torch.device):
+        import_module(".uncompiled", __package__)  # not in a compiled block, which imports from it
         self.group, self.members, self.rank = group, group.size(), group.rank()
         shares_EM = torch.tensor(share_EM, dtype=torch.float64)
         if shares_EM.shape[1] != self.members or not torch.allclose(shares_EM.sum(1), torch.ones(()).double()):

@@ -130,19 +130,23 @@ class MoEViT(nn.Module):
         """The input of the head, float32 (B, F), and the routings."""
         backbone = self.backbone
         vit = backbone.runner(images_BCHW.device)
-        compiled = self._compiled_for and len(images_BCHW) in self._compiled_for
-        run = self._compiled if compiled else run_block
+        whole = len(images_BCHW) in self._compiled_for
+        compiled = self._compiled if whole else run_block
         x_BTD, ropes = embed(vit, images_BCHW.to(backbone.dtype))
         if patch_dropout:
             if ropes[0] is not None:
                 raise ValueError("train.patch_dropout does not work for a ViT with rotary embeddings: set it to 0")
             x_BTD = drop_patches(x_BTD, int(vit.num_prefix_tokens), patch_dropout)
         mixtures = dict(zip(self.blocks, self.mixtures, strict=False))
-        allowed = self._allowed(allowed_E, always=bool(compiled) and not self.training)
+        allowed = self._allowed(allowed_E, always=whole and not self.training)
         routings, normed = [], {}
         for index in range(backbone.blocks[-1] + 1):
             mixture, keep = mixtures.get(index), not (self.recompute and x_BTD.requires_grad)
             options = (None, False, None) if mixture is None else (mixture, warmup, allowed[len(routings)])
+            # In training the first block with experts is of a kind of its own, since nothing before it has a gradient:
+            # to compile that kind takes longer than the block does without.
+            first = mixture is not None and torch.is_grad_enabled() and not x_BTD.requires_grad
+            run = run_block if first else compiled
             x_BTD, routing = run(vit.blocks[index], x_BTD, ropes[index], *options, keep)
             routings += [] if routing is None else [routing]
             if index in backbone.blocks:

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..dispatch import combine_logits, send
-from ..dispatcher import eagerly
 from ..distributed import rand_like
 from ..options import Option, share
 from ..quantised import Matrix
@@ -97,7 +96,9 @@ class Adapters(ExpertKind, ExpertSet, nn.Module):
         dense_BTD: the frozen FFN's output. assignments: of all tokens, or of the images for all their tokens.
         """
         if not self.dispatcher.local:
-            return dense_BTD + self._exchanged(x_BTD, assignments)
+            from ..uncompiled import uncompiled
+
+            return dense_BTD + uncompiled(self._exchanged, x_BTD, assignments)
         weights_BTE = assignments.weights_BE.view(x_BTD.shape[0], -1, assignments.num_experts)
         dtype = x_BTD.dtype
         down_HD, down_H = self.down.weight.to(dtype), self.down.bias.to(dtype)
@@ -113,7 +114,6 @@ class Adapters(ExpertKind, ExpertSet, nn.Module):
             out_BTD = out_BTD + F.linear(mixed_BTH[..., units].contiguous(), up_DH.to(dtype))
         return out_BTD
 
-    @eagerly
     def _exchanged(self, x_BTD: Tensor, assignments: Assignments) -> Tensor:
         """The output of the experts if they are on several processes, (B, T, D)."""
         x_ND = x_BTD.flatten(0, 1)

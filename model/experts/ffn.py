@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from ..dispatch import combine_logits, dispatch
-from ..dispatcher import eagerly
 from ..grouped import kernel_on
 from ..quantised import Matrix, num_parameters
 from ..routing import Assignments
@@ -75,8 +74,12 @@ class UpcycledFFN(ExpertKind, nn.Module):
         x_ND = x_BTD.flatten(0, 1)
         each = assignments.repeated(x_ND.shape[0] // assignments.num_samples)
         dispatch_mode = "static" if self.dispatch_mode == "auto" and self.static_shapes else self.dispatch_mode
-        mix = self._mixed if self.copies.dispatcher.local else self._exchanged
-        mixed_ND = mix(x_ND, each, dispatch_mode)
+        if self.copies.dispatcher.local:
+            mixed_ND = self._mixed(x_ND, each, dispatch_mode)
+        else:
+            from ..uncompiled import uncompiled
+
+            mixed_ND = uncompiled(self._mixed, x_ND, each, dispatch_mode)
         weights_NE: Any = each.weights_BE
         rest_N: Any = 1 - sum(weights_NE[:, first:last].contiguous().sum(dim=1) for first, last in self.bounds)
         return (mixed_ND + rest_N[:, None] * dense_BTD.flatten(0, 1)).to(dense_BTD.dtype).view_as(dense_BTD)
@@ -91,10 +94,6 @@ class UpcycledFFN(ExpertKind, nn.Module):
 
     def _mixed(self, x_ND: Tensor, each: Assignments, dispatch_mode: str) -> Tensor:
         return combine_logits(*dispatch(x_ND, each, self.copies, dispatch_mode), each)
-
-    @eagerly
-    def _exchanged(self, x_ND: Tensor, each: Assignments, dispatch_mode: str) -> Tensor:
-        return self._mixed(x_ND, each, dispatch_mode)
 
     def parameters_of(self, expert: int) -> int:
         """Number of weights and biases of one expert."""

@@ -253,10 +253,21 @@ def test_evaluation_is_compiled_once_for_all_experts_and_for_some(rule, monkeypa
     monkeypatch.setattr(torch, "compile", compiler)
     model.compile({6}, pytest.fail)
     asked = [None, without_E, without_E[None]]
-    found = [model(images(), allowed_E=allowed_E)[0] for allowed_E in asked]
+    with torch.no_grad():
+        found = [model(images(), allowed_E=allowed_E)[0] for allowed_E in asked]
     for logits, of_this in zip(found, [0, 1, 1], strict=True):
         assert torch.equal(logits, expected[of_this])
     assert len(forms) == 9 and forms[:3] == forms[3:6] == forms[6:]
+
+
+def test_in_training_the_first_block_with_experts_is_not_compiled_for_itself(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda run, **_: lambda *block: compiled.append(block[0]) or run(*block))
+    model = spread(moe_vit(experts={"blocks": [1, 2]})).train()
+    model.compile({6}, pytest.fail)
+    model(images())
+    blocks = list(model.backbone.vit.blocks)
+    assert [blocks.index(block) for block in compiled] == [0, 2]
 
 
 def test_recomputing_changes_no_gradient():

@@ -81,9 +81,7 @@ def test_grouped_copies_of_an_ffn_answer_as_one_after_the_other_do():
             torch.testing.assert_close(value, expected, rtol=0.05, atol=0.05 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize(
-    "router", [{"kind": "vmoe"}, {"kind": "switch", "top_k": 1}, {"kind": "vmoe", "level": "image"}]
-)
+@pytest.mark.parametrize("kind, top_k, level", [("vmoe", 2, "token"), ("switch", 1, "token"), ("vmoe", 2, "image")])
 @pytest.mark.parametrize("experts", [ADAPTERS, COPIES])
 def test_rules_and_levels_are_captured_and_learn_in_bfloat16(experts, kind, top_k, level, monkeypatch):
     monkeypatch.setattr(dispatch, "DENSE_WORK_IN_A_GRAPH", (0, 0))  # so that many copies are grouped, as large ones are
