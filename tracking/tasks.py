@@ -20,7 +20,7 @@ def tasks_of(run_dir: Path) -> list[dict[str, str]]:
     return [task for task in tasks if {"mode", "task_id"} <= task.keys()]
 
 
-def remember(run_dir: Path, clearml: ClearMLTask, whole: bool) -> None:
+def record_task(run_dir: Path, clearml: ClearMLTask, whole: bool) -> None:
     """Add the task to the file, or replace its entry. whole: everything has arrived on the server."""
     task = {"mode": clearml.mode, "task_id": clearml.task.id, **clearml.place(), "whole": whole}
     others = [other for other in tasks_of(run_dir) if other["task_id"] != task["task_id"]]

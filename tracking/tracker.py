@@ -21,7 +21,7 @@ from common.text import command, printable
 from storage.folder import RunFolder
 from tracking.clearml_task import ClearMLTask, show, upload, use_model
 from tracking.lines import open_lines
-from tracking.tasks import remember, tasks_of
+from tracking.tasks import record_task, tasks_of
 
 MODES = ("auto", "clearml", "offline", "none")
 
@@ -131,7 +131,7 @@ class Tracker:
         if not self._closed and self._clearml:
             whole = self._clearml.close(failed)
             if self._run_dir:
-                remember(self._run_dir, self._clearml, whole)
+                record_task(self._run_dir, self._clearml, whole)
             if self.mode == "clearml" and not whole:
                 again = command("evaluate.py", self._run_dir or "RUN", "--tracking", "clearml")
                 say(f"tracking: {again} sends everything again")
@@ -200,7 +200,7 @@ def open_tracker(
     where = {"clearml": "ClearML and ", "offline": "ClearML offline and ", "none": ""}[tracker.mode]
     print(f"tracking: {where}{printable(lines.name)}" + "".join(f" ({reason})" for reason in dict.fromkeys(reasons)))
     if clearml:
-        remember(Path(run_dir), clearml, whole=False)
+        record_task(Path(run_dir), clearml, whole=False)
     if resume_step is not None:
         tracker._resend(before)
     return tracker

@@ -132,7 +132,7 @@ def next_trial(study: "Study", folder: StudyFolder, most: int) -> "Trial | None"
 
     for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
         if _is_dead(folder.trial(trial.number)):
-            give_back(study, trial.number, trial.params)
+            release(study, trial.number, trial.params)
     return study.ask() if len(counted(study)) < most else None
 
 
@@ -144,7 +144,7 @@ def _is_dead(run: RunFolder) -> bool:
     return True
 
 
-def give_back(study: "Study", number: int, params: dict[str, Any]) -> None:
+def release(study: "Study", number: int, params: dict[str, Any]) -> None:
     """End an interrupted trial, which does not count, and queue a trial with the same values."""
     from optuna.trial import TrialState
 

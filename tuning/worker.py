@@ -23,7 +23,7 @@ from storage.folder import RunFolder
 from tracking.tracker import open_tracker
 from training.length import shorten_warmup
 from tuning.space import Space, decoded, suggest
-from tuning.study import StudyFolder, give_back, next_trial, open_study, ranked, require_optuna
+from tuning.study import StudyFolder, next_trial, open_study, ranked, release, require_optuna
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
@@ -100,10 +100,10 @@ class _Worker:
                 outcome = self._outcome(trial, options, run)
             except Interrupted:
                 with folder.locked():
-                    give_back(self.study, trial.number, trial.params)
+                    release(self.study, trial.number, trial.params)
                 raise
             with folder.locked():
-                self._tell(trial, outcome)
+                self._record(trial, outcome)
             words = f"{', '.join(f'{name} {_text(value)}' for name, value in options.items())}"
             shown = outcome if isinstance(outcome, str) else f"validation macro-F1 {100 * outcome:.2f} %"
             print(f"trial {trial.number:3d}   {shown}, {duration(time.monotonic() - began)}: {words}", flush=True)
@@ -161,7 +161,7 @@ class _Worker:
             self.read = (key, inputs, build_bank(config, inputs.splits, inputs.backbone, inputs.device))
         return self.read[1:]
 
-    def _tell(self, trial: "Trial", outcome: float | str) -> None:
+    def _record(self, trial: "Trial", outcome: float | str) -> None:
         from optuna.trial import TrialState
 
         if isinstance(outcome, str):
