@@ -128,11 +128,11 @@ def next_trial(study: "Study", folder: StudyFolder, most: int) -> "Trial | None"
 
     An unfinished trial of a killed process is ended first, and repeated.
     """
-    give_back_dead(study, folder)
+    release_dead(study, folder)
     return study.ask() if len(counted(study)) < most else None
 
 
-def give_back_dead(study: "Study", folder: StudyFolder) -> None:
+def release_dead(study: "Study", folder: StudyFolder) -> None:
     """End what a killed process has left, and have it tried again. To be called where the folder is locked."""
     from optuna.trial import TrialState
 
