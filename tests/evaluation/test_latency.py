@@ -4,7 +4,7 @@ import torch
 from block_helpers import images, moe_vit, spread, tiny_vit
 
 from evaluation.latency import latencies, on_cpu, typical_seconds
-from evaluation.report import _cost_table
+from evaluation.report_tables import _cost_table
 from evaluation.run_cost import NAMES
 from model.backbone import Backbone
 
