@@ -109,3 +109,12 @@ def test_to_import_anything_does_nothing():
     words = [sys.executable, "-B", "-c", IMPORT_ALL, *names]
     ran = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
+
+
+@pytest.mark.slow
+def test_programs_start_without_what_takes_seconds():
+    """It is imported where it is needed, most of it while images are read or after the scores."""
+    slow = {"timm", "torchvision", "sklearn", "scipy", "matplotlib", "clearml", "torch._dynamo", "torch._inductor"}
+    code = f"import sys, train, evaluate, predict; print(*sorted({slow} & set(sys.modules)))"
+    ran = subprocess.run([sys.executable, "-B", "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout.split()) == (0, [])
