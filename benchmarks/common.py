@@ -18,6 +18,7 @@ from assembly.pipeline import pick_device
 from common import arguments
 from common.environment import device_name, versions
 from common.errors import one_line
+from training.graph import GraphedStep, worth_capturing
 from training.step import TrainingStep
 
 HEAD_RECIPE = Path(__file__).resolve().parent.parent / "configs" / "cifar100_head.yaml"
@@ -112,6 +113,11 @@ class Limit:
         """Raise TimeoutError once it is over."""
         if self.over:
             raise TimeoutError(f"the {self.seconds:g} s of --seconds are over")
+
+
+def captured(step: TrainingStep, graph: str, batch: int) -> TrainingStep | GraphedStep:
+    """The step, replayed as a CUDA graph where training would do so under train.graph."""
+    return GraphedStep(step, batch) if worth_capturing(graph, step.model, batch) else step
 
 
 def require_finite(step: TrainingStep) -> None:

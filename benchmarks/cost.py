@@ -2,6 +2,7 @@
 
 python -m benchmarks.cost --data.root DATA --backbone.weights FILE      the default recipe, on a GPU
 python -m benchmarks.cost --config configs/cifar100_head.yaml           another one
+python -m benchmarks.cost --untrained                                   sizes, FLOPs and latency alone: a minute
 python -m benchmarks.cost --tiny                                        a rehearsal on a CPU, with digits
 
 Options that are none of those below go to train.py's configuration. The dense part is the one of train.dense_twin:
@@ -14,9 +15,10 @@ import sys
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
-from assembly.pipeline import Inputs, build_bank
+from assembly.pipeline import Inputs, build_bank, build_model
 from assembly.twin import twin_of
 from benchmarks.common import Failure, Parser, attempt, environment, header, save, start, table, write
 from benchmarks.runs import trained_run
@@ -43,6 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     """Train both, measure both, print the table, write the JSON."""
     parser = Parser("cost", __doc__, seconds=5, tiny={"seconds": 0.1})
     parser.allow_abbrev = False
+    parser.add_argument("--untrained", action="store_true", help="measure new weights, without training")
     options, rest = parser.parse_known_args(argv)
     device = start(options)
     where = environment(device)
@@ -51,16 +54,18 @@ def main(argv: list[str] | None = None) -> None:
     inputs = Inputs(device, load_splits(config.data), load_backbone(config.backbone, device, reachable))
     bank = build_bank(config, inputs.splits, inputs.backbone, device)
     twin = twin_of(config, bank.feature_shape, inputs.splits.train.num_classes, inputs.backbone)
-    extract(bank)
-    found = {}
+    if not options.untrained:
+        extract(bank)
+    found, how = {}, measure_new if options.untrained else measure
     for name, one in named(config, twin).items():
-        figures = attempt(partial(measure, one, inputs, bank, options.seconds))
+        figures = attempt(partial(how, one, inputs, bank, options.seconds))
         if isinstance(figures, Failure):
             warn(f"{name} has no figures: {figures.reason}")
         else:
             found[name] = figures
         save(options, "cost", where, figures=found, config=config.to_dict(), twin=twin.to_dict())
     print(header("A mixture and a dense part of equal FLOPs in its place", where))
+    print(f"on the CPU with {torch.get_num_threads()} threads")
     print(table(["", *found], [[what, *cells] for what, *cells in rows(found)]))
     print(f"\n{LEGEND}")
     write(options, "cost", where, figures=found, config=config.to_dict(), twin=twin.to_dict())
@@ -94,6 +99,19 @@ def measure(config: Config, inputs: Inputs, bank: FeatureBank | ImageBank, secon
     return cost | scores(answers.labels_N, answers.predicted_N, inputs.splits.test.num_classes)
 
 
+@torch.no_grad()
+def measure_new(config: Config, inputs: Inputs, bank: FeatureBank | ImageBank, seconds: float) -> dict[str, Any]:
+    """The cost of new weights, under an even load; gates are random, so that batches need all experts."""
+    model = build_model(config, bank.feature_shape, inputs.splits.test.num_classes, inputs.backbone).eval()
+    for name, weight in model.named_parameters():
+        if ".gate." in name:
+            weight.normal_()
+    model = model.to(inputs.device)
+    times = latencies(model, inputs.backbone, bank.splits.test.images_NCHW, True, seconds)
+    count = model.mixtures[0].router.num_experts
+    return run_cost(model, inputs.backbone, bank.feature_shape, np.full(count, 1 / count), [], None, times)
+
+
 def rows(found: dict[str, dict[str, Any]]) -> list[list[str]]:
     """What, and a cell for each run; figures that none has are left out."""
     lines = [
@@ -101,7 +119,8 @@ def rows(found: dict[str, dict[str, Any]]) -> list[list[str]]:
         for name, what in NAMES.items()
         if name not in LEFT_OUT and any(figures[name] is not None for figures in found.values())
     ]
-    return [*lines, ["macro-F1, test", *(f"{100 * figures['macro_f1']:.2f} %" for figures in found.values())]]
+    scored = [figures["macro_f1"] for figures in found.values() if "macro_f1" in figures]
+    return [*lines, ["macro-F1, test", *(f"{100 * score:.2f} %" for score in scored)]] if scored else lines
 
 
 if __name__ == "__main__":

@@ -91,8 +91,7 @@ def main(argv: list[str] | None = None) -> None:
     where = environment(device)
     done = read(options.out, tiny=options.tiny)
     todo = [(seed, name) for seed in options.seeds for name in options.methods if key(options, seed, name) not in done]
-    held = ["--data.validation", "0.1", "--features.cache_dir", "null", "--features.views", str(options.views)]
-    head = parse_command_line([*(TINY if options.tiny else ["--config", str(HEAD_RECIPE)]), *rest, *held]).config
+    head = parse_command_line(head_words(options, rest)).config
     inside = TINY_BLOCKS if options.tiny else ["--config", str(DEFAULT_CONFIG)]
     inside = parse_command_line([*inside, *rest, "--data.validation", "0.1"]).config
     if todo:
@@ -108,6 +107,13 @@ def main(argv: list[str] | None = None) -> None:
     if not options.tiny:
         print(header(f"Classes in {options.steps} steps: accuracy on the test images of all classes so far", where))
     print(table(*summary(rows)))
+
+
+def head_words(options: argparse.Namespace, rest: list[str]) -> list[str]:
+    """The command line of a head. Its features are stored on disk only where `rest` names a folder for them."""
+    recipe = TINY if options.tiny else ["--config", str(HEAD_RECIPE)]
+    held = ["--data.validation", "0.1", "--features.views", str(options.views)]
+    return [*recipe, "--features.cache_dir", "null", *rest, *held]
 
 
 class Work:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import Limit, require_finite
+from benchmarks.common import Limit, captured, require_finite
 from benchmarks.incremental_ridge import named, normalised
 from benchmarks.incremental_scores import Scores, Stream
 from config.config import Config
@@ -36,7 +36,11 @@ class Heads:
     def __init__(self, config: Config, stream: Stream, data: Any, seed: int, epochs: int, drawn: bool, limit: Limit):
         self.limit = limit
         self.stream, self.data, self.seed, self.epochs, self.drawn = stream, data, seed, epochs, drawn
-        self.device, self.batch = data.labels_N.device, min(256, config.train.batch_size)
+        self.device, self.batch, self.graph = (
+            data.labels_N.device,
+            min(256, config.train.batch_size),
+            config.train.graph,
+        )
         self.width = data.train_VNF.shape[2]
         self.means: dict[int, Tensor] = {}
         self.scatter_FF, self.images = None, 0
@@ -97,6 +101,7 @@ class Heads:
         optim = OptimConfig(lr=1e-3, weight_decay=0.05, warmup_steps=10)
         optimizer = build_optimizer(model, optim)
         step = TrainingStep(model, optimizer, BalanceConfig(switch=0.01), 0.1, 1.0, "auto", frozen)
+        run = captured(step, self.graph, self.batch)
         per_epoch, done = -(-len(labels_M) // self.batch), 0
         model.train()
         if frozen:
@@ -106,7 +111,7 @@ class Heads:
             for rows in torch.randperm(len(labels_M)).to(self.device).split(self.batch):
                 self.limit.check()
                 set_learning_rate(optimizer, done, per_epoch * self.epochs, optim)
-                step(view_MF[rows].float(), labels_M[rows], warmup=False)
+                run(view_MF[rows].float(), labels_M[rows], warmup=False)
                 done += 1
         require_finite(step)
 

@@ -1,6 +1,6 @@
 """What experts in host memory save and cost: bytes on the device and latency, by how much of them is kept there.
 
-python -m benchmarks.offload            about a minute and a half on a GPU
+python -m benchmarks.offload            half a minute on a GPU
 python -m benchmarks.offload --tiny     a rehearsal on a CPU
 
 A head of equal experts behind a ViT, top-2, in evaluation mode, on random features that its random gate spreads
@@ -27,9 +27,9 @@ CLASSES = 100
 
 def main(argv: list[str] | None = None) -> None:
     """Measure, print the table, write the JSON."""
-    parser = Parser("offload", __doc__, seconds=60, tiny=TINY)
+    parser = Parser("offload", __doc__, seconds=20, tiny=TINY)
     parser.add_argument("--experts", type=int, default=16, help="routed experts (default 16)")
-    parser.add_argument("--hidden", type=int, default=4096, help="hidden units of each (default 4096)")
+    parser.add_argument("--hidden", type=int, default=1024, help="hidden units of each (default 1024)")
     parser.add_argument("--features", type=int, default=12_288, help="numbers a sample (default 12288)")
     parser.add_numbers("--batches", [1, 32, 256], "samples at once")
     options = parser.parse_args(argv)
@@ -39,6 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     for share in SHARES:
         rows.append(measure(share, whole, options, device, each))
         save(options, "offload", where, rows=rows)
+        print(" | ".join(_line(rows[-1])), file=sys.stderr, flush=True)
     said = f"{options.experts} experts of {options.hidden:,} units on {options.features:,} features, top-2, float32"
     print(header(f"Experts in host memory: {said}", where))
     columns = ["kept on the device", "experts kept", "peak memory"]

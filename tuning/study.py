@@ -128,12 +128,17 @@ def next_trial(study: "Study", folder: StudyFolder, most: int) -> "Trial | None"
 
     An unfinished trial of a killed process is ended first, and repeated.
     """
+    give_back_dead(study, folder)
+    return study.ask() if len(counted(study)) < most else None
+
+
+def give_back_dead(study: "Study", folder: StudyFolder) -> None:
+    """End what a killed process has left, and have it tried again. To be called where the folder is locked."""
     from optuna.trial import TrialState
 
     for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
         if _is_dead(folder.trial(trial.number)):
             give_back(study, trial.number, trial.params)
-    return study.ask() if len(counted(study)) < most else None
 
 
 def _is_dead(run: RunFolder) -> bool:
