@@ -1,4 +1,4 @@
-"""The study's figure: what a mixture is worth against a dense head of equal cost, over the width."""
+"""The study's figure: mixtures against a dense head of equal cost, by width."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -13,8 +13,8 @@ STYLES = dict(zip(FAMILIES, (("black", "o"), *zip(OKABE_ITO, "s^D", strict=False
 def draw_curve(rows: list[dict[str, Any]], preferred: Collection[str], path: Path) -> Path:
     """Test macro-F1, and the paired difference to the dense head with its 95 % interval, over the active units.
 
-    rows: of `study_tables.rows`, whose methods are those of `width_methods`. preferred: methods with a ring around
-    their difference. Returns the path.
+    rows: from `study_tables.rows`, with the methods of `width_methods`. preferred: methods whose difference is marked
+    with a ring. Returns the path.
     """
     families: dict[str, dict[int, dict]] = {family: {} for family in FAMILIES}
     for row in rows:
@@ -36,7 +36,7 @@ def draw_curve(rows: list[dict[str, Any]], preferred: Collection[str], path: Pat
     differences.axhline(0, color="black", linewidth=0.8)
     differences.set_ylabel("paired difference to dense\n(points, 95 % interval)")
     differences.set_xlabel(
-        "hidden units of the dense head (logarithmic); rings: the mixture that validation images prefer"
+        "hidden units of the dense head (logarithmic); rings: the mixture with the best validation score"
     )
     differences.set_xscale("log", base=2)
     every = sorted({width for family in families.values() for width in family})
@@ -48,7 +48,7 @@ def draw_curve(rows: list[dict[str, Any]], preferred: Collection[str], path: Pat
 
 
 def _difference(axes, found: list[tuple[int, dict]], shift: float, preferred: Collection[str], look: dict) -> None:
-    """Differences with their intervals, a little to the side, or the bars of the families would overlap."""
+    """Differences with their intervals, shifted slightly so that the bars of the families do not overlap."""
     paired = [(shift * width, row["method"], *row["paired"]) for width, row in found if "paired" in row]
     if not paired:
         return
