@@ -80,9 +80,10 @@ def test_analysis_needs_no_torch():
 
 
 IMPORT_ALL = """
-import importlib, random, sys, threading
+import importlib, random, sys, tempfile, threading
 import matplotlib.pyplot, numpy, sklearn.datasets, timm, torch, torchvision
 
+tempfile.gettempdir()  # which tries folders once
 numpy.random.seed(0), random.seed(0), torch.manual_seed(0)
 state = torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].copy(), torch.get_default_dtype()
 threads, names, found = threading.active_count(), sys.argv[1:], []
