@@ -125,12 +125,12 @@ def draw(found: list[dict[str, Any]], path: Path) -> Path:
     scores, differences = figure.subplots(2, 1, sharex=True)
     colours = {DENSE: "black"} | dict(zip([name for name in lines if name != DENSE], OKABE_ITO, strict=False))
     for index, (name, line) in enumerate(lines.items()):
-        look = {"color": colours.get(name, "grey"), "marker": "os^Dv<>P"[index % 8], "markersize": 4, "capsize": 2}
+        style = {"color": colours.get(name, "grey"), "marker": "os^Dv<>P"[index % 8], "markersize": 4, "capsize": 2}
         shift = 1.04 ** (index - len(lines) / 2)
         for axes, key in ((scores, "macro_f1"), (differences, "paired")):
             points = [(shift * row["width"], *row[key]) for row in line if key in row]
             if points:
-                _intervals(axes, points, {**look, "label": name})
+                _intervals(axes, points, {**style, "label": name})
     scores.set_ylabel("test macro-F1 (%), 95 % interval")
     scores.legend(fontsize=8)
     differences.axhline(0, color="black", linewidth=0.8)
@@ -144,7 +144,7 @@ def draw(found: list[dict[str, Any]], path: Path) -> Path:
     return save(figure, path)
 
 
-def _intervals(axes: Any, points: list[tuple], look: dict[str, Any]) -> None:
+def _intervals(axes: Any, points: list[tuple], style: dict[str, Any]) -> None:
     below = [100 * (0 if low is None else mean - low) for _, mean, low, _ in points]
     above = [100 * (0 if high is None else high - mean) for _, mean, _, high in points]
-    axes.errorbar([x for x, *_ in points], [100 * mean for _, mean, *_ in points], [below, above], **look)
+    axes.errorbar([x for x, *_ in points], [100 * mean for _, mean, *_ in points], [below, above], **style)

@@ -37,9 +37,9 @@ class Shape:
 Layer = tuple[nn.Module, Callable[[Tensor], Tensor]]
 
 
-def ours(shape: Shape, how: str = "auto") -> MixtureOfExperts:
+def ours(shape: Shape, mode: str = "auto") -> MixtureOfExperts:
     """This project's layer, including gate and norms."""
-    experts = ExpertsConfig(sizes=[[units] for units in shape.hidden], dropout=0.0, dispatch=how)
+    experts = ExpertsConfig(sizes=[[units] for units in shape.hidden], dropout=0.0, dispatch=mode)
     router = RouterConfig(top_k=shape.top_k, norm="none")
     layer = MixtureOfExperts(shape.features, shape.classes, router, experts).train()
     nn.init.normal_(
@@ -57,8 +57,8 @@ def contestants(shape: Shape, device: torch.device) -> Iterator[tuple[str, Calla
     """
     with torch.device(device):
         layer = ours(shape)
-    for how in ("auto", *DISPATCHERS):
-        yield f"ours: {how}", lambda how=how: (layer, _forced(layer, how))
+    for mode in ("auto", *DISPATCHERS):
+        yield f"ours: {mode}", lambda mode=mode: (layer, _forced(layer, mode))
     if device.type == "cuda":
         yield GRAPH, lambda: (layer, _forced(layer, "static"))
     yield "article loop", lambda: (layer, lambda x_BD: article_loop(layer.experts, x_BD, *_gate(layer, x_BD)))
@@ -69,9 +69,9 @@ def contestants(shape: Shape, device: torch.device) -> Iterator[tuple[str, Calla
     yield "Mixtral grouped_mm", lambda: mixtral(shape, device, "grouped_mm")
 
 
-def _forced(layer: MixtureOfExperts, how: str) -> Callable[[Tensor], Tensor]:
+def _forced(layer: MixtureOfExperts, mode: str) -> Callable[[Tensor], Tensor]:
     def forward(x_BD: Tensor) -> Tensor:
-        layer.dispatch_mode = how
+        layer.dispatch_mode = mode
         return layer(x_BD)[0]
 
     return forward

@@ -140,17 +140,17 @@ def work(parser: argparse.ArgumentParser, sections: dict[str, Callable[..., Any]
     with started():
         device = pick_device(options.device)
         with joined(device):
-            _tell(options.found, found)
+            _write(options.found, found)
             for name in options.do:
                 torch.manual_seed(0)
                 found[name] = sections[name](options, device)
-                _tell(options.found, found)
+                _write(options.found, found)
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
             world().wait()
 
 
-def _tell(path: Path, found: dict[str, Any]) -> None:
+def _write(path: Path, found: dict[str, Any]) -> None:
     if world().first:
         part = path.with_suffix(".part")
         part.write_text(json.dumps(found), encoding="utf-8")

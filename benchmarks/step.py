@@ -47,13 +47,13 @@ def main(argv: list[str] | None = None) -> None:
     stored = torch.randn(samples, features, device=device).half()
     labels_N = torch.randint(CLASSES, (samples,), device=device)
     rows = []
-    for name, parts, how in contestants(config):
+    for name, parts, mode in contestants(config):
         # What train.py captures: no mode that waits, and none whose kernel may be missing.
-        graphs = (False, True) if device.type == "cuda" and how in ("dense", "auto") else (False,)
+        graphs = (False, True) if device.type == "cuda" and mode in ("dense", "auto") else (False,)
         for captured in graphs:
             run = attempt(
-                lambda parts=parts, how=how, captured=captured: measure(
-                    parts, how, captured, stored, labels_N, groups, options.batch, options.seconds / 20
+                lambda parts=parts, mode=mode, captured=captured: measure(
+                    parts, mode, captured, stored, labels_N, groups, options.batch, options.seconds / 20
                 )
             )
             rows.append({"head": name, "graph": captured, "run": run})
@@ -71,23 +71,23 @@ def contestants(config) -> list[tuple[str, tuple[RouterConfig, ExpertsConfig, Ba
     one = RouterConfig(kind="mixtral", top_k=1)
     none = BalanceConfig(switch=0.0)
     moe = (config.router, config.experts, config.balance)
-    found = [("mixture", moe, how) for how in ("sorted", "dense", "grouped")]
+    found = [("mixture", moe, mode) for mode in ("sorted", "dense", "grouped")]
     for label, width in (("active", active), ("total", sum(sums))):
         found.append((f"dense MLP, {width} units ({label})", (one, ExpertsConfig(sizes=[[width]]), none), "auto"))
     return found
 
 
-def measure(parts, how: str, captured: bool, stored, labels_N, groups: int, batch: int, seconds: float) -> dict:
-    """Time steps over random batches; `how` is the dispatch mode, groups the number of features per sample."""
+def measure(parts, mode: str, captured: bool, stored, labels_N, groups: int, batch: int, seconds: float) -> dict:
+    """Time steps over random batches; `mode` is the dispatch mode, groups the number of features per sample."""
     router, experts, balance = parts
     device = stored.device
     torch.manual_seed(0)
-    experts = ExpertsConfig(**{**vars(experts), "dispatch": how})
+    experts = ExpertsConfig(**{**vars(experts), "dispatch": mode})
     model = VisionMoE((stored.shape[1],), CLASSES, NeckConfig(), router, experts, groups).to(device).train()
     once = on_batches(step_of(model, balance, batch, captured), stored, labels_N, batch)
     timing = timed(lambda: [once() for _ in range(20)], device, seconds, warm=2)
     cost = head_cost(model, (stored.shape[1],))
-    return {"timing": timing, "steps": 20, "parameters": parameters(model), "flops": cost.flops, "dispatch": how}
+    return {"timing": timing, "steps": 20, "parameters": parameters(model), "flops": cost.flops, "dispatch": mode}
 
 
 def step_of(model: VisionMoE, balance: BalanceConfig, batch: int, captured: bool) -> Callable:

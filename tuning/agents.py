@@ -25,7 +25,7 @@ from tracking.clearml_runs import quiet
 from tracking.clearml_task import CLOSE_SECONDS, attempt
 from tracking.queues import draft_task, parameter_names
 from tuning.space import Choice, Range, suggest
-from tuning.study import give_back
+from tuning.study import release
 from tuning.worker import PROGRAM, Plan, keep_best, trial_line
 
 SCORE = ("macro_f1", "validation")
@@ -60,7 +60,7 @@ def train_on_agents(plan: Plan, study: optuna.Study, queue: str, jobs: int, lack
             stopping.start()
             stopping.join(CLOSE_SECONDS)
             trials.done.wait(CLOSE_SECONDS)
-            trials.give_back()
+            trials.release()
     if trials.error is not None:
         reason = f"{type(trials.error).__name__}: {one_line(trials.error, 160)}"
         raise EnvironmentFault(f"ClearML ended the study ({reason}): run the same command again to continue")
@@ -162,10 +162,10 @@ class _Trials:
         """Write the options of the best trial."""
         keep_best(self.plan, study, trial.number)
 
-    def give_back(self) -> None:
+    def release(self) -> None:
         """Have the trials tried again that were interrupted."""
         for number, params in self.running.items():
-            give_back(self.study, number, params)
+            release(self.study, number, params)
 
 
 class _Watched:
