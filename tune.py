@@ -2,9 +2,11 @@
 
 python tune.py --config configs/digits.yaml --space configs/spaces/digits.yaml --trials 30
 python tune.py --config configs/digits.yaml --space configs/spaces/digits.yaml --trials 60 --jobs 4
+python tune.py --config configs/digits.yaml --space configs/spaces/digits.yaml --trials 60 --jobs 4 --queue default
 python train.py --config runs/tune-digits/best.yaml --seeds 5
 
-The second command continues where the first one stopped or was interrupted. All other options are those of train.py.
+The second command continues where the first one stopped or was interrupted. In the third one ClearML agents train the
+trials. All other options are those of train.py.
 """
 
 from common.errors import exit_on_signal
@@ -20,7 +22,7 @@ from common.errors import exit_code_of, exit_process
 from common.signals import stoppable
 from common.text import command, printable
 from config.command_line import parse_command_line
-from tuning.options import read_options
+from tuning.options import read_options, require_agents
 from tuning.search import search
 from tuning.space import read_space
 from tuning.study import StudyFolder, require_optuna
@@ -35,10 +37,12 @@ def main() -> None:
     require_optuna()
     with stoppable():
         config = parse_command_line(words).config
+        if options.queue is not None:
+            require_agents(config, options.queue)
         space = read_space(options.space)
         folder = StudyFolder(options.out or Path("runs") / f"tune-{options.space.stem}", options.storage)
         plan = Plan(folder, space, words, options.trials, not options.no_pruning, tracking=config.tracking)
-        print(search(plan, options.jobs))
+        print(search(plan, options.jobs, options.queue))
         print(f"best options {printable(folder.best)}; {command('train.py', '--config', folder.best, '--seeds', 5)}")
 
 

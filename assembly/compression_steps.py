@@ -9,7 +9,7 @@ import torch
 from assembly.loading import OpenRun
 from assembly.pipeline import build_model
 from common.errors import UserError
-from compression.merge import check_merge, choose_groups, fit, likeness_of_gates, merge
+from compression.merge import check_merge, choose_groups, fit, merge, similarity_of_gates
 from compression.observe import HEAD
 from compression.prune import check_prune, prune, prune_to_budget
 from compression.quantise import (
@@ -170,7 +170,7 @@ def _merge(work: Work, say: Callable[[str], None]) -> None:
     number = int(work.plan.merge or 0)
     check_merge(work.config, number)
     labels = work.config.experts.labels()
-    groups = choose_groups(work.config, work.model, likeness_of_gates(work.model, work.training()), number)
+    groups = choose_groups(work.config, work.model, similarity_of_gates(work.model, work.training()), number)
     config, smaller = merge(work.config, work.model, groups, work.build)
     averaged = work.score(smaller)
     fit(work.model, smaller, groups, work.training())

@@ -53,7 +53,7 @@ def train_seeds(invocation: Invocation, train: Train) -> None:
             print(f"seed         {seed}", flush=True)
             train(start, inputs, bank)
     if len(runs) > 1 and world().first:
-        out = base.with_name(f"{base.name}-seeds")
+        out = base.with_name(f"{base.name}-comparison")
         print(f"\n{compare(runs, out)}\nwritten to   {printable(out)}")
 
 

@@ -70,7 +70,9 @@ def announce(config: Config, inputs: Inputs, trainer: Trainer) -> None:
     print(f"experts      {', '.join(config.experts.labels())}; {seen}")
     if config.train.twin_of:
         of = json.loads(config.train.twin_of)
-        print(f"dense twin   in place of experts {of.get('experts.sizes')} by {of.get('router.kind', 'soft_moe')}")
+        print(
+            f"dense twin   in place of experts {of.get('experts.sizes')} by {of.get('router.kind', config.router.kind)}"
+        )
     if shared := config.experts.shared_labels():
         print(f"shared       {', '.join(shared)}; they process every sample")
     if taken := trainer.identity.get("init"):

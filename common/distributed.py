@@ -163,7 +163,7 @@ def joined(device: torch.device, timeout: float = 600.0) -> Iterator[World]:
     dist.init_process_group(backend, store=_meet(found, "group"), timeout=timedelta(seconds=timeout), **numbers)
     _world = found
     try:
-        _refuse_shared_gpus(found, device)
+        _require_separate_gpus(found, device)
         yield found
     except BaseException:
         if device.type == "cpu":
@@ -192,7 +192,7 @@ def _meet(found: World, purpose: str) -> dist.Store:
         ) from error
 
 
-def _refuse_shared_gpus(found: World, device: torch.device) -> None:
+def _require_separate_gpus(found: World, device: torch.device) -> None:
     used = ("",) if device.type != "cuda" else (socket.gethostname(), _name_of(device))
     first: dict[tuple[str, ...], int] = {}
     for rank, gpu in enumerate(found.gather(used)):

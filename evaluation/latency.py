@@ -7,12 +7,14 @@ from collections.abc import Callable
 
 import torch
 
+from common.errors import say
 from model.backbone import Backbone
 from model.moe_vit import AnyMoE, MoEViT
 from model.offload import Stays
 from model.preparation import prepare
 
 BATCHES = (1, 256)
+ROUNDS, SLOW = 5, 5.0
 
 
 def latencies(
@@ -32,6 +34,8 @@ def latencies(
         pairs.append(on_cpu(model, backbone))
     for kind, pair in zip(("gpu", "cpu") if device.type == "cuda" else ("cpu",), pairs, strict=False):
         for batch in BATCHES:
+            if kind == "cpu" and batch > 1:
+                say(f"measuring the latency of {batch} images on the CPU")
             images_BCHW = images_NCHW[torch.arange(batch) % len(images_NCHW)].to(device if kind == "gpu" else "cpu")
             found[f"latency_{kind}_{batch}"] = latency(*pair, images_BCHW, seconds)
     return found
@@ -46,7 +50,7 @@ def on_cpu(model: AnyMoE, backbone: Backbone) -> tuple[AnyMoE, Backbone]:
 
 @torch.no_grad()
 def latency(model: AnyMoE, backbone: Backbone, images_BCHW: torch.Tensor, seconds: float = 1.0) -> float:
-    """Median seconds from uint8 images (B, 3, H, W) on the device to their logits, including the frozen ViT.
+    """`typical_seconds` from uint8 images (B, 3, H, W) on the device to their logits, including the frozen ViT.
 
     model: in evaluation mode, as predict.py runs it, not compiled. seconds: approximate time of the measurement.
     """
@@ -56,17 +60,29 @@ def latency(model: AnyMoE, backbone: Backbone, images_BCHW: torch.Tensor, second
             return model(images_BCHW)[0]
         return model(backbone(prepare(images_BCHW, backbone.image_size, backbone.mean, backbone.std)))[0]
 
-    return median_seconds(answer, images_BCHW.device, seconds)
+    return typical_seconds(answer, images_BCHW.device, seconds)
 
 
-def median_seconds(run: Callable[[], object], device: torch.device, seconds: float = 1.0) -> float:
-    """The median time of a call, over as many calls as `seconds` allow, after a warm-up call that loads kernels."""
-    times = []
-    started = time.perf_counter()
-    while len(times) < 2 or (time.perf_counter() - started < seconds and len(times) < 200):
+def typical_seconds(run: Callable[[], object], device: torch.device, seconds: float = 1.0) -> float:
+    """The time of a call: the lowest of the medians of ROUNDS rounds, since other work on the machine can only add.
+
+    seconds: to spend, after a warm-up of a quarter of it. A call of more than SLOW seconds is timed once, without.
+    """
+
+    def timed() -> float:
         begun = time.perf_counter()
         run()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - begun)
-    return statistics.median(times[1:])
+        return time.perf_counter() - begun
+
+    started, first, times = time.perf_counter(), timed(), []
+    if first > max(SLOW, seconds):
+        return first
+    while time.perf_counter() - started < seconds / 4:
+        timed()
+    started = time.perf_counter()
+    while not times or (time.perf_counter() - started < seconds and len(times) < 1000):
+        times.append(timed())
+    size = max(1, len(times) // ROUNDS)
+    return min(statistics.median(times[first : first + size]) for first in range(0, len(times) - size + 1, size))

@@ -32,7 +32,7 @@ def verdict(run: RunFolder, config: Config, macro_f1: float) -> dict[str, Any] |
     minus = [difference for difference in differences_of(found)[0] if difference.second.twin]
     if not minus or "macro_f1" not in minus[0].figures:
         return None
-    return _told(minus[0]) | {"beside": _beside(minus[0], own)}
+    return _summary(minus[0]) | {"beside": _beside(minus[0], own)}
 
 
 def _neighbours(path: Path, words: str) -> Iterator[Compared]:
@@ -54,7 +54,7 @@ def _beside(difference: Difference, own: Compared) -> dict[str, Any]:
     return {"name": run.name, "cost": costs}
 
 
-def _told(difference: Difference) -> dict[str, Any]:
+def _summary(difference: Difference) -> dict[str, Any]:
     mean, low, high = difference.figures["macro_f1"]
     seeds = difference.seeds
     points = f"its macro-F1 minus that of a dense twin of equal FLOPs is {100 * mean:+.2f} points"

@@ -82,7 +82,7 @@ class Share:
         return whole[each * self.start : each * (self.start + self.sizes[self.rank])]
 
     def stack(self, x: Tensor) -> Tensor:
-        """A tensor of each process, all of one shape (...), in the order of their ranks, (P, ...); without gradients."""
+        """The tensors of all P processes, of one shape (...), in the order of their ranks: (P, ...), no gradients."""
         got = x.new_empty(len(self.sizes), *x.shape)
         _all_gather(got, x[None].contiguous(), group=self.group)
         return got

@@ -44,7 +44,6 @@ class Standardise(nn.BatchNorm1d):
         normalised_BD = centred_BD * (var_D + self.eps).rsqrt()
         return torch.addcmul(self.bias, normalised_BD, self.weight) if self.affine else normalised_BD
 
-
     def _on_gpu(self, x_BD: Tensor) -> Tensor:
         """The same in fused kernels, those of `nn.SyncBatchNorm`: a few passes over the rows instead of a dozen."""
         assert self.num_batches_tracked is not None

@@ -6,6 +6,8 @@ It refuses what the published API does not allow.
 """
 
 import base64
+import copy
+import hashlib
 import json
 import re
 import threading
@@ -34,7 +36,11 @@ STATES = {
     "stopped": "stopped",
     "failed": "failed",
     "publish": "published",
+    "enqueue": "queued",
+    "dequeue": "created",
 }
+CLONED = ("type", "project", "script", "hyperparams", "configuration", "comment", "tags", "execution")
+QUEUES = ("default", "gpu")
 
 
 class StandIn:
@@ -91,6 +97,12 @@ class StandIn:
             self.calls.append(endpoint)
             if service == "events":
                 return self._events(action, body)
+            if service == "queues":
+                return {
+                    "queues": [{"id": f"queue-{name}", "name": name} for name in QUEUES if self._wanted(name, body)]
+                }
+            if service == "workers":
+                return {"workers": []}
             store = {"tasks": self.tasks, "models": self.models, "projects": self.projects}.get(service, {})
             return self._item(store, action, body)
 
@@ -105,16 +117,27 @@ class StandIn:
         if action.startswith("get_all"):
             wanted = body.get("id")
             found = [item for item in store.values() if wanted is None or item["id"] in wanted]
+            for field in ("parent", "status"):
+                if sought := body.get(field):
+                    sought = sought if isinstance(sought, list) else [sought]
+                    found = [item for item in found if item.get(field) in sought]
+            if name == "task":
+                found = [self._seen(item) for item in found]
             if tasks := body.get("task"):
                 found = [item for item in found if item.get("task") in tasks]
-            if pattern := body.get("name"):
-                found = [item for item in found if re.fullmatch(pattern, item["name"])]
+            found = [item for item in found if self._wanted(item["name"], body)]
             return {f"{name}s": found}
         item = store[body.get(name) or body.get("id") or body.get("model")]
+        if action == "clone":
+            new = {key: copy.deepcopy(item[key]) for key in CLONED if key in item}
+            new |= {key.removeprefix("new_task_"): value for key, value in body.items() if key.startswith("new_task_")}
+            return self._item(store, "create", new)
         if action == "get_by_id":
-            return {name: item}
+            return {name: self._seen(item) if name == "task" else item}
         if action in STATES:
             item["status"] = STATES[action]
+            if action in ("started", "completed"):
+                item[action] = NOW
             item["status_reason"] = body.get("status_reason", "")
         elif action == "edit_hyper_params":
             for value in body["hyperparams"]:
@@ -133,6 +156,20 @@ class StandIn:
             item |= {key: value for key, value in body.items() if key not in (name, "force")}
         return {"updated": 1, "fields": {}}
 
+    @staticmethod
+    def _wanted(name: str, body: dict) -> bool:
+        return re.fullmatch(body.get("name") or ".*", name) is not None
+
+    def _seen(self, task: dict) -> dict:
+        """A task, and of each of its scalars the last, least and largest value, by hashes of title and series."""
+        metrics: dict[str, dict] = {}
+        for (title, series, _), value in sorted(self.scalars(task["id"]).items(), key=lambda item: item[0][2]):
+            hashed = [hashlib.md5(text.encode()).hexdigest() for text in (title, series)]
+            last = metrics.setdefault(hashed[0], {}).setdefault(hashed[1], {"metric": title, "variant": series})
+            last |= {"value": value, "min_value": min(value, last.get("min_value", value))}
+            last["max_value"] = max(value, last.get("max_value", value))
+        return {**task, "last_metrics": metrics}
+
     def _events(self, action: str, body) -> dict:
         if action == "add_batch":
             self.events += body
@@ -144,6 +181,13 @@ class StandIn:
                 if event["task"] in body["tasks"] and event.get("metric") == "Summary"
             ]
             return {"tasks": [{"task": body["tasks"][0], "values": values}]}
+        if action == "scalar_metrics_iter_histogram":
+            curves: dict[str, dict] = {}
+            for (title, series, step), value in sorted(self.scalars(body["task"]).items(), key=lambda item: item[0][2]):
+                curve = curves.setdefault(title, {}).setdefault(series, {"name": series, "x": [], "y": []})
+                curve["x"].append(step)
+                curve["y"].append(value)
+            return curves
         return {}
 
     def scalars(self, task: str) -> dict[tuple[str, str, int], float]:

@@ -28,7 +28,7 @@ def get_task(task_id: str) -> Any:
     from clearml import Task
 
     Task.set_offline(False)
-    with _quiet():
+    with quiet():
         task, error = attempt(Task.get_task, task_id=task_id)
     if task is None:
         raise UserError(f"the ClearML server has no task {task_id}: copy the id from the task's page") from error
@@ -36,8 +36,8 @@ def get_task(task_id: str) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the SDK's log: it reports an unknown task in four lines."""
+def quiet() -> Iterator[None]:
+    """Silence the SDK's log, which reports an unknown task in four lines."""
     logging.disable()
     try:
         yield
@@ -53,7 +53,7 @@ def fetch_run(task_id: str) -> dict[str, Any]:
     completed; else empty)}. Raises as `get_task`.
     """
     task = get_task(task_id)
-    with _quiet():
+    with quiet():
         metrics, error = attempt(_metrics, task)
     if error is not None:
         raise EnvironmentFault(f"ClearML task {task_id} cannot be read ({type(error).__name__}: {error})") from error

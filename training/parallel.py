@@ -141,7 +141,7 @@ class Checks:
         if not self.world.several:
             yield
             return
-        with defer_signals.until_asked():
+        with defer_signals.ignoring_repeats():
             yield
 
     def due(self) -> bool:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from analysis import plots
@@ -12,9 +13,10 @@ from common.errors import EnvironmentFault, UserError
 from common.files import write_json
 from common.text import printable
 from evaluation.figures import save_figure
-from tracking.tracker import Tracker, open_tracker, tasks_of
+from tracking.tasks import tasks_of
+from tracking.tracker import Tracker, open_tracker
 from tuning.space import decoded
-from tuning.study import counted, ranked
+from tuning.study import counted, ranked, release_dead
 from tuning.worker import Plan, work, write_best
 
 if TYPE_CHECKING:
@@ -24,11 +26,14 @@ if TYPE_CHECKING:
 SHOWN = 10  # trials in the table
 
 
-def search(plan: Plan, jobs: int) -> str:
-    """Train the missing trials in several processes, write the results, and return the table.
+def search(plan: Plan, jobs: int, queue: str | None = None) -> str:
+    """Train the missing trials, write the results, and return the table.
 
-    Raises UserError if no trial was completed, and EnvironmentFault if a process ended unexpectedly.
+    jobs: number of parallel trials, in processes of this machine or on the ClearML agents of a queue. Raises UserError
+    if no trial was completed, and EnvironmentFault if a process ended unexpectedly or the server fails.
     """
+    if queue is not None:
+        import_module("tuning.agents")  # before there is a task, as ClearML's part of it wants
     config = plan.configure({}, "")
     study = plan.study(config.train.seed)
     online = [task["task_id"] for task in tasks_of(plan.folder.path) if task["mode"] == "clearml"]
@@ -39,18 +44,37 @@ def search(plan: Plan, jobs: int) -> str:
     with open_tracker(plan.tracking, plan.folder.path, values, **named, **again) as tracker:
         plan = replace(plan, tracking="none" if tracker.mode == "none" else plan.tracking)
         plan = replace(plan, parent=tracker.task_id if tracker.mode == "clearml" else None)
-        with _workers(plan, jobs, config.train.seed + known) as workers:
-            reported = {trial.number for trial in counted(study)}
-            while any(worker.is_alive() for worker in workers):
-                time.sleep(0.2)
-                _report(study, tracker, reported)
-        _report(study, tracker, reported)
-        codes = [worker.exitcode for worker in workers if worker.exitcode]
-        if codes and _lacking(plan, study):
-            raise EnvironmentFault(
-                f"a process of the study ended with code {codes[0]}: run the same command again to continue"
-            )
+        if queue is None:
+            _train_here(plan, study, tracker, jobs, config.train.seed + known)
+        else:
+            _train_on_agents(plan, study, tracker, queue, jobs)
         return _result(plan, study, tracker)
+
+
+def _train_here(plan: Plan, study: "Study", tracker: Tracker, jobs: int, seed: int) -> None:
+    """Train in processes of this machine. seed: of the search, from here on."""
+    with _workers(plan, jobs, seed) as workers:
+        reported = {trial.number for trial in counted(study)}
+        while any(worker.is_alive() for worker in workers):
+            time.sleep(0.2)
+            _report(study, tracker, reported)
+    _report(study, tracker, reported)
+    codes = [worker.exitcode for worker in workers if worker.exitcode]
+    if codes and _lacking(plan, study):
+        raise EnvironmentFault(
+            f"a process of the study ended with code {codes[0]}: run the same command again to continue"
+        )
+
+
+def _train_on_agents(plan: Plan, study: "Study", tracker: Tracker, queue: str, jobs: int) -> None:
+    from tuning.agents import train_on_agents  # here, because it needs ClearML and Optuna
+
+    with plan.folder.locked():
+        release_dead(study, plan.folder)
+    reported = {trial.number for trial in counted(study)}
+    if lacking := _lacking(plan, study):
+        train_on_agents(plan, study, queue, min(jobs, lacking), lacking, lambda: _report(study, tracker, reported))
+    _report(study, tracker, reported)
 
 
 @contextmanager
@@ -96,7 +120,11 @@ def _result(plan: Plan, study: "Study", tracker: Tracker) -> str:
     write_best(plan, best[0])
     rows = [
         {"trial": trial.number, "state": trial.state.name.lower(), "macro_f1": _score(trial)}
-        | {"epochs": len(trial.intermediate_values), "reason": trial.user_attrs.get("reason")}
+        | {
+            "epochs": len(trial.intermediate_values),
+            "reason": trial.user_attrs.get("reason"),
+            "task": trial.user_attrs.get("task"),
+        }
         | decoded(trial.params, plan.space)
         for trial in trials
         if trial.params

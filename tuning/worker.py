@@ -7,6 +7,7 @@ import sys
 import time
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from assembly.pipeline import Inputs, build_bank, build_trainer, load_inputs
@@ -23,11 +24,12 @@ from storage.folder import RunFolder
 from tracking.tracker import open_tracker
 from training.length import shorten_warmup
 from tuning.space import Space, decoded, suggest
-from tuning.study import StudyFolder, give_back, next_trial, open_study, ranked, require_optuna
+from tuning.study import StudyFolder, next_trial, open_study, ranked, release, require_optuna
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
 
+PROGRAM = Path(__file__).resolve().parent.parent / "train.py"
 MASTER = ("CLEARML_PROC_MASTER_ID", "TRAINS_PROC_MASTER_ID")
 """Variables that make ClearML's SDK attach a process to the task of its parent process."""
 FEATURES = ("data", "augment", "backbone", "features")
@@ -69,6 +71,7 @@ def work(plan: Plan, seed: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal: the parent process decides when to end
     for name in MASTER:
         os.environ.pop(name, None)
+    sys.argv[:] = [str(PROGRAM)]  # what ClearML takes for the program, so that agents train clones of a trial's task
     parent = os.getppid()
     try:
         with stoppable():
@@ -100,13 +103,11 @@ class _Worker:
                 outcome = self._outcome(trial, options, run)
             except Interrupted:
                 with folder.locked():
-                    give_back(self.study, trial.number, trial.params)
+                    release(self.study, trial.number, trial.params)
                 raise
             with folder.locked():
-                self._tell(trial, outcome)
-            words = f"{', '.join(f'{name} {_text(value)}' for name, value in options.items())}"
-            shown = outcome if isinstance(outcome, str) else f"validation macro-F1 {100 * outcome:.2f} %"
-            print(f"trial {trial.number:3d}   {shown}, {duration(time.monotonic() - began)}: {words}", flush=True)
+                self._record(trial, outcome)
+            print(trial_line(trial.number, options, outcome, time.monotonic() - began), flush=True)
             return True
 
     def _outcome(self, trial: "Trial", options: dict[str, Any], run: RunFolder) -> float | str:
@@ -131,6 +132,8 @@ class _Worker:
         named = {"name": f"{self.plan.folder.path.name}-{trial.number:04d}", "tags": [*tags_of(config), "trial"]}
         values = config.to_dict()
         with open_tracker(self.plan.tracking, run.path, values, **named, parent=self.plan.parent) as tracker:
+            if tracker.mode == "clearml":
+                trial.set_user_attr("task", tracker.task_id)
             write_config(config, run.config)
             trainer = build_trainer(config, inputs, run, tracker, bank=bank)
             announce(config, inputs, trainer)
@@ -161,7 +164,7 @@ class _Worker:
             self.read = (key, inputs, build_bank(config, inputs.splits, inputs.backbone, inputs.device))
         return self.read[1:]
 
-    def _tell(self, trial: "Trial", outcome: float | str) -> None:
+    def _record(self, trial: "Trial", outcome: float | str) -> None:
         from optuna.trial import TrialState
 
         if isinstance(outcome, str):
@@ -170,9 +173,21 @@ class _Worker:
             self.study.tell(trial, state=TrialState.PRUNED if pruned else TrialState.FAIL)
             return
         self.study.tell(trial, outcome)
-        best = ranked(self.study)[0]
-        if best.number == trial.number:
-            write_best(self.plan, best)
+        keep_best(self.plan, self.study, trial.number)
+
+
+def trial_line(number: int, options: dict[str, Any], outcome: float | str, seconds: float) -> str:
+    """What is printed of a trial. outcome: its validation macro-F1, or why there is none."""
+    words = ", ".join(f"{name} {_text(value)}" for name, value in options.items())
+    shown = outcome if isinstance(outcome, str) else f"validation macro-F1 {100 * outcome:.2f} %"
+    return f"trial {number:3d}   {shown}, {duration(seconds)}: {words}"
+
+
+def keep_best(plan: Plan, study: "Study", number: int) -> None:
+    """Write the configuration of a trial where it is the best one so far."""
+    best = ranked(study)
+    if best and best[0].number == number:
+        write_best(plan, best[0])
 
 
 def write_best(plan: Plan, best: Any) -> None:

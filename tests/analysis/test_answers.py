@@ -154,7 +154,7 @@ def test_who_takes_over_and_what_is_saved_by_hand():
     # expert 2 and 1 to expert 1: from (4, 3, 1) to (0, 4, 4).
     before, after = np.zeros((2, 3, 3))
     before[0], after[0] = [4, 3, 1], [0, 4, 4]
-    np.testing.assert_allclose(experts.taken_over(before, after), [[0, 0.25, 0.75], [0, 0, 0], [0, 0, 0]])
+    np.testing.assert_allclose(experts.reassigned(before, after), [[0, 0.25, 0.75], [0, 0, 0], [0, 0, 0]])
     # Costs 10, 20, 40 a visit: 40 + 60 + 40 = 140 before, 80 + 160 = 240 after; 100 more over 5 samples.
     np.testing.assert_allclose(experts.cost_saved(before, after, [10, 20, 40], 5), [-20, 0, 0])
 

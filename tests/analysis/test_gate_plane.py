@@ -19,7 +19,7 @@ def three_groups(count, distance, features=40, seed=0):
 def test_it_separates_groups_that_lie_apart_where_the_variance_is_small():
     shown_ND, shown_N = three_groups(300, 4, seed=1)
     plane = discriminant_plane(*three_groups(600, 4), shown_ND, shown_N)
-    assert plane.told > 0.97 and plane.chance == pytest.approx(1 / 3)
+    assert plane.accuracy > 0.97 and plane.chance == pytest.approx(1 / 3)
     assert plane.points_N2.shape == (300, 2) and plane.explained_2.sum() == pytest.approx(1)
     # Centres (4, 0), (-4, 0), (0, 4): sums of squares 32 along the first feature, 32 / 3 along the second.
     assert plane.explained_2[0] == pytest.approx(0.75, abs=0.04)
@@ -33,7 +33,7 @@ def test_groups_keep_their_numbers_and_the_axes_their_share_of_all_differences()
     fit_M = number_G[fit_M]
     fit_M[:2] = 1
     plane = discriminant_plane(fit_MD, fit_M, shown_ND[::2], number_G[shown_N[::2]])
-    assert plane.told > 0.97
+    assert plane.accuracy > 0.97
     # A fourth group apart along a third axis as far as the others: two axes hold two thirds.
     rng = np.random.default_rng(0)
     group_M = np.arange(800) % 4
@@ -48,7 +48,7 @@ def test_groups_keep_their_numbers_and_the_axes_their_share_of_all_differences()
 def test_it_tells_no_more_than_chance_of_groups_that_do_not_differ():
     fit_MD, fit_M = three_groups(60, 0, features=200)
     shown_ND, shown_N = three_groups(300, 0, features=200, seed=1)
-    assert discriminant_plane(fit_MD, fit_M, shown_ND, shown_N).told < 0.45
+    assert discriminant_plane(fit_MD, fit_M, shown_ND, shown_N).accuracy < 0.45
 
 
 def test_groups_of_few_samples_span_no_plane():

@@ -35,7 +35,7 @@ def test_seeds_share_their_inputs_and_an_interrupted_command_goes_on(tmp_path, m
         results = json.loads((tmp_path / f"few-seed{seed}" / "evaluation" / "metrics.json").read_text(encoding="utf-8"))
         scores[seed] = results["loss"]
     assert scores[0] != scores[1]
-    assert (tmp_path / "few-seeds" / "comparison.md").is_file()
+    assert (tmp_path / "few-comparison" / "comparison.md").is_file()
     code, _, err = call("2", "--train.batch_size", "32")
     assert code == 2 and "--seeds cannot continue" in err and "choose another --run_dir" in err
 
@@ -78,4 +78,4 @@ def test_with_few_images_each_seed_draws_its_own(tmp_path, monkeypatch):
     first, second = (describe(RunFolder(tmp_path / f"few-seed{seed}")) for seed in range(2))
     assert (first["config"]["data"]["split_seed"], second["config"]["data"]["split_seed"]) == (0, 1)
     assert first["data"]["train"] != second["data"]["train"]
-    assert "few" in (tmp_path / "few-seeds" / "comparison.md").read_text()
+    assert "few" in (tmp_path / "few-comparison" / "comparison.md").read_text()

@@ -32,3 +32,8 @@ def test_a_mixture_and_its_dense_part_stand_side_by_side(tmp_path, capsys):
     )
     assert all(found["latency_cpu_1"] > 0 < found["latency_cpu_256"] for found in (mixture, dense))
     assert "| latency of 256 images, CPU |" in capsys.readouterr().out
+    cost.main([*TINY, str(tmp_path), "--untrained"])
+    untrained = json.loads((tmp_path / "cost_tiny.json").read_text())["figures"].values()
+    for trained, new in zip((mixture, dense), untrained, strict=True):
+        sizes = ("total_parameters", "trained_parameters", "memory_bytes")
+        assert [new[name] for name in sizes] == [trained[name] for name in sizes] and new["latency_cpu_1"] > 0

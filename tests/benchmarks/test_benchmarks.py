@@ -77,7 +77,7 @@ def test_goals_count_the_cells_that_are_won():
         }
 
     lines = dispatch.goals([row(256, 9, 1), row(1024, 1, 2), row(4096, 2, 1)])
-    assert lines[0] == "fastest in 1 of 2 cells from 1,024 samples up; not for 4 equal, k 2, batch 4096"
+    assert lines[0] == "fastest in 1 of 2 cells with 1,024 samples or more; not for 4 equal, k 2, batch 4096"
     assert lines[1] == "25 % of the limit at batch 4096, 4 equal experts, k 2"
 
 
@@ -223,7 +223,7 @@ def test_expert_parallel():
 @pytest.mark.slow
 def test_step_runs_to_its_end(tmp_path, capsys):
     step.main([*TINY, str(tmp_path)])
-    assert "ms a step" in capsys.readouterr().out
+    assert "ms per step" in capsys.readouterr().out
     runs = [row["run"] for row in read(tmp_path, "step")["rows"]]
     assert [run["dispatch"] for run in runs] == ["sorted", "dense", "grouped", "auto", "auto"]
     # Two of four experts with a hidden layer, and one that all samples pass: less than all of their matrix products.
@@ -368,5 +368,5 @@ def test_stacked_seeds_compute_what_each_of_them_does(tmp_path, capsys):
     ]
     torch.testing.assert_close(seeds.logits(head, weights, x_SBD), torch.cat(alone))
     seeds.main([*TINY, str(tmp_path)])
-    assert "one seed after the other" in capsys.readouterr().out
+    assert "one seed after another" in capsys.readouterr().out
     assert read(tmp_path, "seeds")["rows"][0]["stacked"]["median"] > 0

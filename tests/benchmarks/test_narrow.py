@@ -14,22 +14,28 @@ def test_macro_f1_is_of_the_classes_asked_for():
 
 
 def test_lost_experts_are_counted():
-    row = {"macro_f1": 0.5, "load": [0.6, 0.395, 0.005], "entropy": 0.7, "worth": [0.1, 0.0, -0.02]}
+    row = {"macro_f1": 0.5, "alone": 0.75, "load": [0.6, 0.395, 0.005], "entropy": 0.7, "worth": [0.1, 0.0, -0.02]}
     rows = [
-        {"way": way, "seed": seed, "before": {"narrow": row, "others": row}, "after": {"narrow": row, "others": row}}
+        {
+            "norm": "batch",
+            "replay": 20,
+            "way": way,
+            "seed": seed,
+            "before": {"narrow": row, "others": row},
+            "after": {"narrow": row, "others": row},
+        }
         for way in ("free", "frozen")
         for seed in (0, 1)
     ]
     columns, cells = narrow.summary(rows)
-    assert [line[0] for line in cells] == ["before", "free", "frozen"] and all(
-        len(line) == len(columns) for line in cells
-    )
+    assert [line[1:3] for line in cells] == [["", "before"], ["20", "free"], ["20", "frozen"]]
+    assert all(len(line) == len(columns) for line in cells)
     assert cells[1][columns.index("lost")] == "1.00 ± 0.00" and cells[1][columns.index("least load")] == "0.50 ± 0.00"
 
 
 @pytest.mark.slow
 def test_each_way_is_done_once_and_a_frozen_gate_sends_images_as_before(tmp_path):
-    words = ["--tiny", "--device", "cpu", "--out", str(tmp_path), "--seeds", "0", "--ways"]
+    words = ["--tiny", "--device", "cpu", "--out", str(tmp_path), "--seeds", "0", "--replay", "2", "--ways"]
     narrow.main([*words, "frozen"])
     narrow.main([*words, "frozen", "distance"])
     rows = [json.loads(line) for line in (tmp_path / "narrow_tiny.jsonl").read_text().splitlines()]

@@ -85,12 +85,12 @@ def test_measured_and_predicted_stand_side_by_side(tmp_path, capsys):
     said = capsys.readouterr().out
     lines = [line for line in said.splitlines() if line.startswith(("| default", "| 8 exp", "| extraction, 100"))]
     assert [line.split("|")[-2].strip() for line in lines] == ["+0 %", "-20 %", "+0 %", "+0 %", "-20 %"]
-    assert "PREDICTIONS, 4 devices a node, 1e+08 bytes/s between" in said and "experts on 4" in said
+    assert "PREDICTIONS, 4 devices per node, 1e+08 bytes/s between nodes" in said and "experts on 4" in said
 
 
 def test_files_of_something_else_are_refused(tmp_path):
     with pytest.raises(UserError, match="has nothing to predict from: run"):
         scaling_model.main(["--from", str(tmp_path)])
     (tmp_path / "devices.json").write_text("{}")
-    with pytest.raises(UserError, match=r"is not what benchmarks\.devices writes"):
+    with pytest.raises(UserError, match=r"was not written by benchmarks\.devices"):
         scaling_model.main(["--from", str(tmp_path)])

@@ -10,7 +10,7 @@ from compression_helpers import behind, inputs_of, inside
 
 from common.errors import UserError
 from compression.align import align, average, layers_of, write_layers
-from compression.merge import check_merge, choose_groups, fit, group, likeness_of_gates, merge, merged_config
+from compression.merge import check_merge, choose_groups, fit, group, merge, merged_config, similarity_of_gates
 from compression.observe import inputs_of as matrix_inputs
 from compression.observe import observe, output_of
 from config.config import Config
@@ -113,19 +113,19 @@ def test_alignment_is_the_best_of_all_orders():
 
 
 def test_groups_by_hand():
-    likeness = torch.tensor([[1, 0.1, 0.9, 0.2], [0.1, 1, 0.3, 0.4], [0.9, 0.3, 1, 0], [0.2, 0.4, 0, 1.0]])
+    similarity = torch.tensor([[1, 0.1, 0.9, 0.2], [0.1, 1, 0.3, 0.4], [0.9, 0.3, 1, 0], [0.2, 0.4, 0, 1.0]])
     usage, same = [0.4, 0.3, 0.2, 0.1], [[4]] * 4
-    assert group(likeness, usage, same, 2) == [[0, 2], [1, 3]]
-    assert group(likeness, usage, same, 3) == [[0], [1, 3], [2]]
-    assert group(likeness, usage, same, 1) == [[0, 1, 2, 3]]
+    assert group(similarity, usage, same, 2) == [[0, 2], [1, 3]]
+    assert group(similarity, usage, same, 3) == [[0], [1, 3], [2]]
+    assert group(similarity, usage, same, 1) == [[0, 1, 2, 3]]
     # By size where a leader has the same; expert 2 would go to 0 by its gate.
-    assert group(likeness, usage, [[4], [8], [8], [2]], 2) == [[0], [1, 2, 3]]
+    assert group(similarity, usage, [[4], [8], [8], [2]], 2) == [[0], [1, 2, 3]]
 
 
 def test_gates_are_compared_over_the_samples():
     _, model, _ = behind()
     inputs = inputs_of(model)
-    [found] = likeness_of_gates(model, [inputs[:15], inputs[15:]])
+    [found] = similarity_of_gates(model, [inputs[:15], inputs[15:]])
     logits_BE = observe(model, inputs)[0].logits_BE.numpy().astype(np.float64)
     for a in range(4):
         for b in range(4):

@@ -24,8 +24,8 @@ def folder_of_images(root, counts):
 @pytest.mark.parametrize(
     ("counts", "words"),
     [
-        ({"train/a": 9}, "holds 1 class folder"),
-        ({"train/a": 1}, "holds 1 class folder"),
+        ({"train/a": 9}, "has 1 class folder"),
+        ({"train/a": 1}, "has 1 class folder"),
         ({"train/a": 9, "train/b": 1}, "class 'b' has 1 image"),
         ({"train/a": 9, "train/b": 0}, "b has no image"),
         ({"train/a": 3, "train/b": 3, "test/a": 2}, "data.validation 0.1 of 6 images cannot contain all 2 classes"),

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-import predict
 from common.errors import UserError
 from config.command_line import parse_command_line
 from config.config import Config
 from config.help import help_text
 from data.datasets import DATASETS, DataConfig, load_splits, register
 from data.image_set import ImageSet
+from evaluation.predict_options import _sides
 
 
 @pytest.mark.parametrize("name", sorted(DATASETS))
@@ -21,7 +21,7 @@ def test_each_data_set_is_explained_and_can_be_chosen(name):
     assert config.name == name and config.side == (found.side or 224) and config.grey == found.grey
     assert (config.root is not None) == (found.default_root is not None)
     if found.side:
-        assert f"{found.side} pixels for {name}" in " ".join(predict._sides())
+        assert f"{found.side} pixels for {name}" in " ".join(_sides())
 
 
 @pytest.fixture

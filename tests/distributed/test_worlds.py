@@ -50,8 +50,8 @@ def test_a_gpu_of_two_processes_is_refused(monkeypatch):
     monkeypatch.setattr(distributed, "_name_of", lambda device: "GPU-1")
     gpus = [("a", "GPU-1"), ("b", "GPU-1"), ("a", "GPU-1")]
     with pytest.raises(UserError, match="ranks 0 and 2 share a GPU of a, and each needs its own: start at most 1"):
-        distributed._refuse_shared_gpus(SimpleNamespace(gather=lambda own: gpus), torch.device("cuda:0"))
-    distributed._refuse_shared_gpus(SimpleNamespace(gather=lambda own: [("",), ("",)]), torch.device("cpu"))
+        distributed._require_separate_gpus(SimpleNamespace(gather=lambda own: gpus), torch.device("cuda:0"))
+    distributed._require_separate_gpus(SimpleNamespace(gather=lambda own: [("",), ("",)]), torch.device("cpu"))
 
 
 def test_a_split_of_fewer_images_than_processes_is_answered_by_each(monkeypatch):

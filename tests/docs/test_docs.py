@@ -38,7 +38,7 @@ SECTIONS = (
     *("data", "augment", "backbone", "features", "neck", "router", "experts", "balance", "optim", "train"),
     "parallel",
 )
-TOOLS = {"clearml-init", "pre-commit"}  # of other projects
+TOOLS = {"clearml-agent", "clearml-init", "pre-commit"}  # of other projects
 PARSERS = {
     "compress.py": compress.parse,
     "evaluate.py": evaluate.parse,

@@ -65,7 +65,7 @@ def test_a_run_is_trained_scored_asked_and_gone_on_with(tmp_path, call):
     assert all(len(row) == 8 and set(row) <= {0, 1, 2, 3} for patches in image["patches"] for row in patches["experts"])
     assert (tmp_path / "out.png").is_file()
     assert (
-        predict.asked(load_trained(run, "auto"), 5)(picture)[0]["patches"] == image["patches"]
+        predict.answerer(load_trained(run, "auto"), 5)(picture)[0]["patches"] == image["patches"]
     )  # as the page shows it
 
     assert "epoch   3/3" in call(train, "--resume", run, "--train.epochs", "3")

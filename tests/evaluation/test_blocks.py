@@ -16,7 +16,8 @@ from evaluation.blocks import hardly_used, patch_grid, without_each_in_one_block
 from evaluation.evaluation import evaluate
 from evaluation.figures import FIGURES, Evaluated
 from evaluation.predict import predict
-from evaluation.report import _block_table, _headline
+from evaluation.report import _headline
+from evaluation.report_tables import _block_table
 from evaluation.reporting import _report_blocks
 from features.images import ImageBank
 from model.experts import ExpertsConfig

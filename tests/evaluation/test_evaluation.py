@@ -16,7 +16,7 @@ from sklearn.metrics import f1_score
 
 from evaluation.evaluation import evaluate, table
 from evaluation.predict import predict
-from evaluation.report import _expert_table, _spread
+from evaluation.report_tables import _expert_table, _spread
 from storage.folder import RunFolder
 
 # What other programs read; names may be added, not changed.

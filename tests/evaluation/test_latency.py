@@ -3,8 +3,8 @@
 import torch
 from block_helpers import images, moe_vit, spread, tiny_vit
 
-from evaluation.latency import latencies, on_cpu
-from evaluation.report import _cost_table
+from evaluation.latency import latencies, on_cpu, typical_seconds
+from evaluation.report_tables import _cost_table
 from evaluation.run_cost import NAMES
 from model.backbone import Backbone
 
@@ -16,6 +16,21 @@ def test_on_a_cpu_it_is_measured_when_it_is_asked_for():
     found = latencies(model, model.backbone, images(3), wanted=True, seconds=0)
     assert found["latency_gpu_1"] is found["latency_gpu_256"] is None
     assert found["latency_cpu_1"] > 0 < found["latency_cpu_256"]
+
+
+def test_what_other_work_adds_is_left_out(monkeypatch):
+    """Calls of one second, to which other work adds eight in half of them; and one that is too slow to repeat."""
+    clock = [0.0]
+    monkeypatch.setattr("evaluation.latency.time.perf_counter", lambda: clock[0])
+    warm_up = [2, *[1] * 13]
+    durations = iter([*warm_up, 1, 1, 1, 9, 9, 9, 9, 1, 9, 9, 1, 1])
+
+    def run():
+        clock[0] += next(durations)
+
+    assert typical_seconds(run, torch.device("cpu"), seconds=60) == 1
+    slow = iter([6.0])
+    assert typical_seconds(lambda: clock.__setitem__(0, clock[0] + next(slow)), torch.device("cpu")) == 6
 
 
 @torch.no_grad()

@@ -47,7 +47,7 @@ def deep(tmp_path):
 def test_what_the_page_asks_is_answered_as_json(tiny_run, deep, tmp_path, monkeypatch, capsys, options):
     square(50).save(tmp_path / "colour.jpg")
     code, out, _ = run(monkeypatch, capsys, tiny_run, deep, tmp_path / "colour.jpg", "--json", *options)
-    ask = predict.asked(load_trained(tiny_run, "cpu"), int(options[1]) if options else 5)
+    ask = predict.answerer(load_trained(tiny_run, "cpu"), int(options[1]) if options else 5)
     rows = json.loads(out)["images"]
     for path, row in zip((deep, tmp_path / "colour.jpg"), rows, strict=True):
         entry, figure = ask(path)

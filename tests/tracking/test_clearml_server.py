@@ -14,7 +14,8 @@ pytestmark = pytest.mark.slow  # each test is a process that imports the SDK
 
 OPEN = """
 import urllib.request
-from tracking.tracker import open_evaluation, tasks_of
+from tracking.tasks import tasks_of
+from tracking.tracker import open_evaluation
 def start(**options):
     return open_tracker("clearml", run, CONFIG, name="cifar100", tags=["cifar100", "noisy_topk"], **options)
 def die(how):

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from tracking.tracker import Tracker, _remember, open_evaluation, tasks_of
+from tracking.tasks import record_task, tasks_of
+from tracking.tracker import Tracker, open_evaluation
 
 
 class Logger:
@@ -82,7 +83,7 @@ def test_curves_and_bars_leave_out_what_is_not_finite(tracker):
 def test_the_tasks_of_a_run_are_listed_oldest_first_and_each_once(tmp_path):
     def remember(task_id, whole):
         task = SimpleNamespace(mode="clearml", task=SimpleNamespace(id=task_id), place=lambda: {"page": "p"})
-        _remember(tmp_path, task, whole)
+        record_task(tmp_path, task, whole)
 
     for task_id in ("1", "2", "3"):
         remember(task_id, whole=False)

@@ -67,6 +67,17 @@ def test_training_learns_and_leaves_the_vit_as_it_was(tmp_path, splits):
     assert {name.split(".")[0] for name in stored} == {"mixtures", "neck", "head"}
 
 
+def test_an_expert_that_one_block_has_lost_is_said_once_with_its_block(tmp_path, splits, capsys):
+    router = {"kind": "switch", "top_k": 1, "norm": "none"}
+    trainer = block_trainer(tmp_path / "run", splits, epochs=3, router=router)
+    for model in (trainer.model, trainer.ema.module):
+        model.mixtures[1].router.gate.bias.data[0] = -100.0
+    trainer.fit()
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: expert")]
+    assert line.startswith("warning: expert 0 received 0.0 % of the ") and " assignments of epoch " in line
+    assert " in block 2; " in line
+
+
 def test_each_block_is_logged_beside_the_mean(tmp_path, splits):
     block_trainer(tmp_path / "run", splits).fit()
     line = lines_of(tmp_path / "run")[-1]

@@ -129,7 +129,7 @@ def test_a_number_that_is_not_finite_ends_training_within_its_step(tmp_path, spl
 def test_where_no_step_may_wait_the_weights_stay_as_they_were_and_the_step_is_named(tmp_path, splits):
     trainer = make_trainer(tmp_path, splits, ema_decay=0.0)
     step = trainer.train_step
-    step.looks = False  # as on a GPU, whose fused optimizer the CPU has as well
+    step.checks_each_step = False  # as on a GPU, whose fused optimizer the CPU has as well
     for group in trainer.optimizer.param_groups:
         group["fused"], group["foreach"] = True, False
     seen = []

@@ -14,12 +14,15 @@ from model import dispatch
 from model.balance import BalanceConfig
 from model.classifier import NeckConfig, VisionMoE
 from model.experts import ExpertsConfig
+from model.old_gate import hold_old_gates
 from model.routers import RouterConfig
+from model.transfer import Frozen, Shared
 from training.graph import EAGER_STEPS, Captured, GraphedStep, worth_capturing
 from training.memory import bytes_per_image
 from training.optim import build_optimizer, set_learning_rate
 from training.step import TrainingStep
 
+NAMES = ("a", "b", "c", "d", "e")
 ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: CUDA graphs cannot be captured")
 
 
@@ -152,8 +155,10 @@ def test_static_dispatch_is_what_a_choice_left_open_becomes(configured, used, mo
 
 
 @ON_GPU
+@pytest.mark.parametrize("held", [False, True])
 @pytest.mark.parametrize("kind", ["mixtral", "deepseek", "hierarchical", "hash", "noisy_topk"])
-def test_captured_steps_train_as_steps_do(kind):
+def test_captured_steps_train_as_steps_do(kind, held):
+    """held: experts are frozen, and the gate is held near what it was."""
     device, batch = torch.device("cuda"), 64
     x_NF = torch.randn(12 * batch + 10, 24, device=device)
     labels_N = torch.randint(5, (len(x_NF),), device=device)
@@ -162,9 +167,14 @@ def test_captured_steps_train_as_steps_do(kind):
         head = model(kind=kind).to(device).train()
         if kind == "noisy_topk":  # its noise would be another one
             head.moe.router.noise.weight.data.fill_(-1e4)
+        frozen, compares = None, held and kind != "hash"
+        if held:
+            frozen = Frozen(head, ["experts"], Shared.by_name(NAMES, NAMES), len(NAMES))
+        if compares:
+            hold_old_gates(head)
         optim = OptimConfig(warmup_steps=4)
         optimizer = build_optimizer(head, optim)
-        step = TrainingStep(head, optimizer, BalanceConfig(), 0.1, 1.0, "float32")
+        step = TrainingStep(head, optimizer, BalanceConfig(old_gate=float(compares)), 0.1, 1.0, "float32", frozen)
         run = GraphedStep(step, batch) if captured else step
         losses = []
         for index, (x_BF, labels_B) in enumerate(zip(x_NF.split(batch), labels_N.split(batch), strict=True)):

@@ -17,7 +17,7 @@ from conftest import ROOT
 import tune
 from common.errors import UserError, exit_code_of
 from tuning.space import read_space
-from tuning.study import StudyFolder, counted, give_back, next_trial, open_study, ranked
+from tuning.study import StudyFolder, counted, next_trial, open_study, ranked, release
 from tuning.worker import Plan
 
 optuna = pytest.importorskip("optuna")
@@ -116,7 +116,7 @@ def test_a_study_counts_to_the_number_that_was_asked_for(plan):
         trial = next_trial(study, plan.folder, 3)
         study.tell(trial, value, state=None if value else optuna.trial.TrialState.FAIL)
     assert next_trial(study, plan.folder, 3) is None
-    give_back(study, 2, {})
+    release(study, 2, {})
     assert len(counted(study)) == 2 and [trial.number for trial in ranked(study)] == [1, 0]
     assert next_trial(study, plan.folder, 3).number == 3
 
