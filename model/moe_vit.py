@@ -130,7 +130,8 @@ class MoEViT(nn.Module):
         """The input of the head, float32 (B, F), and the routings."""
         backbone = self.backbone
         vit = backbone.runner(images_BCHW.device)
-        whole = len(images_BCHW) in self._compiled_for
+        # Where nothing is compiled the number of images must not be looked at: an export is for any number.
+        whole = bool(self._compiled_for) and len(images_BCHW) in self._compiled_for
         compiled = self._compiled if whole else run_block
         x_BTD, ropes = embed(vit, images_BCHW.to(backbone.dtype))
         if patch_dropout:

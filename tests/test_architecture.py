@@ -80,9 +80,10 @@ def test_analysis_needs_no_torch():
 
 
 IMPORT_ALL = """
-import importlib, random, sys, threading
+import importlib, random, sys, tempfile, threading
 import matplotlib.pyplot, numpy, sklearn.datasets, timm, torch, torchvision
 
+tempfile.gettempdir()  # which tries folders once
 numpy.random.seed(0), random.seed(0), torch.manual_seed(0)
 state = torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].copy(), torch.get_default_dtype()
 threads, names, found = threading.active_count(), sys.argv[1:], []
@@ -109,3 +110,12 @@ def test_to_import_anything_does_nothing():
     words = [sys.executable, "-B", "-c", IMPORT_ALL, *names]
     ran = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
+
+
+@pytest.mark.slow
+def test_programs_start_without_what_takes_seconds():
+    """It is imported where it is needed, most of it while images are read or after the scores."""
+    slow = {"timm", "torchvision", "sklearn", "scipy", "matplotlib", "clearml", "torch._dynamo", "torch._inductor"}
+    code = f"import sys, train, evaluate, predict; print(*sorted({slow} & set(sys.modules)))"
+    ran = subprocess.run([sys.executable, "-B", "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout.split()) == (0, [])

@@ -16,7 +16,7 @@ def three_groups(count, distance, features=40, seed=0):
     return x_ND, group_N
 
 
-def test_it_separates_groups_that_lie_apart_where_the_variance_is_small():
+def test_it_separates_groups_that_differ_in_low_variance_directions():
     shown_ND, shown_N = three_groups(300, 4, seed=1)
     plane = discriminant_plane(*three_groups(600, 4), shown_ND, shown_N)
     assert plane.accuracy > 0.97 and plane.chance == pytest.approx(1 / 3)
@@ -25,7 +25,7 @@ def test_it_separates_groups_that_lie_apart_where_the_variance_is_small():
     assert plane.explained_2[0] == pytest.approx(0.75, abs=0.04)
 
 
-def test_groups_keep_their_numbers_and_the_axes_their_share_of_all_differences():
+def test_groups_keep_their_numbers_and_axes_their_share_of_the_variance():
     # The same groups as experts 0, 3 and 5, and two samples of expert 1, too few to count.
     fit_MD, fit_M = three_groups(600, 4)
     shown_ND, shown_N = three_groups(300, 4, seed=1)
@@ -45,7 +45,7 @@ def test_groups_keep_their_numbers_and_the_axes_their_share_of_all_differences()
     assert plane.chance == pytest.approx(0.5)  # of what is shown: group 2 is half of it
 
 
-def test_it_tells_no_more_than_chance_of_groups_that_do_not_differ():
+def test_groups_that_do_not_differ_are_at_chance_level():
     fit_MD, fit_M = three_groups(60, 0, features=200)
     shown_ND, shown_N = three_groups(300, 0, features=200, seed=1)
     assert discriminant_plane(fit_MD, fit_M, shown_ND, shown_N).accuracy < 0.45

@@ -121,7 +121,7 @@ def test_specialisation_finds_experts_that_follow_classes():
     assert result["z_score"] == pytest.approx(above / result["null_deviation"]) and result["z_score"] > 50
 
 
-def test_specialisation_sees_nothing_in_random_routing_and_repeats_itself():
+def test_specialisation_of_random_routing_is_zero_and_reproducible():
     labels_N, sample_A, expert_A, _ = random_routing(np.random.default_rng(1), samples=500)
     result = routing.specialisation(labels_N, sample_A, expert_A, 5, 4)
     assert result["p_value"] > 0.05
@@ -185,7 +185,7 @@ def test_top_classes():
         (lambda: routing.specialisation([0], [0], [0], 1, 1, permutations=0), "permutations"),
     ],
 )
-def test_bad_input_is_refused(call, message):
+def test_bad_input_is_rejected(call, message):
     with pytest.raises(ValueError, match=message):
         call()
 
@@ -201,5 +201,5 @@ def test_bad_input_is_refused(call, message):
         ([0.9, 0.0015, 0.0985], [0.9, 0.01, 0.09], [False, False, False]),
     ],
 )
-def test_an_expert_is_hardly_used_below_one_percent_or_a_tenth_of_its_due(load, target, expected):
+def test_an_expert_is_hardly_used_below_one_percent_or_a_tenth_of_its_target(load, target, expected):
     assert routing.underused(load, target).tolist() == expected

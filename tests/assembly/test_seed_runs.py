@@ -17,7 +17,7 @@ SMALL += ["--train.batch_size", "64", "--features.cache_dir", "null"]
 
 
 @pytest.mark.slow
-def test_seeds_share_their_inputs_and_an_interrupted_command_goes_on(tmp_path, monkeypatch, capsys, undrawn):
+def test_seeds_share_their_inputs_and_an_interrupted_command_continues(tmp_path, monkeypatch, capsys, undrawn):
     words = [*SMALL, "--run_dir", str(tmp_path / "few"), "--seeds"]
     loaded = []
     monkeypatch.setattr(module, "load_inputs", lambda config, load=module.load_inputs: loaded.append(1) or load(config))
@@ -59,7 +59,7 @@ def test_seeds_share_their_inputs_and_an_interrupted_command_goes_on(tmp_path, m
         (["--seeds"], "--seeds is '': give a number of seeds"),
     ],
 )
-def test_a_wrong_number_of_seeds_is_one_line(words, said):
+def test_a_wrong_number_of_seeds_is_reported_in_one_line(words, said):
     with pytest.raises(UserError, match=said):
         parse_command_line(words)
 
@@ -71,7 +71,7 @@ def test_seeds_are_new_runs(tmp_path):
 
 
 @pytest.mark.slow
-def test_with_few_images_each_seed_draws_its_own(tmp_path, monkeypatch):
+def test_with_few_images_each_seed_draws_different_ones(tmp_path, monkeypatch):
     words = [*SMALL, "--data.shots", "2", "--train.batch_size", "20", "--router.warmup_steps", "0", "--seeds", "2"]
     monkeypatch.setattr("sys.argv", ["train.py", *words, "--run_dir", str(tmp_path / "few")])
     assert exit_code_of(train.main) == 0

@@ -42,7 +42,7 @@ def test_mean_and_forgetting_by_hand():
     assert found["forgetting"] == pytest.approx(((0.9 - 0.6) + (0.7 - 0.75)) / 2)
 
 
-def test_ridge_in_steps_is_ridge_at_once():
+def test_ridge_regression_in_steps_equals_ridge_regression_at_once():
     torch.manual_seed(0)
     found, features = stream(), torch.randn(48, 10) + F.one_hot(torch.arange(6).repeat(8), 10) * 3
     labels = torch.arange(6).repeat(8)
@@ -63,7 +63,7 @@ def test_ridge_in_steps_is_ridge_at_once():
 
 
 @pytest.mark.slow
-def test_the_program_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
+def test_the_program_continues_where_it_stopped(tmp_path, capsys, monkeypatch):
     words = ["--tiny", "--device", "cpu", "--out", str(tmp_path), "--steps", "2", "--methods"]
     incremental.main([*words, "ncm", "mixture_drawn"])
     lines = (tmp_path / "incremental_tiny.jsonl").read_text().splitlines()

@@ -8,7 +8,7 @@ from common.ahead import Ahead
 from common.errors import UserError
 
 
-def test_a_call_goes_on_while_the_caller_does_something_else():
+def test_a_call_continues_while_the_caller_does_something_else():
     may_end = threading.Event()
     begun = Ahead(lambda: may_end.wait(60) and 3)
     may_end.set()  # which a call in this thread would wait for

@@ -131,5 +131,5 @@ def _screen(text: str) -> list[str]:
     return [line.strip() for line in filled]
 
 
-def test_durations_as_people_write_them():
+def test_durations_are_readable():
     assert [duration(6.71), duration(67.2), duration(4020)] == ["6.7 s", "1 min 7 s", "1 h 7 min"]

@@ -33,7 +33,7 @@ def shuffle(experts, number, copy_of):
 
 
 @pytest.mark.parametrize("name", sorted(KINDS))
-def test_experts_that_compute_the_same_in_another_order_merge_to_one_that_does(name):
+def test_equal_experts_with_permuted_units_merge_to_the_same_function(name):
     config, model, build = KINDS[name]()
     for mixture in model.mixtures:
         for number in (1, 2, 3):
@@ -78,7 +78,7 @@ def test_the_mean_by_hand():
     assert smaller.mixtures[1].usage_E.tolist() == [40]
 
 
-def test_an_expert_with_fewer_units_fills_some_of_the_places():
+def test_an_expert_with_fewer_units_contributes_to_some_units():
     """The small one's unit is nearest to the second of the large one: it has a part in it, and none in the first."""
     config, model, build = adapters(
         down=[[[1.0, 0.0], [0.0, 1.0]], [[0.0, 2.0]]],
@@ -95,7 +95,7 @@ def test_an_expert_with_fewer_units_fills_some_of_the_places():
     assert merged.up[:2].tolist() == [[0.5, 0.0], [0.0, 3.0]]
 
 
-def test_alignment_is_the_best_of_all_orders():
+def test_alignment_finds_the_best_permutation():
     experts = inside(experts={"sizes": [[4]] * 4})[1].mixtures[0].experts
     one, other = layers_of(experts, 0), layers_of(experts, 1)
 
@@ -133,7 +133,7 @@ def test_gates_are_compared_over_the_samples():
             assert found[a, b].item() == pytest.approx(logits_BE[:, a] @ logits_BE[:, b] / norms)
 
 
-def test_blocks_group_by_themselves_where_all_sizes_are_equal():
+def test_blocks_are_grouped_separately_if_all_sizes_are_equal():
     rows = [torch.eye(4), torch.eye(4)]
     rows[0][3, 0] = rows[1][3, 1] = 0.5
     for sizes, equal in (([[3]] * 4, True), ([[3], [4], [5], [6]], False)):
@@ -207,13 +207,13 @@ def test_the_configuration_is_that_of_the_widest_members():
         ({"kind": "hierarchical"}, 2, "groups must stay equal in size"),
     ],
 )
-def test_what_cannot_be_merged_is_one_line(router, number, message):
+def test_impossible_merges_are_reported_in_one_line(router, number, message):
     with pytest.raises(UserError, match=message) as raised:
         check_merge(behind(router)[0], number)
     assert "\n" not in str(raised.value)
 
 
-def test_one_expert_has_none_to_merge_with():
+def test_a_single_expert_cannot_be_merged():
     config = Config()
     with pytest.raises(UserError, match="--merge is 1: there is only one expert, so nothing to merge"):
         check_merge(config, 1, 1)

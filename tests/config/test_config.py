@@ -28,7 +28,7 @@ def test_every_shipped_configuration_is_valid_and_documented(path):
     assert invocation.config.router.idle == []
 
 
-def test_a_config_file_stands_alone_and_the_command_line_wins():
+def test_a_config_file_is_complete_and_the_command_line_overrides_it():
     arguments = ["--config", "configs/article.yaml", "--train.epochs", "3", "--experts.sizes", "[small,[7,5]]"]
     config = parse_command_line(arguments).config
     assert config.router.kind == "article"
@@ -37,7 +37,7 @@ def test_a_config_file_stands_alone_and_the_command_line_wins():
     assert config.features.views == Config().features.views  # not that of cifar100.yaml
 
 
-def test_an_option_wins_over_the_file_wherever_it_stands():
+def test_an_option_overrides_the_file_at_any_position():
     for arguments in (
         ["--train.epochs", "3", "--config", "configs/digits.yaml"],
         ["--train.epochs=3", "--config=configs/digits.yaml"],
@@ -104,7 +104,7 @@ def test_a_value_means_the_same_wherever_it_is_written(option, text, value, tmp_
         assert found == value and type(found) is type(value)
 
 
-def test_a_section_may_be_given_as_a_table_and_what_comes_later_counts_more(tmp_path):
+def test_a_section_can_be_a_table_and_later_values_override_earlier_ones(tmp_path):
     words = ["--train", "{epochs: 3, seed: 4}", "--train.seed", "5"]
     config = parse_command_line(words).config
     assert (config.train.epochs, config.train.seed, config.train.batch_size) == (3, 5, 250)

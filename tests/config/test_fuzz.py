@@ -69,7 +69,7 @@ def test_configurations(tmp_path_factory, changes):
     survives(lambda: build_model(config_from_dict(values), (65, 192), 10))
 
 
-def test_a_few_lines_of_aliases_are_refused(tmp_path):
+def test_a_few_lines_of_aliases_are_rejected(tmp_path):
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 12)]
     for text in ("\n".join([*lines, "experts: {sizes: *a11}"]), "[" * 5_000, "a: " + "9" * 2_000_000):
@@ -107,7 +107,7 @@ def test_checkpoints(whole, changes):
 
 
 @pytest.mark.parametrize("what", ["code", "bytes", "compressed"])
-def test_archives_that_torch_would_read_but_should_not(whole, tmp_path, what):
+def test_unsafe_archives_that_torch_would_read(whole, tmp_path, what):
     class Code:
         def __reduce__(self):
             return (os.system, ("echo code from a checkpoint ran",)) if what == "code" else (bytearray, (10**10,))

@@ -50,7 +50,7 @@ def plain(root, splits=("train", "validation", "test")):
         ("test/b/deep/er", "../../../.."),
     ],
 )
-def test_a_link_back_to_a_folder_above_changes_nothing_and_is_said(tree, capsys, link, target):
+def test_a_link_to_a_parent_folder_changes_nothing_and_is_reported(tree, capsys, link, target):
     (tree / link).parent.mkdir(exist_ok=True)
     (tree / link).symlink_to(target, target_is_directory=True)
     found, skipped = labelled(tree)
@@ -60,7 +60,7 @@ def test_a_link_back_to_a_folder_above_changes_nothing_and_is_said(tree, capsys,
     assert line == f"warning: not followed: it links to a parent folder: {tree / link}\n"
 
 
-def test_links_that_lead_round_through_other_folders_end(tmp_path):
+def test_cyclic_links_through_other_folders_end(tmp_path):
     touch(tmp_path, "root/train/a/0.png", "root/train/b/0.png", "far/one/1.png", "far/two/2.png")
     (tmp_path / "root/train/a/one").symlink_to(tmp_path / "far/one")
     (tmp_path / "far/one/two").symlink_to(tmp_path / "far/two")
@@ -72,7 +72,7 @@ def test_links_that_lead_round_through_other_folders_end(tmp_path):
     assert [path.name for path in skipped.loops] == ["one", "train"]
 
 
-def test_a_file_has_the_class_and_the_split_of_the_place_where_it_lies(tree):
+def test_a_file_has_the_class_and_the_split_of_its_real_folder(tree):
     (tree / "train/a/others").symlink_to("../b")  # images of b as images of a
     (tree / "train/a/seen.png").symlink_to("../../test/a/0.png")  # an image to test on among those to learn from
     os.link(tree / "train/b/1.png", tree / "val/b/same.png")  # two names of one file, neither a link
@@ -100,7 +100,7 @@ def test_a_folder_that_is_only_a_link_is_followed_once(tmp_path):
     assert set(labelled(tmp_path / "root")[0]["train"]) == {"train/cat/0.png", "train/cat/1.png", "train/dog/0.png"}
 
 
-def test_a_loop_leaves_the_sets_of_a_training_as_they_are(tmp_path, capsys):
+def test_a_link_loop_does_not_change_the_splits(tmp_path, capsys):
     for split, count in (("train", 12), ("test", 4)):
         for label, name in enumerate("ab"):
             (tmp_path / split / name).mkdir(parents=True)
@@ -115,7 +115,7 @@ def test_a_loop_leaves_the_sets_of_a_training_as_they_are(tmp_path, capsys):
     assert capsys.readouterr().err.count("links to a parent") == 1
 
 
-def test_hidden_files_and_folders_are_not_there(tree, capsys):
+def test_hidden_files_and_folders_are_ignored(tree, capsys):
     touch(tree, "train/.ipynb_checkpoints/0.png", "train/a/.ipynb_checkpoints/0.png", "train/a/._0.png")
     touch(tree, ".git/x.png", "train/__MACOSX/0.png", "train/a/@eaDir/0.png", "train/a/Thumbs.db", "train/.DS_Store")
     found, skipped = labelled(tree)
@@ -127,7 +127,7 @@ def test_hidden_files_and_folders_are_not_there(tree, capsys):
     assert find_images(tree / ".mine") == [tree / ".mine/0.png"]  # it was named
 
 
-def test_images_lie_at_any_depth_and_every_ending_that_is_read_counts(tree):
+def test_images_can_be_at_any_depth_with_every_readable_extension(tree):
     names = ["day1/x.png", "day1/deeper/y.JFIF", "z.webp", "0.gif", "p.jp2", "camera.mpo", "q.avif"]
     touch(tree, *(f"train/a/{name}" for name in names))
     found, _ = labelled(tree)
@@ -142,7 +142,7 @@ def test_images_lie_at_any_depth_and_every_ending_that_is_read_counts(tree):
     assert in_class == [path for path, name in found["train"].items() if name == "a"]  # one rule, one order
 
 
-def test_what_is_left_out_is_said_in_a_line_for_each_reason(tree, capsys):
+def test_left_out_files_are_reported_in_one_line_per_reason(tree, capsys):
     touch(tree, "train/a/x.heic", "train/a/y.heic", "train/a/notes.txt", "train/lost.png", "holdout/a/0.png")
     os.mkfifo(tree / "train/a/pipe.png")
     found, skipped = labelled(tree)
@@ -157,7 +157,7 @@ def test_what_is_left_out_is_said_in_a_line_for_each_reason(tree, capsys):
     ]
 
 
-def test_a_pipe_is_not_waited_for(tmp_path):
+def test_a_pipe_does_not_block(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(UserError, match=r"pipe\.png is not a regular file"):
         read_picture(tmp_path / "pipe.png", 8)
@@ -172,7 +172,7 @@ def test_a_pipe_is_not_waited_for(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["val", "valid", "validation", "Val", "dev"])
-def test_a_validation_folder_may_have_any_of_its_names(tree, name):
+def test_a_validation_folder_can_have_any_of_its_names(tree, name):
     (tree / "val").rename(tree / name)
     assert set(labelled(tree)[0]["validation"].values()) == {"a", "b"}
     touch(tree, "VALID/a/0.png")
@@ -181,7 +181,7 @@ def test_a_validation_folder_may_have_any_of_its_names(tree, name):
             labelled(tree)
 
 
-def test_a_folder_that_cannot_be_read_is_one_line(tree, monkeypatch):
+def test_a_folder_that_cannot_be_read_is_reported_in_one_line(tree, monkeypatch):
     scandir = os.scandir
 
     def forbidden(path):

@@ -155,7 +155,7 @@ def solve(world: World) -> list:
     return list(experts.solved(np.array([[60, 20, 10, 10]])))
 
 
-def test_new_shares_are_solved_from_the_load_of_an_epoch():
+def test_new_shares_are_computed_from_the_load_of_an_epoch():
     shares, numbers = in_processes(2, solve)[0]
     # 80 and 20 of 100, where 50 is the mean; with a share of 10 of the first expert on the second process 50 and 50.
     assert numbers == {"placement/measured": pytest.approx(1.6), "placement/predicted": pytest.approx(1.0)}

@@ -100,7 +100,7 @@ FAILURES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAILURES)
-def test_one_line_names_the_process_and_resume_goes_on(name, tmp_path):
+def test_one_line_names_the_process_and_resume_continues(name, tmp_path):
     action, codes, line = FAILURES[name]
     program = fail(tmp_path, action)
     assert program.codes() == codes, program.said()
@@ -115,7 +115,7 @@ def test_one_line_names_the_process_and_resume_goes_on(name, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_process_that_hangs_is_found_by_the_time_limit(tmp_path):
+def test_a_hanging_process_is_found_by_the_time_limit(tmp_path):
     program = fail(tmp_path, hanging, "--parallel.timeout", 3)
     assert os.waitstatus_to_exitcode(os.waitpid(program.pids[0], 0)[1]) == 1
     assert program.errors()[0].startswith("error: rank 1 did not respond in time")

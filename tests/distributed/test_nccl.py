@@ -197,7 +197,7 @@ def each(started):
     return in_processes(2, every_case, device="cuda")
 
 
-def test_exchanges_are_told_from_waiting(each):
+def test_exchanges_are_distinguished_from_waiting(each):
     for found in each:
         seconds = found["exchanged"]
         assert isinstance(seconds, dict), seconds
@@ -232,7 +232,7 @@ def test_a_run_on_two_gpus_is_that_of_one(recipe, how, started):
     assert results[0]["accuracy"] == pytest.approx(results[1]["accuracy"], abs=0.05)
 
 
-def test_a_shared_gpu_is_refused(started):
+def test_a_shared_gpu_is_rejected(started):
     said, _ = started.said("shared")
     errors = [line for line in said.splitlines() if line.startswith("error")]
     assert len(errors) == 1 and "share a GPU" in errors[0] and not started.run("shared").exists()
@@ -243,7 +243,7 @@ def test_a_killed_process_ends_the_other(started):
     assert re.match(r"error: rank \d has died", line) and seconds < 60
 
 
-def test_a_process_that_hangs_is_found_by_the_time_limit(started):
+def test_a_hanging_process_is_found_by_the_time_limit(started):
     line, seconds = started.ends["hanging"].result()
     assert seconds < 60
     assert re.match(r"error: rank \d did not respond in time", line)

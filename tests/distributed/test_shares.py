@@ -53,7 +53,7 @@ def test_rows_sums_and_gradients_are_those_of_the_whole_batch():
     assert torch.allclose(torch.cat([each["normalised"] for each in found]), whole.grad)
 
 
-def test_a_process_alone_has_the_whole_batch():
+def test_a_single_process_has_the_whole_batch():
     x, share = batch(), Share(0, (6,))
     with sharing(share):
         assert gathered(x) is x and own_rows(x) is x and summed(x) is x and whole_size(6) == 6

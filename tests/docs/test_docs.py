@@ -169,7 +169,7 @@ def test_every_command_is_parsed_by_the_program_that_it_names(page, run, monkeyp
             assert program in TOOLS, command
 
 
-def test_commands_are_found_and_wrong_ones_are_noticed(tmp_path, run, monkeypatch, capsys):
+def test_commands_are_found_and_wrong_ones_are_rejected(tmp_path, run, monkeypatch, capsys):
     page = tmp_path / "page.md"
     page.write_text(
         "Run `python train.py --router.kind nosy`, or\n```bash\npip install x && pytest   # all\n\n# a note\n```\n"

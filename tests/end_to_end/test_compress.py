@@ -33,7 +33,7 @@ def call(monkeypatch, capsys, undrawn):
 
 
 @pytest.mark.slow
-def test_a_run_without_an_expert_is_a_run(tiny_run, tmp_path, call):
+def test_a_pruned_run_is_an_ordinary_run(tiny_run, tmp_path, call):
     out = tmp_path / "pruned"
     code, shown, _ = call(compress, tiny_run, "--out", out, "--prune", "1")
     assert code == 0
@@ -63,7 +63,7 @@ def test_a_run_without_an_expert_is_a_run(tiny_run, tmp_path, call):
 
 
 @pytest.mark.slow
-def test_a_run_in_eight_bits_is_a_run(tiny_run, tmp_path, call):
+def test_a_run_in_eight_bits_is_an_ordinary_run(tiny_run, tmp_path, call):
     out = tmp_path / "int8"
     words = ("--quantise", "int8", "--quantise.protect", "1", "--quantise.rows", "64", "--prune", "3")
     code, shown, _ = call(compress, tiny_run, "--out", out, *words)
@@ -93,7 +93,7 @@ def test_a_run_in_eight_bits_is_a_run(tiny_run, tmp_path, call):
 
 
 @pytest.mark.slow
-def test_a_run_with_merged_experts_is_a_run(tiny_run, tmp_path, call):
+def test_a_run_with_merged_experts_is_an_ordinary_run(tiny_run, tmp_path, call):
     out = tmp_path / "merged"
     code, shown, _ = call(compress, tiny_run, "--out", out, "--merge", "2", "--prune", "0")
     assert code == 0 and "merge        averaged: macro-F1" in shown
@@ -110,7 +110,7 @@ def test_a_run_with_merged_experts_is_a_run(tiny_run, tmp_path, call):
 
 
 @pytest.mark.slow
-def test_an_ensemble_teaches_a_dense_student_in_eight_bits(tiny_run, tmp_path, call):
+def test_an_ensemble_is_distilled_into_a_dense_student_in_eight_bits(tiny_run, tmp_path, call):
     out = tmp_path / "student"
     words = ("--distil", "dense", "--distil.epochs", "3", "--quantise", "int8", "--quantise.rows", "64")
     code, shown, _ = call(compress, tiny_run, tiny_run, "--out", out, *words)
@@ -126,7 +126,7 @@ def test_an_ensemble_teaches_a_dense_student_in_eight_bits(tiny_run, tmp_path, c
 
 
 @pytest.mark.slow
-def test_what_is_left_is_taught_on_after_an_interruption_too(tiny_run, tmp_path, call, monkeypatch):
+def test_an_interrupted_distillation_continues(tiny_run, tmp_path, call, monkeypatch):
     out, again = tmp_path / "taught", tmp_path / "interrupted"
     words = ("--prune", "0", "--distil", "sparse", "--distil.epochs", "2")
     code, shown, _ = call(compress, tiny_run, "--out", out, *words)
@@ -167,7 +167,7 @@ def test_experts_in_eight_bits_are_not_trained_from_the_start(call, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_number_format_that_a_device_lacks_is_one_line(tiny_run, tmp_path, call, monkeypatch):
+def test_a_number_format_that_a_device_lacks_is_reported_in_one_line(tiny_run, tmp_path, call, monkeypatch):
     def lacks(*_):
         raise RuntimeError("no kernel for float8\non this device")
 
@@ -211,14 +211,14 @@ def test_a_number_format_that_a_device_lacks_is_one_line(tiny_run, tmp_path, cal
         ("--prune 1 --data.root nowhere --backbone.weights nowhere", "nowhere are missing"),
     ],
 )
-def test_what_cannot_be_done_is_one_line_and_writes_nothing(tiny_run, tmp_path, call, words, message):
+def test_impossible_requests_are_reported_in_one_line_and_write_nothing(tiny_run, tmp_path, call, words, message):
     out = tmp_path / "out"
     code, _, lines = call(compress, tiny_run, "--out", out, *words.split())
     assert code in (1, 2) and len(lines) == 1 and message in lines[0]
     assert not out.exists()
 
 
-def test_an_ensemble_has_one_data_set(tiny_run, tmp_path, call, monkeypatch):
+def test_an_ensemble_needs_one_dataset(tiny_run, tmp_path, call, monkeypatch):
     other = iter(range(9))
     monkeypatch.setattr("assembly.distilling._read", lambda opened: next(other))
     words = ("--out", tmp_path / "out", "--distil", "dense")
@@ -229,14 +229,14 @@ def test_an_ensemble_has_one_data_set(tiny_run, tmp_path, call, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_that_is_there_is_left_alone(tiny_run, tmp_path, call):
+def test_an_existing_folder_is_not_changed(tiny_run, tmp_path, call):
     (tmp_path / "mine").write_text("mine")
     code, _, lines = call(compress, tiny_run, "--out", tmp_path, "--prune", "1")
     assert code == 2 and len(lines) == 1 and f"--out {tmp_path} exists" in lines[0]
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
-def test_data_that_are_gone_are_one_line(tiny_run, tmp_path, call):
+def test_missing_data_is_reported_in_one_line(tiny_run, tmp_path, call):
     moved = tmp_path / "moved"
     shutil.copytree(tiny_run, moved)
     described = json.loads((moved / "model.json").read_text())

@@ -86,7 +86,7 @@ def attempt(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("option", "values"), list(cases()), ids=lambda value: value if isinstance(value, str) else "")
-def test_a_number_at_its_extremes_trains_or_is_refused_in_one_line(attempt, option, values):
+def test_a_number_at_its_extremes_trains_or_is_rejected_in_one_line(attempt, option, values):
     lines = {value: attempt(option, value) for value in values}
     for value, line in lines.items():
         assert line is None or ("\n" not in line and re.search(r"(data|augment|backbone|features|train)\.\w", line))

@@ -60,7 +60,7 @@ def test_it_runs_on_a_run_and_agrees_with_its_evaluation(executed, tiny_run):
 
 
 @pytest.mark.slow
-def test_with_experts_inside_the_vit_it_shows_patches_and_what_the_run_starts_from(tmp_path, monkeypatch, undrawn):
+def test_with_experts_inside_the_vit_it_shows_patches_and_the_initial_run(tmp_path, monkeypatch, undrawn):
     run, more = tmp_path / "run", tmp_path / "more"
     options = ["--data.max_per_class", "13", "--experts.blocks", "[0,1]", "--backbone.features", "[cls:1,mean:1]"]
     options += ["--train.epochs", "1", "--train.batch_size", "16", "--router.warmup_steps", "1", "--tracking", "none"]
@@ -82,7 +82,7 @@ def test_with_experts_inside_the_vit_it_shows_patches_and_what_the_run_starts_fr
 
 
 @pytest.mark.slow
-def test_a_run_that_was_interrupted_ends_in_one_line(tmp_path):
+def test_an_interrupted_run_is_reported_in_one_line(tmp_path):
     (tmp_path / "config.yaml").write_text("{}")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     client = client_of(notebook)

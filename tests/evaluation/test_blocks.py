@@ -68,7 +68,7 @@ def evaluated(tmp_path_factory):
         return run, results, model, images
 
 
-def test_each_block_has_its_shares_and_the_one_that_tells_most_about_the_class_is_named(evaluated):
+def test_each_block_has_its_shares_and_the_most_specialised_one_is_named(evaluated):
     run, results, _, _ = evaluated
     assert json.loads(run.results.read_text(encoding="utf-8")) == results
     rows = results["blocks"]
@@ -81,7 +81,7 @@ def test_each_block_has_its_shares_and_the_one_that_tells_most_about_the_class_i
     assert results["specialisation"] == rows[int(np.argmax(gains))]["specialisation"]
 
 
-def test_the_gate_is_as_sure_as_it_is_of_a_mean_token(evaluated):
+def test_the_certainty_of_the_gate_is_the_mean_over_tokens(evaluated):
     _, results, model, images = evaluated
     with torch.no_grad():
         _, routings = model(images.splits.test.images_NCHW)
@@ -90,7 +90,7 @@ def test_the_gate_is_as_sure_as_it_is_of_a_mean_token(evaluated):
     assert results["gate"]["boundary_share"] is None and "near the boundary" not in dict(_cards(results))
 
 
-def test_what_an_expert_is_worth_in_one_block_agrees_with_asking_the_model_without_it(evaluated):
+def test_ablation_in_one_block_equals_the_model_without_the_expert(evaluated):
     _, results, model, images = evaluated
     pixels, labels = images.splits.test.images_NCHW[:16], images.splits.test.labels_N[:16].numpy()  # whole batches
     with torch.no_grad():
@@ -107,11 +107,11 @@ def test_what_an_expert_is_worth_in_one_block_agrees_with_asking_the_model_witho
     assert np.max(changes) > 0  # it does make a difference
 
 
-def test_more_images_than_there_are_are_all_of_them():
+def test_too_many_requested_images_mean_all_images():
     assert without_each_in_one_block(spread(moe_vit()).eval(), bank(test_images=10), "test", 999).shape == (3, 3, 10)
 
 
-def test_figures_of_blocks_are_drawn_and_say_which_block(evaluated):
+def test_figures_of_blocks_are_drawn_and_name_the_block(evaluated):
     run, results, model, images = evaluated
     drawn = {path.stem for path in run.figures.iterdir()}
     assert {
@@ -145,7 +145,7 @@ def test_a_patch_map_shows_what_the_gate_chose(evaluated):
         assert found.first_MLT[0, place, -rows * columns :].tolist() == expected
 
 
-def test_an_image_that_decides_for_all_its_patches_has_no_map(tmp_path):
+def test_routing_by_image_has_no_patch_map(tmp_path):
     model, images = spread(moe_vit(level="image")).eval(), bank()
     material = Evaluated(RunFolder(tmp_path), config(), model, images, predict(model, images, "test"), {})
     assert FIGURES["patch_maps"].draw(material) is None and FIGURES["patch_positions"].draw(material) is None
@@ -171,7 +171,7 @@ def test_the_page_and_clearml_have_a_row_for_each_block(evaluated):
     assert "macro-F1 without the expert, by block" in shown and "specialisation by block" in shown
 
 
-def test_an_expert_that_single_blocks_hardly_use_is_said_with_the_blocks():
+def test_an_expert_hardly_used_in_single_blocks_is_reported_with_the_blocks():
     rows = [{"block": block, "expert_underused": [False, block > 2, block == 5]} for block in (1, 3, 5)]
     results = {"expert_underused": [False, True, False], "blocks": rows}
     below = "below 1 % of the load in block"
@@ -179,7 +179,7 @@ def test_an_expert_that_single_blocks_hardly_use_is_said_with_the_blocks():
     assert hardly_used({"expert_underused": [False, True]}) == ["", "below 1 % of the load"]
 
 
-def test_on_a_cpu_single_blocks_are_not_asked_unless_told_to(tmp_path, monkeypatch):
+def test_on_a_cpu_single_blocks_are_ablated_only_on_request(tmp_path, monkeypatch):
     monkeypatch.setattr("evaluation.figures.draw", lambda *_: [])  # drawn above
     results = evaluate(RunFolder(tmp_path), config(), spread(moe_vit()).eval(), bank(test_images=10))
     assert "expert_worth" not in results["blocks"][0] and "macro_f1_change" in results["expert_worth"][0]

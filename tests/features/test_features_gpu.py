@@ -23,7 +23,7 @@ def room():
 
 
 @pytest.mark.parametrize("size", [60_000_000, 110_000_000])  # for no view; for one, and not for a batch beside it
-def test_a_gpu_that_is_full_hands_features_to_host_memory_and_says_so(room, capsys, size):
+def test_a_full_gpu_moves_features_to_host_memory_with_a_message(room, capsys, size):
     device = torch.device("cuda", 0)
 
     def extract(images_BCHW):

@@ -54,7 +54,7 @@ def expected_loss_and_gradient(name, logits, counts_E):
 @pytest.mark.parametrize(
     "name", ["switch", "p_penalty", "importance", "entropy_local", "entropy_global", "z_loss", "usage_variance", "load"]
 )
-def test_losses_and_gradients_are_right_at_every_gap_between_logits(name, gap):
+def test_losses_and_gradients_are_correct_at_every_gap_between_logits(name, gap):
     patterns = [
         [[gap, 0.0, 0.0]],  # one sample, one expert
         [[gap, 0.0, gap / 2], [gap, -gap, 0.0]],  # a collapsed gate
@@ -94,7 +94,7 @@ def test_the_coefficient_of_variation_does_not_depend_on_the_scale(size):
         assert gradient_E.mul(size).tolist() == pytest.approx([4 * 3 * -2 / 64, 4 * 1 * 2 / 64])
 
 
-def test_an_expert_that_is_barred_has_no_part_in_the_entropies():
+def test_an_excluded_expert_does_not_affect_the_entropies():
     logits_BE = torch.tensor([[0.0, 0.0, -math.inf]] * 2)
     assert local_entropy(logits_BE).item() == pytest.approx(math.log(2))
     assert global_divergence(logits_BE).item() == pytest.approx(math.log(3) - math.log(2))

@@ -102,7 +102,7 @@ def test_a_block_equals_the_loop_over_tokens_and_experts(rule, kind, sizes, how,
     torch.testing.assert_close(out_BTD.double(), brute_force(mixture, x_BTD, ffn, kind), rtol=1e-5, atol=1e-5)
 
 
-def test_gate_and_experts_with_a_norm_of_their_own_read_standardised_tokens():
+def test_gate_and_experts_with_a_separate_norm_read_standardised_tokens():
     """(1, 2, 3) less its mean over its deviation is (-1.2247, 0, 1.2247), whatever the FFN's norm makes of it."""
     chosen = block_experts("adapter", [[1], [1]], norm="own", activation="relu")
     mixture = BlockMixture(3, RouterConfig(kind="mixtral", norm="none"), chosen, plain_ffn(), True, prefix=1).eval()

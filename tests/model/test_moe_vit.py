@@ -20,7 +20,7 @@ TOKEN_RULES = sorted(kind for kind, rule in ROUTERS.items() if rule.token_choice
 
 @pytest.mark.parametrize("vit", ["plain", "no_class", "registers", "layer_scale", "eva"])
 @pytest.mark.parametrize("kind", ["adapter", "ffn"])
-def test_training_starts_at_the_pretrained_vit(vit, kind):
+def test_training_starts_from_the_pretrained_vit(vit, kind):
     vit = tiny_vit(vit)
     sizes = SIZES if kind == "adapter" else [[vit.blocks[0].mlp.fc2.in_features]] * 3
     features = ("mean:1", "mean:2")
@@ -68,7 +68,7 @@ def train(model, steps: int = 3, warmup: bool = False, seed: int = 0):
 
 @pytest.mark.parametrize("level", ["token", "image"])
 @pytest.mark.parametrize("rule", mostly_slow(TOKEN_RULES, ["noisy_topk", "deepseek"]))
-def test_every_rule_trains_and_leaves_the_vit_as_it_was(rule, level):
+def test_every_rule_trains_and_does_not_change_the_vit(rule, level):
     experts = {"sizes": [[2], [2], [4], [4]]}
     top_k = ROUTERS[rule].only_top_k or 2
     model = spread(moe_vit(experts=experts, kind=rule, top_k=top_k, level=level, bias_rate=0.01))
@@ -95,7 +95,7 @@ def test_capacity_holds_in_training_only(options):
     assert all(int(routing.counts_E.sum()) == 2 * 102 for routing in routings)
 
 
-def test_warmup_is_random_and_counted_apart():
+def test_warmup_is_random_and_counted_separately():
     model = moe_vit()
     routings = train(model, steps=2, warmup=True)
     assert not any(routing.learned for routing in routings)
@@ -153,7 +153,7 @@ def test_the_image_level_reads_the_class_token():
     torch.testing.assert_close(routing.logits_BE, mixture.router.gate(x_BTD[:, 0]))
 
 
-def test_blocks_are_resolved_from_the_end_and_by_what_is_read():
+def test_blocks_are_resolved_from_the_end_and_by_the_features():
     model = moe_vit(features=("mean:1",))
     assert model.blocks == [0, 1]
     assert moe_vit(features=("mean:-1",), experts={"blocks": [-1, 0]}).blocks == [0, 2]
@@ -185,13 +185,13 @@ def test_blocks_are_resolved_from_the_end_and_by_what_is_read():
         ({"features": ("tokens:2",)}, "need experts.place head"),
     ],
 )
-def test_misfits_are_one_line(options, message):
+def test_unsuitable_parts_are_reported_in_one_line(options, message):
     with pytest.raises(ValueError, match=message) as raised:
         moe_vit(**options)
     assert "\n" not in str(raised.value)
 
 
-def test_a_vit_of_other_blocks_is_refused():
+def test_a_vit_with_other_blocks_is_rejected():
     vit = tiny_vit()
     del vit.blocks[1].norm2
     with pytest.raises(ValueError, match="not Block"):
@@ -220,7 +220,7 @@ def test_resolve_blocks_reads_no_weights():
     assert resolve_blocks(ExpertsConfig(place="blocks", kind="adapter"), moe_vit().backbone) == [0, 1, 2]
 
 
-def test_blocks_that_cannot_be_compiled_run_as_they_are(monkeypatch):
+def test_blocks_that_cannot_be_compiled_run_eagerly(monkeypatch):
     def no_compiler(*_):
         raise RuntimeError("no compiler\nfound")
 
@@ -260,7 +260,7 @@ def test_evaluation_is_compiled_once_for_all_experts_and_for_some(rule, monkeypa
     assert len(forms) == 9 and forms[:3] == forms[3:6] == forms[6:]
 
 
-def test_in_training_the_first_block_with_experts_is_not_compiled_for_itself(monkeypatch):
+def test_in_training_the_first_block_with_experts_is_not_compiled_separately(monkeypatch):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda run, **_: lambda *block: compiled.append(block[0]) or run(*block))
     model = spread(moe_vit(experts={"blocks": [1, 2]})).train()
@@ -281,7 +281,7 @@ def test_recomputing_changes_no_gradient():
     torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
-def test_a_mixture_on_top_is_one_place_more():
+def test_a_mixture_on_top_is_one_more_place():
     model = spread(moe_vit(experts={"blocks": [1, 2], "head": [[4], [8], []]}))
     assert model.places == ("block_1", "block_2", "head")
     assert model.head is None and [expert.linears[0].in_features for expert in model.mixtures[-1].experts] == [32] * 3
@@ -303,13 +303,13 @@ def test_a_mixture_on_top_is_one_place_more():
         ({"head": [[4]] * 4}, r"needs experts\.place blocks"),
     ],
 )
-def test_a_mixture_on_top_that_does_not_fit_is_one_line(options, message):
+def test_a_mixture_on_top_that_does_not_fit_is_reported_in_one_line(options, message):
     with pytest.raises(ValueError, match=message):
         ExpertsConfig(**options)
 
 
 @pytest.mark.parametrize("kind, sizes", [("adapter", SIZES), ("ffn", [[64]] * 3)])
-def test_half_precision_starts_at_the_vit_too_and_trains_float32_weights(kind, sizes):
+def test_half_precision_also_starts_from_the_vit_and_trains_float32_weights(kind, sizes):
     """As on a GPU: the ViT in bfloat16, gates and logits in float32."""
     model = moe_vit(experts={"kind": kind, "sizes": sizes}, neck={"norm": "none"}, kind="switch", top_k=1)
     backbone = Backbone(model.backbone.vit, ["mean:1", "mean:2"], torch.bfloat16)

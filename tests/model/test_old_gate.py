@@ -38,7 +38,7 @@ def test_the_divergence_by_hand():
 
 
 @pytest.mark.parametrize("kind", GATED)
-def test_the_old_gate_stays_and_the_new_one_is_drawn_to_it(kind):
+def test_the_old_gate_stays_fixed_and_attracts_the_new_one(kind):
     torch.manual_seed(0)
     config = RouterConfig(kind=kind, top_k=ROUTERS[kind].only_top_k or 2, norm="none", temperature=2.0)
     router = build_router(config, 4, 4).train()

@@ -53,7 +53,7 @@ def inputs_of(kind, batch):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("capacity", [None, 0.5])
-def test_a_routing_that_claims_k_assignments_a_sample_has_them_in_order(kind, capacity):
+def test_a_routing_with_k_assignments_per_sample_has_them_in_order(kind, capacity):
     torch.manual_seed(0)
     for experts, top_k, batch in shapes(12):
         options = {} if capacity is None else {"capacity_factor": capacity}
@@ -97,7 +97,7 @@ def test_a_routing_is_a_list_of_distinct_experts_with_sensible_weights(kind):
 
 @pytest.mark.parametrize("kind", CHOOSING)
 @pytest.mark.parametrize("overflow", ["drop", "next_best", "residual"])
-def test_capacity_holds_and_what_is_lost_is_counted(kind, overflow):
+def test_capacity_holds_and_drops_are_counted(kind, overflow):
     torch.manual_seed(2)
     for experts, top_k, batch in shapes(15, seed=2):
         options = {"capacity_factor": float(torch.rand(())) + 0.2, "overflow": overflow}
@@ -221,7 +221,7 @@ def test_the_load_estimate_has_the_gradient_of_finite_differences(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_barred_expert_gets_no_weight_and_the_others_step_in(kind):
+def test_an_excluded_expert_gets_no_weight_and_others_replace_it(kind):
     torch.manual_seed(8)
     router = sharpened(build_router(config_of(kind, 4, 2 if kind != "switch" else 1), WIDTH, 4))
     if "bias_E" in dict(router.named_buffers()):
@@ -261,7 +261,7 @@ def test_the_gate_is_float32_under_autocast(kind):
         ("sinkhorn_iterations", 1),
     ],
 )
-def test_an_option_that_is_said_to_do_nothing_does_nothing(kind, option, value):
+def test_an_option_reported_without_effect_has_none(kind, option, value):
     def route(**options):
         torch.manual_seed(0)
         config = RouterConfig(kind=kind, top_k={"switch": 1}.get(kind, 2), norm="none", **options)

@@ -114,7 +114,7 @@ def test_a_frozen_norm_uses_its_running_statistics():
     assert model.neck.norm.training and not model.moe.router.trunk[0].training
 
 
-def test_what_cannot_be_frozen_or_taken_is_told():
+def test_parts_that_cannot_be_frozen_or_copied_are_reported():
     model = behind(len(NOW))
     with pytest.raises(ValueError, match="there is none"):
         Frozen(model, ["head"], Shared.by_name(NOW, ["q"]), len(NOW))
@@ -163,7 +163,7 @@ def grown_behind(grown, add=(), dispatch="auto", combine="logits", **router) -> 
     ],
     ids=str,
 )
-def test_new_experts_change_no_bit_and_then_take_samples(kind, options, dispatch):
+def test_new_experts_change_no_bit_and_then_get_samples(kind, options, dispatch):
     torch.manual_seed(1)
     router = {"kind": kind, "warmup_steps": 4} | options
     before = grown_behind([], dispatch=dispatch, **router)
@@ -199,7 +199,7 @@ def train_on(model, steps, frozen=None) -> None:
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "vmoe", "noisy_topk"])
-def test_probabilities_too_and_an_addition_to_an_addition(kind):
+def test_also_with_probabilities_and_for_a_second_addition(kind):
     before = grown_behind([], kind=kind, combine="probabilities")
     train_on(before, 4)
     once = grown_behind([3], [[6]], kind=kind, combine="probabilities", warmup_steps=2)
@@ -241,7 +241,7 @@ def test_new_experts_inside_the_vit_change_no_bit(kind, level, ffn):
 
 
 @pytest.mark.parametrize("kind", ["hash", "hierarchical"])
-def test_rules_that_cannot_take_new_experts_say_so(kind):
+def test_rules_that_cannot_get_new_experts_are_reported(kind):
     with pytest.raises(ValueError, match="cannot get new experts"):
         grown_behind([3], [[6]], kind=kind, groups=2)
 

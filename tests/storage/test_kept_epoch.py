@@ -76,7 +76,7 @@ def test_the_best_weights_are_written_with_the_checkpoint(make):
 
 
 @pytest.mark.parametrize("error", [Interrupted(signal.SIGTERM), UserError("the task loss is not finite")], ids=str)
-def test_what_ends_training_early_does_not_lose_the_best_weights(make, error):
+def test_ending_training_early_does_not_lose_the_best_weights(make, error):
     trainer = scripted(make(epochs=9, save_every=9), [0.1, 0.4, 0.6, 0.5])
     train_epoch = trainer._train_epoch
 

@@ -62,7 +62,7 @@ def test_it_is_evaluated(run, call):
         assert after[name] == pytest.approx(before[name], abs=1e-3)
 
 
-def test_fewer_epochs_than_are_done_are_refused(run, call):
+def test_fewer_epochs_than_already_trained_are_rejected(run, call):
     before = run.config.read_text()
     code, _, line = call(train, "--resume", run.path, "--train.epochs", "5")
     assert code == 2 and line.count("\n") == 1
@@ -72,7 +72,7 @@ def test_fewer_epochs_than_are_done_are_refused(run, call):
     assert code == 0 and "is finished: raise --train.epochs above 8" in output
 
 
-def test_it_goes_on_and_keeps_its_results_until_there_are_new_ones(run, call, monkeypatch):
+def test_it_continues_and_keeps_its_results_until_there_are_new_ones(run, call, monkeypatch):
     results = json.loads(run.results.read_text())
     run.report.write_text("<html><body>\n<h1>run</h1></body></html>")
     end_epoch = Trainer._end_epoch

@@ -115,7 +115,7 @@ def test_a_task_compares_with_a_folder_as_equal_to_itself(tracked):
 
 
 @pytest.mark.slow
-def test_an_agent_runs_a_clone_by_the_values_of_its_task(tracked, workplace):
+def test_an_agent_runs_a_clone_with_the_values_of_its_task(tracked, workplace):
     """Without --config, as the script of a task knows none; the clone has one epoch more and another folder."""
     server, run, _ = tracked
     training = next(iter(server.tasks.values()))

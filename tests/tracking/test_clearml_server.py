@@ -95,7 +95,7 @@ facts["later"] = later.task_id
         yield server, facts_of(run), done
 
 
-def test_the_task_holds_hyperparameters_tags_and_numbers(online):
+def test_the_task_contains_hyperparameters_tags_and_numbers(online):
     server, facts, _ = online
     task = server.tasks[facts["first"]]
     assert (task["name"], task["type"], task["status"]) == ("cifar100", "training", "completed")
@@ -110,7 +110,7 @@ def test_the_task_holds_hyperparameters_tags_and_numbers(online):
     }
 
 
-def test_plots_are_data_that_the_comparison_can_lay_side_by_side(online):
+def test_plots_are_data_that_can_be_compared(online):
     server, facts, _ = online
     plots = {
         (event["metric"], event["variant"]): json.loads(event["plot_str"])
@@ -137,7 +137,7 @@ def test_model_artifact_and_figure_are_on_the_file_server(online):
     assert [artifact["key"] for artifact in server.tasks[facts["first"]]["execution"]["artifacts"]] == ["evaluation"]
 
 
-def test_a_resumed_run_goes_on_with_its_task_if_it_is_there(online):
+def test_a_resumed_run_continues_its_task_if_it_exists(online):
     server, facts, _ = online
     assert facts["again"] == facts["first"]
     assert [task | {"page": None} for task in facts["listed"]] == [
@@ -152,7 +152,7 @@ def test_a_resumed_run_goes_on_with_its_task_if_it_is_there(online):
     assert server.tasks[facts["lost"]]["status_reason"] == "out of memory"
 
 
-def test_a_later_evaluation_is_a_task_under_that_of_the_training(online):
+def test_a_later_evaluation_is_a_child_task_of_the_training(online):
     server, facts, _ = online
     task = server.tasks[facts["evaluation"]]
     assert (task["parent"], task["type"], task["name"]) == (facts["first"], "testing", "cifar100")
@@ -160,7 +160,7 @@ def test_a_later_evaluation_is_a_task_under_that_of_the_training(online):
     assert ("loss", "train", 10) not in server.scalars(task["id"])  # which the training's task has
 
 
-def test_a_run_is_fetched_as_its_folder_has_it(online):
+def test_a_fetched_run_equals_its_folder(online):
     _, facts, done = online
     assert (facts["fetched"]["name"], facts["fetched"]["config"]) == ("cifar100", CONFIG)
     assert facts["fetched"]["metrics"] == {"accuracy": 0.75, "macro_f1": 0.5, "expert_load": [0.25, 0.75]}
@@ -180,7 +180,7 @@ def test_an_offline_session_is_imported(online):
     }
 
 
-def test_what_the_import_of_the_sdk_leaves_out_is_added(online):
+def test_parts_missing_in_the_sdk_import_are_added(online):
     server, facts, _ = online
     task = server.tasks[facts["imported"]]
     assert task["status"] == "failed"
@@ -191,7 +191,7 @@ def test_what_the_import_of_the_sdk_leaves_out_is_added(online):
     assert server.files[model["uri"].removeprefix(server.url)] == b"weights"
 
 
-def test_a_run_that_starts_from_another_names_its_model(online):
+def test_a_run_that_starts_from_another_names_its_input_model(online):
     server, facts, _ = online
     (output,) = server.tasks[facts["first"]]["models"]["output"]
     (taken,) = server.tasks[facts["later"]]["models"]["input"]
@@ -200,7 +200,7 @@ def test_a_run_that_starts_from_another_names_its_model(online):
     assert (model["framework"], model["labels"]) == ("PyTorch", {"apple": 0, "bear": 1})
 
 
-def test_what_is_no_session_is_one_line(workplace, tmp_path):
+def test_an_invalid_session_is_reported_in_one_line(workplace, tmp_path):
     code = """
 from tracking.send import send
 (run / "junk.zip").write_bytes(b"junk")
@@ -216,7 +216,7 @@ for name, words in (("none.zip", "does not exist: name the file"), ("junk.zip", 
         run_python(workplace, tmp_path, code, **server.environment())
 
 
-def test_what_the_published_api_does_not_allow_is_refused():
+def test_requests_outside_the_published_api_are_rejected():
     with StandIn() as server:
         assert complaint("tasks.nothing", {}) == "there is no endpoint tasks.nothing"
         assert complaint("tasks.create", {"name": "a", "type": "training"}) == ""
@@ -231,7 +231,7 @@ def test_what_the_published_api_does_not_allow_is_refused():
         server.misfits.clear()
 
 
-def test_a_refused_login_is_said_and_auto_goes_offline(workplace, tmp_path):
+def test_a_rejected_login_is_reported_and_auto_goes_offline(workplace, tmp_path):
     code = """
 from tracking.clearml_runs import fetch_run
 for attempt in (start, lambda: fetch_run("0" * 32)):
@@ -254,7 +254,7 @@ assert open_evaluation("auto", run, CONFIG, name="n").mode == "none"
 
 
 @pytest.mark.parametrize("how", ["refuse", "hang"])
-def test_a_server_that_dies_half_way_costs_nothing(workplace, tmp_path, how):
+def test_a_server_that_dies_during_training_has_no_effect(workplace, tmp_path, how):
     """Training ends in seconds, says what to do, and an evaluation on the revived server brings what it lacks."""
     dying = f"""
 (run / "a.bin").write_bytes(b"a")

@@ -9,7 +9,7 @@ from clearml_process import dead_server, records, run_python
 pytestmark = pytest.mark.slow  # each test is a process that imports the SDK
 
 
-def test_failing_and_hanging_sdk_leave_training_alone(workplace, tmp_path):
+def test_failing_and_hanging_sdk_do_not_affect_training(workplace, tmp_path):
     code = """
 import threading, clearml
 clearml_task.CLOSE_SECONDS = clearml_task.UPLOAD_SECONDS = 0.5

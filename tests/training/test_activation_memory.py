@@ -38,11 +38,11 @@ def test_counting_leaves_no_graph_behind():
     "choice, batch, expected",
     [("auto", 85, False), ("auto", 86, True), ("auto", 255, True), ("off", 85, False), ("on", 10, True)],
 )
-def test_recomputing_is_chosen_where_the_activations_do_not_fit(choice, batch, expected):
+def test_recomputing_is_chosen_if_the_activations_do_not_fit(choice, batch, expected):
     assert must_recompute(choice, per_image=10, batch_size=batch, free=1000) is expected
 
 
 @pytest.mark.parametrize("choice, batch, fits", [("auto", 256, 255), ("off", 86, "85 or --train.recompute on")])
-def test_a_batch_that_does_not_fit_is_refused_with_one_that_does(choice, batch, fits):
+def test_a_batch_that_does_not_fit_is_rejected_with_a_suggestion(choice, batch, fits):
     with pytest.raises(UserError, match=f"set --train.batch_size {fits}$"):
         must_recompute(choice, per_image=10, batch_size=batch, free=1000)

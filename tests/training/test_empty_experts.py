@@ -40,7 +40,7 @@ def trained(how, kind, sizes, combine, device="cpu", steps=20):
 
 @pytest.mark.parametrize("sizes", SHAPES)
 @pytest.mark.parametrize(("kind", "combine"), [("adamw", "logits"), ("adam", "probabilities")])
-def test_every_way_leaves_the_same_weights_whatever_the_loads(sizes, kind, combine):
+def test_every_mode_gives_the_same_weights_for_any_load(sizes, kind, combine):
     expected, empty = trained("sorted", kind, SHAPES[sizes], combine)
     assert empty > 20
     for how in ("grouped", "dense", "auto"):
@@ -65,7 +65,7 @@ def test_an_expert_without_samples_has_a_gradient_of_zero(how, assigned):
 
 @pytest.mark.parametrize("how", sorted(DISPATCHERS))
 @pytest.mark.parametrize("kind", ["adamw", "adam"])
-def test_an_expert_that_is_never_chosen_is_trained_as_at_a_gradient_of_zero(how, kind):
+def test_an_expert_that_is_never_chosen_is_trained_with_a_zero_gradient(how, kind):
     torch.manual_seed(0)
     router = RouterConfig(kind="mixtral", top_k=2, norm="none")
     experts = ExpertsConfig(sizes=[[8]] * 4, dropout=0.0)
@@ -93,7 +93,7 @@ def test_an_expert_that_is_never_chosen_is_trained_as_at_a_gradient_of_zero(how,
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("kind", ["adamw", "adam"])
-def test_on_a_gpu_every_way_leaves_the_same_weights(kind):
+def test_on_a_gpu_every_mode_gives_the_same_weights(kind):
     for sizes in SHAPES.values():
         expected, empty = trained("sorted", kind, sizes, "logits", device="cuda")
         assert empty > 20

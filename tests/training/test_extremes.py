@@ -67,7 +67,7 @@ def train(part, name, value):
 
 
 @pytest.mark.parametrize(("part", "name", "values"), cases(), ids=lambda value: value if isinstance(value, str) else "")
-def test_an_option_at_its_extremes_trains_or_is_refused_in_one_line(part, name, values):
+def test_an_option_at_its_extremes_trains_or_is_rejected_in_one_line(part, name, values):
     for value in values:
         line = train(part, name, value)
         assert line is None or ("\n" not in line and (name in line or "is not finite" in line)), value

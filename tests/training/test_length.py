@@ -48,13 +48,13 @@ def hidden(kind):
     return [] if ROUTERS[kind].learns else ["--router.hidden", "[]"]
 
 
-def test_a_warm_up_that_never_ends_is_refused():
+def test_a_warm_up_that_never_ends_is_rejected():
     check_warmup(4, 5)
     with pytest.raises(UserError, match=r"router\.warmup_steps 5 routes all 5 steps at random"):
         check_warmup(5, 5)
 
 
-def test_days_are_said_once(capsys):
+def test_very_long_training_is_reported_once(capsys):
     pace = Pace(epochs=2**63 - 1, views=0)
     pace.check(1, 0.5)
     pace.check(2, 0.5)

@@ -44,7 +44,7 @@ def serve(server: StandIn, ended: threading.Event) -> None:
 
 
 @pytest.mark.slow
-def test_agents_train_clones_whose_best_score_decides(tmp_path):
+def test_agents_train_clones_and_the_best_score_wins(tmp_path):
     (tmp_path / "space.yaml").write_text(SPACE, encoding="utf-8")
     words = [
         "--config",
@@ -110,7 +110,7 @@ def test_a_queue_needs_a_server(words, said, monkeypatch, tmp_path, capsys):
     assert said in error and error.count("\n") == 1
 
 
-def test_what_agents_cannot_do_is_refused_before_a_server_is_asked():
+def test_requests_that_agents_cannot_run_are_rejected_before_contacting_a_server():
     config = parse_command_line(["--config", str(ROOT / "configs" / "digits.yaml")]).config
     config.plugins = ["my_rules.py"]
     with pytest.raises(UserError, match="--plugins works only on this machine"):
