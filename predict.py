@@ -120,7 +120,7 @@ def gather(paths: list[Path]) -> tuple[list[Path], list[dict[str, str]]]:
             say(f"error: {error}")
             failed.append({"file": str(path), "reason": str(error)})
     if not files:
-        raise UserError("none of the folders holds an image: name files, or folders of images")
+        raise UserError("none of the folders contains an image: name files, or folders of images")
     return files, failed
 
 

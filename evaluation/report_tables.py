@@ -1,4 +1,4 @@
-"""The tables of evaluation/report.html, from what metrics.json holds."""
+"""The tables of evaluation/report.html, from the content of metrics.json."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -144,7 +144,7 @@ class MoEViT(nn.Module):
         for index in range(backbone.blocks[-1] + 1):
             mixture, keep = mixtures.get(index), not (self.recompute and x_BTD.requires_grad)
             options = (None, False, None) if mixture is None else (mixture, warmup, allowed[len(routings)])
-            # In training the first block with experts is of a kind of its own, since nothing before it has a gradient:
+            # In training the first block with experts is a separate kind, because nothing before it has a gradient:
             # to compile that kind takes longer than the block does without.
             first = mixture is not None and torch.is_grad_enabled() and not x_BTD.requires_grad
             run = run_block if first else compiled

@@ -1,4 +1,4 @@
-"""RUN/metrics.jsonl, opened to go on with."""
+"""RUN/metrics.jsonl, opened for appending."""
 
 import json
 from pathlib import Path

@@ -152,7 +152,7 @@ def test_an_interrupted_distillation_continues(tiny_run, tmp_path, call, monkeyp
     kept = (again / "teachers.json").read_text()
     (again / "teachers.json").write_text(kept.replace(str(tiny_run), str(tmp_path / "gone")))
     code, _, lines = call(train, "--resume", again)
-    assert code == 2 and f"is taught by {tmp_path}/gone, which cannot be opened" in lines[-1]
+    assert code == 2 and f"is distilled from {tmp_path}/gone, which cannot be opened" in lines[-1]
     (again / "teachers.json").write_text(kept)
     code, shown, _ = call(train, "--resume", again)
     assert code == 0 and f"teachers     {tiny_run}" in shown and "epoch   2/2" in shown
