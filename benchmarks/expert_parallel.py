@@ -32,7 +32,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--experts", type=int, default=64, help="experts (default 64)")
     parser.add_argument("--units", type=int, default=1024, help="hidden units of each expert (default 1024)")
     parser.add_argument("--features", type=int, default=4608, help="features per row (default 4608)")
-    parser.add_argument("--steps", type=int, default=40, help="number of steps; the median is reported (default 40)")
+    parser.add_argument(
+        "--steps", type=int, default=40, help="steps, in five blocks; the median is reported (default 40)"
+    )
     options = parser.parse_args(argv)
     where = environment(start(options))
     path = options.out / f"expert_parallel{'_tiny' if options.tiny else ''}.json"

@@ -28,6 +28,7 @@ from training.step import TrainingStep
 CLASSES, TOP_K = 100, 2
 NAMES = ("rows", "experts", "units", "features", "steps")
 PROFILED = 10  # steps with timed exchanges
+BLOCKS = 5  # the median of so many blocks of steps is reported
 
 
 def main() -> None:
@@ -81,7 +82,8 @@ def measure(options: argparse.Namespace, device: torch.device, experts: int, row
         once()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    seconds = [_seconds(once, device) for _ in range(options.steps)]
+    steps = max(1, options.steps // BLOCKS)
+    seconds = [_seconds(once, device, steps) for _ in range(BLOCKS)]
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
     load_M = model.moe.usage_E.view(world().size, -1).sum(1).double()  # by process; each has consecutive experts
     found = {
@@ -94,14 +96,15 @@ def measure(options: argparse.Namespace, device: torch.device, experts: int, row
     return found | (exchange_of(once, device, min(PROFILED, options.steps)) if world().several else {})
 
 
-def _seconds(run: Callable[[], None], device: torch.device) -> float:
-    """Seconds of a call, including its work on the device; all processes start together."""
+def _seconds(run: Callable[[], None], device: torch.device, steps: int) -> float:
+    """Seconds of one of so many calls in a row, as training makes them; all processes start together."""
     world().wait()
     synchronise(device)
     began = time.perf_counter()
-    run()
+    for _ in range(steps):
+        run()
     synchronise(device)
-    return time.perf_counter() - began
+    return (time.perf_counter() - began) / steps
 
 
 def held_by_experts(model: VisionMoE, optimizer: torch.optim.Optimizer) -> int:

@@ -89,9 +89,27 @@ later = start()
 later.starts_from(facts["first"])
 later.close()
 facts["later"] = later.task_id
+from clearml import Dataset
+from tracking.datasets import fetch_dataset
+(run / "images" / "cat").mkdir(parents=True)
+(run / "images" / "cat" / "0.png").write_bytes((run / "figure.png").read_bytes())
+made = Dataset.create(dataset_name="cats", dataset_project="pets", dataset_version="1.0.0")
+made.add_files(str(run / "images"), verbose=False)
+made.upload(show_progress=False)
+made.finalize()
+copies = [fetch_dataset(name) for name in ("pets/cats", made.id)]
+facts["dataset"] = [[path.relative_to(copy).as_posix() for path in copy.rglob("*.png")] for copy in copies]
+print("asking for a dataset", file=sys.stderr)
+try:
+    fetch_dataset("pets/dogs")
+except UserError as error:
+    facts["no dataset"] = str(error)
+print("asked", file=sys.stderr)
 """
     with StandIn() as server:
         done = run_python(workplace, run, OPEN + code + CLOSE, **server.environment())
+        # The SDK itself logs the upload of a dataset with a level that its schema does not have.
+        server.misfits[:] = [misfit for misfit in server.misfits if "level: 'INFO' is not one of" not in misfit]
         yield server, facts_of(run), done
 
 
@@ -198,6 +216,14 @@ def test_a_run_that_starts_from_another_names_its_input_model(online):
     assert taken["model"] == output["model"]
     model = server.models[output["model"]]
     assert (model["framework"], model["labels"]) == ("PyTorch", {"apple": 0, "bear": 1})
+
+
+def test_the_images_of_a_dataset_come_from_the_server(online):
+    _, facts, done = online
+    assert facts["dataset"] == [["cat/0.png"], ["cat/0.png"]]
+    assert "pets/dogs is not a finished dataset on the ClearML server" in facts["no dataset"]
+    said = done.stderr.partition("asking for a dataset\n")[2].partition("asked\n")[0]
+    assert "\n" not in facts["no dataset"] and said == ""
 
 
 def test_an_invalid_session_is_reported_in_one_line(workplace, tmp_path):
