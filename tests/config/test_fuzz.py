@@ -69,6 +69,7 @@ def test_configurations(tmp_path_factory, changes):
     survives(lambda: build_model(config_from_dict(values), (65, 192), 10))
 
 
+@pytest.mark.slow
 def test_a_few_lines_of_aliases_are_rejected(tmp_path):
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 12)]

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from routing_helpers import EVERY_LOSS
 
-from model.balance import BalanceConfig, balance_losses, weighted_sum
+from model.balance import balance_losses, weighted_sum
 from model.experts import ExpertsConfig
 from model.moe import MixtureOfExperts
 from model.routers import ROUTERS, RouterConfig, build_router
@@ -11,7 +12,6 @@ from model.routers import ROUTERS, RouterConfig, build_router
 KINDS = sorted(ROUTERS)
 CHOOSING = [kind for kind in KINDS if ROUTERS[kind].token_choice]
 WEIGHTS_SUM_TO_ONE = {"article", "noisy_topk", "gshard", "mixtral", "deepseek", "hash"}  # for k >= 2
-EVERY_LOSS = BalanceConfig(**dict.fromkeys(vars(BalanceConfig()), 1.0))
 WIDTH = 6
 
 

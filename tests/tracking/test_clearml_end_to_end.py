@@ -81,6 +81,11 @@ def test_the_task_has_every_number_and_the_evaluation_as_data(tracked):
     for task in (training["id"], evaluation["id"]):
         for name in ("accuracy", "macro_f1", "loss", "entropy"):
             assert server.scalars(task)["Summary", f"test/{name}", -(2**31)] == pytest.approx(results[name])
+        for name in ("total_parameters", "active_parameters", "flops", "training_seconds", "kept_epoch"):
+            found = server.scalars(task)["Summary", f"cost/{name}", -(2**31)]
+            assert found == pytest.approx(results["cost"][name])
+        for expert, load in enumerate(results["expert_load"]):
+            assert server.scalars(task)["Summary", f"load/expert_{expert}", -(2**31)] == pytest.approx(load)
         plots = {event["metric"]: event for event in server.events if event["type"] == "plot" and event["task"] == task}
         assert {"expert load", "experts by class", "F1 by class", "scores by class", "experts"} <= plots.keys()
         shown = {event["variant"] for event in server.events if event["type"] == "training_debug_image"}

@@ -10,6 +10,7 @@ from config.optim import OptimConfig
 from model.balance import BalanceConfig
 from model.classifier import NeckConfig, VisionMoE
 from model.experts import ExpertsConfig
+from model.old_gate import hold_old_gates
 from model.routers import ROUTERS, RouterConfig
 from training.optim import build_optimizer
 from training.step import TrainingStep
@@ -53,6 +54,8 @@ def train(part, name, value):
     try:
         made = {part: config(**options[part]) for part, config in PARTS.items()}
         model = VisionMoE((3, 8) if tokens else (8,), 3, made["neck"], made["router"], made["experts"]).train()
+        if name == "old_gate":
+            hold_old_gates(model)
     except ValueError as error:
         return str(error)
     optimizer = build_optimizer(model, made["optim"])
