@@ -90,7 +90,7 @@ class Program:
             os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
             Figure.savefig = lambda figure, path, **options: Path(path).write_bytes(PNG)  # slow, and tested elsewhere
             if not self.evaluates:
-                train.evaluate, train.table = (lambda *arguments: {}), (lambda results: "")
+                train.evaluate, train.expert_table = (lambda *arguments, **options: {}), (lambda results: "")
             if before is not None:
                 before(rank)
             with meeting_at(self.meeting):
