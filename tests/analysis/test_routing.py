@@ -5,7 +5,7 @@ import pytest
 
 from analysis import routing
 
-# What garbage of other tests says when it is collected in one of these is not theirs.
+# Warnings from garbage of other tests that is collected during one of these tests do not belong to it.
 pytestmark = pytest.mark.filterwarnings(
     "error", "ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning"
 )
@@ -196,8 +196,8 @@ def test_bad_input_is_rejected(call, message):
         ([99, 1, 0], None, [False, False, True]),
         ([0.5, 0.4911, 0.0089], None, [False, False, True]),
         ([0, 0], None, [False, False]),
-        ([199] + 200 * [1], None, 201 * [False]),  # a fair share of 201 is 0.5 %
-        ([0.9, 0.0005, 0.0995], [0.9, 0.01, 0.09], [False, True, False]),  # below a tenth of its due
+        ([199] + 200 * [1], None, 201 * [False]),  # an even share of 201 is 0.5 %
+        ([0.9, 0.0005, 0.0995], [0.9, 0.01, 0.09], [False, True, False]),  # below a tenth of its target
         ([0.9, 0.0015, 0.0985], [0.9, 0.01, 0.09], [False, False, False]),
     ],
 )

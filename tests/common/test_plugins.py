@@ -1,4 +1,4 @@
-"""Plug-ins that do not load end in one line, and only a command line loads them."""
+"""Plug-ins that cannot be loaded are reported in one line, and only a command line loads plug-ins."""
 
 from types import SimpleNamespace
 
@@ -103,7 +103,7 @@ def test_additions_of_a_plugin_are_in_help_and_options(tmp_path, capfd):
         "class Mine(MixtralRouter): pass\n"
     )
 
-    def use():  # in a process of its own, since a rule is there for all of a process
+    def use():  # in a separate process, because a registered rule stays for the whole process
         words = ["--plugins", str(tmp_path / "mine.py"), "--router.kind", "my_rule", "--router.my_option", "5"]
         config = parse_command_line(words).config
         assert (config.router.my_option, config.plugins) == (5, ["mine.py"])

@@ -1,4 +1,4 @@
-"""Image sets, splits, augmentation for each image, the feature bank."""
+"""Image sets, splits, augmentation per image, the feature bank."""
 
 import re
 
@@ -26,7 +26,7 @@ def image_set(labels, size=4):
 
 
 def test_a_stratified_split_is_the_one_of_scikit_learn():
-    """Runs of earlier versions were split by it, and go on with the same images."""
+    """Runs of earlier versions used this split, and continue with the same images."""
     random, compared = np.random.RandomState(0), 0
     for _ in range(200):
         classes = random.randint(2, 9)

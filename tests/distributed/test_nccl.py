@@ -1,6 +1,6 @@
-"""Two processes with a GPU each, over NCCL: the same as one, in captured steps too, and as quick to end.
+"""Two processes with one GPU each, over NCCL: equal to one process, also in captured steps, with a quick end.
 
-All processes of this file are started at once, because to start takes most of their time.
+All processes of this file are started at once, because starting takes most of their time.
 """
 
 import json
@@ -155,7 +155,7 @@ class Started:
         return self.folder / name.replace(" ", "-")
 
     def said(self, name: str) -> tuple[str, int]:
-        """What a run has said when it has ended, and its exit code."""
+        """The output of a finished run, and its exit code."""
         try:
             code = self.runs[name].wait(SECONDS)
         except subprocess.TimeoutExpired:
@@ -189,7 +189,7 @@ def started(tmp_path_factory):
     yield found
     for process in found.runs.values():
         if process.poll() is None:
-            process.terminate()  # torchrun, which ends what it has started
+            process.terminate()  # torchrun, which ends its processes
 
 
 @pytest.fixture(scope="module")

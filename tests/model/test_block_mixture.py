@@ -85,7 +85,7 @@ def brute_force(mixture: BlockMixture, x_BTD, ffn, kind: str) -> torch.Tensor:
     "kind, sizes, how",
     [("adapter", [[2], [3], [1]], "auto"), *(("ffn", [[4]] * 3, how) for how in ("sorted", "grouped", "dense"))],
 )
-@pytest.mark.parametrize("rule", ["noisy_topk", "vmoe"])  # weights that sum to 1, and that do not
+@pytest.mark.parametrize("rule", ["noisy_topk", "vmoe"])  # weights that sum to 1, and weights that do not
 @pytest.mark.parametrize("class_token", [True, False])
 def test_a_block_equals_the_loop_over_tokens_and_experts(rule, kind, sizes, how, level, class_token):
     ffn = plain_ffn()
