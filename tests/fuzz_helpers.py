@@ -131,7 +131,7 @@ def survives(read):
 
 @pytest.fixture(scope="module", autouse=True)
 def no_blow_up():
-    """The process must not grow much, whatever the files claim to contain."""
+    """Memory must not grow much, regardless of the sizes that the files claim."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     yield
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < KILOBYTES

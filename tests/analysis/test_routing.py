@@ -99,7 +99,7 @@ def test_tables_agree_with_loops(seed):
 
 
 def test_mean_by_expert_by_hand():
-    # Expert 0 serves 0, 1, 4 (right, wrong, right), expert 1 serves 0, 2, 4 (all right), expert 2 none.
+    # Expert 0 processes 0, 1, 4 (right, wrong, right), expert 1 processes 0, 2, 4 (all right), expert 2 none.
     accuracy_E, samples_E = routing.mean_by_expert([1, 0, 1, 0, 1], SAMPLE, EXPERT, 3)
     np.testing.assert_allclose(accuracy_E, [2 / 3, 1.0, np.nan])
     assert samples_E.tolist() == [3, 3, 0]

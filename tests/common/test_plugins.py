@@ -81,7 +81,7 @@ def test_an_entry_point_is_loaded_by_its_name_and_only_if_named(monkeypatch):
 def test_no_file_and_no_stored_configuration_loads_a_plugin(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text("raise SystemError('code ran')\n")
-    # What is named comes first, whatever else may be unknown without it.
+    # The named plug-in is reported first, although other names may be unknown without it.
     (tmp_path / "recipe.yaml").write_text("balance: {my_loss: 0.1}\nplugins: [mine.py]\n")
     words = r"needs the plug-in mine\.py, and only the command line can load plug-ins: add --plugins PATH"
     with pytest.raises(CommandError, match=rf"^plugins in .*recipe\.yaml {words}"):

@@ -163,7 +163,7 @@ class Started:
         return self.output(name).read_text(), code
 
     def disturbed(self, name: str, number: int) -> tuple[str, float]:
-        """Send one of two processes a signal after a checkpoint; the line of both, and seconds until it is said."""
+        """Send one of two processes a signal after a checkpoint; the line both report, and seconds until then."""
         process, limit = self.runs[name], time.monotonic() + SECONDS
         while not (self.run(name) / "checkpoints" / "last.pt").exists():
             assert process.poll() is None and time.monotonic() < limit, self.output(name).read_text()
