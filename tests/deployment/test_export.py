@@ -1,4 +1,4 @@
-"""Exported files: they answer as the run does, say what they are, and run without this project."""
+"""Exported files: they give the outputs of the run, describe themselves, and run without this project."""
 
 import json
 import os
@@ -214,6 +214,26 @@ def test_mistakes_are_reported_in_one_line_before_anything_is_read(tmp_path, mon
     monkeypatch.undo()
     assert check_target(tmp_path / "x.pt2") is FORMATS[".pt2"]
     assert not list(tmp_path.glob("x.*"))
+
+
+def test_an_image_whose_token_chooses_otherwise_counts_in_the_mean_alone():
+    trained = of_rule("mixtral")
+    graph = ImagesToAnswers(trained).eval()
+
+    def answer(images, off=2e-3, moved=0.005):
+        with torch.no_grad():
+            probabilities_BC, experts_BK, weights_BK = graph(images)
+        if len(images) == 64:
+            probabilities_BC[3, 0] += off
+            weights_BK[3, 0] += moved
+        return probabilities_BC, experts_BK, weights_BK
+
+    checked = compare(answer, trained, 0)
+    assert checked.undecided == 1
+    assert checked.probabilities == pytest.approx(2e-3 / 72, rel=1e-2)
+    assert checked.weights == pytest.approx(0.005 / 72, rel=1e-2)
+    checked = compare(lambda images: answer(images, moved=0), trained, 0)
+    assert (checked.undecided, checked.weights) == (0, 0) and checked.probabilities == pytest.approx(2e-3, rel=1e-2)
 
 
 def test_a_model_too_large_for_onnx_is_reported_before_the_work(tmp_path, monkeypatch):
