@@ -1,4 +1,4 @@
-"""Options of a benchmark's shortest form, and what it has written."""
+"""Options for the shortest run of a benchmark, and its stored results."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Benchmarks that train: time to accuracy, ways to adapt a ViT, and what experts contribute."""
+"""Benchmarks that train: time to accuracy, methods to adapt a ViT, and contributions of experts."""
 
 import json
 
@@ -92,5 +92,5 @@ def test_contributions_of_experts_are_stored_for_each_recipe(tmp_path, capsys):
     worth.main(["--tiny", "--device", "cpu", "--out", str(tmp_path), "--name", "four"])
     (line,) = [json.loads(text) for text in (tmp_path / "worth_tiny.jsonl").read_text().splitlines()]
     assert len(line["worth"]) == len(line["load"]) == 4 and sum(line["load"]) == pytest.approx(1)
-    assert all(value <= line["macro_f1"] for value in line["worth"])  # what is left is no less than nothing
+    assert all(value <= line["macro_f1"] for value in line["worth"])  # the score without an expert is at least 0
     assert "| four   | 0" in capsys.readouterr().out

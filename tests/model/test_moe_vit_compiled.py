@@ -47,7 +47,7 @@ def test_blocks_that_cannot_be_compiled_run_eagerly(monkeypatch):
 
 @pytest.mark.parametrize("rule", TOKEN_RULES)
 def test_evaluation_is_compiled_once_for_all_experts_and_for_some(rule, monkeypatch):
-    """In one form, with the outputs of the eager model, bit for bit if all experts are allowed."""
+    """One compiled block has the outputs of the eager model, bit for bit if all experts are allowed."""
     forms = []
 
     def compiler(run, **_):

@@ -1,4 +1,4 @@
-"""The real SDK and what goes wrong: an invalid session, a refused login, a server that dies."""
+"""Failures with the real SDK: an invalid session, a refused login, a server that dies."""
 
 import json
 from urllib.error import HTTPError
@@ -78,7 +78,7 @@ began = time.monotonic()
 tracker.scalars({{"loss/train": 0.25}}, step=20, epoch=2)
 tracker.summary({{"test/accuracy": 0.75}})
 tracker.artifact("a", run / "a.bin")
-assert time.monotonic() - began < 300  # it did not wait for the server, which would be for ever
+assert time.monotonic() - began < 300  # it did not wait for the server, which never answers
 tracker.close()
 assert [task["whole"] for task in tasks_of(run)] == [False]
 facts["task"] = tracker.task_id
