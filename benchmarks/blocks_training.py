@@ -137,7 +137,7 @@ def stored_tokens(
 class MethodRuns:
     """The runs of one method in sequence, on the same model with re-initialised weights and the same CUDA graph.
 
-    eager: no graph, whatever the method. A step is that of train.py: forward, losses, backward, AdamW, average.
+    eager: no graph for any method. A step is that of train.py: forward, losses, backward, AdamW, average.
     """
 
     def __init__(

@@ -88,7 +88,7 @@ class Failure:
 
 
 def attempt(run: Callable[[], Any]) -> Any:
-    """The result of `run`, or a Failure for whatever it raised, so that one contestant does not end the others."""
+    """The result of `run`, or a Failure for any exception, so that one failing method does not stop the others."""
     try:
         return run()
     except Exception as error:

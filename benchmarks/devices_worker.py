@@ -68,7 +68,7 @@ def _inputs(config: Config, images: int, device: torch.device) -> Inputs:
 
 
 def training(options: argparse.Namespace, device: torch.device, batch_of: Callable[[int], int]) -> dict:
-    """Images/s of the median epoch, without the first one, which compiles and captures; time of a step and its parts.
+    """Images/s of the median epoch after the first one, which compiles and captures; time of a step and its parts.
 
     batch_of: maps the recipe's images per step to those of this run. `trained`: number of parameters; `gates`: number
     of gate outputs per image.

@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def head_words(options: argparse.Namespace, rest: list[str]) -> list[str]:
-    """The command line of a head. Its features are stored on disk only where `rest` names a folder for them."""
+    """The command line of a head. Its features are stored on disk only if `rest` names a folder for them."""
     recipe = TINY if options.tiny else ["--config", str(HEAD_RECIPE)]
     held = ["--data.validation", "0.1", "--features.views", str(options.views)]
     return [*recipe, "--features.cache_dir", "null", *rest, *held]

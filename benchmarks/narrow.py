@@ -247,7 +247,7 @@ def _scores_of(row: dict[str, Any]) -> str:
 
 
 def macro_f1(labels_N: Tensor, predicted_N: Tensor, classes: list[int]) -> float:
-    """Mean F1 of these classes, whatever other classes are predicted."""
+    """Mean F1 of these classes, even if other classes are predicted."""
     from sklearn.metrics import f1_score
 
     true, answer = labels_N.cpu().numpy(), predicted_N.cpu().numpy()
@@ -256,8 +256,8 @@ def macro_f1(labels_N: Tensor, predicted_N: Tensor, classes: list[int]) -> float
 
 def summary(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Names and cells of the table: before fine-tuning, then each way, means and deviations over seeds."""
-    columns = ["router.norm", "old images a class", "gate", "seeds", "F1 narrow", "F1 others", "F1 others alone"]
-    columns += ["entropy narrow", "entropy others", "least load", "lost", "worth of each expert"]
+    columns = ["router.norm", "old images per class", "gate", "seeds", "F1 narrow", "F1 others", "F1 others alone"]
+    columns += ["entropy narrow", "entropy others", "smallest load", "unused", "contribution of each expert"]
     cells = []
     for norm in NORMS:
         of_norm = [row for row in rows if row["norm"] == norm]

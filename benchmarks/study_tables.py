@@ -16,7 +16,7 @@ def agreement(first_SM: list[np.ndarray]) -> float | None:
     """Mean adjusted mutual information (Vinh 2010) between the routings of pairs of seeds.
 
     first_SM: for each seed, the expert with the largest weight of each image. 1: the same partition of the images,
-    whatever the numbering of the experts; 0: chance level. None for fewer than two seeds.
+    regardless of the numbering of the experts; 0: chance level. None for fewer than two seeds.
     """
     from sklearn.metrics import adjusted_mutual_info_score
 

@@ -24,7 +24,7 @@ from common import ending
 from common.errors import EnvironmentFault, UserError
 
 T = TypeVar("T")
-OLDEST = (2, 8)  # PyTorch; 2.6 may wait for the time limit when it leaves a group
+OLDEST = (2, 8)  # PyTorch; 2.6 may wait until the time limit when a process leaves a group
 MEETING_SECONDS = 120.0  # how long processes wait for the last one to start
 
 
@@ -205,6 +205,6 @@ def _require_separate_gpus(found: World, device: torch.device) -> None:
 
 
 def _name_of(device: torch.device) -> str:
-    """What identifies a GPU, whichever GPUs a process can see."""
+    """A GPU's identity, which does not depend on the GPUs that a process can see."""
     found = torch.cuda.get_device_properties(device)
     return str(getattr(found, "uuid", device))

@@ -15,7 +15,7 @@ from deployment.graph import ImagesToAnswers, in_float32, traced
 from evaluation.trained import TrainedRun
 
 BATCHES = (1, 7, 64)
-TOLERANCE = 1e-4  # of the differences that `compare` finds
+TOLERANCE = 1e-4  # limit for the differences from `compare`
 
 
 TORCH = (2, 8)  # the oldest version that exports all runs: 2.6 lacks half
@@ -28,7 +28,7 @@ def fits_torch() -> bool:
 
 @dataclass(frozen=True)
 class Checked:
-    """The file's size in bytes, and the differences between its outputs and those of the run, as `compare` has them.
+    """The file's size in bytes, and the differences between its outputs and those of the run, from `compare`.
 
     undecided: the number of images in which a token chose another expert.
     """

@@ -136,7 +136,7 @@ def fill_bank(
 ) -> Bank:
     """The clean view and up to views - 1 random ones: complete views, as many as fit into time_left() seconds.
 
-    images_NCHW: uint8 on the teacher's device. At least one random view is made, whatever the time.
+    images_NCHW: uint8 on the teacher's device. At least one random view is made, regardless of the time.
     """
     count, device = len(images_NCHW), images_NCHW.device
     images_VNCHW = torch.empty(views, *images_NCHW.shape, dtype=torch.uint8, device=device)

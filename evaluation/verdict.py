@@ -16,7 +16,7 @@ from storage.folder import RunFolder
 def verdict(run: RunFolder, config: Config, macro_f1: float) -> dict[str, Any] | None:
     """Compare mixture and dense twin over this run and those in the same folder; None unless there are both.
 
-    macro_f1: the test score of `run`, whose results need not be written yet. Returns {"text", "seeds", "mean", "low",
+    macro_f1: the test score of `run`, whose results may not be written yet. Returns {"text", "seeds", "mean", "low",
     "high", "beside"}: a sentence, the paired seeds, mixture minus twin in macro-F1 with its 95 % interval (None: one
     pair), and {"name", "cost"} of the run to compare the cost with.
     """

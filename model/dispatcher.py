@@ -135,7 +135,7 @@ class AllToAllDispatcher:
 
 
 def _on_its_way(values: Tensor) -> Callable[[], list[int]]:
-    """A function that returns the numbers once the host has them; a GPU computes what comes after them meanwhile."""
+    """A function that waits for the values and returns them; meanwhile a GPU computes the operations after them."""
     if not values.is_cuda:
         return values.tolist
     host, copied = values.to("cpu", non_blocking=True), torch.cuda.Event()

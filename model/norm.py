@@ -45,7 +45,7 @@ class Standardise(nn.BatchNorm1d):
         return torch.addcmul(self.bias, normalised_BD, self.weight) if self.affine else normalised_BD
 
     def _on_gpu(self, x_BD: Tensor) -> Tensor:
-        """The same in fused kernels, those of `nn.SyncBatchNorm`: a few passes over the rows instead of a dozen."""
+        """The same with the fused kernels of `nn.SyncBatchNorm`: a few passes over the rows instead of a dozen."""
         assert self.num_batches_tracked is not None
         with torch.no_grad():
             self.num_batches_tracked += 1
@@ -54,7 +54,7 @@ class Standardise(nn.BatchNorm1d):
 
 
 class _WholeBatchNorm(torch.autograd.Function):
-    """Each process tells the others mean, deviation and number of its rows; backward, two sums of its gradients."""
+    """Processes exchange mean, deviation and number of their rows; in the backward pass, two sums of gradients."""
 
     @staticmethod
     def forward(ctx, x_BD, weight_D, bias_D, share, running_mean, running_var, eps, momentum):

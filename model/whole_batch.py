@@ -32,9 +32,9 @@ def _columns(routing: Routing) -> list[Tensor]:
 
 
 def _gathered(columns: list[list[Tensor]], share: Share) -> list[list[Tensor]]:
-    """The same of all processes. A sample may have several rows, its tokens, at one place and one at another.
+    """The rows of all processes. A sample may have several rows (its tokens) at one place and a single row at another.
 
-    Tensors of one shape go together, in one exchange and few kernels: of a ViT those of all its blocks.
+    Tensors of equal shape, such as those of all blocks of a ViT, share one exchange and a few kernels.
     """
     flat = [tensor.float() for tensors in columns for tensor in tensors]
     alike: dict[torch.Size, list[int]] = {}
@@ -58,7 +58,7 @@ def _sums(routing: Routing) -> list[Tensor]:
 def _summed(sums: list[list[Tensor]], share: Share) -> list[list[Tensor]]:
     """Sums over the processes, in float64, which holds counts exactly; own parts stay differentiable."""
     flat = [tensor for tensors in sums for tensor in tensors]
-    # All together, because each operation on so few numbers costs a launch.
+    # All together, because each operation costs a kernel launch, even on so few numbers.
     counts, weights = (torch.cat([t for t in flat if t.is_floating_point() == real]) for real in (False, True))
     with torch.no_grad():
         total = share.sum(torch.cat([counts.double(), weights.double()]))

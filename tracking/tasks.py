@@ -10,7 +10,7 @@ from tracking.clearml_task import ClearMLTask
 
 def tasks_of(run_dir: Path) -> list[dict[str, str]]:
     """The entries of RUN/clearml.json, oldest first: mode, task_id, the task's page or the offline session's file, and
-    whole: whether everything arrived.
+    whole: whether all data arrived.
     """
     try:
         listed = json.loads((Path(run_dir) / "clearml.json").read_text(encoding="utf-8"))
@@ -21,7 +21,7 @@ def tasks_of(run_dir: Path) -> list[dict[str, str]]:
 
 
 def record_task(run_dir: Path, clearml: ClearMLTask, whole: bool) -> None:
-    """Add the task to the file, or replace its entry. whole: everything has arrived on the server."""
+    """Add the task to the file, or replace its entry. whole: all data has arrived on the server."""
     task = {"mode": clearml.mode, "task_id": clearml.task.id, **clearml.place(), "whole": whole}
     others = [other for other in tasks_of(run_dir) if other["task_id"] != task["task_id"]]
     try:

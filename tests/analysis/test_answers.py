@@ -1,4 +1,4 @@
-"""Tables of answers, gate and experts against hand-worked numbers, brute force and scikit-learn."""
+"""Tables of predictions, gate and experts against numbers worked out by hand, brute force and scikit-learn."""
 
 import math
 
@@ -18,7 +18,7 @@ def test_confusion_agrees_with_scikit_learn():
 
 def test_confused_pairs_by_hand():
     table = [[9, 1, 0, 0], [4, 9, 2, 0], [0, 1, 9, 0], [0, 0, 0, 9]]
-    # b is taken for a 4 times, a for b once: 5; b for c twice, c for b once: 3; nothing else.
+    # b is predicted as a 4 times, a as b once: 5; b as c twice, c as b once: 3; nothing else.
     assert answers.confused_pairs(table, "abcd") == [("b", "a", 4, 1), ("b", "c", 2, 1)]
     assert answers.confused_pairs(table, "abcd", n=1) == [("b", "a", 4, 1)]
     assert answers.confused_pairs(np.eye(3), "abc") == []

@@ -8,7 +8,7 @@ import pytest
 from analysis import routing
 from analysis.blocks import block_specialisation, evenly_spaced, most_specialised, patch_choices, position_shares
 
-# Four images of classes 0, 1, 0, 1; two blocks, two experts, four tokens an image.
+# Four images of classes 0, 1, 0, 1; two blocks, two experts, four tokens per image.
 LABELS = [0, 1, 0, 1]
 WEIGHT = np.array([[[2, 2], [4, 0]], [[2, 2], [0, 4]], [[2, 2], [4, 0]], [[2, 2], [0, 4]]])
 

@@ -1,4 +1,4 @@
-"""Names in any script: another font draws what the default one lacks, and nothing is warned of letter by letter."""
+"""Names in any script: a fallback font draws missing letters, and there is no warning for each letter."""
 
 import io
 
@@ -14,7 +14,7 @@ from analysis.plots import fonts
 pytestmark = pytest.mark.filterwarnings(
     "error", "ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning"
 )
-RARE = "\u732b"  # a Chinese letter, which DejaVu Sans has not
+RARE = "\u732b"  # a Chinese character that DejaVu Sans does not have
 
 
 @pytest.fixture

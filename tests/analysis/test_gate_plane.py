@@ -1,4 +1,4 @@
-"""The plane that tells experts apart: it separates, on samples that it was not fitted to, and claims no more."""
+"""The plane that separates experts: it separates samples that it was not fitted to, and reports its limits."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from analysis.gate import discriminant_plane
 
 
 def three_groups(count, distance, features=40, seed=0):
-    """Groups apart along feature 1 and 2 of unit variance, beside a loud feature 0 that says nothing."""
+    """Groups that differ in features 1 and 2 of unit variance, with an uninformative feature 0 of large variance."""
     rng = np.random.default_rng(seed)
     group_N = np.arange(count) % 3
     x_ND = rng.normal(size=(count, features))

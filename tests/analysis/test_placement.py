@@ -1,4 +1,4 @@
-"""Placements of experts, against ones worked out by hand and against all that there are."""
+"""Placements of experts, against placements worked out by hand and against all possible ones."""
 
 from itertools import product
 
@@ -85,6 +85,6 @@ def test_processes_are_renumbered_so_that_few_experts_move():
 
 def test_each_place_waits_for_its_slowest_process():
     share_LEM = np.stack([np.eye(2), np.eye(2)])
-    # 3 and 1, then 1 and 3: every place takes 3 in place of 2, though both processes have 4 in all.
+    # 3 and 1, then 1 and 3: every place takes 3 instead of 2, though both processes have 4 in total.
     assert total_imbalance(share_LEM, [[3, 1], [1, 3]]) == 1.5
     assert total_imbalance(share_LEM, [[0, 0], [0, 0]]) == 1.0

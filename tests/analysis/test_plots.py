@@ -9,12 +9,12 @@ from plot_helpers import EDGE, MAIN, drawn, labels, texts
 
 from analysis import plots
 
-# What garbage of other tests says when it is collected in one of these is not theirs.
+# Warnings from garbage of other tests that is collected during one of these tests do not belong to it.
 pytestmark = pytest.mark.filterwarnings(
     "error",
     "ignore::pytest.PytestUnraisableExceptionWarning",
     "ignore::ResourceWarning",
-    "ignore::DeprecationWarning",  # of what matplotlib itself calls
+    "ignore::DeprecationWarning",  # from calls inside matplotlib
 )
 
 
@@ -163,7 +163,7 @@ def test_superclasses_that_are_never_confused_leave_a_blank_cell():
     colours = image.to_rgba(image.get_array())
     blank = [tuple(colours[cell]) == (1, 1, 1, 1) for cell in ((0, 1), (1, 0), (0, 2), (0, 0))]
     assert blank == [True, True, False, False]
-    assert tuple(colours[2, 0]) != (1, 1, 1, 1)  # no samples: not known
+    assert tuple(colours[2, 0]) != (1, 1, 1, 1)  # no samples: unknown
     assert sorted(text.get_text() for text in figure.axes[0].texts) == ["10", "100", "90"]
 
 

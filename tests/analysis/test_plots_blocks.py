@@ -1,4 +1,4 @@
-"""Figures of experts inside blocks: what is drawn lies on the page, and says what the arrays say."""
+"""Figures of experts inside blocks: everything is on the page and matches the arrays."""
 
 import numpy as np
 import pytest

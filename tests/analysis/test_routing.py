@@ -5,7 +5,7 @@ import pytest
 
 from analysis import routing
 
-# What garbage of other tests says when it is collected in one of these is not theirs.
+# Warnings from garbage of other tests that is collected during one of these tests do not belong to it.
 pytestmark = pytest.mark.filterwarnings(
     "error", "ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning"
 )
@@ -99,7 +99,7 @@ def test_tables_agree_with_loops(seed):
 
 
 def test_mean_by_expert_by_hand():
-    # Expert 0 serves 0, 1, 4 (right, wrong, right), expert 1 serves 0, 2, 4 (all right), expert 2 none.
+    # Expert 0 processes 0, 1, 4 (right, wrong, right), expert 1 processes 0, 2, 4 (all right), expert 2 none.
     accuracy_E, samples_E = routing.mean_by_expert([1, 0, 1, 0, 1], SAMPLE, EXPERT, 3)
     np.testing.assert_allclose(accuracy_E, [2 / 3, 1.0, np.nan])
     assert samples_E.tolist() == [3, 3, 0]
@@ -196,8 +196,8 @@ def test_bad_input_is_rejected(call, message):
         ([99, 1, 0], None, [False, False, True]),
         ([0.5, 0.4911, 0.0089], None, [False, False, True]),
         ([0, 0], None, [False, False]),
-        ([199] + 200 * [1], None, 201 * [False]),  # a fair share of 201 is 0.5 %
-        ([0.9, 0.0005, 0.0995], [0.9, 0.01, 0.09], [False, True, False]),  # below a tenth of its due
+        ([199] + 200 * [1], None, 201 * [False]),  # an even share of 201 is 0.5 %
+        ([0.9, 0.0005, 0.0995], [0.9, 0.01, 0.09], [False, True, False]),  # below a tenth of its target
         ([0.9, 0.0015, 0.0985], [0.9, 0.01, 0.09], [False, False, False]),
     ],
 )

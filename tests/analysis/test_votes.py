@@ -1,4 +1,4 @@
-"""Clearest samples and disagreements, against tables worked out by hand, and the galleries that show them."""
+"""Most typical samples and disagreements, against tables worked out by hand, and their galleries."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ def test_disagreements_count_only_samples_of_both_experts():
     alone_EN = [
         [0, 1, 2, 0],  # expert 0: right on sample 0, wrong on 1 and 2; does not see 3
         [0, 0, 0, 2],  # expert 1: right on 0, 1 and 3, wrong on 2
-        [1, 1, 1, 0],  # expert 2: sees sample 3 alone, and is wrong
+        [1, 1, 1, 0],  # expert 2: processes only sample 3, and is wrong
     ]
     table = disagreements(alone_EN, LABELS, SAMPLE, EXPERT)
     as_lists = {pair: {name: rows.tolist() for name, rows in found.items()} for pair, found in table.items()}

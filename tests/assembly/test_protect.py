@@ -1,4 +1,4 @@
-"""--quantise.protect auto: the experts that lose most stay in 16 bits, and no more of them than the budget needs."""
+"""--quantise.protect auto: the most sensitive experts stay in 16 bits, as few as the budget needs."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +9,7 @@ from assembly import compression_steps
 from assembly.compression_steps import AUTO, Plan, _formats
 from compression.quantise import Owner
 
-LOST = {0: 0.1, 1: 0.6, 2: 0.0, 3: 0.3}  # points of each in 8 bits; together their sum
+LOST = {0: 0.1, 1: 0.6, 2: 0.0, 3: 0.3}  # points lost by each in 8 bits; together their sum
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""train.py --seeds: a run for each, on inputs that are loaded once."""
+"""train.py --seeds: one run per seed, on inputs that are loaded once."""
 
 import json
 import re

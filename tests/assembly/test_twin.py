@@ -1,4 +1,4 @@
-"""The dense twin: one part, of the cost of the whole mixture, wherever that is."""
+"""The dense twin: one part with the cost of the whole mixture, in the same place."""
 
 import json
 

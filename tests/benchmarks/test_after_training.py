@@ -1,4 +1,4 @@
-"""The benchmarks of trained models run to their end."""
+"""The benchmarks of trained models run."""
 
 import json
 

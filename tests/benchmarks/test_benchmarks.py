@@ -1,4 +1,4 @@
-"""The benchmarks: every contestant of ours computes the same, the limits are right, each command runs to its end."""
+"""The benchmarks: all of our contestants agree, the limits are correct, and each command runs."""
 
 import json
 import re

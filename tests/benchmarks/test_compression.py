@@ -1,4 +1,4 @@
-"""The benchmark of compression: each method has its line, and what fails says why."""
+"""The benchmark of compression: each method has a line, and failures have a reason."""
 
 import json
 

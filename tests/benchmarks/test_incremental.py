@@ -1,4 +1,4 @@
-"""Classes in steps: the protocol by hand, ridge by sums against ridge at once, and the program."""
+"""Classes in steps: the protocol by hand, ridge regression in steps against ridge regression at once, the program."""
 
 import json
 from types import SimpleNamespace
@@ -69,7 +69,7 @@ def test_the_program_continues_where_it_stopped(tmp_path, capsys, monkeypatch):
     lines = (tmp_path / "incremental_tiny.jsonl").read_text().splitlines()
     assert [json.loads(line)["method"] for line in lines] == ["ncm", "mixture_drawn"]
     (tmp_path / "incremental_tiny.jsonl").write_text("\n".join([*lines, '{"method": "cut o']))
-    # What fails or has no time left says so, and the others go on.
+    # Methods that fail or lack time are reported, and the others continue.
     monkeypatch.setattr(incremental, "Heads", Mock(side_effect=torch.OutOfMemoryError("too large")))
     incremental.main([*words, "ncm", "dense", "first_both", "blocks"])
     lines = (tmp_path / "incremental_tiny.jsonl").read_text().splitlines()

@@ -30,7 +30,8 @@ def test_unused_experts_are_counted():
     columns, cells = narrow.summary(rows)
     assert [line[1:3] for line in cells] == [["", "before"], ["20", "free"], ["20", "frozen"]]
     assert all(len(line) == len(columns) for line in cells)
-    assert cells[1][columns.index("lost")] == "1.00 ± 0.00" and cells[1][columns.index("least load")] == "0.50 ± 0.00"
+    assert cells[1][columns.index("unused")] == "1.00 ± 0.00"
+    assert cells[1][columns.index("smallest load")] == "0.50 ± 0.00"
 
 
 @pytest.mark.slow

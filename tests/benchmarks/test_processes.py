@@ -1,4 +1,4 @@
-"""Sections of a benchmark of several processes: one that fails or hangs costs its own result alone."""
+"""Sections of a benchmark with several processes: a failing or hanging section loses only its own result."""
 
 import argparse
 import json

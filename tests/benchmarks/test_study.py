@@ -1,4 +1,4 @@
-"""The study's arithmetic by hand, its methods' costs, and a head trained on features that give the class away."""
+"""The study's arithmetic by hand, its methods' costs, and a head trained on features that contain the class."""
 
 from pathlib import Path
 
@@ -84,7 +84,7 @@ def test_soft_moe_on_tokens_is_compared_with_a_dense_head_of_equal_cost():
     )
     for name, head in methods.items():
         ((found, first_M),) = train_heads([Job(name, head, 0, "test", 2, grid(head)[0])], tokens)
-        assert found["entropy"] is None and "specialisation" not in found  # every expert serves every image
+        assert found["entropy"] is None and "specialisation" not in found  # every expert processes every image
         assert first_M.shape == (12,), name
 
 

@@ -1,4 +1,4 @@
-"""The study inside the ViT: widths and costs by hand, tokens in place of images, and a study that goes on."""
+"""The study inside the ViT: widths and costs by hand, tokens instead of images, and a study that continues."""
 
 import json
 
@@ -31,7 +31,7 @@ def backbone():
 
 @pytest.fixture(scope="module")
 def read():
-    """Tokens that give the class away: a class token and 16 patches."""
+    """Tokens that contain the class: a class token and 16 patches."""
     generator = torch.Generator().manual_seed(0)
     labels_N = torch.arange(64) % 4
     centres_CD = 2 * torch.randn(4, 192, generator=generator)

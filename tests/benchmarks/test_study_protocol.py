@@ -1,4 +1,4 @@
-"""What the study must not confuse: the images it selects on and those it scores on; whom an image goes to first."""
+"""The protocol of the study: selection and test images are separate; the first expert of an image is correct."""
 
 import argparse
 import math
@@ -22,7 +22,7 @@ def features():
 
 
 class Instant:
-    """Stands for the workers: a head is scored at once, by its stage and its learning rate or decay."""
+    """Replaces the workers: a head is scored at once, by its stage and its learning rate or decay."""
 
     def __init__(self, score_of):
         self.score_of, self.jobs = score_of, []
@@ -69,7 +69,7 @@ def test_validation_images_are_for_selection_and_test_images_for_the_scores(monk
 def test_settings_are_chosen_by_their_validation_scores(tmp_path):
     methods = {"dense, a": dense(8), "logistic regression": {"logistic": True}}
     workers, results = Instant(highest_rate_by_validation_lowest_by_test), Results(tmp_path)
-    for method, head in methods.items():  # what the test images say is known, and must not be read
+    for method, head in methods.items():  # the test scores are known, and must not be read
         for settings in grid(head):
             job = Job(method, head, study.SELECTION_SEED, "test", 2, settings)
             workers.run([job], results, math.inf)

@@ -1,4 +1,4 @@
-"""How heads of the study are trained: in passes, by several processes, each kept when it is done."""
+"""The training of heads in the study: in passes, by several processes, each stored when finished."""
 
 import time
 from dataclasses import replace
@@ -42,7 +42,7 @@ def test_a_head_learns_and_is_reproducible(features, head):
 
 @pytest.mark.slow
 def test_heads_of_a_pass_are_as_good_as_alone(features):
-    # Without dropout and noise nothing is drawn while training: side by side or alone, each ends the same.
+    # Without dropout and noise nothing is random in training: together or alone, the results are the same.
     head = {**router_methods(8)["mixtral"], "balance": {"switch": 0.0}}
     head["router"] = {**head["router"], "warmup_steps": 0}
     settings = {"lr": 0.03, "warmup_steps": 3, "dropout": 0.0}

@@ -1,4 +1,4 @@
-"""Work in a thread: it goes on meanwhile, and what it returns or raises comes where it is asked for."""
+"""Work in a thread: it runs in the background, and its result or error appears when it is requested."""
 
 import threading
 

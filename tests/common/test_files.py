@@ -1,4 +1,4 @@
-"""Where a folder or file can be made."""
+"""Whether a folder or file can be created."""
 
 import pytest
 

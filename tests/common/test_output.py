@@ -1,4 +1,4 @@
-"""Where errors and lines go: one line of a failure, and output that no one takes."""
+"""Errors and output: one line for a failure, and output that cannot be written."""
 
 import os
 import sys
@@ -71,7 +71,7 @@ def test_unwritable_output_does_not_stop_work_on_files(monkeypatch, capsys, tmp_
         patch.setattr(sys, "stdout", stream)
         assert exit_code_of(work, lasting) == 1
         assert sys.stdout is stream
-        stream.flush()  # as Python does when it ends: nothing is left that could fail
+        stream.flush()  # as Python does at exit: nothing is left that could fail
     line = capsys.readouterr().err
     assert words in line and line.count("\n") == bool(words)
     assert (tmp_path / "result").exists() == lasting
@@ -84,5 +84,5 @@ def test_lost_buffered_lines_are_an_error(monkeypatch, capsys):
             assert exit_code_of(main) == 1
         assert capsys.readouterr().err.count("standard output cannot be written") == 1
     with monkeypatch.context() as patch:
-        patch.setattr(sys, "stdout", None)  # closed before the program began
+        patch.setattr(sys, "stdout", None)  # closed before the program started
         assert exit_code_of(lambda: print("nothing")) == exit_code_of(lambda: evaluate.parse(["--help"])) == 0

@@ -1,4 +1,4 @@
-"""Names on one line, commands that can be pasted, paths as they are written and stored."""
+"""Names on one line, commands that can be pasted, and written and stored paths."""
 
 import ast
 import io
@@ -95,7 +95,7 @@ def test_an_error_is_one_line_whatever_names_are_in_it(monkeypatch, capsys):
 
 
 def opens_without_encoding(source):
-    """The lines of a program that read or write text in the encoding of whoever runs it."""
+    """The lines of a program that read or write text in the default encoding."""
     for call in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)):
         name = ast.unparse(call.func)
         opens = name == "open" or (name.endswith(".open") and name not in ("os.open", "Image.open", "tarfile.open"))

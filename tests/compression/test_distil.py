@@ -1,4 +1,4 @@
-"""Students: which sizes they have, and what cannot be one."""
+"""Students: their sizes, and impossible ones."""
 
 import pytest
 from compression_helpers import behind, inside

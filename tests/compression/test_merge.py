@@ -1,4 +1,4 @@
-"""Merging: hidden units in any order are found again, means by hand, groups by hand, and a fit against NumPy's."""
+"""Merging: permuted hidden units are matched, means and groups by hand, and a fit against NumPy."""
 
 import copy
 from itertools import permutations
@@ -24,7 +24,7 @@ KINDS = {
 
 
 def shuffle(experts, number, copy_of):
-    """Make expert `number` compute what `copy_of` computes, with its hidden units in another order."""
+    """Make expert `number` equal to `copy_of`, with permuted hidden units."""
     layers = layers_of(experts, copy_of)
     generator = torch.Generator().manual_seed(number)
     for layer, units in enumerate(layers.hidden):
@@ -49,7 +49,7 @@ def test_equal_experts_with_permuted_units_merge_to_the_same_function(name):
 
 
 def adapters(down, bias, up):
-    """Adapters of one block of width 2 with these numbers, and what else there is at random."""
+    """Adapters of one block of width 2 with these numbers; everything else is random."""
     mixture = inside({"kind": "switch", "top_k": 1}, {"sizes": [[len(units)] for units in bias]})
     for each in mixture[1].mixtures:
         each.experts.down.weight.data.zero_()[:, :2] = torch.tensor([row for rows in down for row in rows])
@@ -79,7 +79,7 @@ def test_the_mean_by_hand():
 
 
 def test_an_expert_with_fewer_units_contributes_to_some_units():
-    """The small one's unit is nearest to the second of the large one: it has a part in it, and none in the first."""
+    """The unit of the small expert is closest to the second unit of the large one, and contributes only to that."""
     config, model, build = adapters(
         down=[[[1.0, 0.0], [0.0, 1.0]], [[0.0, 2.0]]],
         bias=[[0.0, 0.0], [0.4]],
@@ -181,7 +181,7 @@ def test_the_fit_is_that_of_numpy(mixture):
 
 
 def last_inputs(model, rows_ND):
-    """What the last layer of the first expert reads, with a column of ones where it has a bias."""
+    """The input of the first expert's last layer, with a column of ones if it has a bias."""
     with torch.no_grad():
         hidden_NH = matrix_inputs(model, 0, 0, rows_ND)[-1].numpy().astype(np.float64)
     if hasattr(model.mixtures[0].experts, "up"):

@@ -1,4 +1,4 @@
-"""Pruning: the smaller model answers as the whole one does under a mask, for every rule, behind and inside the ViT."""
+"""Pruning: the smaller model equals the original one under a mask, for every rule, behind and inside the ViT."""
 
 from types import SimpleNamespace
 
@@ -16,7 +16,7 @@ OPTIONS = {"gshard": {"overflow": "drop"}, "deepseek": {"bias_rate": 0.01}, "sof
 
 
 def without_the_others(model, inputs, kept):
-    """The answers and the routing where the gate may choose no other expert."""
+    """The outputs and the routing if the gate may choose no other expert."""
     allowed_E = torch.zeros(model.mixtures[0].router.num_experts, dtype=torch.bool)
     allowed_E[kept] = True
     return model(inputs, allowed_E=allowed_E)
@@ -29,7 +29,7 @@ def assert_prunes_exactly(mixture, kept=KEPT):
     with torch.no_grad():
         expected, routings = without_the_others(model, inputs, kept)
         found, smaller_routings = smaller(inputs)
-    assert not torch.allclose(model(inputs)[0], expected, atol=1e-3)  # the mask does something
+    assert not torch.allclose(model(inputs)[0], expected, atol=1e-3)  # the mask has an effect
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     for before, after in zip(routings, smaller_routings, strict=True):
         visits_E, left_E = (

@@ -1,4 +1,4 @@
-"""Quantisation: scales, calibration and errors by hand, and answers against those of weights that are rounded."""
+"""Quantisation: scales, calibration and errors by hand, and outputs against those of rounded weights."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def test_routed_and_shared_experts_and_the_linear_head_are_quantised():
 
 
 def test_clipping_pays_off_if_the_large_weight_has_no_input():
-    """One row: the number 10 makes steps of 10 / 127 for the others, of which it is worth none when it reads zeros."""
+    """One row: the weight 10 forces steps of 10 / 127 on the others, although its input is always zero."""
     weight_OI = torch.tensor([[10.0, 0.3, -0.21, 0.17]])
     assert best_scales(weight_OI, "int8", None).item() == pytest.approx(10 / 127)
     even = best_scales(weight_OI, "int8", torch.ones(4)).item()
@@ -108,7 +108,7 @@ def test_the_small_model_gives_the_outputs_of_the_rounded_one(name, number_forma
 
 
 def test_errors_by_hand():
-    """One expert is doubled: its outputs are off by as much as they are large; the others are not."""
+    """One expert is doubled: its error equals its output; the others have no error."""
     _, model, _ = behind(experts={"kind": "mlp", "sizes": [[]] * 4})  # linear experts, without biases:
     for expert in model.moe.experts:
         expert[0].bias.data.zero_()
@@ -132,7 +132,7 @@ def test_rounding_one_leaves_the_others():
 
 
 class Odd(ExpertKind, torch.nn.Module):
-    """A plug-in's expert, which reads its weights itself."""
+    """An expert from a plug-in that reads its weights directly."""
 
     def __init__(self):
         super().__init__()

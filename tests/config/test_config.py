@@ -1,4 +1,4 @@
-"""Configuration: YAML, command line, and one clear line with exit code 2 for whatever is impossible."""
+"""Configuration: YAML, command line, and one clear line with exit code 2 for invalid values."""
 
 import re
 
@@ -91,13 +91,13 @@ def test_a_configuration_survives_writing_and_reading(tmp_path):
     ],
 )
 def test_a_value_means_the_same_wherever_it_is_written(option, text, value, tmp_path):
-    """On the command line, in a file and in a task of ClearML, which keeps all values as text."""
+    """On the command line, in a file and in a ClearML task, which stores all values as text."""
     section, _, name = option.partition(".")
     given = [*HEAD, "--experts.shared", "[]", f"--{option}", text]
     configs = [parse_command_line(given).config]
     configs.append(parse_command_line([*HEAD, "--experts.shared", "[]"], {option: text}, "task").config)
     (tmp_path / "a.yaml").write_text(f"{section}: {{{name}: {text or 'null'}}}")
-    if option != "backbone.name":  # which would have to be quoted
+    if option != "backbone.name":  # this value would need quotes
         configs.append(parse_command_line(["--config", str(tmp_path / "a.yaml"), "--experts.shared", "[]"]).config)
     for config in configs:
         found = getattr(getattr(config, section), name)
@@ -129,7 +129,7 @@ def test_the_options_of_every_rule_survive_the_command_line(tmp_path):
 
 
 def printed_by(arguments, capsys):
-    """What train.py prints for --help and --print_config before it ends well."""
+    """The output of train.py for --help and --print_config with exit code 0."""
     with pytest.raises(SystemExit) as ended:
         parse_command_line(arguments)
     assert not ended.value.code

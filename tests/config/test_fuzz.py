@@ -1,4 +1,4 @@
-"""Altered files of every kind that a user may pass: either they are read, or one line says what is wrong with them.
+"""Altered files of every kind that a user can pass: they are read, or one line says what is wrong with them.
 
 FUZZ_EXAMPLES=20000 pytest tests/test_fuzz.py      longer, and with other inputs each time
 """
@@ -37,7 +37,7 @@ from storage.resume import best_kept, finished, load_resumable, metrics_step
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, splits):
-    """A run in small that stopped in the middle of its second epoch: its trainer and its folder."""
+    """A small run that stopped in the middle of its second epoch: its trainer and its folder."""
     folder = tmp_path_factory.mktemp("whole")
     trainer = make_trainer(folder, splits, epochs=2)
     export_model(trainer.run, trainer.fit())
@@ -46,7 +46,7 @@ def whole(tmp_path_factory, splits):
     trainer.progress.batches, trainer.step = 2, 12
     trainer.identity["config"] = Config().to_dict()
     save_checkpoint(trainer.run.last, trainer.state_dict())
-    previous(trainer.run.last).unlink()  # which would be read instead
+    previous(trainer.run.last).unlink()  # otherwise it would be read instead
     shutil.copy(trainer.run.last, folder / "good.pt")
     return trainer
 
@@ -80,7 +80,7 @@ def test_a_few_lines_of_aliases_are_rejected(tmp_path):
 
 
 def resume(trainer):
-    """What train.py --resume does with the checkpoint."""
+    """Load the checkpoint like train.py --resume."""
     config = Config()
     checkpoint = load_resumable(trainer.run, config)
     finished(trainer.run, config, checkpoint)

@@ -1,4 +1,4 @@
-"""Arrays as a data set: .npz files of every shape that people write, Parquet files, and what is wrong with them."""
+"""Arrays as a dataset: .npz files of every usual shape, Parquet files, and invalid files."""
 
 import io
 import json
@@ -161,7 +161,7 @@ def parquet():
 
 
 def hub(path, rows, labels, names=None, **columns):
-    """A Parquet file as the Hugging Face hub has it."""
+    """A Parquet file in the format of the Hugging Face Hub."""
     import pyarrow
     from pyarrow import parquet
 
@@ -179,7 +179,7 @@ def test_parquet_files_of_the_hub_are_read_with_their_splits_and_names(tmp_path,
     hub(tmp_path / "data/train-00000-of-00002.parquet", RGB[:10], LABELS[:10].tolist(), names)
     hub(tmp_path / "data/train-00001-of-00002.parquet", RGB[10:], LABELS[10:].tolist(), names)
     hub(tmp_path / "default/test/0000.parquet", RGB[:4], LABELS[:4].tolist(), names)
-    hub(tmp_path / ".cache/data/train-0.parquet", RGB, LABELS.tolist(), names)  # hidden: not there
+    hub(tmp_path / ".cache/data/train-0.parquet", RGB, LABELS.tolist(), names)  # hidden: ignored
     train, validation, test = parts(tmp_path)
     assert validation is None and train.class_names == ("cat", "dog")
     assert np.array_equal(train.images_NCHW.permute(0, 2, 3, 1).numpy(), RGB)

@@ -1,4 +1,4 @@
-"""Too few images, classes that a split lacks, images that cannot be read: one line before training."""
+"""Too few images, classes missing from a split, unreadable images: one line before training."""
 
 import resource
 

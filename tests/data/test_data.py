@@ -1,4 +1,4 @@
-"""Image sets, splits, augmentation for each image, the feature bank."""
+"""Image sets, splits, augmentation per image, the feature bank."""
 
 import re
 
@@ -26,7 +26,7 @@ def image_set(labels, size=4):
 
 
 def test_a_stratified_split_is_the_one_of_scikit_learn():
-    """Runs of earlier versions were split by it, and go on with the same images."""
+    """Runs of earlier versions used this split, and continue with the same images."""
     random, compared = np.random.RandomState(0), 0
     for _ in range(200):
         classes = random.randint(2, 9)
@@ -171,7 +171,7 @@ def test_strong_views_are_drawn_within_their_limits():
     area, ratio = sides.prod(dim=1), sides[:, 0] / sides[:, 1]
     assert area.min() >= 0.5 / 1.2 - 1e-4 and area.max() <= 1 and ratio.min() > 1 / 1.21 and ratio.max() < 1.21
     assert (view.color_N3 - 1).abs().max() <= 0.2 and abs(view.strong_N.float().mean() - 0.5) < 0.05
-    plain = draw_view(4000, AugmentConfig(), 3)  # the flips and crops of a seed stay the same whatever else is drawn
+    plain = draw_view(4000, AugmentConfig(), 3)  # other draws do not change the flips and crops of a seed
     assert (
         plain.box_N4 is None and torch.equal(plain.flip_N, view.flip_N) and torch.equal(plain.shift_N2, view.shift_N2)
     )
@@ -203,7 +203,7 @@ def test_the_bank_extracts_each_view_once_and_returns_labels_with_features():
         batches = list(features.batches("train", 50, order, view=epoch))
         labels = torch.cat([labels for _, labels in batches])
         assert torch.equal(labels, train.labels_N[order])
-    assert sum(calls) == 2 * len(train)  # two views, whatever the number of epochs
+    assert sum(calls) == 2 * len(train)  # two views for any number of epochs
     plain = torch.cat([batch for batch, _ in features.batches("train", 50)])
     assert torch.equal(plain, train.images_NCHW.flatten(1).half())
 

@@ -1,4 +1,4 @@
-"""An image folder as a data set: its splits, its errors, its pictures."""
+"""An image folder as a dataset: its splits, its errors, its images."""
 
 import numpy as np
 import pytest

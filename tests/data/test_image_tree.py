@@ -1,4 +1,4 @@
-"""What counts as an image, a class and a split: links, loops, hidden entries, endings, names of splits, pipes."""
+"""The rules for images, classes and splits: links, loops, hidden entries, extensions, names of splits, pipes."""
 
 import os
 
@@ -64,8 +64,8 @@ def test_cyclic_links_through_other_folders_end(tmp_path):
     touch(tmp_path, "root/train/a/0.png", "root/train/b/0.png", "far/one/1.png", "far/two/2.png")
     (tmp_path / "root/train/a/one").symlink_to(tmp_path / "far/one")
     (tmp_path / "far/one/two").symlink_to(tmp_path / "far/two")
-    (tmp_path / "far/two/one").symlink_to(tmp_path / "far/one")  # a ring of two
-    (tmp_path / "far/two/train").symlink_to(tmp_path / "root/train")  # and back from far away
+    (tmp_path / "far/two/one").symlink_to(tmp_path / "far/one")  # a cycle of two links
+    (tmp_path / "far/two/train").symlink_to(tmp_path / "root/train")  # and a link back
     found, skipped = labelled(tmp_path / "root")
     a = {"train/a/0.png": "a", "train/a/one/1.png": "a", "train/a/one/two/2.png": "a"}
     assert found == {"train": a | {"train/b/0.png": "b"}}
@@ -74,7 +74,7 @@ def test_cyclic_links_through_other_folders_end(tmp_path):
 
 def test_a_file_has_the_class_and_the_split_of_its_real_folder(tree):
     (tree / "train/a/others").symlink_to("../b")  # images of b as images of a
-    (tree / "train/a/seen.png").symlink_to("../../test/a/0.png")  # an image to test on among those to learn from
+    (tree / "train/a/seen.png").symlink_to("../../test/a/0.png")  # a test image among the training images
     os.link(tree / "train/b/1.png", tree / "val/b/same.png")  # two names of one file, neither a link
     found, skipped = labelled(tree)
     assert found == plain(tree)
@@ -124,7 +124,7 @@ def test_hidden_files_and_folders_are_ignored(tree, capsys):
     skipped.warn()
     assert capsys.readouterr().err == ""
     touch(tree, ".mine/0.png")
-    assert find_images(tree / ".mine") == [tree / ".mine/0.png"]  # it was named
+    assert find_images(tree / ".mine") == [tree / ".mine/0.png"]  # named explicitly
 
 
 def test_images_can_be_at_any_depth_with_every_readable_extension(tree):
@@ -197,7 +197,7 @@ def test_a_folder_that_cannot_be_read_is_reported_in_one_line(tree, monkeypatch)
 def test_a_folder_gives_its_images_in_order(tmp_path):
     touch(tmp_path, "b.PNG", "a.jpg", ".hidden.png", "c.txt", "sub/d.webp")
     assert [path.name for path in find_images(tmp_path)] == ["a.jpg", "b.PNG", "d.webp"]
-    assert find_images(tmp_path / "c.txt") == [tmp_path / "c.txt"]  # it was named
+    assert find_images(tmp_path / "c.txt") == [tmp_path / "c.txt"]  # named explicitly
 
 
 def test_prediction_follows_links_by_the_same_rule(tree, capsys):

@@ -1,4 +1,4 @@
-"""The registry of data sets: what is in it, what reads it, and a data set from outside."""
+"""The registry of datasets: its entries, its users, and a dataset from a plug-in."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def test_each_dataset_is_explained_and_can_be_chosen(name):
 
 @pytest.fixture
 def toy():
-    """A data set that a plug-in would bring: two colours, with a test set of its own."""
+    """A dataset as from a plug-in: two colours, with a separate test set."""
     before = dict(DATASETS)
 
     @register("toy", about="two colours", options=("image_size",), published=True)

@@ -1,4 +1,4 @@
-"""Exported files: they answer as the run does, say what they are, and run without this project."""
+"""Exported files: they give the outputs of the run, describe themselves, and run without this project."""
 
 import json
 import os

@@ -1,6 +1,6 @@
-"""Two processes with a GPU each, over NCCL: the same as one, in captured steps too, and as quick to end.
+"""Two processes with one GPU each, over NCCL: equal to one process, also in captured steps, with a quick end.
 
-All processes of this file are started at once, because to start takes most of their time.
+All processes of this file are started at once, because starting takes most of their time.
 """
 
 import json
@@ -155,7 +155,7 @@ class Started:
         return self.folder / name.replace(" ", "-")
 
     def said(self, name: str) -> tuple[str, int]:
-        """What a run has said when it has ended, and its exit code."""
+        """The output of a finished run, and its exit code."""
         try:
             code = self.runs[name].wait(SECONDS)
         except subprocess.TimeoutExpired:
@@ -163,7 +163,7 @@ class Started:
         return self.output(name).read_text(), code
 
     def disturbed(self, name: str, number: int) -> tuple[str, float]:
-        """Send one of two processes a signal after a checkpoint; the line of both, and seconds until it is said."""
+        """Send one of two processes a signal after a checkpoint; the line both report, and seconds until then."""
         process, limit = self.runs[name], time.monotonic() + SECONDS
         while not (self.run(name) / "checkpoints" / "last.pt").exists():
             assert process.poll() is None and time.monotonic() < limit, self.output(name).read_text()
@@ -189,7 +189,7 @@ def started(tmp_path_factory):
     yield found
     for process in found.runs.values():
         if process.poll() is None:
-            process.terminate()  # torchrun, which ends what it has started
+            process.terminate()  # torchrun, which ends its processes
 
 
 @pytest.fixture(scope="module")

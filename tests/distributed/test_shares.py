@@ -1,4 +1,4 @@
-"""Rows, sums and gradients of a batch that three processes hold, against one process that has all of it."""
+"""Rows, sums and gradients of a batch shared by three processes, against a single process with all of it."""
 
 import torch
 from distributed_helpers import in_processes
@@ -13,12 +13,12 @@ def batch() -> torch.Tensor:
 
 
 def of_the_whole(x: torch.Tensor) -> torch.Tensor:
-    """A loss of which no part is a function of single rows."""
+    """A loss that does not decompose into rows."""
     return (x.logsumexp(dim=0).exp() * torch.arange(4)).sum().sqrt()
 
 
 def normalised(x: torch.Tensor, count: int) -> torch.Tensor:
-    """Rows less their mean over the whole batch."""
+    """Rows minus their mean over the whole batch."""
     return x - summed(x.sum(dim=0)) / count
 
 

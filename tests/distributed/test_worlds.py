@@ -1,4 +1,4 @@
-"""Who is who among the processes of a run, what is refused, and how answers for parts of a split are joined."""
+"""The processes of a run: ranks, rejected set-ups, and joining of predictions for parts of a split."""
 
 import os
 import sys
@@ -60,7 +60,7 @@ def test_a_split_with_fewer_images_than_processes_is_predicted_by_each(monkeypat
 
 
 def predictions(images: int, kept: int) -> Predictions:
-    """Of two experts in one block; kept: images whose single tokens are known."""
+    """Predictions with two experts in one block; kept: images with known single tokens."""
     flat = np.arange(images)
     blocks = BlockRouting(
         ("block_0",),

@@ -1,4 +1,4 @@
-"""Experts inside the ViT, as a user has them: train, evaluate, predict, resume, and what is refused."""
+"""Experts inside the ViT from the user's view: train, evaluate, predict, resume, and rejected options."""
 
 import json
 
@@ -34,7 +34,7 @@ BLOCKS = [
 
 @pytest.fixture
 def call(monkeypatch, capsys, undrawn):
-    """Run a program's `main` with arguments; what it printed."""
+    """Run a program's `main` with arguments; returns its output."""
 
     def run(program, *arguments) -> str:
         monkeypatch.setattr("sys.argv", ["program", *map(str, arguments)])

@@ -1,4 +1,4 @@
-"""compress.py as a user runs it, on a run of digits: the smaller run is scored, asked and gone on with."""
+"""compress.py from the user's view, on a run of digits: the smaller run is evaluated, used and continued."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ from training.trainer import Trainer
 
 @pytest.fixture
 def call(monkeypatch, capsys, undrawn):
-    """Exit code, standard output and lines of standard error of a program; nothing is drawn, latencies are rough."""
+    """Exit code, standard output and lines of standard error of a program; no figures, and rough latencies."""
     monkeypatch.setattr("assembly.compressing.latency", lambda *found: latency(*found[:3], seconds=0.01))
     monkeypatch.chdir(ROOT)
 
@@ -44,7 +44,7 @@ def test_a_pruned_run_is_an_ordinary_run(tiny_run, tmp_path, call):
     results = json.loads((out / "evaluation" / "metrics.json").read_text())
     assert found["before"]["macro_f1_test"] == whole["macro_f1"]
     assert found["after"]["macro_f1_test"] == results["macro_f1"]
-    # What the evaluation of the whole run foretold.
+    # As predicted by the evaluation of the original run.
     change = whole["expert_worth"][1]["macro_f1_change"]
     assert results["macro_f1"] == pytest.approx(whole["macro_f1"] + change)
     before, after = found["before"], found["after"]
@@ -75,7 +75,7 @@ def test_a_run_in_eight_bits_is_an_ordinary_run(tiny_run, tmp_path, call):
     assert yaml.safe_load((out / "config.yaml").read_text())["experts"]["weights"] == ["int8", "float16", "int8"]
     results = json.loads((out / "evaluation" / "metrics.json").read_text())
     assert sum(row["bytes"] for row in results["expert_worth"]) == found["after"]["expert_bytes"]
-    assert results["cost"]["trained_parameters"] == found["after"]["trained_parameters"]  # scales are none
+    assert results["cost"]["trained_parameters"] == found["after"]["trained_parameters"]  # without scales
 
     before = load_trained(out).model.moe.experts
     assert before[0][0].parametrizations.weight.original0.dtype == torch.int8
@@ -135,7 +135,7 @@ def test_an_interrupted_distillation_continues(tiny_run, tmp_path, call, monkeyp
     assert [row["done"] for row in found["experts"]] == [["removed"], ["taught"], ["taught"], ["taught"]]
     pruned = load_trained(tiny_run).model.moe.experts[1][0].weight
     taught = load_trained(out).model.moe.experts[0][0].weight
-    assert 0 < (taught - pruned).norm() < 0.5 * pruned.norm()  # from there, and a few steps on
+    assert 0 < (taught - pruned).norm() < 0.5 * pruned.norm()  # from there, after a few steps
     assert not (out / "teachers.json").exists()
 
     train_epoch = Trainer._train_epoch

@@ -1,4 +1,4 @@
-"""train.py and evaluate.py as a user runs them: on digits with the bundled ViT, and on real data with a real one."""
+"""train.py and evaluate.py from the user's view: on digits with the bundled ViT, and on real data with a real ViT."""
 
 import json
 import shutil
@@ -38,7 +38,7 @@ WRITTEN = [
 
 @pytest.fixture(scope="module")
 def digits_run(tmp_path_factory):
-    """`python train.py --config configs/digits.yaml`, as the README says it."""
+    """`python train.py --config configs/digits.yaml`, as in the README."""
     folder = tmp_path_factory.mktemp("runs") / "digits"
     cache = folder.parent / "clearml"
     result = run_program(

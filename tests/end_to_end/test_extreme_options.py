@@ -1,4 +1,4 @@
-"""Every number among the options of data, augmentation, backbone, features and training, at its extremes.
+"""Every numeric option of data, augmentation, backbone, features and training at its extremes.
 
 On 80 digits with the bundled ViT: the first epoch is trained and validated, or one line says what is wrong. The
 options of the head are in tests/training/test_extremes.py.
@@ -51,7 +51,7 @@ def cases():
 
 @pytest.fixture
 def attempt(tmp_path, monkeypatch):
-    """Train the first epoch with one option at a value: None, or the line that says why not."""
+    """Train the first epoch with one option at a value: None, or the line with the reason why that is impossible."""
     backbones = {}
 
     def cached(config, *arguments):

@@ -1,4 +1,4 @@
-"""A routing rule, a kind of expert, a loss, a data set and a figure from outside the project, in a run."""
+"""A routing rule, a kind of expert, a loss, a dataset and a figure from plug-ins, in a run."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Runs that start from another run: through the programs, resumed, and what cannot be."""
+"""Runs that start from another run: through the programs, resumed, and impossible ones."""
 
 import json
 from types import SimpleNamespace
@@ -66,7 +66,7 @@ def test_a_run_starts_from_another_one(tiny_run, tmp_path, start, capsys):
     assert len(frozen) > 8 and all(torch.equal(new[name], old[name]) for name in frozen)
     taken = describe(RunFolder(tmp_path / "run"))["init"]
     assert taken["run"] == str(tiny_run) and taken["classes"] == [str(digit) for digit in range(7)]
-    # Resumed, the frozen parts are still frozen, whether the first run is there or not.
+    # After resuming, the frozen parts are still frozen, whether the first run exists or not.
     start("--resume", tmp_path / "run", "--train.epochs", "3", "--tracking", "none")
     again = load_weights_of(RunFolder(tmp_path / "run"))
     assert all(torch.equal(again[name], old[name]) for name in frozen)
@@ -131,7 +131,7 @@ def test_new_experts_are_added_to_those_of_a_run(tiny_run, tmp_path, start, caps
     old, new = (load_weights_of(RunFolder(path)) for path in (tiny_run, tmp_path / "run"))
     assert torch.equal(new["moe.router.gate.weight"][:4], old["moe.router.gate.weight"])
     assert new["moe.router.gate.weight"][4:].any()
-    # A run that starts from that one, with experts once more; its configuration, read back, adds none again.
+    # A run that starts from that one, with more new experts; its configuration, read back, adds none again.
     again = parse_command_line(options(tmp_path / "run", "--experts.add", "[[2]]")).config
     assert again.experts.grown == [4, 6] and len(again.experts.sizes) == 7
     same = parse_command_line(["--config", str(tmp_path / "run/config.yaml"), "--init", str(tiny_run)]).config

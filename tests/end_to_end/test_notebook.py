@@ -1,4 +1,4 @@
-"""The notebook: runs from top to bottom, shows what it promises, and is committed with the outputs of a real run."""
+"""The notebook: it runs from top to bottom, shows its results, and is committed with the outputs of a real run."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def images(notebook) -> int:
 
 
 def client_of(notebook) -> NotebookClient:
-    """What runs it; a cell takes seconds, and gets minutes on a busy machine."""
+    """A client that runs the notebook; a cell takes seconds, and has minutes on a busy machine."""
     where = {"metadata": {"path": str(NOTEBOOK.parent)}}
     return NotebookClient(notebook, timeout=600, startup_timeout=600, resources=where)
 
@@ -78,7 +78,7 @@ def test_with_experts_inside_the_vit_it_shows_patches_and_the_initial_run(tmp_pa
     assert "the expert with the largest gate weight for each patch" in shown
     assert "block  0: specialisation " in shown and "block  1: specialisation " in shown
     (cell,) = [cell for cell in notebook.cells if cell.source.startswith('show("patch_maps"')]
-    assert images(nbformat.from_dict({"cells": [cell]})) == 4  # what each expert is worth in a block takes a GPU
+    assert images(nbformat.from_dict({"cells": [cell]})) == 4  # the ablation in single blocks needs a GPU
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""evaluate() with experts inside the ViT: single blocks, what each expert is worth there, and patch maps."""
+"""evaluate() with experts inside the ViT: single blocks, the contribution of each expert there, and patch maps."""
 
 import json
 
@@ -58,7 +58,7 @@ def evaluated(tmp_path_factory):
     lines = [{"step": 5 * t, "epoch": t, **shares} for t in (1, 2)]
     run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     model, images = spread(moe_vit()).eval(), bank()
-    with pytest.MonkeyPatch.context() as patch:  # laying out and compressing takes most of the time
+    with pytest.MonkeyPatch.context() as patch:  # layout and compression take most of the time
         without_drawing(patch)
         early: list[str] = []
         scored = lambda found: early.append(json.dumps(found) * run.results.exists())  # noqa: E731
@@ -104,7 +104,7 @@ def test_ablation_in_one_block_equals_the_model_without_the_expert(evaluated):
             worth = results["blocks"][block]["expert_worth"]
             assert worth["macro_f1_change"][expert] == pytest.approx(after - before) and worth["images"] == 16
     changes = [row["expert_worth"]["answers_changed"] for row in results["blocks"]]
-    assert np.max(changes) > 0  # it does make a difference
+    assert np.max(changes) > 0  # it makes a difference
 
 
 def test_too_many_requested_images_mean_all_images():

@@ -1,4 +1,4 @@
-"""evaluate.py --compare, and what evaluate.py says of a run that it cannot use."""
+"""evaluate.py --compare, and the errors of evaluate.py for unusable runs."""
 
 import json
 import sys
@@ -40,7 +40,7 @@ def call(monkeypatch, capsys, tmp_path):
 
 @pytest.fixture
 def server(monkeypatch):
-    """The ClearML side, replaced: a dict of task id -> what fetch_run returns or raises."""
+    """A replacement for ClearML: a dict of task id -> what fetch_run returns or raises."""
     tasks = {}
 
     def fetch_run(task_id):
@@ -55,7 +55,7 @@ def server(monkeypatch):
 
 
 def cells(text, first):
-    """The cells of the line of the printed table that begins so."""
+    """The cells of the line of the printed table with this start."""
     line = next(line for line in text.splitlines() if line.startswith(first))
     return line.removeprefix(first).split()
 
@@ -140,7 +140,7 @@ def test_a_clearml_task_is_compared_with_a_run(call, tmp_path, server):
     assert cells(out, "macro-F1") == ["50.00", "%", "25.00", "%"]
     assert cells(out, "accuracy") == ["60.00", "%", "–"]
     assert cells(out, "train.seed") == ["0", "7"]
-    assert "train.epochs" not in out  # a server gives back text
+    assert "train.epochs" not in out  # a server returns text
     server[TASK]["state"] = "unfinished: the task is in progress"
     code, out, _ = call("--compare", a, TASK)
     assert (code, cells(out, "state")) == (0, ["finished", "unfinished:", "the", "task", "is", "in", "progress"])
@@ -233,7 +233,7 @@ def test_the_command_line_is_explained_in_one_screen(call):
 
 
 def describe(path, **changes):
-    """A folder with a model.json that says what the defaults on digits are, but for these changes."""
+    """A folder with a model.json with the defaults on digits, except for these changes."""
     config = Config().to_dict()
     config["data"]["name"] = "digits"
     for key, value in changes.pop("config", {}).items():

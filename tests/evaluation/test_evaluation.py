@@ -1,4 +1,4 @@
-"""evaluate() on a small synthetic run: the numbers, the files, the page, and what each expert is worth."""
+"""evaluate() on a small synthetic run: the numbers, the files, the page, and the contribution of each expert."""
 
 import copy
 import json
@@ -19,7 +19,7 @@ from evaluation.predict import predict
 from evaluation.report_tables import _expert_table, _spread
 from storage.folder import RunFolder
 
-# What other programs read; names may be added, not changed.
+# Read by other programs; names may be added, but not changed.
 KEYS = {"accuracy", "macro_f1", "loss", "images", "entropy", "cv", "specialisation", "class_names", "per_class"}
 
 KEYS |= {"experts", "expert_load", "expert_importance", "expert_accuracy", "expert_samples", "expert_by_class"}
@@ -83,7 +83,7 @@ def test_ablation_equals_the_model_sample_by_sample(evaluated):
             assert row["accuracy_change"] == pytest.approx(
                 (answers == labels).double().mean().item() - results["accuracy"]
             )
-    assert len({tuple(row) for row in predictions.removals.predicted_EN.tolist()}) > 1  # it does make a difference
+    assert len({tuple(row) for row in predictions.removals.predicted_EN.tolist()}) > 1  # it makes a difference
 
 
 def test_reassigned_samples_and_saved_cost(evaluated):
@@ -145,7 +145,7 @@ VOID = {"meta", "img", "br", "link", "hr", "input"}
 
 
 class Page(HTMLParser):
-    """Collects tags, references and text, and checks that what is opened is closed."""
+    """Collects tags, references and text, and checks that every opened tag is closed."""
 
     def __init__(self, text):
         super().__init__()
@@ -181,7 +181,7 @@ def test_the_page_is_self_contained_and_escaped(evaluated):
 
 
 def browser():
-    """A browser that runs without a screen, or None. BROWSER names one that is not on the PATH."""
+    """A headless browser, or None. BROWSER names one that is not on the PATH."""
     names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
     return next(filter(None, map(shutil.which, [os.environ.get("BROWSER", ""), *names])), None)
 
@@ -189,7 +189,7 @@ def browser():
 @pytest.mark.skipif(browser() is None, reason="no Chromium or Chrome on the PATH to open report.html with")
 def test_the_page_opens_in_a_real_browser(evaluated, tmp_path):
     run, *_ = evaluated
-    # What a browser knows that no parser does: whether the pictures decode and the page fits its window.
+    # Only a browser can check whether the images decode and the page fits its window.
     probe = """<script>addEventListener("load", () => { document.title = JSON.stringify({
         pictures: [...document.images].filter(image => image.naturalWidth > 100).length,
         tables: document.querySelectorAll("td").length, errors: window.errors,

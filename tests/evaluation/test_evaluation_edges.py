@@ -1,4 +1,4 @@
-"""evaluate() at its edges: one expert, one image, experts without samples, one pass of the backbone."""
+"""Edge cases of evaluate(): one expert, one image, experts without samples, one pass of the backbone."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The registry of figures: a file of one's own adds a figure to the folder, the page and ClearML."""
+"""The registry of figures: a user's file adds a figure to the folder, the page and ClearML."""
 
 import matplotlib.figure
 import pytest

@@ -1,4 +1,4 @@
-"""Latency: measured where it is asked for, and on copies that compute the same on a CPU."""
+"""Latency: measured on request, and on equivalent copies on a CPU."""
 
 import torch
 from block_helpers import images, moe_vit, spread, tiny_vit

@@ -1,4 +1,4 @@
-"""The page of predict.py --serve: it says what --json says, to this machine alone."""
+"""The page of predict.py --serve: it shows the same as --json, only on this machine."""
 
 import errno
 import json
@@ -37,7 +37,7 @@ def run(monkeypatch, capsys, *words):
 
 @pytest.fixture
 def deep(tmp_path):
-    """A file that a browser cannot show, and that must reach the model unchanged: 16 bits a pixel, not square."""
+    """A file that a browser cannot show, and that must reach the model unchanged: 16 bits per pixel, not square."""
     values = np.random.default_rng(0).integers(0, 2**16, (40, 60)).astype(np.uint16)
     Image.fromarray(values).save(tmp_path / "deep.tif")
     return tmp_path / "deep.tif"
@@ -83,7 +83,7 @@ def test_mistakes_are_reported_in_one_line(tiny_run, tmp_path, monkeypatch, caps
     assert "--port is 70000" in mistake("--serve", "--port", "70000")
     assert "--port is 'x': give a whole number" in mistake("--serve", "--port", "x")
     with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "gradio", None)  # as where it is not installed
+        patch.setitem(sys.modules, "gradio", None)  # as if it were not installed
         assert "needs gradio, which is not installed: pip install gradio" in mistake("--serve", expected=1)
     monkeypatch.setitem(sys.modules, "gradio", SimpleNamespace(__version__="5.49.1"))
     assert "needs gradio 6 or newer, not 5.49.1" in mistake("--serve", expected=1)
@@ -125,7 +125,7 @@ def test_gradio_analytics_are_off(monkeypatch):
 
 @pytest.fixture
 def served(tiny_run, tmp_path, monkeypatch):
-    """The address of a page that a program serves; afterwards Ctrl-C ends it, and no image stays behind."""
+    """The address of a page served by a program; afterwards Ctrl-C ends it, and no image remains."""
     pytest.importorskip("gradio")
     folder = tmp_path / "temporary"
     folder.mkdir()
@@ -167,7 +167,7 @@ def test_the_page_answers_over_http_as_json_does(served, tiny_run, deep, tmp_pat
     opener = build_opener(ProxyHandler({}))
     with opener.open(served) as answer:
         assert answer.headers["content-security-policy"].startswith("default-src 'self' ")
-    with pytest.raises(HTTPError, match="400"):  # another site that gives itself this address
+    with pytest.raises(HTTPError, match="400"):  # another host name for this address
         opener.open(Request(served, headers={"Host": "example.org"}))
 
 

@@ -1,4 +1,4 @@
-"""predict.py as a user calls it, on a run of digits: every kind of file, good and bad, and every kind of output."""
+"""predict.py from the user's view, on a run of digits: valid and invalid files of every kind, every kind of output."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def run(monkeypatch, capsys, *words):
 
 
 def test_an_image_file_gets_the_prediction_of_the_test_set(trained, digits, tmp_path):
-    """Written to files and read back, the test images get the very answers of the evaluation."""
+    """Written to files and read back, the test images get exactly the predictions of the evaluation."""
     before = predict_split(
         trained.model,
         build_bank(trained.config, load_splits(trained.config.data), trained.backbone, trained.device),
@@ -67,7 +67,7 @@ def test_an_image_file_gets_the_prediction_of_the_test_set(trained, digits, tmp_
 
 
 def test_an_expert_alone_is_the_prediction_without_the_others(trained, digits):
-    """The mixture of logits is the weighted sum of what its experts say; here by hand from the experts themselves."""
+    """The mixture of logits is the weighted sum of its experts' outputs; here computed from the experts themselves."""
     images = digits.images_NCHW[:3]
     answers = classify(trained, images, top=10)
     with torch.no_grad():
@@ -93,7 +93,7 @@ def predict_input(trained, images):
 
 @pytest.fixture(scope="module")
 def bad(tmp_path_factory):
-    """A folder with a bad file of every kind, and the words that each is to be reported with."""
+    """A folder with an invalid file of every kind, and the words that each is reported with."""
     folder = tmp_path_factory.mktemp("bad")
     square(256).save(folder / "whole.jpg")
     square(256).save(folder / "whole.png")

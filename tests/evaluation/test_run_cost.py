@@ -1,4 +1,4 @@
-"""What a run cost, in numbers worked out by hand, and whether its scores are its last word."""
+"""The cost of a run, in numbers worked out by hand, and whether its scores are final."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Runs of several seeds, and mixtures beside their dense twins."""
+"""Runs with several seeds, and mixtures compared with their dense twins."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Images unlike those of training: distances by hand, the share that is rejected, and digits against photos."""
+"""Images unlike the training images: distances by hand, the rejected share, and digits against photos."""
 
 import json
 
@@ -27,7 +27,7 @@ def test_the_distance_is_mahalanobis_to_the_nearest_class(tmp_path):
     inverse = torch.linalg.inv(torch.from_numpy(np.cov((x - means[labels]).numpy().T, bias=True)).float())
     away = x[:20] + 3
     direct = torch.stack([((away - mean) @ inverse * (away - mean)).sum(1).sqrt() for mean in means]).amin(0)
-    assert torch.allclose(found.distances(away), direct, rtol=0.02)  # but for the shrinkage
+    assert torch.allclose(found.distances(away), direct, rtol=0.02)  # except for the shrinkage
     assert (found.distances(x) > found.threshold(0.05)).float().mean() == pytest.approx(0.05, abs=0.002)
     found.save(tmp_path / FILE)
     assert torch.equal(Unlike.load(tmp_path / FILE).quantiles_Q, found.quantiles_Q)

@@ -1,4 +1,4 @@
-"""The backbone that extracts: its fast copy, its half precision, its compiling."""
+"""The backbone for extraction: its fast copy, half precision, and compilation."""
 
 import pytest
 import torch

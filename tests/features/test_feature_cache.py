@@ -1,4 +1,4 @@
-"""Features on disk: whole or not at all, of nothing else, listed and cleared."""
+"""Features on disk: complete or not at all, only under the right key, listed and cleared."""
 
 import json
 import multiprocessing

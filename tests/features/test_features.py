@@ -1,4 +1,4 @@
-"""Stored features: on disk whole or not at all, on a device while they fit, and extracted no more than once."""
+"""Stored features: complete on disk or not at all, on a device if they fit, and extracted only once."""
 
 import os
 
@@ -55,7 +55,7 @@ def test_a_full_device_falls_back_to_host_memory_with_a_message(tmp_path, capsys
         cache.wait()
         (path,) = tmp_path.iterdir()
         path.unlink()
-    # The second of three batches finds no room: what the first one left is moved, and nothing is done twice.
+    # The second of three batches does not fit: the first one is moved, and nothing is computed twice.
     calls, memory = [], Memory()
     interrupted = bank(cache, memory=memory, calls=calls, fail=(2,))
     assert torch.equal(everything(interrupted)[0], expected)
@@ -136,7 +136,7 @@ def test_a_stronger_augmentation_has_separate_features():
         features = FeatureBank(SPLITS, lambda batch: batch, AugmentConfig(flip=True, crop=crop), config, CPU)
         keys.append([features._key("train", 0), features._key("train", None)])
     (weak, plain), (strong, plain_too) = keys
-    assert weak != strong and plain == plain_too  # images as they are know no augmentation
+    assert weak != strong and plain == plain_too  # original images do not depend on the augmentation
 
 
 def test_extraction_on_several_cores_releases_them(monkeypatch):
@@ -148,7 +148,7 @@ def test_extraction_on_several_cores_releases_them(monkeypatch):
         features.extract = lambda batch: (seen.add(torch.get_num_threads()), batch.float().flatten(1))[1]
         everything(features)
         assert torch.get_num_threads() == 3
-        assert 1 in seen  # each core on a batch of its own
+        assert 1 in seen  # each core on a separate batch
     finally:
         torch.set_num_threads(threads)
 

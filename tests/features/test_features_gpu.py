@@ -1,4 +1,4 @@
-"""On a GPU: features that it has no room for go to host memory."""
+"""On a GPU: features that do not fit go to host memory."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ NUMBERS = 2**20  # of an image: a view of 40 takes 84 MB
 
 @pytest.fixture
 def room():
-    """Limit this process to so many bytes more than it holds."""
+    """Limit this process to this number of bytes more than it uses now."""
     torch.cuda.empty_cache()
     total = torch.cuda.mem_get_info()[1]
     yield lambda size: torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + size) / total)

@@ -1,4 +1,4 @@
-"""The bank of images: what it serves does not depend on batches, and images that do not fit are fetched."""
+"""The bank of images: its output does not depend on batches, and images that do not fit are prefetched."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def splits() -> Splits:
 
 
 class HostMemory:
-    """A device without room, whose copies are made on the host."""
+    """A full device, whose copies are made on the host."""
 
     pinned = False
     uploads = 0

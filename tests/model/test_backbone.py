@@ -1,4 +1,4 @@
-"""The frozen backbone: frozen for good, the right features, weights loaded without running code."""
+"""The frozen backbone: it stays frozen, gives the right features, and loads weights without running code."""
 
 import pickle
 
@@ -66,7 +66,7 @@ def test_a_vit_without_a_class_token(images):
     [
         ("vit_relpos_small_patch16_224", {}, 4, 0),
         ("vit_relpos_small_patch16_224", {"class_token": True, "global_pool": "token"}, 4, 1),
-        ("cait_xxs24_224", {}, 4, 0),  # whose class token comes after the blocks
+        ("cait_xxs24_224", {}, 4, 0),  # its class token is added after the blocks
         ("xcit_nano_12_p16_224", {}, 4, 0),
         ("naflexvit_base_patch16_gap", {"img_size": None}, 4, 0),  # four registers, and no patch_embed
     ],

@@ -1,4 +1,4 @@
-"""The three ways of dispatch: equal values and gradients, and no wait for the device in those that promise it."""
+"""The three dispatch modes: equal values and gradients, and no waiting for the device in those that promise it."""
 
 from dataclasses import replace
 
@@ -121,7 +121,7 @@ def test_on_a_deterministic_gpu_every_mode_agrees_and_is_reproducible(drop):
 
 
 class Poisoned(torch.autograd.Function):
-    """A grouped product whose rows behind the last end are NaN, forward and backward."""
+    """A grouped product whose rows after the last end are NaN, forward and backward."""
 
     @staticmethod
     def forward(ctx, a, b, offs, product):
@@ -178,7 +178,7 @@ class NoWaiting(TorchDispatchMode):
 
     def __enter__(self):
         self.patch = pytest.MonkeyPatch()
-        for name in ("tolist", "cpu", "numpy"):  # which a tensor on the CPU answers without dispatching
+        for name in ("tolist", "cpu", "numpy"):  # a CPU tensor handles these without dispatching
 
             def refuse(*args, name=name):
                 raise AssertionError(f"Tensor.{name} waits for the device")

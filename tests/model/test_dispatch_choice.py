@@ -1,4 +1,4 @@
-"""Which way of dispatch is taken: by size, device and graph, or as it is forced."""
+"""The choice of the dispatch mode: by size, device and graph, or forced."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from model.routers import RouterConfig
 
 
 class OnGpu:
-    """What `choose` asks of a tensor."""
+    """The properties of a tensor that `choose` reads."""
 
     is_cuda, dtype, device, shape = True, torch.bfloat16, None, (1000, 8)
 
@@ -42,7 +42,9 @@ def test_the_mode_depends_on_size_and_device(monkeypatch, sizes, top_k, work, st
     experts = build_experts(ExpertsConfig(sizes=sizes), 8, 5)[0]
     if top_k < len(sizes):
         on_cpu = choose(2 * top_k, experts, torch.randn(2, 8), static)
-        assert on_cpu == ("dense" if static else "sorted")  # waiting costs a CPU nothing, but is no part of a graph
+        assert on_cpu == (
+            "dense" if static else "sorted"
+        )  # waiting costs nothing on a CPU, but is not possible in a graph
     monkeypatch.setattr(module, "has_kernel", lambda x_BD: kernel_there)
     monkeypatch.setattr(module, "DENSE_WORK", work)
     monkeypatch.setattr(module, "DENSE_WORK_IN_A_GRAPH", (work, work))

@@ -1,4 +1,4 @@
-"""Experts on several processes: values and gradients of one process, whatever goes where."""
+"""Experts on several processes: values and gradients of a single process for any distribution."""
 
 from dataclasses import replace
 
@@ -17,7 +17,7 @@ BATCH, FEATURES, CLASSES = 11, 6, 5
 
 
 def choices(top_k: int, barred: int | None = None, kept: float = 1.0) -> Assignments:
-    """Random choices of all samples; barred: an expert that none takes. kept: share of the choices with a place."""
+    """Random choices of all samples; barred: an expert that none chooses. kept: share of the choices with a slot."""
     generator = torch.Generator().manual_seed(0)
     scores_BE = torch.randn(BATCH, len(UNEQUAL), generator=generator)
     if barred is not None:
@@ -54,7 +54,7 @@ def build():
 
 
 def sharded(world, ends: list[int], share_EM, whole: Assignments, mode: str, combine: str):
-    """In one of the processes: what its samples, from ends[rank] to before ends[rank + 1], come to."""
+    """In one of the processes: the results for its samples, ends[rank] to ends[rank + 1] - 1."""
     experts, x_BD, target_BC = build()
     dispatcher = AllToAllDispatcher(dist.group.WORLD, share_EM, torch.device("cpu"))
     experts.keep(dispatcher.mine)

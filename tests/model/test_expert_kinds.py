@@ -1,4 +1,4 @@
-"""Kinds of experts behind the ViT: each by hand, and in every way of dispatch alike."""
+"""Kinds of experts behind the ViT: each by hand, and equal in every dispatch mode."""
 
 import math
 

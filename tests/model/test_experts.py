@@ -33,7 +33,7 @@ def test_dropout_of_each_expert():
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_shared_experts_are_always_active_and_their_logits_are_added(combine, top_k):
     if combine == "probabilities" and top_k == 1:
-        return  # refused: the gate would get no gradient
+        return  # rejected: the gate would get no gradient
     torch.manual_seed(0)
     experts = ExpertsConfig(sizes=[[4], [5], [6]], shared=[[7], [3]], combine=combine)
     moe = MixtureOfExperts(6, 3, RouterConfig(kind="vmoe", top_k=top_k), experts).eval()

@@ -1,4 +1,4 @@
-"""model/ as the library vision_moe: an installed wheel, in an empty folder, in a stranger's own model."""
+"""model/ as the library vision_moe: an installed wheel, in an empty folder, in a user's model."""
 
 import os
 import re

@@ -220,7 +220,7 @@ def test_an_expert_with_weight_zero_does_not_affect_any_class():
     outputs_AC = torch.tensor([[200.0, 0.0], [0.0, 200.0], [0.0, 3.0]])
     mixed_BC = COMBINE["probabilities"](outputs_AC, torch.arange(3), routing.assignments)
     assert mixed_BC[0].tolist() == [0.0, -200.0]
-    # The one expert that the other sample has decides alone, whatever its weight.
+    # The only expert of the other sample decides alone, regardless of its weight.
     assert (mixed_BC[1, 1] - mixed_BC[1, 0]).item() == pytest.approx(3.0, abs=1e-3)
 
 

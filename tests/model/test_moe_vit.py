@@ -1,4 +1,4 @@
-"""Experts inside a frozen ViT: against numbers by hand, brute force, and the ViT as it was."""
+"""Experts inside a frozen ViT: against numbers by hand, brute force, and the original ViT."""
 
 import copy
 import hashlib
@@ -235,7 +235,7 @@ def test_blocks_that_cannot_be_compiled_run_eagerly(monkeypatch):
 
 @pytest.mark.parametrize("rule", TOKEN_RULES)
 def test_evaluation_is_compiled_once_for_all_experts_and_for_some(rule, monkeypatch):
-    """In one form, whose answers are those of the model as it is, bit for bit where all experts are allowed."""
+    """In one form, with the outputs of the eager model, bit for bit if all experts are allowed."""
     forms = []
 
     def compiler(run, **_):
@@ -291,7 +291,7 @@ def test_a_mixture_on_top_is_one_more_place():
     assert [int(mixture.usage_E.sum()) for mixture in model.mixtures] == [3 * 2 * 102] * 2 + [3 * 2 * 6]
     after = model.state_dict()
     assert not torch.equal(before["mixtures.2.experts.0.0.weight"], after["mixtures.2.experts.0.0.weight"])
-    # What is barred in the blocks is not barred there.
+    # Experts excluded in the blocks are not excluded there.
     _, routings = model.eval()(images(), allowed_E=torch.tensor([True, True, False]))
     assert [bool(routing.logits_BE[:, 2].isfinite().all()) for routing in routings] == [False, False, True]
 

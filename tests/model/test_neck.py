@@ -1,4 +1,4 @@
-"""Necks and what lies behind them, against numbers worked out by hand."""
+"""Necks and the layers after them, against numbers worked out by hand."""
 
 import math
 
@@ -113,7 +113,7 @@ def test_shared_experts_train_the_neck(kind):
     router = RouterConfig(kind="mixtral" if kind == "pooled" else "soft_moe", top_k=2, norm="none")
     experts = ExpertsConfig(sizes=[[], []], shared=[[], []])
     model = VisionMoE(shape, 3, NeckConfig(kind=kind), router, experts).train()
-    with torch.no_grad():  # the routed experts say nothing, and give neither neck nor gate a gradient
+    with torch.no_grad():  # the routed experts output zero, and give neither neck nor gate a gradient
         for expert in model.moe.experts:
             expert[0].weight.zero_()
     logits_BC, _ = model(torch.randn(7, *shape))

@@ -1,4 +1,4 @@
-"""Offloaded experts: the same answers, fetched when they are chosen, the most used kept within the memory given."""
+"""Offloaded experts: the same outputs, copied when they are chosen; the most used ones stay within the memory limit."""
 
 import copy
 from typing import Any
@@ -20,7 +20,7 @@ SIZES = [[4], [8], [6, 5], []]
 
 
 def head(usage=(5, 40, 10, 20), top_k=1, **experts):
-    """Four unequal experts behind a ViT, on 6 features and 3 classes, and how often training used each."""
+    """Four unequal experts behind a ViT, on 6 features and 3 classes, with their usage in training."""
     torch.manual_seed(0)
     parts = (RouterConfig(kind="noisy_topk", top_k=top_k, norm="none"), ExpertsConfig(sizes=SIZES, **experts))
     model = VisionMoE((6,), 3, NeckConfig(norm="none"), *parts).eval()
@@ -85,7 +85,7 @@ def test_offloaded_experts_stay_in_host_memory_and_in_the_parameter_count():
     model = head()
     number = sum(parameter.numel() for parameter in model.parameters())
     offload(model, CPU)
-    model.to("meta")  # stands for a GPU: all that moves is there
+    model.to("meta")  # replaces a GPU: shows everything that moves
     where = {name: parameter.device.type for name, parameter in model.named_parameters()}
     assert any(".experts." in name for name in where)
     assert all(device == ("cpu" if ".experts." in name else "meta") for name, device in where.items())
@@ -163,7 +163,7 @@ def test_a_batch_without_adapters_is_computed_only_by_the_vit():
 @pytest.mark.parametrize("inside", [False, True])
 @torch.no_grad()
 def test_on_a_gpu_weights_come_from_page_locked_memory(inside):
-    # With preferences: a new gate's scores are all equal, and a GPU breaks ties otherwise than a CPU.
+    # With preferences: a new gate's scores are all equal, and a GPU breaks ties differently from a CPU.
     device = torch.device("cuda")
     made: Any = moe_vit() if inside else head(top_k=2)
     model = spread(made).eval()

@@ -1,4 +1,4 @@
-"""PatchDropout and drop path: what a training step leaves out, and that evaluation leaves out nothing."""
+"""PatchDropout and drop path: the patches and paths that a training step drops; evaluation drops nothing."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def test_one_patch_is_always_kept():
 
 def test_every_patch_is_equally_likely():
     torch.manual_seed(0)
-    x_BTD = torch.eye(8).expand(4000, 8, 8)  # a patch is told by its column
+    x_BTD = torch.eye(8).expand(4000, 8, 8)  # a patch is identified by its column
     counts_D = drop_patches(x_BTD, 0, 0.5).sum(dim=(0, 1))
     assert counts_D.sum() == 4000 * 4
     assert (counts_D - 2000).abs().max() < 160  # five standard deviations

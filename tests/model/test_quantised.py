@@ -73,7 +73,7 @@ MIXTURES = {
 @pytest.mark.parametrize("name", sorted(MIXTURES))
 @pytest.mark.parametrize("number_format", ["int8", "fp8", "float16"])
 def test_a_model_computes_with_the_stored_weights(name, number_format):
-    """The answers are those of the float model whose matrices have been rounded by hand."""
+    """The outputs are those of the float model with matrices rounded by hand."""
     _, model, _ = MIXTURES[name]()
     _, stored, _ = MIXTURES[name](weights=number_format)
     state = model.state_dict()

@@ -1,4 +1,4 @@
-"""Capacity: who finds a place, in what order, and what becomes of the rest, by hand and against a slow loop."""
+"""Capacity: the assignment of slots, its order, and the treatment of drops, by hand and against a slow loop."""
 
 import math
 from fractions import Fraction
@@ -28,7 +28,7 @@ def pairs(routing):
 
 
 def places(batch, factor, target, top_k=1):
-    """Places of each expert, as a router computes them from its options."""
+    """Slots of each expert, as computed by a router from its options."""
     router = build_router(RouterConfig(kind="vmoe", top_k=top_k, target_load=target, capacity_factor=factor), 4, 4)
     return expert_capacity(batch, top_k * exact(router.capacity_factor), router.shares)
 
@@ -73,7 +73,7 @@ def test_extreme_capacity_factors_limit_nothing_or_leave_one_slot(kind, factor):
 
 
 def slow_place(experts, wanted, capacity, priority):
-    """The rules as they are said: round by round, by priority, one sample after the other."""
+    """The definition: in rounds, by priority, one sample after another."""
     room, got = list(capacity), [[False] * len(row) for row in experts]
     order = sorted(range(len(experts)), key=lambda b: 0 if priority is None else -priority[b])
     for turn in range(len(experts[0])):

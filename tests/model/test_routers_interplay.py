@@ -1,4 +1,4 @@
-"""Where options of the routing rules meet: the bias and the load estimate, temperature, capacities and the losses."""
+"""Combinations of options of the routing rules: bias and load estimate, temperature, capacities and losses."""
 
 import math
 

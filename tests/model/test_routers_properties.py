@@ -1,4 +1,4 @@
-"""What holds of every routing rule, over random numbers of experts, choices and samples."""
+"""Properties of every routing rule, for random numbers of experts, choices and samples."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def shapes(count, seed=0):
 
 
 def config_of(kind, experts, top_k, **options):
-    """The rule's configuration nearest to that many choices; None where it has none."""
+    """The rule's configuration closest to this number of choices; None if there is none."""
     fixed = {"switch": 1, "gshard": 2}
     if kind == "hierarchical":
         options["groups"] = 2 if experts % 2 == 0 and top_k <= experts // 2 else 1
@@ -113,7 +113,7 @@ def test_capacity_holds_and_drops_are_counted(kind, overflow):
         assert len(pairs) == len(routing.sample_A)
         if (
             overflow == "next_best" and ROUTERS[kind].fixed_k
-        ):  # nobody goes without while a place is free that it does not hold
+        ):  # no sample lacks an expert while there is a free slot for it
             asked = 1 if kind == "gshard" else config.top_k  # its second choice is drawn
             missing_B = asked - torch.bincount(routing.sample_A, minlength=batch)
             free = {e for e, n in enumerate(routing.counts_E.tolist()) if n < places}
@@ -131,7 +131,7 @@ def test_evaluation_does_not_depend_on_the_batch(kind):
     config = RouterConfig(kind=kind, top_k=top_k, **drops)
     moe = MixtureOfExperts(WIDTH, 3, config, ExpertsConfig(sizes=[[4], [5], [6, 3], [7]], shared=[[3]])).train()
     sharpened(moe.router)
-    for _ in range(5):  # running statistics and thresholds away from where they start
+    for _ in range(5):  # move running statistics and thresholds from their initial values
         moe(inputs_of(kind, 64))
     moe.eval()
     x = inputs_of(kind, 256)
@@ -225,7 +225,7 @@ def test_an_excluded_expert_gets_no_weight_and_others_replace_it(kind):
     torch.manual_seed(8)
     router = sharpened(build_router(config_of(kind, 4, 2 if kind != "switch" else 1), WIDTH, 4))
     if "bias_E" in dict(router.named_buffers()):
-        router.bias_E.copy_(torch.tensor([9.0, 0.0, 0.0, 0.0]))  # lifts no barred expert over the others
+        router.bias_E.copy_(torch.tensor([9.0, 0.0, 0.0, 0.0]))  # does not raise an excluded expert above the others
     x = inputs_of(kind, 40)
     for allowed in ([False, True, True, True], [False, True, False, True], [False, False, False, True]):
         allowed_E = torch.tensor(allowed)

@@ -123,7 +123,7 @@ def test_hash_is_fixed_balanced_and_without_parameters():
     fixed.load_state_dict(router.state_dict())
     assert torch.equal(fixed.eval()(x).expert_A, router.eval()(x).expert_A)
     assert (router(x).counts_E / 2000).tolist() == pytest.approx([0.25] * 4, abs=0.06)
-    # Training and evaluation agree about a sample, whatever its batch and whether it is in warm-up.
+    # Training and evaluation agree about a sample, regardless of its batch and of warm-up.
     alike = x[router.eval()(x).expert_A == 0]
     trained = router.train()(alike).expert_A
     assert torch.equal(trained, router.eval()(alike).expert_A)

@@ -1,4 +1,4 @@
-"""The routing rules in the training loop: what a step moves, and what an epoch reports."""
+"""The routing rules in the training loop: updates of a step, and reports of an epoch."""
 
 from functools import partial
 

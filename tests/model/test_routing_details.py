@@ -1,4 +1,4 @@
-"""Where a temperature, a bias, noise and a residual count and where they do not, by hand."""
+"""Where temperature, bias, noise and residual apply and where they do not, by hand."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Starting from another model: what is taken, class rows by name, and frozen parts bit for bit."""
+"""Starting from another model: copied weights, class rows by name, and frozen parts bit for bit."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def inputs(model) -> torch.Tensor:
 
 
 def train(model, frozen=None, steps: int = 3) -> None:
-    """A few steps with everything that moves weights and statistics."""
+    """A few steps with everything that changes weights and statistics."""
     torch.manual_seed(5)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=0.5)
     step = TrainingStep(model, optimizer, BalanceConfig(switch=0.1), 0.0, 1.0, "float32", frozen)

@@ -1,4 +1,4 @@
-"""The bundled ViT: whole, frozen, and worth far more than its random initialisation."""
+"""The bundled ViT: intact, frozen, and far better than its random initialisation."""
 
 import pytest
 import torch

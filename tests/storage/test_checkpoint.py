@@ -1,4 +1,4 @@
-"""The parts of a checkpoint, each for itself: random states, the optimizer's, and what a resumed run may differ in."""
+"""The parts of a checkpoint separately: random states, the optimizer, and allowed changes of a resumed run."""
 
 import random
 
@@ -62,7 +62,7 @@ def test_features_of_another_shape_are_rejected():
 
 
 def stored_run(tmp_path, **changes):
-    """A run whose last checkpoint is that of its default configuration, and the checkpoint."""
+    """A run whose last checkpoint has the default configuration, and the checkpoint."""
     run = RunFolder.create(tmp_path / "run", "test")
     state = {
         **IDENTITY,

@@ -32,7 +32,7 @@ def make(tmp_path, splits):
 
 
 def scripted(trainer, scores):
-    """Validation macro-F1 as listed, one an epoch, whatever the model does."""
+    """Validation macro-F1 as listed, one per epoch, regardless of the model."""
     left = iter(scores)
     zeros = {"loss/validation": 1.0, "accuracy/validation": 0.5}
     trainer._validate = lambda: {**zeros, "macro_f1/validation": next(left)}

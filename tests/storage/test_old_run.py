@@ -1,6 +1,6 @@
-"""A run that an earlier version made, in data/digits_run, still predicts, is evaluated, and goes on as it would have.
+"""A run of an earlier version, in data/digits_run, can still be used, evaluated and continued with the same results.
 
-Eight epochs on 200 digits; what the version that made it came to later is written here.
+Eight epochs on 200 digits; the later results of the version that made it are written here.
 """
 
 import json
@@ -32,7 +32,7 @@ def run(tmp_path, monkeypatch, undrawn) -> RunFolder:
 
 @pytest.fixture
 def call(monkeypatch, capsys):
-    """Run a program in this process: its exit code, and what it printed and said."""
+    """Run a program in this process: its exit code, standard output and standard error."""
 
     def call(program, *words):
         monkeypatch.setattr("sys.argv", ["program", *map(str, words)])

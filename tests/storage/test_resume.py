@@ -1,4 +1,4 @@
-"""Resume is exact: kills, signals and corrupt files, and what a run gives that nobody disturbed."""
+"""Resume is exact: kills, signals and corrupt files, compared with an uninterrupted run."""
 
 import json
 import os
@@ -47,7 +47,7 @@ def timeless(run):
 
 
 def stop_after(trainer, step):
-    """Train until SIGTERM comes in the middle of a step, which is finished."""
+    """Train until SIGTERM arrives in the middle of a step, which is then finished."""
     train_batch = trainer._train_batch
 
     def signalled(*arguments):
@@ -63,7 +63,7 @@ def stop_after(trainer, step):
 
 
 def assert_resumes(path, splits, whole, **plan):
-    """Go on with the trainer in `path`, and come to the bits of `whole`, which nobody disturbed."""
+    """Continue with the trainer in `path`, and reach the same bits as `whole`, the uninterrupted run."""
     resumed = make_trainer(path, splits, resume=True, **plan)
     resumed.best = best_kept(resumed.run, resumed_config(resumed), load_checkpoint(resumed.run.last))
     resumed.fit()
@@ -100,7 +100,7 @@ def test_every_routing_rule_resumes_in_the_middle_of_warm_up_and_after_it(tmp_pa
 
 
 def resumed_config(trainer):
-    """As much of a Config as best_kept reads."""
+    """The part of a Config that best_kept reads."""
     trainer.identity["config"] = {"train": {"epochs": trainer.config.epochs}}
     return type("Config", (), {"train": trainer.config})()
 

@@ -1,4 +1,4 @@
-"""Exact resume on a GPU, where it takes deterministic algorithms."""
+"""Exact resume on a GPU, where it needs deterministic algorithms."""
 
 import json
 import signal

@@ -1,4 +1,4 @@
-"""Run folders: each serves one process, several may begin at once, and what is gone or in the way is said."""
+"""Run folders: one process each, several starts at once, and messages about missing or occupied folders."""
 
 import json
 import multiprocessing
@@ -92,7 +92,7 @@ def test_a_run_folder_serves_one_process_at_a_time(tmp_path):
 
 
 def _train(log, *arguments):
-    """A program of its own, which waits for its threads as Python does at the end of one."""
+    """A separate program, which waits for its threads like Python at exit."""
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
     sys.stdout = sys.stderr = os.fdopen(2, "w", closefd=False)
     sys.argv = ["train.py", *map(str, arguments)]
@@ -156,7 +156,7 @@ def test_an_unusable_folder_is_reported_before_any_work(tmp_path, monkeypatch):
         write_json(run.model, {})
     code, line = told("--run_dir", run.path)
     assert code == 2 and "already holds a run" in line
-    run.require_not_busy()  # the first look has claimed nothing
+    run.require_not_busy()  # the first check has claimed nothing
     with run.claimed(), pytest.raises(UserError, match="in use"):
         run.require_not_busy()
 

@@ -1,4 +1,4 @@
-"""A task that an agent executes: its values decide, each checked as those of the command line are."""
+"""A task executed by an agent: its values override the others, and are checked like those of the command line."""
 
 from types import SimpleNamespace
 
@@ -16,7 +16,7 @@ TASK = "0" * 32
 
 @pytest.fixture
 def clone(monkeypatch):
-    """Make the environment that of an agent, whose task has these texts for the options of configs/digits.yaml."""
+    """Set up the environment of an agent whose task has these texts for the options of configs/digits.yaml."""
     monkeypatch.setenv("CLEARML_TASK_ID", TASK)
 
     def clone(**texts):

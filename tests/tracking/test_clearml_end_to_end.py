@@ -1,4 +1,4 @@
-"""train.py and evaluate.py as a user runs them with a ClearML server, from the command line to what the server has."""
+"""train.py and evaluate.py from the user's view with a ClearML server, from the command line to the server's data."""
 
 import copy
 import json
@@ -121,7 +121,7 @@ def test_a_task_compares_with_a_folder_as_equal_to_itself(tracked):
 
 @pytest.mark.slow
 def test_an_agent_runs_a_clone_with_the_values_of_its_task(tracked, workplace):
-    """Without --config, as the script of a task knows none; the clone has one epoch more and another folder."""
+    """Without --config, which the script of a task does not have; the clone has one more epoch and another folder."""
     server, run, _ = tracked
     training = next(iter(server.tasks.values()))
     clone = copy.deepcopy(training) | {"id": uuid.uuid4().hex, "name": "clone", "status": "in_progress"}

@@ -1,4 +1,4 @@
-"""The real SDK against a server that answers: what a run leaves there, what goes on after, what is read back."""
+"""The real SDK with a working server: what a run stores there, what continues it, and what is read back."""
 
 import json
 from urllib.error import HTTPError
@@ -281,7 +281,7 @@ assert open_evaluation("auto", run, CONFIG, name="n").mode == "none"
 
 @pytest.mark.parametrize("how", ["refuse", "hang"])
 def test_a_server_that_dies_during_training_has_no_effect(workplace, tmp_path, how):
-    """Training ends in seconds, says what to do, and an evaluation on the revived server brings what it lacks."""
+    """Training ends in seconds and prints what to do; an evaluation on the restarted server uploads the rest."""
     dying = f"""
 (run / "a.bin").write_bytes(b"a")
 tracker = start()

@@ -1,4 +1,4 @@
-"""A dataset of ClearML as data.root, with the SDK's own part replaced."""
+"""A ClearML dataset as data.root, with the SDK replaced."""
 
 import clearml
 import pytest
@@ -21,7 +21,7 @@ class Found:
 
 @pytest.fixture
 def asked(monkeypatch, tmp_path):
-    """What Dataset.get was asked for, on a server that has pets/cats and broken."""
+    """The requests to Dataset.get, on a server that has pets/cats and broken."""
     asked = []
 
     def get(**wanted):

@@ -1,4 +1,4 @@
-"""What ClearML is asked to draw, call by call, on a stand-in for its task."""
+"""The calls to ClearML for plots, on a stand-in for its task."""
 
 import io
 import json
@@ -13,7 +13,7 @@ from tracking.tracker import Tracker, open_evaluation
 
 
 class Logger:
-    """Keeps the calls that it gets, as (report, positional arguments, named ones)."""
+    """Records its calls as (report, positional arguments, named arguments)."""
 
     def __init__(self):
         self.calls = []
@@ -24,7 +24,7 @@ class Logger:
 
 @pytest.fixture
 def tracker():
-    """A tracker whose task collects what it is asked for: `tracker.asked()`."""
+    """A tracker whose task records its calls: `tracker.asked()`."""
     lines, jobs, logger = io.StringIO(), queue.SimpleQueue(), Logger()
     lines.name = "metrics.jsonl"
     clearml = SimpleNamespace(mode="offline", task=SimpleNamespace(id="1", get_logger=lambda: logger), jobs=jobs)

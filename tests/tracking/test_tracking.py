@@ -1,6 +1,6 @@
-"""Tracking: what is written where, and that neither a dead server nor a failing SDK stops a training.
+"""Tracking: what is written where; neither a dead server nor a failing SDK stops training.
 
-The SDK keeps its state in classes and threads, so each test that loads it runs it in a process of its own.
+The SDK keeps its state in classes and threads, so each test that loads it runs it in a separate process.
 """
 
 import json
@@ -171,7 +171,7 @@ def test_an_error_of_the_sdk_is_reported_once(session):
 @pytest.mark.slow
 @pytest.mark.parametrize("environment", [{"CLEARML_OFFLINE_MODE": "1"}, {}])
 def test_default_configuration_reports_from_no_subprocess(workplace, tmp_path, environment):
-    """Without a clearml.conf the SDK would, which is slow to feed and slow to close."""
+    """Without a clearml.conf the SDK would use a subprocess, which is slow to feed and slow to close."""
     code = """
 import psutil
 tracker = open_tracker("auto", run, CONFIG, name="n")

@@ -1,4 +1,4 @@
-"""Tracking without a server that works: what is said, and that training goes on. A wait without end fails a test."""
+"""Tracking without a working server: the messages, and training continues. Endless waiting fails a test."""
 
 import socket
 from contextlib import closing
@@ -55,7 +55,7 @@ def test_dead_server(workplace, tmp_path):
     with closing(socket.socket()) as taken:
         taken.bind(("127.0.0.1", 0))  # bound but not listening: connections are refused
         done = run_python(workplace, tmp_path, REFUSED + AUTO, **dead_server(taken.getsockname()[1]))
-    assert done.stdout.count("does not answer") == 2  # a line a run
+    assert done.stdout.count("does not answer") == 2  # one line per run
 
 
 def test_server_that_accepts_and_never_answers(workplace, tmp_path):

@@ -1,4 +1,4 @@
-"""The memory that a step through the ViT takes: counted, compared with what is free, and told."""
+"""The memory of a step through the ViT: counted, compared with the free memory, and reported."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def test_bytes_are_counted_for_the_blocks_that_have_gradients():
 
 
 def test_counting_leaves_no_graph_behind():
-    """One that lives on ties the gradients to the stream it was made on, and no CUDA graph can be captured."""
+    """A remaining graph binds the gradients to its stream, and then no CUDA graph can be captured."""
     model = moe_vit(norm="none", kind="mixtral").train()
     bytes_per_image(model, images(1))
     ends = [torch.autograd.graph.get_gradient_edge(parameter).node for parameter in model.parameters()]

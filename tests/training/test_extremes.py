@@ -1,4 +1,4 @@
-"""Every number among the options of the head, at its extremes: it trains, or one line says what is wrong."""
+"""Every numeric option of the head at its extremes: it trains, or one line says what is wrong."""
 
 import math
 from dataclasses import fields
@@ -42,7 +42,7 @@ def cases():
 
 
 def train(part, name, value):
-    """Build the head with the option and take three steps. None, or the line that says why not."""
+    """Build the head with the option and train three steps. Return None, or the line with the reason for a refusal."""
     torch.manual_seed(0)
     kind = ROUTERS.readers().get(name, ["noisy_topk"])[-1]
     tokens = kind == "soft_moe"

@@ -1,4 +1,4 @@
-"""Faults caused for real: full and read-only disks, numbers that are not finite, gates that collapse."""
+"""Real faults: full and read-only disks, numbers that are not finite, gates that collapse."""
 
 import json
 import math

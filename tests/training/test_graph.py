@@ -1,4 +1,4 @@
-"""Captured training steps: when they are worth it, and that they do what the steps do that they stand for."""
+"""Captured training steps: when they are used, and that they equal eager steps."""
 
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
@@ -64,7 +64,7 @@ def test_a_small_head_with_static_shapes_is_captured_on_a_gpu(parameters, batch,
 
 
 class Pretended:
-    """What stands for streams and graphs on a CPU: a graph does again what was done while it was captured."""
+    """Replace streams and graphs on a CPU: a graph repeats the operations that were captured."""
 
     def __init__(self, monkeypatch):
         self.log = []
@@ -102,7 +102,7 @@ def test_a_call_is_captured_after_a_few_eager_ones_for_each_kind(monkeypatch):
 
 
 class Recorded:
-    """What a step was called with, and where that lay."""
+    """The arguments of each step and their addresses."""
 
     def __init__(self):
         self.model, self.device, self.read, self.options = model(), torch.device("cpu"), [], []
@@ -158,7 +158,7 @@ def test_automatic_dispatch_becomes_static_in_a_graph(configured, used, monkeypa
 @pytest.mark.parametrize("held", [False, True])
 @pytest.mark.parametrize("kind", ["mixtral", "deepseek", "hierarchical", "hash", "noisy_topk"])
 def test_captured_steps_train_like_eager_steps(kind, held):
-    """held: experts are frozen, and the gate is held near what it was."""
+    """held: experts are frozen, and the gate is kept close to its old weights."""
     device, batch = torch.device("cuda"), 64
     x_NF = torch.randn(12 * batch + 10, 24, device=device)
     labels_N = torch.randint(5, (len(x_NF),), device=device)
@@ -191,7 +191,7 @@ def test_captured_steps_train_like_eager_steps(kind, held):
 @pytest.mark.parametrize("experts", [{}, {"norm": "own", "activation": "silu"}, {"head": [[8], [8], [8]]}])
 @pytest.mark.parametrize("kind, level", [("mixtral", "token"), ("deepseek", "image")])
 def test_captured_steps_through_a_vit_train_like_eager_steps(experts, kind, level):
-    """Counting the activations first, as a run does, must not keep the steps from being captured."""
+    """Counting the activations first, as a run does, must not prevent the capture of the steps."""
     images_NCHW = torch.randint(256, (12 * 8, 3, 8, 8), dtype=torch.uint8, device="cuda")
     labels_N = torch.randint(5, (len(images_NCHW),), device="cuda")
     found = []

@@ -1,4 +1,4 @@
-"""Knowledge distillation: the loss by hand, its gradient, and a student that learns what only its teacher knows."""
+"""Knowledge distillation: a loss computed by hand, its gradient, and a student that learns from its teacher alone."""
 
 import math
 
@@ -13,7 +13,7 @@ from training.teacher import Teacher
 
 
 class Fixed(nn.Module):
-    """Answers the same whatever it reads."""
+    """Returns the same logits for every input."""
 
     def __init__(self, logits_C):
         super().__init__()
@@ -51,7 +51,7 @@ def test_without_a_teacher_the_loss_uses_only_the_labels():
 
 
 def test_a_student_learns_from_its_teacher_without_labels(tmp_path, splits):
-    """A teacher that calls everything a three: after some epochs its student does so too, against all labels."""
+    """The teacher predicts class three for every image: after some epochs so does its student, against the labels."""
     trainer = make_trainer(tmp_path / "run", splits, epochs=3)
     logits = [0.0] * 10
     logits[3] = 8.0

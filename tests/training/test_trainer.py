@@ -1,4 +1,4 @@
-"""The training loop in small: what is kept, resumed exactly, stopped early, scheduled."""
+"""The training loop on small models: checkpoints, exact resuming, early stopping and schedules."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""tune.py --queue: trials are clones of one task, in a queue whose agents are played here."""
+"""tune.py --queue: trials are clones of one task, in a queue whose agents are simulated here."""
 
 import json
 import threading
@@ -30,7 +30,7 @@ assert exit_code_of(tune.main) == 0
 
 
 def serve(server: StandIn, ended: threading.Event) -> None:
-    """Play the agents: the score of a task comes from its learning rate, and those of one rule fail."""
+    """Simulate the agents: the score of a task depends on its learning rate, and tasks of one routing rule fail."""
     while not ended.wait(0.05):
         for task in [task for task in server.tasks.values() if task["status"] == "queued"]:
             values = {f"{s}/{name}": v["value"] for s, held in task["hyperparams"].items() for name, v in held.items()}

@@ -1,4 +1,4 @@
-"""What a space may be, and what is said of one that may not."""
+"""Valid search spaces, and the messages for invalid ones."""
 
 import pytest
 

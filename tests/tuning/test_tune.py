@@ -1,4 +1,4 @@
-"""tune.py: trials in processes of their own, gone on with, pruned, failed, and selected on validation alone."""
+"""tune.py: trials in separate processes, resumed, pruned, failed, and selected on validation alone."""
 
 import importlib.util
 import json
@@ -36,7 +36,7 @@ def plan(tmp_path):
 
 @pytest.fixture
 def call(tmp_path, monkeypatch, capfd):
-    """Run tune.py on tmp_path/space.yaml, in this process but for its trials: exit code, output and errors of all."""
+    """Run tune.py on tmp_path/space.yaml, in this process (its trials elsewhere): exit code, output, errors."""
     monkeypatch.chdir(ROOT)
 
     def run(space, *words):
@@ -66,7 +66,7 @@ def test_trials_fail_the_study_continues_and_the_best_options_are_written(tmp_pa
 
 
 def kill_the_trial():
-    """Kill the process that trains, not this one, which waits for it."""
+    """Kill the training process, not this one, which waits for it."""
     children = subprocess.run(["pgrep", "-P", str(os.getpid())], capture_output=True, text=True, check=False)
     (worker,) = [pid for pid in children.stdout.split() if "spawn_main" in _cmdline(pid)]
     os.kill(int(worker), signal.SIGKILL)
