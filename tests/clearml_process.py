@@ -65,3 +65,22 @@ def dead_server(port: int) -> dict[str, str]:
         "CLEARML_API_ACCESS_KEY": "key",
         "CLEARML_API_SECRET_KEY": "secret",
     }
+
+
+OPEN = """
+import urllib.request
+from tracking.tasks import tasks_of
+from tracking.tracker import open_evaluation
+def start(**options):
+    return open_tracker("clearml", run, CONFIG, name="cifar100", tags=["cifar100", "noisy_topk"], **options)
+def die(how):
+    urllib.request.urlopen(f"{os.environ['CLEARML_API_HOST']}/standin.die_{how}").read()
+facts = {}
+"""
+CLOSE = """
+(run / "facts.json").write_text(json.dumps(facts))
+"""
+
+
+def facts_of(run) -> dict:
+    return json.loads((run / "facts.json").read_text())
