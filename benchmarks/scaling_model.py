@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{options.folder} has nothing to predict from: run {' and '.join(FILES.values())} first")
     parts = [part for name, of in PARTS.items() if found[name] for part in of(found[name], options)]
     lines = [line for measured, _ in parts for line in measured]
-    print(table(["what", "devices", "ms, measured", "ms, predicted", "off by"], lines))
+    print(table(["what", "devices", "ms, measured", "ms, predicted", "error"], lines))
     network = f"{options.node} devices per node, {options.between:.3g} bytes/s between nodes"
     print(f"\nPREDICTIONS, {network}")
     for _, predicted in parts:

@@ -137,7 +137,7 @@ class Checks:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Wrap a training: none of several processes stops at a signal by itself."""
+        """Wrap training: at a signal all processes stop together."""
         if not self.world.several:
             yield
             return

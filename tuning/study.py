@@ -133,7 +133,7 @@ def next_trial(study: "Study", folder: StudyFolder, most: int) -> "Trial | None"
 
 
 def release_dead(study: "Study", folder: StudyFolder) -> None:
-    """End what a killed process has left, and have it tried again. To be called where the folder is locked."""
+    """Mark trials of killed processes as failed and enqueue them again. Call this while the folder is locked."""
     from optuna.trial import TrialState
 
     for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):

@@ -17,7 +17,7 @@ from common.meter import Meter, duration, meter
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that only moves when told to."""
+    """A clock that only the test advances."""
     now = SimpleNamespace(seconds=1000.0)
     monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now.seconds))
     monkeypatch.setattr(Meter, "next_line", 0.0)

@@ -52,7 +52,7 @@ def test_no_space_left_is_reported_with_the_path_and_what_is_kept(tmp_path):
     full = path.with_name(f".last.pt.{os.getpid()}.partial")
     full.symlink_to("/dev/full")  # every write to it gives ENOSPC
     with pytest.raises(
-        EnvironmentFault, match=r"last\.pt could not be written: No space left.*kept: \S*last\.pt as it"
+        EnvironmentFault, match=r"last\.pt could not be written: No space left.*kept: \S*last\.pt, unchanged"
     ):
         save_checkpoint(path, {"epoch": 2, "weights": torch.zeros(100_000)})
     assert path.read_bytes() == before
