@@ -60,7 +60,7 @@ class AdaptedViT(nn.Module):
             x_BTD, _ = self.run(self.vit.blocks[index], x_BTD, ropes[index], None, False, None)
             if index in self.blocks:
                 normed[index] = self.vit.norm(x_BTD)
-        pooled = torch.cat([pool(how, normed[index], prefix) for how, index in self.features], dim=-1)
+        pooled = torch.cat([pool(pooling, normed[index], prefix) for pooling, index in self.features], dim=-1)
         return self.head(self.neck(pooled)).float()
 
 

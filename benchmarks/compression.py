@@ -152,10 +152,10 @@ def _calibrations(row: dict[str, Any]) -> str:
     """Macro-F1 and mean error for each calibration of the scales."""
     tried = next(step["calibrations"] for step in row["steps"] if step["step"] == "quantise")
     said = []
-    for how, found in tried.items():
+    for calibration, found in tried.items():
         errors = [error for error in found["errors"] if error is not None]
         mean = 100 * sum(errors) / len(errors)
-        said.append(f"{how} {100 * found['macro_f1_validation']:.2f} %, mean error {mean:.3f} %")
+        said.append(f"{calibration} {100 * found['macro_f1_validation']:.2f} %, mean error {mean:.3f} %")
     return "; ".join(said)
 
 

@@ -56,9 +56,9 @@ def main(argv: list[str] | None = None) -> None:
     twin = twin_of(config, bank.feature_shape, inputs.splits.train.num_classes, inputs.backbone)
     if not options.untrained:
         extract(bank)
-    found, how = {}, measure_new if options.untrained else measure
+    found, measured_by = {}, measure_new if options.untrained else measure
     for name, one in named(config, twin).items():
-        figures = attempt(partial(how, one, inputs, bank, options.seconds))
+        figures = attempt(partial(measured_by, one, inputs, bank, options.seconds))
         if isinstance(figures, Failure):
             warn(f"{name} has no results: {figures.reason}")
         else:

@@ -151,14 +151,14 @@ def agree(options, device: torch.device) -> dict[str, float]:
             layer = ours(_shape(options, kind, 4, 2)).eval()
         x_BD = torch.randn(200, options.features, device=device, requires_grad=True)
         run, gradients = _step(layer, lambda x_BD, layer=layer: layer(x_BD)[0], x_BD), {}
-        for how in ("sorted", "grouped", "dense"):
-            layer.dispatch_mode = how
+        for mode in ("sorted", "grouped", "dense"):
+            layer.dispatch_mode = mode
             run()
             parts = [x_BD.grad, *(p.grad for p in layer.experts.parameters())]
-            gradients[how] = [part.float().clone() for part in parts]
-        for how in ("grouped", "dense"):
-            pairs = zip(gradients[how], gradients["sorted"], strict=True)
-            found[f"{kind} {how}"] = max(float((a - b).norm() / b.norm().clamp_min(1e-12)) for a, b in pairs)
+            gradients[mode] = [part.float().clone() for part in parts]
+        for mode in ("grouped", "dense"):
+            pairs = zip(gradients[mode], gradients["sorted"], strict=True)
+            found[f"{kind} {mode}"] = max(float((a - b).norm() / b.norm().clamp_min(1e-12)) for a, b in pairs)
     return found
 
 

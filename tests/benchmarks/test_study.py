@@ -142,6 +142,7 @@ def test_validation_chooses_who_gets_more_seeds():
     assert study.best({name: chosen[name] for name in ("dense, a", "linear head")}) == {}
 
 
+@pytest.mark.slow
 def test_the_curve_is_drawn(tmp_path):
     def row(method, score, ends):
         paired = {} if method.startswith("dense") else {"paired": (0.001, *ends)}

@@ -105,6 +105,7 @@ def opens_without_encoding(source):
             yield call.lineno
 
 
+@pytest.mark.slow
 def test_every_text_file_is_read_and_written_as_utf8():
     assert list(opens_without_encoding("open('a')\npath.open('w')\nopen('a', 'rb')\nx.read_text()\n")) == [1, 2, 4]
     files = [

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import mostly_slow
 from distributed_helpers import in_processes
 
 from model.dispatch import COMBINE, dispatch
@@ -82,7 +83,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", mostly_slow(CASES, ["three", "drops", "copies"]))
 def test_values_and_gradients_are_those_of_one_process(case):
     ends, share_EM, whole, mode, combine = CASES[case]
     experts, x_BD, target_BC = build()

@@ -158,7 +158,8 @@ def grown_behind(grown, add=(), dispatch="auto", combine="logits", **router) -> 
 @pytest.mark.parametrize(
     "kind, options, dispatch",
     [
-        *((kind, options, "auto") for kind, options in GROWING),
+        *((kind, options, "auto") for kind, options in GROWING[:4]),
+        *(pytest.param(kind, options, "auto", marks=pytest.mark.slow) for kind, options in GROWING[4:]),
         *(("noisy_topk", {"bias_rate": 0.01}, dispatch) for dispatch in ("dense", "grouped")),
     ],
     ids=str,
