@@ -40,6 +40,8 @@ def main() -> None:
         checked = export(trained, options.out)
     batches = ", ".join(map(str, BATCHES))
     print(f"checked      against the run with batches of {batches}: probabilities within {checked.probabilities:.1g}")
+    if checked.undecided:
+        print(f"             except in {checked.undecided} of {sum(BATCHES)} images: a token chose another expert")
     print(f"written to   {printable(options.out)}, {checked.bytes / 1e6:,.1f} MB; docs/export.md shows how to run it")
 
 

@@ -86,11 +86,13 @@ def serve_page(options: argparse.Namespace) -> None:
         say(f"open http://{HOST}:{listening.getsockname()[1]} in a browser on this machine; press Ctrl-C to stop")
         with stoppable():
             serve(
-                listening, f"Vision MoE: {printable(options.run)}", asked(trained, options.top, unlike, options.reject)
+                listening,
+                f"Vision MoE: {printable(options.run)}",
+                answerer(trained, options.top, unlike, options.reject),
             )
 
 
-def asked(trained: TrainedRun, top: int, unlike: Unlike | None = None, share: float | None = None) -> Ask:
+def answerer(trained: TrainedRun, top: int, unlike: Unlike | None = None, share: float | None = None) -> Ask:
     """The function behind the page: from an image file to its entry in --json and its figure."""
 
     def ask(file: Path) -> tuple[dict[str, Any], "Figure"]:
@@ -118,7 +120,7 @@ def gather(paths: list[Path]) -> tuple[list[Path], list[dict[str, str]]]:
             say(f"error: {error}")
             failed.append({"file": str(path), "reason": str(error)})
     if not files:
-        raise UserError("none of the folders holds an image: name files, or folders of images")
+        raise UserError("none of the folders contains an image: name files, or folders of images")
     return files, failed
 
 

@@ -97,7 +97,7 @@ def removal(
     return {key: np.array(values, dtype=np.float64) for key, values in columns.items()}
 
 
-def taken_over(before_EE: ArrayLike, after_EE: ArrayLike) -> FloatArray:
+def reassigned(before_EE: ArrayLike, after_EE: ArrayLike) -> FloatArray:
     """Experts to which the samples of each expert are reassigned, as shares (E, E) whose rows sum to 1, or zeros.
 
     Row e of each table: the assignments, to each expert, of the samples that use expert e, before and after e is
@@ -110,7 +110,7 @@ def taken_over(before_EE: ArrayLike, after_EE: ArrayLike) -> FloatArray:
 def cost_saved(before_EE: ArrayLike, after_EE: ArrayLike, cost_E: ArrayLike, num_samples: int) -> FloatArray:
     """Cost saved per mean sample without each expert, after its samples were reassigned; negative: extra cost.
 
-    cost_E: of one sample in each expert, such as FLOPs. The tables are those of `taken_over`.
+    cost_E: of one sample in each expert, such as FLOPs. The tables are those of `reassigned`.
     """
     saved_EE = np.asarray(before_EE, dtype=np.float64) - np.asarray(after_EE, dtype=np.float64)
     return saved_EE @ np.asarray(cost_E, dtype=np.float64) / max(1, num_samples)

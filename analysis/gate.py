@@ -86,13 +86,13 @@ class Plane:
     """The plane that separates groups of samples best, and samples on it.
 
     points_N2: coordinates. explained_2: share of the between-group variance (relative to that within groups) on each
-    axis. told: share of the samples whose own group has the nearest centre on the plane. chance: share of the largest
-    group, the score of a constant guess.
+    axis. accuracy: share of the samples whose own group has the nearest centre on the plane. chance: share of the
+    largest group, the score of a constant guess.
     """
 
     points_N2: FloatArray
     explained_2: FloatArray
-    told: float
+    accuracy: float
     chance: float
 
 
@@ -128,8 +128,8 @@ def discriminant_plane(
     points_N2 = lda.transform(reduce.transform(np.asarray(shown_ND)))[:, :2]
     nearest_N = np.square(points_N2[:, None] - centre_GA[:, :2]).sum(axis=2).argmin(axis=1)
     shown_N = np.asarray(shown_group_N)
-    told, largest = (groups_G[nearest_N] == shown_N).mean(), np.bincount(shown_N[shown_N >= 0], minlength=1).max()
-    return Plane(points_N2, between_A[:2] / between_A.sum(), float(told), float(largest / len(shown_N)))
+    accuracy, largest = (groups_G[nearest_N] == shown_N).mean(), np.bincount(shown_N[shown_N >= 0], minlength=1).max()
+    return Plane(points_N2, between_A[:2] / between_A.sum(), float(accuracy), float(largest / len(shown_N)))
 
 
 def _mean(values: np.ndarray) -> float | None:

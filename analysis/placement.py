@@ -72,16 +72,16 @@ def _program(work_E: FloatArray, processes: int) -> FloatArray | None:
     experts, pairs = len(work_E), len(work_E) * processes
     unit, of_expert, of_process = eye(pairs), kron(eye(experts), np.ones((1, processes))), eye(processes)
 
-    def nothing(rows: int, columns: int = pairs) -> Any:
+    def zeros(rows: int, columns: int = pairs) -> Any:
         return coo_array((rows, columns))
 
     held = kron(np.ones((1, experts)), of_process)
     # Variables: y (E, M), x (E, M), t. Each row: matrix, lower limit, upper limit.
     rows: list[Any] = [
-        (hstack([of_expert, nothing(experts), nothing(experts, 1)]), 1, 1),
-        (hstack([unit, -unit, nothing(pairs, 1)]), -np.inf, 0),
-        (hstack([kron(work_E[None], of_process), nothing(processes), -np.ones((processes, 1))]), -np.inf, 0),
-        (hstack([nothing(processes), held, nothing(processes, 1)]), 1, places(experts, processes)),
+        (hstack([of_expert, zeros(experts), zeros(experts, 1)]), 1, 1),
+        (hstack([unit, -unit, zeros(pairs, 1)]), -np.inf, 0),
+        (hstack([kron(work_E[None], of_process), zeros(processes), -np.ones((processes, 1))]), -np.inf, 0),
+        (hstack([zeros(processes), held, zeros(processes, 1)]), 1, places(experts, processes)),
     ]
     low, high = ([np.full(row[0].shape[0], row[side]) for row in rows] for side in (1, 2))
     limits: Any = (np.concatenate(low), np.concatenate(high))

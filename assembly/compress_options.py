@@ -13,7 +13,7 @@ from tracking.tracker import MODES
 
 
 def read_options(description: str, argv: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line; its help begins with the description. Raises UserError."""
+    """Read the command line; its help starts with the description. Raises UserError."""
     parser = Parser(prog="compress.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "runs",
@@ -159,7 +159,7 @@ def _experts_of(option: str, words: list[str] | None) -> list[int] | str | None:
 
 
 def plan_of(options: argparse.Namespace) -> Plan:
-    """What the options ask for. Raises UserError where --out exists, or no folder can be created there."""
+    """The plan of the options. Raises UserError if --out exists, or no folder can be created there."""
     if options.out.exists():
         raise UserError(f"--out {options.out} exists: name a new folder")
     require_place(options.out, "--out")

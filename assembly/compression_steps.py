@@ -9,7 +9,7 @@ import torch
 from assembly.loading import OpenRun
 from assembly.pipeline import build_model
 from common.errors import UserError
-from compression.merge import check_merge, choose_groups, fit, likeness_of_gates, merge
+from compression.merge import check_merge, choose_groups, fit, merge, similarity_of_gates
 from compression.observe import HEAD
 from compression.prune import check_prune, prune, prune_to_budget
 from compression.quantise import (
@@ -170,7 +170,7 @@ def _merge(work: Work, say: Callable[[str], None]) -> None:
     number = int(work.plan.merge or 0)
     check_merge(work.config, number)
     labels = work.config.experts.labels()
-    groups = choose_groups(work.config, work.model, likeness_of_gates(work.model, work.training()), number)
+    groups = choose_groups(work.config, work.model, similarity_of_gates(work.model, work.training()), number)
     config, smaller = merge(work.config, work.model, groups, work.build)
     averaged = work.score(smaller)
     fit(work.model, smaller, groups, work.training())
@@ -206,23 +206,32 @@ def _quantise(work: Work, say: Callable[[str], None]) -> None:
     number_format, model, before = str(work.plan.quantise), work.model, work.validated.scores["macro_f1"]
     owners = owners_of(model)
     tried = {}
-    for how in CALIBRATIONS:
-        tried[how] = _try_calibration(work, owners, number_format, how)
-        errors = [error for error in tried[how].errors.values() if error is not None]
+    for calibration in CALIBRATIONS:
+        tried[calibration] = _try_calibration(work, owners, number_format, calibration)
+        errors = [error for error in tried[calibration].errors.values() if error is not None]
         mean = f"mean error {100 * sum(errors) / len(errors):.2f} %"
-        say(f"quantise     calibrated {how}: macro-F1 {100 * tried[how].macro_f1:.2f} %, {mean}")
+        say(f"quantise     calibrated {calibration}: macro-F1 {100 * tried[calibration].macro_f1:.2f} %, {mean}")
     chosen = tried[work.plan.calibrate]
     alone = [work.score(rounded(model, owners, {owner.number: number_format}, chosen.scales)) for owner in owners]
     lost = {owner.number: 100 * (before - score) for owner, score in zip(owners, alone, strict=True)}
     formats = _formats(work, owners, number_format, chosen, lost)
     smaller = quantise(work.config, model, owners, formats, chosen.scales, work.build)
-    work.take(*smaller, "quantise", format=number_format, calibrations={how: t.to_dict() for how, t in tried.items()})
+    work.take(
+        *smaller,
+        "quantise",
+        format=number_format,
+        calibrations={name: t.to_dict() for name, t in tried.items()},
+    )
     _note_formats(work, formats, chosen.errors, lost)
 
 
-def _try_calibration(work: Work, owners: list[Owner], number_format: str, how: str) -> _Tried:
+def _try_calibration(work: Work, owners: list[Owner], number_format: str, calibration: str) -> _Tried:
     model = work.model
-    found = None if how == "none" else calibrate(model, owners, work.training(), work.plan.rows, how == "equal")
+    found = (
+        None
+        if calibration == "none"
+        else calibrate(model, owners, work.training(), work.plan.rows, calibration == "equal")
+    )
     scales = choose_scales(model, owners, number_format, found)
     changed = rounded(model, owners, {owner.number: number_format for owner in owners}, scales)
     fewest = found and min(found.rows[place, owner.number] for owner in owners for place in owner.parts)

@@ -222,7 +222,7 @@ def backbone_identity(config: Config, backbone: Backbone) -> dict[str, str]:
 
 
 def identity(config: Config, splits: Splits, backbone: Backbone, feature_shape: tuple[int, ...]) -> dict[str, Any]:
-    """What trained weights depend on (backbone, data, classes, feature shape), as plain values stored beside them."""
+    """What trained weights depend on (backbone, data, classes, feature shape), as plain values stored with them."""
     return {
         "config": config.to_dict(),
         "backbone": backbone_identity(config, backbone),

@@ -25,7 +25,7 @@ def train_seeds(invocation: Invocation, train: Train) -> None:
     """Train the seeds train.seed, train.seed + 1, ... and print their combined scores.
 
     invocation: the command line, with the number of seeds. train: trains one run. The runs are sequential and share the
-    backbone, the images and the features; with data.shots each one draws images of its own, by data.split_seed,
+    backbone, the images and the features; with data.shots each seed draws different images, with data.split_seed,
     data.split_seed + 1, ... A seed with an unfinished folder is continued, and a seed that is already
     scored is skipped; so an interrupted command continues when it is run again with its --run_dir. Raises UserError as
     `load_inputs`, `dense_twin` and `start_of`.
@@ -53,7 +53,7 @@ def train_seeds(invocation: Invocation, train: Train) -> None:
             print(f"seed         {seed}", flush=True)
             train(start, inputs, bank)
     if len(runs) > 1 and world().first:
-        out = base.with_name(f"{base.name}-seeds")
+        out = base.with_name(f"{base.name}-comparison")
         print(f"\n{compare(runs, out)}\nwritten to   {printable(out)}")
 
 

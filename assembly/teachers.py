@@ -1,4 +1,4 @@
-"""The teachers of a student whose training was interrupted: they teach on when train.py goes on with it."""
+"""The teachers of a student whose training was interrupted: distillation continues when train.py resumes it."""
 
 import copy
 import json
@@ -24,9 +24,9 @@ from training.teacher import Teacher
 
 @dataclass(frozen=True)
 class Teachers:
-    """Which runs teach, and how: what `Teacher` takes. quantise: what is asked of compress.py after that, if anything.
+    """The teacher runs and their settings for `Teacher`. quantise: the later step of compress.py, if any.
 
-    Kept in the student's folder for as long as the student is in training.
+    Stored in the student's folder while the student is in training.
     """
 
     runs: list[str]
@@ -35,11 +35,11 @@ class Teachers:
     quantise: str | None = None
 
     def keep(self, run: RunFolder) -> None:
-        """Write them down for a later process."""
+        """Store them for a later process."""
         write_json(run.teachers, asdict(self))
 
     def teach(self, models: Sequence[AnyMoE], config: Config, device: torch.device) -> Teacher:
-        """Models that teach a student of this configuration: copies, which are compiled as its own model is."""
+        """Teacher models for a student of this configuration: copies, compiled like its own model."""
         own = [m.on(m.backbone) if isinstance(m, MoEViT) else copy.deepcopy(m) for m in models]
         for model in own:
             compile_blocks(config, model, device)
@@ -47,10 +47,10 @@ class Teachers:
 
 
 def teacher_of(start: Start, config: Config, device: torch.device) -> Teacher | None:
-    """The teacher of a run that is resumed while compress.py has not come to its end; None for any other run.
+    """The teacher of a resumed run whose compression has not finished; None for any other run.
 
-    Raises UserError where there is no checkpoint, since the run began with weights that are not kept, where a teacher
-    is gone, and for a file that is not of this kind.
+    Raises UserError if there is no checkpoint, because the initial weights of the run are not stored, if a teacher is
+    missing, and for an invalid file.
     """
     run = start.resumed
     if run is None or not run.teachers.is_file():
@@ -59,7 +59,7 @@ def teacher_of(start: Start, config: Config, device: torch.device) -> Teacher | 
         found = Teachers(**json.loads(run.teachers.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(
-            f"{run.teachers} is not what compress.py writes: delete it to go on without teachers"
+            f"{run.teachers} was not written by compress.py: delete it to continue without teachers"
         ) from error
     if start.checkpoint is None:
         raise UserError(
@@ -74,8 +74,8 @@ def teacher_of(start: Start, config: Config, device: torch.device) -> Teacher | 
             models.append(load_trained(path, str(device), moved, say).model)
         except UserError as error:
             raise UserError(
-                f"{printable(run.path)} is taught by {printable(path)}, which cannot be opened "
-                f"({one_line(error, 100)}): put it back, or delete {printable(run.teachers)} to go on without teachers"
+                f"{printable(run.path)} is distilled from {printable(path)}, which cannot be opened "
+                f"({one_line(error, 100)}): restore it, or delete {printable(run.teachers)} to continue without"
             ) from error
     if world().first:
         print(f"teachers     {', '.join(map(printable, found.runs))}")

@@ -16,7 +16,7 @@ from model.transfer import Frozen, Shared, take
 from storage.described import describe
 from storage.export import load_weights_of
 from storage.folder import RunFolder
-from tracking.tracker import tasks_of
+from tracking.tasks import tasks_of
 
 NAMED = 5  # classes named in the summary
 

@@ -1,1 +1,1 @@
-"""Measurements: each file is one command that prints one table and writes it as JSON."""
+"""Benchmarks: each file is one command that prints one table and writes it as JSON."""

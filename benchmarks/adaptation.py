@@ -1,20 +1,21 @@
-"""Ways to adapt one frozen ViT, trained beside each other: experts in its blocks, what they are compared with.
+"""Compare ways to adapt one frozen ViT: experts in its blocks, a dense adapter, LoRA, full fine-tuning, other recipes.
 
 python -m benchmarks.adaptation --data.root DATA --backbone.weights FILE              all methods, on a GPU
 python -m benchmarks.adaptation --methods lora --seeds 3 --data.root DATA ...         some of the runs
-python -m benchmarks.adaptation --tables                                              what is stored, as Markdown
-python -m benchmarks.adaptation --tiny                                                a rehearsal on a CPU, with digits
+python -m benchmarks.adaptation --tables                                              the stored results, as Markdown
+python -m benchmarks.adaptation --tiny                                                a quick trial on a CPU, with
+digits
 
-experts: the default recipe. dense: one adapter in each block, as wide as the recipe's active width under an even load.
-lora: LoRA of as many trained weights (peft), in every matrix of the blocks. full: all weights of the ViT. head: the
-head recipe. article: the reference recipe, on cached features. The first four have the same images, views, order,
-batches, schedule and linear head; each of dense, lora and full has the learning rate that is best of three on
-validation images (a tenth of the training images, --pick_epochs epochs, one seed; the recipe was chosen on the same
-split). The test images are scored once a run.
+experts: the default recipe. dense: one adapter in each block, with the recipe's active width under an even load. lora:
+LoRA with the same number of trained weights (peft), in every matrix of the blocks. full: all weights of the ViT. head:
+the head recipe. article: the reference recipe, on cached features. The first four use the same images, views, order,
+batches, schedule and linear head. dense, lora and full each use the best of three learning rates on validation images
+(a tenth of the training images, --pick_epochs epochs, one seed; the recipe was chosen on the same split). The test
+images are scored once per run.
 
-Every run is a line of --out/adaptation.jsonl; runs that stand there are not made again, so that several processes,
-each on its own GPU and with its own --out, can share the work by --methods and --first_seed: their files, one behind
-the other, are a file of all. Options that are none of those below go to train.py's configuration.
+Every run is a line of --out/adaptation.jsonl, and runs in this file are not repeated. Several processes, each with its
+own GPU and its own --out, can therefore share the work with --methods and --first_seed; concatenate their files to get
+one file of all runs. Options that are not listed below go to train.py's configuration.
 """
 
 import json
@@ -43,17 +44,19 @@ TINY += ["--train.batch_size", "32", "--data.validation", "0.2", "--router.warmu
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train what is asked for and not there yet, print the table of all that is."""
+    """Train the requested runs that are missing, and print the table of all runs."""
     parser = Parser("adaptation", __doc__, seconds=3600, tiny={"seeds": 1, "methods": ["experts", "dense", "full"]})
     parser.allow_abbrev = False
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="which (default: all)")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="methods to run (default: all)")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method (default 3)")
     parser.add_argument("--first_seed", type=int, default=0, help="the first of the seeds (default 0)")
-    parser.add_argument("--pick_epochs", type=int, default=3, help="of a run that chooses a learning rate (default 3)")
     parser.add_argument(
-        "--pick_only", action="store_true", help="choose learning rates, and leave the test images (default: no)"
+        "--pick_epochs", type=int, default=3, help="epochs of a run that selects a learning rate (default 3)"
     )
-    parser.add_argument("--tables", action="store_true", help="only print what is stored (default: no)")
+    parser.add_argument(
+        "--pick_only", action="store_true", help="only choose learning rates, without the test images (default: no)"
+    )
+    parser.add_argument("--tables", action="store_true", help="only print the stored results (default: no)")
     options, rest = parser.parse_known_args(argv)
     rest = [*TINY, *rest] if options.tiny else rest
     device = start(options)
@@ -73,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
             config = of_method(method, base, rest, picked)
             config.train.seed = seed
             once(path, {"method": method, "pick": False, "seed": seed, "lr": config.optim.lr}, config, "test")
-    title = "Ways to adapt a frozen ViT: test scores of one seed or more"
+    title = "Ways to adapt a frozen ViT: test scores"
     print(title if options.tables else header(title, environment(device)))
     print(table(*report(read(path))))
 
@@ -98,7 +101,7 @@ def of_method(method: str, base: Config, rest: list[str], lr: float | None) -> C
 
 
 def _pairs(words: list[str]) -> list[tuple[str, ...]]:
-    """A command line by options, each with its value."""
+    """A command line as options with their values."""
     found: list[tuple[str, ...]] = []
     for word in words:
         found = [*found, (word,)] if word.startswith("--") else [*found[:-1], (*found[-1], word)]
@@ -106,7 +109,7 @@ def _pairs(words: list[str]) -> list[tuple[str, ...]]:
 
 
 def once(path: Path, key: dict, config: Config, split: str) -> None:
-    """Train and score a split, unless the file has that run; append it."""
+    """Train and score on a split, unless the file has that run; append the result."""
     if any(all(line.get(name) == value for name, value in key.items()) for line in read(path)):
         return
     began = time.perf_counter()
@@ -133,18 +136,18 @@ def _by_trainer(config: Config, inputs: Inputs, split: str) -> dict:
 
 
 def read(path: Path) -> list[dict]:
-    """The runs of a file, none where there is none."""
+    """The runs in a file; none if it does not exist."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def best_rate(lines: list[dict], method: str) -> float | None:
-    """The learning rate of the best validation macro-F1, None where none was tried."""
+    """The learning rate with the best validation macro-F1; None if none was tried."""
     tried = [line for line in lines if line["method"] == method and line["pick"]]
     return max(tried, key=lambda line: line["macro_f1"])["lr"] if tried else None
 
 
 def report(lines: list[dict]) -> tuple[list[str], list[list]]:
-    """Columns and rows: mean and deviation of each method, and its paired difference with the experts (95 %)."""
+    """Columns and rows: mean and deviation of each method, and its paired difference to the experts (95 %)."""
     by: dict[str, dict[int, dict]] = {}
     for method in METHODS:
         runs, best = [x for x in lines if x["method"] == method and not x["pick"]], best_rate(lines, method)

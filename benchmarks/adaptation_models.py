@@ -1,4 +1,4 @@
-"""What experts inside a frozen ViT are compared with: the whole ViT trained, or LoRA in all of its blocks."""
+"""Baselines for experts inside a frozen ViT: full fine-tuning, or LoRA in all of its blocks."""
 
 import copy
 import time
@@ -25,9 +25,9 @@ LORA_TARGETS = r"blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])"  # every matrix of
 
 
 class AdaptedViT(nn.Module):
-    """Images (B, 3, H, W) -> class logits (B, C): a ViT without experts, and the neck and linear head of MoEViT.
+    """Images (B, 3, H, W) -> class logits (B, C): a ViT without experts, with the neck and linear head of MoEViT.
 
-    rank: of LoRA (Hu 2022) in every matrix of the blocks, by peft, with alpha = rank and the ViT frozen; 0: all weights
+    rank: of LoRA (Hu 2022) in every matrix of the blocks, by peft, with alpha = rank and a frozen ViT; 0: all weights
     of the ViT are trained. The ViT is a copy of the backbone's, in float32 under bfloat16 autocast on a GPU.
     """
 
@@ -35,7 +35,7 @@ class AdaptedViT(nn.Module):
         super().__init__()
         vit: Any = copy.deepcopy(backbone.vit).float().requires_grad_(rank == 0)
         if rank:
-            from peft import LoraConfig, inject_adapter_in_model  # only here: no other part needs it
+            from peft import LoraConfig, inject_adapter_in_model  # imported here, because no other part needs it
 
             vit = inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_TARGETS), vit)
         self.vit, self.blocks, self.features = vit, backbone.blocks, backbone.features
@@ -46,12 +46,12 @@ class AdaptedViT(nn.Module):
         self.run: Any = run_block
 
     def compile(self) -> None:
-        """Compile the blocks, one for all, when the first batch comes."""
+        """Compile the blocks, with one result for all, at the first batch."""
         torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 64)
         self.run = torch.compile(run_block, dynamic=False)
 
     def forward(self, images_BCHW: Tensor, patch_dropout: float = 0.0) -> Tensor:
-        """images_BCHW: uint8. patch_dropout: share of the patches that each image leaves out."""
+        """images_BCHW: uint8. patch_dropout: fraction of the patches dropped from each image."""
         prefix = int(self.vit.num_prefix_tokens)
         x_BTD, ropes = embed(self.vit, prepare(images_BCHW, self.size, self.mean, self.std))
         x_BTD = drop_patches(x_BTD, prefix, patch_dropout) if patch_dropout else x_BTD
@@ -60,12 +60,12 @@ class AdaptedViT(nn.Module):
             x_BTD, _ = self.run(self.vit.blocks[index], x_BTD, ropes[index], None, False, None)
             if index in self.blocks:
                 normed[index] = self.vit.norm(x_BTD)
-        pooled = torch.cat([pool(how, normed[index], prefix) for how, index in self.features], dim=-1)
+        pooled = torch.cat([pool(pooling, normed[index], prefix) for pooling, index in self.features], dim=-1)
         return self.head(self.neck(pooled)).float()
 
 
 def lora_rank(config: Config, backbone: Backbone) -> int:
-    """The rank at which LoRA trains as many weights as the adapters of a configuration."""
+    """The rank for which LoRA has as many trained weights as the adapters of a configuration."""
     per_rank = sum(
         module.in_features + module.out_features
         for module in backbone.vit.blocks[0].modules()
@@ -76,7 +76,7 @@ def lora_rank(config: Config, backbone: Backbone) -> int:
 
 
 def train_adapted(config: Config, inputs: Inputs, rank: int, split: str) -> dict:
-    """Train an AdaptedViT by the schedule, views and batches of a configuration, and score a split.
+    """Train an AdaptedViT with the schedule, views and batches of a configuration, and score it on a split.
 
     rank: of LoRA; 0: full fine-tuning.
     """

@@ -1,4 +1,4 @@
-"""The adapters and mixtures that the study inside the ViT compares, all of which cost a token the same."""
+"""The adapters and mixtures in the study inside the ViT; all have the same cost per token."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,22 +7,22 @@ from typing import Any
 from benchmarks.study_heads import mixture
 
 WIDTHS = (4, 8, 16, 32, 64, 128)
-RATIO = (1, 2, 4, 8)  # of the widths of unequal experts
+RATIO = (1, 2, 4, 8)  # ratio of the widths of unequal experts
 EXPERTS = len(RATIO)
 GATE = EXPERTS // 2
-"""Hidden units that cost a token what its gate does: D * E multiply-adds, against 2 * D for a unit."""
+"""Hidden units with the same cost per token as the gate: D * E multiply-adds, compared with 2 * D for a unit."""
 RULES_AT = 16  # the width at which all rules are compared
 RULES = ("vmoe", "deepseek", "hash", "top_p")
-BY_IMAGE = (4, 16, 64)  # the widths at which an image makes one decision for all its tokens
+BY_IMAGE = (4, 16, 64)  # the widths at which routing by image is also tested
 DENSE = "dense"
 
 
 @dataclass(frozen=True)
 class Method:
-    """What stands beside the FFN of each block, at one width.
+    """The adapter or mixture in parallel to the FFN of each block, at one width.
 
     name: the same at all widths. width: active hidden units of a mixture whose gate reads every token. sizes: hidden
-    units of each expert. static: what has other shapes from batch to batch is never captured.
+    units of each expert. static: whether shapes are the same in all batches; otherwise steps are never captured.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Method:
 
     @property
     def kind(self) -> str:
-        """What methods have in common whose steps run alike."""
+        """The key shared by methods with the same kind of steps."""
         return f"{self.rule}, k {self.top_k}, {self.level}"
 
     @property
@@ -50,9 +50,9 @@ class Method:
 
 
 def unequal(active: int, top_k: int) -> tuple[int, ...]:
-    """Widths as 1 : 2 : 4 : 8, of which top_k have `active` units on average where the load is even.
+    """Widths in the ratio 1 : 2 : 4 : 8, of which top_k have `active` units on average under an even load.
 
-    In whole units, at least one each: the largest remainders are rounded up.
+    Widths are whole numbers, at least 1; the largest remainders are rounded up.
     """
     total = EXPERTS * active // top_k
     exact = [total * share / sum(RATIO) for share in RATIO]
@@ -64,26 +64,26 @@ def unequal(active: int, top_k: int) -> tuple[int, ...]:
 
 
 def equal(active: int, top_k: int) -> tuple[int, ...]:
-    """Experts of one width, of which top_k have `active` units."""
+    """Experts of equal width, of which top_k have `active` units in total."""
     return (active // top_k,) * EXPERTS
 
 
 def routed(width: int, shape: str, top_k: int, rule: str = "noisy_topk", level: str = "token") -> Method:
-    """A mixture of `shape` (equal, unequal). One decision an image costs nearly nothing, and buys GATE more units."""
+    """A mixture of `shape` (equal, unequal). Routing by image costs almost nothing, so it gets GATE more units."""
     active = width + (GATE if level == "image" else 0)
     sizes = {"equal": equal, "unequal": unequal}[shape](active, top_k)
     return Method(f"{shape}, k {top_k}, {level}, {rule}", width, rule, sizes, top_k, level)
 
 
 def dense(width: int) -> Method:
-    """One adapter that costs a token what the mixtures of this width do, their gates included."""
+    """One adapter with the same cost per token as the mixtures of this width, including their gates."""
     return Method(DENSE, width, "hash", (width + GATE,))
 
 
 def methods(widths: Sequence[int] = WIDTHS) -> list[Method]:
-    """All of them, the most important ones first: a study that ends early has whole comparisons."""
+    """All methods, the most important ones first, so that a study that ends early has complete comparisons."""
     middle = min(widths, key=lambda width: abs(width - RULES_AT))
-    # The middle, then the ends, so that the curve has its shape early.
+    # The middle first, then the ends, so that the shape of the curve is known early.
     order = [middle, *sorted((width for width in widths if width != middle), key=lambda w: (w not in (4, 64), w))]
     found = []
     for width in order:

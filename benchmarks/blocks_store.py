@@ -12,10 +12,10 @@ from benchmarks.blocks_training import Setting
 
 
 class Store:
-    """The runs in FOLDER/runs.jsonl, one a line, of one setting only, and what is still to be done.
+    """The runs in FOLDER/runs.jsonl, one per line, of a single setting, and the remaining work.
 
-    runs: method's label -> (rate, seed) -> result. eager: kinds of methods whose steps cannot be captured. where: what
-    they ran on. held: seconds that all GPUs together were held.
+    runs: method's label -> (rate, seed) -> result. eager: kinds of methods whose steps cannot be captured. where: the
+    environment of the runs. held: total GPU seconds.
     """
 
     def __init__(self, folder: Path, setting: Setting, methods: list[Method], rates: Sequence[float], seeds: int):
@@ -24,7 +24,7 @@ class Store:
         self.read()
 
     def read(self) -> None:
-        """Look at the file again."""
+        """Read the file again."""
         self.runs: dict[str, dict[tuple[float, int], dict]] = {}
         self.eager: set[str] = set()
         self.where: dict[str, Any] = {}
@@ -33,13 +33,13 @@ class Store:
         for line in lines:
             try:
                 found = json.loads(line)
-            except ValueError:  # empty, or truncated by a kill: that run is done again
+            except ValueError:  # empty, or truncated by a kill: that run is repeated
                 continue
             if found["setting"] == asdict(self.setting):
                 self._take(found)
 
     def _take(self, found: dict[str, Any]) -> None:
-        if "begin" in found:  # a new start tries again what could not be captured
+        if "begin" in found:  # a new start retries steps that could not be captured
             self.eager.clear()
         if "eager" in found:
             self.eager.add(found["eager"])
@@ -49,7 +49,7 @@ class Store:
         self.held += found.get("held", 0.0)
 
     def add(self, **values: Any) -> None:
-        """Append a line, in one write: several processes do."""
+        """Append a line in one write, because several processes append."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         line = "\n" + json.dumps({"setting": asdict(self.setting), **values})
         with open(self.path, "a", encoding="utf-8") as file:
@@ -60,22 +60,22 @@ class Store:
         self.add(begin=f"{time.strftime('%Y-%m-%d %H:%M')}")
 
     def keep(self, method: Method, rate: float, seed: int, result: dict[str, Any] | str) -> None:
-        """A finished run; a text says why it has no scores."""
+        """Store a finished run; a text is the reason why it has no scores."""
         found = {"failed": result} if isinstance(result, str) else result
         self.runs.setdefault(method.label, {})[rate, seed] = found
         self.add(label=method.label, rate=rate, seed=seed, result=found)
 
     def best_rate(self, method: Method) -> float | None:
-        """The rate of the best validation macro-F1 by seed 0 (None: not all are there, or all have failed)."""
+        """The rate with the best validation macro-F1 for seed 0 (None: some are missing, or all have failed)."""
         runs = self.runs.get(method.label, {})
         tried = {rate: runs.get((rate, 0)) for rate in self.rates}
         scored = {rate: run["validation"]["macro_f1"] for rate, run in tried.items() if run and "failed" not in run}
-        if not scored or None in tried.values():  # with fewer, its budget would not have been that of the others
+        if not scored or None in tried.values():  # with fewer rates its search budget would differ from the others
             return None
         return max(scored, key=lambda rate: scored[rate])
 
     def next_run(self, method: Method) -> tuple[float, int] | None:
-        """Rate and seed of what is to be done next: first the rates by seed 0, then the other seeds."""
+        """Rate and seed of the next run: first all rates with seed 0, then the other seeds."""
         runs = self.runs.get(method.label, {})
         left = [(rate, 0) for rate in self.rates if (rate, 0) not in runs]
         if not left and (best := self.best_rate(method)) is not None:

@@ -1,4 +1,4 @@
-"""What the study inside the ViT says: tables in Markdown, and the curve over the width."""
+"""The results of the study inside the ViT: tables in Markdown, and the curve over the width."""
 
 import statistics
 from pathlib import Path
@@ -13,9 +13,9 @@ MEANS = ("flops", "active_parameters", "trained_parameters", "active_width", "se
 
 
 def rows(store: Any) -> list[dict[str, Any]]:
-    """A row for each method that has a learning rate and is done with it: scores, costs, difference to the dense one.
+    """A row for each finished method: scores, costs, and the difference to the dense adapter.
 
-    Intervals are of Student's t over the seeds, 95 %; differences are paired by seed.
+    Intervals are 95 % Student's t intervals over the seeds; differences are paired by seed.
     """
     done: dict[str, dict[int, dict]] = {}
     for method in store.methods:
@@ -43,7 +43,7 @@ def rows(store: Any) -> list[dict[str, Any]]:
 
 
 COLUMNS = ["r", "method", "experts", "learning rate", "seeds", "macro-F1 (95 %)", "paired difference (95 %)"]
-COLUMNS += ["active width", "trained parameters", "active", "MFLOP an image", "seconds a run"]
+COLUMNS += ["active width", "trained parameters", "active", "MFLOP per image", "seconds per run"]
 
 
 def cells(row: dict[str, Any]) -> list[str]:
@@ -74,7 +74,7 @@ def _difference(paired: tuple[float, float | None, float | None] | None) -> str:
 
 
 def preferred(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each width the mixture of the highest validation macro-F1."""
+    """For each width, the mixture with the highest validation macro-F1."""
     best: dict[int, dict[str, Any]] = {}
     for row in found:
         if row["method"] != DENSE and row["validation"] > best.get(row["width"], {"validation": -1})["validation"]:
@@ -83,25 +83,25 @@ def preferred(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def show(store: Any, folder: Path) -> None:
-    """Print tables and what they took, and draw the curve."""
+    """Print the tables and their cost, and draw the curve."""
     found = rows(store)
     if not found:
-        print("no method is done with its learning rates yet: the same command goes on")
+        print("no method has finished its learning rates yet: run the same command again to continue")
         return
     setting = store.setting
     title = f"Experts from block {setting.first} on, {setting.epochs} epochs, batch {setting.batch}: test scores"
     print(header(title, store.where) if store.where else title)
     print()
     print(table(COLUMNS, [cells(row) for row in found]))
-    print("\nThe mixture that validation images prefer at each width, against the dense adapter of equal cost:\n")
+    print("\nThe mixture with the best validation score at each width, against the dense adapter of equal cost:\n")
     chosen = [[str(row["width"]), row["method"], _difference(row.get("paired"))] for row in preferred(found)]
     print(table(["r", "method", "paired difference (95 %)"], chosen))
     runs = [run for by_run in store.runs.values() for run in by_run.values()]
     spent = sum(run.get("seconds", 0.0) for run in runs)
     edges = sum(row["rate"] in (min(store.rates), max(store.rates)) for row in found)
     print(
-        f"\n{len(runs)} runs took {spent / 60:.1f} minutes of training and scoring; GPUs were held for "
-        f"{store.held / 60:.1f} minutes in all. {edges} of {len(found)} learning rates lie on an edge of the grid."
+        f"\n{len(runs)} runs took {spent / 60:.1f} minutes of training and scoring, and "
+        f"{store.held / 60:.1f} GPU minutes in total. {edges} of {len(found)} learning rates are at an edge."
     )
     for label, by_run in store.runs.items():
         for (rate, seed), run in by_run.items():
@@ -113,7 +113,7 @@ def show(store: Any, folder: Path) -> None:
 def draw(found: list[dict[str, Any]], path: Path) -> Path:
     """Macro-F1, and the paired difference to the dense adapter, over the active width, with 95 % intervals.
 
-    Methods that were trained at one width only are in the table alone, unless all were. Returns the path.
+    Methods that were trained at only one width appear only in the table, unless all were. Returns the path.
     """
     widths = sorted({row["width"] for row in found})
     lines: dict[str, list[dict]] = {}
@@ -125,12 +125,12 @@ def draw(found: list[dict[str, Any]], path: Path) -> Path:
     scores, differences = figure.subplots(2, 1, sharex=True)
     colours = {DENSE: "black"} | dict(zip([name for name in lines if name != DENSE], OKABE_ITO, strict=False))
     for index, (name, line) in enumerate(lines.items()):
-        look = {"color": colours.get(name, "grey"), "marker": "os^Dv<>P"[index % 8], "markersize": 4, "capsize": 2}
+        style = {"color": colours.get(name, "grey"), "marker": "os^Dv<>P"[index % 8], "markersize": 4, "capsize": 2}
         shift = 1.04 ** (index - len(lines) / 2)
         for axes, key in ((scores, "macro_f1"), (differences, "paired")):
             points = [(shift * row["width"], *row[key]) for row in line if key in row]
             if points:
-                _intervals(axes, points, {**look, "label": name})
+                _intervals(axes, points, {**style, "label": name})
     scores.set_ylabel("test macro-F1 (%), 95 % interval")
     scores.legend(fontsize=8)
     differences.axhline(0, color="black", linewidth=0.8)
@@ -144,7 +144,7 @@ def draw(found: list[dict[str, Any]], path: Path) -> Path:
     return save(figure, path)
 
 
-def _intervals(axes: Any, points: list[tuple], look: dict[str, Any]) -> None:
+def _intervals(axes: Any, points: list[tuple], style: dict[str, Any]) -> None:
     below = [100 * (0 if low is None else mean - low) for _, mean, low, _ in points]
     above = [100 * (0 if high is None else high - mean) for _, mean, _, high in points]
-    axes.errorbar([x for x, *_ in points], [100 * mean for _, mean, *_ in points], [below, above], **look)
+    axes.errorbar([x for x, *_ in points], [100 * mean for _, mean, *_ in points], [below, above], **style)

@@ -1,4 +1,4 @@
-"""Training adapters and mixtures in the last blocks of a frozen ViT, on tokens that the blocks below computed once."""
+"""Training of adapters and mixtures in the last blocks of a frozen ViT, on stored tokens of the blocks below."""
 
 import time
 from collections.abc import Callable
@@ -37,7 +37,7 @@ EVALUATION_BATCH = 500
 
 @dataclass(frozen=True)
 class Setting:
-    """What all runs have in common. first: the first block with experts. warmup: share of the steps at random."""
+    """The setting of all runs. first: the first block with experts. warmup: share of steps with random routing."""
 
     first: int
     epochs: int
@@ -52,11 +52,11 @@ class Setting:
 
 
 class CaptureFailed(Exception):
-    """A step that cannot be a CUDA graph, after which this process had better not go on."""
+    """A step cannot be captured as a CUDA graph; this process should not continue afterwards."""
 
 
 class LastBlocks(nn.Module):
-    """The last blocks of a frozen ViT, as a ViT whose images are the tokens that the first of these blocks reads."""
+    """The last blocks of a frozen ViT, as a ViT whose input is the token input of the first of these blocks."""
 
     def __init__(self, vit: Any, first: int, patches: int):
         super().__init__()
@@ -66,11 +66,11 @@ class LastBlocks(nn.Module):
         self.patch_embed.num_patches = patches
 
     def _pos_embed(self, x_BTD: Tensor) -> Tensor:
-        return x_BTD  # tokens carry their positions
+        return x_BTD  # tokens already include their position embeddings
 
 
 class FrozenEnd:
-    """`LastBlocks` as the backbone of a MoEViT, which shares the blocks' weights with the whole one."""
+    """`LastBlocks` as the backbone of a MoEViT; it shares the blocks' weights with the whole backbone."""
 
     def __init__(self, backbone: Backbone, first: int, patches: int, device: torch.device):
         self.vit: Any = LastBlocks(backbone.runner(device), first, patches)
@@ -79,28 +79,28 @@ class FrozenEnd:
         self.blocks = sorted({block for _, block in self.features})
 
     def runner(self, device: torch.device) -> Any:
-        """The ViT that does the work."""
+        """The ViT used for the computation."""
         return self.vit
 
 
 @torch.no_grad()
 def tokens_below(backbone: Backbone, images_BCHW: Tensor, first: int) -> Tensor:
-    """What block `first` reads of uint8 images: (B, T, D) in the ViT's precision."""
+    """The input of block `first` for uint8 images: (B, T, D) in the ViT's precision."""
     vit = backbone.runner(images_BCHW.device)
     x_BCHW = prepare(images_BCHW, backbone.image_size, backbone.mean, backbone.std)
     x_BTD, ropes = embed(vit, x_BCHW.to(backbone.dtype))
     if ropes[0] is not None:
-        raise UserError("the study is not for a ViT with rotary embeddings: choose another --backbone.name")
+        raise UserError("the study does not support a ViT with rotary embeddings: choose another --backbone.name")
     for block in list(vit.blocks)[:first]:
         x_BTD, _ = run_block(block, x_BTD, None, None, False, None)
     return x_BTD
 
 
 def averaged(x_BTD: Tensor, prefix: int, grid: tuple[int, int]) -> Tensor:
-    """The tokens with patches averaged two by two: a quarter of them. prefix: tokens before the patches."""
+    """The tokens with patches averaged over 2 x 2 blocks. prefix: number of tokens before the patches."""
     rows, columns = grid
     if rows % 2 or columns % 2:
-        raise UserError(f"the study averages patches two by two, and this ViT has {rows} x {columns}: choose another")
+        raise UserError(f"the study averages 2 x 2 patches, but this ViT has {rows} x {columns}: choose another")
     patches_BR2C2D = x_BTD[:, prefix:].unflatten(1, (rows // 2, 2, columns // 2, 2))
     return torch.cat([x_BTD[:, :prefix], patches_BR2C2D.mean(dim=(2, 4)).flatten(1, 2)], dim=1)
 
@@ -108,9 +108,9 @@ def averaged(x_BTD: Tensor, prefix: int, grid: tuple[int, int]) -> Tensor:
 def stored_tokens(
     backbone: Backbone, bank: ImageBank, first: int, views: int, most: int | None = None
 ) -> dict[str, Features]:
-    """Averaged tokens of `views` augmented views of the training images, with the validation and with the test images.
+    """Averaged tokens of `views` augmented views of the training images, and of the validation and test images.
 
-    most: only so many images of each split.
+    most: maximum number of images of each split.
     """
 
     def whole(split: str, view: int | None) -> Tensor:
@@ -135,9 +135,9 @@ def stored_tokens(
 
 
 class MethodRuns:
-    """The runs of one method, one after the other on the same model, whose weights start anew, and the same graph.
+    """The runs of one method in sequence, on the same model with re-initialised weights and the same CUDA graph.
 
-    eager: no graph, whatever the method. A step is as train.py has it: forward, losses, backward, AdamW, average.
+    eager: no graph for any method. A step is that of train.py: forward, losses, backward, AdamW, average.
     """
 
     def __init__(
@@ -168,7 +168,7 @@ class MethodRuns:
         return OptimConfig(kind="adamw", lr=lr, weight_decay=decay, schedule="cosine", warmup_steps=warmup)
 
     def start(self, seed: int) -> None:
-        """New weights of a seed, in the places of the old ones; moments, average and counters at zero."""
+        """Re-initialise the weights in place with a seed; set moments, average and counters to zero."""
         seed_everything(seed)
         state = self.fresh().state_dict()
         self.model.load_state_dict(state)
@@ -180,7 +180,7 @@ class MethodRuns:
         self.model.train()
 
     def train(self, lr: float, seed: int) -> dict[str, Any] | str:
-        """Scores on validation and test images, and what they cost; or the term that was not finite."""
+        """Scores on validation and test images, and their cost; or the term that was not finite."""
         began = time.perf_counter()
         self.start(seed)
         optim = self._optim(lr)
@@ -198,9 +198,9 @@ class MethodRuns:
         return held | {"training_seconds": trained, "seconds": whole, **self.cost(np.array(visits_E))}
 
     def one_step(self, index_B: Tensor, warmup: bool) -> None:
-        """Train on rows (B,) of the views; as a graph from the fourth step of its kind on.
+        """Train on rows (B,) of the views; as a CUDA graph from the fourth step of its kind on.
 
-        Raises CaptureFailed where that cannot be.
+        Raises CaptureFailed if capturing fails.
         """
         self.index_B.copy_(index_B)
         if self.captured is None:
@@ -222,9 +222,9 @@ class MethodRuns:
         self.average.update()
 
     def cost(self, visits_E: np.ndarray) -> dict[str, Any]:
-        """Of what is trained. visits_E: experts that a token, or an image, is sent to, mean over the blocks.
+        """The cost of the trained part. visits_E: visits of each expert per token or image, mean over the blocks.
 
-        A dense adapter needs no gate, and is counted without. active_width: hidden units that a token passes.
+        A dense adapter is counted without its gate, which it does not need. active_width: hidden units used per token.
         """
         model = self.average.model
         router = model.mixtures[0].router
@@ -243,7 +243,7 @@ class MethodRuns:
         }
 
     def timed(self, steps: int) -> dict[str, float]:
-        """Seconds of a step as it is run, until then (setup), and of evaluating an image."""
+        """Seconds of a step, of the setup before it, and of evaluating an image."""
         began = time.perf_counter()
         self.start(0)
         set_learning_rate(self.optimizer, 0, self.steps, self._optim(1e-3))
@@ -267,7 +267,7 @@ class MethodRuns:
 
 @torch.no_grad()
 def score(model: Any, features: Features) -> dict[str, Any]:
-    """Scores on the held-out images, and how often each expert is visited, by a token or an image: a mean of blocks."""
+    """Scores on the held-out images, and the visits of each expert per token or image, averaged over the blocks."""
     model.eval()
     answers, counts_E, samples = [], 0, 0
     for x_BTD in features.held_MF.split(EVALUATION_BATCH):

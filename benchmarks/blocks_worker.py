@@ -1,4 +1,4 @@
-"""A process of the study inside the ViT: it claims methods and trains them, or says how long that would take."""
+"""A process of the study inside the ViT: it claims methods and trains them, or estimates how long that would take."""
 
 import argparse
 import contextlib
@@ -21,17 +21,17 @@ from common.locks import try_lock
 from config.config import Config
 from features.images import ImageBank
 
-AGAIN = 75  # exit code of a worker that is to be started again
-CHECKED = 4096  # images of each split that a check reads
+AGAIN = 75  # exit code of a worker that must be restarted
+CHECKED = 4096  # images of each split in a check
 CHECK_STEPS = 30
-WIDE = 32  # above this width a check takes a method for as slow as the widest one
+WIDE = 32  # above this width a check assumes that a method is as slow as the widest one
 
 
 class Worker:
-    """Claims one method after the other, and trains what is left of it, until the time is over.
+    """Claims one method after another, and trains its remaining runs, until the time is over.
 
-    A claim is a lock on a file beside the runs, which ends with the process: whichever starts have the folder, no two
-    workers train a method at the same time.
+    A claim is a lock on a file next to the runs, which ends with the process: no two workers train the same method at
+    the same time, however many processes use the folder.
     """
 
     def __init__(self, config: Config, store: Store, options: argparse.Namespace):
@@ -50,7 +50,7 @@ class Worker:
         self.backbone = FrozenEnd(backbone, first, patches, self.device)
 
     def run(self) -> None:
-        """Train what nobody else has claimed, the most important methods first."""
+        """Train methods that no other worker has claimed, the most important ones first."""
         self.store.add(where=environment(self.device))
         for method in self.store.methods:
             if time.time() + self.spent >= self.until:
@@ -82,27 +82,27 @@ class Worker:
             print(f"{method.label}: rate {left[0]:g}, seed {left[1]}: {shown}, {self.spent:.1f} s", flush=True)
 
     def runs_of(self, method: Method) -> MethodRuns:
-        """A method ready to be trained."""
-        # Where a second kind cannot be captured, it is not for want of one kernel.
+        """A method that is ready for training."""
+        # If a second kind cannot be captured either, the cause is not a single missing kernel.
         eager = method.kind in self.store.eager or len(self.store.eager) > 1
         return MethodRuns(method, self.backbone, self.config, self.read, self.store.setting, eager)
 
     def release(self) -> None:
-        """Give the memory of the last method back."""
+        """Release the memory of the last method."""
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def give_up(self, method: Method, error: CaptureFailed) -> None:
-        """End, to be started again without a graph for such methods: CUDA may be in any state now."""
-        print(f"{one_line(error)}: going on without one", file=sys.stderr, flush=True)
+        """Exit, so that the worker restarts without a graph for such methods: CUDA may be in any state now."""
+        print(f"{one_line(error)}: continuing without one", file=sys.stderr, flush=True)
         self.store.add(eager=method.kind)
         sys.stdout.flush()
         os._exit(AGAIN)
 
 
 def check(worker: Worker) -> None:
-    """Time a few steps of each kind of method, and of the widest ones; print that and what the study will take."""
+    """Time a few steps of each kind of method, and of the widest ones; print this and an estimate for the study."""
     chosen: dict[tuple[str, bool], dict[str, Any]] = {}
     widest = max(method.width for method in worker.store.methods)
     for method in worker.store.methods:
@@ -126,12 +126,12 @@ def check(worker: Worker) -> None:
         ]
         for (kind, wide), found in chosen.items()
     ]
-    print(table(["kind", "width", "ms a step", "setup (s)", "step"], cells))
+    print(table(["kind", "width", "ms per step", "setup (s)", "step"], cells))
     _predict(worker, chosen)
 
 
 def _predict(worker: Worker, chosen: dict[tuple[str, bool], dict[str, Any]]) -> None:
-    """Print the seconds of all that is not done yet."""
+    """Print the estimated seconds of all remaining runs."""
     splits, setting = worker.splits, worker.store.setting
     held = len(splits.validation) + len(splits.test)
     steps = setting.epochs * (len(splits.train) // setting.batch)
@@ -143,9 +143,9 @@ def _predict(worker: Worker, chosen: dict[tuple[str, bool], dict[str, Any]]) -> 
         left = each - len(worker.store.runs.get(method.label, {}))
         total += found["setup"] + left * (steps * step + held * found["evaluation"])
         count += left
-        print(f"to the end of {method.label}: {count} runs, {total:.0f} GPU seconds")
+        print(f"up to {method.label}: {count} runs, {total:.0f} GPU seconds")
     begin = worker.load_seconds + worker.image_seconds * (setting.epochs * len(splits.train) + held)
     print(
-        f"all {count} runs of {setting.epochs} epochs, {steps} steps: {total:.0f} GPU seconds; and the start of each "
-        f"process {begin:.0f} s, besides its imports"
+        f"all {count} runs of {setting.epochs} epochs, {steps} steps: {total:.0f} GPU seconds, plus the start of each "
+        f"process, {begin:.0f} s without its imports"
     )

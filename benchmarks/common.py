@@ -28,7 +28,7 @@ PACKAGES = ("torch", "timm", "transformers", "mixture-of-experts", "st-moe-pytor
 class Parser(arguments.Parser):
     """The options of every benchmark.
 
-    tiny: the options that have another default with --tiny, and that default.
+    tiny: options with a different default under --tiny, and that default.
     """
 
     def __init__(self, name: str, description: str, seconds: float, tiny: dict[str, Any] | None = None):
@@ -40,13 +40,17 @@ class Parser(arguments.Parser):
         )
         self.add_argument("--device", default="auto", help="auto (default), cpu, cuda, or cuda:1")
         out = Path("runs/benchmarks")
-        self.add_argument("--out", type=arguments.path_option, default=out, help=f"folder of the JSON (default {out})")
-        self.add_argument("--seconds", type=float, default=seconds, help=f"time to spend, about (default {seconds:g})")
-        self.add_argument("--tiny", action="store_true", help="a quick trial: small defaults")
+        self.add_argument(
+            "--out", type=arguments.path_option, default=out, help=f"folder of the JSON file (default {out})"
+        )
+        self.add_argument(
+            "--seconds", type=float, default=seconds, help=f"approximate time limit (default {seconds:g})"
+        )
+        self.add_argument("--tiny", action="store_true", help="quick trial with small defaults")
         self.tiny = tiny or {}
 
     def add_numbers(self, name: str, default: list[int], what: str) -> None:
-        """An option of several whole numbers, whose help ends with the default."""
+        """An option with several whole numbers; its help ends with the default."""
         shown = f"{what} (default {' '.join(map(str, default))})"
         self.add_argument(name, type=int, nargs="+", default=default, metavar="N", help=shown)
 
@@ -60,7 +64,7 @@ class Parser(arguments.Parser):
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of n runs: the median, and the range as run-to-run spread."""
+    """Seconds of n runs: the median and the range."""
 
     median: float
     low: float
@@ -78,13 +82,13 @@ class Timing:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a contestant has no figure."""
+    """The reason why a contestant has no result."""
 
     reason: str
 
 
 def attempt(run: Callable[[], Any]) -> Any:
-    """What `run` returns, or the Failure of whatever it raised: one contestant must not end the others."""
+    """The result of `run`, or a Failure for any exception, so that one failing method does not stop the others."""
     try:
         return run()
     except Exception as error:
@@ -100,7 +104,7 @@ def attempt(run: Callable[[], Any]) -> Any:
 
 
 class Limit:
-    """Time that a benchmark may spend, from now on."""
+    """The time limit of a benchmark, starting now."""
 
     def __init__(self, seconds: float):
         self.seconds, self.began = seconds, time.perf_counter()
@@ -110,7 +114,7 @@ class Limit:
         return time.perf_counter() - self.began > self.seconds
 
     def check(self) -> None:
-        """Raise TimeoutError once it is over."""
+        """Raise TimeoutError if the time is over."""
         if self.over:
             raise TimeoutError(f"the {self.seconds:g} s of --seconds are over")
 
@@ -121,15 +125,15 @@ def captured(step: TrainingStep, graph: str, batch: int) -> TrainingStep | Graph
 
 
 def require_finite(step: TrainingStep) -> None:
-    """Raise ValueError if a step so far had a number that is not finite, and so changed nothing."""
+    """Raise ValueError if a step so far had a number that is not finite and was therefore skipped."""
     if found := step.numbers.check():
         raise ValueError(f"the {found[1]} is not finite after {found[0]} steps")
 
 
 def timed(run: Callable[[], Any], device: torch.device, seconds: float, warm: int = 2, most: int = 100) -> Timing:
-    """Time `run` alone, again and again for about `seconds`, after `warm` runs that are not counted.
+    """Time `run` repeatedly for about `seconds`, after `warm` uncounted runs.
 
-    Three times at the least; what takes longer than that is warm after its first run, which loads kernels.
+    At least three times; if three runs exceed the time, only the first run, which loads kernels, is a warm-up.
     """
     _once(run, device)
     second = _once(run, device)
@@ -157,10 +161,10 @@ def synchronise(device: torch.device) -> None:
 
 
 def matrix_rate(device: torch.device, seconds: float) -> tuple[float, str]:
-    """FLOPs a second of the product of two large square matrices, the limit that others are held to; and in words.
+    """FLOP/s of the product of two large square matrices, as a reference, and the same in words.
 
-    In bfloat16 on a GPU, float32 on a CPU, where the matrices are smaller; ten products at a time, so that their
-    launches cost nothing.
+    In bfloat16 on a GPU, and in float32 with smaller matrices on a CPU; ten products at a time, so that launches do not
+    matter.
     """
     size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (512, torch.float32)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
@@ -171,7 +175,7 @@ def matrix_rate(device: torch.device, seconds: float) -> tuple[float, str]:
 
 
 def memory_rate(device: torch.device) -> float:
-    """Bytes read and written a second by a large copy."""
+    """Bytes read and written per second by a large copy."""
     size = 2**29 if device.type == "cuda" else 2**24
     a = torch.zeros(size, dtype=torch.uint8, device=device)
     b = torch.empty_like(a)
@@ -179,7 +183,7 @@ def memory_rate(device: torch.device) -> float:
 
 
 def width_of_cost(cost: Callable[[int], int], goal: int) -> int:
-    """The hidden units at which a cost that grows evenly with them comes nearest to `goal`."""
+    """The number of hidden units whose cost, a linear function of it, is closest to `goal`."""
     one, two = cost(1), cost(2)
     return 1 + round((goal - one) / (two - one))
 
@@ -212,12 +216,12 @@ def table(columns: list[str], rows: list[list[Any]]) -> str:
 
 
 def write(options: argparse.Namespace, name: str, where: dict[str, Any], **values: Any) -> None:
-    """Write the figures as JSON beside the others, and say where."""
+    """Write the results as JSON to --out, and print the path."""
     print(f"\nwritten to {save(options, name, where, **values)}")
 
 
 def save(options: argparse.Namespace, name: str, where: dict[str, Any], **values: Any) -> Path:
-    """Write the figures as JSON beside the others. Returns the path."""
+    """Write the results as JSON to --out. Returns the path."""
     path = options.out / f"{name}{'_tiny' if options.tiny else ''}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**where, **values}, indent=1, default=vars) + "\n", encoding="utf-8")
@@ -227,13 +231,13 @@ def save(options: argparse.Namespace, name: str, where: dict[str, Any], **values
 def append_line(path: Path, row: dict[str, Any]) -> None:
     """Add a row to a file of JSON lines, which is never rewritten."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    whole = not path.is_file() or path.read_bytes()[-1:] in (b"", b"\n")  # or the last line was cut off
+    whole = not path.is_file() or path.read_bytes()[-1:] in (b"", b"\n")  # otherwise the last line was truncated
     with path.open("a", encoding="utf-8") as file:
         file.write(("" if whole else "\n") + json.dumps(row) + "\n")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file of JSON lines, less one that was cut off; none where there is no file."""
+    """The rows of a file of JSON lines, without a truncated one; none if there is no file."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         with contextlib.suppress(ValueError):

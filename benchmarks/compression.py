@@ -1,13 +1,13 @@
-"""What compress.py saves and costs: every method on trained runs, bytes, FLOPs and latency against macro-F1.
+"""Savings and costs of compress.py: every method on trained runs, with bytes, FLOPs and latency against macro-F1.
 
-python -m benchmarks.compression --runs runs/cifar100 runs/cifar100_head     each student trains as long as its run did
+python -m benchmarks.compression --runs runs/cifar100 runs/cifar100_head     each student trains as long as its run
 python -m benchmarks.compression --runs RUN --methods prune int8 --seconds 300
-python -m benchmarks.compression --tiny                                      a rehearsal on digits, on a CPU
+python -m benchmarks.compression --tiny                                      a quick trial on digits, on a CPU
 
-Each method makes a run of its own in a temporary folder, chosen on the validation images and scored on the test images
-once. Budgets are those of its goal: 0.2 points of validation macro-F1 for what is removed, 0.1 for what is quantised;
-one point for what is removed and then taught. The figures are written after each method. A method that fails has its
-reason in the table; one that the time leaves no room for is not begun.
+Each method creates a separate run in a temporary folder; choices use the validation images, and the test images are
+scored once. Budgets in points of validation macro-F1 are 0.2 for removal, 0.1 for quantisation, and 1 for removal
+followed by distillation. The results are written after each method. If a method fails, the table shows the reason; a
+method that does not fit into the time limit is not started.
 """
 
 import argparse
@@ -54,9 +54,9 @@ def main(argv: list[str] | None = None) -> None:
         "--runs", type=path_option, nargs="+", default=[], metavar="RUN", help="folders of trained runs"
     )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD", help="which")
-    parser.add_argument("--epochs", type=int, help="of students (default: as many as the run has)")
-    parser.add_argument("--rows", type=int, default=1024, help="to calibrate each expert on (default 1024)")
-    parser.add_argument("--latency", type=float, default=1.0, help="seconds to measure each latency for (default 1)")
+    parser.add_argument("--epochs", type=int, help="epochs of students (default: those of the run)")
+    parser.add_argument("--rows", type=int, default=1024, help="rows for the calibration of each expert (default 1024)")
+    parser.add_argument("--latency", type=float, default=1.0, help="seconds per latency measurement (default 1)")
     add_shared_options(parser, "data.root", "backbone.weights")
     options = parser.parse_args(argv)
     device = start(options)
@@ -85,9 +85,9 @@ def _train(folder: Path, recipe: str) -> Path:
 
 
 def measure_run(run: Path, options: argparse.Namespace, folder: Path, until: float) -> Iterator[dict[str, Any]]:
-    """What each method makes of a run, as compression.json has it, or why it has nothing; each is told as it comes.
+    """The result of each method for a run, as in compression.json, or the reason why there is none; prints each one.
 
-    until: by time.perf_counter, when no further method is begun.
+    until: the value of time.perf_counter after which no further method starts.
     """
     opened = attempt(lambda: open_run(run, options.device, options.root, options.weights))
     for number, method in enumerate(name for name in METHODS if name in options.methods):
@@ -129,7 +129,7 @@ def _measure(opened: OpenRun, method: str, options: argparse.Namespace, out: Pat
 
 
 def _lines(rows: list[dict[str, Any]]) -> list[list[str]]:
-    """A line for the run as it was, then one for each method, with its share of the bytes."""
+    """A line for the original run, then one for each method, with its share of the bytes."""
     done = [row for row in rows if "before" in row]
     scored = done[0]["before"] if done else {}
     lines = [["as trained", *(shown(name, scored[name]) for name in (*COLUMNS, *SCORES)), "-"]] if done else []
@@ -149,13 +149,13 @@ def _lines(rows: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def _calibrations(row: dict[str, Any]) -> str:
-    """Macro-F1 and mean error by what the scales were chosen on."""
+    """Macro-F1 and mean error for each calibration of the scales."""
     tried = next(step["calibrations"] for step in row["steps"] if step["step"] == "quantise")
     said = []
-    for how, found in tried.items():
+    for calibration, found in tried.items():
         errors = [error for error in found["errors"] if error is not None]
         mean = 100 * sum(errors) / len(errors)
-        said.append(f"{how} {100 * found['macro_f1_validation']:.2f} %, mean error {mean:.3f} %")
+        said.append(f"{calibration} {100 * found['macro_f1_validation']:.2f} %, mean error {mean:.3f} %")
     return "; ".join(said)
 
 

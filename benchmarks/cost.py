@@ -1,13 +1,13 @@
-"""What a mixture costs beside a dense part of equal FLOPs in its place, both trained: memory, time, and scores.
+"""Compare a mixture with a dense part of equal FLOPs in its place, both trained: memory, time, and scores.
 
 python -m benchmarks.cost --data.root DATA --backbone.weights FILE      the default recipe, on a GPU
-python -m benchmarks.cost --config configs/cifar100_head.yaml           another one
-python -m benchmarks.cost --untrained                                   sizes, FLOPs and latency alone: a minute
-python -m benchmarks.cost --tiny                                        a rehearsal on a CPU, with digits
+python -m benchmarks.cost --config configs/cifar100_head.yaml           another recipe
+python -m benchmarks.cost --untrained                                   only sizes, FLOPs and latency: one minute
+python -m benchmarks.cost --tiny                                        a quick trial on a CPU, with digits
 
-Options that are none of those below go to train.py's configuration. The dense part is the one of train.dense_twin:
-trained alike, on the same data, features and seed. Latency is from images to answers; on a GPU it is measured on the
-CPU as well, in float32. --seconds: to measure each latency for.
+Options that are not listed below go to train.py's configuration. The dense part is that of train.dense_twin: trained in
+the same way, on the same data, features and seed. Latency is from images to predictions; on a GPU it is also measured
+on the CPU, in float32. --seconds: duration of each latency measurement.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ from model.backbone import load_backbone
 TINY = ["--config", "configs/digits.yaml", "--data.max_per_class", "20", "--neck.kind", "pooled"]
 TINY += ["--backbone.features", "[cls:1,mean:1]", "--train.epochs", "2", "--train.batch_size", "32"]
 TINY += ["--router.warmup_steps", "2"]
-LEFT_OUT = {"peak_memory_gib", "kept_epoch"}  # the peak is that of the process, which trains both
+LEFT_OUT = {"peak_memory_gib", "kept_epoch"}  # the peak is that of the whole process, which trains both
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -56,11 +56,11 @@ def main(argv: list[str] | None = None) -> None:
     twin = twin_of(config, bank.feature_shape, inputs.splits.train.num_classes, inputs.backbone)
     if not options.untrained:
         extract(bank)
-    found, how = {}, measure_new if options.untrained else measure
+    found, measured_by = {}, measure_new if options.untrained else measure
     for name, one in named(config, twin).items():
-        figures = attempt(partial(how, one, inputs, bank, options.seconds))
+        figures = attempt(partial(measured_by, one, inputs, bank, options.seconds))
         if isinstance(figures, Failure):
-            warn(f"{name} has no figures: {figures.reason}")
+            warn(f"{name} has no results: {figures.reason}")
         else:
             found[name] = figures
         save(options, "cost", where, figures=found, config=config.to_dict(), twin=twin.to_dict())
@@ -72,13 +72,13 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def named(config: Config, twin: Config) -> dict[str, Config]:
-    """Both by what they are called in the table."""
+    """Both configurations, by their names in the table."""
     sizes = [", ".join(one.experts.labels()) for one in (config, twin)]
     return {f"mixture ({sizes[0]})": config, f"dense ({sizes[1].partition(' · ')[2]})": twin}
 
 
 def extract(bank: FeatureBank | ImageBank) -> None:
-    """Have the features made now, and not on the clock of the run that comes first."""
+    """Extract the features now, so that they do not count as time of the first run."""
     if isinstance(bank, FeatureBank):
         for view in range(bank.views_used):
             next(bank.batches("train", 1, view=view))
@@ -113,7 +113,7 @@ def measure_new(config: Config, inputs: Inputs, bank: FeatureBank | ImageBank, s
 
 
 def rows(found: dict[str, dict[str, Any]]) -> list[list[str]]:
-    """What, and a cell for each run; figures that none has are left out."""
+    """Name, and a cell for each run; values that no run has are left out."""
     lines = [
         [what, *(shown(name, figures[name]) for figures in found.values())]
         for name, what in NAMES.items()

@@ -1,17 +1,17 @@
-"""One run on one GPU and on several of the same machine: images a second in training and extraction, and a step's time.
+"""Training and extraction on one GPU and on several GPUs of the same machine: images/s, and where a step's time goes.
 
 python -m benchmarks.devices                          on 1 and 2 GPUs, about 5 min
-python -m benchmarks.devices --processes 1 2 4        on more
+python -m benchmarks.devices --processes 1 2 4        on up to 4 GPUs
 python -m benchmarks.devices --tiny                   a quick trial with gloo on a CPU
 
-`training`: the default recipe as train.py trains it, compiled and
-captured, on random images and a ViT of random weights, which changes no time; several processes share its batch. `each`
-gives every process as many images as one has alone, `half` gives one process half of them. Of the epochs the first,
-which compiles, is left out. `extraction`: views of the recipe with experts behind the ViT, written to a file. `link`: a
-plain exchange. Parts of a step: what the exchange between the processes takes, what they wait for the last of them
-(mean over the processes), and all else, `compute`.
+`training`: the default recipe as in train.py, compiled and captured, on random images and a ViT with random weights,
+which does not affect the time; several processes share its batch. `each`: every process has as many images as a single
+process; `half`: a single process has half of them. The first epoch, which compiles, is not counted. `extraction`:
+views of the recipe with experts behind the ViT, written to a file. `link`: a plain exchange. Parts of a step: the
+exchange between the processes, the waiting time for the slowest process (mean over the processes), and the rest,
+`compute`.
 
-Rows that an earlier call has written, of other numbers of processes or sections, are kept.
+Rows of earlier calls with other numbers of processes or other sections are kept.
 """
 
 import sys
@@ -42,14 +42,14 @@ def main(argv: list[str] | None = None) -> None:
         row = measured("benchmarks.devices_worker", number, options, names, words)
         rows = merged(path, [row])
         save(options, "devices", where, rows=rows)
-    print(header("Each process with a device of its own", where))
-    columns = ["devices", "what", "images a step", "images/s", "against one", "ms a step", "compute", "exchange"]
+    print(header("Each process with its own device", where))
+    columns = ["devices", "what", "images per step", "images/s", "against one", "ms per step", "compute", "exchange"]
     print(table([*columns, "waiting"], [line for row in rows for line in _lines(row, rows[0])]))
     print(f"\nwritten to {path}")
 
 
 def _lines(row: dict, first: dict) -> list[list[str]]:
-    """What one number of processes came to; `first` is what speed is compared with."""
+    """The results for one number of processes; `first` is the reference for speed."""
     names = {"training": "training", "each": "training", "half": "training", "extraction": "extraction"}
     lines = []
     for name, title in ((name, title) for name, title in names.items() if name in row):

@@ -1,4 +1,4 @@
-"""What benchmarks.devices measures, in one of several processes."""
+"""The measurements of benchmarks.devices, in one of several processes."""
 
 import argparse
 import sys
@@ -29,7 +29,7 @@ BLOCKS = "--router.warmup_steps 20 --train.all_patches 0 --train.save_every 1000
 TINY_BLOCKS = "--config configs/digits_blocks.yaml --train.batch_size 24 --router.warmup_steps 1"
 HEAD = f"--config {HEAD_RECIPE} --backbone.pretrained false"
 TINY_HEAD = "--config configs/digits.yaml --features.views 2 --augment.flip true"
-PROFILED, PROFILED_TINY = 10, 2  # steps whose exchanges are timed, after half as many that warm up
+PROFILED, PROFILED_TINY = 10, 2  # steps with timed exchanges, after half as many warm-up steps
 
 
 def main() -> None:
@@ -54,7 +54,7 @@ def _config(words: str, epochs: int) -> Config:
 
 
 def _inputs(config: Config, images: int, device: torch.device) -> Inputs:
-    """Random images, as many as asked for to train on and few others."""
+    """Random images: the requested number for training, and a few for the other splits."""
 
     def images_of(count: int, seed: int) -> ImageSet:
         generator = torch.Generator().manual_seed(seed)
@@ -68,10 +68,10 @@ def _inputs(config: Config, images: int, device: torch.device) -> Inputs:
 
 
 def training(options: argparse.Namespace, device: torch.device, batch_of: Callable[[int], int]) -> dict:
-    """Images a second of the median epoch after the first, which compiles and captures; a step's time, and its parts.
+    """Images/s of the median epoch after the first one, which compiles and captures; time of a step and its parts.
 
-    batch_of: the images of a step, from those of the recipe. `trained`: parameters; `gates`: numbers that all gates
-    give for an image.
+    batch_of: maps the recipe's images per step to those of this run. `trained`: number of parameters; `gates`: number
+    of gate outputs per image.
     """
     config = _config(TINY_BLOCKS if options.tiny else BLOCKS, options.epochs)
     batch = config.train.batch_size = batch_of(config.train.batch_size)
@@ -101,7 +101,7 @@ def training(options: argparse.Namespace, device: torch.device, batch_of: Callab
 
 
 def _step_of(trainer: Trainer, batch: int) -> Callable[[], StepResult]:
-    """Does a training step as the trainer does, of its batches one after the other."""
+    """Runs training steps like the trainer, on one batch after another."""
     config, shares = trainer.config, trainer.shares
     forward = {"patch_dropout": config.patch_dropout} if config.patch_dropout else {}
     order_N = torch.arange(len(trainer.bank.splits.train) // batch * batch)
@@ -121,7 +121,7 @@ def _step_of(trainer: Trainer, batch: int) -> Callable[[], StepResult]:
 
 
 def extraction(options: argparse.Namespace, device: torch.device) -> dict:
-    """Images a second of the median view after the first, written to a file."""
+    """Images/s of the median view, without the first one, written to a file."""
     config = _config(TINY_HEAD if options.tiny else HEAD, options.epochs)
     inputs, seconds = _inputs(config, options.extracted, device), []
     with tempfile.TemporaryDirectory() as folder:
@@ -151,7 +151,7 @@ def extraction(options: argparse.Namespace, device: torch.device) -> dict:
 
 
 def link(options: argparse.Namespace, device: torch.device) -> dict:
-    """Bytes a second that an all-reduce moves in and out of a device, and seconds of one of next to nothing."""
+    """Bytes per second that an all-reduce moves in and out of a device, and the seconds of an almost empty one."""
     size = 2**14 if options.tiny else 2**23
 
     def exchange(numbers: int) -> Callable[[], object]:

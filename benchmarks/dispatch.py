@@ -1,11 +1,11 @@
-"""Forward and backward of a mixture-of-experts layer, ours against others, over batch, experts, k and sizes.
+"""Forward and backward pass of a mixture-of-experts layer, ours against others, by batch, experts, k and sizes.
 
 python -m benchmarks.dispatch                    the whole grid, about 150 s on a data-centre GPU
 python -m benchmarks.dispatch --tiny             a quick trial on a CPU
 
-Peers take part where they are installed: pip install mixture-of-experts st-moe-pytorch transformers. On a GPU all
-run under bfloat16 autocast with float32 weights. `limit` is the time of the chosen experts' FLOPs alone, forward and
-backward, at the matrix rate measured in the same run.
+Other libraries are included if they are installed: pip install mixture-of-experts st-moe-pytorch transformers. On a GPU
+all run under bfloat16 autocast with float32 weights. `limit` is the time that the FLOPs of the chosen experts take,
+forward and backward, at the speed of a large matrix product measured in the same run.
 """
 
 import itertools
@@ -36,12 +36,14 @@ UNEQUAL = (0.25, 0.5, 1.0, 2.25)  # times the hidden units of equal experts: the
 def main(argv: list[str] | None = None) -> None:
     """Measure the grid, print the table and the goals, write the JSON."""
     parser = Parser("dispatch", __doc__, seconds=150, tiny=TINY)
-    parser.add_argument("--features", type=int, default=4608, help="numbers a sample (default 4608)")
-    parser.add_argument("--hidden", type=int, default=2048, help="hidden units of an expert, on average (default 2048)")
-    parser.add_argument("--classes", type=int, default=100, help="numbers an expert gives (default 100)")
-    parser.add_numbers("--batch", [256, 1024, 4096, 16384, 65536], "samples at once, each in turn")
-    parser.add_numbers("--experts", [4, 16, 64], "experts of a layer, each in turn")
-    parser.add_numbers("--top-k", [1, 2, 4], "experts of a sample, each in turn")
+    parser.add_argument("--features", type=int, default=4608, help="features per sample (default 4608)")
+    parser.add_argument(
+        "--hidden", type=int, default=2048, help="average number of hidden units of an expert (default 2048)"
+    )
+    parser.add_argument("--classes", type=int, default=100, help="outputs of an expert (default 100)")
+    parser.add_numbers("--batch", [256, 1024, 4096, 16384, 65536], "batch sizes, each in turn")
+    parser.add_numbers("--experts", [4, 16, 64], "numbers of experts, each in turn")
+    parser.add_numbers("--top-k", [1, 2, 4], "experts per sample, each in turn")
     options = parser.parse_args(argv)
     device = start(options)
     where = environment(device)
@@ -50,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{options.features} features, {options.hidden} hidden units on average, {options.classes} classes\n")
     agreement = attempt(lambda: agree(options, device))
     said = agreement.reason if isinstance(agreement, Failure) else f"{max(agreement.values()):.1e}"
-    print(f"largest relative difference of any gradient between the three ways: {said}\n", flush=True)
+    print(f"largest relative difference of any gradient between the three modes: {said}\n", flush=True)
     rows = measure(options, device, rate)
     names = list(dict.fromkeys(name for row in rows for name in row["contestants"]))
     print(table(["experts", "k", "batch", "limit ms", "% of limit", *names], [_line(row, names) for row in rows]))
@@ -62,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def measure(options, device: torch.device, rate: float) -> list[dict]:
-    """Every cell of the grid; the layers of a shape are made once for all batch sizes."""
+    """Every cell of the grid; the layers of a shape are built once for all batch sizes."""
     shapes = [
         (kind, _shape(options, kind, experts, top_k))
         for kind, experts, top_k in itertools.product(("equal", "unequal"), options.experts, options.top_k)
@@ -142,21 +144,21 @@ def _captured(run, module, x_BD: torch.Tensor):
 
 
 def agree(options, device: torch.device) -> dict[str, float]:
-    """Norm of the difference of the gradients of grouped and dense from those of sorted, over their norm."""
+    """Norm of the difference between the gradients of grouped or dense and those of sorted, relative to their norm."""
     found = {}
     for kind in ("equal", "unequal"):
         with torch.device(device):
             layer = ours(_shape(options, kind, 4, 2)).eval()
         x_BD = torch.randn(200, options.features, device=device, requires_grad=True)
         run, gradients = _step(layer, lambda x_BD, layer=layer: layer(x_BD)[0], x_BD), {}
-        for how in ("sorted", "grouped", "dense"):
-            layer.dispatch_mode = how
+        for mode in ("sorted", "grouped", "dense"):
+            layer.dispatch_mode = mode
             run()
             parts = [x_BD.grad, *(p.grad for p in layer.experts.parameters())]
-            gradients[how] = [part.float().clone() for part in parts]
-        for how in ("grouped", "dense"):
-            pairs = zip(gradients[how], gradients["sorted"], strict=True)
-            found[f"{kind} {how}"] = max(float((a - b).norm() / b.norm().clamp_min(1e-12)) for a, b in pairs)
+            gradients[mode] = [part.float().clone() for part in parts]
+        for mode in ("grouped", "dense"):
+            pairs = zip(gradients[mode], gradients["sorted"], strict=True)
+            found[f"{kind} {mode}"] = max(float((a - b).norm() / b.norm().clamp_min(1e-12)) for a, b in pairs)
     return found
 
 
@@ -171,7 +173,7 @@ def _line(row: dict, names: list[str]) -> list[str]:
 
 
 def _best(row: dict, ours_only: bool = True) -> float | None:
-    """Seconds of our automatic way, eager or as a graph, or of the fastest of the others."""
+    """Seconds of our automatic mode, eager or as a graph, or of the fastest other layer."""
     mine = ("ours: auto", GRAPH)
     times = [
         value.median
@@ -182,11 +184,11 @@ def _best(row: dict, ours_only: bool = True) -> float | None:
 
 
 def goals(rows: list[dict]) -> list[str]:
-    """The two lines that the table is for."""
+    """The two summary lines of the table."""
     counted = [row for row in rows if row["batch"] >= 1024 and _best(row) and _best(row, False)]
     lost = [row for row in counted if _best(row) > _best(row, False)]
     where = "; ".join(f"{row['experts']}, k {row['k']}, batch {row['batch']}" for row in lost)
-    lines = [f"fastest in {len(counted) - len(lost)} of {len(counted)} cells from 1,024 samples up"]
+    lines = [f"fastest in {len(counted) - len(lost)} of {len(counted)} cells with 1,024 samples or more"]
     lines[0] += f"; not for {where}" if lost else ""
     largest = max(row["batch"] for row in rows)
     for row in rows:

@@ -3,14 +3,14 @@
 python -m benchmarks.expert_parallel            64 experts of 1024 units, 65,536 rows, 1 and 2 GPUs: about 2 min
 python -m benchmarks.expert_parallel --tiny     a quick trial with gloo on a CPU
 
-`step`: forward, backward, exchange, clipping and AdamW, of one batch that the processes share, with parallel.experts as
-many as they are. `each` gives every process as many rows as one has alone. Experts begin with a gate of random weights,
-so that loads are even. Parts of a step: all-to-all, other sums, what processes wait for the last of them (mean over
-them), and all else, `compute`. Expert memory: weights, gradients and moments of a process's experts, as allocated.
-`half_rows` and `half` (of rows and experts) on one device, and `link`, a plain all-to-all, are for
+`step`: forward, backward, exchange, clipping and AdamW, for one batch shared by the processes, with parallel.experts
+equal to their number. `each`: every process has as many rows as a single process. The gate has random weights, so that
+loads are even. Parts of a step: all-to-all, other sums, the waiting time for the slowest process (mean over the
+processes), and the rest, `compute`. Expert memory: weights, gradients and moments of a process's experts, as
+allocated. `half_rows` and `half` (of rows and experts) on one device, and `link`, a plain all-to-all, are inputs of
 benchmarks.scaling_model.
 
-Rows that an earlier call has written, of other numbers of processes or sections, are kept.
+Rows of earlier calls with other numbers of processes or other sections are kept.
 """
 
 import sys
@@ -30,9 +30,11 @@ def main(argv: list[str] | None = None) -> None:
     add_options(parser, dict.fromkeys(ALONE + SEVERAL), limit=90)
     parser.add_argument("--rows", type=int, default=65_536, help="rows of a batch (default 65536)")
     parser.add_argument("--experts", type=int, default=64, help="experts (default 64)")
-    parser.add_argument("--units", type=int, default=1024, help="hidden units of each (default 1024)")
-    parser.add_argument("--features", type=int, default=4608, help="numbers a row (default 4608)")
-    parser.add_argument("--steps", type=int, default=40, help="steps, of which the median is reported (default 40)")
+    parser.add_argument("--units", type=int, default=1024, help="hidden units of each expert (default 1024)")
+    parser.add_argument("--features", type=int, default=4608, help="features per row (default 4608)")
+    parser.add_argument(
+        "--steps", type=int, default=40, help="steps, in five blocks; the median is reported (default 40)"
+    )
     options = parser.parse_args(argv)
     where = environment(start(options))
     path = options.out / f"expert_parallel{'_tiny' if options.tiny else ''}.json"
@@ -42,14 +44,14 @@ def main(argv: list[str] | None = None) -> None:
         rows = merged(path, [measured("benchmarks.expert_parallel_worker", number, options, names, words)])
         save(options, "expert_parallel", where, rows=rows)
     print(header(f"{options.experts} experts of {options.units} units, top-{TOP_K}", where))
-    columns = ["devices", "rows", "ms a step", "rows/s against one", "expert memory a process", "peak GB"]
+    columns = ["devices", "rows", "ms per step", "rows/s against one", "expert memory per process", "peak GB"]
     columns += ["compute", "all-to-all", "sums", "waiting", "largest over mean load"]
     print(table(columns, [line for row in rows for line in _lines(row, rows[0])]))
     print(f"\nwritten to {path}")
 
 
 def _lines(row: dict, first: dict) -> list[list[str]]:
-    """What one number of processes came to; `first` is what speed and memory are compared with."""
+    """The results for one number of processes; `first` is the reference for speed and memory."""
     alone = first.get("step")
     known = alone is not None and failure(alone) is None and first["processes"] == 1
     lines = []

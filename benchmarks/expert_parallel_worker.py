@@ -1,4 +1,4 @@
-"""What benchmarks.expert_parallel measures, in one of several processes."""
+"""The measurements of benchmarks.expert_parallel, in one of several processes."""
 
 import argparse
 import sys
@@ -27,7 +27,8 @@ from training.step import TrainingStep
 
 CLASSES, TOP_K = 100, 2
 NAMES = ("rows", "experts", "units", "features", "steps")
-PROFILED = 10  # steps whose exchanges are timed
+PROFILED = 10  # steps with timed exchanges
+BLOCKS = 5  # the median of so many blocks of steps is reported
 
 
 def main() -> None:
@@ -51,16 +52,16 @@ def build(options: argparse.Namespace, experts: int, device: Any) -> VisionMoE:
         router = RouterConfig(kind="mixtral", top_k=TOP_K)
         parts = ExpertsConfig(sizes=[[options.units]] * experts)
         model = VisionMoE((options.features,), CLASSES, NeckConfig(), router, parts)
-        # Zero, as it begins, sends all rows to the same experts.
+        # The usual initialisation with zeros would send all rows to the same experts.
         nn.init.normal_(model.moe.router.gate.weight, std=options.features**-0.5)
         return model
 
 
 def measure(options: argparse.Namespace, device: torch.device, experts: int, rows: int) -> dict[str, Any]:
-    """Seconds of a step on a batch of so many rows that the processes share, and its parts, and memory.
+    """Seconds of a step on a batch that the processes share, its parts, and memory.
 
-    `expert_bytes`: of the process with most: weights, gradients and moments of its experts after a step, as allocated.
-    `peak`: bytes that PyTorch allocated at most in a process; of a GPU.
+    `expert_bytes`: weights, gradients and moments of the experts of a process after a step, as allocated; the largest
+    of all processes. `peak`: peak GPU memory allocated by PyTorch in a process, in bytes.
     """
     model = build(options, experts, device)
     optim = OptimConfig(lr=1e-6)  # loads stay even, as random rows have them
@@ -81,9 +82,10 @@ def measure(options: argparse.Namespace, device: torch.device, experts: int, row
         once()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    seconds = [_seconds(once, device) for _ in range(options.steps)]
+    steps = max(1, options.steps // BLOCKS)
+    seconds = [_seconds(once, device, steps) for _ in range(BLOCKS)]
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-    load_M = model.moe.usage_E.view(world().size, -1).sum(1).double()  # by process, which have experts in a row
+    load_M = model.moe.usage_E.view(world().size, -1).sum(1).double()  # by process; each has consecutive experts
     found = {
         "rows": rows,
         "seconds": median(max(alike) for alike in zip(*world().gather(seconds), strict=True)),
@@ -94,18 +96,19 @@ def measure(options: argparse.Namespace, device: torch.device, experts: int, row
     return found | (exchange_of(once, device, min(PROFILED, options.steps)) if world().several else {})
 
 
-def _seconds(run: Callable[[], None], device: torch.device) -> float:
-    """Of a call, with what it gave the device; all processes begin together."""
+def _seconds(run: Callable[[], None], device: torch.device, steps: int) -> float:
+    """Seconds of one of so many calls in a row, as training makes them; all processes start together."""
     world().wait()
     synchronise(device)
     began = time.perf_counter()
-    run()
+    for _ in range(steps):
+        run()
     synchronise(device)
-    return time.perf_counter() - began
+    return (time.perf_counter() - began) / steps
 
 
 def held_by_experts(model: VisionMoE, optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of the storages of the experts' weights, gradients and moments that are here, each once."""
+    """Bytes of the storages of weights, gradients and moments of this process's experts, each counted once."""
     tensors = []
     for value in model.moe.experts.parameters():
         state = [entry for entry in optimizer.state[value].values() if isinstance(entry, torch.Tensor)]
@@ -114,8 +117,8 @@ def held_by_experts(model: VisionMoE, optimizer: torch.optim.Optimizer) -> int:
 
 
 def link(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """What the cost model needs to know: sizes, bytes a second that a device sends in an all-to-all as large as those
-    of a step, and seconds of one of next to nothing."""
+    """Inputs of the cost model: sizes, bytes per second that a device sends in an all-to-all of the size used in a
+    step, and the seconds of an almost empty one."""
     count, size = world().size, options.rows // world().size * TOP_K * (options.features + CLASSES) // 2
 
     def exchange(numbers: int) -> Callable[[], object]:
@@ -129,7 +132,7 @@ def link(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
 
 
 def sizes(options: argparse.Namespace) -> dict[str, int]:
-    """What the cost model needs to know of the model."""
+    """Inputs of the cost model that describe the model."""
     model: nn.Module = build(options, options.experts, "meta")
     of_experts = sum(value.numel() for name, value in model.named_parameters() if ".experts." in f".{name}")
     total = sum(value.numel() for value in model.parameters())

@@ -1,12 +1,12 @@
-"""Images a second through a frozen ViT, from uint8 on the device to pooled features, against the matrix rate.
+"""Images/s through a frozen ViT, from uint8 on the device to pooled features, against the speed of matrix products.
 
 python -m benchmarks.extraction                                       three backbones, about 150 s on a GPU
 python -m benchmarks.extraction --modes default max-autotune-no-cudagraphs --seconds 400
 python -m benchmarks.extraction --tiny                                a quick trial on a CPU
 
-Weights are random, which changes no time. `of the matrix rate` is images/s times the FLOPs of an image over the rate of
-a large bfloat16 product (float32 on a CPU) measured in the same run. Compiling is not part of the time of a batch; it
-has a column of its own. Contestants for which no time is left are said to be so.
+Weights are random, which does not affect the time. `of the matrix rate` is images/s times the FLOPs of an image,
+divided by the speed of a large bfloat16 product (float32 on a CPU) measured in the same run. Compilation is not part of
+the time of a batch; it has a separate column. Contestants that do not fit into the time limit are listed.
 """
 
 import sys
@@ -47,9 +47,11 @@ def main(argv: list[str] | None = None) -> None:
     """Measure every contestant on every backbone, print the table, write the JSON."""
     parser = Parser("extraction", __doc__, seconds=150, tiny=TINY)
     parser.add_argument("--backbones", nargs="+", default=BACKBONES, help=f"timm ViTs (default {' '.join(BACKBONES)})")
-    parser.add_argument("--batch", type=int, default=1024, help="images at once (default 1024)")
-    parser.add_argument("--pixels", type=int, default=32, help="side of the images as they come (default 32)")
-    parser.add_argument("--modes", nargs="*", default=["default"], help="of torch.compile, for ours (default: default)")
+    parser.add_argument("--batch", type=int, default=1024, help="batch size (default 1024)")
+    parser.add_argument("--pixels", type=int, default=32, help="side of the input images (default 32)")
+    parser.add_argument(
+        "--modes", nargs="*", default=["default"], help="modes of torch.compile for our extraction (default: default)"
+    )
     options = parser.parse_args(argv)
     device = start(options)
     where = environment(device)
@@ -65,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def measure(options, device: torch.device, rate: float) -> list[dict]:
-    """The contestants in turn, each on every backbone: what takes long to compile comes last."""
+    """The contestants in turn, each on every backbone; those with a long compilation come last."""
     deadline = time.perf_counter() + options.seconds
     size = (options.batch, 3, options.pixels, options.pixels)
     images = torch.randint(0, 256, size, dtype=torch.uint8, device=device)
@@ -126,7 +128,7 @@ def contestants(options, device: torch.device) -> list[tuple[str, Callable]]:
     listed = [
         ("timm, float32", partial(plain, dtype=None)),
         ("timm, bfloat16 autocast", partial(plain, dtype=torch.bfloat16)),
-        ("resize and normalise alone", lambda backbone, images: preparation(backbone)),
+        ("resize and normalise only", lambda backbone, images: preparation(backbone)),
         ("ours", ours),
     ]
     if device.type == "cuda":
@@ -139,7 +141,7 @@ def contestants(options, device: torch.device) -> list[tuple[str, Callable]]:
 
 
 def plain(backbone: Backbone, images: Tensor, dtype: torch.dtype | None, compiled: bool = False) -> Callable:
-    """timm as its documentation has it: interpolate, normalise, `forward_features`."""
+    """timm as in its documentation: interpolate, normalise, `forward_features`."""
     device, vit = images.device.type, backbone.vit
     mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (backbone.mean, backbone.std))
     forward = torch.compile(vit.forward_features, dynamic=False) if compiled else vit.forward_features
@@ -157,7 +159,7 @@ def plain(backbone: Backbone, images: Tensor, dtype: torch.dtype | None, compile
 
 
 def preparation(backbone: Backbone) -> Callable:
-    """What comes before the ViT; it returns no features."""
+    """Only the preprocessing before the ViT; returns no features."""
 
     def run(images: Tensor) -> None:
         prepare(images, backbone.image_size, backbone.mean, backbone.std)
@@ -166,7 +168,7 @@ def preparation(backbone: Backbone) -> Callable:
 
 
 def ours(backbone: Backbone, images: Tensor, mode=None, attention=None, dtype=torch.bfloat16) -> Callable:
-    """What train.py runs, with the batch as whole batch."""
+    """The extraction of train.py, compiled for this batch size."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     half = Backbone(backbone.vit, FEATURES, dtype)
@@ -184,7 +186,7 @@ def ours(backbone: Backbone, images: Tensor, mode=None, attention=None, dtype=to
 
 
 def graph(backbone: Backbone, images: Tensor) -> Callable:
-    """What train.py runs, captured once and replayed."""
+    """The extraction of train.py, captured as a CUDA graph and replayed."""
     run = ours(backbone, images)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

@@ -1,24 +1,24 @@
-"""Classes that come in steps: what a frozen ViT with a simple head, a dense head, and mixtures remember.
+"""Class-incremental learning: how well a frozen ViT with simple heads, a dense head, and mixtures remember old classes.
 
 python -m benchmarks.incremental --data.root DATA --backbone.weights FILE             10 steps of 10 classes, on a GPU
 python -m benchmarks.incremental --steps 5 --memory 20 --data.root DATA --backbone.weights FILE
-python -m benchmarks.incremental --tiny                                               a rehearsal on a CPU, with digits
+python -m benchmarks.incremental --tiny                                               a quick trial on digits, CPU
 
-Options that are none of those below go to train.py's configuration. After each step the answers to the test images of
-all classes seen so far are scored, and those to validation images, by which to choose among methods. Each result is a
-line of incremental.jsonl in --out; what is there already is not done again, so that an interrupted run goes on. A
-method that fails says why, and the others go on. Methods:
+Options that are not listed below go to train.py's configuration. After each step the predictions on the test images of
+all classes seen so far are scored, and also those on validation images, for choosing among methods. Each result is a
+line of incremental.jsonl in --out; finished results are not repeated, so an interrupted run can continue. If a method
+fails, it reports the reason, and the others continue. Methods:
 
 ncm            nearest class mean on normalised features
-ridge          ridge regression onto the classes, by sums that each step adds to
+ridge          ridge regression onto the classes, from running sums that each step adds to
 ridge_random   the same on a random projection of the features (RanPAC, McDonnell 2023)
 dense          one dense head, trained on each step's images
 mixture        a mixture that gets new experts in each step, the old ones frozen
-dense_drawn, mixture_drawn     the same, beside features drawn from the mean of each old class and a common covariance
+dense_drawn, mixture_drawn     the same, plus features drawn around the mean of each old class with a common covariance
 blocks         the default recipe, experts inside the ViT, trained on each step's images
-first_*        those experts trained on the first step alone, then, on what they give:
+first_*        these experts trained only on the first step, then, on their features:
 first_ridge    ridge_random
-first_both     ridge_random, with the features of the frozen ViT beside them
+first_both     ridge_random, with the features of the frozen ViT in addition
 first_drawn    mixture_drawn
 """
 
@@ -66,25 +66,31 @@ TINY = ["--config", "configs/digits.yaml", "--data.max_per_class", "20", "--neck
 TINY += ["--backbone.features", "[cls:1,mean:1]", "--train.batch_size", "32"]
 TINY_BLOCKS = ["--config", "configs/digits_blocks.yaml", "--data.max_per_class", "20", "--train.batch_size", "32"]
 WITHOUT_MEMORY = ("ncm", "ridge", "ridge_random", "dense_drawn", "mixture_drawn", *INSIDE[:3])
-"""Methods that hold sums over all of the old images, and need none of them."""
+"""Methods that store sums over all old images, and therefore need no old images."""
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train what is missing, print the table."""
+    """Train the missing methods, and print the table."""
     tiny = {"steps": 5, "views": 1, "random_features": 64, "epochs": 2, "block_epochs": 1, "first_epochs": 2}
     parser = Parser("incremental", __doc__, seconds=900, tiny=tiny)
     parser.allow_abbrev = False
-    parser.add_argument("--steps", type=int, default=10, help="steps that the classes come in (default 10)")
-    parser.add_argument("--memory", type=int, default=0, metavar="N", help="old images kept of each class (default 0)")
+    parser.add_argument("--steps", type=int, default=10, help="number of steps (default 10)")
+    parser.add_argument("--memory", type=int, default=0, metavar="N", help="old images kept per class (default 0)")
     parser.add_numbers("--seeds", [0], "seeds of weights and batches")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="which (default: all)")
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=list(METHODS), help="methods to run (default: all)"
+    )
     parser.add_argument("--views", type=int, default=4, metavar="N", help="augmented views of each image (default 4)")
     parser.add_argument(
-        "--random_features", type=int, default=16384, metavar="N", help="of ridge_random (default 16384)"
+        "--random_features",
+        type=int,
+        default=16384,
+        metavar="N",
+        help="random features of ridge_random (default 16384)",
     )
-    parser.add_argument("--epochs", type=int, default=10, help="of a head in each step (default 10)")
-    parser.add_argument("--block_epochs", type=int, default=4, help="of blocks in each step (default 4)")
-    parser.add_argument("--first_epochs", type=int, default=10, help="of first_* in the first step (default 10)")
+    parser.add_argument("--epochs", type=int, default=10, help="epochs of a head in each step (default 10)")
+    parser.add_argument("--block_epochs", type=int, default=4, help="epochs of blocks in each step (default 4)")
+    parser.add_argument("--first_epochs", type=int, default=10, help="epochs of first_* in the first step (default 10)")
     options, rest = parser.parse_known_args(argv)
     limit = Limit(options.seconds)
     device = start(options)
@@ -110,14 +116,14 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def head_words(options: argparse.Namespace, rest: list[str]) -> list[str]:
-    """The command line of a head. Its features are stored on disk only where `rest` names a folder for them."""
+    """The command line of a head. Its features are stored on disk only if `rest` names a folder for them."""
     recipe = TINY if options.tiny else ["--config", str(HEAD_RECIPE)]
     held = ["--data.validation", "0.1", "--features.views", str(options.views)]
     return [*recipe, "--features.cache_dir", "null", *rest, *held]
 
 
 class Work:
-    """Runs a method. What several need is made once, when the first one asks for it."""
+    """Runs methods. Shared inputs are computed once, at their first use."""
 
     def __init__(
         self,
@@ -132,10 +138,10 @@ class Work:
         self.options, self.limit, self.device, self.stream, self.splits = options, limit, device, stream, splits
         self.configs = {"head": head, "inside": inside}
         self._first: dict[int, Data] = {}
-        self._adapting = 0.0  # seconds that they took
+        self._adapting = 0.0  # seconds spent on them
 
     def do(self, seed: int, name: str) -> None:
-        """Run a method and append its result; one that fails, or for which no time is left, says so in a line."""
+        """Run a method and append its result; a failure, or a lack of time, is reported in one line."""
         found = attempt(lambda: self._run(seed, name))
         if isinstance(found, Failure):
             say(f"{name}, seed {seed}: no result, {found.reason}")
@@ -188,13 +194,13 @@ class Work:
 
 
 def key(options: argparse.Namespace, seed: int, name: str) -> tuple:
-    """What one result is of."""
+    """The key of a result."""
     memory = 0 if name in WITHOUT_MEMORY else options.memory
     return (name, options.steps, memory, seed)
 
 
 def append(options: argparse.Namespace, seed: int, name: str, found: dict[str, Any], where: dict[str, Any]) -> None:
-    """Add a result to the file, which is never rewritten."""
+    """Append a result to the file, which is never rewritten."""
     names = ("method", "steps", "memory", "seed")
     row = dict(zip(names, key(options, seed, name), strict=True)) | found | {"environment": where}
     append_line(file_of(options.out, options.tiny), row)
@@ -206,7 +212,7 @@ def file_of(out: Path, tiny: bool) -> Path:
 
 
 def read(out: Path, tiny: bool) -> dict[tuple, dict[str, Any]]:
-    """The results so far, by what they are of; a truncated line is left out."""
+    """The results so far, by key; a truncated line is left out."""
     names = ("method", "steps", "memory", "seed")
     return {tuple(row[name] for name in names): row for row in read_lines(file_of(out, tiny))}
 

@@ -1,4 +1,4 @@
-"""The features that the heads of benchmarks/incremental.py and narrow.py read, on the device."""
+"""The features for the heads of benchmarks/incremental.py and narrow.py, on the device."""
 
 from dataclasses import dataclass
 
@@ -10,9 +10,9 @@ from features.bank import FeatureBank
 
 @dataclass(frozen=True)
 class Data:
-    """Views (V, N, F) of the training images, and features and labels of validation and test images as they are.
+    """Views (V, N, F) of the training images, and features and labels of unchanged validation and test images.
 
-    groups: equally wide features that a vector is made of.
+    groups: number of equally wide features in a vector.
     """
 
     train_VNF: Tensor
@@ -23,7 +23,7 @@ class Data:
 
     @classmethod
     def of(cls, bank: FeatureBank, views: int, groups: int) -> "Data":
-        """Extract what the bank has."""
+        """Extract all features from the bank."""
 
         def whole(split: str, view: int | None = None) -> tuple[Tensor, Tensor]:
             features, labels = zip(*bank.batches(split, 1024, view=view), strict=True)
@@ -34,7 +34,7 @@ class Data:
         return cls(train_VNF, parts[0][1], whole("validation"), whole("test"), groups)
 
     def beside(self, other: "Data") -> "Data":
-        """These features of each image and view, followed by the other ones of the same."""
+        """These features of each image and view, concatenated with the others."""
 
         def both(mine: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
             return torch.cat([mine[0], theirs[0]], dim=1), mine[1]

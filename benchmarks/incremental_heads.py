@@ -1,4 +1,4 @@
-"""Heads of benchmarks/incremental.py trained by gradients on stored features: one dense, and a mixture that grows."""
+"""Heads of benchmarks/incremental.py that are trained on stored features: a dense one, and a growing mixture."""
 
 from typing import Any
 
@@ -19,18 +19,18 @@ from storage.checkpoint import seed_everything
 from training.optim import build_optimizer, set_learning_rate
 from training.step import TrainingStep
 
-DENSE, FIRST, EACH = [[512]], [[256], [256]], [[256]]  # hidden units: active ones are as many in both
-DRAWN = 200  # features drawn of each old class in each step
-RIDGE = 1e-3  # added to the diagonal of the covariance, as a share of its mean: it has fewer images than features
+DENSE, FIRST, EACH = [[512]], [[256], [256]], [[256]]  # hidden units; the active number is the same in both
+DRAWN = 200  # features drawn per old class in each step
+RIDGE = 1e-3  # added to the diagonal of the covariance, relative to its mean: there are fewer images than features
 
 
 class Heads:
-    """Trains a head step by step, each step's from the weights of the one before, class rows by name.
+    """Trains a head step by step, each step from the weights of the previous one, with class rows by name.
 
-    It reads features that are normalised one by one, so that none outweighs the others in what is drawn.
+    Its input features are normalised separately, so that none dominates the drawn features.
 
-    drawn: beside the images of a step, train on features drawn from a normal distribution for each old class, with its
-    mean and the covariance within classes that all share.
+    drawn: in addition to the images of a step, train on features drawn from a normal distribution for each old class,
+    with its mean and a common within-class covariance.
     """
 
     def __init__(self, config: Config, stream: Stream, data: Any, seed: int, epochs: int, drawn: bool, limit: Limit):
@@ -61,7 +61,7 @@ class Heads:
         return scores.result(self.device)
 
     def _model(self, kind: str, step: int, seen: list[int], before, seen_before, images: int):
-        """The head for all classes seen, from the weights of the step before, and what of it is frozen."""
+        """The head for all classes so far, from the weights of the previous step, and its frozen parts."""
         neck = NeckConfig(kind="pooled", norm="each")
         steps = -(-images // self.batch) * self.epochs
         if kind == "dense":
@@ -78,13 +78,13 @@ class Heads:
         take(model, before, shared)
         if kind == "dense":
             return model, None
-        # With something of the old classes to train on, gates and class rows go on learning; experts do not.
+        # With data of the old classes, gates and class rows continue to learn; experts do not.
         rehearsed = self.drawn or len(self.stream.kept[step])
         parts = ["neck", "experts"] if rehearsed else ["neck", "router", "experts", "head"]
         return model, Frozen(model, parts, shared, len(seen))
 
     def _images(self, step: int, seen: list[int]) -> tuple[Tensor, Tensor]:
-        """Features (V, M, F) of the step's images in all views, with what is kept or drawn of old ones, and columns."""
+        """Features (V, M, F) of the step's images in all views, with kept or drawn old ones, and class columns."""
         column = torch.zeros(max(seen) + 1, dtype=torch.int64, device=self.device)
         column[torch.tensor(seen, device=self.device)] = torch.arange(len(seen), device=self.device)
         kept = self.stream.kept[step][: 0 if self.drawn else None]
@@ -117,7 +117,7 @@ class Heads:
 
     @torch.no_grad()
     def _answers(self, model: VisionMoE, split: str, rows: Tensor, seen: list[int]) -> Tensor:
-        """The classes answered for rows of a split."""
+        """The predicted classes for rows of a split."""
         model.eval()
         features_NF = getattr(self.data, split)[0]
         parts = (normalised(features_NF[part], self.data.groups) for part in rows.to(self.device).split(1024))
@@ -136,7 +136,7 @@ class Heads:
             self.images += len(values)
 
     def _draw(self) -> tuple[Tensor, Tensor]:
-        """Features (K, F) drawn for every old class, and the class of each."""
+        """Features (K, F) drawn for every old class, and their classes."""
         assert self.scatter_FF is not None
         covariance_FF = self.scatter_FF / self.images
         covariance_FF.diagonal().add_(RIDGE * float(covariance_FF.diagonal().mean()))

@@ -1,4 +1,4 @@
-"""Heads of benchmarks/incremental.py that need no gradient: class means and ridge regression, by sums over images."""
+"""Heads of benchmarks/incremental.py without gradients: class means and ridge regression, from sums over images."""
 
 from typing import Any
 
@@ -10,17 +10,17 @@ from benchmarks.common import Limit
 from benchmarks.incremental_scores import Scores, Stream
 
 PENALTIES = tuple(10.0**power for power in range(-1, 8))
-CHUNK = 4096  # rows of random features at once
+CHUNK = 4096  # rows of random features per chunk
 
 
 def normalised(features_NF: Tensor, groups: int) -> Tensor:
-    """Each of the equally wide features by itself: mean 0, variance 1; float32. A function of the sample alone."""
+    """Normalise each of the equally wide features to mean 0 and variance 1; float32. Depends only on the sample."""
     parts = features_NF.float().unflatten(1, (groups, -1))
     return F.layer_norm(parts, parts.shape[2:]).flatten(1)
 
 
 def class_means(stream: Stream, data: Any, limit: Limit) -> dict[str, Any]:
-    """Nearest class mean by cosine, of all views."""
+    """Nearest class mean by cosine similarity, over all views."""
     scores, means, device = Scores(stream), {}, data.labels_N.device
     for step, classes in enumerate(stream.classes):
         limit.check()
@@ -35,19 +35,19 @@ def class_means(stream: Stream, data: Any, limit: Limit) -> dict[str, Any]:
 
 
 def _answered(data: Any, split: str, rows: Tensor, weight_MC: Tensor, seen: list[int], project: Any) -> Tensor:
-    """The class of the highest product, for rows of a split."""
+    """The class with the highest product, for rows of a split."""
     features_NF = getattr(data, split)[0]
     parts = rows.to(features_NF.device).split(CHUNK)
     return named(torch.cat([project(normalised(features_NF[part], data.groups)) @ weight_MC for part in parts]), seen)
 
 
 def named(scores_MC: Tensor, seen: list[int]) -> Tensor:
-    """The class of the highest score. seen: the class of each column."""
+    """The class with the highest score. seen: the class of each column."""
     return torch.tensor(seen)[scores_MC.argmax(dim=1).cpu()]
 
 
 class Projection:
-    """relu(x W) with a fixed random W of normal numbers (RanPAC, McDonnell 2023); x itself where 0 are asked for."""
+    """relu(x W) with a fixed random normal W (RanPAC, McDonnell 2023); x itself if the number is 0."""
 
     def __init__(self, width: int, number: int, seed: int, device: torch.device):
         self.matrix_FM = None
@@ -62,8 +62,8 @@ class Projection:
 def ridge(stream: Stream, data: Any, random_features: int, seed: int, limit: Limit) -> dict[str, Any]:
     """Ridge regression onto one-hot classes, (G + penalty I)^-1 Q, with G = sum h h' and Q = sum h y' over the images.
 
-    Each step adds its images of all views to the sums, and needs no old one. The penalty is that of the least squared
-    error on validation images of the step's own classes.
+    Each step adds its images of all views to the sums, and needs no old images. The penalty is the one with the
+    smallest squared error on validation images of the step's own classes.
     """
     scores, device, chosen = Scores(stream), data.labels_N.device, []
     project = Projection(data.train_VNF.shape[2], random_features, seed, device)
@@ -93,7 +93,7 @@ def ridge(stream: Stream, data: Any, random_features: int, seed: int, limit: Lim
 
 
 def solve(gram_MM: Tensor, sums_MC: Tensor, penalty: float) -> Tensor:
-    """(G + penalty I)^-1 Q; NaN where rounding leaves no positive matrix."""
+    """(G + penalty I)^-1 Q; NaN if the matrix is not positive definite because of rounding."""
     damped_MM = gram_MM.clone()
     damped_MM.diagonal().add_(penalty)
     factor_MM, fault = torch.linalg.cholesky_ex(damped_MM)

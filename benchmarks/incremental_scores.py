@@ -1,4 +1,4 @@
-"""The protocol of benchmarks/incremental.py: which classes come when, and what is made of the answers."""
+"""The protocol of benchmarks/incremental.py: the order of the classes, and the scores of the predictions."""
 
 import statistics
 import time
@@ -14,13 +14,13 @@ from benchmarks.common import synchronise
 from common.errors import say
 from data.image_set import Splits
 
-ORDER_SEED = 1993  # of the order in which the classes come, as in iCaRL (Rebuffi 2017)
+ORDER_SEED = 1993  # seed of the class order, as in iCaRL (Rebuffi 2017)
 
 
 @dataclass(frozen=True)
 class Stream:
-    """Classes in steps. classes: those of each step. rows: the training images of each step. kept: those kept of old
-    classes before each step."""
+    """Classes in steps. classes: of each step. rows: the training images of each step. kept: images of old classes that
+    are kept before each step."""
 
     classes: list[list[int]]
     rows: list[Tensor]
@@ -29,7 +29,7 @@ class Stream:
 
     @classmethod
     def of(cls, splits: Splits, steps: int, memory: int) -> "Stream":
-        """The classes of a data set in a shuffled order that is always the same; memory: old images of each class."""
+        """The classes of a dataset in a fixed shuffled order; memory: kept old images per class."""
         labels_N, count = splits.train.labels_N, splits.train.num_classes
         order = np.random.RandomState(ORDER_SEED).permutation(count).tolist()
         classes = [order[step * count // steps : (step + 1) * count // steps] for step in range(steps)]
@@ -42,20 +42,20 @@ class Stream:
         return cls(classes, rows, kept, {name: splits[name].labels_N for name in ("train", "validation", "test")})
 
     def seen(self, step: int) -> list[int]:
-        """The classes up to a step, in the order in which they came."""
+        """The classes up to a step, in their order of arrival."""
         return [label for classes in self.classes[: step + 1] for label in classes]
 
     def among(self, split: str, classes: list[int]) -> Tensor:
-        """The rows of a split that are of these classes."""
+        """The rows of a split with these classes."""
         return torch.nonzero(torch.isin(self.labels[split], torch.tensor(classes))).flatten()
 
 
 Answer = Callable[[str, Tensor], Tensor]
-"""The classes that a method answers for rows of a split, on the CPU."""
+"""The classes that a method predicts for rows of a split, on the CPU."""
 
 
 class Scores:
-    """What one method comes to, step by step."""
+    """The scores of one method, step by step."""
 
     def __init__(self, stream: Stream):
         self.stream, self.began = stream, time.perf_counter()
@@ -63,7 +63,7 @@ class Scores:
         self.validation_TT: list[list[float]] = []
 
     def add(self, answer: Answer) -> None:
-        """Score the answers after the next step, on the images of all classes so far."""
+        """Score the predictions after the next step, on the images of all classes so far."""
         step = len(self.test_TT)
         for split, found in (("test", self.test_TT), ("validation", self.validation_TT)):
             rows = self.stream.among(split, self.stream.seen(step))
@@ -72,7 +72,7 @@ class Scores:
         say(f"  step {step + 1} of {len(self.stream.classes)}: {after[0]:.2f} %, on validation images {after[1]:.2f} %")
 
     def result(self, device: torch.device, **more: Any) -> dict[str, Any]:
-        """The scores as plain values, and the time since the beginning."""
+        """The scores as plain values, and the time since the start."""
         synchronise(device)
         seconds = time.perf_counter() - self.began
         validation = statistics.fmean(_after(self.stream, self.validation_TT))
@@ -86,10 +86,10 @@ def _after(stream: Stream, accuracy_TT: list[list[float]]) -> list[float]:
 
 
 def scored(stream: Stream, accuracy_TT: list[list[float]], seconds: float, **more: Any) -> dict[str, Any]:
-    """What one method came to. accuracy_TT: after step t the accuracy on the classes of each step up to it.
+    """The results of one method. accuracy_TT: after step t, the accuracy on the classes of each step up to t.
 
-    mean: of the accuracy on all classes so far over the steps. forgetting (Chaudhry 2018): for each step but the last,
-    the best accuracy on its classes less the last one, on average.
+    mean: average over the steps of the accuracy on all classes so far. forgetting (Chaudhry 2018): for each step except
+    the last, the best accuracy on its classes minus the final one, averaged.
     """
     after = _after(stream, accuracy_TT)
     last = accuracy_TT[-1]
@@ -106,7 +106,7 @@ def scored(stream: Stream, accuracy_TT: list[list[float]], seconds: float, **mor
 
 
 def by_step(stream: Stream, step: int, predicted_M: Tensor, rows_M: Tensor, split: str) -> list[float]:
-    """The accuracy on each step's classes. predicted_M: classes answered for the images rows_M of the split."""
+    """The accuracy on each step's classes. predicted_M: predicted classes for the images rows_M of the split."""
     labels_M = stream.labels[split][rows_M]
     right_M = predicted_M.cpu() == labels_M
     found = []
@@ -116,7 +116,7 @@ def by_step(stream: Stream, step: int, predicted_M: Tensor, rows_M: Tensor, spli
 
 
 def summary(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Names and cells of the table: a row for each method and memory, means over seeds, the best first."""
+    """Names and cells of the table: a row per method and memory, means over seeds, the best first."""
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["method"], row["memory"]), []).append(row)
@@ -132,5 +132,5 @@ def summary(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
         seconds = f"{statistics.fmean(row['seconds'] for row in found):.1f}"
         scores = [cell(found, part) for part in ("mean", "last", "forgetting", "validation")]
         cells.append([group[0], str(group[1]), str(len(found)), *scores, seconds])
-    columns = ["method", "old images a class", "seeds", "mean accuracy", "last accuracy", "forgetting"]
+    columns = ["method", "old images per class", "seeds", "mean accuracy", "last accuracy", "forgetting"]
     return [*columns, "mean on validation images", "seconds"], cells

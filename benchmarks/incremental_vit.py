@@ -1,4 +1,4 @@
-"""Experts inside the ViT for benchmarks/incremental.py: the default recipe on classes that come in steps."""
+"""Experts inside the ViT for benchmarks/incremental.py: the default recipe on classes that arrive in steps."""
 
 import argparse
 from typing import Any
@@ -47,7 +47,7 @@ class Inside:
         return scores.result(self.device)
 
     def adapted(self, seed: int) -> Data:
-        """What the head reads of all images, after training on the first step alone, in the views of the benchmark."""
+        """The head's input for all images, after training only on the first step, in the views of the benchmark."""
         self._start(seed)
         self._train(0, self.options.first_epochs)
         return self._features()
@@ -56,13 +56,13 @@ class Inside:
         return build_model(self.config, self.bank.feature_shape, self.classes, self.backbone)
 
     def _start(self, seed: int) -> None:
-        """Weights of a new model."""
+        """Weights of a newly initialised model."""
         seed_everything(seed)
         self.model.load_state_dict(self._fresh().state_dict())
         self.view = 0
 
     def _train(self, step: int, epochs: int) -> None:
-        """Some epochs on the images of a step, each in a view of its own."""
+        """Train some epochs on the images of a step, each with a different view."""
         train, optim = self.config.train, self.config.optim
         rows = torch.cat([self.stream.rows[step], self.stream.kept[step]])
         batch = min(train.batch_size, len(rows))
@@ -75,7 +75,7 @@ class Inside:
         )
         self.model.train()
         for _ in range(epochs):
-            # Whole batches alone: another size would be compiled anew.
+            # Only full batches: another size would be compiled again.
             order = rows[torch.randperm(len(rows))][: per_epoch * batch]
             for images, labels_B in self.bank.batches("train", batch, order, view=self.view):
                 self.limit.check()
@@ -87,7 +87,7 @@ class Inside:
 
     @torch.no_grad()
     def _answers(self, split: str, rows: Tensor, seen: list[int]) -> Tensor:
-        """The classes answered for rows of a split."""
+        """The predicted classes for rows of a split."""
         self.model.eval()
         columns = torch.tensor(seen, device=self.device)
         batches = self.bank.batches(split, self.bank.evaluation_batch, rows)

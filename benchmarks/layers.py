@@ -1,4 +1,4 @@
-"""The contestants of benchmarks/dispatch.py: mixture-of-experts layers with one interface, equal in active FLOPs."""
+"""The contestants of benchmarks/dispatch.py: mixture-of-experts layers with a common interface and equal FLOPs."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from model.moe import MixtureOfExperts
 from model.routers import RouterConfig
 
 GRAPH = "ours: CUDA graph"
-GROUP = 1024  # samples that the libraries with a dispatch tensor route together: it grows with their square
+GROUP = 1024  # group size for libraries with a dispatch tensor, which grows with its square
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A layer: features in, hidden units of each expert, classes out, experts of a sample."""
+    """A layer: input features, hidden units of each expert, output classes, experts per sample."""
 
     features: int
     hidden: tuple[int, ...]
@@ -29,7 +29,7 @@ class Shape:
         return len(set(self.hidden)) == 1
 
     def square(self, matrices: int = 2) -> list[int]:
-        """Hidden units of experts that give `features` numbers, from so many matrices, at the same FLOPs."""
+        """Hidden units of experts with `features` outputs and this number of matrices, at the same FLOPs."""
         scale = (self.features + self.classes) / (matrices * self.features)
         return [max(8, 8 * round(units * scale / 8)) for units in self.hidden]
 
@@ -37,25 +37,28 @@ class Shape:
 Layer = tuple[nn.Module, Callable[[Tensor], Tensor]]
 
 
-def ours(shape: Shape, how: str = "auto") -> MixtureOfExperts:
-    """This project's layer, gate and norms included."""
-    experts = ExpertsConfig(sizes=[[units] for units in shape.hidden], dropout=0.0, dispatch=how)
+def ours(shape: Shape, mode: str = "auto") -> MixtureOfExperts:
+    """This project's layer, including gate and norms."""
+    experts = ExpertsConfig(sizes=[[units] for units in shape.hidden], dropout=0.0, dispatch=mode)
     router = RouterConfig(top_k=shape.top_k, norm="none")
     layer = MixtureOfExperts(shape.features, shape.classes, router, experts).train()
-    nn.init.normal_(layer.router.gate.weight, std=shape.features**-0.5)  # zero, as it begins, sends all to one expert
+    nn.init.normal_(
+        layer.router.gate.weight, std=shape.features**-0.5
+    )  # initialised with zeros, it would send everything to one expert
     return layer
 
 
 def contestants(shape: Shape, device: torch.device) -> Iterator[tuple[str, Callable[[], Layer]]]:
-    """Name and maker of each layer; a maker raises where its library is missing or cannot do this shape.
+    """Name and constructor of each layer; a constructor raises if its library is missing or does not support this
+    shape.
 
-    GRAPH dispatches as the steps do that train.py captures, and is for the caller to capture.
-    Where a library's layer returns as many numbers as it takes, its hidden layers are sized for equal FLOPs.
+    GRAPH dispatches like the captured steps of train.py; the caller captures it.
+    If a library's layer has as many outputs as inputs, its hidden layers are sized for equal FLOPs.
     """
     with torch.device(device):
         layer = ours(shape)
-    for how in ("auto", *DISPATCHERS):
-        yield f"ours: {how}", lambda how=how: (layer, _forced(layer, how))
+    for mode in ("auto", *DISPATCHERS):
+        yield f"ours: {mode}", lambda mode=mode: (layer, _forced(layer, mode))
     if device.type == "cuda":
         yield GRAPH, lambda: (layer, _forced(layer, "static"))
     yield "article loop", lambda: (layer, lambda x_BD: article_loop(layer.experts, x_BD, *_gate(layer, x_BD)))
@@ -66,9 +69,9 @@ def contestants(shape: Shape, device: torch.device) -> Iterator[tuple[str, Calla
     yield "Mixtral grouped_mm", lambda: mixtral(shape, device, "grouped_mm")
 
 
-def _forced(layer: MixtureOfExperts, how: str) -> Callable[[Tensor], Tensor]:
+def _forced(layer: MixtureOfExperts, mode: str) -> Callable[[Tensor], Tensor]:
     def forward(x_BD: Tensor) -> Tensor:
-        layer.dispatch_mode = how
+        layer.dispatch_mode = mode
         return layer(x_BD)[0]
 
     return forward
@@ -81,7 +84,7 @@ def _gate(layer: MixtureOfExperts, x_BD: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def article_loop(experts: nn.ModuleList, x_BD: Tensor, expert_BK: Tensor, weight_BK: Tensor) -> Tensor:
-    """As the reference recipe has it: for each choice, for each expert in it, a mask."""
+    """As in the reference recipe: a mask for each choice and each expert."""
     out_BC = None
     for choice in range(expert_BK.shape[1]):
         for expert in expert_BK[:, choice].unique():
@@ -93,7 +96,7 @@ def article_loop(experts: nn.ModuleList, x_BD: Tensor, expert_BK: Tensor, weight
 
 
 def dense_oracle(layer: MixtureOfExperts, x_BD: Tensor) -> Tensor:
-    """Every expert on every sample, weighted by a matrix that is zero where the gate did not choose."""
+    """Every expert on every sample, weighted by a matrix that is zero for experts that the gate did not choose."""
     expert_BK, weight_BK = _gate(layer, x_BD)
     zeros_BE = weight_BK.new_zeros(len(x_BD), len(layer.experts))
     weight_BE = zeros_BE.scatter(1, expert_BK, weight_BK)
@@ -109,7 +112,7 @@ def mixture_of_experts(shape: Shape, device: torch.device) -> Layer:
     from mixture_of_experts import MoE
 
     if shape.top_k != 2 or not shape.equal:
-        raise ValueError("does top-2 of equal experts only")
+        raise ValueError("supports only top-2 of equal experts")
     with torch.device(device):
         layer = MoE(dim=shape.features, num_experts=len(shape.hidden), hidden_dim=shape.square()[0]).train()
     return layer, lambda x_BD: layer(_in_groups(x_BD))[0]
@@ -120,7 +123,7 @@ def st_moe(shape: Shape, device: torch.device) -> Layer:
     from st_moe_pytorch import MoE
 
     if shape.top_k < 2:
-        raise ValueError("does top-2 and more only")
+        raise ValueError("supports only top-2 and more")
 
     def expert(units: int) -> nn.Module:
         return nn.Sequential(nn.Linear(shape.features, units), nn.ReLU(), nn.Linear(units, shape.features))
@@ -143,7 +146,7 @@ def mixtral(shape: Shape, device: torch.device, implementation: str | None = Non
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
     if not shape.equal:
-        raise ValueError("does equal experts only")
+        raise ValueError("supports only equal experts")
     config = MixtralConfig(
         hidden_size=shape.features,
         intermediate_size=shape.square(matrices=3)[0],
@@ -152,13 +155,13 @@ def mixtral(shape: Shape, device: torch.device, implementation: str | None = Non
     )
     if implementation is not None:
         if not hasattr(config, "_experts_implementation"):
-            raise ValueError("this version of transformers has one implementation")
+            raise ValueError("this version of transformers has only one implementation")
         config._experts_implementation = implementation
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with torch.device(device):
         layer = MixtralSparseMoeBlock(config).to(dtype).train()
     with torch.no_grad():
-        for parameter in layer.parameters():  # some versions leave them as the memory was
+        for parameter in layer.parameters():  # some versions leave them uninitialised
             parameter.normal_(std=0.02)
 
     def forward(x_BD: Tensor) -> Tensor:

@@ -1,21 +1,21 @@
-"""A mixture fine-tuned on a narrow domain: what becomes of its gate, and of the classes that it no longer sees.
+"""Fine-tune a mixture on a narrow domain, and measure the effect on its gate and on classes that it no longer sees.
 
 python -m benchmarks.narrow --data.root DATA --backbone.weights FILE     CIFAR-100, then three of its superclasses
-python -m benchmarks.narrow --tiny                                       a rehearsal on a CPU, with digits
+python -m benchmarks.narrow --tiny                                       a quick trial on a CPU, with digits
 
-Options that are none of those below go to train.py's configuration, of which the head recipe is the default. For each
-seed the mixture is trained on all classes, then from there on the images of a few superclasses (without superclasses:
-the first three classes), alone or with --replay images of every other class, once for each way to treat the gate:
+Options that are not listed below go to train.py's configuration; the default is the head recipe. For each seed the
+mixture is trained on all classes, and then fine-tuned on the images of a few superclasses (without superclasses: the
+first three classes), alone or with --replay images of every other class, once for each way to treat the gate:
 
-free        it learns, without an auxiliary loss
-frozen      it stays as it was, and so does the norm before it
-balance     it learns, with the switch loss at --balance_weight
-z_loss      it learns, with the z-loss at --z_weight
-distance    it learns, with the old_gate loss at --distance_weight
+free        trained, without an auxiliary loss
+frozen      not trained, and neither is the norm before it
+balance     trained with the switch loss at --balance_weight
+z_loss      trained with the z-loss at --z_weight
+distance    trained with the old_gate loss at --distance_weight
 
-Gates read standardised features (--norms batch, the recipe's router.norm) or features as they are (--norms none).
-Each result is a line of narrow.jsonl in --out; what is there already is not done again. A way that fails says why, and
-the others go on.
+Gates read standardised features (--norms batch, the recipe's router.norm) or unchanged features (--norms none). Each
+result is a line of narrow.jsonl in --out; finished results are not repeated. If one way fails, it reports the reason,
+and the others continue.
 """
 
 import argparse
@@ -66,24 +66,24 @@ from training.step import TrainingStep
 NORMS = ("batch", "none")
 WAYS = ("free", "frozen", "balance", "z_loss", "distance")
 SUPERCLASSES = 3
-UNUSED = 0.01  # share of the load below which an expert counts as lost
+UNUSED = 0.01  # share of the load below which an expert counts as unused
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train what is missing, print the table."""
+    """Train the missing runs, and print the table."""
     tiny = {"seeds": [0, 1], "views": 1, "epochs": 3, "narrow_epochs": 3}
     parser = Parser("narrow", __doc__, seconds=900, tiny=tiny)
     parser.allow_abbrev = False
     parser.add_numbers("--seeds", [0, 1, 2, 3, 4], "seeds of weights and batches")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="which (default: all)")
-    parser.add_numbers("--replay", [0, 20], "images of each other class to train on as well")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="ways to run (default: all)")
+    parser.add_numbers("--replay", [0, 20], "images of each other class to add to the training")
     parser.add_argument("--norms", nargs="+", choices=NORMS, default=["batch"], help="router.norm (default batch)")
     parser.add_argument("--views", type=int, default=4, metavar="N", help="augmented views of each image (default 4)")
-    parser.add_argument("--epochs", type=int, default=20, help="on all classes (default 20)")
-    parser.add_argument("--narrow_epochs", type=int, default=20, help="on the superclasses (default 20)")
-    parser.add_argument("--balance_weight", type=float, default=0.1, help="of the switch loss (default 0.1)")
-    parser.add_argument("--z_weight", type=float, default=0.01, help="of the z-loss (default 0.01)")
-    parser.add_argument("--distance_weight", type=float, default=1.0, help="of the old_gate loss (default 1)")
+    parser.add_argument("--epochs", type=int, default=20, help="epochs on all classes (default 20)")
+    parser.add_argument("--narrow_epochs", type=int, default=20, help="epochs on the superclasses (default 20)")
+    parser.add_argument("--balance_weight", type=float, default=0.1, help="weight of the switch loss (default 0.1)")
+    parser.add_argument("--z_weight", type=float, default=0.01, help="weight of the z-loss (default 0.01)")
+    parser.add_argument("--distance_weight", type=float, default=1.0, help="weight of the old_gate loss (default 1)")
     options, rest = parser.parse_known_args(argv)
     limit = Limit(options.seconds)
     device = start(options)
@@ -123,12 +123,12 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def key(row: dict[str, Any]) -> tuple:
-    """What one result is of."""
+    """The key of a result."""
     return row["norm"], row["replay"], row["seed"], row["way"]
 
 
 class Narrow:
-    """One seed: a mixture trained on everything, and fine-tuned from there in several ways."""
+    """One seed: a mixture trained on all classes, and fine-tuned in several ways."""
 
     def __init__(
         self,
@@ -157,7 +157,7 @@ class Narrow:
         self.before = self._scores(model)
 
     def run(self, way: str, replay: int) -> dict[str, Any]:
-        """The scores before and after fine-tuning in one way. replay: images of each other class beside the others."""
+        """The scores before and after fine-tuning in one way. replay: additional images of each other class."""
         began = time.perf_counter()
         mine = torch.cat([self._of([label])[: None if label in self.narrow else replay] for label in self.classes])
         seed_everything(self.seed)
@@ -209,7 +209,7 @@ class Narrow:
 
     @torch.no_grad()
     def _scores(self, model) -> dict[str, Any]:
-        """Macro-F1 on the narrow classes and on the others, the load, and what each expert is worth on the narrow.
+        """Macro-F1 on the narrow classes and on the others, the load, and each expert's contribution.
 
         alone: where only these classes may be answered.
         """
@@ -247,7 +247,7 @@ def _scores_of(row: dict[str, Any]) -> str:
 
 
 def macro_f1(labels_N: Tensor, predicted_N: Tensor, classes: list[int]) -> float:
-    """Mean F1 of these classes, whatever else is answered."""
+    """Mean F1 of these classes, even if other classes are predicted."""
     from sklearn.metrics import f1_score
 
     true, answer = labels_N.cpu().numpy(), predicted_N.cpu().numpy()
@@ -255,9 +255,9 @@ def macro_f1(labels_N: Tensor, predicted_N: Tensor, classes: list[int]) -> float
 
 
 def summary(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Names and cells of the table: what was before, then each way, means and deviations over seeds."""
-    columns = ["router.norm", "old images a class", "gate", "seeds", "F1 narrow", "F1 others", "F1 others alone"]
-    columns += ["entropy narrow", "entropy others", "least load", "lost", "worth of each expert"]
+    """Names and cells of the table: before fine-tuning, then each way, means and deviations over seeds."""
+    columns = ["router.norm", "old images per class", "gate", "seeds", "F1 narrow", "F1 others", "F1 others alone"]
+    columns += ["entropy narrow", "entropy others", "smallest load", "unused", "contribution of each expert"]
     cells = []
     for norm in NORMS:
         of_norm = [row for row in rows if row["norm"] == norm]

@@ -1,10 +1,10 @@
-"""What experts in host memory save and cost: bytes on the device and latency, by how much of them is kept there.
+"""Savings and costs of experts in host memory: bytes on the device and latency, by the share kept on the device.
 
 python -m benchmarks.offload            half a minute on a GPU
-python -m benchmarks.offload --tiny     a rehearsal on a CPU
+python -m benchmarks.offload --tiny     a quick trial on a CPU
 
-A head of equal experts behind a ViT, top-2, in evaluation mode, on random features that its random gate spreads
-unevenly. Usage is counted on a batch, as training would. Each row keeps a share of the experts' bytes.
+A head of equal experts behind a ViT, top-2, in evaluation mode, on random features that its random gate distributes
+unevenly. Usage is counted on a batch, as in training. Each row keeps a share of the experts' bytes on the device.
 """
 
 import copy
@@ -30,8 +30,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser("offload", __doc__, seconds=20, tiny=TINY)
     parser.add_argument("--experts", type=int, default=16, help="routed experts (default 16)")
     parser.add_argument("--hidden", type=int, default=1024, help="hidden units of each (default 1024)")
-    parser.add_argument("--features", type=int, default=12_288, help="numbers a sample (default 12288)")
-    parser.add_numbers("--batches", [1, 32, 256], "samples at once")
+    parser.add_argument("--features", type=int, default=12_288, help="features per sample (default 12288)")
+    parser.add_numbers("--batches", [1, 32, 256], "batch sizes")
     options = parser.parse_args(argv)
     device = start(options)
     where = environment(device)
@@ -56,14 +56,14 @@ def build(options) -> VisionMoE:
     model = VisionMoE((options.features,), CLASSES, NeckConfig(), router, experts).eval()
     with torch.no_grad():
         model.moe.router.gate.weight.mul_(3)
-        model.moe.router.gate.bias.copy_(torch.linspace(2, 0, options.experts))  # the first are used most
+        model.moe.router.gate.bias.copy_(torch.linspace(2, 0, options.experts))  # the first experts are used most
         routing = model.moe.router(model.neck(torch.randn(512, options.features)))
         model.moe.usage_E.copy_(routing.counts_E)
     return model
 
 
 def measure(share: float | None, whole: VisionMoE, options, device: torch.device, seconds: float) -> dict:
-    """Seconds a batch, bytes copied for it, and the peak of the device's memory, with a share of the experts kept."""
+    """Seconds per batch, bytes copied per batch, and peak device memory, with a share of the experts kept."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)

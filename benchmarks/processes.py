@@ -1,8 +1,8 @@
-"""Benchmarks of several processes: sections that end one by one, and their results.
+"""Benchmarks with several processes: sections that run one after another, and their results.
 
-A benchmark names its worker, a module that calls `work` with the sections it can do. Rank 0 writes what a section has
-found before the next one begins. Where one fails, or takes longer than its limit, that is said in a line and kept in
-place of its result, and the sections after it run in processes of their own.
+A benchmark names its worker, a module that calls `work` with the available sections. Rank 0 writes the result of a
+section before the next one starts. If a section fails, or takes longer than its limit, one line reports it, the reason
+is stored instead of a result, and the following sections run in new processes.
 """
 
 import argparse
@@ -27,23 +27,28 @@ from common.distributed import joined, started, world
 from common.errors import one_line, say
 
 ROOT = Path(__file__).resolve().parent.parent
-LOOK = 0.2  # seconds between two looks at what the processes have found
-START = 120.0  # seconds that they may take to their first section
+LOOK = 0.2  # seconds between two checks for results of the processes
+START = 120.0  # limit in seconds until their first section
 
 
 def add_options(parser: Parser, names: Sequence[str], limit: float) -> None:
-    """The options of every benchmark of several processes. names: its sections."""
-    parser.add_numbers("--processes", [1, 2], "numbers of processes, each with a GPU of its own")
+    """The options of every benchmark with several processes. names: its sections."""
+    parser.add_numbers("--processes", [1, 2], "numbers of processes, each with its own GPU")
     parser.add_argument(
-        "--sections", nargs="+", choices=names, default=list(names), metavar="NAME", help=f"default {' '.join(names)}"
+        "--sections",
+        nargs="+",
+        choices=names,
+        default=list(names),
+        metavar="NAME",
+        help=f"sections to run (default {' '.join(names)})",
     )
     parser.add_argument("--limit", type=float, default=limit, help=f"seconds for each section (default {limit:g})")
 
 
 def measured(worker: str, number: int, options: argparse.Namespace, names: Sequence[str], words: list[str]) -> dict:
-    """What each section of a worker finds in so many processes, by its name, and {"failed": why} where it fails.
+    """The result of each section of a worker with this number of processes, by name; {"failed": reason} for a failure.
 
-    worker: name of its module. words: its options, besides those that `work` reads.
+    worker: name of its module. words: its options, in addition to those that `work` reads.
     """
     found: dict[str, Any] = {"processes": number}
     while left := [name for name in names if name not in found]:
@@ -74,7 +79,7 @@ def _once(worker: str, number: int, options: argparse.Namespace, names: list[str
 
 
 def _start(run: list[str], rank: int, size: int, port: int, output: IO) -> subprocess.Popen:
-    """One process with the variables that torchrun gives it, which itself takes seconds to start and to kill."""
+    """One process with the environment variables of torchrun, which itself takes seconds to start and to stop."""
     variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
     variables = {"OMP_NUM_THREADS": "1", **os.environ, **{name: str(value) for name, value in variables.items()}}
     return subprocess.Popen(run, cwd=ROOT, env=variables, stdout=output, stderr=subprocess.STDOUT)
@@ -87,7 +92,7 @@ def _free_port() -> int:
 
 
 def _wait(each: list[subprocess.Popen], out: Path, limit: float) -> bool:
-    """Until all have ended; True where a section has taken too long."""
+    """Wait until all have ended; True if a section has taken too long."""
     done, since = 0, time.monotonic() + START
     while any(process.poll() is None for process in each):
         time.sleep(LOOK)
@@ -110,14 +115,14 @@ def _error_in(text: str) -> str:
 
 
 def failure(found: Any) -> str | None:
-    """Why a section has no result (None: it has)."""
+    """The reason why a section has no result (None: it has one)."""
     if found is None:
         return "not measured"
     return found.get("failed") if isinstance(found, dict) else None
 
 
 def merged(path: Path, rows: list[dict]) -> list[dict]:
-    """These rows, each of a number of processes, and what an earlier call has written of others."""
+    """These rows, one per number of processes, and rows of earlier calls for other numbers."""
     kept = {}
     with suppress(OSError, ValueError, KeyError):
         kept = {row["processes"]: row for row in json.loads(path.read_text(encoding="utf-8"))["rows"]}
@@ -127,7 +132,7 @@ def merged(path: Path, rows: list[dict]) -> list[dict]:
 
 
 def work(parser: argparse.ArgumentParser, sections: dict[str, Callable[..., Any]]) -> None:
-    """In one of the processes: do the sections that are asked for, each called with the options and the device."""
+    """In one of the processes: run the requested sections, each called with the options and the device."""
     parser.add_argument("--found", type=Path)
     parser.add_argument("--device")
     parser.add_argument("--do", nargs="+")
@@ -135,17 +140,17 @@ def work(parser: argparse.ArgumentParser, sections: dict[str, Callable[..., Any]
     with started():
         device = pick_device(options.device)
         with joined(device):
-            _tell(options.found, found)
+            _write(options.found, found)
             for name in options.do:
                 torch.manual_seed(0)
                 found[name] = sections[name](options, device)
-                _tell(options.found, found)
+                _write(options.found, found)
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
             world().wait()
 
 
-def _tell(path: Path, found: dict[str, Any]) -> None:
+def _write(path: Path, found: dict[str, Any]) -> None:
     if world().first:
         part = path.with_suffix(".part")
         part.write_text(json.dumps(found), encoding="utf-8")
@@ -153,10 +158,10 @@ def _tell(path: Path, found: dict[str, Any]) -> None:
 
 
 def exchange_of(run: Callable[[], Any], device: torch.device, steps: int) -> dict[str, float]:
-    """Seconds of a call that go to exchange between the processes, from `steps` of them under PyTorch's profiler.
+    """Seconds of a call spent on exchange between the processes, from `steps` calls under PyTorch's profiler.
 
-    The last process to come to an exchange begins what takes, in all of them, as long as the exchange itself:
-    `all_to_all`, and `sums` for all else. What it takes longer in the others is `waiting`, a mean over the processes.
+    For the last process that arrives at an exchange, it takes only the time of the exchange itself: `all_to_all`, and
+    `sums` for all others. The additional time in the other processes is `waiting`, averaged over the processes.
     """
     kind = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
     world().wait()
@@ -180,14 +185,14 @@ def exchange_of(run: Callable[[], Any], device: torch.device, steps: int) -> dic
 
 
 def _plain(name: str) -> str:
-    """The name of an exchange, by NCCL or gloo: sending and receiving in one is an all-to-all."""
+    """The name of an exchange, by NCCL or gloo; combined sending and receiving is an all-to-all."""
     return name.lower().replace("sendrecv", "alltoall").replace("_to_", "to")
 
 
 def link_of(exchange: Callable[[int], Callable[[], Any]], device: torch.device, large: int) -> tuple[float, float]:
-    """(seconds of an exchange of so many numbers, of one of next to nothing); the slowest process, medians of twenty.
+    """(seconds of an exchange of this size, of an almost empty one); slowest process, medians of twenty.
 
-    exchange: of so many numbers the call that does it.
+    exchange: maps a size to the call that does the exchange.
     """
     seconds = []
     for numbers in (large, 1024):

@@ -1,13 +1,13 @@
-"""A recipe over many seeds, next to a dense head that costs a sample the same, both as train.py trains them.
+"""A recipe over many seeds, compared with a dense head of the same cost per sample, both trained as in train.py.
 
 python -m benchmarks.recipe --data.root DATA --backbone.weights FILE      the head recipe, 10 seeds, on a GPU
-python -m benchmarks.recipe --config configs/digits.yaml --seeds 3        another one
+python -m benchmarks.recipe --config configs/digits.yaml --seeds 3        another recipe
 python -m benchmarks.recipe --tiny                                        a quick trial on a CPU, with digits
 
-Options that are none of those below go to train.py's configuration. The dense head is one expert whose hidden layer is
-as wide as the recipe's FLOPs a sample allow under an even load, its gate included, with the learning rate, decay and
-dropout that are best for it on validation images (of the head recipe). Both read the same features, and those of one
-seed the same batches. The test images are scored once a run, with the weights that train.keep says.
+Options that are not listed below go to train.py's configuration. The dense head is one expert whose hidden layer is as
+wide as the recipe's FLOPs per sample allow under an even load, including its gate. Its learning rate, weight decay and
+dropout are the best ones on validation images (of the head recipe). Both read the same features, and with the same seed
+the same batches. The test images are scored once per run, with the weights selected by train.keep.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     bank = build_bank(config, splits, backbone, device)
     contestants = heads(config, bank.feature_shape, splits.train.num_classes)
     began = time.perf_counter()
-    for view in range(bank.views_used):  # now, and not on the clock of the first run
+    for view in range(bank.views_used):  # now, so that it does not count as time of the first run
         next(bank.batches("train", 1, view=view))
     for split in ("validation", "test"):
         next(bank.batches(split, 1))
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def heads(config: Config, shape: tuple[int, ...], classes: int) -> dict[str, Config]:
-    """The recipe and its dense rival, by name."""
+    """The recipe and its dense counterpart, by name."""
 
     def flops(one: Config) -> int:
         return head_cost(build_model(one, shape, classes), shape).flops
@@ -98,7 +98,7 @@ def heads(config: Config, shape: tuple[int, ...], classes: int) -> dict[str, Con
 
 
 def dense(config: Config, width: int) -> Config:
-    """The recipe's data with one expert that every sample passes, of one hidden layer, and settings of its own."""
+    """The recipe's data with one expert for all samples, with one hidden layer and separate settings."""
     found = config_from_dict(config.to_dict())
     found.experts.sizes, found.experts.shared, found.experts.inputs = [[width]], [], None
     found.experts.dropout = DENSE["dropout"]
@@ -115,9 +115,7 @@ def report(
     found = rows(runs, {}, dict.fromkeys(runs.keys() - {"recipe"}, "recipe"))
     print(header("A recipe and a dense head of equal FLOPs: test scores, paired with the recipe", where))
     print(table(*shown(found)))
-    print(
-        f"\nfeatures of all images and views: {extracted:.1f} s, then seconds a run, to its answers on the test images:"
-    )
+    print(f"\nfeatures of all images and views: {extracted:.1f} s; seconds per run until the test images are scored:")
     for name, of_seed in runs.items():
         seconds = Timing.of([run["seconds"] for run in of_seed.values()])
         print(f"{name}: {seconds.median:.1f} ({seconds.low:.1f}-{seconds.high:.1f})")

@@ -1,4 +1,4 @@
-"""One run of a recipe as train.py makes it, but without figures, and on features that runs may share."""
+"""One run of a recipe as in train.py, but without figures, and on features that several runs can share."""
 
 import contextlib
 import sys
@@ -26,9 +26,9 @@ from training.trainer import Trainer
 
 @contextlib.contextmanager
 def trained_run(config: Config, inputs: Inputs, bank: FeatureBank | None = None) -> Iterator[tuple[Trainer, float]]:
-    """A trainer that has trained, its model that of the epoch that train.keep says, and the seconds that took.
+    """A trainer after training, with the model of the epoch selected by train.keep, and the training seconds.
 
-    bank: features to read (None: extracted in the run). The run's folder is there for as long as the context lasts.
+    bank: features to read (None: extracted in the run). The run's folder exists as long as the context.
     """
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         run = RunFolder.create(Path(folder) / "run", "benchmark")
@@ -48,10 +48,10 @@ def train_once(
     seed: int,
     bank: FeatureBank | None = None,
 ) -> dict:
-    """Train with a seed, keep the epoch by train.keep, evaluate on the test images.
+    """Train with a seed, keep the epoch selected by train.keep, evaluate on the test images.
 
-    bank: features to read (None: extracted in the run). `seconds` is the whole run to its answers on the test
-    images, from images in memory, or from features where a bank has them.
+    bank: features to read (None: extracted in the run). `seconds` is the time of the whole run to its predictions on
+    the test images, from images in memory, or from the features of a bank.
     """
     config = config_from_dict(config.to_dict())
     config.train.seed = seed

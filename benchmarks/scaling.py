@@ -4,10 +4,10 @@ python -m benchmarks.scaling            about 90 s on a GPU
 python -m benchmarks.scaling --tiny     a quick trial on a CPU
 
 A step is forward, backward, clipping and AdamW of the default kind of head on stored float16 features, bfloat16 on a
-GPU, as a CUDA graph where train.py would make one; samples are repeated to make more of them. The limit is the largest
-of three parts of a step: the matrix products that it does (of all experts where it dispatches the dense way) at the
-measured matrix rate, the traffic of weights, gradients and optimizer state at the measured memory rate, and the rest:
-launches, the wait of the dispatch, norms and activations.
+GPU, as a CUDA graph if train.py would capture one; samples are repeated to get larger sets. The limit is the largest of
+three parts of a step: its matrix products (of all experts in dense dispatch) at the measured speed of matrix products,
+the traffic of weights, gradients and optimizer state at the measured memory bandwidth, and the rest: launches, waiting
+in dispatch, norms and activations.
 """
 
 import sys
@@ -48,13 +48,13 @@ TRAFFIC = 54
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure the three sweeps, print one table, write the JSON."""
+    """Measure the three sweeps, print one table, write the JSON file."""
     parser = Parser("scaling", __doc__, seconds=90, tiny=TINY)
-    parser.add_argument("--batch", type=int, default=1024, help="samples a step (default 1024)")
+    parser.add_argument("--batch", type=int, default=1024, help="samples per step (default 1024)")
     others = "the first while the other two vary"
-    parser.add_numbers("--samples", [10_000, 100_000, 1_000_000], f"samples that are stored; {others}")
+    parser.add_numbers("--samples", [10_000, 100_000, 1_000_000], f"stored samples; {others}")
     parser.add_numbers("--experts", [4, 16, 64, 256], f"experts of the head; {others}")
-    parser.add_numbers("--features", [1536, 4608, 36_864, 151_296], f"numbers a sample; {others}")
+    parser.add_numbers("--features", [1536, 4608, 36_864, 151_296], f"features per sample; {others}")
     options = parser.parse_args(argv)
     if options.batch > min(options.samples):
         raise UserError(f"--batch {options.batch} is larger than the {min(options.samples)} of --samples: lower it")
@@ -74,8 +74,8 @@ def main(argv: list[str] | None = None) -> None:
         "samples",
         "experts",
         "features",
-        "ms a step (range), dispatch",
-        "s an epoch",
+        "ms per step (range), dispatch",
+        "s per epoch",
         "stored",
         "peak memory",
         "limit",
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def sweeps(options) -> list[tuple[str, int, int, int]]:
-    """(sweep, samples, experts, features): each of the three grows while the others stay."""
+    """(sweep, samples, experts, features): each of the three grows while the others stay fixed."""
     samples, experts, features = options.samples[0], options.experts[0], options.features[0]
     cells = [("samples", n, experts, features) for n in options.samples]
     cells += [("experts", samples, n, features) for n in options.experts[1:]]
@@ -93,7 +93,7 @@ def sweeps(options) -> list[tuple[str, int, int, int]]:
 
 
 def measure(samples: int, experts: int, features: int, options, device: torch.device, seconds: float) -> dict:
-    """Seconds a step over random batches of stored features, and the most memory that was in use."""
+    """Seconds per step over random batches of stored features, and peak memory."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
@@ -110,7 +110,7 @@ def measure(samples: int, experts: int, features: int, options, device: torch.de
     timing = timed(on_batches(train, stored_NF, labels_N, options.batch), device, seconds, warm=4, most=300)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     per_expert = sum(parameters(expert) for expert in model.moe.experts) / experts
-    # What dispatch sees: features in autocast's number format.
+    # The input of dispatch: features in autocast's number format.
     number_format = torch.bfloat16 if device.type == "cuda" else torch.float32
     x_BD = torch.empty(1, features, device=device, dtype=number_format).expand(options.batch, -1)
     way = choose(2 * options.batch, model.moe.experts, x_BD, static=captured)

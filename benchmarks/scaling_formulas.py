@@ -1,32 +1,32 @@
-"""What a step on N devices takes, from a few measured inputs: the formulas of docs/scaling.md.
+"""The time of a step on N devices, from a few measured inputs: the formulas of docs/scaling.md.
 
-A head with many experts on groups of M devices, R rows of k assignments a device, D features, C outputs, E experts:
+A head with E experts on groups of M devices, R rows with k assignments per device, D features, C outputs:
 
-    compute     base + expert * E / M + row * R           the three from steps on one device, without any exchange
+    compute     base + expert * E / M + row * R           all three from steps on one device, without exchange
     all-to-all  2 * R * k * (D + C) * 2 bytes             there and back, forward and backward, in 16 bits;
-                * (1 - 1 / M) / bandwidth + 5 * latency   of M devices one holds its own part
-    gates       R * (N - 1) * E * 4 bytes / bandwidth     every process sees the gate of the whole batch
+                * (1 - 1 / M) / bandwidth + 5 * latency   one of M parts stays on the device
+    gates       R * (N - 1) * E * 4 bytes / bandwidth     every process needs the gate of the whole batch
     gradients   2 * 4 bytes * common * (N - 1) / N / bandwidth + 4 * latency, and of the experts over N / M groups
 
-The default recipe, data parallel, has of these compute (without its experts' part), gates and gradients, three
-exchanges in all. Extraction has whole batches, and each device receives what all have extracted.
+The default recipe, data parallel, has compute (without the experts' part), gates and gradients, three exchanges in
+total. Extraction processes whole batches, and each device receives the features of all devices.
 
-Where N is more than the devices of a node, what crosses it goes at the bandwidth between nodes. Nothing overlaps, and
-loads are even: both are told apart by measuring.
+If N exceeds the devices of a node, data between nodes is sent at the bandwidth between nodes. The model assumes no
+overlap and even loads; measurements show both effects.
 """
 
 import math
 from dataclasses import dataclass
 
-ALL_TO_ALLS = 5  # of a mixture in a step: how many rows come, rows and outputs, and their gradients
-OTHERS = 4  # gates, their sums, gradients, the norm of those of experts
+ALL_TO_ALLS = 5  # of a mixture in a step: row counts, rows and outputs, and their gradients
+OTHERS = 4  # gates, their sums, gradients, the norm of the experts' gradients
 OF_A_RECIPE = 3  # gates, their sums, gradients
 
 
 @dataclass(frozen=True)
 class Network:
-    """within, between: bytes a second of a device to others of its node, and to other nodes. latency: seconds of an
-    exchange of next to nothing. node: devices of a node."""
+    """within, between: bytes per second of a device to others of its node, and to other nodes. latency: seconds of an
+    almost empty exchange. node: devices per node."""
 
     within: float
     between: float
@@ -34,12 +34,12 @@ class Network:
     node: int = 8
 
     def bandwidth(self, span: int) -> float:
-        """Of a device in a group of this many in a row: what crosses the node is the slower."""
+        """The bandwidth of a device in a group of consecutive devices; between nodes it is the slower one."""
         outside = max(0, span - self.node) / max(1, span - 1)
         return 1 / ((1 - outside) / self.within + outside / self.between)
 
     def summed(self, parameters: float, devices: int, span: int) -> float:
-        """Seconds that gradients of so many parameters take to be added up over `devices` in a group of `span`."""
+        """Seconds for summing the gradients of this number of parameters over `devices` in a group of `span`."""
         return 2 * 4 * parameters * (devices - 1) / devices / self.bandwidth(span)
 
 
@@ -59,9 +59,9 @@ class Step:
 
 @dataclass(frozen=True)
 class Head:
-    """A head with many experts. Seconds: base of a step, expert of one expert held, row of one row.
+    """A head with many experts. Seconds: base per step, expert per stored expert, row per row.
 
-    common: parameters that every process has; each: those of one expert.
+    common: number of parameters that every process has; each: number per expert.
     """
 
     base: float
@@ -76,9 +76,9 @@ class Head:
 
     @classmethod
     def fitted(cls, whole: float, half_rows: float, half: float, rows: int, experts: int, **others) -> "Head":
-        """From the seconds of three steps on one device: all, half of the rows, half of the rows and of the experts.
+        """From the seconds of three steps on one device: full size, half of the rows, half of the rows and experts.
 
-        base + expert * E + row * R = whole, and so on. What noise makes negative is 0.
+        Solves base + expert * E + row * R = whole, and so on. Values that are negative because of noise become 0.
         """
         row = max(0.0, (whole - half_rows) / (rows / 2))
         expert = max(0.0, (half_rows - half) / (experts / 2))
@@ -86,7 +86,7 @@ class Head:
         return cls(base, expert, row, experts=experts, **others)
 
     def step(self, network: Network, devices: int, members: int, rows: int) -> Step:
-        """On so many devices, with experts on groups of `members`, and rows on each device."""
+        """The step on this number of devices, with experts on groups of `members`, and `rows` per device."""
         sent = 2 * rows * self.top_k * (self.features + self.outputs) * 2 * (1 - 1 / members)
         here = self.experts / members
         several = devices > 1
@@ -102,7 +102,7 @@ class Head:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The default recipe. Seconds: base of a step, row of an image. gates: numbers that all gates give for an image."""
+    """The default recipe. Seconds: base per step, row per image. gates: number of gate outputs per image."""
 
     base: float
     row: float
@@ -111,12 +111,12 @@ class Recipe:
 
     @classmethod
     def fitted(cls, whole: float, half: float, batch: int, **others) -> "Recipe":
-        """From the seconds of two steps on one device: all images of a batch, and half of them."""
+        """From the seconds of two steps on one device: a full batch, and half of it."""
         row = max(0.0, (whole - half) / (batch - batch // 2))
         return cls(base=max(0.0, whole - row * batch), row=row, **others)
 
     def step(self, network: Network, devices: int, images: int) -> Step:
-        """On so many devices, with images on each device."""
+        """The step on this number of devices, with `images` per device."""
         return Step(
             compute=self.base + self.row * images,
             gates=images * (devices - 1) * self.gates * 4 / network.bandwidth(devices),
@@ -126,14 +126,14 @@ class Recipe:
 
 @dataclass(frozen=True)
 class View:
-    """Extraction of a view. seconds: of a batch of `batch` images; bytes: of the features of an image."""
+    """Extraction of a view. seconds: per batch of `batch` images; bytes: of the features of an image."""
 
     seconds: float
     batch: int
     bytes: int
 
     def step(self, network: Network, devices: int, images: int) -> Step:
-        """All images of a view: whole batches, then everything to every device, one device after the other."""
+        """All images of a view: whole batches, then all features to every device, one device after another."""
         batches = math.ceil(math.ceil(images / self.batch) / devices)
         told = images * self.bytes / network.bandwidth(devices) if devices > 1 else 0.0
         return Step(compute=batches * self.seconds, gradients=told)

@@ -1,11 +1,11 @@
-"""What more devices would do, from what was measured on one and on two: benchmarks.scaling_formulas with their inputs.
+"""Predict the scaling to more devices from measurements on one and two devices, with benchmarks.scaling_formulas.
 
-python -m benchmarks.scaling_model                                       of the files in runs/benchmarks
-python -m benchmarks.scaling_model --from FOLDER --between 50e9 --node 8  other machines; bytes/s between nodes
+python -m benchmarks.scaling_model                                         from the files in runs/benchmarks
+python -m benchmarks.scaling_model --from FOLDER --between 50e9 --node 8   other machines; bytes/s between nodes
 
 Reads devices.json of benchmarks.devices and expert_parallel.json of benchmarks.expert_parallel, or one of them. Prints
-what was measured beside what the formulas say of it, and then what they say of more devices. Images and rows a device
-stay as they are, so that 1 is even growth.
+measured and predicted times side by side, and then predictions for more devices. Images and rows per device stay the
+same, so an efficiency of 100 % is linear scaling.
 """
 
 import json
@@ -25,14 +25,14 @@ FILES = {"devices": "benchmarks.devices", "expert_parallel": "benchmarks.expert_
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Print what was measured beside what is predicted, and the predictions for more devices."""
+    """Print measured and predicted times side by side, and the predictions for more devices."""
     parser = Parser("scaling_model", __doc__, seconds=0, tiny=TINY)
     folder = Path("runs/benchmarks")
     parser.add_argument("--from", dest="folder", type=arguments.path_option, default=folder, help=f"default {folder}")
     parser.add_argument("--between", type=float, default=50e9, help="bytes/s of a device to other nodes (default 50e9)")
-    parser.add_argument("--node", type=int, default=8, help="devices of a node (default 8)")
-    parser.add_argument("--rows", type=int, default=None, help="rows a device (default: half of those measured)")
-    parser.add_argument("--batch", type=int, default=None, help="images a device (default: as many as one had)")
+    parser.add_argument("--node", type=int, default=8, help="devices per node (default 8)")
+    parser.add_argument("--rows", type=int, default=None, help="rows per device (default: half of the measured number)")
+    parser.add_argument("--batch", type=int, default=None, help="images per device (default: the measured number)")
     parser.add_numbers("--devices", [1, 2, 8, 64, 512], "numbers of devices")
     options = parser.parse_args(argv)
     start(options)
@@ -41,32 +41,32 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{options.folder} has nothing to predict from: run {' and '.join(FILES.values())} first")
     parts = [part for name, of in PARTS.items() if found[name] for part in of(found[name], options)]
     lines = [line for measured, _ in parts for line in measured]
-    print(table(["what", "devices", "ms, measured", "ms, predicted", "off by"], lines))
-    network = f"{options.node} devices a node, {options.between:.3g} bytes/s between"
+    print(table(["what", "devices", "ms, measured", "ms, predicted", "error"], lines))
+    network = f"{options.node} devices per node, {options.between:.3g} bytes/s between nodes"
     print(f"\nPREDICTIONS, {network}")
     for _, predicted in parts:
         print(f"\n{predicted(options.devices)}")
 
 
 def read(path: Path) -> dict[int, dict]:
-    """What a benchmark has written, by the number of processes; {} where it has not. Raises UserError otherwise."""
+    """The results of a benchmark by number of processes; {} if there is no file. Raises UserError if it is invalid."""
     if not path.exists():
         return {}
     try:
         return {row["processes"]: row for row in json.loads(path.read_text(encoding="utf-8"))["rows"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path} is not what {FILES[path.stem.removesuffix('_tiny')]} writes: run that again"
+            f"{path} was not written by {FILES[path.stem.removesuffix('_tiny')]}: run that again"
         ) from error
 
 
 def _needed(rows: dict[int, dict], *wanted: tuple[int, str]) -> list[dict] | None:
-    """These sections of these numbers of processes; None, said in a line, where one was not measured."""
+    """These sections for these numbers of processes; None, with a line of output, if one was not measured."""
     found = []
     for number, name in wanted:
         section = rows.get(number, {}).get(name)
         if (why := failure(section)) is not None:
-            print(f"left out: {name} of {number} devices: {why}", file=sys.stderr)
+            print(f"left out: {name} on {number} devices: {why}", file=sys.stderr)
             return None
         found.append(section)
     return found
@@ -97,7 +97,7 @@ def _recipe(rows: dict[int, dict], options: Any) -> Part | None:
         for step in [recipe.step(network, number, section["batch"] // number)]
     ]
     images = options.batch or whole["batch"]
-    title = f"the default recipe, {images} images a device"
+    title = f"the default recipe, {images} images per device"
     return measured, lambda devices: _growth(title, devices, lambda n: [("", recipe.step(network, n, images))])
 
 
@@ -116,7 +116,7 @@ def _extraction(rows: dict[int, dict], options: Any) -> Part | None:
         for number, row in sorted(rows.items())
         if failure(row.get("extraction")) is None
     ]
-    title = f"extraction, {images:,} images a device"
+    title = f"extraction, {images:,} images per device"
     return measured, lambda devices: _growth(title, devices, lambda n: [("", view.step(network, n, images * n))])
 
 
@@ -139,12 +139,12 @@ def _head(rows: dict[int, dict], options: Any) -> list[Part]:
     each = options.rows or steps[0]["rows"] // 2
 
     def on(number: int) -> list[tuple[str, Step]]:
-        """With experts on all of a node, and on all devices there are experts for."""
+        """Variants: experts on all devices of a node, and on as many devices as there are experts."""
         groups = dict.fromkeys(min(number, most) for most in (options.node, head.experts))
         fit = [members for members in groups if number % members == 0]
         return [(f"experts on {members}", head.step(network, number, members, each)) for members in fit]
 
-    return [(measured, lambda devices: _growth(f"{head.experts} experts, {each:,} rows a device", devices, on))]
+    return [(measured, lambda devices: _growth(f"{head.experts} experts, {each:,} rows per device", devices, on))]
 
 
 PARTS: dict[str, Callable[[dict[int, dict], Any], list[Part]]] = {"devices": _of_devices, "expert_parallel": _head}
@@ -156,16 +156,16 @@ def _compared(what: str, number: int, seconds: float, step: Step) -> list[str]:
 
 
 def _growth(title: str, devices: list[int], steps: Callable[[int], list[tuple[str, Step]]]) -> str:
-    """A line a number of devices; the efficiency is that of a device against one alone."""
+    """A line per number of devices; the efficiency compares a device with a single one."""
     one = steps(1)[0][1].whole
     lines = []
     for number in devices:
-        for how, step in steps(number):
+        for name, step in steps(number):
             parts = (step.whole, step.compute, step.all_to_all, step.gates, step.gradients)
             efficiency = 100 * one / step.whole
-            stops = "" if efficiency >= 50 else "more than half is exchange"
-            lines.append([number, how, *(f"{1e3 * part:.2f}" for part in parts), f"{efficiency:.0f} %", stops])
-    columns = ["devices", title, "ms", "compute", "all-to-all", "gates", "sums and features", "of even growth", ""]
+            stops = "" if efficiency >= 50 else "more than half is communication"
+            lines.append([number, name, *(f"{1e3 * part:.2f}" for part in parts), f"{efficiency:.0f} %", stops])
+    columns = ["devices", title, "ms", "compute", "all-to-all", "gates", "sums and features", "efficiency", ""]
     return table(columns, lines)
 
 

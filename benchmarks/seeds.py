@@ -1,11 +1,11 @@
-"""Would a step of several seeds be faster if their heads were stacked into batched products?
+"""Is a training step of several seeds faster if their heads are stacked into batched products?
 
 python -m benchmarks.seeds            about a minute, and less on a GPU
 python -m benchmarks.seeds --tiny     a quick trial
 
-A step is forward, backward and AdamW of heads as the recipes have them, without counters, balance losses and random
-routing, which could only slow the stacked one down. Every seed has a batch of its own, as in train.py --seeds. On a GPU
-both are one CUDA graph, in bfloat16.
+A step is forward, backward and AdamW of the recipes' heads, without counters, balance losses and random routing, which
+could only slow down the stacked variant. Every seed has a separate batch, as in train.py --seeds. On a GPU both
+variants are one CUDA graph, in bfloat16.
 """
 
 import sys
@@ -22,7 +22,7 @@ from common.errors import exit_code_of
 
 @dataclass(frozen=True)
 class Head:
-    """Features, hidden units of the experts and of those that all samples pass, classes, samples a step."""
+    """Features, hidden units of routed and shared experts, classes, samples per step."""
 
     features: int
     experts: tuple[int, ...]
@@ -41,16 +41,16 @@ Weights = dict[str, Tensor]
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure the heads, print one table, write the JSON."""
+    """Measure the heads, print one table, write the JSON file."""
     parser = Parser("seeds", __doc__, seconds=60)
-    parser.add_argument("--seeds", type=int, default=5, help="models that are trained together (default 5)")
+    parser.add_argument("--seeds", type=int, default=5, help="number of models trained together (default 5)")
     options = parser.parse_args(argv)
     device = start(options)
     where = environment(device)
     threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
     print(header(f"A step of {options.seeds} seeds, ms (range){threads}", where), flush=True)
     heads, rows = TINY if options.tiny else HEADS, []
-    if device.type == "cpu":  # which nobody trains the largest one on
+    if device.type == "cpu":  # the largest head is not trained on a CPU
         heads = {name: head for name, head in heads.items() if name != "cifar100_head.yaml"}
     for name, head in heads.items():
         steps = [step_of(head, group, device) for group in ([1] * options.seeds, [options.seeds])]
@@ -60,12 +60,12 @@ def main(argv: list[str] | None = None) -> None:
         [name, apart.milliseconds(), stacked.milliseconds(), f"{apart.median / stacked.median:.2f}"]
         for name, apart, stacked in (row.values() for row in rows)
     ]
-    print(table(["head", "one seed after the other", "stacked", "times as fast"], cells))
+    print(table(["head", "one seed after another", "stacked", "speed-up"], cells))
     write(options, "seeds", where, seeds=options.seeds, rows=rows)
 
 
 def weights_of(head: Head, seeds: int, device: torch.device) -> Weights:
-    """Random weights of so many heads, each tensor with a first dimension of seeds."""
+    """Random weights of several heads; the first dimension of each tensor is the seed."""
     sizes = (*head.experts, *head.shared)
     shapes = {"gate": (head.features, len(head.experts))}
     shapes |= {f"in {i}": (head.features, units) for i, units in enumerate(sizes)}
@@ -74,7 +74,7 @@ def weights_of(head: Head, seeds: int, device: torch.device) -> Weights:
 
 
 def logits(head: Head, weights: Weights, x_SBD: Tensor) -> Tensor:
-    """Logits (S, B, C) of S heads, each on a batch of its own: every expert on every sample, two of them weighted."""
+    """Logits (S, B, C) of S heads, each on its own batch: every expert on every sample, two of them weighted."""
     x_SBD = F.layer_norm(x_SBD, x_SBD.shape[-1:])
     gate_SBE = torch.bmm(x_SBD.float(), weights["gate"]).softmax(-1)
     best = gate_SBE.topk(2, dim=-1)
@@ -89,7 +89,7 @@ def logits(head: Head, weights: Weights, x_SBD: Tensor) -> Tensor:
 
 
 def step_of(head: Head, groups: list[int], device: torch.device) -> Callable[[], None]:
-    """A training step of heads in groups: those of a group are stacked, one group comes after the other."""
+    """A training step of heads in groups: heads in a group are stacked, groups run one after another."""
     runs = []
     for seeds in groups:
         weights = {name: value.requires_grad_() for name, value in weights_of(head, seeds, device).items()}

@@ -1,10 +1,10 @@
-"""Milliseconds of one training step of the default head: as it is and as a CUDA graph, next to dense MLPs.
+"""Milliseconds of one training step of the default head, eager and as a CUDA graph, compared with dense MLPs.
 
 python -m benchmarks.step                 about 30 s on a GPU
 python -m benchmarks.step --tiny          a quick trial on a CPU
 
-A step takes its batch out of features in memory, trains, and updates the moving average, as train.py does. The dense
-heads have as many hidden units as a sample passes in the mixture, and as all its experts have together.
+A step selects its batch from features in memory, trains, and updates the moving average, as in train.py. The dense
+heads have as many hidden units as a sample uses in the mixture, and as all its experts have together.
 """
 
 import itertools
@@ -33,7 +33,7 @@ CLASSES, SAMPLES = 100, 50_000
 def main(argv: list[str] | None = None) -> None:
     """Time every contestant, print the table, write the JSON."""
     parser = Parser("step", __doc__, seconds=30, tiny={"batch": 32})
-    parser.add_argument("--batch", type=int, default=1024, help="samples a step (default 1024)")
+    parser.add_argument("--batch", type=int, default=1024, help="samples per step (default 1024)")
     options = parser.parse_args(argv)
     config = parse_command_line(["--config", str(HEAD_RECIPE)]).config
     groups = len(config.backbone.features)
@@ -47,51 +47,51 @@ def main(argv: list[str] | None = None) -> None:
     stored = torch.randn(samples, features, device=device).half()
     labels_N = torch.randint(CLASSES, (samples,), device=device)
     rows = []
-    for name, parts, how in contestants(config):
-        # What train.py captures: not a way that waits, nor one that may not have its kernel.
-        graphs = (False, True) if device.type == "cuda" and how in ("dense", "auto") else (False,)
+    for name, parts, mode in contestants(config):
+        # What train.py captures: no mode that waits, and none whose kernel may be missing.
+        graphs = (False, True) if device.type == "cuda" and mode in ("dense", "auto") else (False,)
         for captured in graphs:
             run = attempt(
-                lambda parts=parts, how=how, captured=captured: measure(
-                    parts, how, captured, stored, labels_N, groups, options.batch, options.seconds / 20
+                lambda parts=parts, mode=mode, captured=captured: measure(
+                    parts, mode, captured, stored, labels_N, groups, options.batch, options.seconds / 20
                 )
             )
             rows.append({"head": name, "graph": captured, "run": run})
     print(header(f"One training step, {features:,} features, batch {options.batch}", where))
-    columns = ["head", "dispatch", "ms a step (range)", "parameters", "MFLOP a sample"]
+    columns = ["head", "dispatch", "ms per step (range)", "parameters", "MFLOP per sample"]
     print(table(columns, [_line(row) for row in rows]))
     write(options, "step", where, batch=options.batch, features=features, rows=rows)
 
 
 def contestants(config) -> list[tuple[str, tuple[RouterConfig, ExpertsConfig, BalanceConfig], str]]:
-    """(name, parts of the head, way of dispatch)."""
+    """(name, parts of the head, dispatch mode)."""
     sizes, shared = config.experts.sizes, config.experts.shared
     sums = [sum(sum(size) for size in group) for group in (sizes, shared)]
     active = sums[1] + config.router.top_k * sums[0] // len(sizes)
     one = RouterConfig(kind="mixtral", top_k=1)
     none = BalanceConfig(switch=0.0)
     moe = (config.router, config.experts, config.balance)
-    found = [("mixture", moe, how) for how in ("sorted", "dense", "grouped")]
+    found = [("mixture", moe, mode) for mode in ("sorted", "dense", "grouped")]
     for label, width in (("active", active), ("total", sum(sums))):
         found.append((f"dense MLP, {width} units ({label})", (one, ExpertsConfig(sizes=[[width]]), none), "auto"))
     return found
 
 
-def measure(parts, how: str, captured: bool, stored, labels_N, groups: int, batch: int, seconds: float) -> dict:
-    """Time steps over random batches; `how` is the way of dispatch, groups the features that a sample is made of."""
+def measure(parts, mode: str, captured: bool, stored, labels_N, groups: int, batch: int, seconds: float) -> dict:
+    """Time steps over random batches; `mode` is the dispatch mode, groups the number of features per sample."""
     router, experts, balance = parts
     device = stored.device
     torch.manual_seed(0)
-    experts = ExpertsConfig(**{**vars(experts), "dispatch": how})
+    experts = ExpertsConfig(**{**vars(experts), "dispatch": mode})
     model = VisionMoE((stored.shape[1],), CLASSES, NeckConfig(), router, experts, groups).to(device).train()
     once = on_batches(step_of(model, balance, batch, captured), stored, labels_N, batch)
     timing = timed(lambda: [once() for _ in range(20)], device, seconds, warm=2)
     cost = head_cost(model, (stored.shape[1],))
-    return {"timing": timing, "steps": 20, "parameters": parameters(model), "flops": cost.flops, "dispatch": how}
+    return {"timing": timing, "steps": 20, "parameters": parameters(model), "flops": cost.flops, "dispatch": mode}
 
 
 def step_of(model: VisionMoE, balance: BalanceConfig, batch: int, captured: bool) -> Callable:
-    """A training step (features, labels) with learning rate and moving average, as the trainer does it."""
+    """A training step (features, labels) with learning rate and moving average, as in the trainer."""
     from timm.utils import ModelEmaV3
 
     optim = OptimConfig()
@@ -112,7 +112,7 @@ def step_of(model: VisionMoE, balance: BalanceConfig, batch: int, captured: bool
 
 
 def on_batches(train: Callable, features_NF: Tensor, labels_N: Tensor, batch: int) -> Callable[[], None]:
-    """`train` on the next batch of samples in random order, again and again."""
+    """`train` repeatedly on the next batch of samples in random order."""
     order_N = torch.randperm(len(labels_N), device=labels_N.device)
     starts = itertools.cycle(range(0, max(1, len(labels_N) - batch + 1), batch))
 

@@ -1,19 +1,19 @@
-"""Routing rules against dense heads, on frozen features of CIFAR-100: tables, and a curve over the width.
+"""Compare routing rules with dense heads on frozen features of CIFAR-100: tables, and a curve over the width.
 
 python -m benchmarks.study --data.root DATA --backbone.weights FILE       all parts, at most 25 minutes on a GPU
-python -m benchmarks.study --parts routers --seeds 3 ...                  one of them, fewer seeds
+python -m benchmarks.study --parts routers --seeds 3 ...                  one part, fewer seeds
 python -m benchmarks.study --tiny                                         a quick trial on a CPU, with digits
 
 routers: every rule that reads pooled features, and dense heads of equal active and of equal total size. tokens: Soft
-MoE, which mixes patch tokens. widths: dense heads against mixtures that cost a sample no more, from 16 to 4096 hidden
-units. All read the class tokens and patch means of the last four blocks in eight views (logistic regression: of the
-images as they are), `tokens` the last block's tokens in four. Options of the sections data, augment, backbone and
-features go to train.py's configuration.
+MoE, which mixes patch tokens. widths: dense heads against mixtures of at most the same cost per sample, from 16 to 4096
+hidden units. All heads read the class tokens and patch means of the last four blocks in eight views (logistic
+regression: of the images without augmentation); `tokens` reads the last block's tokens in four views. Options of the
+sections data, augment, backbone and features go to train.py's configuration.
 
-Each method chooses learning rate and dropout on validation images among the same settings, with one seed; then it is
-trained with its choice from several seeds, and evaluated on the test images. Heads of one seed see the same batches.
-The validation images also choose the router and the dense head that get more seeds. Finished runs are kept in OUT,
-under a digest of what they read, and not repeated: an interrupted study can be continued.
+Each method chooses learning rate and dropout on validation images among the same settings, with one seed. Then it is
+trained with this choice and several seeds, and evaluated on the test images. Heads with the same seed see the same
+batches. The validation images also select the router and the dense head that get more seeds. Finished runs are stored
+in OUT, under a digest of their inputs, and are not repeated: an interrupted study can be continued.
 """
 
 import argparse
@@ -64,9 +64,9 @@ SELECTION_SEED = 1000
 
 @dataclass(frozen=True)
 class Part:
-    """features, views: what its heads read. methods: from the options and the features to heads by name.
+    """features, views: inputs of its heads. methods: from the options and the features to heads by name.
 
-    share: of the time, next to the other parts. epochs: share of the epochs of the others.
+    share: of the time, relative to the other parts. epochs: fraction of the epochs of the others.
     """
 
     features: tuple[str, ...]
@@ -81,7 +81,7 @@ POOLED = tuple(f"{pool}:{block}" for pool in ("cls", "mean") for block in (-4, -
 PARTS = {
     "routers": Part(POOLED, 8, lambda options, features: router_methods(options.width)),
     "widths": Part(POOLED, 8, lambda options, features: width_methods(options.widths, features.groups)),
-    # A step on tokens costs ten times as much, keeps a GPU's memory busy by itself, and takes gigabytes of it.
+    # A step on tokens costs ten times as much, saturates a GPU's memory bandwidth, and needs gigabytes of memory.
     "tokens": Part(
         ("tokens:-1",),
         4,
@@ -94,7 +94,7 @@ PARTS = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the parts that are asked for, in turn; each may take its share of the time that is left."""
+    """Run the requested parts in turn; each may use its share of the remaining time."""
     options, rest = arguments(argv)
     device = start(options)
     where = environment(device)
@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
         share = part.share / sum(PARTS[other].share for other in options.parts[index:])
         deadline = time.perf_counter() + share * (end - time.perf_counter())
         if index == 0 or part.features != PARTS[options.parts[index - 1]].features:
-            read.clear()  # before the next ones need the memory
+            read.clear()  # frees the memory for the next ones
             read |= load_features(configuration(part, options, rest), part.views, options, device)
         run_part(name, options, where, read, deadline)
 
@@ -114,23 +114,27 @@ def arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """The study's options, and those for the configuration. Raises UserError for others."""
     parser = Parser("study", __doc__, seconds=1500, tiny=TINY)
     parser.allow_abbrev = False
-    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="default: all of them")
+    parser.add_argument(
+        "--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="parts to run (default: all)"
+    )
     parser.add_argument("--width", type=int, default=256, help="hidden units of an expert of `routers` (default 256)")
     parser.add_numbers("--widths", WIDTHS, "units of `widths`")
     parser.add_argument("--seeds", type=int, default=10, help="runs of each method (default 10)")
-    parser.add_argument("--more-seeds", type=int, default=30, help="of the best router and dense head (default 30)")
-    parser.add_argument("--epochs", type=int, default=24, help="of each run (default 24)")
-    parser.add_argument("--workers", type=int, default=6, help="processes that train at once (default 6)")
-    parser.add_argument("--heads", type=int, default=10, help="heads that each of them trains in one pass (default 10)")
+    parser.add_argument(
+        "--more-seeds", type=int, default=30, help="runs of the best router and dense head (default 30)"
+    )
+    parser.add_argument("--epochs", type=int, default=24, help="epochs of each run (default 24)")
+    parser.add_argument("--workers", type=int, default=6, help="number of training processes (default 6)")
+    parser.add_argument("--heads", type=int, default=10, help="heads that each process trains in one pass (default 10)")
     options, rest = parser.parse_known_args(argv)
     for word in rest:
         if word.startswith("-") and not word.startswith(SECTIONS):
-            parser.error(f"{word} is not an option of the study, whose heads have their own settings")
+            parser.error(f"{word} is not an option of the study: its heads have their own settings")
     return options, rest
 
 
 def configuration(part: Part, options: argparse.Namespace, rest: list[str]) -> Config:
-    """What decides the features of a part; the head of it is nobody's."""
+    """The configuration of the features of a part; its head is not used."""
     recipe = ROOT / "configs" / ("digits.yaml" if options.tiny else "cifar100_head.yaml")
     tokens = part.features == PARTS["tokens"].features
     names = part.features
@@ -139,8 +143,8 @@ def configuration(part: Part, options: argparse.Namespace, rest: list[str]) -> C
     words = ["--config", str(recipe), "--backbone.features", f"[{','.join(names)}]", "--balance.switch", "0"]
     words += ["--neck.kind", "tokens" if tokens else "pooled", "--router.hidden", "[]"]
     words += ["--router.kind", "soft_moe" if tokens else "noisy_topk"]
-    # A study selects, and needs more validation images for it than a recipe that has been selected. The views are
-    # kept here and not in the bank.
+    # A study selects among methods, which needs more validation images than a finished recipe. The views are stored
+    # here and not in the bank.
     words += ["--data.validation", "0.1", "--features.mode", "live", "--features.compile", "never"]
     return parse_command_line([*words, *rest]).config
 
@@ -163,7 +167,7 @@ def run_part(name: str, options: argparse.Namespace, where: dict, read: dict[str
 
 
 def load_features(config: Config, views: int, options: argparse.Namespace, device) -> dict[str, Features]:
-    """The same training views with the validation images, for selection, and with the test images held out."""
+    """The same training views with the validation images, for selection, and with the held-out test images."""
     splits, backbone = load_splits(config.data), load_backbone(config.backbone, device, reachable)
     bank = build_bank(config, splits, backbone, device)
     views = min(views, options.epochs) if config.augment.active else 1
@@ -184,14 +188,14 @@ def load_features(config: Config, views: int, options: argparse.Namespace, devic
 
 
 def digest(config: Config, splits: Splits, backbone: str, views: int) -> str:
-    """Eight digits that change with anything that a head reads or is trained by, beside its own settings."""
+    """Eight digits that identify the inputs and the training of heads, apart from their own settings."""
     data = [splits[name].fingerprint() for name in ("train", "validation", "test")]
     parts = [data, backbone, vars(config.augment), views, SETTINGS]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def whole(bank: FeatureBank, split: str, views: Sequence[int | None]) -> torch.Tensor:
-    """All features of a split in these views, None being the images as they are: (V, N, ...)."""
+    """All features of a split in these views, where None means the original images: (V, N, ...)."""
     dtype = torch.float16 if bank.device.type == "cuda" else torch.float32
     shape = (len(views), len(bank.splits[split]), *bank.feature_shape)
     found = torch.empty(shape, dtype=dtype, device=bank.device)
@@ -206,7 +210,7 @@ def whole(bank: FeatureBank, split: str, views: Sequence[int | None]) -> torch.T
 def select(
     methods: dict[str, dict], options: argparse.Namespace, results: Results, workers: Workers, deadline: float
 ) -> dict[str, dict]:
-    """Each method with the settings of its best validation macro-F1; one that failed with them all is left out."""
+    """Each method with the settings of its best validation macro-F1, without methods that failed with all settings."""
     candidates = {
         name: [Job(name, head, SELECTION_SEED, "selection", options.epochs, settings) for settings in grid(head)]
         for name, head in methods.items()
@@ -215,7 +219,9 @@ def select(
     chosen = {}
     for name, jobs in candidates.items():
         scored = [job for job in jobs if job.key in results.scores]
-        if scored and all(map(results.knows, jobs)):  # with fewer, its budget would not have been that of the others
+        if scored and all(
+            map(results.knows, jobs)
+        ):  # with fewer settings its search budget would differ from the others
             top = max(scored, key=lambda job: results.scores[job.key]["macro_f1"])
             score = results.scores[top.key]["macro_f1"]
             chosen[name] = {"head": top.head, "settings": top.settings, "validation": score}
@@ -223,7 +229,7 @@ def select(
 
 
 def finals(chosen: dict[str, dict], seed: int, options: argparse.Namespace) -> list[Job]:
-    """A run of each method that the test images score; without a seed, logistic regression has a single one."""
+    """The runs of each method for the test images; logistic regression has no seed and a single run."""
     return [
         Job(name, choice["head"], seed, "test", options.epochs, choice["settings"])
         for name, choice in chosen.items()
@@ -240,7 +246,7 @@ def report(
     chosen: dict,
     top: dict[str, str],
 ) -> None:
-    """The tables on the screen, everything as JSON, and the curve as a picture."""
+    """Print the tables, write everything as JSON, and draw the curve."""
     print(header(f"Heads on frozen features, test scores, paired with a dense head: {name}", where))
     partner = {method: choice["head"].get("against") for method, choice in chosen.items()}
     total = totals({method: choice["head"] for method, choice in chosen.items()})
@@ -251,7 +257,7 @@ def report(
     print(table(*shown(found)))
     settled = rows(*runs_of(jobs[1], results, options.more_seeds), {top["router"]: top["dense"]}) if top else []
     if settled:
-        print("\nThe router and the dense head that validation puts first:\n")
+        print("\nThe router and the dense head with the best validation scores:\n")
         print(table(*shown(settled)))
     for key, reason in results.failed.items():
         job = json.loads(key)
@@ -264,7 +270,7 @@ def report(
 
 
 def runs_of(jobs: list[Job], results: Results, seeds: int) -> tuple[dict, dict]:
-    """Scores and routings by method and seed. What has no seed stands beside every seed of the others."""
+    """Scores and routings by method and seed. A method without a seed is paired with every seed of the others."""
     runs: dict[str, dict[int, dict]] = {}
     routings: dict[str, dict[int, np.ndarray]] = {}
     for job in jobs:
@@ -276,7 +282,7 @@ def runs_of(jobs: list[Job], results: Results, seeds: int) -> tuple[dict, dict]:
 
 
 def program() -> None:
-    """`main`, which a signal ends in order, its workers first."""
+    """`main`, with an orderly shutdown on a signal, workers first."""
     with stoppable():
         main()
 

@@ -1,18 +1,19 @@
-"""Mixtures inside the frozen ViT against a dense adapter of equal cost, over the width: tables and a curve.
+"""Compare mixtures inside the frozen ViT with a dense adapter of equal cost, by width: tables and a curve.
 
-python -m benchmarks.study_blocks --data.root DATA --backbone.weights FILE --check     a minute: what it will take
-python -m benchmarks.study_blocks --data.root DATA --backbone.weights FILE             on all GPUs, 25 minutes at most
-python -m benchmarks.study_blocks --tables                                             what is stored, as Markdown
-python -m benchmarks.study_blocks --tiny                                               a quick trial on a CPU, digits
+python -m benchmarks.study_blocks --data.root DATA --backbone.weights FILE --check     one minute: time estimate
+python -m benchmarks.study_blocks --data.root DATA --backbone.weights FILE             on all GPUs, at most 25 minutes
+python -m benchmarks.study_blocks --tables                                             the stored results, as Markdown
+python -m benchmarks.study_blocks --tiny                                               a quick trial on a CPU, with
+digits
 
-Experts stand in the last blocks only. What the first of these reads is computed once for each augmented view, the
-patches averaged two by two, and held on the GPU: a step then costs a fraction of one on images. Every method of width r
-costs a token the same: a token-level mixture has r active hidden units under an even load and a gate of four experts,
-which costs two more; an image-level mixture and the dense adapter have r + 2. Each method takes the best of the same
-learning rates on validation images, by seed 0; that run and those of the other seeds are scored on the test images.
-Runs of one seed see the same batches. Finished runs are kept in OUT/study_blocks/runs.jsonl and not done again: an
-interrupted study goes on, and several starts with the same OUT share the work. Options of the sections data, augment
-and backbone go to train.py's configuration.
+Experts are only in the last blocks. The input of the first of these blocks is computed once for each augmented view,
+with patches averaged over 2 x 2 blocks, and stored on the GPU, so a step costs a fraction of one on images. Every
+method of width r has the same cost per token: a token-level mixture has r active hidden units under an even load and a
+gate of four experts, which costs as much as two units; an image-level mixture and the dense adapter have r + 2 units.
+Each method uses the best of the same learning rates on validation images with seed 0; this run and those of the other
+seeds are scored on the test images. Runs with the same seed see the same batches. Finished runs are stored in
+OUT/study_blocks/runs.jsonl and are not repeated: an interrupted study continues, and several processes with the same
+OUT share the work. Options of the sections data, augment and backbone go to train.py's configuration.
 """
 
 import argparse
@@ -40,11 +41,11 @@ ROOT = Path(__file__).resolve().parent.parent
 SECTIONS = ("--data.", "--augment.", "--backbone.")
 TINY = {"widths": [4, 16], "seeds": 2, "epochs": 1, "first": 2, "rates": [3e-3, 1e-2], "batch": 64}
 RATES = [2e-4, 6e-4, 2e-3]
-MOST_STARTS = 4  # of one process
+MOST_STARTS = 4  # limit of starts of one process
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Do what is left of the study until the time is over, then print what is stored."""
+    """Run the remaining part of the study until the time is over, then print the stored results."""
     words = sys.argv[1:] if argv is None else argv
     options, rest = arguments(words)
     config = configuration(options, rest)
@@ -69,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def work(config: Config, store: Store, options: argparse.Namespace) -> None:
-    """What one process does."""
+    """The work of one process."""
     worker = Worker(config, store, options)
     check(worker) if options.check else worker.run()
 
@@ -80,21 +81,23 @@ def arguments(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.allow_abbrev = False
     parser.add_numbers("--widths", list(WIDTHS), "active hidden units r")
     parser.add_argument("--seeds", type=int, default=5, help="runs of each method (default 5)")
-    parser.add_argument("--epochs", type=int, default=3, help="of each run, each on a view of its own (default 3)")
+    parser.add_argument(
+        "--epochs", type=int, default=3, help="epochs of each run, each with a different view (default 3)"
+    )
     parser.add_argument("--first", type=int, default=8, help="first block with experts (default 8)")
-    parser.add_argument("--batch", type=int, default=256, help="images a step (default 256)")
+    parser.add_argument("--batch", type=int, default=256, help="images per step (default 256)")
     help_text = f"learning rates (default {' '.join(map(str, RATES))})"
     parser.add_argument("--rates", type=float, nargs="+", default=RATES, metavar="LR", help=help_text)
-    parser.add_argument("--methods", type=int, help="only so many, the most important ones (default: all)")
+    parser.add_argument("--methods", type=int, help="number of methods, the most important ones first (default: all)")
     parser.add_argument("--workers", type=int, default=1, help="processes for each GPU (default 1)")
-    parser.add_argument("--check", action="store_true", help="only time a few steps, and say what all will take")
-    parser.add_argument("--tables", action="store_true", help="only print what is stored")
+    parser.add_argument("--check", action="store_true", help="only time a few steps, and estimate the total time")
+    parser.add_argument("--tables", action="store_true", help="only print the stored results")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     options, rest = parser.parse_known_args(words)
     for word in rest:
         if word.startswith("-") and not word.startswith(SECTIONS):
-            parser.error(f"{word} is not an option of the study, whose methods have their own settings")
+            parser.error(f"{word} is not an option of the study: its methods have their own settings")
     for name in ("seeds", "epochs", "batch", "workers"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} is {getattr(options, name)}: it must be at least 1")
@@ -106,7 +109,7 @@ def arguments(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def configuration(options: argparse.Namespace, rest: list[str]) -> Config:
-    """What images and backbone are; a study selects, and needs more validation images than a selected recipe."""
+    """Images and backbone; a study selects among methods, which needs more validation images than a finished recipe."""
     recipe = ROOT / "configs" / ("digits_blocks.yaml" if options.tiny else "cifar100.yaml")
     words = ["--config", str(recipe), "--device", options.device, "--data.validation", "0.1"]
     words += ["--train.batch_size", str(options.batch)]
@@ -114,14 +117,14 @@ def configuration(options: argparse.Namespace, rest: list[str]) -> Config:
 
 
 def setting_of(options: argparse.Namespace, config: Config) -> Setting:
-    """What all runs have in common."""
+    """The setting of all runs."""
     data = {name: value for name, value in vars(config.data).items() if name != "root"}
     source = {"data": json.dumps(data, default=str), "backbone": config.backbone.name}
     return Setting(first=options.first, epochs=options.epochs, batch=options.batch, **source)
 
 
 def gpu_names(options: argparse.Namespace) -> list[str]:
-    """The GPUs of the study as CUDA_VISIBLE_DEVICES names them: all that are seen, or the one of --device."""
+    """The GPUs of the study, as in CUDA_VISIBLE_DEVICES: all visible ones, or the one of --device."""
     if start(options).type == "cpu":
         return []
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -132,9 +135,9 @@ def gpu_names(options: argparse.Namespace) -> list[str]:
 
 
 def launch(words: list[str], options: argparse.Namespace, store: Store, gpus: list[str]) -> None:
-    """Processes for each GPU; one that asks for it, or that has died, is started again a few times.
+    """Run processes for each GPU; a process that asks for it, or that has died, is restarted a few times.
 
-    Raises EnvironmentFault where one does not come to its end.
+    Raises EnvironmentFault if a process does not finish.
     """
     command = [sys.executable, "-m", "benchmarks.study_blocks", *words, "--device", "cuda"]
     command += ["--worker", "--until", str(options.until)]
@@ -161,12 +164,12 @@ def launch(words: list[str], options: argparse.Namespace, store: Store, gpus: li
     if failed:
         raise EnvironmentFault(
             f"processes failed on GPU {', '.join(failed)}: see above; finished runs are kept in {store.path}, and the "
-            "same command goes on from there"
+            "same command continues from there"
         )
 
 
 def program() -> None:
-    """`main`, which a signal ends in order, its processes first."""
+    """`main`, with an orderly shutdown on a signal, processes first."""
     with stoppable():
         main()
 

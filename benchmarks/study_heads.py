@@ -1,4 +1,4 @@
-"""The heads that the study compares: what they are, what they read, what they cost."""
+"""The heads in the study: definition, inputs and cost."""
 
 import json
 import math
@@ -16,15 +16,15 @@ from model.experts import ExpertsConfig
 from model.routers import ROUTERS, RouterConfig
 
 SETTINGS = {"batch": 1024, "ema": 0.999, "smoothing": 0.1, "warmup": 0.125}
-"""Of every head; warmup: share of the steps that route at random."""
+"""Settings of every head; warmup: share of steps with random routing."""
 
 
 @dataclass(frozen=True)
 class Features:
-    """What every head reads: train_VNF of V views, one evaluation split, labels, and the groups that F is made of.
+    """The inputs of every head: train_VNF in V views, one evaluation split, labels, and the number of groups in F.
 
-    F stands for (T, D) where they are tokens. digest: changes with any of them. plain_NF: the training images as they
-    are, for logistic regression (None: the first view).
+    For tokens, F means (T, D). digest: identifies the data. plain_NF: the original training images, for logistic
+    regression (None: the first view).
     """
 
     train_VNF: Tensor
@@ -50,12 +50,12 @@ class Job:
 
     @property
     def key(self) -> str:
-        """The job as one line, by which a finished one is known again."""
+        """The job as one line, which identifies a finished one."""
         return json.dumps(asdict(self), sort_keys=True)
 
 
 def dense(*width: int, against: str | None = None) -> dict[str, Any]:
-    """One MLP with a hidden layer of `width` units; without a width a linear head. against: whom it is paired with."""
+    """An MLP with a hidden layer of `width` units; without a width, a linear head. against: the paired head."""
     return {
         "router": {"kind": "noisy_topk", "top_k": 1, "warmup_steps": 0},
         "experts": {"sizes": [list(width)]},
@@ -66,7 +66,7 @@ def dense(*width: int, against: str | None = None) -> dict[str, Any]:
 def mixture(against: str, kind: str, sizes: list[int], top_k: int, shared: int = 0, **router) -> dict[str, Any]:
     """A mixture of experts with one hidden layer each, paired with the dense head `against`.
 
-    Losses and capacities are those that the rule has in its paper, Switch's loss at 0.01 where that says nothing.
+    Losses and capacities are those of the rule's paper; by default the Switch loss at 0.01.
     """
     experts = {"sizes": [[width] for width in sizes], "shared": [[shared]] if shared else []}
     balance = {"switch": 0.01}
@@ -78,7 +78,7 @@ def mixture(against: str, kind: str, sizes: list[int], top_k: int, shared: int =
 
 
 def rule_methods(against: str, equal: list[int], half: list[int]) -> dict[str, dict[str, Any]]:
-    """Every rule that reads one vector a sample, with two experts of `equal` a sample, or one of `half`."""
+    """Every rule that reads one vector per sample, with two experts of `equal` per sample, or one of `half`."""
     found = {}
     for kind, rule in ROUTERS.items():
         if rule.only_top_k == 1:
@@ -89,9 +89,9 @@ def rule_methods(against: str, equal: list[int], half: list[int]) -> dict[str, d
 
 
 def router_methods(width: int) -> dict[str, dict[str, Any]]:
-    """Every routing rule with eight experts of `width` units, two of them active; dense heads matched to both.
+    """Every routing rule with eight experts of `width` units, two of them active, and the matching dense heads.
 
-    Those of equal total size have as many hidden units as all experts of a mixture.
+    Dense heads of equal total size have as many hidden units as all experts of a mixture.
     """
     equal, half = [width] * 8, [2 * width] * 4
     unequal = [width // 4, width // 2, width, 9 * width // 4] * 2
@@ -122,12 +122,12 @@ def has_seed(head: dict[str, Any]) -> bool:
 
 
 def units_of(head: dict[str, Any]) -> int:
-    """Hidden units of all experts, the shared ones too."""
+    """Hidden units of all experts, including shared ones."""
     return sum(sum(size) for size in head["experts"]["sizes"] + head["experts"].get("shared", []))
 
 
 def totals(heads: dict[str, dict[str, Any]]) -> dict[str, str]:
-    """For each mixture the dense head of as many hidden units in all, where there is one."""
+    """For each mixture, the dense head with the same total number of hidden units, if there is one."""
     dense_heads = {name.rpartition(", ")[2]: name for name in heads if name.endswith("units (total)")}
     wanted = {name: f"{units_of(head)} units (total)" for name, head in heads.items() if is_mixture(head)}
     return {name: dense_heads[units] for name, units in wanted.items() if units in dense_heads}
@@ -136,8 +136,8 @@ def totals(heads: dict[str, dict[str, Any]]) -> dict[str, str]:
 def token_methods(width: int, features: Features) -> dict[str, dict[str, Any]]:
     """Soft MoE with as many experts as `router_methods`, and heads behind one slot.
 
-    A slot is a weighted mean of the tokens. Their dense heads cost what Soft MoE does, or are as large as its experts
-    together; one is linear.
+    A slot is a weighted mean of the tokens. The dense heads have the cost of Soft MoE, or the size of its experts
+    together; one head is linear.
     """
 
     def one_slot(*units: int) -> dict[str, Any]:
@@ -157,7 +157,7 @@ def token_methods(width: int, features: Features) -> dict[str, dict[str, Any]]:
 
 
 FAMILIES = ("dense", "all routed, top-1 of 8", "shared + top-1 of 16", "shared + top-2 of 32")
-"""Of `width_methods`, each with a head of every width that leaves room for it."""
+"""The families of `width_methods`, each with a head for every possible width."""
 
 
 def family_and_width(method: str) -> tuple[str, int]:
@@ -167,11 +167,11 @@ def family_and_width(method: str) -> tuple[str, int]:
 
 
 def width_methods(widths: list[int], groups: int) -> dict[str, dict[str, Any]]:
-    """For each width a dense head, and mixtures that cost a sample no more, their gates included.
+    """For each width, a dense head, and mixtures with at most the same cost per sample, including their gates.
 
-    The gate reads one of so many feature groups, and so costs its number of experts over theirs in hidden units. A
-    quarter of the units, 128 at most, is routed beside a shared expert; or, up to 512, all of them to one of eight
-    experts.
+    The gate reads one of several feature groups, so its cost in hidden units is the number of experts divided by the
+    number of groups. A quarter of the units, at most 128, is routed in addition to a shared expert; or, up to 512, all
+    units belong to one of eight experts.
     """
 
     def gate(experts: int) -> int:
@@ -194,7 +194,7 @@ def width_methods(widths: list[int], groups: int) -> dict[str, dict[str, Any]]:
 
 
 def grid(head: dict[str, Any]) -> list[dict[str, Any]]:
-    """The settings that every method may choose among on validation images: the same number for all."""
+    """The settings that every method can choose from on validation images; the same number for all."""
     if "logistic" in head:
         return [{"weight_decay": 10.0**exponent} for exponent in range(-7, 3)]
     rates = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
@@ -202,12 +202,12 @@ def grid(head: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def build(head: dict[str, Any], features: Features, dropout: float) -> VisionMoE:
-    """The model of a head; a gate input of -1 names the last feature group."""
+    """The model of a head; a gate input of -1 means the last feature group."""
     router = dict(head["router"])
     if router.get("inputs"):
         router["inputs"] = [group % features.groups for group in router["inputs"]]
     combine = head.get("combine", "logits")
-    # Every expert on every sample has static shapes whatever the number of experts, which a CUDA graph needs.
+    # Every expert on every sample has static shapes for any number of experts, which a CUDA graph needs.
     experts = ExpertsConfig(**head["experts"], dropout=dropout, combine=combine, dispatch="dense")
     shape = tuple(features.train_VNF.shape[2:])
     neck = NeckConfig(kind="pooled" if len(shape) == 1 else "tokens", norm=head.get("norm", "layer"))
@@ -215,7 +215,7 @@ def build(head: dict[str, Any], features: Features, dropout: float) -> VisionMoE
 
 
 def flops_of(model: VisionMoE, features: Features, visits_E: np.ndarray | None = None) -> int:
-    """FLOPs of a sample that visits each expert so often on average (None: evenly); one expert needs no gate."""
+    """FLOPs per sample, with the mean visits of each expert (None: even); a single expert needs no gate."""
     shape = tuple(features.held_MF.shape[1:])
     router = model.moe.router
     cost = head_cost(model, shape, None if visits_E is None else visits_E / router.experts_per_sample).flops

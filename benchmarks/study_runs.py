@@ -1,4 +1,4 @@
-"""The runs of a study: kept in a file when they are done, trained by several processes on the same features."""
+"""The runs of a study: trained by several processes on the same features, and stored in a file when finished."""
 
 import json
 import os
@@ -21,10 +21,10 @@ from common.errors import EnvironmentFault, one_line
 
 
 class Results:
-    """Finished jobs in FOLDER/runs.jsonl, their routings included; what is there already is not done again.
+    """Finished jobs in FOLDER/runs.jsonl, with their routings; finished jobs are not repeated.
 
-    failed: why a job has no scores, such as a loss that was not finite; an error that should not have been is not in
-    the file, and the job is done again next time.
+    failed: the reason why a job has no scores, such as a loss that was not finite. Unexpected errors are not stored,
+    and the job is repeated next time.
     """
 
     def __init__(self, folder: Path):
@@ -37,12 +37,12 @@ class Results:
         for line in lines:
             try:
                 found = json.loads(line)
-            except ValueError:  # truncated by a kill: that run is done again
+            except ValueError:  # truncated by a kill: that run is repeated
                 continue
             self._take(**found)
 
     def add(self, job: Job, outcome: Outcome | Exception) -> None:
-        """Keep a run: its scores and the first expert of each image, or why it failed."""
+        """Store a run: its scores and the first expert of each image, or the reason of its failure."""
         if isinstance(outcome, Exception):
             self.failed[job.key] = one_line(f"{type(outcome).__name__}: {outcome}")
             return
@@ -61,14 +61,14 @@ class Results:
             self.scores[key], self.routings[key] = scores, np.array(first, dtype=np.int16)
 
     def knows(self, job: Job) -> bool:
-        """Whether it is done, well or badly."""
+        """Whether the job is finished, successfully or not."""
         return job.key in self.scores or job.key in self.failed
 
 
 def passes(jobs: list[Job], heads: int, side_by_side: Callable[[Job], bool]) -> list[list[Job]]:
-    """The jobs as passes: so many heads of a method in one, or each alone where they cannot be side by side.
+    """The jobs as passes: several heads of a method together, or single heads if they cannot be combined.
 
-    Every method has its turn of so many heads before any has its next: time that runs out takes it from all alike.
+    Methods take turns, so that a lack of time affects all of them equally.
     """
     of_method: dict[str, list[Job]] = {}
     for job in jobs:
@@ -81,9 +81,9 @@ def passes(jobs: list[Job], heads: int, side_by_side: Callable[[Job], bool]) -> 
 
 
 class Workers:
-    """Processes that train so many heads each, in passes, on the same features in memory.
+    """Processes that each train several heads, in passes, on the same features in memory.
 
-    features: what each stage of a job reads.
+    features: the inputs of each stage of a job.
     """
 
     def __init__(self, number: int, heads: int, features: dict[str, Features]):
@@ -95,13 +95,13 @@ class Workers:
         return self
 
     def __exit__(self, *_) -> None:
-        # They end by themselves, after the heads under way: memory that was shared is freed by those who leave.
+        # They end by themselves, after the current heads, so that shared memory is released properly.
         self.pool.shutdown(cancel_futures=True)
 
     def run(self, jobs: list[Job], results: Results, deadline: float) -> None:
-        """Train the heads that are not there yet, until the deadline.
+        """Train the missing heads, until the deadline.
 
-        Raises EnvironmentFault where a process ends that should not.
+        Raises EnvironmentFault if a process ends unexpectedly.
         """
         left = [job for job in jobs if not results.knows(job)]
         seconds = deadline - time.perf_counter()
@@ -114,11 +114,11 @@ class Workers:
         futures = {self.pool.submit(_train, part): part for part in passes(left, self.heads, captured)}
         try:
             self._collect(futures, results, seconds)
-        except TimeoutError:  # what has begun is finished
+        except TimeoutError:  # current heads are finished first
             self._collect({f: part for f, part in futures.items() if not f.cancel()}, results, None)
         except BrokenProcessPool as error:
             raise EnvironmentFault(
-                "a training process ended unexpectedly, maybe out of memory: try fewer --workers; "
+                "a training process ended unexpectedly, perhaps out of memory: try fewer --workers; "
                 f"finished runs are kept in {results.path}, and the same command continues from there"
             ) from error
 
@@ -144,11 +144,11 @@ def _train(jobs: list[Job]) -> list[Outcome | Exception]:
     except torch.OutOfMemoryError as error:
         failure: str | Exception = one_line(error)
     except Exception as error:
-        failure = RuntimeError(one_line(f"{type(error).__name__}: {error}"))  # one that can be sent on
+        failure = RuntimeError(one_line(f"{type(error).__name__}: {error}"))  # an error that can be pickled
         print(f"{jobs[0].method}: {failure}", file=sys.stderr, flush=True)
-    if not _works():  # after many an error a GPU does no more for this process
+    if not _works():  # after some errors a GPU no longer works in this process
         os._exit(1)
-    # In a pass one may have failed by the others, for want of memory say.
+    # In a pass, a head may have failed because of the others, for example when memory ran out.
     return [_train([job])[0] for job in jobs] if len(jobs) > 1 else [failure]
 
 

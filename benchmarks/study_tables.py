@@ -1,4 +1,4 @@
-"""What the study's runs say: means, deviations, paired intervals, agreement between seeds."""
+"""Tables of the study: means, deviations, paired intervals, agreement between seeds."""
 
 import math
 import statistics
@@ -15,8 +15,8 @@ from benchmarks.study_heads import family_and_width, is_mixture
 def agreement(first_SM: list[np.ndarray]) -> float | None:
     """Mean adjusted mutual information (Vinh 2010) between the routings of pairs of seeds.
 
-    first_SM: for each seed the expert of largest weight of each image. 1: the same partition of the images, whatever
-    the experts are called; 0: as much as chance. None for fewer than two seeds.
+    first_SM: for each seed, the expert with the largest weight of each image. 1: the same partition of the images,
+    regardless of the numbering of the experts; 0: chance level. None for fewer than two seeds.
     """
     from sklearn.metrics import adjusted_mutual_info_score
 
@@ -31,10 +31,10 @@ def rows(
     total: dict[str, str] | None = None,
     seedless: Collection[str] = (),
 ) -> list[dict]:
-    """One row a method, best first.
+    """One row per method, best first.
 
-    runs: method -> seed -> scores. partner: whom a method is paired with; total: the dense head of as many hidden
-    units as all of its experts have. seedless: methods of one outcome, which stands beside every seed of the others.
+    runs: method -> seed -> scores. partner: the head that a method is compared with; total: the dense head with as many
+    hidden units as all its experts. seedless: methods with a single result, which is paired with every seed.
     """
     found = []
     for method, by_seed in runs.items():
@@ -76,7 +76,7 @@ COLUMNS = [
 
 
 def shown(found: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Names and cells of the table's columns, but for those that no row has anything for; scores in per cent."""
+    """Names and cells of the table's columns, without empty columns; scores in per cent."""
     lines = [_cells(row) for row in found]
     kept = [i for i in range(len(COLUMNS)) if any(line[i] != "-" for line in lines)]
     return [COLUMNS[i] for i in kept], [[line[i] for i in kept] for line in lines]
@@ -113,7 +113,7 @@ def _percent(row: dict[str, Any], name: str) -> str:
 
 
 def best(chosen: dict[str, dict]) -> dict[str, str]:
-    """The dense head and the router of the highest validation macro-F1; none where one of them is missing."""
+    """The dense head and the router with the highest validation macro-F1; none if one of them is missing."""
     scores = {name: choice["validation"] for name, choice in chosen.items()}
     dense = {name: score for name, score in scores.items() if name.startswith("dense")}
     routers = {name: score for name, score in scores.items() if is_mixture(chosen[name]["head"])}
@@ -123,7 +123,7 @@ def best(chosen: dict[str, dict]) -> dict[str, str]:
 
 
 def preferred(chosen: dict[str, dict]) -> set[str]:
-    """Of the mixtures of each width the one of the highest validation macro-F1."""
+    """For each width, the mixture with the highest validation macro-F1."""
     best: dict[int, str] = {}
     for method, choice in chosen.items():
         family, width = family_and_width(method)

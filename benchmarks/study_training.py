@@ -1,4 +1,4 @@
-"""Training the heads of a study on features in memory, several of them in one pass."""
+"""Training of the heads of a study on features in memory, several heads in one pass."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -23,11 +23,11 @@ from training.step import TrainingStep
 
 PERMUTATIONS = 200
 Outcome = tuple[dict[str, Any], np.ndarray] | str
-"""Scores and the expert of largest weight of each held-out image (int16, -1: none), or why there are none."""
+"""Scores and the expert with the largest weight of each held-out image (int16, -1: none), or a failure reason."""
 
 
 def side_by_side(head: dict[str, Any], features: Features) -> bool:
-    """Whether the steps of several such heads can be one CUDA graph; tokens fill a GPU by themselves."""
+    """Whether the steps of several such heads can be one CUDA graph; heads on tokens use a whole GPU by themselves."""
     if "logistic" in head or not features.labels_N.is_cuda or features.held_MF.ndim > 2:
         return False
     with torch.device("meta"):
@@ -35,9 +35,9 @@ def side_by_side(head: dict[str, Any], features: Features) -> bool:
 
 
 def train_heads(jobs: list[Job], features: Features) -> list[Outcome]:
-    """Train heads of one method side by side and score their moving averages on the held-out images, in their order.
+    """Train several heads of one method together and score their moving averages on the held-out images, in order.
 
-    Weights and batches of a head are those of its seed whatever trains beside it; its dropout and noise are not.
+    Weights and batches of a head depend only on its seed; its dropout and noise also depend on the other heads.
     """
     if "logistic" in jobs[0].head:
         return [score(logistic(features, job.settings["weight_decay"]), features) for job in jobs]
@@ -56,7 +56,7 @@ def train_heads(jobs: list[Job], features: Features) -> list[Outcome]:
 
 
 class Head:
-    """A job's model while it trains: what happens to it before and in a step."""
+    """A job's model during training: the work before and in a step."""
 
     def __init__(self, job: Job, features: Features, steps: int):
         seed_everything(job.seed)
@@ -72,7 +72,7 @@ class Head:
         self.leads = True
 
     def follow(self, leader: "Head") -> None:
-        """Read what changes from step to step where the leader writes it, if that is the same for both."""
+        """Read values that change in each step from the leader's tensors, if they are the same for both."""
         if self.optim != leader.optim or not isinstance(self.optimizer.param_groups[0]["lr"], Tensor):
             return
         for group, theirs in zip(self.optimizer.param_groups, leader.optimizer.param_groups, strict=True):
@@ -104,9 +104,9 @@ class Head:
 
 
 class Average:
-    """timm's moving average of a model with its warm-up, by a weight on the device, which a CUDA graph reads again.
+    """timm's moving average of a model with its warm-up; its weight is on the device, so that a CUDA graph can read it.
 
-    model: the averaged one.
+    model: the averaged model.
     """
 
     def __init__(self, model: VisionMoE, decay: float):
@@ -120,12 +120,12 @@ class Average:
         self.counters = [pair for pair in pairs if not pair[0].is_floating_point()]
 
     def before(self, step: int) -> None:
-        """Set what the weights after so many steps will count."""
+        """Set the weight of the model after this number of steps."""
         self.weight.fill_(1 - self.timm.get_decay(step))
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move the average towards the model."""
+        """Update the average with the model."""
         differences = torch._foreach_sub(self.values, self.averages)
         torch._foreach_mul_(differences, self.weight)
         torch._foreach_add_(self.averages, differences)
@@ -134,10 +134,10 @@ class Average:
 
 
 class Pass:
-    """A step of several heads of one method: where their shapes allow it one CUDA graph, each on a stream of its own.
+    """A step of several heads of one method: one CUDA graph if their shapes allow it, with a separate stream per head.
 
-    The kernels of a small head leave most of a GPU idle; those of several run at once. What cannot be captured, and
-    all on a CPU, runs one head after the other.
+    The kernels of a small head leave most of a GPU idle, so those of several heads run concurrently. Heads that cannot
+    be captured, and all heads on a CPU, run one after another.
     """
 
     def __init__(self, heads: list[Head], features: Features, batch: int):
@@ -178,7 +178,7 @@ class Pass:
 
 
 def order(seed: int, epochs: int, features: Features, batch: int) -> Iterator[Tensor]:
-    """The rows of each step, (B,) into V * N: of the seed alone, so that heads of one seed see the same batches."""
+    """The rows of each step, (B,) into V * N; they depend only on the seed, so equal seeds see the same batches."""
     views, samples = features.train_VNF.shape[:2]
     for epoch in range(epochs):
         order_N = torch.randperm(samples, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
@@ -187,9 +187,9 @@ def order(seed: int, epochs: int, features: Features, batch: int) -> Iterator[Te
 
 
 def logistic(features: Features, decay: float) -> VisionMoE:
-    """Multinomial logistic regression on images as they are, standardised, to convergence by L-BFGS: no seed matters.
+    """Multinomial logistic regression on standardised original images, to convergence by L-BFGS; independent of seeds.
 
-    decay: weight of half the squared norm of the weights beside the mean loss.
+    decay: weight of half the squared norm of the weights, relative to the mean loss.
     """
     model = build({**dense(), "norm": "batch"}, features, dropout=0.0).to(features.labels_N.device)
     x_NF = (features.train_VNF[0] if features.plain_NF is None else features.plain_NF).float()
@@ -228,7 +228,7 @@ def score(model: VisionMoE, features: Features) -> tuple[dict[str, Any], np.ndar
     sample_A, expert_A, weight_A = (torch.cat(parts).cpu().numpy() for parts in (samples, experts, weights))
     labels_M = features.held_labels_M.cpu().numpy()
     number = len(model.moe.experts)
-    routes = number > 1 and len(expert_A) < number * len(labels_M)  # else every expert serves every image
+    routes = number > 1 and len(expert_A) < number * len(labels_M)  # else every expert processes every image
     found = {
         **scores(labels_M, logits_MC.argmax(dim=-1).cpu().numpy(), features.classes),
         "loss": float(F.cross_entropy(logits_MC, features.held_labels_M)),

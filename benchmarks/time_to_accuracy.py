@@ -1,14 +1,15 @@
-"""Seconds from uint8 arrays in memory to a test macro-F1: our recipes, one with a live backbone, the article's.
+"""Seconds from uint8 arrays in memory to a test macro-F1: our recipes, one with a live backbone, and the article's.
 
-python -m benchmarks.time_to_accuracy --data.root DATA --backbone.weights FILE        two epochs of the article python
--m benchmarks.time_to_accuracy --article-epochs 7 --seconds 900                until the article is at its best python
--m benchmarks.time_to_accuracy --tiny                                          a quick trial on a CPU, with digits
+python -m benchmarks.time_to_accuracy --data.root DATA --backbone.weights FILE     two epochs of the article
+python -m benchmarks.time_to_accuracy --article-epochs 7 --seconds 900             until the article is at its best
+python -m benchmarks.time_to_accuracy --tiny                                       a quick trial on a CPU, with digits
 
-Ours are configs/cifar100_head.yaml and cifar100_fast.yaml, or the one that --config names; options that are none of
-those below go to their configuration. The clock of a contestant starts with images and backbone in memory, and stops
-when its answers on the test images are scored. Each run is in the JSON once it is done.
-The article's recipe is written as an ordinary user would: float32, the backbone in the loop, a DataLoader of batch 64,
-a loop over the experts with masks; its test score is taken after each epoch, off the clock.
+Our recipes are configs/cifar100_head.yaml and cifar100_fast.yaml, or the one that --config names; options that are not
+listed below go to their configuration. The clock starts with images and backbone in memory, and stops when the
+predictions on the test images are scored. Each run is written to the JSON file when it ends.
+
+The article's recipe is written in the usual way: float32, the backbone in the loop, a DataLoader with batch 64, a loop
+over the experts with masks. Its test score is measured after each epoch, off the clock.
 """
 
 import argparse
@@ -63,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     device = start(options)
     where = environment(device)
     recipes, article = configurations(options, rest)
-    # What takes seconds the first time and belongs to nobody's clock: imports, contexts, kernels.
+    # One-time costs that should not be on any clock: imports, contexts, kernels.
     ours = next(iter(recipes.values()))
     splits, backbone = load_splits(ours.data), load_backbone(ours.backbone, device, reachable)
     warm_up(backbone, device)
@@ -105,23 +106,27 @@ def arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         "time_to_accuracy", __doc__, seconds=300, tiny={"repeats": 2, "live_epochs": 1, "article_epochs": 1}
     )
     parser.allow_abbrev = False
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each of ours, seeds 0, 1, ... (default 3)")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="runs of each of our recipes, seeds 0, 1, ... (default 3)"
+    )
     parser.add_argument(
         "--live-epochs",
         type=int,
         default=5,
-        help="of our first recipe with a live backbone (default 5); 0: leave it out",
+        help="epochs of our first recipe with a live backbone (default 5); 0: leave it out",
     )
-    parser.add_argument("--article-epochs", type=int, default=2, help="of the article's (default 2); 0: leave it out")
+    parser.add_argument(
+        "--article-epochs", type=int, default=2, help="epochs of the article's recipe (default 2); 0: leave it out"
+    )
     return parser.parse_known_args(argv)
 
 
 def configurations(options: argparse.Namespace, rest: list[str]) -> tuple[dict[str, Config], Config]:
-    """Ours by name and the article's, on the data and the backbone of our first."""
+    """Our recipes by name and the article's, on the data and the backbone of our first recipe."""
     names = ["digits.yaml"] if options.tiny else ["cifar100_head.yaml", "cifar100_fast.yaml"]
     files = {"ours" if options.tiny else f"ours, {name}": ["--config", str(CONFIGS / name)] for name in names}
     if any(word.split("=")[0] == "--config" for word in rest):
-        files = {"ours": []}  # a second file would be laid over the first
+        files = {"ours": []}  # a second file would override the first
     limits = LIMITS if options.tiny else []
     brief = ["--train.epochs", "3", "--router.warmup_steps", "2", *limits] if options.tiny else []
     words = ["--features.cache_dir", "null", *brief, *rest]
@@ -134,7 +139,7 @@ def configurations(options: argparse.Namespace, rest: list[str]) -> tuple[dict[s
 
 
 def short(config: Config, epochs: int) -> Config:
-    """The same recipe with a live backbone and so many epochs, its schedule and warm-up in proportion."""
+    """The same recipe with a live backbone and fewer epochs, with schedule and warm-up in proportion."""
     values = config_from_dict(config.to_dict())
     share = epochs / values.train.epochs
     values.features.mode, values.train.epochs = "live", epochs
@@ -249,18 +254,18 @@ def _points(curve: list[dict]) -> str:
 
 
 def goal(runs: dict[str, list], recipes: Collection[str]) -> list[str]:
-    """A higher macro-F1 than the article's best in at most 1/50 of the time that it takes to get there."""
+    """The goal: a higher macro-F1 than the article's best in at most 1/50 of the time that it needs for it."""
     other = [run for run in runs.get(ARTICLE, []) if not isinstance(run, Failure)]
     lines = []
     for name in recipes:
         mine = [run for run in runs.get(name, []) if not isinstance(run, Failure)]
         if not mine or not other:
             continue
-        # Of an even number the slower one of the middle: the goal is not made easier.
+        # For an even number, the slower one of the two middle runs, so that the goal does not get easier.
         run, article = sorted(mine, key=lambda run: run["seconds"])[len(mine) // 2], other[0]
         lines.append(
-            f"goal: {name} {100 * run['macro_f1']:.2f} % in {run['seconds']:.1f} s; the article's best of the epochs "
-            f"run {100 * article['macro_f1']:.2f} % in {article['seconds']:.1f} s, "
+            f"goal: {name} {100 * run['macro_f1']:.2f} % in {run['seconds']:.1f} s; the article's best epoch so far "
+            f"{100 * article['macro_f1']:.2f} % in {article['seconds']:.1f} s, "
             f"{article['seconds'] / run['seconds']:.1f} times as long"
         )
     return lines or ["goal: not measured"]

@@ -1,11 +1,11 @@
-"""What each expert of a recipe is worth on validation images: macro-F1 without it, for recipes that are chosen by it.
+"""Contribution of each expert of a recipe on validation images: macro-F1 without it, for choosing recipes.
 
 python -m benchmarks.worth --config configs/cifar100.yaml --data.root DATA --backbone.weights FILE
 python -m benchmarks.worth --config configs/cifar100.yaml --experts.sizes "[[16],[32],[64]]" --name "three experts" ...
-python -m benchmarks.worth --tiny                                                     a rehearsal on a CPU, with digits
+python -m benchmarks.worth --tiny                                                     a quick trial on digits, CPU
 
-A tenth of the training images are held out unless --data.validation says otherwise; the test images are not read. Each
-run is a line of --out/worth.jsonl, and the table shows all lines. Options that are none of those below go to train.py's
+A tenth of the training images is held out unless --data.validation is set; the test images are not used. Each run is a
+line of --out/worth.jsonl, and the table shows all lines. Options that are not listed below go to train.py's
 configuration.
 """
 
@@ -27,10 +27,10 @@ TINY += ["--train.batch_size", "32", "--router.warmup_steps", "2"]
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train a recipe, remove each expert in turn, append a line and print all of them."""
+    """Train a recipe, remove each expert in turn, append a line and print all lines."""
     parser = Parser("worth", __doc__, seconds=600)
     parser.allow_abbrev = False
-    parser.add_argument("--name", default="recipe", help="of the run in the table (default recipe)")
+    parser.add_argument("--name", default="recipe", help="name of the run in the table (default recipe)")
     options, rest = parser.parse_known_args(argv)
     start(options)
     words = ["--data.validation", "0.1", *(TINY if options.tiny else []), *rest, "--device", options.device]
@@ -48,12 +48,12 @@ def main(argv: list[str] | None = None) -> None:
         ]
         for line in read_lines(path)
     ]
-    print("Validation macro-F1 (%), and the points that each expert is worth, from the first to the last")
+    print("Validation macro-F1 (%), and the points that each expert contributes, from the first to the last")
     print(table(["recipe", "seed", "macro-F1", "loss", "load (%)", "worth", "training"], rows))
 
 
 def measured(config: Config) -> dict[str, Any]:
-    """Train, and score the validation images with all experts and without each."""
+    """Train, and score the validation images with all experts and without each one."""
     inputs = load_inputs(config)
     with trained_run(config, inputs) as (trainer, seconds):
         found = predict(trainer.model, trainer.bank, "validation", removals=True)

@@ -1,4 +1,4 @@
-"""Work that goes on in a thread while the caller does something else."""
+"""Work that runs in a thread while the caller does something else."""
 
 import threading
 from collections.abc import Callable
@@ -8,7 +8,7 @@ T = TypeVar("T")
 
 
 class Ahead(Generic[T]):
-    """A call that has begun in a thread of its own, which does not keep the program from ending."""
+    """A call that runs in a separate thread, which does not prevent the program from ending."""
 
     def __init__(self, call: Callable[[], T]):
         self._found: list[T] = []
@@ -19,11 +19,11 @@ class Ahead(Generic[T]):
     def _run(self, call: Callable[[], T]) -> None:
         try:
             self._found.append(call())
-        except BaseException as error:  # raised again where the result is asked for
+        except BaseException as error:  # raised again when the result is requested
             self._error = error
 
     def result(self) -> T:
-        """What the call returned, once it has. Raises what the call raised."""
+        """Wait for the call and return its result. Raises what the call raised."""
         self._thread.join()
         if self._error is not None:
             raise self._error

@@ -52,11 +52,11 @@ SHARED: dict[str, dict[str, Any]] = {
     "plugins": {"action": "append", "default": [], "metavar": "FILE", "help": HELP.replace("%", "%%")},
     "debug": {"action": "store_true", "help": "show the traceback of an error"},
 }
-"""Options that programs have in common. The values of `plugins` go to common.plugins.load_plugins."""
+"""Options shared by several programs. The values of `plugins` go to common.plugins.load_plugins."""
 
 
 def add_shared_options(parser: argparse.ArgumentParser, *names: str) -> None:
-    """Add those of the `SHARED` options that are named."""
+    """Add the named options of `SHARED`."""
     for name in names:
         parser.add_argument(f"--{name}", **SHARED[name])
 

@@ -24,7 +24,7 @@ from common import ending
 from common.errors import EnvironmentFault, UserError
 
 T = TypeVar("T")
-OLDEST = (2, 8)  # PyTorch; 2.6 may wait for the time limit when it leaves a group
+OLDEST = (2, 8)  # PyTorch; 2.6 may wait until the time limit when a process leaves a group
 MEETING_SECONDS = 120.0  # how long processes wait for the last one to start
 
 
@@ -163,7 +163,7 @@ def joined(device: torch.device, timeout: float = 600.0) -> Iterator[World]:
     dist.init_process_group(backend, store=_meet(found, "group"), timeout=timedelta(seconds=timeout), **numbers)
     _world = found
     try:
-        _refuse_shared_gpus(found, device)
+        _require_separate_gpus(found, device)
         yield found
     except BaseException:
         if device.type == "cpu":
@@ -192,7 +192,7 @@ def _meet(found: World, purpose: str) -> dist.Store:
         ) from error
 
 
-def _refuse_shared_gpus(found: World, device: torch.device) -> None:
+def _require_separate_gpus(found: World, device: torch.device) -> None:
     used = ("",) if device.type != "cuda" else (socket.gethostname(), _name_of(device))
     first: dict[tuple[str, ...], int] = {}
     for rank, gpu in enumerate(found.gather(used)):
@@ -205,6 +205,6 @@ def _refuse_shared_gpus(found: World, device: torch.device) -> None:
 
 
 def _name_of(device: torch.device) -> str:
-    """What identifies a GPU, whichever GPUs a process can see."""
+    """A GPU's identity, which does not depend on the GPUs that a process can see."""
     found = torch.cuda.get_device_properties(device)
     return str(getattr(found, "uuid", device))

@@ -43,7 +43,7 @@ def together(rank: int, size: int, store: Any) -> Iterator[None]:
             if debug and code > 0:
                 traceback.print_exc()
         others.done()
-        _leave(code)
+        _exit(code)
     others.done()
 
 
@@ -56,7 +56,7 @@ def _quiet(quiet: bool) -> Iterator[None]:
         yield
 
 
-def _leave(code: int) -> None:
+def _exit(code: int) -> None:
     """End at once: threads and communicators that wait for ended processes would delay it."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
@@ -90,10 +90,10 @@ class _Others:
             code = getattr(error, "exit_code", 130)
             line = str(error) or "interrupted by SIGINT"
             if (lost := self._lost()) is not None:
-                line, code = f"error: {gone(lost)}", 1
+                line, code = f"error: {death_of(lost)}", 1
             elif self.rank > 0:
                 self._wait_for("told", FIRST)
-            self._tell(line)
+            self._report(line)
             return code
         line, code = explained(error)
         if _is_of_others(error):
@@ -103,7 +103,7 @@ class _Others:
         if self.rank > 0 and alike:  # rank 0 reports what all have found
             self._wait_for("told", FIRST)
         name = f"rank {self.rank}: " if self.rank > 0 or not alike else ""
-        self._tell(f"error: {name}{line}")
+        self._report(f"error: {name}{line}")
         return code
 
     def _end_without(self, line: str) -> None:
@@ -114,16 +114,16 @@ class _Others:
             if self._has("told"):
                 return
             if (lost := self._lost()) is not None:
-                return self._tell(f"error: {gone(lost)}")
+                return self._report(f"error: {death_of(lost)}")
             time.sleep(LOOK / 5)
         others = [rank for rank in range(self.size) if not self._has(f"waited/{rank}")]
         if others:
-            self._tell(
+            self._report(
                 f"error: rank {others[0]} did not respond in time, it hangs or is too slow: --resume continues from "
                 "the last checkpoint, --parallel.timeout sets how long the others wait"
             )
         else:
-            self._tell(f"error: the processes lost their connection: {line}")
+            self._report(f"error: the processes lost their connection: {line}")
 
     def _watch(self) -> None:
         """End this process if another one has failed and this one hangs."""
@@ -136,8 +136,8 @@ class _Others:
             if time.monotonic() - since > GRACE:
                 sys.stderr = self._stderr
                 if lost is not None:
-                    self._tell(f"error: {gone(lost)}")
-                _leave(1)
+                    self._report(f"error: {death_of(lost)}")
+                _exit(1)
 
     def _lost(self) -> int | None:
         """A process of this machine that disappeared before it was finished."""
@@ -154,7 +154,7 @@ class _Others:
         while not self._has(key) and time.monotonic() < deadline:
             time.sleep(LOOK / 10)
 
-    def _tell(self, line: str) -> None:
+    def _report(self, line: str) -> None:
         """Print a line, unless another process has printed one."""
         with self._lock, suppress(RuntimeError, ValueError):
             if self.store.compare_set("told", "", str(self.rank)).decode() != str(self.rank):
@@ -175,7 +175,7 @@ class _Others:
             self.store.set(key, value)
 
 
-def gone(rank: int) -> str:
+def death_of(rank: int) -> str:
     """The error line for a process that disappeared."""
     return (
         f"rank {rank} has died: it was killed, perhaps because memory ran out; --resume continues from the last "

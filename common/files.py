@@ -38,7 +38,7 @@ def write_atomically(path: Path, write: Callable[[Path], Any], kept: str = "", p
         RuntimeError,
         SafetensorError,
     ) as error:  # PyTorch and safetensors raise their own errors on a full disk
-        kept = kept or (f"{path} as it was" if path.exists() else "none yet")
+        kept = kept or (f"{path}, unchanged" if path.exists() else "none yet")
         raise EnvironmentFault(
             f"{path} could not be written: {_reason(error)}; kept: {kept}; free the disk or fix the path"
         ) from error

@@ -36,7 +36,7 @@ class Meter:
         self.label, self.total, self.done, self.unit, self.later, self.bar = label, total, done, unit, later, bar
         self.note: Callable[[], str] | None = None
         self._from: tuple[float, int] | None = None  # when and at which unit counting began, after the start-up
-        self._looked = time.perf_counter()
+        self._checked = time.perf_counter()
 
     def __call__(self, units: int) -> None:
         self.done += units
@@ -44,9 +44,9 @@ class Meter:
         if self._from is None:
             self._from = (now, self.done)
         if self.bar is not None:
-            if self.note is not None and now > self._looked + LOOK:
+            if self.note is not None and now > self._checked + LOOK:
                 self.bar.set_postfix_str(self.note(), refresh=False)
-                self._looked = time.perf_counter()
+                self._checked = time.perf_counter()
             self.bar.update(units)
         elif now > Meter.next_line and now > self._from[0]:
             say(self.line(now))

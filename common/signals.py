@@ -41,7 +41,7 @@ class _DeferredSignals:
         return self._pending
 
     @contextmanager
-    def until_asked(self) -> Iterator[None]:
+    def ignoring_repeats(self) -> Iterator[None]:
         """As the object itself, but ignores a second signal, because torchrun sends one besides the terminal's."""
         self._patient = True
         with self:

@@ -118,11 +118,11 @@ def align(layers: Layers, reference: Layers) -> Layers:
     for _ in range(SWEEPS):
         changed = False
         for layer in range(len(found.halves)):
-            likeness_UU = _likeness(reference, found, layer)
-            _, order = linear_sum_assignment(likeness_UU.cpu().numpy(), maximize=True)
-            order = torch.as_tensor(order, device=likeness_UU.device)
-            gain = likeness_UU.gather(1, order[:, None]).sum() - likeness_UU.trace()
-            if gain > 1e-6 * likeness_UU.abs().sum():
+            similarity_UU = _similarity(reference, found, layer)
+            _, order = linear_sum_assignment(similarity_UU.cpu().numpy(), maximize=True)
+            order = torch.as_tensor(order, device=similarity_UU.device)
+            gain = similarity_UU.gather(1, order[:, None]).sum() - similarity_UU.trace()
+            if gain > 1e-6 * similarity_UU.abs().sum():
                 found.reorder(layer, order)
                 changed = True
         if not changed:
@@ -130,7 +130,7 @@ def align(layers: Layers, reference: Layers) -> Layers:
     return found
 
 
-def _likeness(a: Layers, b: Layers, layer: int) -> Tensor:
+def _similarity(a: Layers, b: Layers, layer: int) -> Tensor:
     """Inner products of the input and output weights of each unit of a with those of each unit of b, (units, units)."""
     total = a.matrices[layer + 1].double().T @ b.matrices[layer + 1].double()
     for name in ("matrices", "vectors"):

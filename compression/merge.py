@@ -42,7 +42,7 @@ def check_merge(config: Config, number: int, count: int | None = None) -> None:
 
 
 @torch.no_grad()
-def likeness_of_gates(model: AnyMoE, batches: Iterable[Tensor]) -> list[Tensor]:
+def similarity_of_gates(model: AnyMoE, batches: Iterable[Tensor]) -> list[Tensor]:
     """At each place, the cosine similarity of the router logits of two experts, float64 (E, E) (Li 2023, eq. 2)."""
     products: list[Any] = [0.0] * len(model.mixtures)
     for inputs in batches:
@@ -54,7 +54,7 @@ def likeness_of_gates(model: AnyMoE, batches: Iterable[Tensor]) -> list[Tensor]:
     return [product_EE / norm_E / norm_E[:, None] for product_EE, norm_E in zip(products, norms, strict=True)]
 
 
-def group(likeness_EE: Tensor, usage_E: Sequence[float], hidden: Sequence[list[int]], number: int) -> list[list[int]]:
+def group(similarity_EE: Tensor, usage_E: Sequence[float], hidden: Sequence[list[int]], number: int) -> list[list[int]]:
     """The `number` most used experts, each with the other experts whose router logits are most similar.
 
     An expert joins one of its own size (`hidden`), if there is one among the most used. Groups are ordered by their
@@ -64,21 +64,21 @@ def group(likeness_EE: Tensor, usage_E: Sequence[float], hidden: Sequence[list[i
     groups = {leader: [leader] for leader in sorted(order[:number])}
     for expert in order[number:]:
         same = [leader for leader in groups if hidden[leader] == hidden[expert]]
-        nearest = max(same or groups, key=lambda leader: float(likeness_EE[expert, leader]))
+        nearest = max(same or groups, key=lambda leader: float(similarity_EE[expert, leader]))
         groups[nearest].append(expert)
     return list(groups.values())
 
 
-def choose_groups(config: Config, model: AnyMoE, likeness: Sequence[Tensor], number: int) -> Groups:
+def choose_groups(config: Config, model: AnyMoE, similarity: Sequence[Tensor], number: int) -> Groups:
     """The groups at each place. Unequal experts form the same groups everywhere, as they share one configuration."""
     experts = config.experts
     hidden = [experts.hidden(expert) for expert in range(len(experts.sizes))]
     usage = [_shares(mixture.usage_E.tolist()) for mixture in model.mixtures]
     alike = len({str(size) for size in hidden}) == 1 and len({str(size) for size in experts.head}) <= 1
     if alike:
-        return [group(*pair, hidden, number) for pair in zip(likeness, usage, strict=True)]
+        return [group(*pair, hidden, number) for pair in zip(similarity, usage, strict=True)]
     mean_E = [sum(column) / len(usage) for column in zip(*usage, strict=True)]
-    return [group(torch.stack(list(likeness)).mean(dim=0), mean_E, hidden, number)] * len(usage)
+    return [group(torch.stack(list(similarity)).mean(dim=0), mean_E, hidden, number)] * len(usage)
 
 
 def _shares(usage: Sequence[float]) -> list[float]:

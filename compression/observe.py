@@ -20,7 +20,7 @@ HEAD = -1
 
 
 @dataclass(frozen=True)
-class Seen:
+class Observation:
     """The inputs of the experts at one place for one batch.
 
     rows_ND: their inputs, float32, one row per token or image. assignments: of these rows. pooled_BD: the inputs of
@@ -45,17 +45,17 @@ class Seen:
 
 
 @torch.no_grad()
-def observe(model: AnyMoE, inputs: Tensor) -> dict[int, Seen | Tensor]:
+def observe(model: AnyMoE, inputs: Tensor) -> dict[int, Observation | Tensor]:
     """The inputs at each place, by its number, for one batch; at HEAD the features of the head.
 
     model: in evaluation mode, not compiled.
     """
-    found: dict[int, Seen | Tensor] = {}
+    found: dict[int, Observation | Tensor] = {}
     with ExitStack() as hooks:
         for place, mixture in enumerate(model.mixtures):
 
             def keep(module: nn.Module, given: tuple, made: tuple, place: int = place) -> None:
-                found[place] = _seen(module, given[0], made[1])
+                found[place] = _observation(module, given[0], made[1])
 
             hooks.enter_context(_hooked(mixture.register_forward_hook(keep)))
         if isinstance(model, MoEViT) and model.head is not None:
@@ -74,15 +74,15 @@ def _hooked(handle: Any) -> ExitStack:
     return stack
 
 
-def _seen(mixture: Any, x: Tensor, routing: Routing) -> Seen:
+def _observation(mixture: Any, x: Tensor, routing: Routing) -> Observation:
     chosen, logits_BE = routing.assignments, routing.logits_BE
     if isinstance(mixture, BlockMixture):
         rows_ND = x.flatten(0, 1).float()
-        return Seen(mixture, rows_ND, chosen.repeated(len(rows_ND) // chosen.num_samples), None, logits_BE)
+        return Observation(mixture, rows_ND, chosen.repeated(len(rows_ND) // chosen.num_samples), None, logits_BE)
     pooled_BD = (x if x.ndim == 2 else x.mean(dim=1)).float() if len(mixture.shared) else None
     if chosen.rows_AD is not None:
-        return Seen(mixture, chosen.rows_AD.float(), chosen.by_row(), pooled_BD, logits_BE)
-    return Seen(mixture, x.float(), chosen, pooled_BD, logits_BE)
+        return Observation(mixture, chosen.rows_AD.float(), chosen.by_row(), pooled_BD, logits_BE)
+    return Observation(mixture, x.float(), chosen, pooled_BD, logits_BE)
 
 
 def members(model: AnyMoE) -> Iterator[tuple[int, int]]:

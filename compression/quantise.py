@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError, one_line
-from compression.observe import HEAD, Seen, inputs_of, matrices_of, members, observe, output_of
+from compression.observe import HEAD, Observation, inputs_of, matrices_of, members, observe, output_of
 from compression.state import Build
 from config.config import Config
 from model.moe_vit import AnyMoE
@@ -122,9 +122,9 @@ def calibrate(model: AnyMoE, owners: list[Owner], batches: Iterable[Tensor], row
     return found
 
 
-def rows_of(seen: Seen | Tensor, number: int) -> Tensor:
+def rows_of(seen: Observation | Tensor, number: int) -> Tensor:
     """The input rows of an expert, or of the head: (N, D)."""
-    return seen.rows_of(number) if isinstance(seen, Seen) else seen
+    return seen.rows_of(number) if isinstance(seen, Observation) else seen
 
 
 @torch.no_grad()

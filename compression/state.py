@@ -49,7 +49,7 @@ def units(experts: nn.Module, kept: Sequence[int]) -> list[int]:
     Raises UserError for a kind, from a plug-in, that does not define them.
     """
     if not hasattr(experts, "units_of"):
-        raise UserError(f"{type(experts).__name__} has no units_of(expert): its experts cannot be told apart")
+        raise UserError(f"{type(experts).__name__} has no units_of(expert): its experts cannot be separated")
     return [unit for expert in kept for unit in experts.units_of(expert)]
 
 

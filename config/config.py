@@ -151,7 +151,7 @@ class Config:
                     raise ValueError(f"balance.{name} compares with the gate of a trained run: name it with --init")
 
     def alone(self) -> "Config":
-        """The same without what a training needs from the run that init names, but for the images that it replays."""
+        """The same without the options that need the run named by init, except for the replay of its images."""
         balance = replace(self.balance, **{name: 0.0 for name, loss in LOSSES.items() if loss.of_init})
         return replace(self, init=self.init if self.replay else None, freeze=[], balance=balance)
 
@@ -161,7 +161,7 @@ class Config:
         found = list(self.router.idle)
         for name, loss in LOSSES.items():
             if loss.of_init and getattr(self.balance, name) > 0 and "router" in self.freeze:
-                found.append(f"balance.{name} has no effect with --freeze router, where the gate stays as it was")
+                found.append(f"balance.{name} has no effect with --freeze router, which keeps the gate unchanged")
         if self.experts.place == "blocks":
             unused, defaults = ("mode", "views", "storage", "cache_dir", "compile"), FeaturesConfig()
             for name in unused:

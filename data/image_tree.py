@@ -65,7 +65,7 @@ class ImageFile:
 
 
 @dataclass
-class LeftOut:
+class Skipped:
     """Files and folders that a search leaves out, by reason."""
 
     files: list[Path] = field(default_factory=list)
@@ -75,7 +75,7 @@ class LeftOut:
     repeated: list[tuple[Path, Path]] = field(default_factory=list)
     folders: list[Path] = field(default_factory=list)
 
-    def tell(self) -> None:
+    def warn(self) -> None:
         """Print one warning for each reason, with the first example."""
         kinds = Counter(path.suffix.lower() or "none" for path in self.files).most_common(5)
         reasons = {
@@ -99,25 +99,25 @@ def find_images(path: Path) -> list[Path]:
     """
     if not path.is_dir():
         return [path]
-    left_out = LeftOut()
-    found = _once(_walk(path, (os.path.realpath(path),), False, left_out), left_out)
-    left_out.tell()
+    skipped = Skipped()
+    found = _once(_walk(path, (os.path.realpath(path),), False, skipped), skipped)
+    skipped.warn()
     if not found:
         raise UserError(f"{path} has no file with the extension of an image, such as .png or .jpg")
     return [file.path for file in found]
 
 
-def _once(found: Sequence[ImageFile], left_out: LeftOut) -> list[ImageFile]:
+def _once(found: Sequence[ImageFile], skipped: Skipped) -> list[ImageFile]:
     """One name for each file: its real path rather than a link, else the first in order."""
     kept: dict[object, ImageFile] = {}
     for file in sorted(found, key=lambda file: file.linked):
         first = kept.setdefault(file.key or file.path, file)
         if first is not file:
-            left_out.repeated.append((file.path, first.path))
+            skipped.repeated.append((file.path, first.path))
     return sorted(kept.values(), key=lambda file: (str(file.path.parent), file.path.name))
 
 
-def _walk(folder: Path, above: tuple[str, ...], linked: bool, left_out: LeftOut) -> list[ImageFile]:
+def _walk(folder: Path, above: tuple[str, ...], linked: bool, skipped: Skipped) -> list[ImageFile]:
     """Every image below a folder. Links to folders come last, so that files are first found at their real path.
 
     above: real folders that a link must not lead to, nor to their parents. linked: whether `folder` was found through a
@@ -129,17 +129,17 @@ def _walk(folder: Path, above: tuple[str, ...], linked: bool, left_out: LeftOut)
     while folders or links:
         place, above, linked = (folders or links).popleft()
         if (key := _key(place.stat())) in seen:
-            left_out.repeated.append((place, seen[key]))
+            skipped.repeated.append((place, seen[key]))
             continue
         seen[key] = place
         for path, status, is_link in _entries(place):
             if not _is_folder(status):
-                if _is_image(path, status, left_out):
+                if _is_image(path, status, skipped):
                     found.append(ImageFile(path, status and _key(status), linked or is_link))
             elif not is_link:
                 folders.append((path, above, linked))
             elif _leads_back(path, (*above, os.path.realpath(place))):
-                left_out.loops.append(path)
+                skipped.loops.append(path)
             else:
                 links.append((path, (*above, os.path.realpath(place)), True))
     return found
@@ -149,11 +149,11 @@ def _is_folder(status: os.stat_result | None) -> bool:
     return status is not None and stat.S_ISDIR(status.st_mode)
 
 
-def _is_image(path: Path, status: os.stat_result | None, left_out: LeftOut) -> bool:
+def _is_image(path: Path, status: os.stat_result | None, skipped: Skipped) -> bool:
     if path.suffix.lower() not in endings():
-        left_out.files.append(path)
+        skipped.files.append(path)
     elif status is not None and not stat.S_ISREG(status.st_mode):  # opening a pipe could wait forever
-        left_out.special.append(path)
+        skipped.special.append(path)
     else:  # also a broken link: reading it gives the error
         return True
     return False
@@ -184,7 +184,7 @@ def _leads_back(link: Path, chain: Sequence[str]) -> bool:
     return any(os.path.join(place, "").startswith(target) for place in chain)
 
 
-def find_splits(root: Path, left_out: LeftOut) -> dict[str, Path]:
+def find_splits(root: Path, skipped: Skipped) -> dict[str, Path]:
     """The folder of each split in `root`: train, validation, test, under any of their names.
 
     A root without any of them, with two class folders or more, is the train folder itself. Raises UserError if two
@@ -197,13 +197,13 @@ def find_splits(root: Path, left_out: LeftOut) -> dict[str, Path]:
             continue
         split = meant.get(path.name.lower())
         if split is None:
-            left_out.folders.append(path)
+            skipped.folders.append(path)
         elif split in found:
             raise UserError(f"{root} has both {found[split].name}/ and {path.name}/: keep the one to use as {split}")
         else:
             found[split] = path
-    if not found and len(left_out.folders) > 1 and root.name.lower() not in meant:
-        left_out.folders.clear()
+    if not found and len(skipped.folders) > 1 and root.name.lower() not in meant:
+        skipped.folders.clear()
         return {"train": root}
     if "train" not in found:
         _require_train(root, meant)
@@ -220,39 +220,37 @@ def _require_train(root: Path, meant: dict[str, str]) -> None:
     )
 
 
-def find_classes(split: Path, left_out: LeftOut) -> list[Path]:
+def find_classes(split: Path, skipped: Skipped) -> list[Path]:
     """The class folders of a split, in order; images next to them are left out."""
     folders, real = [], os.path.realpath(split)
     for path, status, is_link in _entries(split):
         if not _is_folder(status):
-            if _is_image(path, status, left_out):
-                left_out.outside.append(path)
+            if _is_image(path, status, skipped):
+                skipped.outside.append(path)
         elif is_link and _leads_back(path, (real,)):
-            left_out.loops.append(path)
+            skipped.loops.append(path)
         else:
             folders.append(path)
     return folders
 
 
-def label_files(
-    splits: dict[str, Path], classes: Sequence[str], left_out: LeftOut
-) -> dict[str, list[tuple[Path, int]]]:
+def label_files(splits: dict[str, Path], classes: Sequence[str], skipped: Skipped) -> dict[str, list[tuple[Path, int]]]:
     """The images of each split with their labels; a file has one label: that of its real path, or the first one.
 
     Raises UserError for a class folder that train does not have, and for a split or a training class without images.
     """
     claims: list[tuple[ImageFile, str, int]] = []
     for name, folder in splits.items():
-        for place in find_classes(folder, left_out):
+        for place in find_classes(folder, skipped):
             if place.name not in classes:
                 raise UserError(
                     f"{folder} has class folder '{place.name}' that {splits['train'].name}/ does not have: add it "
                     "there or remove it"
                 )
             above = (os.path.realpath(folder), os.path.realpath(place))
-            found = _walk(place, above, folder.is_symlink() or place.is_symlink(), left_out)
-            claims += [(file, name, classes.index(place.name)) for file in _once(found, left_out)]
-    kept = {id(file) for file in _once([file for file, _, _ in claims], left_out)}
+            found = _walk(place, above, folder.is_symlink() or place.is_symlink(), skipped)
+            claims += [(file, name, classes.index(place.name)) for file in _once(found, skipped)]
+    kept = {id(file) for file in _once([file for file, _, _ in claims], skipped)}
     labelled = {}
     for name, folder in splits.items():
         claimed = {label for _, split, label in claims if split == name}

@@ -15,7 +15,7 @@ from deployment.graph import ImagesToAnswers, in_float32, traced
 from evaluation.trained import TrainedRun
 
 BATCHES = (1, 7, 64)
-TOLERANCE = 1e-4  # of probabilities in any image, and of weights averaged over the images
+TOLERANCE = 1e-4  # limit for the differences from `compare`
 
 
 TORCH = (2, 8)  # the oldest version that exports all runs: 2.6 lacks half
@@ -28,11 +28,15 @@ def fits_torch() -> bool:
 
 @dataclass(frozen=True)
 class Checked:
-    """The file's size in bytes, and the largest differences between its outputs and those of the run."""
+    """The file's size in bytes, and the differences between its outputs and those of the run, from `compare`.
+
+    undecided: the number of images in which a token chose another expert.
+    """
 
     bytes: int
     probabilities: float
     weights: float
+    undecided: int
 
 
 def check_target(out: Path) -> Format:
@@ -97,19 +101,24 @@ def _check_size(trained: TrainedRun, chosen: Format, out: Path) -> None:
 
 @torch.no_grad()
 def compare(answer: Answer, trained: TrainedRun, size: int) -> Checked:
-    """The differences between the outputs of a file and those of the run, for several batch sizes.
+    """The differences between the outputs of a file and those of the run, for batches of several sizes.
 
-    Probabilities: the largest difference. Weights: the largest difference per image, averaged over all images, because
-    a token with two almost equal gate values may choose a different expert.
+    A token with two almost equal gate values may choose another expert, which changes the weights of its image, and
+    its probabilities a little. So weights are compared as their largest difference per image, averaged over the
+    images, and probabilities as their largest difference in the images without such a token, or as the mean of all
+    images if that is larger.
     """
     graph, probabilities, weights = ImagesToAnswers(trained).eval(), [], []
     for batch in BATCHES:
         images = pictures(batch, trained.config.data.side)
         (mine, *chosen), (given, *found) = graph(images), answer(images)
-        probabilities.append((given - mine).abs().amax())
+        probabilities.append((given - mine).abs().amax(dim=1))
         tables = (_table(*pair, len(trained.config.experts.sizes)) for pair in (found, chosen))
         weights.append((next(tables) - next(tables)).abs().flatten(1).amax(dim=1))
-    return Checked(size, float(torch.stack(probabilities).amax()), float(torch.cat(weights).mean()))
+    differ_N, moved_N = torch.cat(probabilities), torch.cat(weights)
+    alike_N = moved_N <= TOLERANCE
+    largest = float(torch.cat([differ_N[alike_N], differ_N.mean()[None]]).amax())
+    return Checked(size, largest, float(moved_N.mean()), int((~alike_N).sum()))
 
 
 def _table(experts: Tensor, weights: Tensor, num_experts: int) -> Tensor:

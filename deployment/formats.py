@@ -115,7 +115,8 @@ class Pt2(Format):
         return file.getvalue()
 
     def opened(self, content: bytes) -> Answer:
-        return torch.export.load(io.BytesIO(content)).module()
+        with quiet():
+            return torch.export.load(io.BytesIO(content)).module()
 
 
 FORMATS: dict[str, Format] = {".onnx": Onnx(), ".pt2": Pt2()}

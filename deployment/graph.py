@@ -66,7 +66,7 @@ def _heaviest(routing: Routing, images: int, most: int) -> tuple[Tensor, Tensor]
 
 
 def in_float32(trained: TrainedRun) -> TrainedRun:
-    """The same run with a frozen ViT in float32, as in the exported file, whatever its configuration says."""
+    """The same run with a frozen ViT in float32, as in the exported file, regardless of its configuration."""
     trained.backbone.dtype = torch.float32
     return trained
 
@@ -76,7 +76,7 @@ def traced(trained: TrainedRun) -> torch.export.ExportedProgram:
     """The graph of `ImagesToAnswers` for any number of images with the image size of the run's dataset.
 
     Tensor sizes in a graph cannot depend on tensor values, so each expert processes all samples, and the gate's
-    weights select among the outputs. Raises what torch.export does.
+    weights select among the outputs. Raises the exceptions of torch.export.
     """
     graph = ImagesToAnswers(trained)
     graph.model = copy.deepcopy(trained.model)

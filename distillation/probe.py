@@ -1,4 +1,4 @@
-"""How good frozen features are: logistic regression and k nearest neighbours. Labels are used here only."""
+"""The quality of frozen features: logistic regression and k nearest neighbours. Only this file uses labels."""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ L2_GRID = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 
 
 def probe(train_ND: Tensor, train_N: Tensor, test_MD: Tensor, test_M: Tensor, seed: int) -> dict[str, float]:
-    """Scores in percent of both probes on the test features, and the L2 weight that was chosen.
+    """Scores in percent of both probes on the test features, and the selected L2 weight.
 
     train_ND, test_MD: features, standardised here with the train statistics. train_N, test_M: int64 labels.
     """
@@ -75,7 +75,7 @@ def _accuracy(predicted_N: Tensor, true_N: Tensor) -> float:
 
 
 def _macro_f1(predicted_N: Tensor, true_N: Tensor, classes: int) -> float:
-    """Mean over the classes of 2 TP / (2 TP + FP + FN), in percent; a class that never occurs counts 0."""
+    """Mean over the classes of 2 TP / (2 TP + FP + FN), in percent; a class that never occurs counts as 0."""
     hits_C = torch.bincount(true_N[predicted_N == true_N], minlength=classes).float()
     total_C = torch.bincount(predicted_N, minlength=classes) + torch.bincount(true_N, minlength=classes)
     return 100 * (2 * hits_C / total_C.clamp_min(1)).mean().item()

@@ -39,7 +39,7 @@ class Schedule:
 
 
 class Distiller(nn.Module):
-    """The student, the linear head that is thrown away afterwards, and the loss."""
+    """The student, the linear head that is discarded afterwards, and the loss."""
 
     def __init__(self, student: VisionTransformer, bank: Bank, relation: float, anchors: int, seed: int):
         """relation: weight of the neighbourhood loss. anchors: clean images that serve as its landmarks."""
@@ -47,7 +47,7 @@ class Distiller(nn.Module):
         _, count, self.slots, self.components = bank.targets_VNSK.shape
         self.student, self.relation, self.temperature = student, relation, 0.07
         self.head = nn.Linear(2 * student.num_features, self.slots * self.components)
-        # a user of the teacher would take the last block's class token and patch mean: they weigh most
+        # users of the teacher read the last block's class token and patch mean, so these have the largest weights
         weight_S = torch.ones(self.slots)
         weight_S[-2:] = 3
         self.register_buffer("weight_S", weight_S / weight_S.sum())
@@ -75,10 +75,10 @@ class Distiller(nn.Module):
         return loss, torch.stack([mse, cosine, relation]).detach()
 
     def _relation(self, predicted_BF: Tensor, target_BF: Tensor) -> Tensor:
-        """KL divergence between whom the teacher and whom the student finds similar among the anchors.
+        """KL divergence between the teacher's and the student's similarities to the anchors.
 
-        The idea of SEED (Fang 2021) without its queue: it asks for the neighbourhoods, which decide what a
-        linear classifier can separate, where the squared error spends itself on all directions alike.
+        The idea of SEED (Fang 2021) without its queue: it matches neighbourhoods, which determine what a linear
+        classifier can separate, whereas the squared error weights all directions equally.
         """
         teacher_BA = F.normalize(target_BF, dim=1) @ self.anchors_AF.T / self.temperature
         student_BA = F.normalize(predicted_BF, dim=1) @ self.anchors_AF.T / self.temperature
@@ -86,9 +86,9 @@ class Distiller(nn.Module):
 
 
 def bank_batches(bank: Bank, batch: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches (images, targets) for ever; each pass over the bank is a new shuffle, a batch is of one view.
+    """Endless batches (images, targets); each pass over the bank is a new shuffle, and a batch has a single view.
 
-    One view at a time keeps an image from meeting itself in a batch, and every gather under 2^31 elements.
+    With one view per batch no image occurs twice in it, and every gather has fewer than 2^31 elements.
     """
     views, count = bank.images_VNCHW.shape[:2]
     device, chunks = bank.images_VNCHW.device, count // batch
@@ -106,7 +106,7 @@ def compile_or_not(distiller: Distiller, example: tuple[Tensor, Tensor], say: Sa
     compiled = torch.compile(distiller, dynamic=False)
     try:
         compiled(*example)[0].backward()
-    except Exception as error:  # a speed-up that fails must not cost the run
+    except Exception as error:  # a failed speed-up must not end the run
         say(f"student: torch.compile failed, continuing without it: {type(error).__name__}: {str(error)[:200]}")
         return distiller
     finally:
@@ -115,7 +115,7 @@ def compile_or_not(distiller: Distiller, example: tuple[Tensor, Tensor], say: Sa
 
 
 def _optimizer(distiller: Distiller, schedule: Schedule) -> torch.optim.AdamW:
-    """AdamW; weight decay on the matrices only."""
+    """AdamW; weight decay only on matrices."""
     groups: dict[bool, list[Tensor]] = {True: [], False: []}
     for name, parameter in distiller.named_parameters():
         groups[parameter.ndim >= 2 and not name.endswith(("pos_embed", "cls_token"))].append(parameter)
@@ -141,7 +141,7 @@ def train_student(
 ) -> tuple[State, int]:
     """Train in place. Returns the student's averaged state dict (EMA, float32) and the number of steps.
 
-    The schedule's seconds include compilation. at_half gets the averaged state once, in the middle.
+    The schedule's seconds include compilation. at_half receives the averaged state once, in the middle.
     """
     deadline = time.monotonic() + schedule.seconds
     batch = min(schedule.batch, bank.images_VNCHW.shape[1])

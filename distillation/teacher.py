@@ -1,4 +1,4 @@
-"""The frozen teacher, what is taken from it, and the bank of views with their targets."""
+"""The frozen teacher, its targets, and the bank of views with targets."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ def default_blocks(depth: int) -> list[int]:
 
 
 class Teacher:
-    """Images in, targets out: the raw tokens of several blocks, and after `fit` their damped components."""
+    """Maps images to targets: the raw tokens of several blocks, and after `fit` their damped components."""
 
     def __init__(self, model: nn.Module, blocks: list[int], batch: int, compiled: bool, say: Say):
         """blocks: 0-based, the last one last. batch: images in every forward pass."""
@@ -61,7 +61,7 @@ class Teacher:
             with torch.no_grad():
                 example = torch.zeros(self.batch, 3, self.size, self.size, device=self.device)
                 compiled(example.to(self.dtype))
-        except Exception as error:  # a speed-up that fails must not cost the run
+        except Exception as error:  # a failed speed-up must not end the run
             say(f"teacher: torch.compile failed, continuing without it: {type(error).__name__}: {str(error)[:200]}")
             return self._tokens
         return compiled
@@ -95,10 +95,10 @@ class Teacher:
     def fit(self, raw_NSD: Tensor, components: int, whiten: float, say: Say) -> None:
         """Learn the map to targets from the raw tokens of clean training images.
 
-        Each feature is standardised, since a few of CLIP's have giant variances; then each slot is rotated to
-        its principal components, which are divided by their standard deviation to the power `whiten` (0: not
-        at all, and the first few are the whole loss; 1: fully, and noise counts like signal). The result has
-        mean variance 1 in every slot. Components past `components` are dropped.
+        Each feature is standardised, because a few of CLIP's features have very large variances. Then each slot is
+        rotated to its principal components, which are divided by their standard deviation to the power `whiten` (0: not
+        at all, so the first few dominate the loss; 1: fully, so noise counts as much as signal). The result has mean
+        variance 1 in every slot. Components beyond `components` are dropped.
         """
         components = min(components, len(raw_NSD) - 1)
         bases, means = [], []
@@ -107,7 +107,7 @@ class Teacher:
             mean_D, std_D = x_ND.mean(0), x_ND.std(0)
             std_D = std_D.clamp_min(0.1 * std_D.median()).clamp_min(1e-6)
             x_ND = (x_ND - mean_D) / std_D
-            # LAPACK on the CPU: the matrix is small, and no GPU solver has to be there
+            # LAPACK on the CPU: the matrix is small, and no GPU solver is needed
             values_D, vectors_DD = torch.linalg.eigh((x_ND.T @ x_ND / len(x_ND)).cpu())
             values_K = values_D[-components:].clamp_min(1e-4)
             vectors_DK = vectors_DD[:, -components:] * values_K ** (-whiten / 2)
@@ -120,7 +120,7 @@ class Teacher:
         self.offset_SD = torch.stack(means).float()
 
     def project(self, raw_BSD: Tensor) -> Tensor:
-        """(B, S, D) raw tokens -> (B, S, K) float16 targets; clamped at 30, some 30 standard deviations."""
+        """(B, S, D) raw tokens -> (B, S, K) float16 targets; clamped at 30, about 30 standard deviations."""
         targets_BSK = torch.einsum("bsd,sdk->bsk", raw_BSD.float() - self.offset_SD, self.basis_SDK)
         return targets_BSK.clamp(-30, 30).half()
 
@@ -134,9 +134,9 @@ def fill_bank(
     time_left: Callable[[], float],
     say: Say,
 ) -> Bank:
-    """The clean view and up to views - 1 random ones: whole views, as many as fit into time_left() seconds.
+    """The clean view and up to views - 1 random ones: complete views, as many as fit into time_left() seconds.
 
-    images_NCHW: uint8 on the teacher's device. At least one random view is made, whatever the time.
+    images_NCHW: uint8 on the teacher's device. At least one random view is made, regardless of the time.
     """
     count, device = len(images_NCHW), images_NCHW.device
     images_VNCHW = torch.empty(views, *images_NCHW.shape, dtype=torch.uint8, device=device)
@@ -157,7 +157,7 @@ def fill_bank(
             part = slice(start, start + teacher.batch)
             images_VNCHW[view, part] = random_views(images_NCHW[order_N[part]], generator)
             targets_VNSK[view, part] = teacher.project(teacher.raw(images_VNCHW[view, part]))
-        if not torch.isfinite(targets_VNSK[view]).all():  # also waits for the GPU, which makes the clock true
+        if not torch.isfinite(targets_VNSK[view]).all():  # also waits for the GPU, so that the time is correct
             raise FloatingPointError(f"the teacher gave targets that are not finite in view {view}")
         filled += 1
         if view % 2 == 0:

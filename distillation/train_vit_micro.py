@@ -2,22 +2,22 @@
 
     python -m distillation.train_vit_micro --data DIR --teacher FILE --out OUT
 
-run at the top of the repository. DIR holds `cifar-100-python/`; FILE is a safetensors state dict of the timm
+Run it at the top of the repository. DIR contains `cifar-100-python/`; FILE is a safetensors state dict of the timm
 model `vit_base_patch16_clip_quickgelu_224.openai` with num_classes=0. Made for one large GPU: the bank of
 views takes up to 17 GB of its memory, the whole run about `--deadline` seconds. `--seed 0` is the default.
 
-1. The teacher looks at random views of the training images for `--teacher_seconds`: its class token and mean
+1. The teacher processes random views of the training images for `--teacher_seconds`: its class token and mean
    patch token after several blocks, standardised and reduced to damped principal components, are the targets
    (teacher.py, views.py).
 2. The student learns to predict them from the same views, for `--student_seconds`, with a linear head that is
-   thrown away afterwards (student.py).
-3. Labels enter: logistic regression and kNN on the frozen features of the test set (probe.py), for the
-   student trained and untrained, and for the teacher's targets.
+   discarded afterwards (student.py).
+3. Labels are used only at the end: logistic regression and kNN on the frozen features of the test set (probe.py), for
+   the trained and the untrained student, and for the teacher's targets.
 
 OUT gets `vit_micro.safetensors` (float16), `vit_micro.json` (scores, settings, versions, SHA-256), and
 `vit_micro_half.safetensors` from the middle of training. Paste the printed sha256 into model/vit_micro.py.
-How many views and steps fit depends on the machine; `--views V --teacher_seconds 1e9 --steps S`, with V and S
-from the JSON, repeats a run on another one.
+The number of views and steps depends on the machine; `--views V --teacher_seconds 1e9 --steps S`, with V and S
+from the JSON, repeats a run on another machine.
 
 Result: seed 0, 494 s on one NVIDIA H200 (torch 2.11, timm 1.0.29), 33 views, 16,219 steps. Frozen features (class
 token and mean patch token of the last block), CIFAR-100 test: logistic regression 74.94 % accuracy, 75.03 %
@@ -45,12 +45,12 @@ from distillation.teacher import Bank, Teacher, default_blocks, fill_bank, load_
 from distillation.views import to_model_input
 from model.vit_micro import IMAGE_SIZE, MEAN, STD, vit_micro
 
-# What probing at the end takes at most, in seconds; training stops this long before --deadline.
+# Upper limit for probing at the end, in seconds; training stops this long before --deadline.
 PROBE_SECONDS = 45
 
 
 class Clock:
-    """Seconds since the start, and lines that carry them."""
+    """Seconds since the start, and lines that show them."""
 
     def __init__(self) -> None:
         self.start = time.monotonic()
@@ -65,19 +65,19 @@ class Clock:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Distil a ViT-B/16 into vit_micro on CIFAR-100, without labels.")
     add = parser.add_argument
-    add("--data", type=path_option, required=True, help="folder that holds cifar-100-python/")
+    add("--data", type=path_option, required=True, help="folder that contains cifar-100-python/")
     add("--teacher", type=path_option, help="safetensors file of the teacher's weights")
-    add("--teacher_random", action="store_true", help="a teacher with random weights, to try the script out")
+    add("--teacher_random", action="store_true", help="a teacher with random weights, to test the script")
     add("--teacher_name", default="vit_base_patch16_clip_quickgelu_224.openai", help="timm model")
     add("--teacher_blocks", type=int, nargs="+", help="0-based, ascending (default: 7 9 10 11 of 12)")
     add("--out", type=path_option, required=True, help="folder for the results")
     add("--seed", type=int, default=0)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--deadline", type=float, default=525, help="seconds in which everything has to be done")
-    add("--teacher_seconds", type=float, default=180, help="for compiling and running the teacher")
-    add("--student_seconds", type=float, default=300, help="for compiling and training the student")
-    add("--steps", type=int, default=0, help="exact number of training steps in place of --student_seconds")
-    add("--views", type=int, default=48, help="views of each image in the bank, at most")
+    add("--deadline", type=float, default=525, help="time limit for everything in seconds")
+    add("--teacher_seconds", type=float, default=180, help="seconds for compiling and running the teacher")
+    add("--student_seconds", type=float, default=300, help="seconds for compiling and training the student")
+    add("--steps", type=int, default=0, help="exact number of training steps instead of --student_seconds")
+    add("--views", type=int, default=48, help="maximum number of views of each image in the bank")
     add("--teacher_batch", type=int, default=1000)
     add("--components", type=int, default=256, help="principal components kept of each target")
     add("--whiten", type=float, default=0.5, help="0: keep the components' variances, 1: make them equal")
@@ -87,7 +87,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--drop_path", type=float, default=0.05)
     add("--relation", type=float, default=0.5, help="weight of the neighbourhood loss")
     add("--anchors", type=int, default=1024, help="landmark images of the neighbourhood loss")
-    add("--limit", type=int, help="use only so many images of each split")
+    add("--limit", type=int, help="use only this many images of each split")
     add("--no_compile", action="store_true", help="run without torch.compile")
     args = parser.parse_args(argv)
     if args.views < 2:
@@ -105,12 +105,12 @@ def load_split(root: Path, train: bool, limit: int | None, device: torch.device)
 
 
 def to_half(state: State) -> State:
-    """Every tensor as contiguous float16 on the CPU: what the file holds."""
+    """Every tensor as contiguous float16 on the CPU, as stored in the file."""
     return {name: tensor.detach().to("cpu", torch.float16).contiguous() for name, tensor in state.items()}
 
 
 def save_weights(state: State, path: Path) -> str:
-    """Write the float16 state dict, whole or not at all; returns the file's SHA-256."""
+    """Write the float16 state dict atomically; returns the file's SHA-256."""
     temporary = path.with_suffix(".tmp")
     save_file(to_half(state), temporary)
     digest = hashlib.sha256(temporary.read_bytes()).hexdigest()
@@ -148,7 +148,7 @@ def student_features(state: State, images_NCHW: Tensor) -> dict[str, Tensor]:
 
 
 def make_bank(args: argparse.Namespace, images_NCHW: Tensor, clock: Clock) -> tuple[Teacher, Bank, list[int]]:
-    """The teacher, the bank of its views and targets, and the teacher's blocks that were used."""
+    """The teacher, the bank of its views and targets, and the used teacher blocks."""
     end = clock.elapsed() + args.teacher_seconds
     weights = None if args.teacher_random else args.teacher
     model = load_teacher(args.teacher_name, weights, images_NCHW.device)
@@ -156,7 +156,7 @@ def make_bank(args: argparse.Namespace, images_NCHW: Tensor, clock: Clock) -> tu
     teacher = Teacher(model, blocks, min(args.teacher_batch, len(images_NCHW)), not args.no_compile, clock.say)
     clock.say(f"teacher {args.teacher_name} ready, blocks {blocks}")
     raw_NSD = teacher.raw(images_NCHW)
-    clock.say(f"teacher has seen the clean images: {tuple(raw_NSD.shape)}")
+    clock.say(f"teacher has processed the clean images: {tuple(raw_NSD.shape)}")
     teacher.fit(raw_NSD, args.components, args.whiten, clock.say)
     bank = fill_bank(teacher, images_NCHW, raw_NSD, args.views, args.seed + 1, lambda: end - clock.elapsed(), clock.say)
     clock.say(f"bank: {len(bank.images_VNCHW)} views of {len(images_NCHW)} images")
@@ -174,7 +174,7 @@ def score_all(
     """Probe scores of the teacher's targets (last block) and of each student state, on the test set."""
     train_NCHW, train_N = train
     test_MCHW, test_M = load_split(args.data, False, args.limit, train_NCHW.device)
-    # the teacher goes first: a new matmul precision would have torch.compile compile it again
+    # the teacher first: a new matmul precision would make torch.compile compile it again
     test_MSK = teacher.project(teacher.raw(test_MCHW))
     torch.set_float32_matmul_precision("highest")
     scores = {}
@@ -247,7 +247,7 @@ def main(argv: list[str] | None = None) -> None:
         },
         "seconds_without_probes": clock.elapsed(),
     }
-    # once before the probes too: if these are cut off, the weights still come with their record
+    # also before the probes: if these are interrupted, the weights still have their record
     write_json(args.out / "vit_micro.json", record)
     clock.say(f"saved {path}, sha256 {record['sha256']}")
     clean_NSK = bank.targets_VNSK[0].clone()

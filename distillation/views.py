@@ -12,9 +12,9 @@ MAX_ROTATION_STD = math.radians(8)
 def random_views(images_BCHW: Tensor, generator: torch.Generator) -> Tensor:
     """One random view of each image: crop or zoom out, flip, rotation, colour, then mixup or CutMix for half.
 
-    images_BCHW: uint8, 3 channels, in random order, since an image is mixed with its neighbour in the batch.
-    generator: on the images' device. Returns uint8 of the same shape: teacher and student must see the
-    very same pixels ("a patient and consistent teacher", Beyer 2022), so the rounding belongs in here.
+    images_BCHW: uint8, 3 channels, in random order, because an image is mixed with its neighbour in the batch.
+    generator: on the images' device. Returns uint8 of the same shape: teacher and student must see exactly the same
+    pixels ("a patient and consistent teacher", Beyer 2022), so this function does the rounding.
     """
     x_BCHW = images_BCHW.float() / 255
     x_BCHW = _resample(x_BCHW, generator).clamp(0, 1)
@@ -40,8 +40,8 @@ def _uniform(like: Tensor, generator: torch.Generator, low: float = 0.0, high: f
 def _resample(x_BCHW: Tensor, generator: torch.Generator) -> Tensor:
     """Random resized crop with flip and rotation, as one bicubic resampling; float in [0, 1], may overshoot.
 
-    The area goes from 0.3 to 1.2 of the image: past 1 the view zooms out over reflected borders, so that
-    the whole, untouched image lies inside the training distribution and not at its edge.
+    The area is 0.3 to 1.2 of the image: above 1 the view zooms out with reflected borders, so that the original
+    image lies inside the training distribution and not at its edge.
     """
     area_B = _uniform(x_BCHW, generator, 0.3, 1.2)
     ratio_B = torch.exp(_uniform(x_BCHW, generator, math.log(3 / 4), math.log(4 / 3)))
@@ -59,7 +59,7 @@ def _resample(x_BCHW: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _jitter_colour(x_BCHW: Tensor, generator: torch.Generator) -> Tensor:
-    """Brightness, contrast and saturation by factors in [0.6, 1.4] on 80 % of the images; 10 % go grey."""
+    """Brightness, contrast and saturation by factors in [0.6, 1.4] on 80 % of the images; 10 % become grey."""
     active_B = _uniform(x_BCHW, generator) < 0.8
     ones_B = torch.ones_like(active_B, dtype=torch.float32)
     factors_B = [torch.where(active_B, _uniform(x_BCHW, generator, 0.6, 1.4), ones_B) for _ in range(3)]
@@ -75,9 +75,9 @@ def _jitter_colour(x_BCHW: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _mixing_mask(x_BCHW: Tensor, generator: torch.Generator) -> Tensor:
-    """How much of each pixel is the image's own, (B, 1, H, W): a quarter mixup, a quarter CutMix, else 1.
+    """The share of the image itself in each pixel, (B, 1, H, W): a quarter mixup, a quarter CutMix, else 1.
 
-    Mixed images need no mixed labels here: the teacher is asked what it sees in them.
+    Mixed images need no mixed labels here, because the teacher provides the targets.
     """
     batch, _, height, width = x_BCHW.shape
     kind_B = _uniform(x_BCHW, generator).view(-1, 1, 1, 1)

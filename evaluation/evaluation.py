@@ -127,7 +127,7 @@ def _illustrate(
     tracker: Tracker | None,
 ) -> None:
     """Draw the figures, write the report page, and log the results."""
-    # Here, because importing matplotlib takes a second, and the scores need not wait for it.
+    # Here, because importing matplotlib takes a second, and the scores do not have to wait for it.
     from evaluation.figures import Evaluated, draw, warn_of_letters
     from evaluation.report import write_report
 

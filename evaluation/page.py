@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 HOST = "127.0.0.1"
-# The browser may not load anything from other sites or send anything there, whatever gradio requests.
+# The browser may not load anything from other sites or send anything there, even if gradio requests it.
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
 Ask = Callable[[Path], tuple[dict[str, Any], "Figure"]]
 """From an image file to its entry in --json and its figure. Raises UserError if it cannot be read."""

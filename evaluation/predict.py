@@ -22,9 +22,9 @@ from model.spread import is_spread
 def predict(model: AnyMoE, bank: FeatureBank | ImageBank, split: str, removals: bool = False) -> Predictions:
     """Predictions for every image of a split without augmentation, with the learned gate and without noise.
 
-    Experts on features run in float32 whatever training used, so that a prediction does not depend on its batch beyond
-    rounding. Several processes share the work. removals: in the same pass, also compute the predictions without each
-    expert.
+    Experts on features run in float32 regardless of the training precision, so that a prediction does not depend on its
+    batch beyond rounding. Several processes share the work. removals: in the same pass, also compute the predictions
+    without each expert.
     """
     was_training = model.training
     model.eval()

@@ -24,7 +24,8 @@ def report(run: RunFolder, results: dict[str, Any], drawings: Sequence[Drawing],
     """
     single = {f"test/{name}": results[name] for name in SINGLE}
     single |= {"test/specialisation": results["specialisation"]["normalised"]}
-    tracker.summary(single | {f"cost/{name}": results["cost"][name] for name in NAMES})
+    single |= {f"cost/{name}": results["cost"][name] for name in NAMES}
+    tracker.summary(single | {f"load/expert_{index}": load for index, load in enumerate(results["expert_load"])})
     _report_experts(results, tracker)
     _report_blocks(results, tracker)
     _report_classes(results, tracker)

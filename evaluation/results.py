@@ -98,7 +98,7 @@ def worth(predictions: Predictions, test: ImageSet, model: AnyMoE) -> Rows:
     )
     tables = (removals.before_EE, removals.after_EE)
     columns["flops_saved"] = experts.cost_saved(*tables, flops_E, len(predictions.labels_N))
-    columns["taken_over_by"] = experts.taken_over(*tables)
+    columns["taken_over_by"] = experts.reassigned(*tables)
     return [row | {key: column[e].tolist() for key, column in columns.items()} for e, row in enumerate(rows)]
 
 

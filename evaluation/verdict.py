@@ -16,7 +16,7 @@ from storage.folder import RunFolder
 def verdict(run: RunFolder, config: Config, macro_f1: float) -> dict[str, Any] | None:
     """Compare mixture and dense twin over this run and those in the same folder; None unless there are both.
 
-    macro_f1: the test score of `run`, whose results need not be written yet. Returns {"text", "seeds", "mean", "low",
+    macro_f1: the test score of `run`, whose results may not be written yet. Returns {"text", "seeds", "mean", "low",
     "high", "beside"}: a sentence, the paired seeds, mixture minus twin in macro-F1 with its 95 % interval (None: one
     pair), and {"name", "cost"} of the run to compare the cost with.
     """
@@ -32,7 +32,7 @@ def verdict(run: RunFolder, config: Config, macro_f1: float) -> dict[str, Any] |
     minus = [difference for difference in differences_of(found)[0] if difference.second.twin]
     if not minus or "macro_f1" not in minus[0].figures:
         return None
-    return _told(minus[0]) | {"beside": _beside(minus[0], own)}
+    return _summary(minus[0]) | {"beside": _beside(minus[0], own)}
 
 
 def _neighbours(path: Path, words: str) -> Iterator[Compared]:
@@ -54,7 +54,7 @@ def _beside(difference: Difference, own: Compared) -> dict[str, Any]:
     return {"name": run.name, "cost": costs}
 
 
-def _told(difference: Difference) -> dict[str, Any]:
+def _summary(difference: Difference) -> dict[str, Any]:
     mean, low, high = difference.figures["macro_f1"]
     seeds = difference.seeds
     points = f"its macro-F1 minus that of a dense twin of equal FLOPs is {100 * mean:+.2f} points"

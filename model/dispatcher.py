@@ -5,7 +5,7 @@ process, and `combine` returns their outputs to the assignments. The code betwee
 outputs, does not depend on the dispatcher.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Protocol
@@ -92,9 +92,10 @@ class AllToAllDispatcher:
         counts_SE = torch.empty_like(counts_ME)  # number of rows from each process for each expert
         dist.all_to_all_single(counts_SE, counts_ME, group=self.group)
         counts_SL = counts_SE.index_select(1, self.mine_L)
-        told = torch.cat([counts_ME.sum(1), counts_SL.sum(1), counts_SL.sum(0)]).tolist()
-        sent, came, sizes = told[: self.members], told[self.members : 2 * self.members], told[2 * self.members :]
+        told = _on_its_way(torch.cat([counts_ME.sum(1), counts_SL.sum(1), counts_SL.sum(0)]))
         rows_AD = gather(x_BD, assignments.sample_A.index_select(0, order_A), inverse(order_A), assignments)
+        numbers, members = told(), self.members
+        sent, came, sizes = numbers[:members], numbers[members : 2 * members], numbers[2 * members :]
         rows_RD = _all_to_all(rows_AD, came, sent, self.group)
         # Rows are ordered by process, and by expert within each process.
         local_X = torch.arange(len(self.mine), device=x_BD.device).repeat(self.members)
@@ -131,6 +132,20 @@ class AllToAllDispatcher:
             position_A = inverse(by_expert_A) - start_A
             process_A = (position_A[:, None] >= ends_EM.index_select(0, expert_A)).sum(1)
         return (process_A * experts + expert_A).argsort(stable=True), counts_ME
+
+
+def _on_its_way(values: Tensor) -> Callable[[], list[int]]:
+    """A function that waits for the values and returns them; meanwhile a GPU computes the operations after them."""
+    if not values.is_cuda:
+        return values.tolist
+    host, copied = values.to("cpu", non_blocking=True), torch.cuda.Event()
+    copied.record()
+
+    def arrived() -> list[int]:
+        copied.synchronize()
+        return host.tolist()
+
+    return arrived
 
 
 def _all_to_all(rows: Tensor, come: list[int], go: list[int], group: dist.ProcessGroup) -> Tensor:

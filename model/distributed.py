@@ -81,6 +81,12 @@ class Share:
         each = len(whole) // self.total
         return whole[each * self.start : each * (self.start + self.sizes[self.rank])]
 
+    def stack(self, x: Tensor) -> Tensor:
+        """The tensors of all P processes, of one shape (...), in the order of their ranks: (P, ...), no gradients."""
+        got = x.new_empty(len(self.sizes), *x.shape)
+        _all_gather(got, x[None].contiguous(), group=self.group)
+        return got
+
     def sum(self, x: Tensor) -> Tensor:
         """The sum over all processes; differentiable with respect to every process's part."""
         return _Sum.apply(x, self.group) if self.split else x

@@ -130,7 +130,8 @@ class MoEViT(nn.Module):
         """The input of the head, float32 (B, F), and the routings."""
         backbone = self.backbone
         vit = backbone.runner(images_BCHW.device)
-        whole = len(images_BCHW) in self._compiled_for
+        # Where nothing is compiled the number of images must not be looked at: an export is for any number.
+        whole = bool(self._compiled_for) and len(images_BCHW) in self._compiled_for
         compiled = self._compiled if whole else run_block
         x_BTD, ropes = embed(vit, images_BCHW.to(backbone.dtype))
         if patch_dropout:
@@ -143,7 +144,7 @@ class MoEViT(nn.Module):
         for index in range(backbone.blocks[-1] + 1):
             mixture, keep = mixtures.get(index), not (self.recompute and x_BTD.requires_grad)
             options = (None, False, None) if mixture is None else (mixture, warmup, allowed[len(routings)])
-            # In training the first block with experts is of a kind of its own, since nothing before it has a gradient:
+            # In training the first block with experts is a separate kind, because nothing before it has a gradient:
             # to compile that kind takes longer than the block does without.
             first = mixture is not None and torch.is_grad_enabled() and not x_BTD.requires_grad
             run = run_block if first else compiled

@@ -1,4 +1,4 @@
-"""Frozen copies of the gates that a training starts from, for the old_gate loss."""
+"""Frozen copies of the gates at the start of training, for the old_gate loss."""
 
 import copy
 
@@ -30,7 +30,7 @@ class OldGate(nn.Module):
         self.train(False)
 
     def train(self, mode: bool = True) -> "OldGate":
-        """Stays in evaluation mode, whatever the mode of the model."""
+        """Stays in evaluation mode, regardless of the mode of the model."""
         return super().train(False)
 
     @torch.no_grad()

@@ -104,7 +104,7 @@ class Spread:
                 continue
             pieces = []
             for expert in self.owners(name):
-                piece = self._told(name, expert, state)
+                piece = self._broadcast(name, expert, state)
                 pieces += [piece.cpu()] if wanted else []
             if wanted:
                 found[name] = self._joined(name, pieces)
@@ -127,7 +127,7 @@ class Spread:
                 old = self.holders(place, expert)
                 mine = self._piece(name, expert, state) if self.here in old else None
                 if set(new) - set(old):
-                    mine = self._told(name, expert, state)
+                    mine = self._broadcast(name, expert, state)
                 if self.here in new and mine is not None:
                     pieces.append(mine)
             if pieces:
@@ -163,7 +163,7 @@ class Spread:
     def _piece(self, name: str, expert: int, state: dict[str, Tensor]) -> Tensor:
         return next(view for _, _, owner, view in self.pieces({name: state[name]}) if owner == expert)
 
-    def _told(self, name: str, expert: int, state: dict[str, Tensor]) -> Tensor:
+    def _broadcast(self, name: str, expert: int, state: dict[str, Tensor]) -> Tensor:
         """An expert's part of a tensor, broadcast to the group by the first process that has it."""
         first = self.holders(self.parts[name][0], expert)[0]
         if first == self.here:

@@ -1,4 +1,4 @@
-"""What is never compiled. Importing this imports the compiler, which takes seconds: import it only where needed."""
+"""Code that is never compiled. Importing this imports the compiler, which takes seconds: import it only if needed."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ def _call(run: Callable[..., Any], *arguments: Any) -> Any:
 
 
 uncompiled: Any = torch.compiler.disable(_call)
-"""uncompiled(run, *arguments) is run(*arguments) as it is, inside a compiled block too.
+"""uncompiled(run, *arguments) calls run(*arguments) eagerly, even inside a compiled block.
 
 For code that sends varying numbers of rows to other processes.
 """

@@ -32,11 +32,21 @@ def _columns(routing: Routing) -> list[Tensor]:
 
 
 def _gathered(columns: list[list[Tensor]], share: Share) -> list[list[Tensor]]:
-    """The tensors of all processes. A sample may have several rows (tokens) at one place and one row at another."""
-    count = share.sizes[share.rank]
-    flat = [tensor.float().reshape(count, -1) for tensors in columns for tensor in tensors]
-    parts = iter(share.gather(torch.cat(flat, dim=1)).split([part.shape[1] for part in flat], dim=1))
-    return [[next(parts).reshape(-1, tensor.shape[1]) for tensor in tensors] for tensors in columns]
+    """The rows of all processes. A sample may have several rows (its tokens) at one place and a single row at another.
+
+    Tensors of equal shape, such as those of all blocks of a ViT, share one exchange and a few kernels.
+    """
+    flat = [tensor.float() for tensors in columns for tensor in tensors]
+    alike: dict[torch.Size, list[int]] = {}
+    for index, tensor in enumerate(flat):
+        alike.setdefault(tensor.shape, []).append(index)
+    for members in alike.values():
+        rows_RLE = torch.stack([flat[index] for index in members], dim=1)
+        whole_LRE = share.gather(rows_RLE).transpose(0, 1).contiguous()
+        for index, whole_RE in zip(members, whole_LRE.unbind(), strict=True):
+            flat[index] = whole_RE
+    parts = iter(flat)
+    return [[next(parts) for _ in tensors] for tensors in columns]
 
 
 def _sums(routing: Routing) -> list[Tensor]:
@@ -46,18 +56,20 @@ def _sums(routing: Routing) -> list[Tensor]:
 
 
 def _summed(sums: list[list[Tensor]], share: Share) -> list[list[Tensor]]:
-    """Sums over the processes, in float64, which represents counts exactly; own parts stay differentiable."""
+    """Sums over the processes, in float64, which holds counts exactly; own parts stay differentiable."""
     flat = [tensor for tensors in sums for tensor in tensors]
+    # All together, because each operation costs a kernel launch, even on so few numbers.
+    counts, weights = (torch.cat([t for t in flat if t.is_floating_point() == real]) for real in (False, True))
     with torch.no_grad():
-        total = share.sum(torch.cat([tensor.double() for tensor in flat]))
-    parts = iter(total.split([len(tensor) for tensor in flat]))
-    return [[_with_gradient(next(parts), tensor) for tensor in tensors] for tensors in sums]
-
-
-def _with_gradient(total: Tensor, own: Tensor) -> Tensor:
-    """The total in the number format of `own`, and with its gradient."""
-    total = total.to(own.dtype)
-    return total + (own - own.detach()) if own.requires_grad else total
+        total = share.sum(torch.cat([counts.double(), weights.double()]))
+    total_counts, total_weights = total.split([len(counts), len(weights)])
+    total_weights = total_weights.to(weights.dtype)
+    if weights.requires_grad:
+        total_weights = total_weights + (weights - weights.detach())
+    parts = {}
+    for real, values in ((False, total_counts.to(counts.dtype)), (True, total_weights)):
+        parts[real] = iter(values.split([len(t) for t in flat if t.is_floating_point() == real]))
+    return [[next(parts[tensor.is_floating_point()]) for tensor in tensors] for tensors in sums]
 
 
 def _whole(routing: Routing, gate: list[Tensor], sums: list[Tensor]) -> Routing:

@@ -41,7 +41,7 @@ RESUMABLE = {
 def save_checkpoint(path: Path, state: dict[str, Any], kept: str = "") -> None:
     """Write a checkpoint of tensors and plain values atomically.
 
-    The previous one stays beside it, in case this one becomes corrupt. kept: what remains after a failure.
+    The previous one is kept in the same folder, in case this one becomes corrupt. kept: what remains after a failure.
     """
 
     def write(temporary: Path) -> None:

@@ -128,7 +128,7 @@ class RunFolder:
                 raise _in_use(self.path)
 
     def require(self) -> None:
-        """Raise EnvironmentFault if the folder has been removed or its disk is gone."""
+        """Raise EnvironmentFault if the folder was removed or its disk is missing."""
         if not self.metrics.is_file():
             kept = f"kept: {self.last}" if self.last.is_file() else "it had no checkpoint yet"
             raise EnvironmentFault(

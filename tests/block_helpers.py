@@ -27,7 +27,7 @@ def tiny_vit(kind: str = "plain") -> nn.Module:
     torch.manual_seed(1)
     size = {"img_size": 8, "patch_size": 2, "embed_dim": 16, "depth": 3, "num_heads": 2, "num_classes": 0}
     vit = (Eva if kind == "eva" else VisionTransformer)(**size, **options)
-    for parameter in vit.parameters():  # biases and norms that do something
+    for parameter in vit.parameters():  # biases and norms with an effect
         parameter.data += 0.2 * torch.randn_like(parameter)
     vit.pretrained_cfg = {"input_size": (3, 8, 8), "mean": (0.5,) * 3, "std": (0.25,) * 3}
     return vit
@@ -50,7 +50,7 @@ def moe_vit(
 
 
 def spread(model: MoEViT) -> MoEViT:
-    """The same with gates that have preferences and experts that do something, as after some training."""
+    """The same with gates that have preferences and experts that have an effect, as after some training."""
     torch.manual_seed(3)
     for name, parameter in model.named_parameters():
         if name.endswith(".up") or ".gate." in name or ".copies." in name:
@@ -65,6 +65,6 @@ def images(count: int = 6, seed: int = 0) -> torch.Tensor:
 
 
 def plain_ffn(width: int = 3, hidden: int = 4) -> Mlp:
-    """A timm FFN of its own random weights."""
+    """A timm FFN with separate random weights."""
     torch.manual_seed(4)
     return Mlp(width, hidden)

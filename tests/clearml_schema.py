@@ -1,4 +1,4 @@
-"""What the published API of a ClearML server allows, as the SDK brings it along."""
+"""The published API of a ClearML server, from the SDK."""
 
 import importlib
 from functools import cache
@@ -9,7 +9,7 @@ SERVICES = ("auth", "events", "models", "organization", "projects", "queues", "t
 
 @cache
 def _classes() -> tuple[dict[str, type], dict[str, type]]:
-    """The class of each request by its endpoint, and of each event by its type."""
+    """The class of each request by endpoint, and of each event by type."""
     from clearml.backend_api.session import Request
 
     requests, events = {}, {}
@@ -25,7 +25,7 @@ def _classes() -> tuple[dict[str, type], dict[str, type]]:
 
 
 def complaint(endpoint: str, body: Any) -> str:
-    """What the schema of an endpoint does not allow in a request; empty where it allows all of it."""
+    """The violations of an endpoint's schema in a request; empty if there are none."""
     requests, events = _classes()
     if endpoint not in requests:
         return f"there is no endpoint {endpoint}"

@@ -1,6 +1,6 @@
-"""A ClearML server on the loopback: what the SDK needs of its API and of its file server, kept in dictionaries.
+"""A ClearML server on the loopback interface: the API and file server that the SDK needs, with data in dictionaries.
 
-It refuses what the published API does not allow.
+It rejects requests that the published API does not allow.
 
 `with StandIn() as server: run_python(workplace, run, code, **server.environment())`, then look at what it holds.
 """
@@ -24,7 +24,7 @@ def _part(value: dict) -> str:
     return base64.urlsafe_b64encode(json.dumps(value).encode()).decode().rstrip("=")
 
 
-# The SDK reads the payload without checking the signature, which must be base64 all the same.
+# The SDK reads the payload without checking the signature, which must still be base64.
 CLAIMS = {"exp": 9e9, "iat": 1, "api_version": "2.30", "server_version": "2.0", "feature_set": "basic"}
 TOKEN = ".".join(_part(part) for part in ({"alg": "HS256"}, CLAIMS, {}))
 
@@ -63,7 +63,7 @@ class StandIn:
         handler = type("Handler", (_Handler,), {"standin": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._server.daemon_threads = True
-        self._server.handle_error = lambda *_: None  # a client that is gone
+        self._server.handle_error = lambda *_: None  # a client that has disconnected
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
         return self
@@ -81,7 +81,7 @@ class StandIn:
             self._server.server_close()
 
     def environment(self) -> dict[str, str]:
-        """What makes the SDK of another process use this server."""
+        """The environment variables that make the SDK of another process use this server."""
         return {
             "CLEARML_API_HOST": self.url,
             "CLEARML_WEB_HOST": self.url,
@@ -212,7 +212,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._file(path, content)
             return
         endpoint = path.rsplit("/", 1)[-1]
-        if endpoint.startswith("standin.die_"):  # which a test's process calls on itself
+        if endpoint.startswith("standin.die_"):  # called by the process of a test
             self._send(200, b"{}")
             threading.Thread(target=self.standin.die, args=(endpoint.removeprefix("standin.die_"),)).start()
             return

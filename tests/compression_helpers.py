@@ -1,4 +1,4 @@
-"""Small mixtures behind and inside a ViT, as a configuration, a model and what builds more of them."""
+"""Small mixtures behind and inside a ViT: a configuration, a model and a function that builds more of them."""
 
 import torch
 from block_helpers import tiny_vit
@@ -24,7 +24,7 @@ def scrambled(model: AnyMoE) -> AnyMoE:
         elif "running_var" in name:
             value.add_(torch.rand(value.shape, generator=generator))
         elif value.is_floating_point():
-            std = 0.05 if name.endswith("bias_E") else 0.4  # it is added to scores from 0 to 1
+            std = 0.05 if name.endswith("bias_E") else 0.4  # the bias is added to scores from 0 to 1
             value.add_(std * torch.randn(value.shape, generator=generator))
     return model.eval()
 

@@ -1,4 +1,4 @@
-"""Shared fixtures: where real data and weights may be found, and a small run on digits."""
+"""Shared fixtures: the location of real data and weights, and a small run on digits."""
 
 import atexit
 import gc
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # reads it when it is imported, which is not here: the process that only hands tests to workers needs no PyTorch.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-# Stored features of this session only: one that an older version of the code wrote would hide what a change breaks.
+# Stored features of this session only: features from an older version of the code could hide a broken change.
 _CACHE = tempfile.mkdtemp(prefix="vision-moe-tests-")
 os.environ["VISION_MOE_CACHE"] = _CACHE
 atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
@@ -45,7 +45,7 @@ def pytest_collection_finish():
 
 
 def without_drawing(patch):
-    """Figures are built, and a pixel is written in their place: to draw them is slow, and tested elsewhere."""
+    """Figures are built, but only one pixel is written: rendering is slow, and tested elsewhere."""
     from matplotlib.figure import Figure
 
     patch.setattr(Figure, "savefig", lambda figure, path, **options: Path(path).write_bytes(PNG))
@@ -57,12 +57,12 @@ def undrawn(monkeypatch):
 
 
 def mostly_slow(values, quick):
-    """Parameters of a test, of which all but the `quick` ones are marked slow."""
+    """Parameters of a test; all except the `quick` ones are marked slow."""
     return [value if value in quick else pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 def run_program(*arguments, **environment):
-    """Run `python ARGUMENTS` in the project as a user would, off ClearML unless the environment says otherwise."""
+    """Run `python ARGUMENTS` in the project like a user, without ClearML unless the environment enables it."""
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
         cwd=ROOT,
@@ -75,7 +75,7 @@ def run_program(*arguments, **environment):
 
 
 def in_a_fork(function) -> tuple[int, str]:
-    """Exit code and standard error of a function that runs as a program in a process of its own."""
+    """Exit code and standard error of a function that runs as a program in a separate process."""
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -91,14 +91,14 @@ def in_a_fork(function) -> tuple[int, str]:
         with os.fdopen(read) as pipe:
             text = pipe.read()
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), text
-    except BaseException:  # the test's time is up
+    except BaseException:  # the time limit of the test
         os.kill(pid, signal.SIGKILL)
         raise
 
 
 @contextmanager
 def running_program(*arguments, **options):
-    """`python ARGUMENTS` in the project while it runs, as a Popen; it is killed where it outlives the block."""
+    """`python ARGUMENTS` in the project, as a running Popen; it is killed at the end of the block."""
     with subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT, text=True, **options) as process:
         try:
             yield process
@@ -108,7 +108,7 @@ def running_program(*arguments, **options):
 
 @pytest.fixture(scope="session")
 def assets() -> Path:
-    """The folder with CIFAR-100 and the ViT-B/16, which VISION_MOE_ASSETS names."""
+    """The folder VISION_MOE_ASSETS, with CIFAR-100 and the ViT-B/16."""
     folder = os.environ.get("VISION_MOE_ASSETS")
     if not folder:
         pytest.skip("VISION_MOE_ASSETS is not set: no folder with cifar-100-python/ and ViT-B/16 weights to test on")
@@ -128,7 +128,7 @@ def workplace(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory) -> Path:
     """The folder of a run that train.py made in this process: 500 digits, an early block of the bundled ViT."""
-    import train  # here, because most test files need none of what it imports
+    import train  # here, because most test files do not need its imports
 
     folder = tmp_path_factory.mktemp("tiny") / "run"
     with pytest.MonkeyPatch.context() as patch:

@@ -1,9 +1,9 @@
-"""Kill training again and again, resume it each time, and compare what comes out with a run that nobody disturbed.
+"""Kill training repeatedly, resume it each time, and compare the result with an uninterrupted run.
 
 python tests/crash_loop.py FOLDER KILLS SEED
 
-Prints a line of JSON. Imports and features cost once: every run is a fork of this process that calls train.main.
-The kills are real, by another process, at random times; the runs are on digits, with the bundled ViT.
+Prints a line of JSON. Imports and features are needed only once: every run is a fork of this process that calls
+train.main. The kills are real, by another process, at random times; the runs are on digits, with the bundled ViT.
 """
 
 import json
@@ -29,7 +29,7 @@ from config.command_line import Invocation, parse_command_line
 from evaluation import figures, report
 
 EPOCHS, SAVE_EVERY = 18, 3
-PATIENCE = 600  # seconds, for what takes about one: a busy machine is slow, but does not hang
+PATIENCE = 600  # limit in seconds for work of about one second: a busy machine is slow, but does not hang
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONS = f"""--config {ROOT}/configs/digits.yaml --data.max_per_class 20 --backbone.features [cls:1,mean:1]
 --neck.kind pooled --experts.sizes [[8],[16],[32]] --router.warmup_steps 20 --router.dropout 0.1 --router.hidden [16]
@@ -38,7 +38,7 @@ OPTIONS = f"""--config {ROOT}/configs/digits.yaml --data.max_per_class 20 --back
 
 
 def share_features() -> None:
-    """Load and extract once what all runs have in common."""
+    """Load and extract the shared inputs of all runs once."""
     config = parse_command_line(OPTIONS).config
     inputs = train.load_inputs(config)
     bank = pipeline.build_bank(config, inputs.splits, inputs.backbone, inputs.device)
@@ -49,7 +49,7 @@ def share_features() -> None:
     train.parse_command_line = lambda: _parsed(*sys.argv[1:])
     pipeline.build_bank = lambda *arguments: bank
     train.announce = lambda *arguments: print(f"run folder   {arguments[-1].run.path}", flush=True)
-    figures.draw = lambda *arguments: []  # figures cost seconds and are no part of what is compared
+    figures.draw = lambda *arguments: []  # figures take seconds and are not compared
     report.write_report = lambda *arguments: None
 
 
@@ -104,7 +104,7 @@ def strike(pid: int, log: Path, number: int, delay: float) -> int:
 
 
 def outcome(run: Path) -> dict:
-    """Everything of a finished run that must not depend on how often it was interrupted."""
+    """The results of a finished run that must not depend on interruptions."""
     last, best = (torch.load(run / "checkpoints" / name, weights_only=True) for name in ("last.pt", "best.pt"))
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     metrics = json.loads((run / "evaluation" / "metrics.json").read_text())
@@ -114,7 +114,7 @@ def outcome(run: Path) -> dict:
         "last": {k: last[k] for k in ("model", "ema", "optimizer", "random", "epoch", "step", "best", "improved")},
         "best": {k: best[k] for k in ("model", "epoch", "macro_f1")},
         "lines": [{k: v for k, v in line.items() if not k.startswith("speed/")} for line in lines],
-        "metrics": {key: value for key, value in metrics.items() if key != "environment"},  # which has the date
+        "metrics": {key: value for key, value in metrics.items() if key != "environment"},  # contains the date
         "weights": (run / "model.safetensors").read_bytes(),
     }
 
@@ -131,7 +131,7 @@ def same(a, b) -> bool:
 
 
 def epochs(run: Path) -> tuple[int, int, bool]:
-    """Last epoch that was logged, and epoch of the checkpoint, and whether that is in the middle of it."""
+    """The last logged epoch, the epoch of the checkpoint, and whether the checkpoint is in the middle of it."""
     lines = [line for line in (run / "metrics.jsonl").read_text().splitlines(keepends=True) if line.endswith("\n")]
     path = run / "checkpoints" / "last.pt"
     if not path.exists():
@@ -144,7 +144,7 @@ def epochs(run: Path) -> tuple[int, int, bool]:
 
 
 def disturb(run: Path, rng: random.Random, kills: int, seen: dict) -> None:
-    """Train in `run` to the end, but kill it up to `kills` times before."""
+    """Train in `run` to the end, after killing it up to `kills` times."""
     log = run.with_suffix(".log")
     while True:
         resume = (run / "config.yaml").exists()
@@ -155,7 +155,7 @@ def disturb(run: Path, rng: random.Random, kills: int, seen: dict) -> None:
             return
         number = rng.choice([signal.SIGKILL] * 8 + [signal.SIGTERM, signal.SIGINT])
         code = strike(pid, log, number, rng.uniform(0, 0.2))
-        if (run / "evaluation" / "metrics.json").exists():  # it was through; what came after is Python's own end
+        if (run / "evaluation" / "metrics.json").exists():  # the run was finished; the rest was Python's exit
             return
         assert code == (-number if number == signal.SIGKILL else 128 + number), (code, log.read_text())
         seen["killed" if number == signal.SIGKILL else "signalled"] += 1
@@ -167,7 +167,7 @@ def disturb(run: Path, rng: random.Random, kills: int, seen: dict) -> None:
 
 
 def twins(folder: Path) -> list[Path]:
-    """Two runs at once that are left to find a folder each. Returns the folders."""
+    """Two runs at once that each choose a folder. Returns the folders."""
     before = Path.cwd()
     os.chdir(folder)
     pids = [start(folder / f"twin{i}.log", *OPTIONS) for i in range(2)]
@@ -178,7 +178,7 @@ def twins(folder: Path) -> list[Path]:
 
 
 def main(folder: Path, kills: int, seed: int) -> dict:
-    """What was done, and whether every run came out like one that nobody disturbed."""
+    """A summary, and whether every run equals an uninterrupted one."""
     with stoppable():
         share_features()
     rng = random.Random(seed)

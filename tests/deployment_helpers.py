@@ -1,4 +1,4 @@
-"""Trained runs of tiny ViTs, made without training, to export and to offload."""
+"""Runs of tiny ViTs, created without training, for export and offloading."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ SIZES = [[4], [8], [6, 5], []]
 
 
 def config(**sections):
-    """A configuration on digits with the features and sizes below, and what the sections say."""
+    """A configuration on digits with the features and sizes below, and the given sections."""
     values = {"data": {"name": "digits"}, "backbone": {"name": "bundled/vit_micro", "features": ["cls:1", "mean:2"]}}
     values |= {"router": {"warmup_steps": 0}, "experts": {"sizes": SIZES}, "balance": {"switch": 0.0}}
     return config_from_dict({name: {**values.get(name, {}), **sections.get(name, {})} for name in values | sections})

@@ -1,4 +1,4 @@
-"""Run a function in several processes that are one world, on a CPU."""
+"""Run a function in several processes that form one world, on a CPU."""
 
 import os
 import sys
@@ -19,24 +19,24 @@ from torch import multiprocessing
 from common.distributed import OLDEST, joined, meeting_at
 from common.errors import exit_code_of
 
-SECONDS = 120.0  # that a process waits for the others
+SECONDS = 120.0  # limit for a process to wait for the others
 
 
 def skip_old_torch() -> None:
-    """Skip the test where PyTorch is too old for several processes."""
+    """Skip the test if PyTorch is too old for several processes."""
     if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST:
         pytest.skip(f"several processes need PyTorch {'.'.join(map(str, OLDEST))}, and this is {torch.__version__}")
 
 
 def in_processes(size: int, function: Callable[..., Any], *arguments: Any, device: str = "cpu") -> list[Any]:
-    """What `function(world, *arguments)` returns in each of so many processes; what torch.save takes.
+    """The result of `function(world, *arguments)` in each of several processes; it must be accepted by torch.save.
 
     function: of a module, not of a test. device: cpu, or cuda, a GPU each. Fails with the traceback of the first
     process that does.
     """
     skip_old_torch()
     with tempfile.TemporaryDirectory() as folder:
-        # A new interpreter imports for seconds; but what uses a GPU cannot be forked.
+        # A new interpreter needs seconds for imports, but code that uses a GPU cannot be forked.
         context = multiprocessing.get_context("spawn" if torch.cuda.is_initialized() or device == "cuda" else "fork")
         started = [
             context.Process(target=_work, args=(rank, size, folder, device, function, arguments), daemon=True)
@@ -52,10 +52,10 @@ def in_processes(size: int, function: Callable[..., Any], *arguments: Any, devic
 
 
 class Program:
-    """`train.py WORDS` in so many processes, forked from this one: to import all of it anew takes seconds.
+    """`train.py WORDS` in several processes, forked from this one, because importing everything again takes seconds.
 
-    before: called in each process with its rank, to change what it does. evaluates: whether it ends with an evaluation,
-    of which the figures are not drawn.
+    before: called in each process with its rank, to change its behaviour. evaluates: whether it ends with an
+    evaluation, without drawing figures.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Program:
 
     def _fork(self, rank: int, size: int, words: list[str], before: Callable[[int], None] | None) -> int:
         for name in ("sklearn.datasets", "timm.optim", "timm.utils", "evaluation.figures", "evaluation.report"):
-            import_module(name)  # or each process would do so
+            import_module(name)  # otherwise each process would import it
         import train
 
         output = self.output(rank)
@@ -90,7 +90,7 @@ class Program:
             os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
             Figure.savefig = lambda figure, path, **options: Path(path).write_bytes(PNG)  # slow, and tested elsewhere
             if not self.evaluates:
-                train.evaluate, train.table = (lambda *arguments: {}), (lambda results: "")
+                train.evaluate, train.expert_table = (lambda *arguments, **options: {}), (lambda results: "")
             if before is not None:
                 before(rank)
             with meeting_at(self.meeting):
@@ -102,7 +102,7 @@ class Program:
         return self.folder / f"rank{rank}.txt"
 
     def said(self) -> str:
-        """What the processes have written, one after the other."""
+        """The output of the processes, concatenated."""
         return "".join(self.output(rank).read_text() for rank in range(len(self.pids)))
 
     def errors(self) -> list[str]:

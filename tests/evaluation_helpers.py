@@ -22,7 +22,7 @@ FIGURES = (*TRAINING, *ROUTING, "superclass_confusion", "confused_pairs", "relia
 
 
 class Counting:
-    """Raw pixels as features; counts the images that it is asked for."""
+    """Raw pixels as features; counts the requested images."""
 
     def __init__(self):
         self.images = 0

@@ -1,4 +1,4 @@
-"""A small bank of features on a device that is made up, and files of stored features."""
+"""A small bank of features on a fake device, and files of stored features."""
 
 import torch
 
@@ -26,7 +26,7 @@ SPLITS = Splits(images(40), images(10, 100), images(12, 200))
 
 
 class Memory:
-    """Stands for a GPU's memory on a machine without one."""
+    """Replaces a GPU's memory on a machine without a GPU."""
 
     pinned = False
 

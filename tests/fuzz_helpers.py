@@ -1,4 +1,4 @@
-"""What is thrown at the readers of files and options: junk, altered bytes, replaced values."""
+"""Fuzz inputs for the readers of files and options: junk, altered bytes, replaced values."""
 
 import os
 import resource
@@ -14,7 +14,7 @@ from common.errors import exit_code
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))
 
 
-KILOBYTES = 500_000  # by which the process may grow; the inputs are smaller than a megabyte
+KILOBYTES = 500_000  # limit for the growth of the process; the inputs are smaller than a megabyte
 
 
 JUNK = st.one_of(
@@ -34,7 +34,7 @@ TENSORS = st.sampled_from(
     [
         torch.zeros(()),
         torch.full((3,), float("nan")),
-        torch.zeros(1, dtype=torch.int8).expand(10**6, 10**6),  # a byte that claims to be a terabyte
+        torch.zeros(1, dtype=torch.int8).expand(10**6, 10**6),  # one byte that claims to be a terabyte
         torch.zeros(2, 3, dtype=torch.complex64),
         torch.zeros(0),
     ]
@@ -49,12 +49,12 @@ BYTES = st.lists(
 
 
 def fuzz(examples, **strategies):
-    """`given`, for so many examples: the same ones each time, unless FUZZ_EXAMPLES asks for more."""
+    """`given` with this number of examples: the same ones each time, unless FUZZ_EXAMPLES sets a number."""
     profile = settings(
         max_examples=EXAMPLES or examples,
         derandomize=not EXAMPLES,
         database=None,
-        deadline=None,  # a busy machine takes longer; what hangs meets the time limit of every test
+        deadline=None,  # a busy machine takes longer; hanging code hits the time limit of every test
         suppress_health_check=list(HealthCheck),
     )
     return lambda test: profile(given(**strategies)(test))
@@ -79,7 +79,7 @@ def altered(content, changes, within=None):
 
 
 def places(value, path=()):
-    """The way to every entry of nested dictionaries and lists."""
+    """The path to every entry of nested dictionaries and lists."""
     found = [path] if path else []
     if isinstance(value, dict | list):
         for key, inner in list(value.items() if isinstance(value, dict) else enumerate(value))[:40]:
@@ -131,7 +131,7 @@ def survives(read):
 
 @pytest.fixture(scope="module", autouse=True)
 def no_blow_up():
-    """The process may not grow much, whatever the files claim to hold."""
+    """Memory must not grow much, regardless of the sizes that the files claim."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     yield
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < KILOBYTES

@@ -1,4 +1,4 @@
-"""Pictures to read."""
+"""Test images."""
 
 from PIL import Image
 

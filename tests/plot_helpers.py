@@ -92,7 +92,7 @@ def pictures(count, experts, channels=3, size=32):
 
 
 def searched(trials):
-    """A search of so many trials, every third of them pruned, over options of every kind."""
+    """A search with this number of trials, every third of them pruned, over options of every kind."""
     scores = [None if trial % 3 == 1 else 0.9 + 0.002 * trial for trial in range(trials)]
     sizes = [[[16], [32], [64], [128]], [[64]] * 4, ["small", "large"]]
     options = {

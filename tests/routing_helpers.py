@@ -3,8 +3,13 @@
 import torch
 from torch import Tensor
 
+from model.balance import BalanceConfig
+from model.losses import LOSSES
 from model.routers import RouterConfig, build_router
 from model.routing import Assignments, Gate, Routing
+
+EVERY_LOSS = BalanceConfig(**{name: float(not loss.of_init) for name, loss in LOSSES.items()})
+"""But those that compare the gate with an older one."""
 
 
 def listed_routing(

@@ -1,4 +1,4 @@
-"""Routing rules in float64, sample by sample, as they are said: slow, and of another shape than the project's own."""
+"""Routing rules in float64, sample by sample, from their definitions: slow, and independent of the project's code."""
 
 import math
 
@@ -23,13 +23,13 @@ def best(values, k):
 
 
 def over(chosen, values, among=None):
-    """Softmax of `values` over the chosen ones, or of `among` at their places."""
+    """Softmax of `values` over the chosen entries, or of `among` at their positions."""
     gate = softmax([values[e] if e in (among or chosen) else LOWEST for e in range(len(values))])
     return [gate[e] for e in chosen]
 
 
 class Plain:
-    """A rule whose weights are the softmax over the chosen experts, or for one the softmax over all."""
+    """A rule whose weights are the softmax over the chosen experts, or over all experts if only one is chosen."""
 
     def __init__(self, z, config, bias, allowed):
         self.config, self.allowed = config, allowed
@@ -168,7 +168,7 @@ class Hierarchical(Plain):
         return found
 
 
-DRAW = 0.5  # in place of every random number between 0 and 1
+DRAW = 0.5  # replaces every random number between 0 and 1
 RULES = {
     "article": Plain,
     "noisy_topk": Plain,
@@ -185,7 +185,7 @@ RULES = {
 
 
 def reference(config, samples, bias, allowed, training):
-    """Per sample {expert: weight}, the residual weight, and the number of choices without a place."""
+    """Per sample {expert: weight}, the residual weight, and the number of choices without a slot."""
     if config.kind == "sinkhorn" and training and len(samples) * config.top_k >= len(bias):
         bias = Sinkhorn.scaled(config, samples, bias)
     rules = [RULES[config.kind](z, config, bias, allowed) for z in samples]
@@ -230,7 +230,7 @@ def reference(config, samples, bias, allowed, training):
 
 
 def mixed(weights, outputs, combine):
-    """What E experts' outputs come to (E, C): log-probabilities for one sample."""
+    """The combination of E experts' outputs (E, C): log-probabilities for one sample."""
     if combine == "logits":
         totals = [math.fsum(w * outputs[e][c] for e, w in weights.items()) for c in range(CLASSES)]
     else:

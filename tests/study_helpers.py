@@ -1,4 +1,4 @@
-"""Features that give the class away, for the heads of a study."""
+"""Features that contain the class, for the heads of a study."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""The rooms: imports go downwards only, the library stands alone, and to import anything does nothing."""
+"""The rooms: imports go downwards only, the library is self-contained, and importing has no side effects."""
 
 import ast
 import subprocess
@@ -20,15 +20,15 @@ LAYERS = (
     {"benchmarks", "distillation", "tuning"},
     {"train", "evaluate", "predict", "compress", "export", "tune"},
 )
-"""From the ground up: each imports those below it, none beside it."""
+"""From bottom to top: each room imports only rooms of lower levels, none of its own level."""
 RANK = {room: rank for rank, layer in enumerate(LAYERS) for room in layer}
 FEW = {"data": {"common"}, "distillation": {"common", "model"}}
-"""Rooms that need less than what lies below them."""
+"""Rooms that use fewer rooms than allowed."""
 MODEL_NEEDS = {"torch", "timm", "safetensors", "huggingface_hub"}  # timm brings the last two
 
 
 def sources() -> list[Path]:
-    """Every Python file of the project but its tests."""
+    """Every Python file of the project except its tests."""
     folders = (path for path in ROOT.iterdir() if path.is_dir() and path.name in RANK)
     return [*ROOT.glob("*.py"), *chain.from_iterable(folder.rglob("*.py") for folder in folders)]
 
@@ -39,7 +39,7 @@ def room_of(path: Path) -> str:
 
 
 def imported(path: Path) -> set[str]:
-    """The top-level packages that a file imports by absolute names, wherever in it."""
+    """The top-level packages that a file imports by absolute names, anywhere in it."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -80,9 +80,10 @@ def test_analysis_needs_no_torch():
 
 
 IMPORT_ALL = """
-import importlib, random, sys, threading
+import importlib, random, sys, tempfile, threading
 import matplotlib.pyplot, numpy, sklearn.datasets, timm, torch, torchvision
 
+tempfile.gettempdir()  # which tries folders once
 numpy.random.seed(0), random.seed(0), torch.manual_seed(0)
 state = torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].copy(), torch.get_default_dtype()
 threads, names, found = threading.active_count(), sys.argv[1:], []
@@ -109,3 +110,12 @@ def test_to_import_anything_does_nothing():
     words = [sys.executable, "-B", "-c", IMPORT_ALL, *names]
     ran = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
+
+
+@pytest.mark.slow
+def test_programs_start_without_what_takes_seconds():
+    """It is imported where it is needed, most of it while images are read or after the scores."""
+    slow = {"timm", "torchvision", "sklearn", "scipy", "matplotlib", "clearml", "torch._dynamo", "torch._inductor"}
+    code = f"import sys, train, evaluate, predict; print(*sorted({slow} & set(sys.modules)))"
+    ran = subprocess.run([sys.executable, "-B", "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout.split()) == (0, [])

@@ -37,7 +37,7 @@ def get_task(task_id: str) -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the SDK's log, which reports an unknown task in four lines."""
+    """Silence the SDK's log, which reports an unknown task or dataset in several lines."""
     logging.disable()
     try:
         yield

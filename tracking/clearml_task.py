@@ -110,7 +110,7 @@ def _explain(error: Exception) -> UserError:
 def _start_task(
     offline: bool, config: dict, name: str, tags: list, task_id: str | None, kind: str, parent: str | None
 ) -> Any:
-    """Start the SDK's task, with the configuration as hyperparameters. Raises whatever the SDK raises."""
+    """Start the SDK's task, with the configuration as hyperparameters. Raises the exceptions of the SDK."""
     from clearml import Task
     from clearml.backend_api.session.defs import ENV_OFFLINE_MODE
     from clearml.config import ConfigSDKWrapper, config_obj

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from common.errors import EnvironmentFault, UserError, one_line
+from tracking.clearml_runs import quiet
 from tracking.clearml_task import attempt, server_problem
 
 
@@ -20,7 +21,8 @@ def fetch_dataset(name: str) -> Path:
     project, _, last = name.rpartition("/")
     is_id = len(name) == 32 and all(letter in "0123456789abcdef" for letter in name)
     wanted = {"dataset_id": name} if is_id else {"dataset_name": last, "dataset_project": project or None}
-    dataset, error = attempt(Dataset.get, only_completed=True, silence_alias_warnings=True, **wanted)
+    with quiet():
+        dataset, error = attempt(Dataset.get, only_completed=True, silence_alias_warnings=True, **wanted)
     if dataset is None:
         reason = one_line(str(error), 160) if error else "none found"
         raise UserError(

@@ -22,7 +22,7 @@ def require_queue(name: str) -> None:
     if name not in queues:
         has = f"it has {', '.join(map(printable, queues))}" if queues else "it has none"
         raise UserError(
-            f"the ClearML server has no queue {printable(name)}, {has}: name one that an agent serves, or make it"
+            f"the ClearML server has no queue {printable(name)}, {has}: name one that an agent uses, or create it"
         )
 
 

@@ -16,11 +16,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from common.errors import EnvironmentFault, UserError, say
-from common.files import write_json
+from common.errors import UserError, say
 from common.text import command, printable
 from storage.folder import RunFolder
 from tracking.clearml_task import ClearMLTask, show, upload, use_model
+from tracking.lines import open_lines
+from tracking.tasks import record_task, tasks_of
 
 MODES = ("auto", "clearml", "offline", "none")
 
@@ -130,7 +131,7 @@ class Tracker:
         if not self._closed and self._clearml:
             whole = self._clearml.close(failed)
             if self._run_dir:
-                _remember(self._run_dir, self._clearml, whole)
+                record_task(self._run_dir, self._clearml, whole)
             if self.mode == "clearml" and not whole:
                 again = command("evaluate.py", self._run_dir or "RUN", "--tracking", "clearml")
                 say(f"tracking: {again} sends everything again")
@@ -188,7 +189,7 @@ def open_tracker(
     """
     if mode not in MODES:
         raise UserError(f"tracking mode {mode!r} is unknown: choose one of {', '.join(MODES)}")
-    lines, before = _open_lines(Path(run_dir) / "metrics.jsonl", resume_step)
+    lines, before = open_lines(Path(run_dir) / "metrics.jsonl", resume_step)
     attempts = {"auto": ("clearml", "offline"), "none": ()}.get(mode, (mode,))
     try:
         clearml, reasons = _first_task(attempts, mode == "auto", config, name, list(tags), task_id, kind, parent)
@@ -199,7 +200,7 @@ def open_tracker(
     where = {"clearml": "ClearML and ", "offline": "ClearML offline and ", "none": ""}[tracker.mode]
     print(f"tracking: {where}{printable(lines.name)}" + "".join(f" ({reason})" for reason in dict.fromkeys(reasons)))
     if clearml:
-        _remember(Path(run_dir), clearml, whole=False)
+        record_task(Path(run_dir), clearml, whole=False)
     if resume_step is not None:
         tracker._resend(before)
     return tracker
@@ -233,27 +234,6 @@ def open_evaluation(mode: str, run_dir: Path, config: dict, *, name: str, tags: 
     return tracker
 
 
-def tasks_of(run_dir: Path) -> list[dict[str, str]]:
-    """The entries of RUN/clearml.json, oldest first: mode, task_id, the task's page or the offline session's file, and
-    whole: whether everything arrived.
-    """
-    try:
-        listed = json.loads((Path(run_dir) / "clearml.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return []
-    tasks = [task for task in listed if isinstance(task, dict)] if isinstance(listed, list) else []
-    return [task for task in tasks if {"mode", "task_id"} <= task.keys()]
-
-
-def _remember(run_dir: Path, clearml: ClearMLTask, whole: bool) -> None:
-    task = {"mode": clearml.mode, "task_id": clearml.task.id, **clearml.place(), "whole": whole}
-    others = [other for other in tasks_of(run_dir) if other["task_id"] != task["task_id"]]
-    try:
-        write_json(run_dir / "clearml.json", [*others, task])
-    except UserError as error:
-        say(f"tracking: {error}; training continues")
-
-
 def _first_task(attempts: Sequence[str], tolerant: bool, *task: Any) -> tuple[ClearMLTask | None, list[str]]:
     """The task in the first mode that works, and why the earlier modes failed; None if `tolerant`, else it raises."""
     reasons = []
@@ -274,28 +254,3 @@ def _drawn(value: float | None) -> float | None:
 
 def _is_finite(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
-
-
-def _open_lines(path: Path, last_step: int | None) -> tuple[TextIO, list[dict[str, Any]]]:
-    """Open the file for appending, without lines after last_step and truncated ones; and the lines that remain.
-
-    Raises EnvironmentFault.
-    """
-
-    def keep(line: bytes) -> bool:
-        try:
-            step = json.loads(line)["step"]
-            return line.endswith(b"\n") and (last_step is None or step <= last_step)
-        except (ValueError, KeyError, TypeError):
-            return False
-
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        if not all(map(keep, lines)):
-            temporary = path.with_name(path.name + ".tmp")
-            temporary.write_bytes(b"".join(filter(keep, lines)))
-            temporary.replace(path)
-        return path.open("a", encoding="utf-8"), [json.loads(line) for line in filter(keep, lines)]
-    except OSError as error:
-        raise EnvironmentFault(f"{path} cannot be written: {error.strerror or error}") from error

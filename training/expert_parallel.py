@@ -55,6 +55,8 @@ class ExpertParallel:
         They already include all samples of the group; gradients from other groups and from copies are added.
         """
         spread, rest, copied = self.spread, [], {}
+        if not (spread.has_peers or spread.copied) and divisor == 1:
+            return
         for name, place, expert, view in spread.pieces(gradients):
             if len(spread.holders(place, expert)) > 1:
                 copied[name, expert] = view

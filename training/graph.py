@@ -62,7 +62,7 @@ class Captured:
         return result
 
     def release(self) -> None:
-        """Let go of the graphs; a later call captures again. NCCL does not end while a graph has its exchanges."""
+        """Release the graphs; a later call captures again. NCCL cannot shut down while a graph has its exchanges."""
         for graph, _ in self.graphs.values():
             graph.reset()
         self.graphs.clear()

@@ -137,11 +137,11 @@ class Checks:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Wrap a training: none of several processes stops at a signal by itself."""
+        """Wrap training: at a signal all processes stop together."""
         if not self.world.several:
             yield
             return
-        with defer_signals.until_asked():
+        with defer_signals.ignoring_repeats():
             yield
 
     def due(self) -> bool:

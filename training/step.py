@@ -64,7 +64,7 @@ class TrainingStep:
         self.use(optimizer)
         self.device = self.parameters[0].device
         self.half = precision == "bfloat16" or (precision == "auto" and self.device.type == "cuda")
-        self.looks = self.device.type == "cpu"
+        self.checks_each_step = self.device.type == "cpu"
         terms = [OUTPUT, "task loss", *(f"auxiliary loss {name}" for name in vars(balance)), "gradient"]
         self.numbers = NumberWatch(terms, self.device, world().size)
 
@@ -104,9 +104,9 @@ class TrainingStep:
         values = {OUTPUT: output, "task loss": task_loss, "gradient": self._clip()}
         values |= {f"auxiliary loss {name}": loss.sum() for name, loss in auxiliary.items()}
         self.numbers.record(values, *(() if bad_P is None else (bad_P,)))
-        if self.looks and self.numbers.check():
+        if self.checks_each_step and self.numbers.check():
             return None
-        if not self.looks:
+        if not self.checks_each_step:
             self.optimizer.found_inf = self.numbers.found_inf
         self.optimizer.step()
         self.model.after_step(routings)

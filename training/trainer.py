@@ -222,13 +222,15 @@ class Trainer(TrainerState):
         self.numbers.reset()
         self.first_step = self.step
         with self._meter(progress) as done:
-            done.note = progress.sums.running
             for features, labels_B, share in batches:
                 with defer_signals, self.shares.random_numbers(share, self.step):
                     self._train_batch(features, labels_B, share, progress)
                 if self.checks.due():
                     self._require_finite()
+                    running = progress.sums.running()
+                    done.note = lambda running=running: running
                 done(len(labels_B) if share is None else share.total)
+        world().wait()  # or a device that waits for a process that hangs would block this one without a time limit
         self._require_finite()
         usage_LE = (self._usage() - progress.usage_before_LE).cpu().numpy()
         if progress.sums.learned_samples == progress.sums.samples:

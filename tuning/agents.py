@@ -1,4 +1,4 @@
-"""Trials that ClearML agents train: clones of one task in a queue, chosen and watched by ClearML's own optimiser."""
+"""Trials on ClearML agents: clones of one task in a queue, managed by ClearML's own optimiser."""
 
 import logging
 import math
@@ -25,23 +25,23 @@ from tracking.clearml_runs import quiet
 from tracking.clearml_task import CLOSE_SECONDS, attempt
 from tracking.queues import draft_task, parameter_names
 from tuning.space import Choice, Range, suggest
-from tuning.study import give_back
+from tuning.study import release
 from tuning.worker import PROGRAM, Plan, keep_best, trial_line
 
 SCORE = ("macro_f1", "validation")
-"""Title and series of the scalar that decides."""
+"""Title and series of the objective."""
 POLL_SECONDS = 5.0
 
 
 class TrialFailed(Exception):
-    """A trial that came to no score; its reason is kept with it."""
+    """A trial without a score; its reason is stored with it."""
 
 
 def train_on_agents(plan: Plan, study: optuna.Study, queue: str, jobs: int, lacking: int, report: Callable) -> None:
-    """Have agents train what is lacking of the trials, `jobs` at once.
+    """Let agents train the missing trials, `jobs` in parallel.
 
-    report: called again and again meanwhile. Raises EnvironmentFault where the server fails. A signal ends the tasks
-    of the trials that are not done, which are then tried again when the study goes on.
+    report: called repeatedly during the search. Raises EnvironmentFault if the server fails. A signal ends the tasks of
+    unfinished trials, which are repeated when the study continues.
     """
     config = plan.configure({}, "")
     values = config.to_dict() | {"run_dir": None, "tracking": "clearml"}
@@ -60,7 +60,7 @@ def train_on_agents(plan: Plan, study: optuna.Study, queue: str, jobs: int, lack
             stopping.start()
             stopping.join(CLOSE_SECONDS)
             trials.done.wait(CLOSE_SECONDS)
-            trials.give_back()
+            trials.release()
     if trials.error is not None:
         reason = f"{type(trials.error).__name__}: {one_line(trials.error, 160)}"
         raise EnvironmentFault(f"ClearML ended the study ({reason}): run the same command again to continue")
@@ -71,7 +71,7 @@ def _optimizer(
 ) -> HyperParameterOptimizer:
     """ClearML's optimiser for the trials. base: id of the task that is cloned. Raises EnvironmentFault."""
     keep = plan.configure({}, "").train.keep
-    with quiet():  # the task to clone has no score, which is told otherwise
+    with quiet():  # hides the message that the task to clone has no score
         optimizer, error = attempt(
             HyperParameterOptimizer,
             base_task_id=base,
@@ -88,32 +88,32 @@ def _optimizer(
             trials=trials,
         )
     if optimizer is None:
-        raise EnvironmentFault(f"ClearML cannot begin the study ({one_line(str(error), 160)})") from error
+        raise EnvironmentFault(f"ClearML cannot start the study ({one_line(str(error), 160)})") from error
     optimizer.get_optimizer().set_job_naming_scheme(trials.name)
     return optimizer
 
 
 class _Trials:
-    """The trials of a study as `_Optimizer` has them trained."""
+    """The trials of a study that `_Optimizer` runs."""
 
     def __init__(self, plan: Plan, study: optuna.Study):
         self.plan, self.study, self.output = plan, study, sys.stdout
         self.names = parameter_names(list(plan.space))
-        self.jobs: dict[int, Any] = {}  # by thread, as the numbers of the trials
+        self.jobs: dict[int, Any] = {}  # by thread, like the trial numbers
         self.numbers: dict[int, int] = {}
         self.running: dict[int, dict[str, Any]] = {}
         self.done, self.ending = threading.Event(), False
         self.error: Exception | None = None
 
     def run(self, objective: OptunaObjective, trial: optuna.Trial) -> float:
-        """Have one trial trained; its validation macro-F1. Raises TrialFailed and optuna.TrialPruned."""
+        """Run one trial; returns its validation macro-F1. Raises TrialFailed and optuna.TrialPruned."""
         began, plan = time.monotonic(), self.plan
         options = suggest(trial, plan.space)
         self.running[trial.number] = trial.params
         outcome: float | str = ""
         if not self.ending:
             run = RunFolder.create(plan.folder.trial(trial.number).path, "trial")
-            with run.claimed():  # by which others know that it is alive
+            with run.claimed():  # shows other processes that the trial is running
                 outcome = self._outcome(objective, trial, options)
         if self.ending:
             if (job := self.jobs.get(threading.get_ident())) is not None:
@@ -150,43 +150,43 @@ class _Trials:
         if watched.pruned:
             return f"pruned after epoch {watched.epoch}"
         if value is None or not job.is_completed():
-            return "failed (its task was stopped, or never began)"
-        watched.catch_up()  # with what came after the last look
+            return "failed (its task was stopped, or never started)"
+        watched.catch_up()  # with scores since the last check
         return float(value)
 
     def name(self, base: str, options: dict[str, Any]) -> str:
-        """Of the task of a trial."""
+        """The task of a trial."""
         return f"{self.plan.folder.path.name}-{self.numbers[threading.get_ident()]:04d}"
 
     def finished(self, study: optuna.Study, trial: Any) -> None:
         """Write the options of the best trial."""
         keep_best(self.plan, study, trial.number)
 
-    def give_back(self) -> None:
-        """Have the trials tried again that were interrupted."""
+    def release(self) -> None:
+        """Repeat the trials that were interrupted."""
         for number, params in self.running.items():
-            give_back(self.study, number, params)
+            release(self.study, number, params)
 
 
 class _Watched:
-    """A trial as ClearML's objective uses it: options by the names of ClearML, scores by their epoch."""
+    """A trial for ClearML's objective: options by ClearML's names, scores by epoch."""
 
     def __init__(self, trial: optuna.Trial, trials: _Trials, epochs: int):
         self.trial, self.trials, self.epochs, self.epoch, self.pruned = trial, trials, epochs, 0, False
         self.options = {trials.names[name]: value for name, value in trial.params.items()}
 
     def suggest_float(self, name: str, **_: Any) -> Any:
-        """What the study has chosen."""
+        """The values chosen by the study."""
         return self.options[name]
 
     suggest_int = suggest_categorical = suggest_float
 
     def report(self, value: float, step: int) -> None:
-        """Tell the study of what ClearML gives by its step, and of the last epoch alone."""
+        """Report to the study the last epoch of the scores that ClearML lists by step."""
         self.catch_up()
 
     def catch_up(self) -> None:
-        """Tell the study of every epoch since the last call."""
+        """Report every epoch since the last call to the study."""
         scalars = self.trials.jobs[threading.get_ident()].task.get_reported_scalars()
         scores = scalars.get(SCORE[0], {}).get(SCORE[1], {}).get("y", [])
         for epoch in range(self.epoch + 1, len(scores) + 1):
@@ -194,20 +194,20 @@ class _Watched:
         self.epoch = max(self.epoch, len(scores))
 
     def should_prune(self) -> bool:
-        """Whether it is worse than most; after the last epoch it is not asked."""
+        """Whether the trial is below the median; not checked after the last epoch."""
         self.pruned = self.epoch < self.epochs and self.trial.should_prune()
         return self.pruned
 
 
 class _Optimizer(OptimizerOptuna):
-    """ClearML's optimiser by Optuna, on the study of a folder in place of one in memory."""
+    """ClearML's Optuna optimiser, on the study of a folder instead of one in memory."""
 
     def __init__(self, trials: _Trials, **options: Any):
         super().__init__(**options)
         self.trials = trials
 
     def start(self) -> None:
-        """Have the trials trained; returns when it is stopped, so that ClearML's last report finds them."""
+        """Run the trials; returns when it is stopped, so that ClearML's last report includes them."""
         objective = OptunaObjective(
             base_task_id=self._base_task_id,
             queue_name=self._execution_queue,
@@ -230,19 +230,19 @@ class _Optimizer(OptimizerOptuna):
         self._stop_event.wait()
 
     def helper_create_job(self, *arguments: Any, **options: Any) -> Any:
-        """As ClearML's, and remember whose job it is."""
+        """See ClearML; also stores the job of each trial."""
         job = super().helper_create_job(*arguments, **options)
         self.trials.jobs[threading.get_ident()] = job
         return job
 
     def monitor_job(self, job: Any) -> bool:
-        """As ClearML's, after a pause: its objective asks the server without one until there is a score."""
+        """See ClearML; adds a pause, because its objective polls the server without one until there is a score."""
         self._stop_event.wait(POLL_SECONDS)
         return not self.trials.ending and super().monitor_job(job)
 
 
 def _parameter(name: str, part: Range | Choice) -> Any:
-    """An option of the space as ClearML shows it."""
+    """An option of the space in ClearML's form."""
     if isinstance(part, Choice):
         return DiscreteParameterRange(name, values=part.plain())
     if part.whole:

@@ -13,9 +13,10 @@ from common.errors import EnvironmentFault, UserError
 from common.files import write_json
 from common.text import printable
 from evaluation.figures import save_figure
-from tracking.tracker import Tracker, open_tracker, tasks_of
+from tracking.tasks import tasks_of
+from tracking.tracker import Tracker, open_tracker
 from tuning.space import decoded
-from tuning.study import counted, give_back_dead, ranked
+from tuning.study import counted, ranked, release_dead
 from tuning.worker import Plan, work, write_best
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def _train_on_agents(plan: Plan, study: "Study", tracker: Tracker, queue: str, j
     from tuning.agents import train_on_agents  # here, because it needs ClearML and Optuna
 
     with plan.folder.locked():
-        give_back_dead(study, plan.folder)
+        release_dead(study, plan.folder)
     reported = {trial.number for trial in counted(study)}
     if lacking := _lacking(plan, study):
         train_on_agents(plan, study, queue, min(jobs, lacking), lacking, lambda: _report(study, tracker, reported))

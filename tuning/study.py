@@ -128,17 +128,17 @@ def next_trial(study: "Study", folder: StudyFolder, most: int) -> "Trial | None"
 
     An unfinished trial of a killed process is ended first, and repeated.
     """
-    give_back_dead(study, folder)
+    release_dead(study, folder)
     return study.ask() if len(counted(study)) < most else None
 
 
-def give_back_dead(study: "Study", folder: StudyFolder) -> None:
-    """End what a killed process has left, and have it tried again. To be called where the folder is locked."""
+def release_dead(study: "Study", folder: StudyFolder) -> None:
+    """Mark trials of killed processes as failed and enqueue them again. Call this while the folder is locked."""
     from optuna.trial import TrialState
 
     for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
         if _is_dead(folder.trial(trial.number)):
-            give_back(study, trial.number, trial.params)
+            release(study, trial.number, trial.params)
 
 
 def _is_dead(run: RunFolder) -> bool:
@@ -149,7 +149,7 @@ def _is_dead(run: RunFolder) -> bool:
     return True
 
 
-def give_back(study: "Study", number: int, params: dict[str, Any]) -> None:
+def release(study: "Study", number: int, params: dict[str, Any]) -> None:
     """End an interrupted trial, which does not count, and queue a trial with the same values."""
     from optuna.trial import TrialState
 

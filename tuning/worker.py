@@ -24,7 +24,7 @@ from storage.folder import RunFolder
 from tracking.tracker import open_tracker
 from training.length import shorten_warmup
 from tuning.space import Space, decoded, suggest
-from tuning.study import StudyFolder, give_back, next_trial, open_study, ranked, require_optuna
+from tuning.study import StudyFolder, next_trial, open_study, ranked, release, require_optuna
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
@@ -103,10 +103,10 @@ class _Worker:
                 outcome = self._outcome(trial, options, run)
             except Interrupted:
                 with folder.locked():
-                    give_back(self.study, trial.number, trial.params)
+                    release(self.study, trial.number, trial.params)
                 raise
             with folder.locked():
-                self._tell(trial, outcome)
+                self._record(trial, outcome)
             print(trial_line(trial.number, options, outcome, time.monotonic() - began), flush=True)
             return True
 
@@ -164,7 +164,7 @@ class _Worker:
             self.read = (key, inputs, build_bank(config, inputs.splits, inputs.backbone, inputs.device))
         return self.read[1:]
 
-    def _tell(self, trial: "Trial", outcome: float | str) -> None:
+    def _record(self, trial: "Trial", outcome: float | str) -> None:
         from optuna.trial import TrialState
 
         if isinstance(outcome, str):

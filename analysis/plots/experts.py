@@ -194,9 +194,9 @@ def gate_map(
         ax.text(x, y, short(name, 36), fontsize=7, weight=weight, ha="center", va="center", path_effects=STROKE)
     ax.set(xticks=[], yticks=[])
     first, second = (f"{100 * share:.0f} % of the variance between experts" for share in plane.explained_2)
-    told, chance = (f"{100 * share:.0f} %" for share in (plane.told, plane.chance))
-    told = f"the nearest centre is that of the image's expert for {told} (always the largest: {chance})"
-    ax.set_xlabel(f"first discriminant axis: {first}\n{told}", fontsize=9)
+    nearest, chance = (f"{100 * share:.0f} %" for share in (plane.accuracy, plane.chance))
+    nearest = f"the nearest centre is that of the image's expert for {nearest} (always the largest: {chance})"
+    ax.set_xlabel(f"first discriminant axis: {first}\n{nearest}", fontsize=9)
     ax.set_ylabel(f"second discriminant axis: {second}", fontsize=9)
     figure.legend(loc="outside right upper", fontsize=8, title="main expert (images)", title_fontsize=8)
     return figure

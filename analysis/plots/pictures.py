@@ -88,8 +88,8 @@ def _colour(label: str) -> str:
     return expert_colour(int(number)) if number.isdigit() else BLUE
 
 
-def _vote(how: str, label: str, weight: float, alone: str, probability: float) -> tuple[float, str, str, str]:
-    text = f"{short(label, 16)}{how}: {short(alone, 16)} ({probability:.0%})"
+def _vote(suffix: str, label: str, weight: float, alone: str, probability: float) -> tuple[float, str, str, str]:
+    text = f"{short(label, 16)}{suffix}: {short(alone, 16)} ({probability:.0%})"
     return weight, _colour(label), text, f"{weight:.2f}"
 
 

@@ -10,7 +10,7 @@ from common.errors import UserError, say, warn
 from common.text import counted, printable
 from data.image_file import read_picture
 from data.image_set import ImageSet, empty_images
-from data.image_tree import LeftOut, find_classes, find_splits, label_files
+from data.image_tree import Skipped, find_classes, find_splits, label_files
 from data.registry import Parts, register
 
 
@@ -35,14 +35,14 @@ def load_image_folder(root: Path, size: int) -> Parts:
     `data.image_tree` defines which files count. Raises UserError for a missing train/, fewer than two classes, a class
     that train/ does not have, or a file that is not a readable image.
     """
-    left_out = LeftOut()
-    splits = find_splits(root, left_out)
-    names = [path.name for path in find_classes(splits["train"], LeftOut())]
+    skipped = Skipped()
+    splits = find_splits(root, skipped)
+    names = [path.name for path in find_classes(splits["train"], Skipped())]
     if len(names) < 2:
-        left_out.tell()
+        skipped.warn()
         raise UserError(f"{splits['train']} has {counted(len(names), 'class folder')}: a classifier needs at least 2")
-    labelled = label_files(splits, names, left_out)
-    left_out.tell()
+    labelled = label_files(splits, names, skipped)
+    skipped.warn()
     shown = tuple(map(printable, names))
     parts = {name: _read(splits[name], files, shown, size) for name, files in labelled.items()}
     return parts["train"], parts.get("validation"), parts.get("test")

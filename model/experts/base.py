@@ -79,7 +79,7 @@ class LayerStack(ExpertKind, nn.Sequential):
 
     @property
     def shape(self) -> tuple[str, ...]:
-        """Equal for experts that can be computed together, whatever features they read."""
+        """Equal for experts that can be computed together, even if they read different features."""
         return str(self[0].out_features), *map(str, list(self)[1:])
 
     def forward(self, x_BD: Tensor) -> Tensor:

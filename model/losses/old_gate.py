@@ -1,4 +1,4 @@
-"""The distance to the gate that a run starts from."""
+"""The distance to the gate at the start of training."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Tables of answers, gate and experts against hand-worked numbers, brute force and scikit-learn."""
+"""Tables of predictions, gate and experts against numbers worked out by hand, brute force and scikit-learn."""
 
 import math
 
@@ -18,7 +18,7 @@ def test_confusion_agrees_with_scikit_learn():
 
 def test_confused_pairs_by_hand():
     table = [[9, 1, 0, 0], [4, 9, 2, 0], [0, 1, 9, 0], [0, 0, 0, 9]]
-    # b is taken for a 4 times, a for b once: 5; b for c twice, c for b once: 3; nothing else.
+    # b is predicted as a 4 times, a as b once: 5; b as c twice, c as b once: 3; nothing else.
     assert answers.confused_pairs(table, "abcd") == [("b", "a", 4, 1), ("b", "c", 2, 1)]
     assert answers.confused_pairs(table, "abcd", n=1) == [("b", "a", 4, 1)]
     assert answers.confused_pairs(np.eye(3), "abc") == []
@@ -36,7 +36,7 @@ def test_calibration_by_hand():
     assert answers.calibration(probs, [0, 0, 0, 1], bins=4)["error"] == pytest.approx((2 * 0.075 + 2 * 0.15) / 4)
 
 
-def test_a_confidence_on_the_edge_of_two_bins_counts_in_the_lower_one():
+def test_a_confidence_on_a_bin_edge_counts_in_the_lower_bin():
     # (0, .5] holds .5 twice, (.5, 1] holds 1.
     result = answers.calibration([[0.5, 0.5], [0.5, 0.5], [1.0, 0.0]], [0, 1, 0], bins=2)
     assert result["count_B"].tolist() == [2, 1]
@@ -70,7 +70,7 @@ def test_boundary_margin_by_hand():
     np.testing.assert_allclose(gate.boundary_margin(logits, sample, expert), [0.5, -1.5, np.nan, np.nan])
 
 
-def test_boundary_margin_of_top_k_is_the_gap_behind_the_kth():
+def test_boundary_margin_of_top_k_is_the_gap_after_the_kth():
     logits = np.random.default_rng(0).normal(size=(50, 6))
     order = np.argsort(-logits, axis=1)
     ranked = np.take_along_axis(logits, order, axis=1)
@@ -117,12 +117,12 @@ def test_hardest_classes_by_hand():
     assert experts.hardest_classes(correct, labels, np.arange(10), [0] * 10, "abc", 1, at_least=4) == [[("b", 0.5, 4)]]
 
 
-def test_of_classes_that_are_as_hard_the_larger_one_comes_first():
+def test_among_equally_hard_classes_the_larger_one_comes_first():
     table = experts.hardest_classes([1, 0, 1, 0, 1, 0], [0, 0, 1, 1, 1, 1], np.arange(6), [0] * 6, "ab", 1, at_least=2)
     assert table == [[("b", 0.5, 4), ("a", 0.5, 2)]]
 
 
-def test_the_deviation_of_a_removal_is_that_of_its_resamples_alone():
+def test_the_deviation_of_a_removal_depends_only_on_its_resamples():
     labels, predicted, without = [0, 0, 1, 1], [0, 0, 1, 0], [[1, 0, 1, 0]]
     result = experts.removal(labels, predicted, without, 2, resamples=1)  # one resample does not deviate from itself
     assert result["macro_f1_deviation"].tolist() == [0.0] and result["macro_f1_change"][0] < 0
@@ -149,12 +149,12 @@ def test_removal_agrees_with_scikit_learn():
     assert result["macro_f1_deviation"][2] == pytest.approx(plain, rel=0.35)
 
 
-def test_who_takes_over_and_what_is_saved_by_hand():
+def test_reassigned_samples_and_saved_cost_by_hand():
     # Expert 0 has 4 samples, of which 3 go to expert 1 as well and 1 to expert 2. Without expert 0, 3 more go to
     # expert 2 and 1 to expert 1: from (4, 3, 1) to (0, 4, 4).
     before, after = np.zeros((2, 3, 3))
     before[0], after[0] = [4, 3, 1], [0, 4, 4]
-    np.testing.assert_allclose(experts.taken_over(before, after), [[0, 0.25, 0.75], [0, 0, 0], [0, 0, 0]])
+    np.testing.assert_allclose(experts.reassigned(before, after), [[0, 0.25, 0.75], [0, 0, 0], [0, 0, 0]])
     # Costs 10, 20, 40 a visit: 40 + 60 + 40 = 140 before, 80 + 160 = 240 after; 100 more over 5 samples.
     np.testing.assert_allclose(experts.cost_saved(before, after, [10, 20, 40], 5), [-20, 0, 0])
 
@@ -174,6 +174,6 @@ def test_who_takes_over_and_what_is_saved_by_hand():
         (lambda: experts.removal([0, 1], [0, 1], [[0, 2]], 2), "without_EN"),
     ],
 )
-def test_bad_input_is_refused(call, message):
+def test_bad_input_is_rejected(call, message):
     with pytest.raises(ValueError, match=message):
         call()

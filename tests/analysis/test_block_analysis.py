@@ -8,12 +8,12 @@ import pytest
 from analysis import routing
 from analysis.blocks import block_specialisation, evenly_spaced, most_specialised, patch_choices, position_shares
 
-# Four images of classes 0, 1, 0, 1; two blocks, two experts, four tokens an image.
+# Four images of classes 0, 1, 0, 1; two blocks, two experts, four tokens per image.
 LABELS = [0, 1, 0, 1]
 WEIGHT = np.array([[[2, 2], [4, 0]], [[2, 2], [0, 4]], [[2, 2], [4, 0]], [[2, 2], [0, 4]]])
 
 
-def test_the_block_whose_experts_know_the_class_has_all_its_information():
+def test_a_block_whose_experts_determine_the_class_has_maximal_information():
     none, all_of_it = block_specialisation(LABELS, WEIGHT, 2, permutations=50)
     assert none["mutual_information"] == 0 and none["null_mean"] == 0 and none["z_score"] is None
     assert all_of_it["mutual_information"] == pytest.approx(math.log(2)) and all_of_it["normalised"] == pytest.approx(1)
@@ -23,7 +23,7 @@ def test_the_block_whose_experts_know_the_class_has_all_its_information():
     assert most_specialised([none, all_of_it]) == [1, 0]
 
 
-def test_it_is_what_the_measure_of_assignments_gives_where_each_image_has_one_token():
+def test_with_one_token_per_image_it_equals_the_measure_on_assignments():
     rng = np.random.default_rng(0)
     labels_N, expert_NL = rng.integers(0, 5, 60), rng.integers(0, 3, (60, 2))
     expert_NL[:, 1] = labels_N % 3
@@ -45,7 +45,7 @@ def test_it_is_what_the_measure_of_assignments_gives_where_each_image_has_one_to
         (LABELS, -WEIGHT, "finite and not negative"),
     ],
 )
-def test_tables_that_do_not_fit_are_refused(labels, weight, message):
+def test_tables_that_do_not_fit_are_rejected(labels, weight, message):
     with pytest.raises(ValueError, match=message):
         block_specialisation(labels, weight, 2)
 
@@ -83,6 +83,6 @@ def test_blocks_are_chosen_from_first_to_last(arguments, expected):
     assert evenly_spaced(*arguments) == expected
 
 
-def test_blocks_are_ordered_by_what_they_tell_beyond_chance():
+def test_blocks_are_ordered_by_information_beyond_chance():
     found = [{"mutual_information": 0.5, "null_mean": 0.45}, {"mutual_information": 0.3, "null_mean": 0.1}]
     assert most_specialised(found) == [1, 0]

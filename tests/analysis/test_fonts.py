@@ -1,4 +1,4 @@
-"""Names in any script: another font draws what the default one lacks, and nothing is warned of letter by letter."""
+"""Names in any script: a fallback font draws missing letters, and there is no warning for each letter."""
 
 import io
 
@@ -14,7 +14,7 @@ from analysis.plots import fonts
 pytestmark = pytest.mark.filterwarnings(
     "error", "ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning"
 )
-RARE = "\u732b"  # a Chinese letter, which DejaVu Sans has not
+RARE = "\u732b"  # a Chinese character that DejaVu Sans does not have
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def neko(tmp_path, monkeypatch):
     fonts._font_of.cache_clear()
 
 
-def test_a_letter_that_the_default_font_lacks_is_drawn_in_one_that_has_it(neko):
+def test_a_letter_missing_in_the_default_font_is_drawn_with_a_fallback_font(neko):
     assert fonts.fonts_for(f"cat {RARE} кот") == [neko] and fonts.fonts_for("cat кот ünïcode") == []
     assert fonts.undrawable([f"cat {RARE}", "dog"]) == ""
     figure = plots.confused_pairs([(f"cat {RARE}", "dog", 3, 1)], 9)
@@ -51,7 +51,7 @@ def test_a_letter_that_the_default_font_lacks_is_drawn_in_one_that_has_it(neko):
     assert neko not in families["test images"]
 
 
-def test_a_letter_that_no_font_has_is_no_warning_but_can_be_told(monkeypatch):
+def test_a_letter_that_no_font_has_gives_no_warning_and_is_listed(monkeypatch):
     monkeypatch.setattr(fontManager, "ttflist", [font for font in fontManager.ttflist if "DejaVu" in font.name])
     fonts._font_of.cache_clear()
     assert fonts.undrawable([f"{RARE}cat", RARE, "\u72ac \n\t"]) == f"\u72ac{RARE}"

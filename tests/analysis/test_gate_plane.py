@@ -1,4 +1,4 @@
-"""The plane that tells experts apart: it separates, on samples that it was not fitted to, and claims no more."""
+"""The plane that separates experts: it separates samples that it was not fitted to, and reports its limits."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from analysis.gate import discriminant_plane
 
 
 def three_groups(count, distance, features=40, seed=0):
-    """Groups apart along feature 1 and 2 of unit variance, beside a loud feature 0 that says nothing."""
+    """Groups that differ in features 1 and 2 of unit variance, with an uninformative feature 0 of large variance."""
     rng = np.random.default_rng(seed)
     group_N = np.arange(count) % 3
     x_ND = rng.normal(size=(count, features))
@@ -16,16 +16,16 @@ def three_groups(count, distance, features=40, seed=0):
     return x_ND, group_N
 
 
-def test_it_separates_groups_that_lie_apart_where_the_variance_is_small():
+def test_it_separates_groups_that_differ_in_low_variance_directions():
     shown_ND, shown_N = three_groups(300, 4, seed=1)
     plane = discriminant_plane(*three_groups(600, 4), shown_ND, shown_N)
-    assert plane.told > 0.97 and plane.chance == pytest.approx(1 / 3)
+    assert plane.accuracy > 0.97 and plane.chance == pytest.approx(1 / 3)
     assert plane.points_N2.shape == (300, 2) and plane.explained_2.sum() == pytest.approx(1)
     # Centres (4, 0), (-4, 0), (0, 4): sums of squares 32 along the first feature, 32 / 3 along the second.
     assert plane.explained_2[0] == pytest.approx(0.75, abs=0.04)
 
 
-def test_groups_keep_their_numbers_and_the_axes_their_share_of_all_differences():
+def test_groups_keep_their_numbers_and_axes_their_share_of_the_variance():
     # The same groups as experts 0, 3 and 5, and two samples of expert 1, too few to count.
     fit_MD, fit_M = three_groups(600, 4)
     shown_ND, shown_N = three_groups(300, 4, seed=1)
@@ -33,7 +33,7 @@ def test_groups_keep_their_numbers_and_the_axes_their_share_of_all_differences()
     fit_M = number_G[fit_M]
     fit_M[:2] = 1
     plane = discriminant_plane(fit_MD, fit_M, shown_ND[::2], number_G[shown_N[::2]])
-    assert plane.told > 0.97
+    assert plane.accuracy > 0.97
     # A fourth group apart along a third axis as far as the others: two axes hold two thirds.
     rng = np.random.default_rng(0)
     group_M = np.arange(800) % 4
@@ -45,10 +45,10 @@ def test_groups_keep_their_numbers_and_the_axes_their_share_of_all_differences()
     assert plane.chance == pytest.approx(0.5)  # of what is shown: group 2 is half of it
 
 
-def test_it_tells_no_more_than_chance_of_groups_that_do_not_differ():
+def test_groups_that_do_not_differ_are_at_chance_level():
     fit_MD, fit_M = three_groups(60, 0, features=200)
     shown_ND, shown_N = three_groups(300, 0, features=200, seed=1)
-    assert discriminant_plane(fit_MD, fit_M, shown_ND, shown_N).told < 0.45
+    assert discriminant_plane(fit_MD, fit_M, shown_ND, shown_N).accuracy < 0.45
 
 
 def test_groups_of_few_samples_span_no_plane():

@@ -1,4 +1,4 @@
-"""Placements of experts, against ones worked out by hand and against all that there are."""
+"""Placements of experts, against placements worked out by hand and against all possible ones."""
 
 from itertools import product
 
@@ -20,7 +20,7 @@ def test_even_gives_equal_counts_in_order():
     assert owners(even(3, 3)) == [0, 1, 2]
 
 
-def test_greedy_takes_the_heaviest_first():
+def test_greedy_places_the_most_work_first():
     # 6 to the first; 3, 2 and 1 to the second: 6 and 6, where equal counts have 9 and 3.
     assert owners(greedy([6, 3, 2, 1], 2)) == [0, 1, 1, 1]
     assert imbalance(even(4, 2), [6, 3, 2, 1]) == 1.5
@@ -29,7 +29,7 @@ def test_greedy_takes_the_heaviest_first():
     assert owners(greedy([5, 4, 3, 3, 3], 2)) == [0, 1, 1, 0, 1]
 
 
-def test_greedy_gives_every_process_an_expert_and_none_too_many():
+def test_greedy_gives_every_process_at_least_one_expert_and_not_too_many():
     assert places(8, 4) == 3
     share_EM = greedy([9, 0, 0, 0, 0, 0, 0, 0], 4)
     counts_M = share_EM.sum(axis=0)
@@ -43,7 +43,7 @@ def test_the_program_finds_what_greedy_misses():
     assert (share_EM > 0).sum() == 5  # 5 + 4 and 3 + 3 + 3: no copy is needed
 
 
-def test_the_program_copies_what_is_too_much_for_one_process():
+def test_the_program_copies_an_expert_that_is_too_much_for_one_process():
     # 10 of 12 on one process: 10 / 6. With half of the second process's work from it, 6 and 6.
     share_EM = optimal([10, 1, 1], 2)
     assert imbalance(greedy([10, 1, 1], 2), [10, 1, 1]) == pytest.approx(10 / 6)
@@ -52,7 +52,7 @@ def test_the_program_copies_what_is_too_much_for_one_process():
     np.testing.assert_allclose(share_EM.sum(axis=1), 1)
 
 
-def test_a_copy_that_saves_next_to_nothing_is_not_made():
+def test_a_copy_that_saves_almost_nothing_is_not_made():
     share_EM = optimal([1.005, 1.0], 2)  # a copy would save 0.25 % of the mean
     assert (share_EM > 0).sum() == 2
 
@@ -78,13 +78,13 @@ def test_no_work_and_one_process():
     assert imbalance(even(3, 2), [0, 0, 0]) == 1.0
 
 
-def test_processes_are_renumbered_so_that_little_moves():
+def test_processes_are_renumbered_so_that_few_experts_move():
     before = np.eye(2)[[0, 0, 1, 1]]
     assert owners(aligned(np.eye(2)[[1, 1, 1, 0]], before)) == [0, 0, 0, 1]
 
 
-def test_places_one_after_the_other_wait_each_for_its_slowest():
+def test_each_place_waits_for_its_slowest_process():
     share_LEM = np.stack([np.eye(2), np.eye(2)])
-    # 3 and 1, then 1 and 3: every place takes 3 in place of 2, though both processes have 4 in all.
+    # 3 and 1, then 1 and 3: every place takes 3 instead of 2, though both processes have 4 in total.
     assert total_imbalance(share_LEM, [[3, 1], [1, 3]]) == 1.5
     assert total_imbalance(share_LEM, [[0, 0], [0, 0]]) == 1.0

@@ -9,17 +9,17 @@ from plot_helpers import EDGE, MAIN, drawn, labels, texts
 
 from analysis import plots
 
-# What garbage of other tests says when it is collected in one of these is not theirs.
+# Warnings from garbage of other tests that is collected during one of these tests do not belong to it.
 pytestmark = pytest.mark.filterwarnings(
     "error",
     "ignore::pytest.PytestUnraisableExceptionWarning",
     "ignore::ResourceWarning",
-    "ignore::DeprecationWarning",  # of what matplotlib itself calls
+    "ignore::DeprecationWarning",  # from calls inside matplotlib
 )
 
 
 @pytest.mark.parametrize("name", mostly_slow(MAIN, ["time", "load", "worth", "comparison"]))
-def test_everything_lies_inside_the_figure(name):
+def test_everything_is_inside_the_figure(name):
     figure, canvas = drawn(name)
     box = figure.get_tightbbox(canvas.get_renderer())
     width, height = figure.get_size_inches()
@@ -69,7 +69,7 @@ def test_curves_of_two_metrics_of_one_split_differ_in_colour():
     assert len({line.get_color() for line in lines if line.get_label()[0] in "am"}) == 2
 
 
-def test_the_load_of_one_batch_has_a_title_of_its_own():
+def test_the_load_of_one_batch_has_a_separate_title():
     titles = {
         plots.expert_load([1.0], [1.0], labels(1), *images).get_suptitle()
         for images in ((), ("one batch of 9 images",))
@@ -92,7 +92,7 @@ def test_bars_of_pairs_have_the_lengths_of_their_counts():
     assert "10 of 11 errors" in ax.figure.get_suptitle()
 
 
-def test_the_worth_of_an_expert_is_drawn_in_points_and_listed_by_value():
+def test_the_contribution_of_an_expert_is_drawn_in_points_and_sorted():
     figure = plots.expert_worth([0.01, 0.05], [0.002, 0.004], [100, 400], [0.25, 0.75], ["0 · 8", "1 · 32"])
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [
         "1 · 32: +5.00",
@@ -108,7 +108,7 @@ def test_edge_sizes_are_drawn_without_warnings(name):
     FigureCanvasAgg(EDGE[name]()).draw()
 
 
-def test_the_epoch_that_is_kept_is_marked_or_else_the_best():
+def test_the_kept_epoch_is_marked_or_else_the_best():
     rows = [{"epoch": 1, "loss/validation": 2.0, "accuracy/validation": 0.6}]
     rows += [{"epoch": 2, "loss/validation": 1.0, "accuracy/validation": 0.5}]
 
@@ -133,7 +133,7 @@ def test_classes_are_ordered_by_superclass_then_by_dominant_expert():
     assert order(group_C=[1, 0, 1, 0], group_names=["x", "y"]) == "bdca"
 
 
-def test_dollars_in_names_are_not_mathematics():
+def test_dollar_signs_in_names_are_not_math():
     figure = plots.expert_by_class(np.eye(2), ["$\\frac$", "a$b"], ["0 · $\\bad$", "1"], [0, 1], ["$\\x$", "$"])
     FigureCanvasAgg(figure).draw()
 
@@ -163,7 +163,7 @@ def test_superclasses_that_are_never_confused_leave_a_blank_cell():
     colours = image.to_rgba(image.get_array())
     blank = [tuple(colours[cell]) == (1, 1, 1, 1) for cell in ((0, 1), (1, 0), (0, 2), (0, 0))]
     assert blank == [True, True, False, False]
-    assert tuple(colours[2, 0]) != (1, 1, 1, 1)  # no samples: not known
+    assert tuple(colours[2, 0]) != (1, 1, 1, 1)  # no samples: unknown
     assert sorted(text.get_text() for text in figure.axes[0].texts) == ["10", "100", "90"]
 
 

@@ -1,4 +1,4 @@
-"""Figures of experts inside blocks: what is drawn lies on the page, and says what the arrays say."""
+"""Figures of experts inside blocks: everything is on the page and matches the arrays."""
 
 import numpy as np
 import pytest
@@ -58,7 +58,7 @@ FIGURES = {
 
 
 @pytest.mark.parametrize("name", mostly_slow(FIGURES, ["load", "time", "worth", "maps"]))
-def test_everything_lies_inside_the_figure(name):
+def test_everything_is_inside_the_figure(name):
     figure = FIGURES[name]()
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
@@ -81,20 +81,20 @@ def test_a_patch_has_the_colour_of_its_expert_over_the_grey_of_its_pixels():
     assert result[3 * quarter, side // 2].tolist() == result[3 * quarter, 3 * quarter].tolist()  # within expert 1
 
 
-def test_images_of_any_size_and_grey_ones_are_enlarged_as_they_are():
+def test_images_of_any_size_and_grey_images_are_enlarged():
     grey = enlarged(np.full((8, 4, 1), 77, dtype=np.uint8))
     assert grey.shape == (448, 224, 3) and (grey == 77).all()
     assert enlarged(np.zeros((300, 300, 3), dtype=np.uint8)).shape == (300, 300, 3)
 
 
-def test_of_more_experts_than_colours_the_busiest_have_one_each():
+def test_with_more_experts_than_colours_the_most_used_have_one_each():
     colours = expert_tints([0.01, 0.2, 0.2, 0.1, 0.1, 0.1, 0.1, 0.1, 0.08, 0.01])
     assert colours.count(OTHERS) == 2 and colours[0] == colours[9] == OTHERS
     assert len({to_rgb(colour) for colour in colours}) == 9
     assert expert_tints([0.1, 0.9]) == list(plots.OKABE_ITO[:2])
 
 
-def test_the_legend_says_sizes_and_shares():
+def test_the_legend_shows_sizes_and_shares():
     figure = plots.patch_maps(
         [np.zeros((8, 8, 3), dtype=np.uint8)], ["cat"], [[[[0, 1]]]], ["block 3"], [[0.25, 0.75]], ["0 · 16", "1 · 64"]
     )
@@ -112,7 +112,7 @@ def test_an_explanation_has_a_map_for_each_block_beside_the_bars():
     assert len(explanation(pixels, ["a.png", "b.png"], [[("cat", 0.8)]] * 2, votes).axes) == 6
 
 
-def test_worth_is_printed_in_points_and_grey_within_its_deviation():
+def test_contributions_are_printed_in_points_and_grey_within_the_deviation():
     figure = plots.block_worth([[0.01, -0.004]], [0.023, 0.0001], [[0.002, 0.005]], [0.002, 0.001], *names(1, 2))
     texts = {text.get_text(): text.get_color() for text in figure.axes[0].texts}
     assert texts == {"1.00": "black", "-0.40": "0.45", "2.30": "white", "0.01": "0.45"}

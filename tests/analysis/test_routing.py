@@ -5,7 +5,7 @@ import pytest
 
 from analysis import routing
 
-# What garbage of other tests says when it is collected in one of these is not theirs.
+# Warnings from garbage of other tests that is collected during one of these tests do not belong to it.
 pytestmark = pytest.mark.filterwarnings(
     "error", "ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning"
 )
@@ -99,7 +99,7 @@ def test_tables_agree_with_loops(seed):
 
 
 def test_mean_by_expert_by_hand():
-    # Expert 0 serves 0, 1, 4 (right, wrong, right), expert 1 serves 0, 2, 4 (all right), expert 2 none.
+    # Expert 0 processes 0, 1, 4 (right, wrong, right), expert 1 processes 0, 2, 4 (all right), expert 2 none.
     accuracy_E, samples_E = routing.mean_by_expert([1, 0, 1, 0, 1], SAMPLE, EXPERT, 3)
     np.testing.assert_allclose(accuracy_E, [2 / 3, 1.0, np.nan])
     assert samples_E.tolist() == [3, 3, 0]
@@ -121,7 +121,7 @@ def test_specialisation_finds_experts_that_follow_classes():
     assert result["z_score"] == pytest.approx(above / result["null_deviation"]) and result["z_score"] > 50
 
 
-def test_specialisation_sees_nothing_in_random_routing_and_repeats_itself():
+def test_specialisation_of_random_routing_is_zero_and_reproducible():
     labels_N, sample_A, expert_A, _ = random_routing(np.random.default_rng(1), samples=500)
     result = routing.specialisation(labels_N, sample_A, expert_A, 5, 4)
     assert result["p_value"] > 0.05
@@ -185,7 +185,7 @@ def test_top_classes():
         (lambda: routing.specialisation([0], [0], [0], 1, 1, permutations=0), "permutations"),
     ],
 )
-def test_bad_input_is_refused(call, message):
+def test_bad_input_is_rejected(call, message):
     with pytest.raises(ValueError, match=message):
         call()
 
@@ -196,10 +196,10 @@ def test_bad_input_is_refused(call, message):
         ([99, 1, 0], None, [False, False, True]),
         ([0.5, 0.4911, 0.0089], None, [False, False, True]),
         ([0, 0], None, [False, False]),
-        ([199] + 200 * [1], None, 201 * [False]),  # a fair share of 201 is 0.5 %
-        ([0.9, 0.0005, 0.0995], [0.9, 0.01, 0.09], [False, True, False]),  # below a tenth of its due
+        ([199] + 200 * [1], None, 201 * [False]),  # an even share of 201 is 0.5 %
+        ([0.9, 0.0005, 0.0995], [0.9, 0.01, 0.09], [False, True, False]),  # below a tenth of its target
         ([0.9, 0.0015, 0.0985], [0.9, 0.01, 0.09], [False, False, False]),
     ],
 )
-def test_an_expert_is_hardly_used_below_one_percent_or_a_tenth_of_its_due(load, target, expected):
+def test_an_expert_is_hardly_used_below_one_percent_or_a_tenth_of_its_target(load, target, expected):
     assert routing.underused(load, target).tolist() == expected

@@ -12,6 +12,6 @@ def test_the_paired_interval_by_hand():
     assert paired_interval([1.0], [0.0]) == (1.0, None, None)
 
 
-def test_the_deviation_is_that_of_a_sample():
+def test_the_deviation_is_the_sample_deviation():
     assert mean_and_deviation([1.0, 2.0, 3.0]) == (2.0, 1.0)
     assert mean_and_deviation([1.0]) == (1.0, None)

@@ -1,4 +1,4 @@
-"""Clearest samples and disagreements, against tables worked out by hand, and the galleries that show them."""
+"""Most typical samples and disagreements, against tables worked out by hand, and their galleries."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ WEIGHT = [0.6, 0.4, 0.9, 0.1, 0.7, 0.3, 0.5, 0.5]
 LABELS = [0, 0, 1, 2]
 
 
-def test_the_clearest_samples_are_the_heaviest_of_each_class():
+def test_the_most_typical_samples_have_the_largest_weight_of_each_class():
     # Expert 0: sample 1 (0.9, class 0), sample 0 (0.6, class 0 again), sample 2 (0.3, class 1).
     assert clearest(SAMPLE, EXPERT, WEIGHT, LABELS, 0, 8).tolist() == [1, 2]
     # Expert 1: sample 2 (0.7, class 1), sample 3 (0.5, class 2), sample 0 (0.4, class 0), sample 1 (class 0 again).
@@ -23,11 +23,11 @@ def test_the_clearest_samples_are_the_heaviest_of_each_class():
     assert clearest([], [], [], LABELS, 0, 8).tolist() == []
 
 
-def test_disagreements_count_only_what_both_experts_see():
+def test_disagreements_count_only_samples_of_both_experts():
     alone_EN = [
         [0, 1, 2, 0],  # expert 0: right on sample 0, wrong on 1 and 2; does not see 3
         [0, 0, 0, 2],  # expert 1: right on 0, 1 and 3, wrong on 2
-        [1, 1, 1, 0],  # expert 2: sees sample 3 alone, and is wrong
+        [1, 1, 1, 0],  # expert 2: processes only sample 3, and is wrong
     ]
     table = disagreements(alone_EN, LABELS, SAMPLE, EXPERT)
     as_lists = {pair: {name: rows.tolist() for name, rows in found.items()} for pair, found in table.items()}

@@ -1,4 +1,4 @@
-"""train.py --seeds: a run for each, on inputs that are loaded once."""
+"""train.py --seeds: one run per seed, on inputs that are loaded once."""
 
 import json
 import re
@@ -18,7 +18,7 @@ SMALL += ["--train.batch_size", "64", "--features.cache_dir", "null"]
 
 
 @pytest.mark.slow
-def test_seeds_share_their_inputs_and_an_interrupted_command_goes_on(tmp_path, monkeypatch, capsys, undrawn):
+def test_seeds_share_their_inputs_and_an_interrupted_command_continues(tmp_path, monkeypatch, capsys, undrawn):
     words = [*SMALL, "--run_dir", str(tmp_path / "few"), "--seeds"]
     loaded = []
     monkeypatch.setattr(module, "load_inputs", lambda config, load=module.load_inputs: loaded.append(1) or load(config))
@@ -36,7 +36,7 @@ def test_seeds_share_their_inputs_and_an_interrupted_command_goes_on(tmp_path, m
         results = json.loads((tmp_path / f"few-seed{seed}" / "evaluation" / "metrics.json").read_text(encoding="utf-8"))
         scores[seed] = results["loss"]
     assert scores[0] != scores[1]
-    assert (tmp_path / "few-seeds" / "comparison.md").is_file()
+    assert (tmp_path / "few-comparison" / "comparison.md").is_file()
     code, _, err = call("2", "--train.batch_size", "32")
     assert code == 2 and "--seeds cannot continue" in err and "choose another --run_dir" in err
 
@@ -60,7 +60,7 @@ def test_seeds_share_their_inputs_and_an_interrupted_command_goes_on(tmp_path, m
         (["--seeds"], "--seeds is '': give a number of seeds"),
     ],
 )
-def test_a_wrong_number_of_seeds_is_one_line(words, said):
+def test_a_wrong_number_of_seeds_is_reported_in_one_line(words, said):
     with pytest.raises(UserError, match=said):
         parse_command_line(words)
 
@@ -72,7 +72,7 @@ def test_seeds_are_new_runs(tmp_path):
 
 
 @pytest.mark.slow
-def test_with_few_images_each_seed_draws_its_own(tmp_path, monkeypatch):
+def test_with_few_images_each_seed_draws_different_ones(tmp_path, monkeypatch):
     words = [*SMALL, "--data.shots", "2", "--train.batch_size", "20", "--router.warmup_steps", "0", "--seeds", "2"]
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **options: path.write_bytes(PNG))
     monkeypatch.setattr("sys.argv", ["train.py", *words, "--run_dir", str(tmp_path / "few")])
@@ -80,4 +80,4 @@ def test_with_few_images_each_seed_draws_its_own(tmp_path, monkeypatch):
     first, second = (describe(RunFolder(tmp_path / f"few-seed{seed}")) for seed in range(2))
     assert (first["config"]["data"]["split_seed"], second["config"]["data"]["split_seed"]) == (0, 1)
     assert first["data"]["train"] != second["data"]["train"]
-    assert "few" in (tmp_path / "few-seeds" / "comparison.md").read_text()
+    assert "few" in (tmp_path / "few-comparison" / "comparison.md").read_text()

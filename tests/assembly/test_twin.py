@@ -1,4 +1,4 @@
-"""The dense twin: one part, of the cost of the whole mixture, wherever that is."""
+"""The dense twin: one part with the cost of the whole mixture, in the same place."""
 
 import json
 
@@ -33,7 +33,7 @@ def configure(file, *words):
         ["--neck.kind", "tokens", "--router.kind", "soft_moe", "--router.slots", "3"],
     ],
 )
-def test_behind_the_vit_the_twin_costs_what_the_mixture_does(words):
+def test_behind_the_vit_the_twin_has_the_cost_of_the_mixture(words):
     config = configure(DIGITS, *words)
     twin = twin_of(config, SHAPE, CLASSES)
     mine, theirs = (trained_cost(build_model(one, SHAPE, CLASSES), SHAPE).flops for one in (twin, config))
@@ -66,7 +66,7 @@ def test_inside_the_vit_too(words, tolerance):
     assert len(twin.experts.head) == len(config.experts.head) / 4
 
 
-def test_copies_of_the_ffn_have_one_size_and_what_a_twin_lacks_is_said(capsys):
+def test_copies_of_the_ffn_have_a_fixed_size_and_a_cheaper_twin_is_reported(capsys):
     config = configure(BLOCKS, "--experts.kind", "ffn", "--experts.sizes", "[[768],[768],[768]]")
     backbone = load_backbone(config.backbone, torch.device("cpu"))
     assert twin_of(config, (576,), CLASSES, backbone).experts.sizes == [[768]]
@@ -78,6 +78,6 @@ def test_the_nearest_size():
     assert _scaled([8, 4, 1], 2) == [2, 1, 1]
 
 
-def test_what_a_twin_stands_for_is_not_to_be_given_alone():
+def test_the_replaced_options_of_a_twin_cannot_be_set_alone():
     with pytest.raises(UserError, match=r"train\.twin_of is set by train\.dense_twin: leave it out"):
         parse_command_line(["--train.twin_of", "{}"])

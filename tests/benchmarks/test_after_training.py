@@ -1,4 +1,4 @@
-"""The benchmarks of trained models run to their end."""
+"""The benchmarks of trained models run."""
 
 import json
 
@@ -9,7 +9,7 @@ from benchmarks import cost, offload
 TINY = ["--tiny", "--device", "cpu", "--seconds", "0.05", "--out"]
 
 
-def test_experts_in_host_memory_are_copied_as_far_as_they_are_not_kept(tmp_path, capsys):
+def test_experts_in_host_memory_are_copied_unless_they_are_kept(tmp_path, capsys):
     offload.main([*TINY, str(tmp_path)])
     rows = json.loads((tmp_path / "offload_tiny.json").read_text())["rows"]
     assert [row["share"] for row in rows] == list(offload.SHARES) and [row["kept"] for row in rows] == [4, 4, 2, 1, 0]
@@ -22,7 +22,7 @@ def test_experts_in_host_memory_are_copied_as_far_as_they_are_not_kept(tmp_path,
 
 
 @pytest.mark.slow
-def test_a_mixture_and_its_dense_part_stand_side_by_side(tmp_path, capsys):
+def test_a_mixture_and_its_dense_twin_are_shown_side_by_side(tmp_path, capsys):
     cost.main([*TINY, str(tmp_path), "--train.epochs", "1"])
     mixture, dense = json.loads((tmp_path / "cost_tiny.json").read_text())["figures"].values()
     assert dense["active_parameters"] == dense["trained_parameters"]

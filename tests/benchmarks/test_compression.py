@@ -1,4 +1,4 @@
-"""The benchmark of compression: each method has its line, and what fails says why."""
+"""The benchmark of compression: each method has a line, and failures have a reason."""
 
 import json
 
@@ -21,13 +21,13 @@ def test_every_method_has_a_line(tiny_run, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_what_fails_says_why(tmp_path, capsys):
+def test_a_failure_has_a_reason(tmp_path, capsys):
     words = ["--tiny", "--device", "cpu", "--out", str(tmp_path), "--methods", "prune"]
     compression.main([*words, "--runs", str(tmp_path / "none")])
     assert "is not a folder" in capsys.readouterr().out
 
 
-def test_a_method_that_there_is_no_time_for_is_not_begun(tiny_run, tmp_path, capsys):
+def test_a_method_without_enough_time_is_not_started(tiny_run, tmp_path, capsys):
     words = ["--tiny", "--device", "cpu", "--out", str(tmp_path), "--methods", "prune", "--seconds", "0"]
     compression.main([*words, "--runs", str(tiny_run)])
     shown, said = capsys.readouterr()

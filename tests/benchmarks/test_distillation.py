@@ -11,7 +11,7 @@ from model.vit_micro import vit_micro
 
 
 @pytest.mark.slow
-def test_distillation_writes_weights_that_fit_and_scores(assets, tmp_path, monkeypatch):
+def test_distillation_writes_matching_weights_and_scores(assets, tmp_path, monkeypatch):
     monkeypatch.setattr("distillation.probe.L2_GRID", (0.1, 1.0))  # these converge soon
     options = ["--teacher_random", "--teacher_name", "test_vit", "--teacher_blocks", "3", "5", "--device", "cpu"]
     options += ["--limit", "48", "--views", "2", "--steps", "3", "--batch", "16", "--teacher_batch", "16"]

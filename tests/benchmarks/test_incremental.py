@@ -1,4 +1,4 @@
-"""Classes in steps: the protocol by hand, ridge by sums against ridge at once, and the program."""
+"""Classes in steps: the protocol by hand, ridge regression in steps against ridge regression at once, the program."""
 
 import json
 from types import SimpleNamespace
@@ -42,7 +42,7 @@ def test_mean_and_forgetting_by_hand():
     assert found["forgetting"] == pytest.approx(((0.9 - 0.6) + (0.7 - 0.75)) / 2)
 
 
-def test_ridge_in_steps_is_ridge_at_once():
+def test_ridge_regression_in_steps_equals_ridge_regression_at_once():
     torch.manual_seed(0)
     found, features = stream(), torch.randn(48, 10) + F.one_hot(torch.arange(6).repeat(8), 10) * 3
     labels = torch.arange(6).repeat(8)
@@ -63,13 +63,13 @@ def test_ridge_in_steps_is_ridge_at_once():
 
 
 @pytest.mark.slow
-def test_the_program_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
+def test_the_program_continues_where_it_stopped(tmp_path, capsys, monkeypatch):
     words = ["--tiny", "--device", "cpu", "--out", str(tmp_path), "--steps", "2", "--methods"]
     incremental.main([*words, "ncm", "mixture_drawn"])
     lines = (tmp_path / "incremental_tiny.jsonl").read_text().splitlines()
     assert [json.loads(line)["method"] for line in lines] == ["ncm", "mixture_drawn"]
     (tmp_path / "incremental_tiny.jsonl").write_text("\n".join([*lines, '{"method": "cut o']))
-    # What fails or has no time left says so, and the others go on.
+    # Methods that fail or lack time are reported, and the others continue.
     monkeypatch.setattr(incremental, "Heads", Mock(side_effect=torch.OutOfMemoryError("too large")))
     incremental.main([*words, "ncm", "dense", "first_both", "blocks"])
     lines = (tmp_path / "incremental_tiny.jsonl").read_text().splitlines()

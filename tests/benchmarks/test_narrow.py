@@ -8,12 +8,12 @@ import torch
 from benchmarks import narrow
 
 
-def test_macro_f1_is_of_the_classes_asked_for():
+def test_macro_f1_covers_the_requested_classes():
     true, answer = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 5, 1, 1])
     assert narrow.macro_f1(true, answer, [0, 1]) == pytest.approx((2 / 3 + 1) / 2)
 
 
-def test_lost_experts_are_counted():
+def test_unused_experts_are_counted():
     row = {"macro_f1": 0.5, "alone": 0.75, "load": [0.6, 0.395, 0.005], "entropy": 0.7, "worth": [0.1, 0.0, -0.02]}
     rows = [
         {
@@ -30,11 +30,12 @@ def test_lost_experts_are_counted():
     columns, cells = narrow.summary(rows)
     assert [line[1:3] for line in cells] == [["", "before"], ["20", "free"], ["20", "frozen"]]
     assert all(len(line) == len(columns) for line in cells)
-    assert cells[1][columns.index("lost")] == "1.00 ± 0.00" and cells[1][columns.index("least load")] == "0.50 ± 0.00"
+    assert cells[1][columns.index("unused")] == "1.00 ± 0.00"
+    assert cells[1][columns.index("smallest load")] == "0.50 ± 0.00"
 
 
 @pytest.mark.slow
-def test_each_way_is_done_once_and_a_frozen_gate_sends_images_as_before(tmp_path):
+def test_each_way_runs_once_and_a_frozen_gate_routes_as_before(tmp_path):
     words = ["--tiny", "--device", "cpu", "--out", str(tmp_path), "--seeds", "0", "--replay", "2", "--ways"]
     narrow.main([*words, "frozen"])
     narrow.main([*words, "frozen", "distance"])

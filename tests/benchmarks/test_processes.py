@@ -1,4 +1,4 @@
-"""Sections of a benchmark of several processes: one that fails or hangs costs its own result alone."""
+"""Sections of a benchmark with several processes: a failing or hanging section loses only its own result."""
 
 import argparse
 import json
@@ -12,7 +12,7 @@ from benchmarks.processes import failure, measured, merged
 
 
 @pytest.mark.slow
-def test_a_section_that_fails_is_a_line_and_those_after_it_are_measured(capsys):
+def test_a_failed_section_is_reported_in_one_line_and_later_ones_are_measured(capsys):
     options = argparse.Namespace(device="cpu", limit=60.0)
     names = ["good", "bad", "after"]
     found = measured("tests.benchmarks.worker_that_fails", 1, options, names, [])
@@ -21,7 +21,7 @@ def test_a_section_that_fails_is_a_line_and_those_after_it_are_measured(capsys):
     assert failure(found["bad"]) == "ValueError: no room" and failure(1) is None and failure(None) == "not measured"
 
 
-def test_a_section_that_hangs_is_left_at_its_limit(tmp_path, monkeypatch):
+def test_a_hanging_section_ends_at_its_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "LOOK", 0.01)
     out = tmp_path / "found.json"
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as process:

@@ -31,13 +31,13 @@ def test_two_devices():
     assert step.gradients == pytest.approx(2 * 4 * 1e6 / 2 / 1e9 + 0.0004)
 
 
-def test_groups_add_up_the_gradients_of_experts_too():
+def test_groups_also_sum_the_gradients_of_experts():
     step = HEAD.step(NETWORK, 4, 2, 1000)
     # Of two groups: 4 experts of 500,000 parameters a device.
     assert step.gradients == pytest.approx((2 * 4 * 1e6 * 3 / 4 + 2 * 4 * 2e6 / 2) / 1e9 + 0.0004)
 
 
-def test_what_leaves_the_node_goes_at_the_bandwidth_between_nodes():
+def test_data_between_nodes_uses_the_bandwidth_between_nodes():
     step = HEAD.step(NETWORK, 8, 8, 1000)
     sent = 2 * 1000 * 100 * 2 * 2 * 7 / 8  # of 7 others 4 are in the other node
     assert step.all_to_all == pytest.approx(sent * (3 / 7 / 1e9 + 4 / 7 / 1e8) + 0.0005)
@@ -79,18 +79,18 @@ def measured(folder) -> None:
     (folder / "expert_parallel.json").write_text(json.dumps({"rows": rows}))
 
 
-def test_measured_and_predicted_stand_side_by_side(tmp_path, capsys):
+def test_measured_and_predicted_times_are_shown_side_by_side(tmp_path, capsys):
     measured(tmp_path)
     scaling_model.main(["--from", str(tmp_path), "--node", "4", "--between", "1e8", "--devices", "1", "8"])
     said = capsys.readouterr().out
     lines = [line for line in said.splitlines() if line.startswith(("| default", "| 8 exp", "| extraction, 100"))]
     assert [line.split("|")[-2].strip() for line in lines] == ["+0 %", "-20 %", "+0 %", "+0 %", "-20 %"]
-    assert "PREDICTIONS, 4 devices a node, 1e+08 bytes/s between" in said and "experts on 4" in said
+    assert "PREDICTIONS, 4 devices per node, 1e+08 bytes/s between nodes" in said and "experts on 4" in said
 
 
-def test_files_of_something_else_are_refused(tmp_path):
+def test_files_of_other_programs_are_rejected(tmp_path):
     with pytest.raises(UserError, match="has nothing to predict from: run"):
         scaling_model.main(["--from", str(tmp_path)])
     (tmp_path / "devices.json").write_text("{}")
-    with pytest.raises(UserError, match=r"is not what benchmarks\.devices writes"):
+    with pytest.raises(UserError, match=r"was not written by benchmarks\.devices"):
         scaling_model.main(["--from", str(tmp_path)])

@@ -1,4 +1,4 @@
-"""The study's arithmetic by hand, its methods' costs, and a head trained on features that give the class away."""
+"""The study's arithmetic by hand, its methods' costs, and a head trained on features that contain the class."""
 
 from pathlib import Path
 
@@ -61,7 +61,7 @@ def test_every_rule_has_a_dense_head_of_its_total_size():
 
 @pytest.mark.parametrize("groups", [8, 16])
 @pytest.mark.parametrize("width", [16, 128, 1024, 4096])
-def test_mixtures_of_the_curve_cost_what_the_dense_head_does(groups, width):
+def test_mixtures_of_the_curve_have_the_cost_of_the_dense_head(groups, width):
     size, none_N = groups * 48, torch.zeros(2).long()
     wide = Features(torch.zeros(1, 2, size), none_N, torch.zeros(2, size), none_N, groups, 4)
     costs = {n: flops_of(build(h, wide, 0.0), wide) for n, h in width_methods([width], groups).items()}
@@ -71,7 +71,7 @@ def test_mixtures_of_the_curve_cost_what_the_dense_head_does(groups, width):
     assert all(2 * (width - 2) * (size + 4) <= cost <= 2 * width * (size + 4) for cost in costs.values()), costs
 
 
-def test_tokens_go_through_soft_moe_next_to_a_dense_head_of_its_cost():
+def test_soft_moe_on_tokens_is_compared_with_a_dense_head_of_equal_cost():
     tokens = Features(
         torch.randn(1, 40, 5, 16), torch.arange(40) % 4, torch.randn(12, 5, 16), torch.arange(12) % 4, 1, 4
     )
@@ -84,11 +84,11 @@ def test_tokens_go_through_soft_moe_next_to_a_dense_head_of_its_cost():
     )
     for name, head in methods.items():
         ((found, first_M),) = train_heads([Job(name, head, 0, "test", 2, grid(head)[0])], tokens)
-        assert found["entropy"] is None and "specialisation" not in found  # every expert serves every image
+        assert found["entropy"] is None and "specialisation" not in found  # every expert processes every image
         assert first_M.shape == (12,), name
 
 
-def test_the_flops_of_expert_choice_are_those_of_the_visits_that_it_made(features):
+def test_the_flops_of_expert_choice_are_those_of_its_visits(features):
     model = build(router_methods(16)["expert_choice"], features, 0.0)
     even = flops_of(model, features)
     expert = 2 * 16 * (32 + 4)
@@ -97,7 +97,7 @@ def test_the_flops_of_expert_choice_are_those_of_the_visits_that_it_made(feature
 
 @pytest.mark.parametrize("name", list(study.PARTS))
 @pytest.mark.parametrize("tiny", [False, True])
-def test_every_part_reads_a_configuration_that_is_one(name, tiny):
+def test_every_part_reads_a_valid_configuration(name, tiny):
     options, rest = study.arguments([*(["--tiny"] if tiny else []), "--data.root", "elsewhere"])
     config = study.configuration(study.PARTS[name], options, rest)
     assert config.features.mode == "live" and config.data.root == Path("elsewhere").absolute()
@@ -107,7 +107,7 @@ def test_every_part_reads_a_configuration_that_is_one(name, tiny):
 
 
 @pytest.mark.slow
-def test_the_study_runs_to_its_end_and_goes_on_where_it_was(tmp_path, capsys, undrawn):
+def test_the_study_runs_and_continues_where_it_stopped(tmp_path, capsys, undrawn):
     words = ["--tiny", "--parts", "widths", "--widths", "8", "--seeds", "1", "--workers", "1", "--out", str(tmp_path)]
     words += ["--data.max_per_class", "13"]
     study.main(words)
@@ -142,6 +142,7 @@ def test_validation_chooses_who_gets_more_seeds():
     assert study.best({name: chosen[name] for name in ("dense, a", "linear head")}) == {}
 
 
+@pytest.mark.slow
 def test_the_curve_is_drawn(tmp_path):
     def row(method, score, ends):
         paired = {} if method.startswith("dense") else {"paired": (0.001, *ends)}
@@ -154,7 +155,7 @@ def test_the_curve_is_drawn(tmp_path):
     assert draw_curve(found, {f"{FAMILIES[1]}, 16 units"}, tmp_path / "ringed.png").read_bytes() != plain
 
 
-def test_validation_prefers_a_mixture_at_each_width():
+def test_validation_selects_a_mixture_at_each_width():
     scores = {"dense, 16 units": 0.9, f"{FAMILIES[1]}, 16 units": 0.7, f"{FAMILIES[2]}, 16 units": 0.8}
     scores[f"{FAMILIES[1]}, 32 units"] = 0.6
     found = study.preferred({method: {"validation": score} for method, score in scores.items()})

@@ -1,4 +1,4 @@
-"""The study inside the ViT: widths and costs by hand, tokens in place of images, and a study that goes on."""
+"""The study inside the ViT: widths and costs by hand, tokens instead of images, and a study that continues."""
 
 import json
 
@@ -31,7 +31,7 @@ def backbone():
 
 @pytest.fixture(scope="module")
 def read():
-    """Tokens that give the class away: a class token and 16 patches."""
+    """Tokens that contain the class: a class token and 16 patches."""
     generator = torch.Generator().manual_seed(0)
     labels_N = torch.arange(64) % 4
     centres_CD = 2 * torch.randn(4, 192, generator=generator)
@@ -54,7 +54,7 @@ def test_unequal_widths_by_hand():
         assert sum(unequal(width, 1)) == 4 * width and sum(unequal(width, 2)) == 2 * width
 
 
-def test_the_list_begins_with_what_matters_most_and_names_nothing_twice():
+def test_the_list_starts_with_the_most_important_methods_without_duplicates():
     found = methods()
     assert [method.label for method in found[:2]] == ["dense, r 16", "unequal, k 2, token, noisy_topk, r 16"]
     assert len({method.label for method in found}) == len(found)
@@ -109,7 +109,7 @@ def test_patches_are_averaged_two_by_two():
 
 
 @pytest.mark.slow
-def test_runs_learn_start_anew_and_are_the_same_again(backbone, read):
+def test_runs_learn_restart_and_are_reproducible(backbone, read):
     setting = Setting(first=7, epochs=6, data="", backbone="", batch=16, ema=0.9)
     for method in (dense(4), routed(4, "equal", 1, "top_p", "image")):
         runs = runs_of(method, backbone, read, setting)
@@ -160,12 +160,12 @@ def test_rows_are_paired_by_seed_with_the_dense_adapter(tmp_path):
     ("words", "message"),
     [(["--optim.lr", "1"], "optim"), (["--widths", "2"], "at least 4"), (["--rates", "0"], "above 0")],
 )
-def test_options_that_are_wrong_say_so(words, message):
+def test_wrong_options_are_reported(words, message):
     with pytest.raises(UserError, match=message):
         study_blocks.arguments(words)
 
 
-def test_a_method_that_another_start_trains_is_left_to_it(tmp_path):
+def test_a_method_claimed_by_another_process_is_skipped(tmp_path):
     pair, store = stored(tmp_path, {})
     one, other = (object.__new__(Worker) for _ in range(2))
     one.store = other.store = store
@@ -176,7 +176,7 @@ def test_a_method_that_another_start_trains_is_left_to_it(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_study_runs_to_its_end_and_goes_on_where_it_was(tmp_path, capsys):
+def test_the_study_runs_and_continues_where_it_stopped(tmp_path, capsys):
     words = ["--tiny", "--device", "cpu", "--widths", "4", "--methods", "2", "--rates", "0.01", "--out", str(tmp_path)]
     words += ["--data.max_per_class", "20", "--batch", "64"]
     study_blocks.main([*words, "--seeds", "1"])

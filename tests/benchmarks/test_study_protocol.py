@@ -1,4 +1,4 @@
-"""What the study must not confuse: the images it selects on and those it scores on; whom an image goes to first."""
+"""The protocol of the study: selection and test images are separate; the first expert of an image is correct."""
 
 import argparse
 import math
@@ -22,7 +22,7 @@ def features():
 
 
 class Instant:
-    """Stands for the workers: a head is scored at once, by its stage and its learning rate or decay."""
+    """Replaces the workers: a head is scored at once, by its stage and its learning rate or decay."""
 
     def __init__(self, score_of):
         self.score_of, self.jobs = score_of, []
@@ -69,7 +69,7 @@ def test_validation_images_are_for_selection_and_test_images_for_the_scores(monk
 def test_settings_are_chosen_by_their_validation_scores(tmp_path):
     methods = {"dense, a": dense(8), "logistic regression": {"logistic": True}}
     workers, results = Instant(highest_rate_by_validation_lowest_by_test), Results(tmp_path)
-    for method, head in methods.items():  # what the test images say is known, and must not be read
+    for method, head in methods.items():  # the test scores are known, and must not be read
         for settings in grid(head):
             job = Job(method, head, study.SELECTION_SEED, "test", 2, settings)
             workers.run([job], results, math.inf)
@@ -81,7 +81,7 @@ def test_settings_are_chosen_by_their_validation_scores(tmp_path):
     assert chosen["logistic regression"]["validation"] == 0.52  # log10(100) / 100 + 0.5
 
 
-def test_test_images_are_looked_at_only_after_the_choice_and_never_with_other_settings(tmp_path, monkeypatch, features):
+def test_test_images_are_used_only_after_the_choice_and_only_with_it(tmp_path, monkeypatch, features):
     workers = Instant(highest_rate_by_validation_lowest_by_test)
     monkeypatch.setattr(study, "Workers", lambda *_: workers)
     monkeypatch.setattr(study, "report", lambda *_: None)
@@ -107,7 +107,7 @@ def test_a_method_whose_settings_have_not_all_been_tried_is_left_out(tmp_path):
     assert list(study.select(methods, argparse.Namespace(epochs=2), results, all_but_one, math.inf)) == ["dense, a"]
 
 
-def test_what_has_no_seed_is_one_outcome_beside_every_seed():
+def test_a_method_without_a_seed_is_paired_with_every_seed():
     names = ("accuracy", "macro_f1", "ece", "loss", "entropy", "flops")
     runs = {
         method: dict.fromkeys(range(3), dict.fromkeys(names, f1)) for method, f1 in (("dense", 0.5), ("logistic", 0.4))

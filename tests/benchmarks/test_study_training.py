@@ -1,4 +1,4 @@
-"""How heads of the study are trained: in passes, by several processes, each kept when it is done."""
+"""The training of heads in the study: in passes, by several processes, each stored when finished."""
 
 import time
 from dataclasses import replace
@@ -30,7 +30,7 @@ def test_heads_of_one_seed_see_the_same_batches():
 
 
 @pytest.mark.parametrize("head", [dense(8), {"logistic": True}, router_methods(8)["noisy_topk"]], ids=str)
-def test_a_head_learns_and_is_the_same_again(features, head):
+def test_a_head_learns_and_is_reproducible(features, head):
     settings = grid(head)[0] if "logistic" in head else {"lr": 0.03, "warmup_steps": 3, "dropout": 0.2}
     job = Job("x", head, 0, "test", 25, settings)  # one step each
     ((found, first_M),) = train_heads([job], features)
@@ -42,7 +42,7 @@ def test_a_head_learns_and_is_the_same_again(features, head):
 
 @pytest.mark.slow
 def test_heads_of_a_pass_are_as_good_as_alone(features):
-    # Without dropout and noise nothing is drawn while training: side by side or alone, each ends the same.
+    # Without dropout and noise nothing is random in training: together or alone, the results are the same.
     head = {**router_methods(8)["mixtral"], "balance": {"switch": 0.0}}
     head["router"] = {**head["router"], "warmup_steps": 0}
     settings = {"lr": 0.03, "warmup_steps": 3, "dropout": 0.0}
@@ -73,7 +73,7 @@ def test_the_average_is_that_of_timm():
         torch.testing.assert_close(ours.model.state_dict()[name], value, msg=name)
 
 
-def test_a_head_that_diverges_is_told_and_does_not_end_the_others(features, monkeypatch):
+def test_a_diverging_head_is_reported_and_does_not_end_the_others(features, monkeypatch):
     monkeypatch.setattr("config.optim.LARGEST", 1e38)
     bad = Job("x", dense(8), 0, "test", 3, {"lr": 1e30, "warmup_steps": 0, "clip_norm": 0.0, "dropout": 0.0})
     good = Job("x", dense(8), 0, "test", 3, {"lr": 1e-3, "dropout": 0.0})
@@ -81,7 +81,7 @@ def test_a_head_that_diverges_is_told_and_does_not_end_the_others(features, monk
     assert "not finite" in told and found["loss"] > 0
 
 
-def test_every_method_has_its_turn_before_any_has_its_next():
+def test_methods_take_turns():
     jobs = [Job(name, {}, seed, "test", 1) for seed in range(5) for name in ("a", "alone")]
     cut = passes(jobs, 3, lambda job: job.method == "a")
     assert [[(job.method, job.seed) for job in part] for part in cut] == [
@@ -95,7 +95,7 @@ def test_every_method_has_its_turn_before_any_has_its_next():
     ]
 
 
-def test_a_pass_that_fails_is_tried_head_by_head_and_only_what_will_fail_again_is_kept(tmp_path, features, monkeypatch):
+def test_a_failed_pass_is_repeated_head_by_head_and_only_lasting_failures_are_stored(tmp_path, features, monkeypatch):
     tried = []
 
     def train(jobs, features):
@@ -122,7 +122,7 @@ def test_a_pass_that_fails_is_tried_head_by_head_and_only_what_will_fail_again_i
 
 
 @pytest.mark.slow
-def test_what_has_begun_at_the_deadline_is_kept(tmp_path, features):
+def test_runs_in_progress_at_the_deadline_are_kept(tmp_path, features):
     jobs = [Job("x", dense(8), seed, "test", 2, {"lr": 1e-3, "dropout": 0.0}) for seed in range(40)]
     results = Results(tmp_path)
     with study_runs.Workers(1, 1, {"test": features}) as workers:
@@ -142,7 +142,7 @@ def test_tokens_and_rules_whose_shapes_vary_are_not_captured_together(features):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: its graphs cannot be tried")
-def test_a_captured_pass_trains_as_steps_do(features, monkeypatch):
+def test_a_captured_pass_trains_like_eager_steps(features, monkeypatch):
     device = torch.device("cuda")
     tensors = {name: value.to(device) for name, value in vars(features).items() if isinstance(value, torch.Tensor)}
     there = replace(features, **tensors)
@@ -160,7 +160,7 @@ def test_a_captured_pass_trains_as_steps_do(features, monkeypatch):
             assert alone == pytest.approx([found["loss"] for found in together], rel=0.02)
 
 
-def test_finished_runs_are_known_again_and_make_a_table(tmp_path, features):
+def test_finished_runs_are_recognised_and_shown_in_a_table(tmp_path, features):
     results = Results(tmp_path)
     jobs = [Job(name, dense(8), seed, "test", 5, grid({})[0]) for name in ("dense 8", "other") for seed in (0, 1)]
     for job in jobs:
@@ -175,7 +175,7 @@ def test_finished_runs_are_known_again_and_make_a_table(tmp_path, features):
     assert [len(line) for line in shown(list(table.values()))[1]] == [7, 7]
 
 
-def test_logistic_regression_reads_the_images_as_they_are(features):
+def test_logistic_regression_reads_the_original_images(features):
     noise_VNF = torch.rand(features.train_VNF.shape, generator=torch.Generator().manual_seed(0))
     there = replace(features, train_VNF=noise_VNF, plain_NF=features.train_VNF[0])
     ((found, _),) = train_heads([Job("x", {"logistic": "plain images"}, 0, "test", 1, {"weight_decay": 1e-3})], there)

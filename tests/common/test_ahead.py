@@ -1,4 +1,4 @@
-"""Work in a thread: it goes on meanwhile, and what it returns or raises comes where it is asked for."""
+"""Work in a thread: it runs in the background, and its result or error appears when it is requested."""
 
 import threading
 
@@ -8,7 +8,7 @@ from common.ahead import Ahead
 from common.errors import UserError
 
 
-def test_a_call_goes_on_while_the_caller_does_something_else():
+def test_a_call_continues_while_the_caller_does_something_else():
     may_end = threading.Event()
     begun = Ahead(lambda: may_end.wait(60) and 3)
     may_end.set()  # which a call in this thread would wait for

@@ -1,4 +1,4 @@
-"""Where a folder or file can be made."""
+"""Whether a folder or file can be created."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from common.errors import EnvironmentFault
 from common.files import require_place
 
 
-def test_a_place_is_tried_and_left_as_it_was(tmp_path):
+def test_a_path_is_tested_and_left_unchanged(tmp_path):
     require_place(tmp_path / "new" / "run", "--out")
     assert not list(tmp_path.iterdir())
     (tmp_path / "file").touch()

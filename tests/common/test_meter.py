@@ -17,7 +17,7 @@ from common.meter import Meter, duration, meter
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that stands still until it is moved."""
+    """A clock that only the test advances."""
     now = SimpleNamespace(seconds=1000.0)
     monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now.seconds))
     monkeypatch.setattr(Meter, "next_line", 0.0)
@@ -115,7 +115,7 @@ def test_lines_go_above_the_bar():
 
 
 def _screen(text: str) -> list[str]:
-    """What a terminal shows in the end: it knows line feeds, carriage returns and the cursor's way up."""
+    """The final content of a terminal that supports line feeds, carriage returns and moving the cursor up."""
     rows, row, column = {0: {}}, 0, 0
     for part in re.findall(r"\x1b\[A|.", text, re.DOTALL):
         if part == "\n":
@@ -131,5 +131,5 @@ def _screen(text: str) -> list[str]:
     return [line.strip() for line in filled]
 
 
-def test_durations_as_people_write_them():
+def test_durations_are_readable():
     assert [duration(6.71), duration(67.2), duration(4020)] == ["6.7 s", "1 min 7 s", "1 h 7 min"]

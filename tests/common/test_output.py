@@ -1,4 +1,4 @@
-"""Where errors and lines go: one line of a failure, and output that no one takes."""
+"""Errors and output: one line for a failure, and output that cannot be written."""
 
 import os
 import sys
@@ -29,7 +29,7 @@ def test_a_traceback_only_with_debug(monkeypatch, capsys):
         assert "Traceback" in capsys.readouterr().err
 
 
-def test_memory_that_is_not_there_is_one_line(monkeypatch, capsys):
+def test_missing_memory_is_reported_in_one_line(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["train.py"])
     for greedy in (lambda: torch.empty(2**55), lambda: bytearray(2**55)):
         assert exit_code_of(greedy) == 1
@@ -60,7 +60,7 @@ def unread_pipe():
     ("output", "words"),
     [(full_disk, "standard output cannot be written: No space"), (unread_pipe, "")],
 )
-def test_output_that_no_one_takes_ends_no_work_that_is_in_files(monkeypatch, capsys, tmp_path, output, words, lasting):
+def test_unwritable_output_does_not_stop_work_on_files(monkeypatch, capsys, tmp_path, output, words, lasting):
     def work():
         print("begun", flush=True)
         (tmp_path / "result").write_text("whole")
@@ -71,18 +71,18 @@ def test_output_that_no_one_takes_ends_no_work_that_is_in_files(monkeypatch, cap
         patch.setattr(sys, "stdout", stream)
         assert exit_code_of(work, lasting) == 1
         assert sys.stdout is stream
-        stream.flush()  # as Python does when it ends: nothing is left that could fail
+        stream.flush()  # as Python does at exit: nothing is left that could fail
     line = capsys.readouterr().err
     assert words in line and line.count("\n") == bool(words)
     assert (tmp_path / "result").exists() == lasting
 
 
-def test_buffered_lines_that_are_lost_at_the_end_are_an_error(monkeypatch, capsys):
+def test_lost_buffered_lines_are_an_error(monkeypatch, capsys):
     for main in (lambda: print("all"), lambda: evaluate.parse(["--help"])):
         with monkeypatch.context() as patch, open("/dev/full", "w") as stream:
             patch.setattr(sys, "stdout", stream)
             assert exit_code_of(main) == 1
         assert capsys.readouterr().err.count("standard output cannot be written") == 1
     with monkeypatch.context() as patch:
-        patch.setattr(sys, "stdout", None)  # closed before the program began
+        patch.setattr(sys, "stdout", None)  # closed before the program started
         assert exit_code_of(lambda: print("nothing")) == exit_code_of(lambda: evaluate.parse(["--help"])) == 0

@@ -1,4 +1,4 @@
-"""Plug-ins that do not load end in one line, and only a command line loads them."""
+"""Plug-ins that cannot be loaded are reported in one line, and only a command line loads plug-ins."""
 
 from types import SimpleNamespace
 
@@ -41,7 +41,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("content", BROKEN, ids=range(len(BROKEN)))
-def test_a_plugin_that_does_not_load_is_one_line(content, tmp_path, monkeypatch):
+def test_a_plugin_that_cannot_be_loaded_is_reported_in_one_line(content, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     registries = (ROUTERS, EXPERTS, LOSSES, DATASETS, FIGURES)
     before = [dict(registry) for registry in registries]
@@ -52,7 +52,7 @@ def test_a_plugin_that_does_not_load_is_one_line(content, tmp_path, monkeypatch)
     assert loaded_plugins() == [] and before == [dict(registry) for registry in registries]
 
 
-def test_what_is_not_there_or_has_the_name_of_another_is_one_line(tmp_path, monkeypatch):
+def test_a_missing_plugin_or_a_duplicate_name_is_reported_in_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "other").mkdir()
     for path in (tmp_path / "mine.py", tmp_path / "other/mine.py", tmp_path / "notes.txt"):
@@ -81,7 +81,7 @@ def test_an_entry_point_is_loaded_by_its_name_and_only_if_named(monkeypatch):
 def test_no_file_and_no_stored_configuration_loads_a_plugin(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text("raise SystemError('code ran')\n")
-    # What is named comes first, whatever else may be unknown without it.
+    # The named plug-in is reported first, although other names may be unknown without it.
     (tmp_path / "recipe.yaml").write_text("balance: {my_loss: 0.1}\nplugins: [mine.py]\n")
     words = r"needs the plug-in mine\.py, and only the command line can load plug-ins: add --plugins PATH"
     with pytest.raises(CommandError, match=rf"^plugins in .*recipe\.yaml {words}"):
@@ -95,7 +95,7 @@ def test_no_file_and_no_stored_configuration_loads_a_plugin(tmp_path, monkeypatc
     require_plugins([], "nothing")
 
 
-def test_what_a_plugin_adds_is_in_help_and_the_options(tmp_path, capfd):
+def test_additions_of_a_plugin_are_in_help_and_options(tmp_path, capfd):
     (tmp_path / "mine.py").write_text(
         "from model.options import Option\nfrom model.routers import register\n"
         "from model.routers.mixtral import MixtralRouter\n"
@@ -103,7 +103,7 @@ def test_what_a_plugin_adds_is_in_help_and_the_options(tmp_path, capfd):
         "class Mine(MixtralRouter): pass\n"
     )
 
-    def use():  # in a process of its own, since a rule is there for all of a process
+    def use():  # in a separate process, because a registered rule stays for the whole process
         words = ["--plugins", str(tmp_path / "mine.py"), "--router.kind", "my_rule", "--router.my_option", "5"]
         config = parse_command_line(words).config
         assert (config.router.my_option, config.plugins) == (5, ["mine.py"])

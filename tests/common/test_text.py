@@ -1,4 +1,4 @@
-"""Names on one line, commands that can be pasted, paths as they are written and stored."""
+"""Names on one line, commands that can be pasted, and written and stored paths."""
 
 import ast
 import io
@@ -24,14 +24,14 @@ NASTY = "a\nb\x1b[31m\t\u202edc\x9b"
 NO_ENCODING = os.fsdecode(b"caf\xe9 .png")
 
 
-def test_a_name_is_shown_on_one_line_and_obeyed_by_no_terminal():
+def test_a_name_is_shown_on_one_line_without_control_characters():
     assert printable(NASTY) == "a\\nb\\u001b[31m\\t\\u202edc\\u009b"
     assert printable(NO_ENCODING) == "caf\\udce9 .png"
     for plain in ("苹果.png", "naïve name\u3000.png", "👩\u200d🔬", Path("a b")):
         assert printable(plain) == str(plain)
 
 
-def test_a_command_is_read_back_by_a_shell_as_it_was_meant():
+def test_a_printed_command_survives_a_shell():
     words = ["train.py", "--resume", Path("my runs/it's $HOME"), NASTY, NO_ENCODING, "", "苹果"]
     line = command(*words)
     assert "\n" not in line and line.isprintable()
@@ -41,7 +41,7 @@ def test_a_command_is_read_back_by_a_shell_as_it_was_meant():
     assert quoted("/plain/path-1") == "/plain/path-1"
 
 
-def test_what_is_stored_of_a_path_leads_back_to_it(tmp_path):
+def test_a_stored_path_can_be_restored(tmp_path):
     write_json(tmp_path / "a.json", {"path": NASTY + NO_ENCODING})
     assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"path": NASTY + NO_ENCODING}
     for unicode in (False, True):
@@ -70,7 +70,7 @@ def test_paths_are_expanded_and_stored_absolute(tmp_path, monkeypatch):
         parser.parse_args(["--out", ""])
 
 
-def test_output_of_an_encoding_that_lacks_characters_goes_on(monkeypatch, capsys):
+def test_output_continues_if_the_encoding_lacks_characters(monkeypatch, capsys):
     lines, said = io.BytesIO(), io.BytesIO()
     with monkeypatch.context() as patch:
         patch.setattr("sys.argv", ["train.py"])
@@ -95,7 +95,7 @@ def test_an_error_is_one_line_whatever_names_are_in_it(monkeypatch, capsys):
 
 
 def opens_without_encoding(source):
-    """The lines of a program that read or write text in the encoding of whoever runs it."""
+    """The lines of a program that read or write text in the default encoding."""
     for call in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)):
         name = ast.unparse(call.func)
         opens = name == "open" or (name.endswith(".open") and name not in ("os.open", "Image.open", "tarfile.open"))
@@ -105,6 +105,7 @@ def opens_without_encoding(source):
             yield call.lineno
 
 
+@pytest.mark.slow
 def test_every_text_file_is_read_and_written_as_utf8():
     assert list(opens_without_encoding("open('a')\npath.open('w')\nopen('a', 'rb')\nx.read_text()\n")) == [1, 2, 4]
     files = [
@@ -117,7 +118,7 @@ def test_every_text_file_is_read_and_written_as_utf8():
     assert found == []
 
 
-def test_a_row_of_whole_numbers_is_a_line_of_json_and_a_string_is_as_it_was():
+def test_a_row_of_whole_numbers_is_one_line_of_json_and_strings_do_not_change():
     value = {"file": "[\n  1,\n  2\n]", "experts": [[0, -12, 3], []], "weights": [0.5, 1.0], "one": [7]}
     text = as_json(value)
     assert json.loads(text) == value

@@ -1,4 +1,4 @@
-"""Students: which sizes they have, and what cannot be one."""
+"""Students: their sizes, and impossible ones."""
 
 import pytest
 from compression_helpers import behind, inside
@@ -18,7 +18,7 @@ def test_a_sparse_student_has_half_the_units():
     assert student.experts.head == [[2], [1], [1], [2]] and student.train.epochs == config.train.epochs
 
 
-def test_one_that_goes_on_keeps_its_sizes_and_its_gate():
+def test_a_student_that_continues_keeps_its_sizes_and_its_gate():
     config, *_ = behind({"warmup_steps": 9})
     student = sparse_student(config, 2, None, warm=True)
     assert student.experts == config.experts and student.router.warmup_steps == 0 and student.train.epochs == 2
@@ -31,7 +31,7 @@ def test_sizes_can_be_named():
         sparse_student(config, None, [[2]], warm=False)
 
 
-def test_a_dense_student_is_one_part_and_no_twin():
+def test_a_dense_student_is_one_part_and_not_a_twin():
     config, *_ = behind(experts={"shared": [[7]]})
     student = dense_student(twin_of(config, (8,), 5), 4, None)
     assert len(student.experts.sizes) == 1 and student.experts.shared == [] and student.router.top_k == 1
@@ -41,7 +41,7 @@ def test_a_dense_student_is_one_part_and_no_twin():
         dense_student(twin_of(config, (8,), 5), None, [[3], [4]])
 
 
-def test_copies_of_the_ffn_have_no_half():
+def test_copies_of_the_ffn_cannot_be_halved():
     config, *_ = inside(experts={"kind": "ffn", "sizes": [[64]] * 4})
     with pytest.raises(UserError, match="add --prune or --merge for a smaller student"):
         sparse_student(config, None, None, warm=False)

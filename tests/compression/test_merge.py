@@ -1,4 +1,4 @@
-"""Merging: hidden units in any order are found again, means by hand, groups by hand, and a fit against NumPy's."""
+"""Merging: permuted hidden units are matched, means and groups by hand, and a fit against NumPy."""
 
 import copy
 from itertools import permutations
@@ -10,7 +10,7 @@ from compression_helpers import behind, inputs_of, inside
 
 from common.errors import UserError
 from compression.align import align, average, layers_of, write_layers
-from compression.merge import check_merge, choose_groups, fit, group, likeness_of_gates, merge, merged_config
+from compression.merge import check_merge, choose_groups, fit, group, merge, merged_config, similarity_of_gates
 from compression.observe import inputs_of as matrix_inputs
 from compression.observe import observe, output_of
 from config.config import Config
@@ -24,7 +24,7 @@ KINDS = {
 
 
 def shuffle(experts, number, copy_of):
-    """Make expert `number` compute what `copy_of` computes, with its hidden units in another order."""
+    """Make expert `number` equal to `copy_of`, with permuted hidden units."""
     layers = layers_of(experts, copy_of)
     generator = torch.Generator().manual_seed(number)
     for layer, units in enumerate(layers.hidden):
@@ -33,7 +33,7 @@ def shuffle(experts, number, copy_of):
 
 
 @pytest.mark.parametrize("name", sorted(KINDS))
-def test_experts_that_compute_the_same_in_another_order_merge_to_one_that_does(name):
+def test_equal_experts_with_permuted_units_merge_to_the_same_function(name):
     config, model, build = KINDS[name]()
     for mixture in model.mixtures:
         for number in (1, 2, 3):
@@ -49,7 +49,7 @@ def test_experts_that_compute_the_same_in_another_order_merge_to_one_that_does(n
 
 
 def adapters(down, bias, up):
-    """Adapters of one block of width 2 with these numbers, and what else there is at random."""
+    """Adapters of one block of width 2 with these numbers; everything else is random."""
     mixture = inside({"kind": "switch", "top_k": 1}, {"sizes": [[len(units)] for units in bias]})
     for each in mixture[1].mixtures:
         each.experts.down.weight.data.zero_()[:, :2] = torch.tensor([row for rows in down for row in rows])
@@ -78,8 +78,8 @@ def test_the_mean_by_hand():
     assert smaller.mixtures[1].usage_E.tolist() == [40]
 
 
-def test_an_expert_with_fewer_units_fills_some_of_the_places():
-    """The small one's unit is nearest to the second of the large one: it has a part in it, and none in the first."""
+def test_an_expert_with_fewer_units_contributes_to_some_units():
+    """The unit of the small expert is closest to the second unit of the large one, and contributes only to that."""
     config, model, build = adapters(
         down=[[[1.0, 0.0], [0.0, 1.0]], [[0.0, 2.0]]],
         bias=[[0.0, 0.0], [0.4]],
@@ -95,7 +95,7 @@ def test_an_expert_with_fewer_units_fills_some_of_the_places():
     assert merged.up[:2].tolist() == [[0.5, 0.0], [0.0, 3.0]]
 
 
-def test_alignment_is_the_best_of_all_orders():
+def test_alignment_finds_the_best_permutation():
     experts = inside(experts={"sizes": [[4]] * 4})[1].mixtures[0].experts
     one, other = layers_of(experts, 0), layers_of(experts, 1)
 
@@ -113,19 +113,19 @@ def test_alignment_is_the_best_of_all_orders():
 
 
 def test_groups_by_hand():
-    likeness = torch.tensor([[1, 0.1, 0.9, 0.2], [0.1, 1, 0.3, 0.4], [0.9, 0.3, 1, 0], [0.2, 0.4, 0, 1.0]])
+    similarity = torch.tensor([[1, 0.1, 0.9, 0.2], [0.1, 1, 0.3, 0.4], [0.9, 0.3, 1, 0], [0.2, 0.4, 0, 1.0]])
     usage, same = [0.4, 0.3, 0.2, 0.1], [[4]] * 4
-    assert group(likeness, usage, same, 2) == [[0, 2], [1, 3]]
-    assert group(likeness, usage, same, 3) == [[0], [1, 3], [2]]
-    assert group(likeness, usage, same, 1) == [[0, 1, 2, 3]]
+    assert group(similarity, usage, same, 2) == [[0, 2], [1, 3]]
+    assert group(similarity, usage, same, 3) == [[0], [1, 3], [2]]
+    assert group(similarity, usage, same, 1) == [[0, 1, 2, 3]]
     # By size where a leader has the same; expert 2 would go to 0 by its gate.
-    assert group(likeness, usage, [[4], [8], [8], [2]], 2) == [[0], [1, 2, 3]]
+    assert group(similarity, usage, [[4], [8], [8], [2]], 2) == [[0], [1, 2, 3]]
 
 
 def test_gates_are_compared_over_the_samples():
     _, model, _ = behind()
     inputs = inputs_of(model)
-    [found] = likeness_of_gates(model, [inputs[:15], inputs[15:]])
+    [found] = similarity_of_gates(model, [inputs[:15], inputs[15:]])
     logits_BE = observe(model, inputs)[0].logits_BE.numpy().astype(np.float64)
     for a in range(4):
         for b in range(4):
@@ -133,7 +133,7 @@ def test_gates_are_compared_over_the_samples():
             assert found[a, b].item() == pytest.approx(logits_BE[:, a] @ logits_BE[:, b] / norms)
 
 
-def test_blocks_group_by_themselves_where_all_sizes_are_equal():
+def test_blocks_are_grouped_separately_if_all_sizes_are_equal():
     rows = [torch.eye(4), torch.eye(4)]
     rows[0][3, 0] = rows[1][3, 1] = 0.5
     for sizes, equal in (([[3]] * 4, True), ([[3], [4], [5], [6]], False)):
@@ -181,7 +181,7 @@ def test_the_fit_is_that_of_numpy(mixture):
 
 
 def last_inputs(model, rows_ND):
-    """What the last layer of the first expert reads, with a column of ones where it has a bias."""
+    """The input of the first expert's last layer, with a column of ones if it has a bias."""
     with torch.no_grad():
         hidden_NH = matrix_inputs(model, 0, 0, rows_ND)[-1].numpy().astype(np.float64)
     if hasattr(model.mixtures[0].experts, "up"):
@@ -207,13 +207,13 @@ def test_the_configuration_is_that_of_the_widest_members():
         ({"kind": "hierarchical"}, 2, "groups must stay equal in size"),
     ],
 )
-def test_what_cannot_be_merged_is_one_line(router, number, message):
+def test_impossible_merges_are_reported_in_one_line(router, number, message):
     with pytest.raises(UserError, match=message) as raised:
         check_merge(behind(router)[0], number)
     assert "\n" not in str(raised.value)
 
 
-def test_one_expert_has_none_to_merge_with():
+def test_a_single_expert_cannot_be_merged():
     config = Config()
     with pytest.raises(UserError, match="--merge is 1: there is only one expert, so nothing to merge"):
         check_merge(config, 1, 1)

@@ -1,4 +1,4 @@
-"""Pruning: the smaller model answers as the whole one does under a mask, for every rule, behind and inside the ViT."""
+"""Pruning: the smaller model equals the original one under a mask, for every rule, behind and inside the ViT."""
 
 from types import SimpleNamespace
 
@@ -16,7 +16,7 @@ OPTIONS = {"gshard": {"overflow": "drop"}, "deepseek": {"bias_rate": 0.01}, "sof
 
 
 def without_the_others(model, inputs, kept):
-    """The answers and the routing where the gate may choose no other expert."""
+    """The outputs and the routing if the gate may choose no other expert."""
     allowed_E = torch.zeros(model.mixtures[0].router.num_experts, dtype=torch.bool)
     allowed_E[kept] = True
     return model(inputs, allowed_E=allowed_E)
@@ -29,7 +29,7 @@ def assert_prunes_exactly(mixture, kept=KEPT):
     with torch.no_grad():
         expected, routings = without_the_others(model, inputs, kept)
         found, smaller_routings = smaller(inputs)
-    assert not torch.allclose(model(inputs)[0], expected, atol=1e-3)  # the mask does something
+    assert not torch.allclose(model(inputs)[0], expected, atol=1e-3)  # the mask has an effect
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     for before, after in zip(routings, smaller_routings, strict=True):
         visits_E, left_E = (
@@ -44,7 +44,7 @@ def assert_prunes_exactly(mixture, kept=KEPT):
 
 @pytest.mark.parametrize("kind", sorted(set(ROUTERS) - {"hierarchical"}))
 @pytest.mark.parametrize("top_k", [1, 2])
-def test_behind_the_vit_the_answers_are_those_of_the_masked_model(kind, top_k):
+def test_behind_the_vit_the_outputs_are_those_of_the_masked_model(kind, top_k):
     if ROUTERS[kind].only_top_k not in (None, top_k) or (kind, top_k) == ("mixtral", 1):
         pytest.skip(f"{kind} has another top_k")
     hidden = [4] if ROUTERS[kind].learns and not ROUTERS[kind].reads_tokens else []
@@ -65,7 +65,7 @@ def test_inside_the_vit_too(kind, level):
     assert_prunes_exactly(mixture, sorted(kept))
 
 
-def test_hierarchical_routing_loses_whole_groups_or_says_so():
+def test_hierarchical_routing_loses_only_whole_groups():
     mixture = behind({"kind": "hierarchical", "top_k": 2, "groups": 2, "top_groups": 1})
     assert_prunes_exactly(mixture, [2, 3])
     assert prune(mixture[0], mixture[1], [2, 3], mixture[2])[0].router.groups == 1
@@ -87,7 +87,7 @@ def test_copies_of_the_ffn_and_a_mixture_on_top_lose_the_same_experts():
     torch.testing.assert_close(smaller(inputs)[0], model(inputs, allowed_E=allowed_E)[0], atol=1e-5, rtol=1e-5)
 
 
-def test_lists_with_an_entry_for_each_expert_go_with_it():
+def test_lists_with_one_entry_per_expert_are_pruned_too():
     experts = {"shared": [[7]], "dropout": [0.1, 0.2, 0.3, 0.4, 0.5], "inputs": [[0], [1], [0, 1], [1], [0]]}
     mixture = behind({"target_load": [1.0, 2.0, 3.0, 4.0]}, experts)
     assert_prunes_exactly(mixture)
@@ -96,7 +96,7 @@ def test_lists_with_an_entry_for_each_expert_go_with_it():
     assert config.router.target_load == [1.0, 3.0, 4.0] and config.experts.shared == [[7]]
 
 
-def test_experts_that_were_added_are_experts_like_the_others():
+def test_added_experts_are_pruned_like_the_others():
     config, model, build = behind({}, {"grown": [3]})
     bank, test = SimpleNamespace(feature_shape=(8,)), SimpleNamespace(num_classes=5)
     inputs = SimpleNamespace(splits=SimpleNamespace(test=test), backbone=None)
@@ -110,7 +110,7 @@ def test_experts_that_were_added_are_experts_like_the_others():
     assert_prunes_exactly((ungrown(config), whole, build))
 
 
-def test_to_a_budget_the_least_missed_expert_goes_first():
+def test_with_a_budget_the_least_useful_expert_is_removed_first():
     config, model, build = behind()
     worth = {3: 0.01, 5: 0.10, 4: 0.002, 6: 0.02}  # by hidden units, which tell the experts apart
 
@@ -133,13 +133,13 @@ def test_to_a_budget_the_least_missed_expert_goes_first():
         ([-1], r"names expert -1"),
     ],
 )
-def test_what_cannot_be_removed_is_one_line(removed, message):
+def test_impossible_removals_are_reported_in_one_line(removed, message):
     with pytest.raises(UserError, match=message) as raised:
         check_prune(behind()[0], removed)
     assert "\n" not in str(raised.value)
 
 
-def test_what_no_model_can_be_is_one_line():
+def test_an_invalid_pruned_model_is_reported_in_one_line():
     config, *_ = behind({"kind": "expert_choice", "capacity_factor": 3.0})
     with pytest.raises(UserError, match=r"capacity_factor 3\.0 with kind expert_choice"):
         prune(config, *behind()[1:2], [0, 1], behind({"kind": "expert_choice"})[2])

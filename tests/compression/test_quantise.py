@@ -1,4 +1,4 @@
-"""Quantisation: scales, calibration and errors by hand, and answers against those of weights that are rounded."""
+"""Quantisation: scales, calibration and errors by hand, and outputs against those of rounded weights."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ KINDS = {
 }
 
 
-def test_what_is_quantised_are_routed_and_shared_experts_and_the_linear_head():
+def test_routed_and_shared_experts_and_the_linear_head_are_quantised():
     assert [owner.number for owner in owners_of(behind(experts={"shared": [[7]]})[1])] == [0, 1, 2, 3, 4]
     owners = owners_of(inside()[1])
     assert [owner.number for owner in owners] == [0, 1, 2, 3, HEAD]
@@ -38,8 +38,8 @@ def test_what_is_quantised_are_routed_and_shared_experts_and_the_linear_head():
     assert [len(owner.parts) for owner in owners_of(model)] == [3, 3, 3, 3]
 
 
-def test_a_scale_that_clips_pays_where_the_large_number_reads_nothing():
-    """One row: the number 10 makes steps of 10 / 127 for the others, of which it is worth none when it reads zeros."""
+def test_clipping_pays_off_if_the_large_weight_has_no_input():
+    """One row: the weight 10 forces steps of 10 / 127 on the others, although its input is always zero."""
     weight_OI = torch.tensor([[10.0, 0.3, -0.21, 0.17]])
     assert best_scales(weight_OI, "int8", None).item() == pytest.approx(10 / 127)
     even = best_scales(weight_OI, "int8", torch.ones(4)).item()
@@ -55,7 +55,7 @@ def test_a_scale_that_clips_pays_where_the_large_number_reads_nothing():
 
 
 @pytest.mark.parametrize("name", sorted(KINDS))
-def test_what_is_calibrated_is_what_the_experts_read(name):
+def test_calibration_uses_the_inputs_of_the_experts(name):
     """The first matrix of an expert reads the rows that are sent to it; sums of squares by a loop over them."""
     _, model, _ = KINDS[name]()
     inputs, owners = inputs_of(model, 12), owners_of(model)
@@ -77,7 +77,7 @@ def test_what_is_calibrated_is_what_the_experts_read(name):
                 torch.testing.assert_close(found.squares[owner.parts[place][0]], total)
 
 
-def test_equal_samples_are_equal_and_others_as_they_come():
+def test_calibration_rows_are_equal_or_as_they_come():
     _, model, _ = KINDS["behind"]()
     batches = [inputs_of(model, 40), 2 * inputs_of(model, 60) - 1]
     owners = owners_of(model)
@@ -93,7 +93,7 @@ def test_equal_samples_are_equal_and_others_as_they_come():
 
 @pytest.mark.parametrize("name", sorted(KINDS))
 @pytest.mark.parametrize("number_format", ["int8", "fp8"])
-def test_the_small_model_answers_as_the_rounded_one(name, number_format):
+def test_the_small_model_gives_the_outputs_of_the_rounded_one(name, number_format):
     config, model, build = KINDS[name]()
     owners, inputs = owners_of(model), inputs_of(model)
     scales = choose_scales(model, owners, number_format, calibrate(model, owners, [inputs], 20, equal=True))
@@ -108,7 +108,7 @@ def test_the_small_model_answers_as_the_rounded_one(name, number_format):
 
 
 def test_errors_by_hand():
-    """One expert is doubled: its outputs are off by as much as they are large; the others are not."""
+    """One expert is doubled: its error equals its output; the others have no error."""
     _, model, _ = behind(experts={"kind": "mlp", "sizes": [[]] * 4})  # linear experts, without biases:
     for expert in model.moe.experts:
         expert[0].bias.data.zero_()
@@ -132,7 +132,7 @@ def test_rounding_one_leaves_the_others():
 
 
 class Odd(ExpertKind, torch.nn.Module):
-    """A plug-in's expert, which reads its weights itself."""
+    """An expert from a plug-in that reads its weights directly."""
 
     def __init__(self):
         super().__init__()
@@ -142,7 +142,7 @@ class Odd(ExpertKind, torch.nn.Module):
         return x_BD @ self.layer.weight.T
 
 
-def test_a_kind_whose_inputs_or_layers_cannot_be_observed_is_one_line():
+def test_a_kind_whose_inputs_or_layers_cannot_be_observed_is_reported_in_one_line():
     config, model, build = behind()
     model.moe.experts._modules.update((str(number), Odd()) for number in range(4))
     with pytest.raises(UserError, match="cannot be quantised: Odd has linear layers that it does not call"):

@@ -1,4 +1,4 @@
-"""Configuration: YAML, command line, and one clear line with exit code 2 for whatever is impossible."""
+"""Configuration: YAML, command line, and one clear line with exit code 2 for invalid values."""
 
 import re
 
@@ -28,7 +28,7 @@ def test_every_shipped_configuration_is_valid_and_documented(path):
     assert invocation.config.router.idle == []
 
 
-def test_a_config_file_stands_alone_and_the_command_line_wins():
+def test_a_config_file_is_complete_and_the_command_line_overrides_it():
     arguments = ["--config", "configs/article.yaml", "--train.epochs", "3", "--experts.sizes", "[small,[7,5]]"]
     config = parse_command_line(arguments).config
     assert config.router.kind == "article"
@@ -37,7 +37,7 @@ def test_a_config_file_stands_alone_and_the_command_line_wins():
     assert config.features.views == Config().features.views  # not that of cifar100.yaml
 
 
-def test_an_option_wins_over_the_file_wherever_it_stands():
+def test_an_option_overrides_the_file_at_any_position():
     for arguments in (
         ["--train.epochs", "3", "--config", "configs/digits.yaml"],
         ["--train.epochs=3", "--config=configs/digits.yaml"],
@@ -91,20 +91,20 @@ def test_a_configuration_survives_writing_and_reading(tmp_path):
     ],
 )
 def test_a_value_means_the_same_wherever_it_is_written(option, text, value, tmp_path):
-    """On the command line, in a file and in a task of ClearML, which keeps all values as text."""
+    """On the command line, in a file and in a ClearML task, which stores all values as text."""
     section, _, name = option.partition(".")
     given = [*HEAD, "--experts.shared", "[]", f"--{option}", text]
     configs = [parse_command_line(given).config]
     configs.append(parse_command_line([*HEAD, "--experts.shared", "[]"], {option: text}, "task").config)
     (tmp_path / "a.yaml").write_text(f"{section}: {{{name}: {text or 'null'}}}")
-    if option != "backbone.name":  # which would have to be quoted
+    if option != "backbone.name":  # this value would need quotes
         configs.append(parse_command_line(["--config", str(tmp_path / "a.yaml"), "--experts.shared", "[]"]).config)
     for config in configs:
         found = getattr(getattr(config, section), name)
         assert found == value and type(found) is type(value)
 
 
-def test_a_section_may_be_given_as_a_table_and_what_comes_later_counts_more(tmp_path):
+def test_a_section_can_be_a_table_and_later_values_override_earlier_ones(tmp_path):
     words = ["--train", "{epochs: 3, seed: 4}", "--train.seed", "5"]
     config = parse_command_line(words).config
     assert (config.train.epochs, config.train.seed, config.train.batch_size) == (3, 5, 250)
@@ -129,7 +129,7 @@ def test_the_options_of_every_rule_survive_the_command_line(tmp_path):
 
 
 def printed_by(arguments, capsys):
-    """What train.py prints for --help and --print_config before it ends well."""
+    """The output of train.py for --help and --print_config with exit code 0."""
     with pytest.raises(SystemExit) as ended:
         parse_command_line(arguments)
     assert not ended.value.code

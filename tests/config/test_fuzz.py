@@ -1,4 +1,4 @@
-"""Altered files of every kind that a user may pass: either they are read, or one line says what is wrong with them.
+"""Altered files of every kind that a user can pass: they are read, or one line says what is wrong with them.
 
 FUZZ_EXAMPLES=20000 pytest tests/test_fuzz.py      longer, and with other inputs each time
 """
@@ -37,7 +37,7 @@ from storage.resume import best_kept, finished, load_resumable, metrics_step
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, splits):
-    """A run in small that stopped in the middle of its second epoch: its trainer and its folder."""
+    """A small run that stopped in the middle of its second epoch: its trainer and its folder."""
     folder = tmp_path_factory.mktemp("whole")
     trainer = make_trainer(folder, splits, epochs=2)
     export_model(trainer.run, trainer.fit())
@@ -46,7 +46,7 @@ def whole(tmp_path_factory, splits):
     trainer.progress.batches, trainer.step = 2, 12
     trainer.identity["config"] = Config().to_dict()
     save_checkpoint(trainer.run.last, trainer.state_dict())
-    previous(trainer.run.last).unlink()  # which would be read instead
+    previous(trainer.run.last).unlink()  # otherwise it would be read instead
     shutil.copy(trainer.run.last, folder / "good.pt")
     return trainer
 
@@ -69,7 +69,8 @@ def test_configurations(tmp_path_factory, changes):
     survives(lambda: build_model(config_from_dict(values), (65, 192), 10))
 
 
-def test_a_few_lines_of_aliases_are_refused(tmp_path):
+@pytest.mark.slow
+def test_a_few_lines_of_aliases_are_rejected(tmp_path):
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 12)]
     for text in ("\n".join([*lines, "experts: {sizes: *a11}"]), "[" * 5_000, "a: " + "9" * 2_000_000):
@@ -79,7 +80,7 @@ def test_a_few_lines_of_aliases_are_refused(tmp_path):
 
 
 def resume(trainer):
-    """What train.py --resume does with the checkpoint."""
+    """Load the checkpoint like train.py --resume."""
     config = Config()
     checkpoint = load_resumable(trainer.run, config)
     finished(trainer.run, config, checkpoint)
@@ -107,7 +108,7 @@ def test_checkpoints(whole, changes):
 
 
 @pytest.mark.parametrize("what", ["code", "bytes", "compressed"])
-def test_archives_that_torch_would_read_but_should_not(whole, tmp_path, what):
+def test_unsafe_archives_that_torch_would_read(whole, tmp_path, what):
     class Code:
         def __reduce__(self):
             return (os.system, ("echo code from a checkpoint ran",)) if what == "code" else (bytearray, (10**10,))

@@ -87,7 +87,7 @@ HEAD = ["--config", str(ROOT / "configs" / "cifar100_head.yaml")]
         (["--router.overflow", "residual"], "has no effect without router.capacity_factor"),
     ],
 )
-def test_mistakes_end_in_one_line_that_names_them(arguments, words):
+def test_mistakes_are_reported_in_one_line_that_names_them(arguments, words):
     recipe = [] if any(word.startswith(("--config", "--resume")) for word in arguments) else HEAD
     with pytest.raises(UserError) as caught:
         parse_command_line([*recipe, *arguments])
@@ -115,7 +115,7 @@ def test_mistakes_end_in_one_line_that_names_them(arguments, words):
         ("train: {1: 2}", "unknown option train.1 in FILE: --help lists all options"),
     ],
 )
-def test_a_wrong_value_in_a_file_is_told_with_the_file(text, words, tmp_path):
+def test_a_wrong_value_in_a_file_is_reported_with_the_file(text, words, tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(text)
     with pytest.raises(UserError) as caught:
@@ -123,7 +123,7 @@ def test_a_wrong_value_in_a_file_is_told_with_the_file(text, words, tmp_path):
     assert str(caught.value).startswith(words.replace("FILE", str(path)))
 
 
-def test_a_wrong_value_in_a_stored_configuration_is_told_as_such():
+def test_a_wrong_value_in_a_stored_configuration_is_reported_as_such():
     with pytest.raises(UserError, match=r"router\.top_k in the stored configuration is 'two': give a whole number"):
         config_from_dict({"router": {"top_k": "two"}})
 

@@ -1,4 +1,4 @@
-"""Arrays as a data set: .npz files of every shape that people write, Parquet files, and what is wrong with them."""
+"""Arrays as a dataset: .npz files of every usual shape, Parquet files, and invalid files."""
 
 import io
 import json
@@ -61,14 +61,14 @@ def test_images_of_any_layout_and_range_are_the_same_pixels(tmp_path, images, ex
         (np.array(["owl", "ant"])[LABELS], {"names": np.array(["owl", "ant"])}, ("owl", "ant"), LABELS),
     ],
 )
-def test_labels_are_numbers_or_texts_with_or_without_names(tmp_path, labels, more, names, numbers):
+def test_labels_are_integers_or_strings_with_or_without_names(tmp_path, labels, more, names, numbers):
     train, *_ = parts(saved(tmp_path, images=GREY, labels=labels, **more))
     assert train.class_names == names and train.labels_N.tolist() == numbers.tolist()
 
 
 @pytest.mark.parametrize("names", [("train_{}", "val_{}", "test_{}"), ("{}_train", "{}_valid", "{}_test")])
 @pytest.mark.parametrize(("x", "y"), [("images", "labels"), ("x", "y")])
-def test_a_file_may_hold_its_own_splits(tmp_path, names, x, y):
+def test_a_file_can_contain_splits(tmp_path, names, x, y):
     sizes = (20, 6, 4)
     arrays = {name.format(x): GREY[:size] for name, size in zip(names, sizes, strict=True)}
     arrays |= {name.format(y): LABELS[:size] for name, size in zip(names, sizes, strict=True)}
@@ -85,7 +85,7 @@ def test_images_are_resized_as_their_files_are(tmp_path, capsys):
     assert "20 x 36 are enlarged to 32 x 32: --data.image_size 20 keeps them" in capsys.readouterr().err
 
 
-def test_splits_are_taken_where_there_are_none_and_copies_among_them_are_said(tmp_path, capsys):
+def test_missing_splits_are_drawn_and_duplicates_between_splits_are_reported(tmp_path, capsys):
     path = saved(tmp_path, images=np.concatenate([RGB, RGB]), labels=np.concatenate([LABELS, LABELS]))
     splits = load_splits(DataConfig(name="arrays", root=path, image_size=8, validation=0.2))
     assert [len(splits[name]) for name in ("train", "validation", "test")] == [25, 7, 8]
@@ -121,13 +121,13 @@ def test_splits_are_taken_where_there_are_none_and_copies_among_them_are_said(tm
         ({"images": GREY, "labels": np.array([{}] * 20)}, "not an .npz file of plain arrays .*allow_pickle"),
     ],
 )
-def test_what_is_wrong_with_a_file_is_one_line(tmp_path, arrays, words):
+def test_an_invalid_file_is_reported_in_one_line(tmp_path, arrays, words):
     with pytest.raises(UserError, match=words) as caught:
         parts(saved(tmp_path, **arrays))
     assert "\n" not in str(caught.value)
 
 
-def test_what_is_no_file_of_arrays_is_one_line(tmp_path, monkeypatch):
+def test_a_file_without_arrays_is_reported_in_one_line(tmp_path, monkeypatch):
     whole = saved(tmp_path, images=GREY, labels=LABELS).read_bytes()
     for content in (b"", whole[: len(whole) // 2], whole[:400] + bytes(200) + whole[600:]):
         (tmp_path / "b.npz").write_bytes(content)
@@ -161,7 +161,7 @@ def parquet():
 
 
 def hub(path, rows, labels, names=None, **columns):
-    """A Parquet file as the Hugging Face hub has it."""
+    """A Parquet file in the format of the Hugging Face Hub."""
     import pyarrow
     from pyarrow import parquet
 
@@ -179,14 +179,14 @@ def test_parquet_files_of_the_hub_are_read_with_their_splits_and_names(tmp_path,
     hub(tmp_path / "data/train-00000-of-00002.parquet", RGB[:10], LABELS[:10].tolist(), names)
     hub(tmp_path / "data/train-00001-of-00002.parquet", RGB[10:], LABELS[10:].tolist(), names)
     hub(tmp_path / "default/test/0000.parquet", RGB[:4], LABELS[:4].tolist(), names)
-    hub(tmp_path / ".cache/data/train-0.parquet", RGB, LABELS.tolist(), names)  # hidden: not there
+    hub(tmp_path / ".cache/data/train-0.parquet", RGB, LABELS.tolist(), names)  # hidden: ignored
     train, validation, test = parts(tmp_path)
     assert validation is None and train.class_names == ("cat", "dog")
     assert np.array_equal(train.images_NCHW.permute(0, 2, 3, 1).numpy(), RGB)
     assert train.labels_N.tolist() == LABELS.tolist() and test.labels_N.tolist() == LABELS[:4].tolist()
 
 
-def test_what_is_wrong_with_parquet_files_is_one_line(tmp_path, parquet):
+def test_invalid_parquet_files_are_reported_in_one_line(tmp_path, parquet):
     import pyarrow
 
     path = tmp_path / "train.parquet"

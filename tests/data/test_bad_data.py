@@ -1,4 +1,4 @@
-"""Too few images, classes that a split lacks, images that cannot be read: one line before training."""
+"""Too few images, classes missing from a split, unreadable images: one line before training."""
 
 import resource
 
@@ -24,8 +24,8 @@ def folder_of_images(root, counts):
 @pytest.mark.parametrize(
     ("counts", "words"),
     [
-        ({"train/a": 9}, "holds 1 class folder"),
-        ({"train/a": 1}, "holds 1 class folder"),
+        ({"train/a": 9}, "has 1 class folder"),
+        ({"train/a": 1}, "has 1 class folder"),
         ({"train/a": 9, "train/b": 1}, "class 'b' has 1 image"),
         ({"train/a": 9, "train/b": 0}, "b has no image"),
         ({"train/a": 3, "train/b": 3, "test/a": 2}, "data.validation 0.1 of 6 images cannot contain all 2 classes"),
@@ -33,21 +33,21 @@ def folder_of_images(root, counts):
         ({"train/a": 9, "train/b": 9, "test/c": 1}, "class folder 'c' that train/ does not have"),
     ],
 )
-def test_too_little_data_is_one_line(tmp_path, counts, words):
+def test_too_little_data_is_reported_in_one_line(tmp_path, counts, words):
     folder_of_images(tmp_path, counts)
     with pytest.raises(UserError, match=words) as caught:
         load_splits(DataConfig(name="folder", root=tmp_path, image_size=8))
     assert "\n" not in str(caught.value)
 
 
-def test_a_class_that_a_split_lacks_is_said_before_training(tmp_path, capsys):
+def test_a_class_missing_from_a_split_is_reported_before_training(tmp_path, capsys):
     folder_of_images(tmp_path, {"train/a": 9, "train/b": 9, "val/a": 2, "test/b": 2, "test/a": 1})
     load_splits(DataConfig(name="folder", root=tmp_path, image_size=8))
     line = capsys.readouterr().err
     assert line.count("\n") == 1 and "the validation split has no image of 1 of the 2 classes ('b')" in line
 
 
-def test_labels_out_of_range_are_refused():
+def test_labels_out_of_range_are_rejected():
     images = torch.zeros(3, 3, 8, 8, dtype=torch.uint8)
     for labels in ([0, 1, 2], [0, -1, 1], [0, 1]):
         with pytest.raises(UserError, match=r"labels|images"):
@@ -63,7 +63,7 @@ def test_images_that_cannot_be_read_are_counted_and_the_first_is_named(tmp_path)
         load_splits(DataConfig(name="folder", root=tmp_path, image_size=8))
 
 
-def test_images_that_would_fill_the_memory_do_not(tmp_path):
+def test_images_that_exceed_the_memory_are_rejected(tmp_path):
     Image.new("L", (4, 60_000), 7).save(tmp_path / "thin.png")  # 224 x 3 million pixels if its width became 224
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert read_picture(tmp_path / "thin.png", 224).pixels_CHW.shape == (3, 224, 224)
@@ -76,7 +76,7 @@ def test_images_that_would_fill_the_memory_do_not(tmp_path):
         read_picture(tmp_path / "code.png", 8)
 
 
-def test_an_option_that_does_nothing_is_told_before_the_data_is_read(tmp_path, monkeypatch, capsys):
+def test_an_option_without_effect_is_reported_before_the_data_is_read(tmp_path, monkeypatch, capsys):
     words = ["--config", "configs/digits.yaml", "--router.jitter", "0.5", "--data.name", "folder"]
     monkeypatch.setattr("sys.argv", ["train.py", *words, "--data.root", str(tmp_path / "none")])
     assert exit_code_of(train.main) == 2

@@ -31,7 +31,7 @@ def test_missing_cifar_says_where_it_looked_and_what_to_run(tmp_path, monkeypatc
         load_splits(DataConfig(root=tmp_path, download=False))
 
 
-def test_the_folder_of_cifar_in_place_of_its_parent_is_said(tmp_path):
+def test_naming_the_cifar_folder_instead_of_its_parent_is_reported(tmp_path):
     folder = tmp_path / "cifar-100-python"
     folder.mkdir()
     for name in ("train", "test", "meta"):
@@ -42,7 +42,7 @@ def test_the_folder_of_cifar_in_place_of_its_parent_is_said(tmp_path):
         load_splits(DataConfig(root=folder.rename(tmp_path / "mine")))
 
 
-def test_altered_cifar_files_are_refused_before_they_are_unpickled(tmp_path):
+def test_altered_cifar_files_are_rejected_before_they_are_unpickled(tmp_path):
     folder = tmp_path / "cifar-100-python"
     folder.mkdir()
 

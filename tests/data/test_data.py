@@ -1,4 +1,4 @@
-"""Image sets, splits, augmentation for each image, the feature bank."""
+"""Image sets, splits, augmentation per image, the feature bank."""
 
 import re
 
@@ -26,7 +26,7 @@ def image_set(labels, size=4):
 
 
 def test_a_stratified_split_is_the_one_of_scikit_learn():
-    """Runs of earlier versions were split by it, and go on with the same images."""
+    """Runs of earlier versions used this split, and continue with the same images."""
     random, compared = np.random.RandomState(0), 0
     for _ in range(200):
         classes = random.randint(2, 9)
@@ -75,14 +75,14 @@ def test_a_split_partitions_the_images():
     ("labels", "fraction", "words"),
     [([0, 0, 1], 0.5, "class 'class 1' has 1 image"), ([0, 0, 1, 1, 2, 2], 0.1, "cannot contain all 3 classes")],
 )
-def test_what_cannot_be_split_is_said(labels, fraction, words):
+def test_impossible_splits_are_reported(labels, fraction, words):
     with pytest.raises(UserError, match=words):
         stratified_split(image_set(labels), fraction, 0, "data.validation")
 
 
 @pytest.mark.parametrize(("classes", "count"), [(2, 2), (2, 3), (10, 2), (300, 2), (300, 3), (7, 20)])
 @pytest.mark.parametrize("fraction", [0.001, 0.1, 0.33, 0.66, 0.9, 0.999])
-def test_the_fraction_that_is_advised_for_few_images_does(classes, count, fraction):
+def test_the_suggested_fraction_for_few_images_works(classes, count, fraction):
     images = image_set(list(range(classes)) * count, size=1)
     try:
         stratified_split(images, fraction, 0, "data.test")
@@ -91,7 +91,7 @@ def test_the_fraction_that_is_advised_for_few_images_does(classes, count, fracti
         assert all(len(part) >= classes for part in stratified_split(images, advised, 0, "data.test"))
 
 
-def test_a_class_needs_an_image_for_each_split_that_is_taken_from_the_training_images(tmp_path):
+def test_a_class_needs_an_image_for_each_split_drawn_from_the_training_images(tmp_path):
     np.savez(tmp_path / "a.npz", images=np.arange(16)[:, None, None] * np.ones((16, 8, 8)), labels=np.arange(16) // 2)
     with pytest.raises(UserError, match=r"class '0' has 2 images for three splits \(data\.validation"):
         load_splits(DataConfig(name="arrays", root=tmp_path / "a.npz", image_size=8))
@@ -104,7 +104,7 @@ def test_limits_keep_the_first_classes_and_images():
     assert total == 60
 
 
-def test_each_image_is_augmented_on_its_own():
+def test_each_image_is_augmented_independently():
     images = torch.arange(16, dtype=torch.uint8).reshape(1, 1, 4, 4).repeat(3, 3, 1, 1)
     view = View(torch.tensor([False, True, False]), torch.tensor([[0, 0], [0, 0], [1, -1]]))
     out = apply_view(images, view)[:, 0]
@@ -143,7 +143,7 @@ def strong_view(box, color, strong=(True,)):
     return View(*still, torch.tensor([box] * count), torch.tensor([color] * count), torch.tensor(strong))
 
 
-def test_enlarging_shows_the_box_and_leaves_other_images_alone():
+def test_enlarging_shows_the_box_and_does_not_change_other_images():
     # Left half 40, right half 200: the box of the right half's middle is 200 everywhere.
     images = torch.full((2, 3, 16, 16), 40, dtype=torch.uint8)
     images[..., 8:] = 200
@@ -171,7 +171,7 @@ def test_strong_views_are_drawn_within_their_limits():
     area, ratio = sides.prod(dim=1), sides[:, 0] / sides[:, 1]
     assert area.min() >= 0.5 / 1.2 - 1e-4 and area.max() <= 1 and ratio.min() > 1 / 1.21 and ratio.max() < 1.21
     assert (view.color_N3 - 1).abs().max() <= 0.2 and abs(view.strong_N.float().mean() - 0.5) < 0.05
-    plain = draw_view(4000, AugmentConfig(), 3)  # the flips and crops of a seed stay the same whatever else is drawn
+    plain = draw_view(4000, AugmentConfig(), 3)  # other draws do not change the flips and crops of a seed
     assert (
         plain.box_N4 is None and torch.equal(plain.flip_N, view.flip_N) and torch.equal(plain.shift_N2, view.shift_N2)
     )
@@ -192,7 +192,7 @@ def bank(mode="cached", views=2, augment=None, calls=None):
     return FeatureBank(splits, extract, augment, FeaturesConfig(mode=mode, views=views, batch_size=64), CPU)
 
 
-def test_bank_extracts_each_view_once_and_serves_labels_with_their_features():
+def test_the_bank_extracts_each_view_once_and_returns_labels_with_features():
     calls = []
     features = bank(calls=calls)
     assert features.feature_shape == (3 * 8 * 8,)  # which takes an extraction
@@ -203,12 +203,12 @@ def test_bank_extracts_each_view_once_and_serves_labels_with_their_features():
         batches = list(features.batches("train", 50, order, view=epoch))
         labels = torch.cat([labels for _, labels in batches])
         assert torch.equal(labels, train.labels_N[order])
-    assert sum(calls) == 2 * len(train)  # two views, whatever the number of epochs
+    assert sum(calls) == 2 * len(train)  # two views for any number of epochs
     plain = torch.cat([batch for batch, _ in features.batches("train", 50)])
     assert torch.equal(plain, train.images_NCHW.flatten(1).half())
 
 
-def test_cached_and_live_serve_the_same_numbers():
+def test_cached_and_live_modes_give_the_same_numbers():
     cached, live = bank("cached", views=3), bank("live")
     order = torch.randperm(len(cached.splits.train))
     for view in (0, 2):

@@ -35,7 +35,7 @@ def splits():
 
 @pytest.mark.parametrize(("part", "name", "values"), list(options()))
 @pytest.mark.parametrize("mode", ["cached", "live"])
-def test_an_option_at_its_extremes_runs_or_is_one_line(splits, part, name, values, mode):
+def test_an_option_at_its_extremes_runs_or_is_reported_in_one_line(splits, part, name, values, mode):
     for value in values:
         try:
             changed = PARTS | {"features": replace(PARTS["features"], mode=mode)}

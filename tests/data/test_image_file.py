@@ -33,7 +33,7 @@ def quarters(path, size=32):
         ("a.ppm", "RGB", {}),
     ],
 )
-def test_every_format_and_mode_shows_the_same_picture(tmp_path, name, mode, options):
+def test_every_format_and_mode_gives_the_same_image(tmp_path, name, mode, options):
     square().convert(mode).save(tmp_path / name, **options)
     assert np.abs(np.array(quarters(tmp_path / name)) - QUARTERS).max() <= 2
 
@@ -110,7 +110,7 @@ def test_numbers_of_any_range_show_a_ramp_and_a_note_says_what_is_white(tmp_path
         assert (inverted - torch.linspace(255, 0, 64)).abs().max() <= 2
 
 
-def test_numbers_that_are_none_and_pictures_of_nothing_but_black(tmp_path):
+def test_nan_values_and_black_images(tmp_path):
     values = np.float32(RAMP * 65535)
     values[0, :3] = np.nan, np.inf, -np.inf
     Image.fromarray(values).save(tmp_path / "a.tif")

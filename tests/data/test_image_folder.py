@@ -1,4 +1,4 @@
-"""An image folder as a data set: its splits, its errors, its pictures."""
+"""An image folder as a dataset: its splits, its errors, its images."""
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ def test_image_folder_with_and_without_its_own_splits(tmp_path):
     assert splits.test.labels_N.tolist() == [1, 1, 1]
 
 
-def test_image_folder_errors_name_the_place(tmp_path):
+def test_image_folder_errors_name_the_path(tmp_path):
     config = DataConfig(name="folder", root=tmp_path)
     with pytest.raises(UserError, match="train is not a folder"):
         load_splits(config)
@@ -56,7 +56,7 @@ def test_image_folder_errors_name_the_place(tmp_path):
         load_splits(DataConfig(name="folder", root=tmp_path / "train" / "val"))
 
 
-def test_sixteen_bits_are_scaled_and_cameras_that_were_turned_are_turned_back(tmp_path):
+def test_sixteen_bits_are_scaled_and_rotated_photos_are_rotated_back(tmp_path):
     ramp = np.tile(np.linspace(0, 65535, 64, dtype=np.uint16), (64, 1))
     Image.fromarray(ramp).save(tmp_path / "deep.png")
     pixels = read_picture(tmp_path / "deep.png", 64).pixels_CHW
@@ -82,7 +82,7 @@ def test_empty_classes_and_empty_splits_are_named(tmp_path):
         load_splits(DataConfig(name="folder", root=tmp_path))
 
 
-def test_class_folders_without_a_split_are_split_by_a_seed_that_is_said(tmp_path, capsys):
+def test_class_folders_without_splits_are_split_with_a_reported_seed(tmp_path, capsys):
     for label, color in (("cat", (255, 0, 0)), ("dog", (0, 0, 255))):
         write_images(tmp_path / label, 20, color)
     config = DataConfig(name="folder", root=tmp_path, image_size=16, split_seed=3)
@@ -94,7 +94,7 @@ def test_class_folders_without_a_split_are_split_by_a_seed_that_is_said(tmp_path
     assert all(torch.bincount(splits[name].labels_N).unique().numel() == 1 for name in ("train", "validation", "test"))
 
 
-def test_a_few_images_of_each_class(splits, capsys):
+def test_a_few_images_per_class(splits, capsys):
     one, five, other = (few_of_each(splits.train, *of) for of in ((1, 0), (5, 0), (5, 1)))
     assert torch.bincount(five.labels_N).tolist() == [5] * 10 and len(one) == 10
     assert {image.numpy().tobytes() for image in one.images_NCHW} <= {i.numpy().tobytes() for i in five.images_NCHW}

@@ -1,4 +1,4 @@
-"""What counts as an image, a class and a split: links, loops, hidden entries, endings, names of splits, pipes."""
+"""The rules for images, classes and splits: links, loops, hidden entries, extensions, names of splits, pipes."""
 
 import os
 
@@ -8,7 +8,7 @@ from PIL import Image
 from common.errors import EnvironmentFault, UserError
 from data.datasets import DataConfig, load_splits
 from data.image_file import read_picture
-from data.image_tree import LeftOut, endings, find_classes, find_images, find_splits, label_files
+from data.image_tree import Skipped, endings, find_classes, find_images, find_splits, label_files
 
 
 def touch(root, *names):
@@ -19,13 +19,13 @@ def touch(root, *names):
 
 def labelled(root):
     """{split: {relative path: class}} of the images under `root`, and the lines on what was left out."""
-    left_out = LeftOut()
-    splits = find_splits(root, left_out)
-    names = [path.name for path in find_classes(splits["train"], LeftOut())]
-    found = label_files(splits, names, left_out)
+    skipped = Skipped()
+    splits = find_splits(root, skipped)
+    names = [path.name for path in find_classes(splits["train"], Skipped())]
+    found = label_files(splits, names, skipped)
     return {
         split: {str(path.relative_to(root)): names[label] for path, label in files} for split, files in found.items()
-    }, left_out
+    }, skipped
 
 
 @pytest.fixture
@@ -50,35 +50,35 @@ def plain(root, splits=("train", "validation", "test")):
         ("test/b/deep/er", "../../../.."),
     ],
 )
-def test_a_link_back_to_a_folder_above_changes_nothing_and_is_said(tree, capsys, link, target):
+def test_a_link_to_a_parent_folder_changes_nothing_and_is_reported(tree, capsys, link, target):
     (tree / link).parent.mkdir(exist_ok=True)
     (tree / link).symlink_to(target, target_is_directory=True)
-    found, left_out = labelled(tree)
+    found, skipped = labelled(tree)
     assert found == plain(tree)
-    left_out.tell()
+    skipped.warn()
     line = capsys.readouterr().err
     assert line == f"warning: not followed: it links to a parent folder: {tree / link}\n"
 
 
-def test_links_that_lead_round_through_other_folders_end(tmp_path):
+def test_cyclic_links_through_other_folders_end(tmp_path):
     touch(tmp_path, "root/train/a/0.png", "root/train/b/0.png", "far/one/1.png", "far/two/2.png")
     (tmp_path / "root/train/a/one").symlink_to(tmp_path / "far/one")
     (tmp_path / "far/one/two").symlink_to(tmp_path / "far/two")
-    (tmp_path / "far/two/one").symlink_to(tmp_path / "far/one")  # a ring of two
-    (tmp_path / "far/two/train").symlink_to(tmp_path / "root/train")  # and back from far away
-    found, left_out = labelled(tmp_path / "root")
+    (tmp_path / "far/two/one").symlink_to(tmp_path / "far/one")  # a cycle of two links
+    (tmp_path / "far/two/train").symlink_to(tmp_path / "root/train")  # and a link back
+    found, skipped = labelled(tmp_path / "root")
     a = {"train/a/0.png": "a", "train/a/one/1.png": "a", "train/a/one/two/2.png": "a"}
     assert found == {"train": a | {"train/b/0.png": "b"}}
-    assert [path.name for path in left_out.loops] == ["one", "train"]
+    assert [path.name for path in skipped.loops] == ["one", "train"]
 
 
-def test_a_file_has_the_class_and_the_split_of_the_place_where_it_lies(tree):
+def test_a_file_has_the_class_and_the_split_of_its_real_folder(tree):
     (tree / "train/a/others").symlink_to("../b")  # images of b as images of a
-    (tree / "train/a/seen.png").symlink_to("../../test/a/0.png")  # an image to test on among those to learn from
+    (tree / "train/a/seen.png").symlink_to("../../test/a/0.png")  # a test image among the training images
     os.link(tree / "train/b/1.png", tree / "val/b/same.png")  # two names of one file, neither a link
-    found, left_out = labelled(tree)
+    found, skipped = labelled(tree)
     assert found == plain(tree)
-    assert sorted(str(path.relative_to(tree)) for path, _ in left_out.repeated) == [
+    assert sorted(str(path.relative_to(tree)) for path, _ in skipped.repeated) == [
         "train/a/others/0.png",
         "train/a/others/1.png",
         "train/a/seen.png",
@@ -100,7 +100,7 @@ def test_a_folder_that_is_only_a_link_is_followed_once(tmp_path):
     assert set(labelled(tmp_path / "root")[0]["train"]) == {"train/cat/0.png", "train/cat/1.png", "train/dog/0.png"}
 
 
-def test_a_loop_leaves_the_sets_of_a_training_as_they_are(tmp_path, capsys):
+def test_a_link_loop_does_not_change_the_splits(tmp_path, capsys):
     for split, count in (("train", 12), ("test", 4)):
         for label, name in enumerate("ab"):
             (tmp_path / split / name).mkdir(parents=True)
@@ -115,19 +115,19 @@ def test_a_loop_leaves_the_sets_of_a_training_as_they_are(tmp_path, capsys):
     assert capsys.readouterr().err.count("links to a parent") == 1
 
 
-def test_hidden_files_and_folders_are_not_there(tree, capsys):
+def test_hidden_files_and_folders_are_ignored(tree, capsys):
     touch(tree, "train/.ipynb_checkpoints/0.png", "train/a/.ipynb_checkpoints/0.png", "train/a/._0.png")
     touch(tree, ".git/x.png", "train/__MACOSX/0.png", "train/a/@eaDir/0.png", "train/a/Thumbs.db", "train/.DS_Store")
-    found, left_out = labelled(tree)
+    found, skipped = labelled(tree)
     assert found == plain(tree)
     assert [path.name for path in find_images(tree / "train/a")] == ["0.png", "1.png"]
-    left_out.tell()
+    skipped.warn()
     assert capsys.readouterr().err == ""
     touch(tree, ".mine/0.png")
-    assert find_images(tree / ".mine") == [tree / ".mine/0.png"]  # it was named
+    assert find_images(tree / ".mine") == [tree / ".mine/0.png"]  # named explicitly
 
 
-def test_images_lie_at_any_depth_and_every_ending_that_is_read_counts(tree):
+def test_images_can_be_at_any_depth_with_every_readable_extension(tree):
     names = ["day1/x.png", "day1/deeper/y.JFIF", "z.webp", "0.gif", "p.jp2", "camera.mpo", "q.avif"]
     touch(tree, *(f"train/a/{name}" for name in names))
     found, _ = labelled(tree)
@@ -142,12 +142,12 @@ def test_images_lie_at_any_depth_and_every_ending_that_is_read_counts(tree):
     assert in_class == [path for path, name in found["train"].items() if name == "a"]  # one rule, one order
 
 
-def test_what_is_left_out_is_said_in_a_line_for_each_reason(tree, capsys):
+def test_left_out_files_are_reported_in_one_line_per_reason(tree, capsys):
     touch(tree, "train/a/x.heic", "train/a/y.heic", "train/a/notes.txt", "train/lost.png", "holdout/a/0.png")
     os.mkfifo(tree / "train/a/pipe.png")
-    found, left_out = labelled(tree)
+    found, skipped = labelled(tree)
     assert found == plain(tree)
-    left_out.tell()
+    skipped.warn()
     assert capsys.readouterr().err.splitlines() == [
         f"warning: left out: not the extension of an image (.heic, .txt): {tree}/train/a/notes.txt, and 2 more",
         f"warning: left out: not a regular file: {tree}/train/a/pipe.png",
@@ -157,7 +157,7 @@ def test_what_is_left_out_is_said_in_a_line_for_each_reason(tree, capsys):
     ]
 
 
-def test_a_pipe_is_not_waited_for(tmp_path):
+def test_a_pipe_does_not_block(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(UserError, match=r"pipe\.png is not a regular file"):
         read_picture(tmp_path / "pipe.png", 8)
@@ -172,7 +172,7 @@ def test_a_pipe_is_not_waited_for(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["val", "valid", "validation", "Val", "dev"])
-def test_a_validation_folder_may_have_any_of_its_names(tree, name):
+def test_a_validation_folder_can_have_any_of_its_names(tree, name):
     (tree / "val").rename(tree / name)
     assert set(labelled(tree)[0]["validation"].values()) == {"a", "b"}
     touch(tree, "VALID/a/0.png")
@@ -181,7 +181,7 @@ def test_a_validation_folder_may_have_any_of_its_names(tree, name):
             labelled(tree)
 
 
-def test_a_folder_that_cannot_be_read_is_one_line(tree, monkeypatch):
+def test_a_folder_that_cannot_be_read_is_reported_in_one_line(tree, monkeypatch):
     scandir = os.scandir
 
     def forbidden(path):
@@ -197,7 +197,7 @@ def test_a_folder_that_cannot_be_read_is_one_line(tree, monkeypatch):
 def test_a_folder_gives_its_images_in_order(tmp_path):
     touch(tmp_path, "b.PNG", "a.jpg", ".hidden.png", "c.txt", "sub/d.webp")
     assert [path.name for path in find_images(tmp_path)] == ["a.jpg", "b.PNG", "d.webp"]
-    assert find_images(tmp_path / "c.txt") == [tmp_path / "c.txt"]  # it was named
+    assert find_images(tmp_path / "c.txt") == [tmp_path / "c.txt"]  # named explicitly
 
 
 def test_prediction_follows_links_by_the_same_rule(tree, capsys):

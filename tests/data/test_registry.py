@@ -1,19 +1,19 @@
-"""The registry of data sets: what is in it, what reads it, and a data set from outside."""
+"""The registry of datasets: its entries, its users, and a dataset from a plug-in."""
 
 import pytest
 import torch
 
-import predict
 from common.errors import UserError
 from config.command_line import parse_command_line
 from config.config import Config
 from config.help import help_text
 from data.datasets import DATASETS, DataConfig, load_splits, register
 from data.image_set import ImageSet
+from evaluation.predict_options import _sides
 
 
 @pytest.mark.parametrize("name", sorted(DATASETS))
-def test_each_data_set_is_explained_and_can_be_chosen(name):
+def test_each_dataset_is_explained_and_can_be_chosen(name):
     found = DATASETS[name]
     assert set(found.options) <= set(DataConfig.__dataclass_fields__)
     assert f"{name}: {found.about}" in " ".join(help_text(Config()).split())
@@ -21,12 +21,12 @@ def test_each_data_set_is_explained_and_can_be_chosen(name):
     assert config.name == name and config.side == (found.side or 224) and config.grey == found.grey
     assert (config.root is not None) == (found.default_root is not None)
     if found.side:
-        assert f"{found.side} pixels for {name}" in " ".join(predict._sides())
+        assert f"{found.side} pixels for {name}" in " ".join(_sides())
 
 
 @pytest.fixture
 def toy():
-    """A data set that a plug-in would bring: two colours, with a test set of its own."""
+    """A dataset as from a plug-in: two colours, with a separate test set."""
     before = dict(DATASETS)
 
     @register("toy", about="two colours", options=("image_size",), published=True)
@@ -40,7 +40,7 @@ def toy():
     DATASETS.update(before)
 
 
-def test_a_data_set_from_outside_is_used_like_the_others(toy):
+def test_a_dataset_from_a_plugin_is_used_like_the_others(toy):
     splits = load_splits(DataConfig(name="toy", image_size=16))
     assert [len(splits[name]) for name in ("train", "validation", "test")] == [36, 4, 4]
     assert splits.train.images_NCHW.shape[1:] == (3, 16, 16)
@@ -49,7 +49,7 @@ def test_a_data_set_from_outside_is_used_like_the_others(toy):
         register("toy", about="again")(toy)
 
 
-def test_a_data_set_that_is_not_there_is_named_with_those_that_are():
+def test_an_unknown_dataset_is_reported_with_the_known_ones():
     with pytest.raises(ValueError, match=r"^data\.name is 'toy': use one of arrays, cifar100, digits, folder"):
         DataConfig(name="toy")
     with pytest.raises(UserError, match=r"data\.name is 'toy'"):
@@ -59,7 +59,7 @@ def test_a_data_set_that_is_not_there_is_named_with_those_that_are():
             load_splits(DataConfig(name=name))
 
 
-def test_options_that_a_data_set_does_not_read_are_said(tmp_path, capsys):
+def test_options_that_a_dataset_does_not_read_are_reported(tmp_path, capsys):
     config = DataConfig(name="digits", image_size=64, download=False, max_per_class=20)
     assert config.idle == [
         "data.download False has no effect with data.name digits: only cifar100 reads it",

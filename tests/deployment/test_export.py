@@ -1,4 +1,4 @@
-"""Exported files: they answer as the run does, say what they are, and run without this project."""
+"""Exported files: they give the outputs of the run, describe themselves, and run without this project."""
 
 import json
 import os
@@ -54,7 +54,7 @@ def rounded(trained, ending):
     return compare(FORMATS[ending].opened(content), trained, len(content))
 
 
-def test_the_graph_says_the_experts_and_weights_of_the_routing_heaviest_first():
+def test_the_graph_returns_experts_and_weights_in_descending_order():
     trained = of_rule("top_p", combine="logits")
     images = pictures(6, 8)
     backbone = trained.backbone
@@ -88,7 +88,7 @@ def test_inside_the_vit_a_weight_is_the_mean_over_the_tokens_of_an_image():
 
 
 @pytest.mark.slow
-def test_a_graph_that_is_traced_takes_any_number_of_images_and_leaves_the_run_as_it_was():
+def test_a_traced_graph_takes_any_number_of_images_and_does_not_change_the_run():
     trained = of_rule("noisy_topk", shared=[[4]], sizes=[[4], [4], [8]], inputs=[[0], [1], [0, 1], [1]])
     graph = traced(trained).module()
     assert trained.model.moe.dispatch_mode == "auto"
@@ -122,14 +122,14 @@ def test_copies_of_the_ffn_are_exported():
     ],
     ids=["a sort, and a mixture of probabilities", "one choice an image, and a mixture on top"],
 )
-def test_onnx_runtime_gives_the_same_answers(make):
+def test_onnx_runtime_gives_the_same_outputs(make):
     checked = rounded(make(), ".onnx")
     assert checked.probabilities <= TOLERANCE and checked.weights <= TOLERANCE
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ending", [pytest.param(".onnx", marks=needs_onnx), ".pt2"])
-def test_the_example_in_a_file_gives_the_answers_of_the_run_without_this_project(
+def test_the_example_in_a_file_gives_the_outputs_of_the_run_without_this_project(
     tiny_run, tmp_path, monkeypatch, capsys, ending
 ):
     out = tmp_path / f"model{ending}"
@@ -167,7 +167,7 @@ def metadata(path):
 
 
 @pytest.mark.slow
-def test_a_file_that_answers_differently_is_not_written(tmp_path, monkeypatch):
+def test_a_file_with_different_outputs_is_not_written(tmp_path, monkeypatch):
     trained = of_rule("switch")
     other = of_rule("switch", sizes=[[4], [8], [6, 5], [3]])
     monkeypatch.setattr(formats.Pt2, "opened", lambda self, content: ImagesToAnswers(other).eval())
@@ -184,7 +184,7 @@ class Unexportable(torch.nn.Module):
 
 
 @pytest.mark.slow
-def test_what_an_exporter_does_not_take_is_one_line(tmp_path):
+def test_a_model_that_cannot_be_exported_is_reported_in_one_line(tmp_path):
     trained = of_rule("switch")
     trained.model.neck.norm = Unexportable()
     with pytest.raises(UserError, match=r"^this run cannot be exported as .pt2 \(\w+: .*\)") as caught:
@@ -192,7 +192,7 @@ def test_what_an_exporter_does_not_take_is_one_line(tmp_path):
     assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
 
 
-def test_mistakes_are_one_line_before_anything_is_read(tmp_path, monkeypatch, capsys):
+def test_mistakes_are_reported_in_one_line_before_anything_is_read(tmp_path, monkeypatch, capsys):
     def mistake(*words, expected=2):
         code, out, err = run(monkeypatch, capsys, *words)
         assert code == expected and out == "" and len(err) == 1, (code, out, err)
@@ -216,7 +216,27 @@ def test_mistakes_are_one_line_before_anything_is_read(tmp_path, monkeypatch, ca
     assert not list(tmp_path.glob("x.*"))
 
 
-def test_a_model_that_an_onnx_file_cannot_hold_is_said_before_the_work(tmp_path, monkeypatch):
+def test_an_image_whose_token_chooses_otherwise_counts_in_the_mean_alone():
+    trained = of_rule("mixtral")
+    graph = ImagesToAnswers(trained).eval()
+
+    def answer(images, off=2e-3, moved=0.005):
+        with torch.no_grad():
+            probabilities_BC, experts_BK, weights_BK = graph(images)
+        if len(images) == 64:
+            probabilities_BC[3, 0] += off
+            weights_BK[3, 0] += moved
+        return probabilities_BC, experts_BK, weights_BK
+
+    checked = compare(answer, trained, 0)
+    assert checked.undecided == 1
+    assert checked.probabilities == pytest.approx(2e-3 / 72, rel=1e-2)
+    assert checked.weights == pytest.approx(0.005 / 72, rel=1e-2)
+    checked = compare(lambda images: answer(images, moved=0), trained, 0)
+    assert (checked.undecided, checked.weights) == (0, 0) and checked.probabilities == pytest.approx(2e-3, rel=1e-2)
+
+
+def test_a_model_too_large_for_onnx_is_reported_before_the_work(tmp_path, monkeypatch):
     monkeypatch.setattr(formats.Onnx, "most", 1000)
     monkeypatch.setattr(formats.Onnx, "packages", ())
     with pytest.raises(UserError, match=r"would have 0.0 GB, .*name a .pt2 file"):

@@ -19,7 +19,7 @@ from training.step import TrainingStep
 CPU = torch.device("cpu")
 FEATURES, CLASSES, SAMPLES = 12, 5, 40
 BATCH = 12
-# The last of the epoch has 4 samples, which three processes do not share evenly; of the next one there are too few.
+# The last batch has 4 samples, which is not divisible by three processes; the next one has too few samples.
 EPOCH = torch.arange(SAMPLES).split(BATCH)
 BATCHES = [*EPOCH, torch.arange(2), *EPOCH[:2]]
 ALL = {"switch": 0.1, "importance": 0.1, "entropy_local": 0.1, "entropy_global": 0.1, "p_penalty": 0.1, "z_loss": 0.01}
@@ -71,15 +71,15 @@ def data(blocks: bool) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def train(world: World, options: dict, blocks: bool = False) -> dict:
-    """Steps on each of the batches; what each came to, and the model after them."""
+    """Steps on each of the batches: the results of each, and the final model."""
     options = copy.deepcopy(options)
     balance = BalanceConfig(**{**ALL, **options.pop("balance", {})})
     warmup, forward = options.pop("warmup", False), options.pop("forward", {})
     model = spread(moe_vit(**options)) if blocks else head(**options)
     for layer in model.modules():
-        if isinstance(layer, torch.nn.Dropout):  # which each process draws by itself
+        if isinstance(layer, torch.nn.Dropout):  # each process draws its own
             layer.p = 0.0
-    # Not Adam, which makes a step of full size of a gradient that is zero but for rounding.
+    # Not Adam, which turns a gradient that is zero up to rounding into a step of full size.
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
     step = TrainingStep(model.train(), optimizer, balance, 0.1, 0.5, "float32")
     features_N, labels_N = data(blocks)
@@ -100,13 +100,13 @@ def train(world: World, options: dict, blocks: bool = False) -> dict:
 
 
 def train_each(world: World, cases: dict, blocks: bool) -> dict:
-    """Of each case by name what `train` returns."""
+    """The result of `train` for each case, by name."""
     return {name: train(world, options, blocks) for name, options in cases.items()}
 
 
 @pytest.fixture(scope="module")
 def trained():
-    """What `train_each` of so many processes returns, each number of them started once for all cases."""
+    """The results of `train_each` with this number of processes, started once for all cases."""
     return cache(in_processes_of)
 
 
@@ -121,7 +121,7 @@ def in_processes_of(size: int, blocks: bool) -> list[dict]:
 
 
 def compare(each: list[dict], options: dict, blocks: bool = False) -> None:
-    """each: what every process has found."""
+    """each: the results of every process."""
     alone = train(ALONE, options, blocks)
     for number, step in enumerate(alone["steps"]):
         for found in (other["steps"][number] for other in each):

@@ -56,7 +56,7 @@ BLOCKS = {
 
 
 def train(world: World, options: dict, blocks: bool, members: int = 1, moved=None) -> dict:
-    """Steps on each of the batches, with the experts on several processes if members > 1; whole on rank 0."""
+    """Steps on each of the batches, with the experts on several processes if members > 1; complete on rank 0."""
     options = copy.deepcopy(options)
     balance = BalanceConfig(**{**ALL, **options.pop("balance", {})})
     model = spread(moe_vit(**options)) if blocks else head(**options)
@@ -91,7 +91,7 @@ def train(world: World, options: dict, blocks: bool, members: int = 1, moved=Non
 
 
 def momentum(model) -> torch.optim.Optimizer:
-    """AdamW that does not make a step of full size of a gradient that is zero but for rounding."""
+    """AdamW that does not turn a gradient that is zero up to rounding into a step of full size."""
     groups = build_optimizer(model, OPTIM).param_groups
     return torch.optim.AdamW([{**group, "eps": 0.1} for group in groups])
 
@@ -114,7 +114,7 @@ def train_each(world: World, cases: dict, blocks: bool) -> dict:
 
 @pytest.fixture(scope="module")
 def trained():
-    """What `train_each` of so many processes returns, each number of them started once for all cases."""
+    """The results of `train_each` with this number of processes, started once for all cases."""
     return cache(lambda size, blocks: in_processes(size, train_each, BLOCKS if blocks else HEADS, blocks))
 
 
@@ -148,14 +148,14 @@ def test_experts_in_the_blocks(name, trained):
 
 
 def solve(world: World) -> list:
-    """Placements by loads that one expert dominates."""
+    """Placements for loads dominated by one expert."""
     model = head("mixtral", experts={"sizes": [[8]] * 4})
     experts = ExpertParallel(model, 2, "lp" if world.size == 2 else "even", OPTIM, CPU)
     assert sorted(experts.spread.dispatchers[0].mine) == ([0, 1] if world.rank == 0 else [2, 3])
     return list(experts.solved(np.array([[60, 20, 10, 10]])))
 
 
-def test_new_shares_are_solved_from_the_load_of_an_epoch():
+def test_new_shares_are_computed_from_the_load_of_an_epoch():
     shares, numbers = in_processes(2, solve)[0]
     # 80 and 20 of 100, where 50 is the mean; with a share of 10 of the first expert on the second process 50 and 50.
     assert numbers == {"placement/measured": pytest.approx(1.6), "placement/predicted": pytest.approx(1.0)}

@@ -1,4 +1,4 @@
-"""What ends one process of a run ends all of them, with one line, and leaves what --resume goes on from."""
+"""A failure of one process ends all of them, with one line, and leaves a checkpoint for --resume."""
 
 import os
 import signal
@@ -45,7 +45,7 @@ def in_the_project(monkeypatch):
 
 
 def at_step(rank: int, action) -> None:
-    """Have this process do something within a step, before its gradients are added to the others'."""
+    """Make this process do something within a step, before its gradients are summed with the others."""
     train_batch = Trainer._train_batch
 
     def then(self, features, *arguments):
@@ -100,7 +100,7 @@ FAILURES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAILURES)
-def test_one_line_names_the_process_and_resume_goes_on(name, tmp_path):
+def test_one_line_names_the_process_and_resume_continues(name, tmp_path):
     action, codes, line = FAILURES[name]
     program = fail(tmp_path, action)
     assert program.codes() == codes, program.said()
@@ -115,7 +115,7 @@ def test_one_line_names_the_process_and_resume_goes_on(name, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_process_that_hangs_is_found_by_the_time_limit(tmp_path):
+def test_a_hanging_process_is_found_by_the_time_limit(tmp_path):
     program = fail(tmp_path, hanging, "--parallel.timeout", 3)
     assert os.waitstatus_to_exitcode(os.waitpid(program.pids[0], 0)[1]) == 1
     assert program.errors()[0].startswith("error: rank 1 did not respond in time")
@@ -132,7 +132,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step_with_a_checkpoint
 
 
 def interrupted_twice(rank: int, features: torch.Tensor) -> torch.Tensor:
-    """As Ctrl-C does under torchrun, which passes on what the terminal has sent to all."""
+    """Like Ctrl-C under torchrun, which forwards the signal that the terminal has sent to all."""
     for _ in range(2):
         os.kill(os.getpid(), signal.SIGINT)
     return features
@@ -162,7 +162,7 @@ def test_sigterm_to_torchrun_ends_all_with_a_checkpoint(tmp_path):
         process.terminate()
         process.wait()
     assert time.monotonic() - began < 10 * LIMIT  # on a busy machine
-    # The rest is torchrun's, which ends after those that it has started.
+    # The rest is from torchrun, which ends after its processes.
     assert output.read_text().count("interrupted by SIGTERM") == 1
     assert not any(ending._lives(int(pid)) for pid in children.stdout.split())
     assert not list((tmp_path / "run").rglob("*.partial")) and load_checkpoint(last)["step"] > 4
@@ -188,7 +188,7 @@ def other_data(rank: int) -> None:
 
 
 def other_images(rank: int) -> None:
-    """The same options, but one pixel that differs."""
+    """The same options, but one different pixel."""
     load_images = pipeline.load_images
 
     def changed(config):

@@ -1,4 +1,4 @@
-"""Whole runs of train.py in several processes, with and without experts on several: they are the run of one.
+"""Complete runs of train.py in several processes, with and without distributed experts: they equal a single process.
 
 Runs are shared by the tests, because a process takes a second of a core.
 """
@@ -42,7 +42,7 @@ def in_the_project(monkeypatch):
 
 
 def run(folder, size: int, *words: object, stops_at: int | None = None, resume: bool = False, evaluates: bool = False):
-    """A run in so many processes, as `Program`; stops_at: the step after which it is interrupted."""
+    """A run in this number of processes, as `Program`; stops_at: the step after which it is interrupted."""
     where = [*words, "--resume" if resume else "--run_dir", folder / "run"]
     program = Program(folder, size, *where, before=lambda rank: stop_at(stops_at), evaluates=evaluates)
     wanted = 0 if stops_at is None else 128 + signal.SIGTERM
@@ -51,7 +51,7 @@ def run(folder, size: int, *words: object, stops_at: int | None = None, resume: 
 
 
 def stop_at(step: int | None) -> None:
-    """Have every process interrupted after a step."""
+    """Interrupt every process after a step."""
     train_batch = Trainer._train_batch
 
     def until(self, *arguments):
@@ -63,7 +63,7 @@ def stop_at(step: int | None) -> None:
 
 
 def apart(state: dict, other: dict) -> float:
-    """The largest difference between two models; counters have to be equal."""
+    """The largest difference between two models; counters must be equal."""
     assert state.keys() == other.keys()
     return max((state[name].double() - other[name].double()).abs().max().item() for name in state)
 
@@ -78,7 +78,7 @@ def history(folder) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """Of a recipe the folder of a run in one process, which is evaluated, and its last checkpoint."""
+    """The folder of an evaluated single-process run of a recipe, and its last checkpoint."""
 
     @cache
     def of(recipe: str):
@@ -90,7 +90,7 @@ def alone(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory):
-    """Puts in a folder a run of the head, in so many processes, that was interrupted."""
+    """Create an interrupted run of the head, in this number of processes, in a folder."""
 
     @cache
     def of(size: int, words: str):
@@ -133,7 +133,7 @@ def test_a_run_with_its_experts_on_two_processes_is_that_of_one(tmp_path, alone)
         assert apart(entry, two["optimizer"]["state"][index]) < 1e-5
     learned = [line for line in history(tmp_path) if "placement/measured" in line]
     assert learned
-    # Equal counts of unequal experts are not equal work, which a placement by measured loads corrects.
+    # Equal counts of unequal experts are unequal work, which a placement by measured loads corrects.
     assert learned[0]["placement/predicted"] < learned[0]["placement/measured"]
     assert learned[-1]["placement/measured"] < learned[0]["placement/measured"]
     assert load_checkpoint(RunFolder(tmp_path / "run").best)["model"].keys() == one["model"].keys()
@@ -145,7 +145,7 @@ def test_experts_inside_the_blocks_on_two_processes_are_those_of_one(tmp_path, a
 
 
 WORK = "--parallel.placement work --parallel.experts 2"
-# Processes, and how many of them share the experts.
+# Processes, and the number of them that share the experts.
 RESUMED = [((1, 1), (2, 1)), ((2, 1), (1, 1)), ((1, 1), (2, 2)), ((2, 2), (1, 1)), ((2, 2), (4, 2))]
 
 

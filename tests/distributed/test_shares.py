@@ -1,4 +1,4 @@
-"""Rows, sums and gradients of a batch that three processes hold, against one process that has all of it."""
+"""Rows, sums and gradients of a batch shared by three processes, against a single process with all of it."""
 
 import torch
 from distributed_helpers import in_processes
@@ -13,12 +13,12 @@ def batch() -> torch.Tensor:
 
 
 def of_the_whole(x: torch.Tensor) -> torch.Tensor:
-    """A loss of which no part is a function of single rows."""
+    """A loss that does not decompose into rows."""
     return (x.logsumexp(dim=0).exp() * torch.arange(4)).sum().sqrt()
 
 
 def normalised(x: torch.Tensor, count: int) -> torch.Tensor:
-    """Rows less their mean over the whole batch."""
+    """Rows minus their mean over the whole batch."""
     return x - summed(x.sum(dim=0)) / count
 
 
@@ -53,7 +53,7 @@ def test_rows_sums_and_gradients_are_those_of_the_whole_batch():
     assert torch.allclose(torch.cat([each["normalised"] for each in found]), whole.grad)
 
 
-def test_a_process_alone_has_the_whole_batch():
+def test_a_single_process_has_the_whole_batch():
     x, share = batch(), Share(0, (6,))
     with sharing(share):
         assert gathered(x) is x and own_rows(x) is x and summed(x) is x and whole_size(6) == 6

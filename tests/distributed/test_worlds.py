@@ -1,4 +1,4 @@
-"""Who is who among the processes of a run, what is refused, and how answers for parts of a split are joined."""
+"""The processes of a run: ranks, rejected set-ups, and joining of predictions for parts of a split."""
 
 import os
 import sys
@@ -18,7 +18,7 @@ from evaluation.predictions import Predictions, Removals
 from evaluation.together import join, own_part
 
 
-def test_work_is_dealt_out_evenly_and_in_order():
+def test_work_is_distributed_evenly_and_in_order():
     assert World(0, 3).sizes(8) == (3, 3, 2) and World(0, 3).sizes(2) == (1, 1, 0)
     parts = [World(rank, 3).part(8) for rank in range(3)]
     assert [list(range(8))[part] for part in parts] == [[0, 1, 2], [3, 4, 5], [6, 7]]
@@ -34,7 +34,7 @@ def test_a_process_started_alone_is_a_world_of_one(monkeypatch):
         expected_world()
 
 
-def test_each_process_gets_a_gpu_of_its_own(monkeypatch):
+def test_each_process_gets_a_separate_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
@@ -45,22 +45,22 @@ def test_each_process_gets_a_gpu_of_its_own(monkeypatch):
         pick_device("auto")
 
 
-def test_a_gpu_of_two_processes_is_refused(monkeypatch):
+def test_a_gpu_shared_by_two_processes_is_rejected(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(distributed, "_name_of", lambda device: "GPU-1")
     gpus = [("a", "GPU-1"), ("b", "GPU-1"), ("a", "GPU-1")]
     with pytest.raises(UserError, match="ranks 0 and 2 share a GPU of a, and each needs its own: start at most 1"):
-        distributed._refuse_shared_gpus(SimpleNamespace(gather=lambda own: gpus), torch.device("cuda:0"))
-    distributed._refuse_shared_gpus(SimpleNamespace(gather=lambda own: [("",), ("",)]), torch.device("cpu"))
+        distributed._require_separate_gpus(SimpleNamespace(gather=lambda own: gpus), torch.device("cuda:0"))
+    distributed._require_separate_gpus(SimpleNamespace(gather=lambda own: [("",), ("",)]), torch.device("cpu"))
 
 
-def test_a_split_of_fewer_images_than_processes_is_answered_by_each(monkeypatch):
+def test_a_split_with_fewer_images_than_processes_is_predicted_by_each(monkeypatch):
     monkeypatch.setattr("evaluation.together.world", lambda: World(1, 3))
     assert own_part(2).tolist() == [0, 1] and own_part(7).tolist() == [3, 4]
 
 
 def predictions(images: int, kept: int) -> Predictions:
-    """Of two experts in one block; kept: images whose single tokens are known."""
+    """Predictions with two experts in one block; kept: images with known single tokens."""
     flat = np.arange(images)
     blocks = BlockRouting(
         ("block_0",),
@@ -75,7 +75,7 @@ def predictions(images: int, kept: int) -> Predictions:
     return Predictions(logits_NC, flat % 3, flat, flat % 2, weight_A, gate_NE, removals, blocks)
 
 
-def test_answers_for_parts_are_joined_in_order():
+def test_predictions_for_parts_are_joined_in_order():
     whole = join([predictions(3, 3), predictions(4, 2), predictions(2, 2)])
     assert whole.sample_A.tolist() == list(range(9)) and whole.labels_N.tolist() == [0, 1, 2, 0, 1, 2, 0, 0, 1]
     assert whole.removals.predicted_EN.shape == (2, 9) and (whole.removals.before_EE == 9).all()
@@ -91,7 +91,7 @@ def _asks(rank, meeting):
             sys.exit(exit_code_of(lambda: require_alone("evaluate.py")))
 
 
-def test_a_program_that_is_one_process_says_so_once(tmp_path):
+def test_a_single_process_program_rejects_torchrun_once(tmp_path):
     require_alone("evaluate.py")
     context = torch.multiprocessing.get_context("fork")
     processes = [context.Process(target=_asks, args=(rank, tmp_path / "store")) for rank in range(2)]
@@ -105,5 +105,5 @@ def test_a_program_that_is_one_process_says_so_once(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["evaluate", "predict", "compress", "export", "tune"])
-def test_each_other_program_asks_first(name):
+def test_each_other_program_rejects_torchrun(name):
     assert f'require_alone("{name}.py")' in (ROOT / f"{name}.py").read_text(encoding="utf-8")

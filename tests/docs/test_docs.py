@@ -52,11 +52,11 @@ PARSERS = {
 
 
 class Parsed(Exception):
-    """Raised where a benchmark has read its command line and would start to work."""
+    """Raised when a benchmark has read its command line and would start to work."""
 
 
 def commands(path: Path) -> list[str]:
-    """Every command of a page: the lines of its shell blocks, and what stands in backquotes and starts as one."""
+    """Every command of a page: the lines of its shell blocks, and code in backquotes that starts like a command."""
     text = path.read_text(encoding="utf-8")
     blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines()]
@@ -113,8 +113,10 @@ def parse_python(words: list[str], folder: Path, patch: pytest.MonkeyPatch) -> N
     if words[0] == "-c":
         ast.parse(words[1])
         return
-    words = [str(folder / "config.yaml") if word == "FILE" else word for word in words]  # some check that it is there
-    if "--plugins" in words:  # in a process of its own, since what it registers stays
+    words = [
+        str(folder / "config.yaml") if word == "FILE" else word for word in words
+    ]  # some programs check that it exists
+    if "--plugins" in words:  # in a separate process, because its registrations stay
         words = [str(plugin(folder)) if word == "my_rules.py" else word for word in words]
         assert in_a_fork(lambda: parse_program(words, folder, patch)) == (0, "")
     else:
@@ -122,7 +124,7 @@ def parse_python(words: list[str], folder: Path, patch: pytest.MonkeyPatch) -> N
 
 
 def plugin(folder: Path) -> Path:
-    """The plug-in that the page on extending shows, as a file."""
+    """The plug-in of the page on extending, as a file."""
     text = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
     [code] = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "# my_rules.py" in block]
     (folder / "my_rules.py").write_text(code, encoding="utf-8")
@@ -141,7 +143,7 @@ def parse_program(words: list[str], folder: Path, patch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """A folder that holds the configuration of a run, for --resume."""
+    """A folder with the configuration of a run, for --resume."""
     folder = tmp_path_factory.mktemp("run")
     write_config(parse_command_line([]).config, folder / "config.yaml")
     return folder
@@ -156,7 +158,7 @@ def test_every_command_is_parsed_by_the_program_that_it_names(page, run, monkeyp
         if program == "python":
             parse_python(rest, run, monkeypatch)
         elif program == "torchrun":
-            own = get_args_parser().parse_args(rest)  # torchrun's options, and what it starts
+            own = get_args_parser().parse_args(rest)  # torchrun's options and its script
             parse_python([own.training_script, *own.training_script_args], run, monkeypatch)
         elif program in ("sh", "bash"):
             assert subprocess.run([program, "-n", rest[0]], check=False).returncode == 0, command
@@ -169,7 +171,7 @@ def test_every_command_is_parsed_by_the_program_that_it_names(page, run, monkeyp
             assert program in TOOLS, command
 
 
-def test_commands_are_found_and_wrong_ones_are_noticed(tmp_path, run, monkeypatch, capsys):
+def test_commands_are_found_and_wrong_ones_are_rejected(tmp_path, run, monkeypatch, capsys):
     page = tmp_path / "page.md"
     page.write_text(
         "Run `python train.py --router.kind nosy`, or\n```bash\npip install x && pytest   # all\n\n# a note\n```\n"
@@ -242,7 +244,7 @@ def test_what_is_registered_has_a_row(page, names):
     tables = [block for block in (ROOT / "docs" / page).read_text(encoding="utf-8").split("\n\n") if block[0] == "|"]
     rows = [set(re.findall(r"^\| `([^`]+)`", table, re.MULTILINE)) for table in tables]
     best = max(rows, key=lambda found: len(found & names))
-    assert best == names  # a row for each, and none for what is gone
+    assert best == names  # one row for each, and none for removed ones
 
 
 def test_sections_are_those_of_the_configuration_and_necks_are_named():

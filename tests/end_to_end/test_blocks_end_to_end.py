@@ -1,4 +1,4 @@
-"""Experts inside the ViT, as a user has them: train, evaluate, predict, resume, and what is refused."""
+"""Experts inside the ViT from the user's view: train, evaluate, predict, resume, and rejected options."""
 
 import json
 
@@ -34,7 +34,7 @@ BLOCKS = [
 
 @pytest.fixture
 def call(monkeypatch, capsys, undrawn):
-    """Run a program's `main` with arguments; what it printed."""
+    """Run a program's `main` with arguments; returns its output."""
 
     def run(program, *arguments) -> str:
         monkeypatch.setattr("sys.argv", ["program", *map(str, arguments)])
@@ -45,7 +45,7 @@ def call(monkeypatch, capsys, undrawn):
 
 
 @pytest.mark.slow
-def test_a_run_is_trained_scored_asked_and_gone_on_with(tmp_path, call):
+def test_a_run_is_trained_evaluated_used_for_prediction_and_continued(tmp_path, call):
     run, picture = tmp_path / "run", tmp_path / "picture.png"
     assert "2 per token, in 2 blocks, by noisy_topk" in call(train, *BLOCKS, "--run_dir", run)
     results = json.loads((run / "evaluation" / "metrics.json").read_text())
@@ -65,7 +65,7 @@ def test_a_run_is_trained_scored_asked_and_gone_on_with(tmp_path, call):
     assert all(len(row) == 8 and set(row) <= {0, 1, 2, 3} for patches in image["patches"] for row in patches["experts"])
     assert (tmp_path / "out.png").is_file()
     assert (
-        predict.asked(load_trained(run, "auto"), 5)(picture)[0]["patches"] == image["patches"]
+        predict.answerer(load_trained(run, "auto"), 5)(picture)[0]["patches"] == image["patches"]
     )  # as the page shows it
 
     assert "epoch   3/3" in call(train, "--resume", run, "--train.epochs", "3")
@@ -82,13 +82,13 @@ def test_a_run_is_trained_scored_asked_and_gone_on_with(tmp_path, call):
         ("--balance.load 0.1 --router.kind switch --router.top_k 1", "balance.load needs noise"),
     ],
 )
-def test_what_does_not_fit_is_one_line(options, message):
+def test_unsuitable_options_are_reported_in_one_line(options, message):
     with pytest.raises(UserError, match=message) as raised:
         parse_command_line(["--config", "configs/digits_blocks.yaml", *options.split()])
     assert "\n" not in str(raised.value)
 
 
-def test_what_needs_blocks_says_so():
+def test_options_that_need_blocks_are_reported():
     for option in (["--router.level", "image"], ["--experts.blocks", "[1]"]):
         with pytest.raises(UserError, match=r"experts\.place blocks"):
             parse_command_line(["--config", "configs/digits.yaml", *option])

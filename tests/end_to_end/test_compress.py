@@ -1,4 +1,4 @@
-"""compress.py as a user runs it, on a run of digits: the smaller run is scored, asked and gone on with."""
+"""compress.py from the user's view, on a run of digits: the smaller run is evaluated, used and continued."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ from training.trainer import Trainer
 
 @pytest.fixture
 def call(monkeypatch, capsys, undrawn):
-    """Exit code, standard output and lines of standard error of a program; nothing is drawn, latencies are rough."""
+    """Exit code, standard output and lines of standard error of a program; no figures, and rough latencies."""
     monkeypatch.setattr("assembly.compressing.latency", lambda *found: latency(*found[:3], seconds=0.01))
     monkeypatch.chdir(ROOT)
 
@@ -33,7 +33,7 @@ def call(monkeypatch, capsys, undrawn):
 
 
 @pytest.mark.slow
-def test_a_run_without_an_expert_is_a_run(tiny_run, tmp_path, call):
+def test_a_pruned_run_is_an_ordinary_run(tiny_run, tmp_path, call):
     out = tmp_path / "pruned"
     code, shown, _ = call(compress, tiny_run, "--out", out, "--prune", "1")
     assert code == 0
@@ -44,7 +44,7 @@ def test_a_run_without_an_expert_is_a_run(tiny_run, tmp_path, call):
     results = json.loads((out / "evaluation" / "metrics.json").read_text())
     assert found["before"]["macro_f1_test"] == whole["macro_f1"]
     assert found["after"]["macro_f1_test"] == results["macro_f1"]
-    # What the evaluation of the whole run foretold.
+    # As predicted by the evaluation of the original run.
     change = whole["expert_worth"][1]["macro_f1_change"]
     assert results["macro_f1"] == pytest.approx(whole["macro_f1"] + change)
     before, after = found["before"], found["after"]
@@ -63,7 +63,7 @@ def test_a_run_without_an_expert_is_a_run(tiny_run, tmp_path, call):
 
 
 @pytest.mark.slow
-def test_a_run_in_eight_bits_is_a_run(tiny_run, tmp_path, call):
+def test_a_run_in_eight_bits_is_an_ordinary_run(tiny_run, tmp_path, call):
     out = tmp_path / "int8"
     words = ("--quantise", "int8", "--quantise.protect", "1", "--quantise.rows", "64", "--prune", "3")
     code, shown, _ = call(compress, tiny_run, "--out", out, *words)
@@ -75,7 +75,7 @@ def test_a_run_in_eight_bits_is_a_run(tiny_run, tmp_path, call):
     assert yaml.safe_load((out / "config.yaml").read_text())["experts"]["weights"] == ["int8", "float16", "int8"]
     results = json.loads((out / "evaluation" / "metrics.json").read_text())
     assert sum(row["bytes"] for row in results["expert_worth"]) == found["after"]["expert_bytes"]
-    assert results["cost"]["trained_parameters"] == found["after"]["trained_parameters"]  # scales are none
+    assert results["cost"]["trained_parameters"] == found["after"]["trained_parameters"]  # without scales
 
     before = load_trained(out).model.moe.experts
     assert before[0][0].parametrizations.weight.original0.dtype == torch.int8
@@ -93,7 +93,7 @@ def test_a_run_in_eight_bits_is_a_run(tiny_run, tmp_path, call):
 
 
 @pytest.mark.slow
-def test_a_run_with_merged_experts_is_a_run(tiny_run, tmp_path, call):
+def test_a_run_with_merged_experts_is_an_ordinary_run(tiny_run, tmp_path, call):
     out = tmp_path / "merged"
     code, shown, _ = call(compress, tiny_run, "--out", out, "--merge", "2", "--prune", "0")
     assert code == 0 and "merge        averaged: macro-F1" in shown
@@ -110,7 +110,7 @@ def test_a_run_with_merged_experts_is_a_run(tiny_run, tmp_path, call):
 
 
 @pytest.mark.slow
-def test_an_ensemble_teaches_a_dense_student_in_eight_bits(tiny_run, tmp_path, call):
+def test_an_ensemble_is_distilled_into_a_dense_student_in_eight_bits(tiny_run, tmp_path, call):
     out = tmp_path / "student"
     words = ("--distil", "dense", "--distil.epochs", "3", "--quantise", "int8", "--quantise.rows", "64")
     code, shown, _ = call(compress, tiny_run, tiny_run, "--out", out, *words)
@@ -126,7 +126,7 @@ def test_an_ensemble_teaches_a_dense_student_in_eight_bits(tiny_run, tmp_path, c
 
 
 @pytest.mark.slow
-def test_what_is_left_is_taught_on_after_an_interruption_too(tiny_run, tmp_path, call, monkeypatch):
+def test_an_interrupted_distillation_continues(tiny_run, tmp_path, call, monkeypatch):
     out, again = tmp_path / "taught", tmp_path / "interrupted"
     words = ("--prune", "0", "--distil", "sparse", "--distil.epochs", "2")
     code, shown, _ = call(compress, tiny_run, "--out", out, *words)
@@ -135,7 +135,7 @@ def test_what_is_left_is_taught_on_after_an_interruption_too(tiny_run, tmp_path,
     assert [row["done"] for row in found["experts"]] == [["removed"], ["taught"], ["taught"], ["taught"]]
     pruned = load_trained(tiny_run).model.moe.experts[1][0].weight
     taught = load_trained(out).model.moe.experts[0][0].weight
-    assert 0 < (taught - pruned).norm() < 0.5 * pruned.norm()  # from there, and a few steps on
+    assert 0 < (taught - pruned).norm() < 0.5 * pruned.norm()  # from there, after a few steps
     assert not (out / "teachers.json").exists()
 
     train_epoch = Trainer._train_epoch
@@ -152,7 +152,7 @@ def test_what_is_left_is_taught_on_after_an_interruption_too(tiny_run, tmp_path,
     kept = (again / "teachers.json").read_text()
     (again / "teachers.json").write_text(kept.replace(str(tiny_run), str(tmp_path / "gone")))
     code, _, lines = call(train, "--resume", again)
-    assert code == 2 and f"is taught by {tmp_path}/gone, which cannot be opened" in lines[-1]
+    assert code == 2 and f"is distilled from {tmp_path}/gone, which cannot be opened" in lines[-1]
     (again / "teachers.json").write_text(kept)
     code, shown, _ = call(train, "--resume", again)
     assert code == 0 and f"teachers     {tiny_run}" in shown and "epoch   2/2" in shown
@@ -167,7 +167,7 @@ def test_experts_in_eight_bits_are_not_trained_from_the_start(call, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_number_format_that_a_device_lacks_is_one_line(tiny_run, tmp_path, call, monkeypatch):
+def test_a_number_format_that_a_device_lacks_is_reported_in_one_line(tiny_run, tmp_path, call, monkeypatch):
     def lacks(*_):
         raise RuntimeError("no kernel for float8\non this device")
 
@@ -211,14 +211,14 @@ def test_a_number_format_that_a_device_lacks_is_one_line(tiny_run, tmp_path, cal
         ("--prune 1 --data.root nowhere --backbone.weights nowhere", "nowhere are missing"),
     ],
 )
-def test_what_cannot_be_done_is_one_line_and_writes_nothing(tiny_run, tmp_path, call, words, message):
+def test_impossible_requests_are_reported_in_one_line_and_write_nothing(tiny_run, tmp_path, call, words, message):
     out = tmp_path / "out"
     code, _, lines = call(compress, tiny_run, "--out", out, *words.split())
     assert code in (1, 2) and len(lines) == 1 and message in lines[0]
     assert not out.exists()
 
 
-def test_an_ensemble_has_one_data_set(tiny_run, tmp_path, call, monkeypatch):
+def test_an_ensemble_needs_one_dataset(tiny_run, tmp_path, call, monkeypatch):
     other = iter(range(9))
     monkeypatch.setattr("assembly.distilling._read", lambda opened: next(other))
     words = ("--out", tmp_path / "out", "--distil", "dense")
@@ -229,14 +229,14 @@ def test_an_ensemble_has_one_data_set(tiny_run, tmp_path, call, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_that_is_there_is_left_alone(tiny_run, tmp_path, call):
+def test_an_existing_folder_is_not_changed(tiny_run, tmp_path, call):
     (tmp_path / "mine").write_text("mine")
     code, _, lines = call(compress, tiny_run, "--out", tmp_path, "--prune", "1")
     assert code == 2 and len(lines) == 1 and f"--out {tmp_path} exists" in lines[0]
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
-def test_data_that_are_gone_are_one_line(tiny_run, tmp_path, call):
+def test_missing_data_is_reported_in_one_line(tiny_run, tmp_path, call):
     moved = tmp_path / "moved"
     shutil.copytree(tiny_run, moved)
     described = json.loads((moved / "model.json").read_text())

@@ -1,4 +1,4 @@
-"""train.py and evaluate.py as a user runs them: on digits with the bundled ViT, and on real data with a real one."""
+"""train.py and evaluate.py from the user's view: on digits with the bundled ViT, and on real data with a real ViT."""
 
 import json
 import shutil
@@ -38,7 +38,7 @@ WRITTEN = [
 
 @pytest.fixture(scope="module")
 def digits_run(tmp_path_factory):
-    """`python train.py --config configs/digits.yaml`, as the README says it."""
+    """`python train.py --config configs/digits.yaml`, as in the README."""
     folder = tmp_path_factory.mktemp("runs") / "digits"
     cache = folder.parent / "clearml"
     result = run_program(
@@ -96,7 +96,7 @@ def test_the_configuration_is_resolved_and_the_backbone_named(digits_run):
 
 
 @pytest.mark.slow
-def test_evaluate_rebuilds_the_model_from_the_run_alone(digits_run, tmp_path, monkeypatch, capsys, undrawn):
+def test_evaluate_rebuilds_the_model_only_from_the_run(digits_run, tmp_path, monkeypatch, capsys, undrawn):
     folder, _ = digits_run
     moved = tmp_path / "moved"
     shutil.copytree(folder, moved)
@@ -113,7 +113,7 @@ def test_evaluate_rebuilds_the_model_from_the_run_alone(digits_run, tmp_path, mo
     assert "macro-F1" in capsys.readouterr().out
 
 
-def test_mistakes_of_evaluate_are_one_line(tmp_path, monkeypatch, capsys):
+def test_mistakes_of_evaluate_are_reported_in_one_line(tmp_path, monkeypatch, capsys):
     for arguments, code, words in (
         ([tmp_path / "none"], 2, "is not a folder"),
         ([tmp_path], 1, "neither model.json nor"),
@@ -125,7 +125,7 @@ def test_mistakes_of_evaluate_are_one_line(tmp_path, monkeypatch, capsys):
         assert words in line and line.count("\n") == 1
 
 
-def test_missing_data_ends_in_one_line_and_leaves_no_run(tmp_path, monkeypatch, capsys):
+def test_missing_data_is_reported_in_one_line_and_leaves_no_run(tmp_path, monkeypatch, capsys):
     run_dir = tmp_path / "run"
     words = ["--data.root", tmp_path, "--data.download", "false", "--run_dir", run_dir, "--tracking", "none"]
     monkeypatch.setattr("sys.argv", ["train.py", *map(str, words)])

@@ -1,4 +1,4 @@
-"""Every number among the options of data, augmentation, backbone, features and training, at its extremes.
+"""Every numeric option of data, augmentation, backbone, features and training at its extremes.
 
 On 80 digits with the bundled ViT: the first epoch is trained and validated, or one line says what is wrong. The
 options of the head are in tests/training/test_extremes.py.
@@ -51,7 +51,7 @@ def cases():
 
 @pytest.fixture
 def attempt(tmp_path, monkeypatch):
-    """Train the first epoch with one option at a value: None, or the line that says why not."""
+    """Train the first epoch with one option at a value: None, or the line with the reason why that is impossible."""
     backbones = {}
 
     def cached(config, *arguments):
@@ -86,7 +86,7 @@ def attempt(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("option", "values"), list(cases()), ids=lambda value: value if isinstance(value, str) else "")
-def test_a_number_at_its_extremes_trains_or_is_refused_in_one_line(attempt, option, values):
+def test_a_number_at_its_extremes_trains_or_is_rejected_in_one_line(attempt, option, values):
     lines = {value: attempt(option, value) for value in values}
     for value, line in lines.items():
         assert line is None or ("\n" not in line and re.search(r"(data|augment|backbone|features|train)\.\w", line))

@@ -1,4 +1,4 @@
-"""A routing rule, a kind of expert, a loss, a data set and a figure from outside the project, in a run."""
+"""A routing rule, a kind of expert, a loss, a dataset and a figure from plug-ins, in a run."""
 
 import json
 
@@ -72,7 +72,7 @@ OPTIONS = (
 
 
 @pytest.mark.slow
-def test_a_run_with_a_rule_an_expert_a_loss_a_data_set_and_a_figure_from_outside(tmp_path, monkeypatch, capfd, undrawn):
+def test_a_run_with_a_rule_an_expert_a_loss_a_dataset_and_a_figure_from_plugins(tmp_path, monkeypatch, capfd, undrawn):
     monkeypatch.chdir(ROOT)
     plugin, run, picture = tmp_path / "toys.py", tmp_path / "run", tmp_path / "red.png"
     plugin.write_text(PLUGIN)

@@ -1,4 +1,4 @@
-"""Runs that start from another run: through the programs, resumed, and what cannot be."""
+"""Runs that start from another run: through the programs, resumed, and impossible ones."""
 
 import json
 from types import SimpleNamespace
@@ -40,7 +40,7 @@ def start(monkeypatch, undrawn):
     return run
 
 
-def test_the_configuration_is_that_of_the_run_but_for_what_is_its_own(tiny_run):
+def test_the_configuration_is_that_of_the_run_except_for_its_own_options(tiny_run):
     config = parse_command_line(options(tiny_run, "--train.epochs", "3", "--freeze", "router,experts")).config
     theirs = parse_command_line(["--config", str(tiny_run / "config.yaml")]).config
     ours, before = flatten(config.to_dict()), flatten(theirs.to_dict())
@@ -52,7 +52,7 @@ def test_the_configuration_is_that_of_the_run_but_for_what_is_its_own(tiny_run):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_from_another_one(tiny_run, tmp_path, start, capsys):
+def test_a_run_starts_from_another_one(tiny_run, tmp_path, start, capsys):
     words = ["--freeze", "router,experts", "--optim.lr_of", "[head:0.5]", "--data.max_classes", "7"]
     words += ["--balance.old_gate", "1"]
     start(*options(tiny_run, *words, "--train.epochs", "2", "--run_dir", tmp_path / "run"))
@@ -66,7 +66,7 @@ def test_a_run_goes_on_from_another_one(tiny_run, tmp_path, start, capsys):
     assert len(frozen) > 8 and all(torch.equal(new[name], old[name]) for name in frozen)
     taken = describe(RunFolder(tmp_path / "run"))["init"]
     assert taken["run"] == str(tiny_run) and taken["classes"] == [str(digit) for digit in range(7)]
-    # Resumed, the frozen parts are still frozen, whether the first run is there or not.
+    # After resuming, the frozen parts are still frozen, whether the first run exists or not.
     start("--resume", tmp_path / "run", "--train.epochs", "3", "--tracking", "none")
     again = load_weights_of(RunFolder(tmp_path / "run"))
     assert all(torch.equal(again[name], old[name]) for name in frozen)
@@ -96,14 +96,14 @@ def test_a_run_goes_on_from_another_one(tiny_run, tmp_path, start, capsys):
         (["--train.dense_twin", "true"], "other weights than the run that init names"),
     ],
 )
-def test_what_does_not_fit_is_one_line(tiny_run, words, message, start, tmp_path):
+def test_unsuitable_options_are_reported_in_one_line(tiny_run, words, message, start, tmp_path):
     words = [str(tiny_run) if word == "RUN" else word for word in words]
     with pytest.raises(UserError, match=message) as raised:
         start(*options(tiny_run, *words, "--run_dir", tmp_path / "run"))
     assert "\n" not in str(raised.value) and not (tmp_path / "run").exists()
 
 
-def test_what_is_made_of_a_run_needs_no_other_run_but_for_old_images(tiny_run):
+def test_an_initialised_run_needs_no_other_run_except_for_old_images(tiny_run):
     config = parse_command_line(options(tiny_run, "--balance.old_gate", "2", "--freeze", "experts")).config
     alone = config.alone()
     assert (alone.init, alone.freeze, alone.balance.old_gate) == (None, [], 0.0) and alone.balance.switch > 0
@@ -111,7 +111,7 @@ def test_what_is_made_of_a_run_needs_no_other_run_but_for_old_images(tiny_run):
     assert (replaying.init, replaying.replay) == (tiny_run, 3)
 
 
-def test_a_folder_that_is_no_run_and_parts_without_one(tmp_path):
+def test_a_folder_that_is_not_a_run_and_frozen_parts_without_a_run(tmp_path):
     with pytest.raises(UserError, match="is not a run"):
         parse_command_line(options(tmp_path))
     with pytest.raises(UserError, match="name it with --init"):
@@ -121,7 +121,7 @@ def test_a_folder_that_is_no_run_and_parts_without_one(tmp_path):
 
 
 @pytest.mark.slow
-def test_new_experts_beside_those_of_a_run(tiny_run, tmp_path, start, capsys):
+def test_new_experts_are_added_to_those_of_a_run(tiny_run, tmp_path, start, capsys):
     words = ["--experts.add", "[[8],[4]]", "--freeze", "router,experts", "--router.warmup_steps", "3"]
     start(*options(tiny_run, *words, "--train.epochs", "3", "--run_dir", tmp_path / "run"))
     said = capsys.readouterr().out
@@ -131,7 +131,7 @@ def test_new_experts_beside_those_of_a_run(tiny_run, tmp_path, start, capsys):
     old, new = (load_weights_of(RunFolder(path)) for path in (tiny_run, tmp_path / "run"))
     assert torch.equal(new["moe.router.gate.weight"][:4], old["moe.router.gate.weight"])
     assert new["moe.router.gate.weight"][4:].any()
-    # A run that starts from that one, with experts once more; its configuration, read back, adds none again.
+    # A run that starts from that one, with more new experts; its configuration, read back, adds none again.
     again = parse_command_line(options(tmp_path / "run", "--experts.add", "[[2]]")).config
     assert again.experts.grown == [4, 6] and len(again.experts.sizes) == 7
     same = parse_command_line(["--config", str(tmp_path / "run/config.yaml"), "--init", str(tiny_run)]).config
@@ -160,7 +160,7 @@ def test_new_experts_need_a_run():
 
 
 @pytest.mark.slow
-def test_old_images_beside_new_ones(tiny_run, tmp_path, start, capsys):
+def test_old_images_are_replayed_with_new_ones(tiny_run, tmp_path, start, capsys):
     from PIL import Image
 
     for name, grey in (("white", 230), ("black", 20), ("3", 120)):  # a class of the run among them

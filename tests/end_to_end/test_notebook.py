@@ -1,4 +1,4 @@
-"""The notebook: runs from top to bottom, shows what it promises, and is committed with the outputs of a real run."""
+"""The notebook: it runs from top to bottom, shows its results, and is committed with the outputs of a real run."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def images(notebook) -> int:
 
 
 def client_of(notebook) -> NotebookClient:
-    """What runs it; a cell takes seconds, and gets minutes on a busy machine."""
+    """A client that runs the notebook; a cell takes seconds, and has minutes on a busy machine."""
     where = {"metadata": {"path": str(NOTEBOOK.parent)}}
     return NotebookClient(notebook, timeout=600, startup_timeout=600, resources=where)
 
@@ -60,7 +60,7 @@ def test_it_runs_on_a_run_and_agrees_with_its_evaluation(executed, tiny_run):
 
 
 @pytest.mark.slow
-def test_with_experts_inside_the_vit_it_shows_patches_and_what_the_run_starts_from(tmp_path, monkeypatch, undrawn):
+def test_with_experts_inside_the_vit_it_shows_patches_and_the_initial_run(tmp_path, monkeypatch, undrawn):
     run, more = tmp_path / "run", tmp_path / "more"
     options = ["--data.max_per_class", "13", "--experts.blocks", "[0,1]", "--backbone.features", "[cls:1,mean:1]"]
     options += ["--train.epochs", "1", "--train.batch_size", "16", "--router.warmup_steps", "1", "--tracking", "none"]
@@ -78,11 +78,11 @@ def test_with_experts_inside_the_vit_it_shows_patches_and_what_the_run_starts_fr
     assert "the expert with the largest gate weight for each patch" in shown
     assert "block  0: specialisation " in shown and "block  1: specialisation " in shown
     (cell,) = [cell for cell in notebook.cells if cell.source.startswith('show("patch_maps"')]
-    assert images(nbformat.from_dict({"cells": [cell]})) == 4  # what each expert is worth in a block takes a GPU
+    assert images(nbformat.from_dict({"cells": [cell]})) == 4  # the ablation in single blocks needs a GPU
 
 
 @pytest.mark.slow
-def test_a_run_that_was_interrupted_ends_in_one_line(tmp_path):
+def test_an_interrupted_run_is_reported_in_one_line(tmp_path):
     (tmp_path / "config.yaml").write_text("{}")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     client = client_of(notebook)

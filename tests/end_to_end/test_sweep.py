@@ -1,4 +1,4 @@
-"""configs/sweep.sh: six valid runs that differ in what they say they do, and none twice."""
+"""configs/sweep.sh: six valid runs that differ in the stated options, without duplicates."""
 
 import shutil
 import subprocess

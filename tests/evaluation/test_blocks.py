@@ -1,4 +1,4 @@
-"""evaluate() with experts inside the ViT: single blocks, what each expert is worth there, and patch maps."""
+"""evaluate() with experts inside the ViT: single blocks, the contribution of each expert there, and patch maps."""
 
 import json
 
@@ -16,7 +16,8 @@ from evaluation.blocks import hardly_used, patch_grid, without_each_in_one_block
 from evaluation.evaluation import evaluate
 from evaluation.figures import FIGURES, Evaluated
 from evaluation.predict import predict
-from evaluation.report import _block_table, _headline
+from evaluation.report import _headline
+from evaluation.report_tables import _block_table
 from evaluation.reporting import _report_blocks
 from features.images import ImageBank
 from model.experts import ExpertsConfig
@@ -57,7 +58,7 @@ def evaluated(tmp_path_factory):
     lines = [{"step": 5 * t, "epoch": t, **shares} for t in (1, 2)]
     run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     model, images = spread(moe_vit()).eval(), bank()
-    with pytest.MonkeyPatch.context() as patch:  # laying out and compressing takes most of the time
+    with pytest.MonkeyPatch.context() as patch:  # layout and compression take most of the time
         without_drawing(patch)
         early: list[str] = []
         scored = lambda found: early.append(json.dumps(found) * run.results.exists())  # noqa: E731
@@ -67,7 +68,7 @@ def evaluated(tmp_path_factory):
         return run, results, model, images
 
 
-def test_each_block_has_its_shares_and_the_one_that_tells_most_about_the_class_is_named(evaluated):
+def test_each_block_has_its_shares_and_the_most_specialised_one_is_named(evaluated):
     run, results, _, _ = evaluated
     assert json.loads(run.results.read_text(encoding="utf-8")) == results
     rows = results["blocks"]
@@ -80,7 +81,7 @@ def test_each_block_has_its_shares_and_the_one_that_tells_most_about_the_class_i
     assert results["specialisation"] == rows[int(np.argmax(gains))]["specialisation"]
 
 
-def test_the_gate_is_as_sure_as_it_is_of_a_mean_token(evaluated):
+def test_the_certainty_of_the_gate_is_the_mean_over_tokens(evaluated):
     _, results, model, images = evaluated
     with torch.no_grad():
         _, routings = model(images.splits.test.images_NCHW)
@@ -89,7 +90,7 @@ def test_the_gate_is_as_sure_as_it_is_of_a_mean_token(evaluated):
     assert results["gate"]["boundary_share"] is None and "near the boundary" not in dict(_cards(results))
 
 
-def test_what_an_expert_is_worth_in_one_block_agrees_with_asking_the_model_without_it(evaluated):
+def test_ablation_in_one_block_equals_the_model_without_the_expert(evaluated):
     _, results, model, images = evaluated
     pixels, labels = images.splits.test.images_NCHW[:16], images.splits.test.labels_N[:16].numpy()  # whole batches
     with torch.no_grad():
@@ -103,14 +104,14 @@ def test_what_an_expert_is_worth_in_one_block_agrees_with_asking_the_model_witho
             worth = results["blocks"][block]["expert_worth"]
             assert worth["macro_f1_change"][expert] == pytest.approx(after - before) and worth["images"] == 16
     changes = [row["expert_worth"]["answers_changed"] for row in results["blocks"]]
-    assert np.max(changes) > 0  # it does make a difference
+    assert np.max(changes) > 0  # it makes a difference
 
 
-def test_more_images_than_there_are_are_all_of_them():
+def test_too_many_requested_images_mean_all_images():
     assert without_each_in_one_block(spread(moe_vit()).eval(), bank(test_images=10), "test", 999).shape == (3, 3, 10)
 
 
-def test_figures_of_blocks_are_drawn_and_say_which_block(evaluated):
+def test_figures_of_blocks_are_drawn_and_name_the_block(evaluated):
     run, results, model, images = evaluated
     drawn = {path.stem for path in run.figures.iterdir()}
     assert {
@@ -144,7 +145,7 @@ def test_a_patch_map_shows_what_the_gate_chose(evaluated):
         assert found.first_MLT[0, place, -rows * columns :].tolist() == expected
 
 
-def test_an_image_that_decides_for_all_its_patches_has_no_map(tmp_path):
+def test_routing_by_image_has_no_patch_map(tmp_path):
     model, images = spread(moe_vit(level="image")).eval(), bank()
     material = Evaluated(RunFolder(tmp_path), config(), model, images, predict(model, images, "test"), {})
     assert FIGURES["patch_maps"].draw(material) is None and FIGURES["patch_positions"].draw(material) is None
@@ -170,7 +171,7 @@ def test_the_page_and_clearml_have_a_row_for_each_block(evaluated):
     assert "macro-F1 without the expert, by block" in shown and "specialisation by block" in shown
 
 
-def test_an_expert_that_single_blocks_hardly_use_is_said_with_the_blocks():
+def test_an_expert_hardly_used_in_single_blocks_is_reported_with_the_blocks():
     rows = [{"block": block, "expert_underused": [False, block > 2, block == 5]} for block in (1, 3, 5)]
     results = {"expert_underused": [False, True, False], "blocks": rows}
     below = "below 1 % of the load in block"
@@ -178,7 +179,7 @@ def test_an_expert_that_single_blocks_hardly_use_is_said_with_the_blocks():
     assert hardly_used({"expert_underused": [False, True]}) == ["", "below 1 % of the load"]
 
 
-def test_on_a_cpu_single_blocks_are_not_asked_unless_told_to(tmp_path, monkeypatch):
+def test_on_a_cpu_single_blocks_are_ablated_only_on_request(tmp_path, monkeypatch):
     monkeypatch.setattr("evaluation.figures.draw", lambda *_: [])  # drawn above
     results = evaluate(RunFolder(tmp_path), config(), spread(moe_vit()).eval(), bank(test_images=10))
     assert "expert_worth" not in results["blocks"][0] and "macro_f1_change" in results["expert_worth"][0]

@@ -1,4 +1,4 @@
-"""evaluate.py --compare, and what evaluate.py says of a run that it cannot use."""
+"""evaluate.py --compare, and the errors of evaluate.py for unusable runs."""
 
 import json
 import sys
@@ -40,7 +40,7 @@ def call(monkeypatch, capsys, tmp_path):
 
 @pytest.fixture
 def server(monkeypatch):
-    """The ClearML side, replaced: a dict of task id -> what fetch_run returns or raises."""
+    """A replacement for ClearML: a dict of task id -> what fetch_run returns or raises."""
     tasks = {}
 
     def fetch_run(task_id):
@@ -55,7 +55,7 @@ def server(monkeypatch):
 
 
 def cells(text, first):
-    """The cells of the line of the printed table that begins so."""
+    """The cells of the line of the printed table with this start."""
     line = next(line for line in text.splitlines() if line.startswith(first))
     return line.removeprefix(first).split()
 
@@ -82,7 +82,7 @@ def test_two_runs_side_by_side(call, tmp_path):
         image.verify()
 
 
-def test_cost_load_and_state_stand_beside_the_scores(call, tmp_path):
+def test_cost_load_and_state_are_shown_with_the_scores(call, tmp_path):
     cost = {"trained_parameters": 937748, "flops": 4.87e8, "training_seconds": 67.0, "kept_epoch": 2, "epochs": 2}
     a = write_run(tmp_path / "a", METRICS | {"cost": cost, "expert_load": [0.26, 0.74]})
     b = write_run(tmp_path / "b")
@@ -99,7 +99,7 @@ def test_cost_load_and_state_stand_beside_the_scores(call, tmp_path):
     assert "Peak memory: of the GPU" in (tmp_path / "comparison" / "comparison.md").read_text(encoding="utf-8")
 
 
-def test_runs_that_are_not_scored_yet_stand_beside_those_that_are(call, tmp_path):
+def test_unscored_runs_are_compared_with_scored_ones(call, tmp_path):
     runs = [write_run(tmp_path / name) for name in "abc"]
     for run, epochs in zip(runs[1:], (2, 3), strict=True):
         (run / "evaluation" / "metrics.json").unlink()
@@ -112,7 +112,7 @@ def test_runs_that_are_not_scored_yet_stand_beside_those_that_are(call, tmp_path
     assert cells(out, "macro-F1") == ["50.00", "%", "–", "–"]
 
 
-def test_many_runs_have_a_row_each_and_one_name_for_each(call, tmp_path):
+def test_many_runs_have_one_row_each_and_unique_names(call, tmp_path):
     runs = [write_run(tmp_path / str(i % 2) / f"run {i // 2}", train={"epochs": 3, "seed": i}) for i in range(8)]
     code, _, err = call("--compare", *runs, "--out", "/proc/out")
     assert code == 1 and "--out /proc/out/comparison.json cannot be created in /proc" in err
@@ -125,14 +125,14 @@ def test_many_runs_have_a_row_each_and_one_name_for_each(call, tmp_path):
     assert (tmp_path / "new" / "out" / "comparison.png").is_file() and not (tmp_path / "comparison").exists()
 
 
-def test_names_that_mean_something_to_markdown_are_escaped(call, tmp_path):
+def test_names_with_markdown_characters_are_escaped(call, tmp_path):
     a, b = write_run(tmp_path / "a|b_<i>"), write_run(tmp_path / "`c`")
     assert call("--compare", a, b)[0] == 0
     markdown = (tmp_path / "comparison" / "comparison.md").read_text()
     assert r"|  | a\|b\_\<i\> | \`c\` |" in markdown
 
 
-def test_a_task_of_clearml_beside_a_run(call, tmp_path, server):
+def test_a_clearml_task_is_compared_with_a_run(call, tmp_path, server):
     a = write_run(tmp_path / "a")
     server[TASK] = {"name": "task", "config": {"train": {"epochs": "3", "seed": 7}}, "metrics": {"macro_f1": 0.25}}
     code, out, _ = call("--compare", a, TASK)
@@ -140,13 +140,13 @@ def test_a_task_of_clearml_beside_a_run(call, tmp_path, server):
     assert cells(out, "macro-F1") == ["50.00", "%", "25.00", "%"]
     assert cells(out, "accuracy") == ["60.00", "%", "–"]
     assert cells(out, "train.seed") == ["0", "7"]
-    assert "train.epochs" not in out  # a server gives back text
+    assert "train.epochs" not in out  # a server returns text
     server[TASK]["state"] = "unfinished: the task is in progress"
     code, out, _ = call("--compare", a, TASK)
     assert (code, cells(out, "state")) == (0, ["finished", "unfinished:", "the", "task", "is", "in", "progress"])
 
 
-def test_what_the_server_refuses_is_one_line(call, tmp_path, server):
+def test_a_rejection_by_the_server_is_reported_in_one_line(call, tmp_path, server):
     server[TASK] = EnvironmentFault(f"task {TASK} cannot be read: the server does not answer")
     code, _, err = call("--compare", write_run(tmp_path / "a"), TASK)
     assert (code, err.count("\n")) == (1, 1)
@@ -160,7 +160,7 @@ def test_a_run_without_a_score_and_one_with_infinite_loss(tmp_path):
     assert run.figures == {"accuracy": 0.1}
 
 
-def test_differences_keep_to_what_a_run_is():
+def test_differences_cover_only_the_configuration():
     runs = [
         Compared("a", "a", {"device": "cpu", "data.root": "/x", "x": [1, 2], "y": None}, {}),
         Compared("b", "b", {"device": "cuda", "data.root": "/y", "x": [1, 3], "y": None, "z": 1}, {}),
@@ -169,7 +169,7 @@ def test_differences_keep_to_what_a_run_is():
 
 
 @pytest.mark.parametrize("blocked", ["comparison.json", "comparison.png"])
-def test_a_file_that_cannot_be_written_is_one_line(call, tmp_path, blocked):
+def test_a_file_that_cannot_be_written_is_reported_in_one_line(call, tmp_path, blocked):
     (tmp_path / "out" / blocked).mkdir(parents=True)
     code, _, err = call("--compare", write_run(tmp_path / "a"), write_run(tmp_path / "b"), "--out", tmp_path / "out")
     assert (code, err.count("\n")) == (1, 1)
@@ -202,7 +202,7 @@ def nameless(tmp_path):
         (lambda path: TASK[:-1], "neither the folder of a run nor the id"),
     ],
 )
-def test_what_cannot_be_compared_is_one_line(call, tmp_path, bad, words):
+def test_sources_that_cannot_be_compared_are_reported_in_one_line(call, tmp_path, bad, words):
     code, _, err = call("--compare", write_run(tmp_path / "good"), bad(tmp_path))
     assert (code, err.count("\n")) == (2, 1)
     assert words in err
@@ -210,7 +210,7 @@ def test_what_cannot_be_compared_is_one_line(call, tmp_path, bad, words):
 
 
 @pytest.mark.parametrize("words", [["--latency"], ["--data.root", "x"], ["--worth_images", "8"]])
-def test_options_of_one_run_are_refused_beside_compare(call, tmp_path, words):
+def test_options_of_a_single_run_are_rejected_with_compare(call, tmp_path, words):
     code, _, err = call(*words, "--compare", write_run(tmp_path / "a"), write_run(tmp_path / "b"))
     assert (code, err.count("\n")) == (2, 1)
     assert f"{words[0]} is for evaluating a RUN, not for --compare" in err
@@ -233,7 +233,7 @@ def test_the_command_line_is_explained_in_one_screen(call):
 
 
 def describe(path, **changes):
-    """A folder with a model.json that says what the defaults on digits are, but for these changes."""
+    """A folder with a model.json with the defaults on digits, except for these changes."""
     config = Config().to_dict()
     config["data"]["name"] = "digits"
     for key, value in changes.pop("config", {}).items():
@@ -272,7 +272,7 @@ def checkpoint_of_another_version(path):
         (lambda path: (path / "model.json").write_text("{"), "not readable JSON"),
     ],
 )
-def test_a_run_that_cannot_be_scored_is_one_line(call, tmp_path, prepare, words):
+def test_a_run_that_cannot_be_scored_is_reported_in_one_line(call, tmp_path, prepare, words):
     prepare(tmp_path)
     code, _, err = call(tmp_path)
     assert (code, err.count("\n")) == (1, 1), err

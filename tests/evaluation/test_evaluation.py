@@ -1,4 +1,4 @@
-"""evaluate() on a small synthetic run: the numbers, the files, the page, and what each expert is worth."""
+"""evaluate() on a small synthetic run: the numbers, the files, the page, and the contribution of each expert."""
 
 import copy
 import json
@@ -16,10 +16,10 @@ from sklearn.metrics import f1_score
 
 from evaluation.evaluation import evaluate, table
 from evaluation.predict import predict
-from evaluation.report import _expert_table, _spread
+from evaluation.report_tables import _expert_table, _spread
 from storage.folder import RunFolder
 
-# What other programs read; names may be added, not changed.
+# Read by other programs; names may be added, but not changed.
 KEYS = {"accuracy", "macro_f1", "loss", "images", "entropy", "cv", "specialisation", "class_names", "per_class"}
 
 KEYS |= {"experts", "expert_load", "expert_importance", "expert_accuracy", "expert_samples", "expert_by_class"}
@@ -60,7 +60,7 @@ def test_the_numbers_are_complete_and_valid_json(evaluated):
     assert results["environment"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
 
 
-def test_every_figure_is_written_and_whole(evaluated):
+def test_every_figure_is_written_completely(evaluated):
     run, *_ = evaluated
     assert sorted(path.stem for path in run.figures.iterdir()) == sorted(FIGURES)
     for path in run.figures.iterdir():
@@ -68,7 +68,7 @@ def test_every_figure_is_written_and_whole(evaluated):
             image.verify()
 
 
-def test_what_an_expert_is_worth_agrees_with_asking_the_model_sample_by_sample(evaluated):
+def test_ablation_equals_the_model_sample_by_sample(evaluated):
     _, results, model, bank = evaluated
     predictions = predict(model, bank, "test", removals=True)
     features, labels = next(bank.batches("test", 120))
@@ -83,10 +83,10 @@ def test_what_an_expert_is_worth_agrees_with_asking_the_model_sample_by_sample(e
             assert row["accuracy_change"] == pytest.approx(
                 (answers == labels).double().mean().item() - results["accuracy"]
             )
-    assert len({tuple(row) for row in predictions.removals.predicted_EN.tolist()}) > 1  # it does make a difference
+    assert len({tuple(row) for row in predictions.removals.predicted_EN.tolist()}) > 1  # it makes a difference
 
 
-def test_who_takes_over_and_what_it_saves(evaluated):
+def test_reassigned_samples_and_saved_cost(evaluated):
     _, results, *_ = evaluated
     # Of three experts a sample has two, so without one of them it has the other two.
     for expert, row in enumerate(results["expert_worth"]):
@@ -102,7 +102,7 @@ def test_who_takes_over_and_what_it_saves(evaluated):
     assert (first["parameters"], first["bytes"], first["flops"]) == (196 + 8 + 30, 4 * 234, 2 * (48 * 4 + 4 * 6))
 
 
-def test_the_closing_table_says_which_way_a_change_goes_and_sets_scores_off_from_names(evaluated):
+def test_the_final_table_shows_the_sign_of_a_change_and_separates_scores_from_names(evaluated):
     run, results = evaluated[0], copy.deepcopy(evaluated[1])
     for expert, row in enumerate(results["expert_worth"]):
         row["macro_f1_change"] = -0.01 * expert
@@ -117,7 +117,7 @@ def test_the_closing_table_says_which_way_a_change_goes_and_sets_scores_off_from
     assert "<th>macro-F1 change</th>" in run.report.read_text()
 
 
-def test_an_expert_that_is_hardly_used_is_marked_in_the_closing_table_and_on_the_page(evaluated, tmp_path, monkeypatch):
+def test_an_expert_that_is_hardly_used_is_marked_in_the_final_table_and_the_report(evaluated, tmp_path, monkeypatch):
     results, run = copy.deepcopy(evaluated[1]), RunFolder(tmp_path)
     assert results["expert_underused"] == [False, False, False] and "!" not in table(results)
     config, model, bank, _ = build()
@@ -132,7 +132,7 @@ def test_an_expert_that_is_hardly_used_is_marked_in_the_closing_table_and_on_the
     assert "0 · 4, hardly used: below 1 % of the load" in run.report.read_text(encoding="utf-8")
 
 
-def test_an_experts_own_classes_are_those_of_which_it_has_most_weight(evaluated):
+def test_an_experts_main_classes_are_those_with_its_largest_share_of_weight(evaluated):
     results = copy.deepcopy(evaluated[1])
     results["class_names"], results["experts"] = ["a", "b"], ["0", "1"]
     results["expert_by_class"], results["expert_by_class_weight"] = [[0.5, 0.5]] * 2, [[0.0, 1.0], [0.25, 0.75]]
@@ -145,7 +145,7 @@ VOID = {"meta", "img", "br", "link", "hr", "input"}
 
 
 class Page(HTMLParser):
-    """Collects tags, references and text, and checks that what is opened is closed."""
+    """Collects tags, references and text, and checks that every opened tag is closed."""
 
     def __init__(self, text):
         super().__init__()
@@ -166,7 +166,7 @@ class Page(HTMLParser):
         self.text += data
 
 
-def test_the_page_stands_alone_and_is_escaped(evaluated):
+def test_the_page_is_self_contained_and_escaped(evaluated):
     run, results, *_ = evaluated
     source = run.report.read_text(encoding="utf-8")
     page = Page(source)
@@ -181,7 +181,7 @@ def test_the_page_stands_alone_and_is_escaped(evaluated):
 
 
 def browser():
-    """A browser that runs without a screen, or None. BROWSER names one that is not on the PATH."""
+    """A headless browser, or None. BROWSER names one that is not on the PATH."""
     names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
     return next(filter(None, map(shutil.which, [os.environ.get("BROWSER", ""), *names])), None)
 
@@ -189,7 +189,7 @@ def browser():
 @pytest.mark.skipif(browser() is None, reason="no Chromium or Chrome on the PATH to open report.html with")
 def test_the_page_opens_in_a_real_browser(evaluated, tmp_path):
     run, *_ = evaluated
-    # What a browser knows that no parser does: whether the pictures decode and the page fits its window.
+    # Only a browser can check whether the images decode and the page fits its window.
     probe = """<script>addEventListener("load", () => { document.title = JSON.stringify({
         pictures: [...document.images].filter(image => image.naturalWidth > 100).length,
         tables: document.querySelectorAll("td").length, errors: window.errors,

@@ -1,4 +1,4 @@
-"""evaluate() at its edges: one expert, one image, experts without samples, one pass of the backbone."""
+"""Edge cases of evaluate(): one expert, one image, experts without samples, one pass of the backbone."""
 
 import json
 
@@ -31,7 +31,7 @@ def test_the_star_is_at_the_epoch_of_the_exported_weights(tmp_path, monkeypatch)
     assert label() == "kept epoch, 2: 0.3"
 
 
-def test_clearml_leaves_out_what_an_expert_without_samples_or_a_class_without_images_has_not():
+def test_clearml_leaves_out_missing_values_of_experts_and_classes():
     class Recorder:
         def __getattr__(self, name):
             return lambda title, series, *values: shown.update({(title, series): values})
@@ -75,7 +75,7 @@ def test_a_test_set_of_one_image_has_a_page_too(tmp_path, monkeypatch):
     assert (tmp_path / "evaluation" / "report.html").is_file()
 
 
-def test_as_many_choices_as_experts_leaves_fewer_when_one_is_removed():
+def test_with_as_many_choices_as_experts_a_removal_leaves_fewer_choices():
     _, model, bank, _ = build(sizes=((4,), (8,)), top_k=2)
     removals = predict(model, bank, "test", removals=True).removals
     assert removals.before_EE.tolist() == [[120, 120], [120, 120]]

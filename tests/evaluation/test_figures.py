@@ -1,4 +1,4 @@
-"""The registry of figures: a file of one's own adds a figure to the folder, the page and ClearML."""
+"""The registry of figures: a user's file adds a figure to the folder, the page and ClearML."""
 
 import matplotlib.figure
 import pytest
@@ -20,7 +20,7 @@ def evaluated(run=None):
     return Evaluated(run, None, None, None, None, {"experts": ["0 · 4"]})
 
 
-def test_every_figure_has_a_caption_that_is_a_sentence_and_a_place_of_its_own():
+def test_every_figure_has_a_caption_that_is_a_sentence_and_a_unique_place():
     assert len({figure.place for figure in FIGURES.values()}) == len(FIGURES)
     for figure in FIGURES.values():
         assert figure.caption[0].isupper() and figure.caption.endswith("."), figure.name
@@ -45,7 +45,7 @@ def test_figures_are_written_in_the_order_of_their_places_if_there_is_something_
             image.verify()
 
 
-def test_a_figure_from_outside_that_fails_costs_one_line(registry, capsys):
+def test_a_failing_plugin_figure_gives_one_warning(registry, capsys):
     register("mine", "Mine.")(lambda evaluated: 1 / 0)
     assert figures.draw(evaluated()) == []
     assert capsys.readouterr().err == (
@@ -53,7 +53,7 @@ def test_a_figure_from_outside_that_fails_costs_one_line(registry, capsys):
     )
 
 
-def test_a_name_that_is_taken_or_no_file_name_is_refused(registry):
+def test_a_taken_or_invalid_name_is_rejected(registry):
     register("mine", "Mine.")(lambda evaluated: None)
     with pytest.raises(ValueError, match="figure 'mine' is registered twice: by test_figures first"):
         register("mine", "Another.")

@@ -1,15 +1,15 @@
-"""Latency: measured where it is asked for, and on copies that compute the same on a CPU."""
+"""Latency: measured on request, and on equivalent copies on a CPU."""
 
 import torch
 from block_helpers import images, moe_vit, spread, tiny_vit
 
 from evaluation.latency import latencies, on_cpu, typical_seconds
-from evaluation.report import _cost_table
+from evaluation.report_tables import _cost_table
 from evaluation.run_cost import NAMES
 from model.backbone import Backbone
 
 
-def test_on_a_cpu_it_is_measured_when_it_is_asked_for():
+def test_on_a_cpu_it_is_measured_on_request():
     model = spread(moe_vit()).eval()
     found = latencies(model, model.backbone, images(3), seconds=0)
     assert set(found) <= set(NAMES) and list(found.values()) == [None] * 4
@@ -18,7 +18,7 @@ def test_on_a_cpu_it_is_measured_when_it_is_asked_for():
     assert found["latency_cpu_1"] > 0 < found["latency_cpu_256"]
 
 
-def test_what_other_work_adds_is_left_out(monkeypatch):
+def test_time_of_other_work_is_not_counted(monkeypatch):
     """Calls of one second, to which other work adds eight in half of them; and one that is too slow to repeat."""
     clock = [0.0]
     monkeypatch.setattr("evaluation.latency.time.perf_counter", lambda: clock[0])
@@ -34,7 +34,7 @@ def test_what_other_work_adds_is_left_out(monkeypatch):
 
 
 @torch.no_grad()
-def test_a_copy_for_the_cpu_computes_in_float32_and_leaves_the_model_alone():
+def test_a_copy_for_the_cpu_computes_in_float32_and_does_not_change_the_model():
     model = spread(moe_vit()).eval()
     expected, _ = model(images())
     half = model.on(Backbone(tiny_vit(), ["mean:1", "mean:2"], torch.bfloat16))
@@ -44,7 +44,7 @@ def test_a_copy_for_the_cpu_computes_in_float32_and_leaves_the_model_alone():
     assert not torch.equal(half(images())[0], expected)
 
 
-def test_the_report_lays_a_dense_twin_beside_the_run():
+def test_the_report_compares_a_run_with_its_dense_twin():
     cost = dict.fromkeys(NAMES) | {"flops": 2e9, "latency_gpu_1": 0.002}
     beside = {"name": "twin", "cost": {"flops": 1e9, "memory_bytes": 2**20}}
     table = _cost_table({"cost": cost, "dense_twin": {"beside": beside}})

@@ -1,4 +1,4 @@
-"""Scores of predictions, beside scikit-learn's."""
+"""Scores of predictions, compared with scikit-learn."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The page of predict.py --serve: it says what --json says, to this machine alone."""
+"""The page of predict.py --serve: it shows the same as --json, only on this machine."""
 
 import errno
 import json
@@ -37,17 +37,17 @@ def run(monkeypatch, capsys, *words):
 
 @pytest.fixture
 def deep(tmp_path):
-    """A file that a browser cannot show, and that must reach the model unchanged: 16 bits a pixel, not square."""
+    """A file that a browser cannot show, and that must reach the model unchanged: 16 bits per pixel, not square."""
     values = np.random.default_rng(0).integers(0, 2**16, (40, 60)).astype(np.uint16)
     Image.fromarray(values).save(tmp_path / "deep.tif")
     return tmp_path / "deep.tif"
 
 
 @pytest.mark.parametrize("options", [(), ("--top", "3")])
-def test_what_the_page_asks_is_answered_as_json(tiny_run, deep, tmp_path, monkeypatch, capsys, options):
+def test_the_page_gives_the_same_result_as_json(tiny_run, deep, tmp_path, monkeypatch, capsys, options):
     square(50).save(tmp_path / "colour.jpg")
     code, out, _ = run(monkeypatch, capsys, tiny_run, deep, tmp_path / "colour.jpg", "--json", *options)
-    ask = predict.asked(load_trained(tiny_run, "cpu"), int(options[1]) if options else 5)
+    ask = predict.answerer(load_trained(tiny_run, "cpu"), int(options[1]) if options else 5)
     rows = json.loads(out)["images"]
     for path, row in zip((deep, tmp_path / "colour.jpg"), rows, strict=True):
         entry, figure = ask(path)
@@ -64,14 +64,14 @@ def test_what_the_page_asks_is_answered_as_json(tiny_run, deep, tmp_path, monkey
     assert code == 0
 
 
-def test_remarks_say_what_is_unlike_and_how_the_file_was_read():
+def test_notes_report_unlike_images_and_how_the_file_was_read():
     assert remarks({"notes": []}) == remarks({"notes": [], "rejected": False}) == ""
     assert remarks({"notes": ["first of 2 frames"], "rejected": True}) == (
         "rejected: unlike the training images; first of 2 frames"
     )
 
 
-def test_mistakes_are_one_line(tiny_run, tmp_path, monkeypatch, capsys):
+def test_mistakes_are_reported_in_one_line(tiny_run, tmp_path, monkeypatch, capsys):
     def mistake(*words, expected=2):
         code, out, err = run(monkeypatch, capsys, tiny_run, *words)
         assert code == expected and out == "" and len(err) == 1, (code, out, err)
@@ -83,7 +83,7 @@ def test_mistakes_are_one_line(tiny_run, tmp_path, monkeypatch, capsys):
     assert "--port is 70000" in mistake("--serve", "--port", "70000")
     assert "--port is 'x': give a whole number" in mistake("--serve", "--port", "x")
     with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "gradio", None)  # as where it is not installed
+        patch.setitem(sys.modules, "gradio", None)  # as if it were not installed
         assert "needs gradio, which is not installed: pip install gradio" in mistake("--serve", expected=1)
     monkeypatch.setitem(sys.modules, "gradio", SimpleNamespace(__version__="5.49.1"))
     assert "needs gradio 6 or newer, not 5.49.1" in mistake("--serve", expected=1)
@@ -94,7 +94,7 @@ def test_mistakes_are_one_line(tiny_run, tmp_path, monkeypatch, capsys):
         assert line == f"error: --port {port} cannot be used ({os.strerror(errno.EADDRINUSE)}): choose another one"
 
 
-def test_images_may_stand_on_both_sides_of_options():
+def test_images_can_come_before_and_after_options():
     for words in (
         "RUN a.png b.png --top 3",
         "RUN --top 3 a.png b.png",
@@ -106,7 +106,7 @@ def test_images_may_stand_on_both_sides_of_options():
     assert predict.parse(["RUN", "--serve"]).images == [] and predict.parse(["--serve", "RUN"]).port == PORT
 
 
-def test_a_port_is_given_back_and_belongs_to_this_machine():
+def test_a_port_is_released_and_only_local():
     with listen(0) as first:
         host, port = first.getsockname()
         with pytest.raises(UserError, match=f"--port {port} cannot be used"):
@@ -115,7 +115,7 @@ def test_a_port_is_given_back_and_belongs_to_this_machine():
     listen(port).close()
 
 
-def test_nothing_is_reported_to_the_makers_of_gradio(monkeypatch):
+def test_gradio_analytics_are_off(monkeypatch):
     monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "True")
     monkeypatch.setenv("GRADIO_RUN_HISTORY", "True")
     monkeypatch.setitem(sys.modules, "gradio", SimpleNamespace(__version__="6.0.0"))
@@ -125,7 +125,7 @@ def test_nothing_is_reported_to_the_makers_of_gradio(monkeypatch):
 
 @pytest.fixture
 def served(tiny_run, tmp_path, monkeypatch):
-    """The address of a page that a program serves; afterwards Ctrl-C ends it, and no image stays behind."""
+    """The address of a page served by a program; afterwards Ctrl-C ends it, and no image remains."""
     pytest.importorskip("gradio")
     folder = tmp_path / "temporary"
     folder.mkdir()
@@ -167,12 +167,12 @@ def test_the_page_answers_over_http_as_json_does(served, tiny_run, deep, tmp_pat
     opener = build_opener(ProxyHandler({}))
     with opener.open(served) as answer:
         assert answer.headers["content-security-policy"].startswith("default-src 'self' ")
-    with pytest.raises(HTTPError, match="400"):  # another site that gives itself this address
+    with pytest.raises(HTTPError, match="400"):  # another host name for this address
         opener.open(Request(served, headers={"Host": "example.org"}))
 
 
 @pytest.mark.slow
-def test_a_browser_shows_the_answer_and_asks_nothing_of_other_machines(
+def test_a_browser_shows_the_prediction_and_contacts_no_other_machines(
     served, tiny_run, deep, tmp_path, monkeypatch, capsys
 ):
     sync_api = pytest.importorskip("playwright.sync_api")

@@ -1,4 +1,4 @@
-"""predict.py as a user calls it, on a run of digits: every kind of file, good and bad, and every kind of output."""
+"""predict.py from the user's view, on a run of digits: valid and invalid files of every kind, every kind of output."""
 
 import json
 import os
@@ -40,8 +40,8 @@ def run(monkeypatch, capsys, *words):
     return code, out, err.splitlines()
 
 
-def test_an_image_file_is_answered_as_the_test_set_was(trained, digits, tmp_path):
-    """Written to files and read back, the test images get the very answers of the evaluation."""
+def test_an_image_file_gets_the_prediction_of_the_test_set(trained, digits, tmp_path):
+    """Written to files and read back, the test images get exactly the predictions of the evaluation."""
     before = predict_split(
         trained.model,
         build_bank(trained.config, load_splits(trained.config.data), trained.backbone, trained.device),
@@ -66,8 +66,8 @@ def test_an_image_file_is_answered_as_the_test_set_was(trained, digits, tmp_path
         )
 
 
-def test_an_expert_alone_is_the_answer_without_the_others(trained, digits):
-    """The mixture of logits is the weighted sum of what its experts say; here by hand from the experts themselves."""
+def test_an_expert_alone_is_the_prediction_without_the_others(trained, digits):
+    """The mixture of logits is the weighted sum of its experts' outputs; here computed from the experts themselves."""
     images = digits.images_NCHW[:3]
     answers = classify(trained, images, top=10)
     with torch.no_grad():
@@ -93,7 +93,7 @@ def predict_input(trained, images):
 
 @pytest.fixture(scope="module")
 def bad(tmp_path_factory):
-    """A folder with a bad file of every kind, and the words that each is to be reported with."""
+    """A folder with an invalid file of every kind, and the words that each is reported with."""
     folder = tmp_path_factory.mktemp("bad")
     square(256).save(folder / "whole.jpg")
     square(256).save(folder / "whole.png")
@@ -120,7 +120,9 @@ def bad(tmp_path_factory):
     }
 
 
-def test_bad_files_are_a_line_each_and_the_others_are_answered(tiny_run, digits, bad, tmp_path, monkeypatch, capsys):
+def test_bad_files_are_reported_in_one_line_each_and_the_others_are_classified(
+    tiny_run, digits, bad, tmp_path, monkeypatch, capsys
+):
     folder, expected = bad
     good = tmp_path / "good.png"
     Image.fromarray(digits.images_NCHW[0].permute(1, 2, 0).numpy()).resize((50, 50)).save(good)
@@ -134,7 +136,7 @@ def test_bad_files_are_a_line_each_and_the_others_are_answered(tiny_run, digits,
     assert err[-1] == f"error: {len(expected) + 1} of {len(expected) + 3} images could not be read"
 
 
-def test_json_is_one_document_and_explain_a_picture(tiny_run, digits, bad, tmp_path, monkeypatch, capsys):
+def test_json_is_one_document_and_explain_is_a_figure(tiny_run, digits, bad, tmp_path, monkeypatch, capsys):
     images = tmp_path / "images" / "deeper"
     images.mkdir(parents=True)
     for index in range(3):
@@ -158,7 +160,7 @@ def test_json_is_one_document_and_explain_a_picture(tiny_run, digits, bad, tmp_p
         assert drawn.convert("L").getextrema() == (0, 255)
 
 
-def test_the_picture_says_what_it_was_given():
+def test_the_figure_shows_its_inputs():
     image = np.zeros((8, 8, 3), np.uint8)
     votes = [("2 · 64", 0.75, "cat", 0.5), ("0 · 16", 0.25, "cow", 0.125)]
     figure = explanation([image] * 2, ["a$.png", "b.png"], [[("cat", 0.9), ("dog", 0.1)]] * 2, [votes, []])
@@ -172,14 +174,14 @@ def test_the_picture_says_what_it_was_given():
     assert "its prediction + shared" in figure.axes[2].get_title()
 
 
-def test_an_answer_given_with_shared_experts_is_called_so(trained, digits):
+def test_a_prediction_with_shared_experts_is_labelled(trained, digits):
     (answer,) = classify(trained, digits.images_NCHW[:1])
     shown = [predict.text("a.png", Namespace(notes=()), answer, shared) for shared in (False, True)]
     assert "alone: " in shown[0] and "with the shared" not in shown[0]
     assert shown[1] == shown[0].replace("alone: ", "with the shared: ")
 
 
-def test_mistakes_are_one_line(tiny_run, tmp_path, monkeypatch, capsys):
+def test_mistakes_are_reported_in_one_line(tiny_run, tmp_path, monkeypatch, capsys):
     other = tmp_path / "other"
     shutil.copytree(tiny_run, other)
     image = tmp_path / "a.png"
@@ -234,7 +236,7 @@ def flipped_name(content):
 
 
 @pytest.mark.parametrize("damage", [cut, flipped_weight, flipped_name])
-def test_what_is_advised_about_damaged_weights_mends_them(tiny_run, tmp_path, monkeypatch, capsys, damage):
+def test_the_advice_about_corrupt_weights_works(tiny_run, tmp_path, monkeypatch, capsys, damage):
     copy, image = tmp_path / "copy", tmp_path / "a.png"
     shutil.copytree(tiny_run, copy)
     square().save(image)
@@ -252,7 +254,7 @@ def test_what_is_advised_about_damaged_weights_mends_them(tiny_run, tmp_path, mo
     assert code == 1 and "copy the run folder again" in line and "delete" not in line
 
 
-def test_a_damaged_best_checkpoint_does_not_replace_the_weights_by_older_ones(tiny_run, tmp_path):
+def test_a_corrupt_best_checkpoint_does_not_replace_the_weights_by_older_ones(tiny_run, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(tiny_run, copy)
     best, before = copy / "checkpoints" / "best.pt", (copy / "model.safetensors").read_bytes()
@@ -263,7 +265,7 @@ def test_a_damaged_best_checkpoint_does_not_replace_the_weights_by_older_ones(ti
     assert (copy / "model.safetensors").read_bytes() == before
 
 
-def test_a_folder_without_images_does_not_keep_the_others_from_an_answer(tmp_path, capsys):
+def test_a_folder_without_images_does_not_affect_the_others(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     files, failed = predict.gather([tmp_path / "empty", tmp_path / "a.png"])
@@ -271,7 +273,7 @@ def test_a_folder_without_images_does_not_keep_the_others_from_an_answer(tmp_pat
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_offloaded_experts_give_the_same_answers(tiny_run, tmp_path, monkeypatch, capsys):
+def test_offloaded_experts_give_the_same_outputs(tiny_run, tmp_path, monkeypatch, capsys):
     image = tmp_path / "a.png"
     square().save(image)
     words = (tiny_run, image, "--device", "cpu")

@@ -1,4 +1,4 @@
-"""What a run cost, in numbers worked out by hand, and whether its scores are its last word."""
+"""The cost of a run, in numbers worked out by hand, and whether its scores are final."""
 
 import numpy as np
 import pytest
@@ -47,7 +47,7 @@ def epochs(*scores):
     ]
 
 
-def test_parameters_and_flops_are_those_of_hand_and_go_by_the_load():
+def test_parameters_and_flops_by_hand_depend_on_the_load():
     shape = (5,)
     experts = [sum(p.numel() for p in expert.parameters()) for expert in model().moe.experts]
     cost = run_cost(model(), Linear(), shape, np.array([0.25, 0.75]), [], None)
@@ -93,11 +93,11 @@ def test_figures_are_shown_with_their_units():
         ((), {"train.epochs": 9}, None, ""),
     ],
 )
-def test_what_speaks_against_scores_is_said(scores, config, scored, state):
+def test_reasons_not_to_trust_scores_are_reported(scores, config, scored, state):
     assert run_state(epochs(*scores), config, scored) == state
 
 
-def test_results_that_have_been_marked_stale_say_why():
+def test_stale_results_have_a_reason():
     reason = "Results from before the run was resumed after epoch 2 of 9"
     said = "stale: results from before the run was resumed after epoch 2 of 9"
     assert run_state([], {}, None, reason) == said

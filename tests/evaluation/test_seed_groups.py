@@ -1,4 +1,4 @@
-"""Runs of several seeds, and mixtures beside their dense twins."""
+"""Runs with several seeds, and mixtures compared with their dense twins."""
 
 import json
 
@@ -41,7 +41,7 @@ def test_a_mixture_minus_its_twin_is_paired_by_seed_whatever_their_order():
     assert (left_out, unpaired) == ([], [])
 
 
-def test_seeds_that_do_not_pair_are_said_and_left_out():
+def test_unpaired_seeds_are_reported_and_left_out():
     found, _ = groups([*mixtures(0.5, 0.6), *twins(0.4, 0.4, first=1)])
     (minus,), (line,) = differences_of(found)
     assert minus.seeds == [1] and minus.figures["macro_f1"] == (pytest.approx(0.2), None, None)
@@ -51,7 +51,7 @@ def test_seeds_that_do_not_pair_are_said_and_left_out():
     assert minus == [] and "no seed is in both, so train both with the same seeds, such as --train.seed 0" in line
 
 
-def test_what_is_unfinished_or_there_twice_has_no_part_in_the_means():
+def test_unfinished_and_duplicate_runs_are_not_in_the_means():
     again = a_run("again", 1, 0.9, MIXTURE)
     stale = a_run("old", 2, 0.9, MIXTURE, "stale: resumed")
     (group,), left_out = groups([*mixtures(0.5, 0.6), again, stale])
@@ -62,7 +62,7 @@ def test_what_is_unfinished_or_there_twice_has_no_part_in_the_means():
     ]
 
 
-def test_runs_that_differ_in_more_than_the_seed_are_apart_and_paired_with_the_first():
+def test_runs_that_differ_in_more_than_the_seed_are_separate_groups():
     other = [a_run(f"top1-seed{seed}", seed, 0.4, MIXTURE | {"router.top_k": 1}) for seed in range(2)]
     found, _ = groups([*mixtures(0.5, 0.6), *other])
     (minus,), _ = differences_of(found)
@@ -70,7 +70,7 @@ def test_runs_that_differ_in_more_than_the_seed_are_apart_and_paired_with_the_fi
     assert seed_rows(*[[]] * 2) == [] == seed_rows(groups(mixtures(0.5))[0], [])
 
 
-def test_the_recipe_is_that_of_the_mixture_and_where_a_run_was_does_not_count():
+def test_the_recipe_is_that_of_the_mixture_and_paths_do_not_count():
     bare = flatten(Config().to_dict())
     elsewhere = MIXTURE | {"run_dir": "/elsewhere", "device": "cuda", "train.seed": 9}
     assert recipe_key(MIXTURE) == recipe_key(TWIN) == recipe_key(bare | elsewhere) != recipe_key(bare)
@@ -102,7 +102,7 @@ def test_comparison_prints_and_writes_means(call, tmp_path):  # noqa: F811
         ((0.60,), "One seed cannot show whether the mixture is better than its dense twin"),
     ],
 )
-def test_the_verdict_of_runs_beside_one_another(tmp_path, scores, words):
+def test_the_verdict_of_runs_in_one_folder(tmp_path, scores, words):
     config = Config()
     values = config.to_dict()
     replaced = {"experts": values["experts"] | {"sizes": [[9]]}, "router": values["router"] | {"top_k": 1}}

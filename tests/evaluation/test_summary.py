@@ -54,7 +54,7 @@ GATE = 2 * 10 * 4  # FLOPs of a linear gate on 10 features for 4 experts
         (RouterConfig(kind="expert_choice", top_k=1, capacity_factor=1.5), 1.5),
     ],
 )
-def test_active_cost_is_that_of_the_experts_a_sample_sees_and_the_shared_ones(router, experts_a_sample):
+def test_active_cost_is_that_of_the_chosen_and_the_shared_experts(router, experts_a_sample):
     found, model = cost_of(router, [[4], [8], [8], [4]], shared=[[5]])
     gate = sum(p.numel() for p in model.moe.router.parameters())
     mean = (expert_parameters(4) + expert_parameters(8)) / 2
@@ -68,7 +68,7 @@ def test_a_measured_load_weights_the_experts():
     assert head_cost(model, (10,), [0.25, 0.75]).flops == GATE / 2 + expert_flops(7)
 
 
-def test_soft_routing_runs_every_slot_and_reads_every_weight_once():
+def test_soft_routing_counts_every_slot_and_every_weight_once():
     found, _ = cost_of(RouterConfig(kind="soft_moe", slots=2), [[4], [8]], shape=(5, 10), neck="tokens")
     assert found.active_parameters == found.trainable_parameters
     # 5 tokens, 4 slots: logits 2 * 5 * 10 * 4, slots the same; each expert runs twice.
@@ -83,7 +83,7 @@ def test_the_head_for_dropped_choices_is_not_active():
     assert found.active_parameters == gate + expert_parameters(4)
 
 
-def test_the_gate_costs_what_it_reads():
+def test_the_cost_of_the_gate_depends_on_its_inputs():
     experts = ExpertsConfig(sizes=[[4], [4]])
     model = VisionMoE((10,), 3, NeckConfig(norm="none"), RouterConfig(top_k=1, kind="vmoe", inputs=[0]), experts, 2)
     assert cost(model, Eye(), (10,)).head_flops == 2 * 5 * 2 + expert_flops(4)

@@ -1,4 +1,4 @@
-"""Images unlike those of training: distances by hand, the share that is rejected, and digits against photos."""
+"""Images unlike the training images: distances by hand, the rejected share, and digits against photos."""
 
 import json
 
@@ -27,7 +27,7 @@ def test_the_distance_is_mahalanobis_to_the_nearest_class(tmp_path):
     inverse = torch.linalg.inv(torch.from_numpy(np.cov((x - means[labels]).numpy().T, bias=True)).float())
     away = x[:20] + 3
     direct = torch.stack([((away - mean) @ inverse * (away - mean)).sum(1).sqrt() for mean in means]).amin(0)
-    assert torch.allclose(found.distances(away), direct, rtol=0.02)  # but for the shrinkage
+    assert torch.allclose(found.distances(away), direct, rtol=0.02)  # except for the shrinkage
     assert (found.distances(x) > found.threshold(0.05)).float().mean() == pytest.approx(0.05, abs=0.002)
     found.save(tmp_path / FILE)
     assert torch.equal(Unlike.load(tmp_path / FILE).quantiles_Q, found.quantiles_Q)
@@ -36,14 +36,14 @@ def test_the_distance_is_mahalanobis_to_the_nearest_class(tmp_path):
         Unlike.load(tmp_path / FILE)
 
 
-def test_a_feature_that_never_varies_says_nothing():
+def test_a_constant_feature_is_ignored():
     x = torch.randn(50, 3)
     x[:, 1] = 7
     assert torch.isfinite(Unlike.of(x, torch.zeros(50, dtype=torch.int64), 2, x).distances(x)).all()
 
 
 @pytest.mark.slow
-def test_photos_are_told_from_digits(tiny_run, assets, tmp_path, monkeypatch, capsys):
+def test_photos_are_distinguished_from_digits(tiny_run, assets, tmp_path, monkeypatch, capsys):
     from sklearn.metrics import roc_auc_score
 
     trained = load_trained(tiny_run, "cpu")
@@ -63,6 +63,6 @@ def test_photos_are_told_from_digits(tiny_run, assets, tmp_path, monkeypatch, ca
 
 
 @pytest.mark.parametrize("share", ["0", "1", "5", "-0.1"])
-def test_a_share_is_between_nothing_and_all(share):
+def test_a_share_is_between_zero_and_one(share):
     with pytest.raises(UserError, match="between 0 and 1"):
         predict.parse(["RUN", "cat.png", f"--reject={share}"])

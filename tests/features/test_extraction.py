@@ -1,4 +1,4 @@
-"""The backbone that extracts: its fast copy, its half precision, its compiling."""
+"""The backbone for extraction: its fast copy, half precision, and compilation."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def test_half_precision_features_are_those_of_float32_within_its_rounding(vit_mi
     assert fast.fingerprint() == vit_micro.fingerprint()  # of the weights as they are stored, on any device
 
 
-def test_the_fast_copy_means_the_same(vit_micro):
+def test_the_fast_copy_is_equivalent(vit_micro):
     import timm
 
     torch.manual_seed(0)
@@ -53,7 +53,7 @@ def test_the_fast_copy_means_the_same(vit_micro):
     torch.testing.assert_close(plain(batch), vit_micro.vit(batch), atol=1e-4, rtol=1e-4)
 
 
-def test_a_backbone_is_compiled_for_whole_batches_and_a_failure_is_survived(vit_micro, monkeypatch, capsys):
+def test_a_backbone_is_compiled_for_full_batches_and_a_failure_is_tolerated(vit_micro, monkeypatch, capsys):
     compiled = []
 
     def compile(module, **options):
@@ -76,14 +76,14 @@ def test_a_backbone_is_compiled_for_whole_batches_and_a_failure_is_survived(vit_
     assert "cannot be compiled (no compiler here): continuing without compiling" in capsys.readouterr().err
 
 
-def test_compiling_must_repay_itself():
+def test_compiling_must_pay_off():
     gpu = torch.device("cuda", 0)
     assert worth_compiling("auto", 10**8, gpu) and not worth_compiling("auto", 1000, gpu)
     assert not worth_compiling("auto", 10**8, CPU)
     assert worth_compiling("always", 1, CPU) and not worth_compiling("never", 10**8, gpu)
 
 
-def test_hours_on_a_cpu_are_said_before_they_begin(tmp_path, capsys, monkeypatch):
+def test_hours_on_a_cpu_are_reported_before_they_start(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
 
     def said(flops, **options):
@@ -117,7 +117,7 @@ def test_the_configuration_for_a_cpu_takes_no_hours(vit_micro):
     assert images * flops(vit_micro, torch.zeros(1, 3, vit_micro.image_size, vit_micro.image_size)) < HOURS / 2
 
 
-def test_features_of_a_compiled_backbone_are_stored_as_others_than_those_of_the_same_as_it_is(vit_micro, tmp_path):
+def test_compiled_and_eager_backbones_have_separate_features(vit_micro, tmp_path):
     sources = []
     for choice in ("never", "auto", "always"):  # auto: not on a CPU
         config = parse_command_line(["--config", "configs/digits.yaml", "--features.compile", choice]).config

@@ -1,4 +1,4 @@
-"""Features on disk: whole or not at all, of nothing else, listed and cleared."""
+"""Features on disk: complete or not at all, only under the right key, listed and cleared."""
 
 import json
 import multiprocessing
@@ -16,7 +16,7 @@ from features import file as feature_file
 from features.cache import FeatureCache
 
 
-def test_a_stored_view_comes_back_as_it_was_and_says_in_its_header_what_it_is(tmp_path):
+def test_a_stored_view_is_read_back_unchanged_and_described_in_its_header(tmp_path):
     cache, path = stored_file(tmp_path)
     loaded = cache.load(KEY)
     assert loaded.dtype == torch.float16 and torch.equal(loaded, torch.full((5, 3), 1.5).half())
@@ -48,7 +48,7 @@ def test_a_second_run_reads_what_the_first_one_extracted(tmp_path, storage):
         {"augment": False},
     ],
 )
-def test_features_of_something_else_are_neither_used_nor_deleted(tmp_path, change):
+def test_features_of_another_key_are_neither_used_nor_deleted(tmp_path, change):
     first = bank(FeatureCache(tmp_path))
     everything(first)
     first.cache.wait()
@@ -62,7 +62,7 @@ def test_features_of_something_else_are_neither_used_nor_deleted(tmp_path, chang
     assert all(path.read_bytes() == content for path, content in before.items())
 
 
-def test_another_version_is_left_alone(tmp_path, monkeypatch):
+def test_another_version_is_not_changed(tmp_path, monkeypatch):
     _, path = stored_file(tmp_path)
     monkeypatch.setattr(feature_file, "FORMAT", feature_file.FORMAT + 1)
     assert FeatureCache(tmp_path).load(KEY) is None
@@ -70,7 +70,7 @@ def test_another_version_is_left_alone(tmp_path, monkeypatch):
     assert path.exists()
 
 
-def test_a_file_that_lies_about_its_name_is_left_alone(tmp_path, capsys):
+def test_a_file_with_a_wrong_name_is_not_changed(tmp_path, capsys):
     cache, path = stored_file(tmp_path)
     other = cache.path({**KEY, "view": 2})
     os.replace(path, other)
@@ -104,7 +104,7 @@ def pickled(path):
 
 
 @pytest.mark.parametrize("damage", [truncated, altered, emptied, pickled])
-def test_a_damaged_file_is_said_in_one_line_and_rebuilt(tmp_path, capsys, damage):
+def test_a_corrupt_file_is_reported_in_one_line_and_rebuilt(tmp_path, capsys, damage):
     first = bank(FeatureCache(tmp_path))
     expected = everything(first)[0]
     first.cache.wait()
@@ -159,7 +159,7 @@ def test_a_disk_that_is_too_small_is_an_error_before_anything_is_extracted(tmp_p
     assert calls == [] and not list(tmp_path.iterdir())
 
 
-def test_a_disk_that_fills_up_or_cannot_be_written_ends_nothing(tmp_path, monkeypatch, capsys):
+def test_a_full_or_unwritable_disk_does_not_stop_the_run(tmp_path, monkeypatch, capsys):
     expected = everything(bank())[0]
     (tmp_path / "file").write_text("no folder")
     assert torch.equal(everything(bank(FeatureCache(tmp_path / "file")))[0], expected)
@@ -174,7 +174,7 @@ def test_a_disk_that_fills_up_or_cannot_be_written_ends_nothing(tmp_path, monkey
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_torn_file_counts_as_one_that_is_to_be_written(tmp_path, capsys):
+def test_a_truncated_file_counts_as_missing(tmp_path, capsys):
     first = bank(FeatureCache(tmp_path), views=1)
     everything(first)
     first.cache.wait()
@@ -185,7 +185,7 @@ def test_a_torn_file_counts_as_one_that_is_to_be_written(tmp_path, capsys):
     assert f"0 of 1 in {tmp_path}, 4 kB to write" in capsys.readouterr().out
 
 
-def test_what_a_killed_process_left_is_removed_and_what_another_writes_is_not(tmp_path):
+def test_files_of_a_killed_process_are_removed_and_those_of_a_running_one_are_kept(tmp_path):
     cache, path = stored_file(tmp_path)
     path.unlink()
     writing = cache.draft(KEY, (5, 3), torch.float16)
@@ -207,7 +207,7 @@ def test_an_interrupted_extraction_leaves_nothing_behind(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_size_is_said_before_it_is_written(tmp_path, capsys):
+def test_the_size_is_printed_before_writing(tmp_path, capsys):
     features = bank(FeatureCache(tmp_path), views=3)
     everything(features)
     everything(features, view=1)

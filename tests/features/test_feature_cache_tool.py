@@ -33,7 +33,7 @@ def test_list_and_clear(tmp_path, capsys):
             feature_cache.main(words)
 
 
-def test_clear_deletes_what_it_was_asked_to_and_shows_it_first(tmp_path, capsys):
+def test_clear_shows_and_deletes_the_requested_files(tmp_path, capsys):
     paths = {}
     for view, (dataset, backbone) in enumerate([("digits", "vit"), ("digits", "other"), ("cifar100", "vit")]):
         cache = FeatureCache(tmp_path, dataset)
@@ -73,7 +73,7 @@ def test_clear_deletes_what_it_was_asked_to_and_shows_it_first(tmp_path, capsys)
 
 
 @pytest.mark.slow
-def test_clear_keeps_what_a_running_process_reads_or_writes(tmp_path, capsys):
+def test_clear_keeps_files_that_a_running_process_uses(tmp_path, capsys):
     reader = FeatureCache(tmp_path)
     path = stored_file(tmp_path)[1]
     features = reader.load(KEY)
@@ -94,5 +94,5 @@ def test_clear_keeps_what_a_running_process_reads_or_writes(tmp_path, capsys):
     assert "deleted 2 files" in capsys.readouterr().out
 
 
-def test_sizes_are_said_in_plain_units():
+def test_sizes_have_readable_units():
     assert [gigabytes(size) for size in (1_500, 2_340_000, 13_600_000_000)] == ["2 kB", "2.3 MB", "13.6 GB"]

@@ -1,4 +1,4 @@
-"""Stored features: on disk whole or not at all, on a device while they fit, and extracted no more than once."""
+"""Stored features: complete on disk or not at all, on a device if they fit, and extracted only once."""
 
 import os
 
@@ -18,7 +18,7 @@ from features.placement import fetch_ahead
 CPU = torch.device("cpu")
 
 
-def test_features_stay_on_the_device_while_half_of_its_memory_suffices(capsys):
+def test_features_stay_on_the_device_if_they_fit_into_half_of_its_memory(capsys):
     view_bytes = 40 * 48 * 2
     roomy, tight, none = Memory(4 * view_bytes), Memory(2 * view_bytes), Memory(0)
     expected = [everything(bank(), view=view)[0] for view in (0, 1)]
@@ -33,7 +33,7 @@ def test_features_stay_on_the_device_while_half_of_its_memory_suffices(capsys):
     assert [line for line in lines if "kept in host memory, prefetched" in line]
 
 
-def test_token_features_are_placed_and_fetched_alike():
+def test_token_features_are_placed_and_fetched_in_the_same_way():
     def extract(batch):
         return batch.float().flatten(2).transpose(1, 2)  # (B, 16 tokens, 3)
 
@@ -45,7 +45,7 @@ def test_token_features_are_placed_and_fetched_alike():
 
 
 @pytest.mark.parametrize("cached", [True, False])
-def test_a_device_that_is_full_falls_back_to_host_memory_and_says_so(tmp_path, capsys, cached):
+def test_a_full_device_falls_back_to_host_memory_with_a_message(tmp_path, capsys, cached):
     expected = everything(bank())[0]
     cache = FeatureCache(tmp_path) if cached else None
     refused = bank(cache, memory=Memory(allocations=0))
@@ -55,7 +55,7 @@ def test_a_device_that_is_full_falls_back_to_host_memory_and_says_so(tmp_path, c
         cache.wait()
         (path,) = tmp_path.iterdir()
         path.unlink()
-    # The second of three batches finds no room: what the first one left is moved, and nothing is done twice.
+    # The second of three batches does not fit: the first one is moved, and nothing is computed twice.
     calls, memory = [], Memory()
     interrupted = bank(cache, memory=memory, calls=calls, fail=(2,))
     assert torch.equal(everything(interrupted)[0], expected)
@@ -64,14 +64,14 @@ def test_a_device_that_is_full_falls_back_to_host_memory_and_says_so(tmp_path, c
     assert interrupted._stored[("train", 0)].device is None
 
 
-def test_a_view_that_was_stored_makes_room_too():
+def test_a_stored_view_also_makes_room():
     features = bank(memory=Memory(), fail=(4,))  # the first batch of the second view
     expected = [everything(bank(), view=view)[0] for view in (0, 1)]
     for view in (0, 1, 0):
         assert torch.equal(everything(features, view=view)[0], expected[view % 2])
 
 
-def test_what_is_read_from_disk_is_placed_like_what_is_extracted(tmp_path):
+def test_features_from_disk_are_placed_like_extracted_ones(tmp_path):
     first = bank(FeatureCache(tmp_path))
     expected = everything(first)[0]
     first.cache.wait()
@@ -83,7 +83,7 @@ def test_what_is_read_from_disk_is_placed_like_what_is_extracted(tmp_path):
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 9])
-def test_fetching_ahead_keeps_the_order(count):
+def test_prefetching_keeps_the_order(count):
     source = torch.arange(50).float()[:, None].expand(-1, 3).contiguous()
     parts = tuple(torch.randint(50, (5 if number % 2 else 3,)) for number in range(count))
     fetched = list(fetch_ahead(source, parts, Memory()))
@@ -91,7 +91,7 @@ def test_fetching_ahead_keeps_the_order(count):
     assert all(torch.equal(batch, source[part]) for batch, part in zip(fetched, parts, strict=True))
 
 
-def test_fetching_ahead_passes_errors_on_and_can_be_left():
+def test_prefetching_propagates_errors_and_can_be_stopped():
     source = torch.zeros(4, 2)
     with pytest.raises(IndexError):
         list(fetch_ahead(source, (torch.tensor([9]),), Memory()))
@@ -100,7 +100,7 @@ def test_fetching_ahead_passes_errors_on_and_can_be_left():
     fetching.close()
 
 
-def test_features_that_host_memory_cannot_take_are_refused_before_they_are_extracted(tmp_path, monkeypatch, capsys):
+def test_features_too_large_for_host_memory_are_rejected_before_extraction(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("features.announcement.available_memory", lambda: 7_000)
     calls = []
     with pytest.raises(EnvironmentFault, match="need 8 kB of host memory, but only 7 kB are available: lower --feat"):
@@ -111,7 +111,7 @@ def test_features_that_host_memory_cannot_take_are_refused_before_they_are_extra
     assert "for 1 of them" in capsys.readouterr().out
 
 
-def test_the_host_memory_of_a_container_is_what_its_limit_leaves(tmp_path):
+def test_the_host_memory_of_a_container_respects_its_limit(tmp_path):
     (tmp_path / "proc").mkdir()
     (tmp_path / "proc" / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable: 4000 kB\n")
     assert available_memory(tmp_path) == 4_096_000
@@ -124,22 +124,22 @@ def test_the_host_memory_of_a_container_is_what_its_limit_leaves(tmp_path):
         assert available_memory(tmp_path) == expected
 
 
-def test_the_host_memory_that_is_available_is_between_none_and_all_of_it():
+def test_available_host_memory_is_between_zero_and_the_total():
     pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert 0 < available_memory() <= pages
 
 
-def test_a_stronger_augmentation_has_features_of_its_own():
+def test_a_stronger_augmentation_has_separate_features():
     keys = []
     for crop in (1, 2):
         config = FeaturesConfig(batch_size=16)
         features = FeatureBank(SPLITS, lambda batch: batch, AugmentConfig(flip=True, crop=crop), config, CPU)
         keys.append([features._key("train", 0), features._key("train", None)])
     (weak, plain), (strong, plain_too) = keys
-    assert weak != strong and plain == plain_too  # images as they are know no augmentation
+    assert weak != strong and plain == plain_too  # original images do not depend on the augmentation
 
 
-def test_extraction_on_several_cores_gives_them_back(monkeypatch):
+def test_extraction_on_several_cores_releases_them(monkeypatch):
     threads = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
@@ -148,12 +148,12 @@ def test_extraction_on_several_cores_gives_them_back(monkeypatch):
         features.extract = lambda batch: (seen.add(torch.get_num_threads()), batch.float().flatten(1))[1]
         everything(features)
         assert torch.get_num_threads() == 3
-        assert 1 in seen  # each core on a batch of its own
+        assert 1 in seen  # each core on a separate batch
     finally:
         torch.set_num_threads(threads)
 
 
-def test_a_change_behind_the_first_chunk_of_a_file_is_found(tmp_path, monkeypatch, capsys):
+def test_a_change_after_the_first_chunk_of_a_file_is_found(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(feature_file, "CHUNK", 64)
     cache, path = stored_file(tmp_path, shape=(50, 3))
     assert cache.load(KEY) is not None

@@ -1,4 +1,4 @@
-"""On a GPU: features that it has no room for go to host memory."""
+"""On a GPU: features that do not fit go to host memory."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ NUMBERS = 2**20  # of an image: a view of 40 takes 84 MB
 
 @pytest.fixture
 def room():
-    """Limit this process to so many bytes more than it holds."""
+    """Limit this process to this number of bytes more than it uses now."""
     torch.cuda.empty_cache()
     total = torch.cuda.mem_get_info()[1]
     yield lambda size: torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + size) / total)
@@ -23,7 +23,7 @@ def room():
 
 
 @pytest.mark.parametrize("size", [60_000_000, 110_000_000])  # for no view; for one, and not for a batch beside it
-def test_a_gpu_that_is_full_hands_features_to_host_memory_and_says_so(room, capsys, size):
+def test_a_full_gpu_moves_features_to_host_memory_with_a_message(room, capsys, size):
     device = torch.device("cuda", 0)
 
     def extract(images_BCHW):

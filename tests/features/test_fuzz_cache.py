@@ -1,4 +1,4 @@
-"""Stored features with altered bytes are extracted again or found unchanged; nothing in them runs."""
+"""Stored features with altered bytes are extracted again or found unchanged; no code in them runs."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The bank of images: what it serves does not depend on batches, and images that do not fit are fetched."""
+"""The bank of images: its output does not depend on batches, and images that do not fit are prefetched."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def splits() -> Splits:
 
 
 class HostMemory:
-    """A device without room, whose copies are made on the host."""
+    """A full device, whose copies are made on the host."""
 
     pinned = False
     uploads = 0
@@ -39,7 +39,7 @@ class HostMemory:
         return copy
 
 
-def test_it_serves_the_images_and_labels_of_a_split(splits):
+def test_it_returns_the_images_and_labels_of_a_split(splits):
     batches = list(ImageBank(splits, STRONG, CPU).batches("validation", 3))
     assert [len(labels_B) for _, labels_B in batches] == [3, 3, 1]
     assert torch.equal(torch.cat([images for images, _ in batches]), splits.validation.images_NCHW)
@@ -58,7 +58,7 @@ def test_an_image_of_a_view_is_the_same_in_any_batch_and_order(splits):
     assert not torch.equal(other, expected)
 
 
-def test_images_that_do_not_fit_are_fetched_from_host_memory(splits):
+def test_images_that_do_not_fit_are_prefetched_from_host_memory(splits):
     memory, order_N = HostMemory(), torch.randperm(20)
     fetched = list(ImageBank(splits, STRONG, CPU, memory=memory).batches("train", 6, order_N, view=1))
     resident = list(ImageBank(splits, STRONG, CPU).batches("train", 6, order_N, view=1))
@@ -67,7 +67,7 @@ def test_images_that_do_not_fit_are_fetched_from_host_memory(splits):
         assert torch.equal(images, expected) and torch.equal(labels_B, expected_B)
 
 
-def test_no_augmentation_serves_the_images_as_they_are(splits):
+def test_without_augmentation_images_are_unchanged(splits):
     bank = ImageBank(splits, AugmentConfig(flip=False, crop=0), CPU)
     images, _ = next(bank.batches("train", 20, view=3))
     assert torch.equal(images, splits.train.images_NCHW)

@@ -1,4 +1,4 @@
-"""The frozen backbone: frozen for good, the right features, weights loaded without running code."""
+"""The frozen backbone: it stays frozen, gives the right features, and loads weights without running code."""
 
 import pickle
 
@@ -47,7 +47,7 @@ def test_features_are_the_normed_tokens_of_the_chosen_blocks(images):
     torch.testing.assert_close(backbone(images), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_token_features_hold_the_class_token_and_the_patches(images):
+def test_token_features_contain_the_class_token_and_the_patches(images):
     backbone = load_backbone(config(features=["tokens:-1"]), CPU)
     torch.testing.assert_close(backbone(images), backbone.vit.forward_features(images), atol=1e-5, rtol=1e-5)
 
@@ -66,12 +66,12 @@ def test_a_vit_without_a_class_token(images):
     [
         ("vit_relpos_small_patch16_224", {}, 4, 0),
         ("vit_relpos_small_patch16_224", {"class_token": True, "global_pool": "token"}, 4, 1),
-        ("cait_xxs24_224", {}, 4, 0),  # whose class token comes after the blocks
+        ("cait_xxs24_224", {}, 4, 0),  # its class token is added after the blocks
         ("xcit_nano_12_p16_224", {}, 4, 0),
         ("naflexvit_base_patch16_gap", {"img_size": None}, 4, 0),  # four registers, and no patch_embed
     ],
 )
-def test_vits_of_other_builds_give_features(images, name, options, patches, prefix):
+def test_vits_with_other_architectures_give_features(images, name, options, patches, prefix):
     small = {"img_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 0, **options}
     small = {option: value for option, value in small.items() if value is not None}
     vit = timm.create_model(name, **small).eval()
@@ -87,7 +87,7 @@ def test_vits_of_other_builds_give_features(images, name, options, patches, pref
 
 
 @pytest.mark.parametrize("size", [1, 7, 15])
-def test_an_image_size_below_the_patch_size_is_one_line(size):
+def test_an_image_size_below_the_patch_size_is_reported_in_one_line(size):
     with pytest.raises(InputError, match=rf"cannot process images of {size} pixels .*choose another") as caught:
         load_backbone(config(image_size=size), CPU)
     assert "\n" not in str(caught.value)
@@ -115,7 +115,7 @@ def test_weights_saved_under_a_wrapper_are_loaded(tmp_path, rename):
         assert torch.equal(backbone.vit.state_dict()[name], value), name
 
 
-def test_weights_of_which_two_may_be_meant_are_refused(tmp_path):
+def test_ambiguous_weights_are_rejected(tmp_path):
     state = timm.create_model("test_vit", num_classes=0, img_size=32).state_dict()
     both = {f"{who}.{name}": value for who in ("student", "teacher") for name, value in state.items()}
     torch.save(both, tmp_path / "weights.pth")
@@ -124,7 +124,7 @@ def test_weights_of_which_two_may_be_meant_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("weights", [None, "weights.pth"])
-def test_a_model_that_is_no_vit_is_told_so_before_its_weights_are_missed(tmp_path, weights):
+def test_a_model_that_is_not_a_vit_is_rejected_before_its_weights_are_loaded(tmp_path, weights):
     if weights:
         torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / weights)
         weights = tmp_path / weights
@@ -171,7 +171,7 @@ def test_random_weights_are_the_same_every_time_and_leave_the_generator_alone():
     assert load_backbone(config(), CPU).fingerprint() == first
 
 
-def test_every_weight_and_all_that_features_depend_on_counts_in_the_fingerprint():
+def test_the_fingerprint_covers_everything_that_features_depend_on():
     backbone = load_backbone(config(features=["cls:-1"]), CPU)
     seen = {backbone.fingerprint()}
     state = backbone.vit.state_dict()
@@ -226,7 +226,7 @@ def test_mistakes_are_named(options, words):
         load_backbone(config(**options), CPU)
 
 
-def test_weights_of_another_model_are_refused(tmp_path):
+def test_weights_of_another_model_are_rejected(tmp_path):
     path = tmp_path / "weights.safetensors"
     save_file({"x": torch.zeros(2)}, path)
     with pytest.raises(InputError, match=r"fit test_vit: \d+ of its weights are missing .* --backbone\.name"):
@@ -240,12 +240,12 @@ def test_weights_of_another_model_are_refused(tmp_path):
     )
 
 
-def test_weights_that_cannot_be_downloaded_are_said_at_once():
+def test_weights_that_cannot_be_downloaded_are_reported_at_once():
     with pytest.raises(UnavailableError, match=r"--backbone\.weights FILE"):
         load_backbone(BackboneConfig(name="vit_large_patch16_224"), CPU, lambda url: False)
 
 
 @pytest.mark.parametrize("features", [[], ["cls"], ["max:-1"], ["cls:x"], ["tokens:-1", "cls:-1"]])
-def test_impossible_features_are_refused(features):
+def test_impossible_features_are_rejected(features):
     with pytest.raises(ValueError, match=r"backbone\.features"):
         BackboneConfig(features=features)

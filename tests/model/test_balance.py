@@ -72,7 +72,7 @@ def test_usage_variance_by_hand():
     assert usage_variance(torch.tensor([3, 1])).item() == pytest.approx(0.0625)
 
 
-def test_a_target_load_moves_where_balance_is():
+def test_a_target_load_changes_the_balance_point():
     target = torch.tensor([0.75, 0.25])
     # Shares (1/2, 1/2): 3/4 (2/3 - 1)^2 + 1/4 (2 - 1)^2 = 1/12 + 1/4 = 1/3.
     assert squared_cv(torch.tensor([5.0, 5.0]), target).item() == pytest.approx(1 / 3)
@@ -192,7 +192,7 @@ def test_which_losses_reach_the_gate():
 
 
 @pytest.mark.parametrize("name", ["switch", "importance", "load"])
-def test_minimising_a_balance_loss_evens_the_load(name):
+def test_minimising_a_balance_loss_balances_the_load(name):
     torch.manual_seed(0)
     router = build_router(RouterConfig(kind="noisy_topk", top_k=1), 8, 4).train()
     with torch.no_grad():

@@ -14,7 +14,7 @@ from model.routers.noise import load_probability
 
 
 def entropy64(p):
-    """Entropy in float64 of probabilities of which some may be 0."""
+    """Entropy in float64 of probabilities, some of which may be 0."""
     return -torch.where(p > 0, p * p.clamp_min(1e-320).log(), 0.0).sum(dim=-1)
 
 
@@ -54,12 +54,12 @@ def expected_loss_and_gradient(name, logits, counts_E):
 @pytest.mark.parametrize(
     "name", ["switch", "p_penalty", "importance", "entropy_local", "entropy_global", "z_loss", "usage_variance", "load"]
 )
-def test_losses_and_gradients_are_right_at_every_gap_between_logits(name, gap):
+def test_losses_and_gradients_are_correct_at_every_gap_between_logits(name, gap):
     patterns = [
         [[gap, 0.0, 0.0]],  # one sample, one expert
         [[gap, 0.0, gap / 2], [gap, -gap, 0.0]],  # a collapsed gate
         [[gap, 0.0, 0.0], [0.0, gap, 0.0], [0.0, 0.0, gap]],  # decided and balanced
-        [[0.0, 0.0, -gap], [0.5, 0.0, -gap]],  # an expert that nobody wants
+        [[0.0, 0.0, -gap], [0.5, 0.0, -gap]],  # an expert that no sample prefers
     ]
     for values in patterns:
         logits_BE = torch.tensor(values, requires_grad=True)
@@ -88,13 +88,13 @@ def test_the_coefficient_of_variation_does_not_depend_on_the_scale(size):
     loss = squared_cv(values_E)
     (gradient_E,) = torch.autograd.grad(loss, values_E)
     assert loss.isfinite() and gradient_E.isfinite().all()
-    if size > 1e-30:  # below, it is no gate any more, and the loss fades to 0
+    if size > 1e-30:  # below this, the gate vanishes and the loss goes to 0
         assert loss.item() == pytest.approx(0.25)
         # d/da of (a - b)^2 / (a + b)^2 is 4 b (a - b) / (a + b)^3.
         assert gradient_E.mul(size).tolist() == pytest.approx([4 * 3 * -2 / 64, 4 * 1 * 2 / 64])
 
 
-def test_an_expert_that_is_barred_has_no_part_in_the_entropies():
+def test_an_excluded_expert_does_not_affect_the_entropies():
     logits_BE = torch.tensor([[0.0, 0.0, -math.inf]] * 2)
     assert local_entropy(logits_BE).item() == pytest.approx(math.log(2))
     assert global_divergence(logits_BE).item() == pytest.approx(math.log(3) - math.log(2))

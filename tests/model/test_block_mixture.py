@@ -85,7 +85,7 @@ def brute_force(mixture: BlockMixture, x_BTD, ffn, kind: str) -> torch.Tensor:
     "kind, sizes, how",
     [("adapter", [[2], [3], [1]], "auto"), *(("ffn", [[4]] * 3, how) for how in ("sorted", "grouped", "dense"))],
 )
-@pytest.mark.parametrize("rule", ["noisy_topk", "vmoe"])  # weights that sum to 1, and that do not
+@pytest.mark.parametrize("rule", ["noisy_topk", "vmoe"])  # weights that sum to 1, and weights that do not
 @pytest.mark.parametrize("class_token", [True, False])
 def test_a_block_equals_the_loop_over_tokens_and_experts(rule, kind, sizes, how, level, class_token):
     ffn = plain_ffn()
@@ -102,8 +102,8 @@ def test_a_block_equals_the_loop_over_tokens_and_experts(rule, kind, sizes, how,
     torch.testing.assert_close(out_BTD.double(), brute_force(mixture, x_BTD, ffn, kind), rtol=1e-5, atol=1e-5)
 
 
-def test_gate_and_experts_with_a_norm_of_their_own_read_standardised_tokens():
-    """(1, 2, 3) less its mean over its deviation is (-1.2247, 0, 1.2247), whatever the FFN's norm makes of it."""
+def test_gate_and_experts_with_a_separate_norm_read_standardised_tokens():
+    """(1, 2, 3) less its mean over its deviation is (-1.2247, 0, 1.2247), regardless of the FFN's norm."""
     chosen = block_experts("adapter", [[1], [1]], norm="own", activation="relu")
     mixture = BlockMixture(3, RouterConfig(kind="mixtral", norm="none"), chosen, plain_ffn(), True, prefix=1).eval()
     mixture.router.gate.weight.data = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])

@@ -1,4 +1,4 @@
-"""The three ways of dispatch: equal values and gradients, and no wait for the device in those that promise it."""
+"""The three dispatch modes: equal values and gradients, and no waiting for the device in those that promise it."""
 
 from dataclasses import replace
 
@@ -57,7 +57,7 @@ def kernel(monkeypatch):
 @pytest.mark.parametrize("sizes", [UNEQUAL, EQUAL, MIXED], ids=["unequal", "equal", "mixed"])
 @pytest.mark.parametrize(("batch", "top_k", "drop"), [(1, 1, 0.0), (7, 2, 0.0), (64, 4, 0.0), (50, 2, 0.4)])
 @pytest.mark.parametrize("combine", sorted(COMBINE))
-def test_the_three_ways_agree_in_values_and_gradients(sizes, batch, top_k, drop, combine):
+def test_the_three_modes_agree_in_values_and_gradients(sizes, batch, top_k, drop, combine):
     torch.manual_seed(0)
     experts = build_experts(ExpertsConfig(sizes=sizes, dropout=0.0), 8, 5)[0].double()
     routing = routing_of(batch, len(sizes), top_k, drop=drop)
@@ -80,7 +80,7 @@ def test_the_grouped_kernel_agrees_too(kernel, sizes, batch, top_k, drop):
         torch.testing.assert_close(value, reference, atol=1e-4, rtol=1e-4)
 
 
-def test_rows_that_the_kernel_leaves_as_it_found_them_reach_nothing(kernel, monkeypatch):
+def test_uninitialised_rows_of_the_kernel_have_no_effect(kernel, monkeypatch):
     real = F.grouped_mm
 
     def poisoned(a, b, offs):
@@ -101,7 +101,7 @@ def test_rows_that_the_kernel_leaves_as_it_found_them_reach_nothing(kernel, monk
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("drop", [0.0, 0.4])
-def test_on_a_gpu_that_forbids_chance_every_way_agrees_and_repeats_itself(drop):
+def test_on_a_deterministic_gpu_every_mode_agrees_and_is_reproducible(drop):
     torch.manual_seed(0)
     experts = build_experts(ExpertsConfig(sizes=[[16], [32], [16], [32]], dropout=0.0), 16, 5)[0].cuda()
     routing = routing_of(200, 4, 2, drop=drop)
@@ -121,7 +121,7 @@ def test_on_a_gpu_that_forbids_chance_every_way_agrees_and_repeats_itself(drop):
 
 
 class Poisoned(torch.autograd.Function):
-    """A grouped product whose rows behind the last end are NaN, forward and backward."""
+    """A grouped product whose rows after the last end are NaN, forward and backward."""
 
     @staticmethod
     def forward(ctx, a, b, offs, product):
@@ -147,7 +147,7 @@ class Narrow(MLPExpert):
         return super().forward(x_BD[:, :4])
 
 
-def test_experts_that_read_a_part_of_the_features_agree():
+def test_experts_that_read_some_of_the_features_agree():
     torch.manual_seed(0)
     experts = Experts([MLPExpert(8, [8], 5, 0.0), Narrow(4, [8], 5, 0.0), MLPExpert(8, [8], 5, 0.0)])
     routing, x_BD = routing_of(20, 3, 2), torch.randn(20, 8)
@@ -178,7 +178,7 @@ class NoWaiting(TorchDispatchMode):
 
     def __enter__(self):
         self.patch = pytest.MonkeyPatch()
-        for name in ("tolist", "cpu", "numpy"):  # which a tensor on the CPU answers without dispatching
+        for name in ("tolist", "cpu", "numpy"):  # a CPU tensor handles these without dispatching
 
             def refuse(*args, name=name):
                 raise AssertionError(f"Tensor.{name} waits for the device")
@@ -220,7 +220,7 @@ def test_a_training_step_never_waits_for_the_device(how, warmup, combine, kernel
         step(model, features, labels, warmup)
 
 
-def test_the_watch_for_waiting_sees_the_way_that_waits():
+def test_the_check_for_waiting_detects_the_mode_that_waits():
     model = VisionMoE((8,), 5, NeckConfig(), RouterConfig(), ExpertsConfig(sizes=MIXED, dispatch="sorted")).train()
     with NoWaiting(), pytest.raises(AssertionError, match="tolist waits for the device"):
         step(model, torch.randn(16, 8), torch.randint(5, (16,)), False)

@@ -1,4 +1,4 @@
-"""Which way of dispatch is taken: by size, device and graph, or as it is forced."""
+"""The choice of the dispatch mode: by size, device and graph, or forced."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from model.routers import RouterConfig
 
 
 class OnGpu:
-    """What `choose` asks of a tensor."""
+    """The properties of a tensor that `choose` reads."""
 
     is_cuda, dtype, device, shape = True, torch.bfloat16, None, (1000, 8)
 
@@ -38,18 +38,20 @@ class OnGpu:
         ([[8], [16]], 1, 0, False, True, "sorted"),
     ],
 )
-def test_the_way_follows_size_and_device(monkeypatch, sizes, top_k, work, static, kernel_there, expected):
+def test_the_mode_depends_on_size_and_device(monkeypatch, sizes, top_k, work, static, kernel_there, expected):
     experts = build_experts(ExpertsConfig(sizes=sizes), 8, 5)[0]
     if top_k < len(sizes):
         on_cpu = choose(2 * top_k, experts, torch.randn(2, 8), static)
-        assert on_cpu == ("dense" if static else "sorted")  # waiting costs a CPU nothing, but is no part of a graph
+        assert on_cpu == (
+            "dense" if static else "sorted"
+        )  # waiting costs nothing on a CPU, but is not possible in a graph
     monkeypatch.setattr(module, "has_kernel", lambda x_BD: kernel_there)
     monkeypatch.setattr(module, "DENSE_WORK", work)
     monkeypatch.setattr(module, "DENSE_WORK_IN_A_GRAPH", (work, work))
     assert choose(1000 * top_k, experts, OnGpu(), static) == expected
 
 
-def test_in_a_graph_equal_experts_are_grouped_from_less_work_on(monkeypatch):
+def test_in_a_graph_equal_experts_are_grouped_at_less_work(monkeypatch):
     monkeypatch.setattr(module, "has_kernel", lambda x_BD: True)
     monkeypatch.setattr(module, "DENSE_WORK_IN_A_GRAPH", (0, 1e18))
     found = []
@@ -60,7 +62,7 @@ def test_in_a_graph_equal_experts_are_grouped_from_less_work_on(monkeypatch):
 
 
 @pytest.mark.parametrize(("sizes", "many"), [([[8], [16]] * 8, 66_000), ([[8]] * 16, 263_000)])
-def test_experts_that_see_many_samples_run_one_after_the_other(monkeypatch, sizes, many):
+def test_experts_with_many_samples_run_one_after_another(monkeypatch, sizes, many):
     experts = build_experts(ExpertsConfig(sizes=sizes), 8, 5)[0]
     monkeypatch.setattr(module, "has_kernel", lambda x_BD: True)
     monkeypatch.setattr(module, "DENSE_WORK", 0)
@@ -75,7 +77,7 @@ def test_experts_that_see_many_samples_run_one_after_the_other(monkeypatch, size
     assert choose(many, experts, OnGpu(), static=True) == "dense"  # they have no rows in common
 
 
-def test_a_way_can_be_forced(monkeypatch):
+def test_a_mode_can_be_forced(monkeypatch):
     used = []
     for how in DISPATCHERS:
         monkeypatch.setitem(

@@ -1,4 +1,4 @@
-"""Kinds of experts behind the ViT: each by hand, and in every way of dispatch alike."""
+"""Kinds of experts behind the ViT: each by hand, and equal in every dispatch mode."""
 
 import math
 
@@ -31,7 +31,7 @@ def test_a_swiglu_expert_by_hand():
     assert expert(torch.tensor([[1.0, 3.0]])).item() == pytest.approx(expected)
 
 
-def test_the_work_of_a_swiglu_expert_is_what_its_matrices_hold():
+def test_the_work_of_a_swiglu_expert_is_the_size_of_its_matrices():
     config = ExpertsConfig(kind="glu", sizes=[[4], [5, 3], []])
     experts, _ = build_experts(config, 6, 10)
     assert config.work(6, 10) == [sum(layer.weight.numel() for layer in expert.linears) for expert in experts]
@@ -39,7 +39,7 @@ def test_the_work_of_a_swiglu_expert_is_what_its_matrices_hold():
 
 @pytest.mark.parametrize("kind", HEADS)
 @pytest.mark.parametrize("sizes", [[[8], [8], [16]], [[16, 8]] * 3, [[], [8], []]], ids=str)
-def test_every_way_of_dispatch_agrees(kind, sizes):
+def test_all_dispatch_modes_agree(kind, sizes):
     torch.manual_seed(0)
     moe = MixtureOfExperts(8, 5, RouterConfig(kind="mixtral"), ExpertsConfig(kind=kind, sizes=sizes)).double().eval()
     moe.router.float()
@@ -65,7 +65,7 @@ class Cosine(ExpertKind, nn.Module):
         return nn.functional.cosine_similarity(x_BD[:, None], self.prototypes_CD[None].to(x_BD.dtype), dim=-1)
 
 
-def test_an_expert_of_any_module_is_dispatched_in_every_way():
+def test_an_expert_of_any_module_works_in_every_dispatch_mode():
     torch.manual_seed(0)
     experts, x_BD = Experts(Cosine(8, [], 5, 0.0) for _ in range(3)), torch.randn(20, 8)
     moe = MixtureOfExperts(8, 5, RouterConfig(kind="mixtral"), ExpertsConfig(sizes=[[8]] * 3))

@@ -31,9 +31,9 @@ def test_dropout_of_each_expert():
 
 @pytest.mark.parametrize("combine", ["logits", "probabilities"])
 @pytest.mark.parametrize("top_k", [1, 2])
-def test_shared_experts_always_run_and_their_logits_are_added(combine, top_k):
+def test_shared_experts_are_always_active_and_their_logits_are_added(combine, top_k):
     if combine == "probabilities" and top_k == 1:
-        return  # refused: the gate would get no gradient
+        return  # rejected: the gate would get no gradient
     torch.manual_seed(0)
     experts = ExpertsConfig(sizes=[[4], [5], [6]], shared=[[7], [3]], combine=combine)
     moe = MixtureOfExperts(6, 3, RouterConfig(kind="vmoe", top_k=top_k), experts).eval()
@@ -106,13 +106,13 @@ def test_impossible_experts_are_named(options, words):
     assert words in str(caught.value)
 
 
-def test_a_feature_that_is_not_there_is_named():
+def test_a_missing_feature_is_named():
     experts = ExpertsConfig(sizes=[[4], [4]], inputs=[[0], [3]])
     with pytest.raises(ValueError, match=r"inputs \[3\] are not among the 3 feature groups of 12 features"):
         VisionMoE((12,), 3, NeckConfig(), RouterConfig(), experts, num_groups=3)
 
 
-def test_shared_experts_are_announced_beside_the_routed_ones(monkeypatch, capsys):
+def test_shared_experts_are_printed_with_the_routed_ones(monkeypatch, capsys):
     monkeypatch.setattr(start, "cost", lambda *parts: SimpleNamespace(lines=lambda: [], backbone_flops=1))
     monkeypatch.setattr(start, "warn_of_hours", lambda *parts: None)
     images = ImageSet(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 0, 1]), ("a", "b"))

@@ -23,7 +23,7 @@ def gradients_of_rows(router, combine):
 
 @pytest.mark.parametrize("kind", sorted(set(ROUTERS) - {"hash", "soft_moe"}))
 @pytest.mark.parametrize("combine", sorted(COMBINE))
-def test_the_task_trains_every_row_of_the_gate_or_the_options_are_refused(kind, combine):
+def test_the_task_trains_every_row_of_the_gate_or_the_options_are_rejected(kind, combine):
     torch.manual_seed(0)
     tried = 0
     for top_k, (groups, top_groups) in product(
@@ -50,7 +50,7 @@ def test_the_task_trains_every_row_of_the_gate_or_the_options_are_refused(kind, 
     assert tried or (kind, combine) == ("switch", "probabilities")
 
 
-def test_a_group_gate_that_scales_all_weights_alike_is_refused_with_probabilities():
+def test_a_group_gate_that_scales_all_weights_equally_is_rejected_with_probabilities():
     router = RouterConfig(kind="hierarchical", top_k=2, groups=2, top_groups=1)
     with pytest.raises(
         ValueError, match=r"probabilities with router\.top_groups 1 .* use logits, or router\.top_groups 2"

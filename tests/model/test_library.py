@@ -1,4 +1,4 @@
-"""model/ as the library vision_moe: an installed wheel, in an empty folder, in a stranger's own model."""
+"""model/ as the library vision_moe: an installed wheel, in an empty folder, in a user's model."""
 
 import os
 import re
@@ -88,7 +88,7 @@ def test_an_ffn_is_the_mixture_of_its_tokens(kind):
             torch.testing.assert_close(out_BTD[b, t], sum(outputs), atol=1e-5, rtol=1e-4)
 
 
-def test_a_token_without_a_place_adds_nothing_to_the_residual_stream():
+def test_a_dropped_token_adds_nothing_to_the_residual_stream():
     torch.manual_seed(0)
     ffn = MoEFFN(6, RouterConfig(kind="switch", top_k=1, capacity_factor=0.5, warmup_steps=0), SIZES).train()
     out_BTD, routing = ffn(torch.randn(2, 6, 6))
@@ -136,6 +136,6 @@ def test_a_wrong_shape_is_one_clear_sentence(shape):
             ffn(torch.zeros(shape))
 
 
-def test_all_names_are_there_and_errors_are_of_the_builtin_kinds():
+def test_all_names_exist_and_errors_are_builtin_types():
     assert sorted(model.__all__) == sorted(set(model.__all__)) and all(hasattr(model, name) for name in model.__all__)
     assert issubclass(InputError, ValueError) and issubclass(model.UnavailableError, OSError)

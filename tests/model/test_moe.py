@@ -53,7 +53,7 @@ def test_sparse_equals_dense_in_values_and_gradients(combine, top_k, batch):
         torch.testing.assert_close(sparse, dense, atol=1e-5, rtol=1e-4)
 
 
-def test_each_expert_runs_once_on_just_its_samples():
+def test_each_expert_runs_once_and_only_on_its_samples():
     moe = mixture(2)
     seen = {}
     for index, expert in enumerate(moe.experts):
@@ -66,7 +66,7 @@ def test_each_expert_runs_once_on_just_its_samples():
 
 
 @pytest.mark.parametrize("combine", sorted(COMBINE))
-def test_a_sample_that_no_expert_sees_gets_even_logits(combine):
+def test_a_sample_without_experts_gets_equal_logits(combine):
     experts = build_experts(ExpertsConfig(sizes=[[4], [4]]), 3, 5)[0]
     routing = listed_routing(torch.tensor([0]), torch.tensor([1]), torch.tensor([1.0]), torch.zeros(2, 2))
     out = COMBINE[combine](*dispatch(torch.randn(2, 3), routing.assignments, experts), routing.assignments)
@@ -107,7 +107,7 @@ def test_evaluation_does_not_depend_on_the_batch(batch):
     torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-5)
 
 
-def test_counters_count_training_only_and_keep_warm_up_apart():
+def test_counters_count_only_training_with_warm_up_separate():
     moe = mixture(2).train()
     x = torch.randn(10, 6)
     first = moe(x)[1].counts_E
@@ -121,7 +121,7 @@ def test_counters_count_training_only_and_keep_warm_up_apart():
     assert torch.equal(moe.state_dict()["usage_E"], moe.usage_E)
 
 
-def test_counters_add_up_to_known_routing():
+def test_counters_sum_to_the_known_routing():
     moe = mixture(1, sizes=[[4], [4], [4]]).train()
     fixed = listed_routing(torch.arange(5), torch.tensor([2, 0, 2, 2, 0]), torch.ones(5), torch.zeros(5, 3))
     moe.router.forward = lambda x, warmup=False, allowed_E=None: fixed
@@ -214,13 +214,13 @@ def test_a_weight_that_underflows_has_a_finite_gradient():
     assert torch.isfinite(scores.grad).all()
 
 
-def test_an_expert_without_weight_says_nothing_about_any_class():
+def test_an_expert_with_weight_zero_does_not_affect_any_class():
     sample_A, expert_A = torch.tensor([0, 0, 1]), torch.tensor([0, 1, 1])
     routing = listed_routing(sample_A, expert_A, torch.tensor([1.0, 0.0, 0.0]), torch.zeros(2, 2))
     outputs_AC = torch.tensor([[200.0, 0.0], [0.0, 200.0], [0.0, 3.0]])
     mixed_BC = COMBINE["probabilities"](outputs_AC, torch.arange(3), routing.assignments)
     assert mixed_BC[0].tolist() == [0.0, -200.0]
-    # The one expert that the other sample has decides alone, whatever its weight.
+    # The only expert of the other sample decides alone, regardless of its weight.
     assert (mixed_BC[1, 1] - mixed_BC[1, 0]).item() == pytest.approx(3.0, abs=1e-3)
 
 
@@ -229,7 +229,7 @@ def test_batch_norm_in_the_neck_takes_a_batch_of_one():
     assert model(torch.randn(1, 6))[0].shape == (1, 3)
 
 
-def test_a_barred_expert_is_replaced_by_the_next_choice():
+def test_an_excluded_expert_is_replaced_by_the_next_choice():
     model = MixtureOfExperts(6, 3, RouterConfig(top_k=2), ExpertsConfig(sizes=[[4], [5], [6], [7]])).eval()
     torch.nn.init.normal_(model.router.gate.weight)
     x_BD = torch.randn(20, 6)

@@ -1,4 +1,4 @@
-"""Necks and what lies behind them, against numbers worked out by hand."""
+"""Necks and the layers after them, against numbers worked out by hand."""
 
 import math
 
@@ -62,7 +62,7 @@ def test_attention_neck_by_hand():
 
 
 @pytest.mark.parametrize("kind", ["pooled", "flatten"])
-def test_dropout_of_the_neck_is_on_what_gate_and_experts_read(kind):
+def test_dropout_of_the_neck_applies_to_the_input_of_gate_and_experts(kind):
     torch.manual_seed(0)
     shape = (400,) if kind == "pooled" else (4, 100)
     model = classifier(NeckConfig(kind=kind, dropout=0.5), shape, dispatch="sorted").train()
@@ -80,7 +80,7 @@ def test_dropout_of_the_neck_is_on_what_gate_and_experts_read(kind):
     assert torch.equal(read[-1], whole)
 
 
-def test_a_hidden_layer_of_the_gate_has_a_relu_and_in_training_dropout():
+def test_a_hidden_layer_of_the_gate_has_a_relu_and_dropout_in_training():
     torch.manual_seed(0)
     config = RouterConfig(kind="mixtral", top_k=2, norm="none", hidden=[2], dropout=0.25)
     router = build_router(config, 2, 2)
@@ -113,7 +113,7 @@ def test_shared_experts_train_the_neck(kind):
     router = RouterConfig(kind="mixtral" if kind == "pooled" else "soft_moe", top_k=2, norm="none")
     experts = ExpertsConfig(sizes=[[], []], shared=[[], []])
     model = VisionMoE(shape, 3, NeckConfig(kind=kind), router, experts).train()
-    with torch.no_grad():  # the routed experts say nothing, and give neither neck nor gate a gradient
+    with torch.no_grad():  # the routed experts output zero, and give neither neck nor gate a gradient
         for expert in model.moe.experts:
             expert[0].weight.zero_()
     logits_BC, _ = model(torch.randn(7, *shape))
@@ -123,7 +123,7 @@ def test_shared_experts_train_the_neck(kind):
     torch.testing.assert_close(model.neck.norm.bias.grad, expected_D)
 
 
-def test_each_feature_is_normalised_by_itself():
+def test_each_feature_is_normalised_separately():
     neck = NECKS["pooled"]((4,), NeckConfig(norm="each"), 2)
     features_BF = torch.tensor([[1.0, 3.0, 100.0, 500.0]])  # deviations of 1 and 200 from the means 2 and 300
     torch.testing.assert_close(neck(features_BF), torch.tensor([[-1.0, 1.0, -1.0, 1.0]]), atol=1e-4, rtol=0)

@@ -1,4 +1,4 @@
-"""Offloaded experts: the same answers, fetched when they are chosen, the most used kept within the memory given."""
+"""Offloaded experts: the same outputs, copied when they are chosen; the most used ones stay within the memory limit."""
 
 import copy
 from typing import Any
@@ -20,7 +20,7 @@ SIZES = [[4], [8], [6, 5], []]
 
 
 def head(usage=(5, 40, 10, 20), top_k=1, **experts):
-    """Four unequal experts behind a ViT, on 6 features and 3 classes, and how often training used each."""
+    """Four unequal experts behind a ViT, on 6 features and 3 classes, with their usage in training."""
     torch.manual_seed(0)
     parts = (RouterConfig(kind="noisy_topk", top_k=top_k, norm="none"), ExpertsConfig(sizes=SIZES, **experts))
     model = VisionMoE((6,), 3, NeckConfig(norm="none"), *parts).eval()
@@ -43,7 +43,7 @@ def sizes(model):
 @pytest.mark.parametrize("memory", [0, 400, 10**9])
 @pytest.mark.parametrize("experts", [{}, {"shared": [[4]], "kind": "glu"}, {"combine": "probabilities"}])
 @torch.no_grad()
-def test_experts_behind_the_vit_answer_as_before(experts, memory):
+def test_experts_behind_the_vit_give_the_same_outputs(experts, memory):
     model = head(top_k=2, **experts)
     features = torch.randn(40, 6)
     expected, (routing,) = model(features)
@@ -67,7 +67,7 @@ def test_an_expert_is_fetched_when_a_batch_chooses_it_and_only_then():
 
 
 @torch.no_grad()
-def test_the_most_used_that_fit_are_kept():
+def test_the_most_used_experts_that_fit_are_kept():
     model = head(usage=(5, 40, 10, 20))
     bytes_E = sizes(model)  # of hand: 28 + 15, 56 + 27, 42 + 35 + 18, 21 numbers
     assert bytes_E == [4 * n for n in ((6 * 4 + 4) + 8 + (4 * 3 + 3), 56 + 16 + 27, 42 + 12 + 35 + 10 + 18, 21)]
@@ -81,11 +81,11 @@ def test_the_most_used_that_fit_are_kept():
 
 
 @torch.no_grad()
-def test_offloaded_experts_stay_where_they_are_and_in_the_count_of_parameters():
+def test_offloaded_experts_stay_in_host_memory_and_in_the_parameter_count():
     model = head()
     number = sum(parameter.numel() for parameter in model.parameters())
     offload(model, CPU)
-    model.to("meta")  # stands for a GPU: all that moves is there
+    model.to("meta")  # replaces a GPU: shows everything that moves
     where = {name: parameter.device.type for name, parameter in model.named_parameters()}
     assert any(".experts." in name for name in where)
     assert all(device == ("cpu" if ".experts." in name else "meta") for name, device in where.items())
@@ -95,7 +95,7 @@ def test_offloaded_experts_stay_where_they_are_and_in_the_count_of_parameters():
 @pytest.mark.parametrize("kind", ["adapter", "ffn"])
 @pytest.mark.parametrize("level", ["token", "image"])
 @torch.no_grad()
-def test_experts_inside_the_vit_answer_as_before(kind, level):
+def test_experts_inside_the_vit_give_the_same_outputs(kind, level):
     sizes = [[2], [4], [6]] if kind == "adapter" else [[64]] * 3
     own = {"norm": "own", "activation": "silu"} if kind == "adapter" else {}
     model = spread(moe_vit(experts={"kind": kind, "sizes": sizes, **own}, level=level)).eval()
@@ -122,7 +122,7 @@ def test_adapters_that_no_token_chooses_are_not_fetched():
     assert traffic.copies == 3 and traffic.copied_bytes == 3 * bytes_E[1]
 
 
-def test_a_kind_of_experts_that_is_not_known_is_refused():
+def test_an_unknown_kind_of_expert_is_rejected():
     model = moe_vit()
     model.mixtures[0].experts = nn.Identity()
     model.mixtures[0].experts.parameters_of = lambda expert: 1
@@ -132,7 +132,7 @@ def test_a_kind_of_experts_that_is_not_known_is_refused():
 
 @pytest.mark.parametrize("number_format", ["int8", "fp8"])
 @torch.no_grad()
-def test_experts_stored_in_fewer_bits_travel_as_they_are(number_format):
+def test_experts_in_fewer_bits_are_copied_as_stored(number_format):
     model = head(top_k=2)
     store(model.moe.experts.matrices(), [number_format] * 4)
     features = torch.randn(40, 6)
@@ -150,7 +150,7 @@ def test_experts_stored_in_fewer_bits_travel_as_they_are(number_format):
 
 
 @torch.no_grad()
-def test_a_batch_that_chooses_no_adapter_is_answered_by_the_vit_alone():
+def test_a_batch_without_adapters_is_computed_only_by_the_vit():
     model = moe_vit()
     traffic = offload(model, CPU)
     x_BTD, dense_BTD, none = torch.randn(2, 4, 16), torch.randn(2, 4, 16), torch.zeros(0, dtype=torch.int64)
@@ -163,7 +163,7 @@ def test_a_batch_that_chooses_no_adapter_is_answered_by_the_vit_alone():
 @pytest.mark.parametrize("inside", [False, True])
 @torch.no_grad()
 def test_on_a_gpu_weights_come_from_page_locked_memory(inside):
-    # With preferences: a new gate's scores are all equal, and a GPU breaks ties otherwise than a CPU.
+    # With preferences: a new gate's scores are all equal, and a GPU breaks ties differently from a CPU.
     device = torch.device("cuda")
     made: Any = moe_vit() if inside else head(top_k=2)
     model = spread(made).eval()

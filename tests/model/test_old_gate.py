@@ -1,4 +1,4 @@
-"""The distance to the gate that a training starts from: by hand, under each rule, and what holds the old gate."""
+"""The distance to the gate that a training starts from: by hand, under each rule, and storage of the old gate."""
 
 import copy
 import math
@@ -38,7 +38,7 @@ def test_the_divergence_by_hand():
 
 
 @pytest.mark.parametrize("kind", GATED)
-def test_the_old_gate_stays_and_the_new_one_is_drawn_to_it(kind):
+def test_the_old_gate_stays_fixed_and_attracts_the_new_one(kind):
     torch.manual_seed(0)
     config = RouterConfig(kind=kind, top_k=ROUTERS[kind].only_top_k or 2, norm="none", temperature=2.0)
     router = build_router(config, 4, 4).train()
@@ -49,7 +49,7 @@ def test_the_old_gate_stays_and_the_new_one_is_drawn_to_it(kind):
     x_BE = torch.randn(16, 4)
     assert router.old(x_BE).equal(router.clean_logits(x_BE).detach()) and router.state_dict().keys() == listed
     equal = LOSSES["old_gate"](router(x_BE)).detach()
-    assert float(equal) == pytest.approx(0.0, abs=1e-3)  # jitter is in the new one alone
+    assert float(equal) == pytest.approx(0.0, abs=1e-3)  # only the new gate has jitter
     with torch.no_grad():
         router.gate.weight.add_(torch.randn_like(router.gate.weight))
     optimizer = torch.optim.SGD(router.parameters(), lr=1.0)
@@ -79,7 +79,7 @@ def test_a_training_step_compares_every_gate_inside_the_vit(top):
     found = [step(images(8), torch.arange(8) % 3, warmup=False) for _ in range(2)]
     assert found[1].auxiliary["old_gate"].shape == (len(model.mixtures),) and (found[1].auxiliary["old_gate"] > 0).all()
     assert all(value.equal(held[name]) for name, value in old_gates(model).items())
-    # A process that resumes builds the model anew and holds what the first one held.
+    # A resuming process builds the model again and loads the old gate of the first one.
     fresh = spread(moe_vit(experts={"head": top} if top else {}, kind="noisy_topk", norm="batch"))
     hold_old_gates(fresh)
     load_old_gates(fresh, old_gates(copied))

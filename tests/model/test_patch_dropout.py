@@ -1,4 +1,4 @@
-"""PatchDropout and drop path: what a training step leaves out, and that evaluation leaves out nothing."""
+"""PatchDropout and drop path: the patches and paths that a training step drops; evaluation drops nothing."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from config.config import Config, config_from_dict
 from model.vit_parts import drop_patches
 
 
-def test_patches_are_left_out_and_prefix_tokens_kept():
+def test_patches_are_dropped_and_prefix_tokens_kept():
     torch.manual_seed(0)
     x_BTD = torch.arange(2 * 11 * 1).view(2, 11, 1).float()  # a class token and ten patches
     kept_BTD = drop_patches(x_BTD, 1, 0.35)  # 6.5 patches, rounded to even
@@ -24,15 +24,15 @@ def test_one_patch_is_always_kept():
     assert drop_patches(torch.zeros(1, 5, 2), 1, 0.999).shape == (1, 2, 2)
 
 
-def test_every_patch_is_as_likely():
+def test_every_patch_is_equally_likely():
     torch.manual_seed(0)
-    x_BTD = torch.eye(8).expand(4000, 8, 8)  # a patch is told by its column
+    x_BTD = torch.eye(8).expand(4000, 8, 8)  # a patch is identified by its column
     counts_D = drop_patches(x_BTD, 0, 0.5).sum(dim=(0, 1))
     assert counts_D.sum() == 4000 * 4
     assert (counts_D - 2000).abs().max() < 160  # five standard deviations
 
 
-def test_a_step_sees_fewer_tokens_and_trains_the_experts():
+def test_a_step_uses_fewer_tokens_and_trains_the_experts():
     model = spread(moe_vit()).train()
     logits_BC, routings = model(images(), patch_dropout=0.5)
     assert [routing.num_samples for routing in routings] == [6 * (1 + 8)] * 3
@@ -40,7 +40,7 @@ def test_a_step_sees_fewer_tokens_and_trains_the_experts():
     assert all(mixture.experts.up.grad.abs().sum() > 0 for mixture in model.mixtures)
 
 
-def test_rotary_embeddings_are_told():
+def test_rotary_embeddings_are_rejected():
     with pytest.raises(ValueError, match=r"patch_dropout does not work for a ViT with rotary"):
         moe_vit(tiny_vit("eva"))(images(), patch_dropout=0.5)
 
@@ -58,7 +58,7 @@ def test_drop_path_skips_the_experts_of_whole_images_and_keeps_their_mean():
     torch.testing.assert_close(added_BTD[~skipped_B], whole_BTD[~skipped_B] / 0.75)
 
 
-def test_options_have_their_place():
+def test_options_need_the_right_place():
     values = Config().to_dict()
     values["train"]["patch_dropout"] = 0.3
     with pytest.raises(Exception, match=r"train.patch_dropout needs experts.place blocks"):

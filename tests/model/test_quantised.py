@@ -32,7 +32,7 @@ def test_fp8_by_hand():
 
 
 @pytest.mark.parametrize("number_format, bound", [("int8", 1 / 254), ("fp8", 1 / 16), ("float16", 2**-11)])
-def test_no_number_is_off_by_more_than_half_a_step(number_format, bound):
+def test_no_number_differs_by_more_than_half_a_step(number_format, bound):
     torch.manual_seed(0)
     weight_OI = torch.randn(16, 50)
     error_OI = (unpack(pack(weight_OI, number_format), number_format) - weight_OI).abs()
@@ -45,7 +45,7 @@ def test_a_scale_that_is_given_clips():
     assert codes.tolist() == [[127, -127, 64]] and unpack([codes, scales], "int8")[0, 0] == pytest.approx(1.0)
 
 
-def test_parts_side_by_side_have_scales_of_their_own():
+def test_concatenated_parts_have_separate_scales():
     """Columns of three experts: the large ones of the second do not coarsen the small ones of the first."""
     layer = nn.Linear(3, 2)
     layer.weight.data = torch.tensor([[0.5, 100.0, 1.0], [0.25, 200.0, 1 / 3]])
@@ -72,8 +72,8 @@ MIXTURES = {
 
 @pytest.mark.parametrize("name", sorted(MIXTURES))
 @pytest.mark.parametrize("number_format", ["int8", "fp8", "float16"])
-def test_a_model_computes_with_what_is_stored(name, number_format):
-    """The answers are those of the float model whose matrices have been rounded by hand."""
+def test_a_model_computes_with_the_stored_weights(name, number_format):
+    """The outputs are those of the float model with matrices rounded by hand."""
     _, model, _ = MIXTURES[name]()
     _, stored, _ = MIXTURES[name](weights=number_format)
     state = model.state_dict()
@@ -125,7 +125,7 @@ def test_in_float32_nothing_changes():
         ({"head_weights": "int8"}, "experts.head_weights int8 needs experts.place blocks"),
     ],
 )
-def test_formats_that_do_not_fit_are_one_line(options, message):
+def test_formats_that_do_not_fit_are_reported_in_one_line(options, message):
     with pytest.raises(ValueError, match=message):
         ExpertsConfig(sizes=[[2]] * 4, **options)
 

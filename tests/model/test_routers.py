@@ -29,7 +29,7 @@ def test_temperature_divides_the_logits(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_expert_a_sample_keeps_the_probability_so_that_the_gate_learns(kind):
+def test_one_expert_per_sample_keeps_the_probability_so_that_the_gate_learns(kind):
     router = identity_router(kind, 3, 1).train()
     routing = router(torch.tensor([[0.0, math.log(2.0), 0.0]]))
     routing.weight_A.sum().backward()
@@ -58,7 +58,7 @@ def test_noise_is_added_in_training_only(kind):
     assert not torch.equal(router(x).expert_A, router(x).expert_A)
 
 
-def test_article_noise_grows_with_the_spread_of_the_samples_own_logits():
+def test_article_noise_grows_with_the_spread_of_the_samples_logits():
     router = identity_router("article", 2, 1, noise_std=0.5, dropout=0.0).train()
     torch.manual_seed(0)
     for scale in (1.0, 100.0):
@@ -71,7 +71,7 @@ def test_article_noise_grows_with_the_spread_of_the_samples_own_logits():
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("top_k", [1, 2, 4])
-def test_warm_up_draws_distinct_experts_evenly_and_weights_them_alike(kind, top_k):
+def test_warm_up_draws_distinct_experts_uniformly_with_equal_weights(kind, top_k):
     router = identity_router(kind, 4, top_k).train()
     torch.manual_seed(0)
     routing = router(torch.randn(4000, 4) * 50, warmup=True)
@@ -111,7 +111,7 @@ def test_load_probability_sums_to_k_in_expectation(num_experts, top_k):
     assert total == pytest.approx(top_k, abs=0.01)
 
 
-def test_load_probability_is_the_chance_to_be_chosen():
+def test_load_probability_is_the_probability_of_being_chosen():
     router = build_router(RouterConfig(top_k=2, norm="none"), 4, 4).train()
     with torch.no_grad():
         router.gate.weight.copy_(torch.eye(4))
@@ -137,7 +137,7 @@ def test_hidden_layers_make_the_gate_an_mlp():
     assert shapes == [(8, 5), (6, 8), (4, 6)]
 
 
-def test_batch_norm_takes_away_what_all_samples_share():
+def test_batch_norm_removes_the_component_shared_by_all_samples():
     torch.manual_seed(0)
     x = torch.randn(512, 6) * 0.1 + 50 * torch.randn(6)  # the common part is far larger than the differences
     shares = {}
@@ -155,7 +155,7 @@ def test_a_training_batch_of_one_sample():
     assert router(torch.randn(1, 6)).expert_A.shape == (2,)
 
 
-def test_normalising_by_running_statistics_does_not_look_at_the_batch():
+def test_normalising_with_running_statistics_does_not_depend_on_the_batch():
     from model.norm import Standardise
 
     torch.manual_seed(0)

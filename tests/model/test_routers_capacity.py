@@ -1,4 +1,4 @@
-"""Capacity: who finds a place, in what order, and what becomes of the rest, by hand and against a slow loop."""
+"""Capacity: the assignment of slots, its order, and the treatment of drops, by hand and against a slow loop."""
 
 import math
 from fractions import Fraction
@@ -28,7 +28,7 @@ def pairs(routing):
 
 
 def places(batch, factor, target, top_k=1):
-    """Places of each expert, as a router computes them from its options."""
+    """Slots of each expert, as computed by a router from its options."""
     router = build_router(RouterConfig(kind="vmoe", top_k=top_k, target_load=target, capacity_factor=factor), 4, 4)
     return expert_capacity(batch, top_k * exact(router.capacity_factor), router.shares)
 
@@ -55,7 +55,7 @@ def test_capacity_by_hand(batch, top_k, factor, target, expected):
 
 
 @pytest.mark.parametrize("factor", [1.0, 1.25, 1.5])
-def test_one_expert_has_a_place_for_each_of_a_million_samples(factor):
+def test_one_expert_has_a_slot_for_each_of_a_million_samples(factor):
     assert expert_capacity(1_000_000, exact(factor), [Fraction(1)]) == [1_000_000]
     # Of two experts each takes half, times the factor.
     assert expert_capacity(1_000_000, exact(factor), [Fraction(1, 2)] * 2) == [int(500_000 * factor)] * 2
@@ -63,7 +63,7 @@ def test_one_expert_has_a_place_for_each_of_a_million_samples(factor):
 
 @pytest.mark.parametrize("kind", ["vmoe", "gshard", "expert_choice"])
 @pytest.mark.parametrize("factor", [1e300, 1e-300])
-def test_extreme_capacity_factors_limit_nothing_or_leave_one_place(kind, factor):
+def test_extreme_capacity_factors_limit_nothing_or_leave_one_slot(kind, factor):
     if kind == "expert_choice" and factor > 1:
         with pytest.raises(ValueError, match="lower it"):
             identity_router(kind, 3, 2, capacity_factor=factor)
@@ -73,7 +73,7 @@ def test_extreme_capacity_factors_limit_nothing_or_leave_one_place(kind, factor)
 
 
 def slow_place(experts, wanted, capacity, priority):
-    """The rules as they are said: round by round, by priority, one sample after the other."""
+    """The definition: in rounds, by priority, one sample after another."""
     room, got = list(capacity), [[False] * len(row) for row in experts]
     order = sorted(range(len(experts)), key=lambda b: 0 if priority is None else -priority[b])
     for turn in range(len(experts[0])):
@@ -87,7 +87,7 @@ def slow_place(experts, wanted, capacity, priority):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_places_equal_those_of_a_slow_loop(seed):
+def test_slots_equal_those_of_a_slow_loop(seed):
     torch.manual_seed(seed)
     num_experts, batch = int(torch.randint(1, 7, ())), int(torch.randint(1, 30, ()))
     k = int(torch.randint(1, num_experts + 1, ()))
@@ -102,7 +102,7 @@ def test_places_equal_those_of_a_slow_loop(seed):
     assert place(expert_BR, wanted_BK, capacity_E, priority_B).tolist() == expected
 
 
-def test_first_choices_come_before_any_second_one():
+def test_first_choices_come_before_second_choices():
     # Capacity ceil(2 * 2 * 0.5 / 2) = 1. Sample 0 wants 0 then 1; sample 1 wants 1 then 0. Each keeps its first choice:
     # going sample by sample, the second choice of sample 0 would have taken the place of sample 1's first.
     routing = identity_router("vmoe", 2, 2, capacity_factor=0.5)(torch.tensor([[2.0, 1.0], [1.0, 2.0]]))
@@ -121,7 +121,7 @@ def test_batch_prioritised_order_ranks_by_the_largest_gate(order, kept):
 
 
 @pytest.mark.parametrize("shifts", [(0.0, 0.0, 0.0), (-100.0, -100.0, -100.0), (10.0, -10.0, 5.0)])
-def test_places_go_by_probability_whatever_a_samples_logits_have_in_common(shifts):
+def test_slots_are_assigned_by_probability_whatever_the_offset_of_the_logits(shifts):
     # A rank by zero-filled logits would put every zero above chosen negative ones, and one by logits the sample that
     # is shifted up above the others.
     x = torch.tensor([[3.0, 1.0, 0.0], [5.0, 1.0, 0.0], [4.0, 0.0, 1.0]]) + torch.tensor(shifts)[:, None]
@@ -131,7 +131,7 @@ def test_places_go_by_probability_whatever_a_samples_logits_have_in_common(shift
     assert routing.dropped.item() == 2
 
 
-def test_next_best_moves_a_choice_to_the_next_expert_with_a_place():
+def test_next_best_moves_a_choice_to_the_next_expert_with_a_free_slot():
     # One place each. All prefer 0, then 1, then 2; the last sample prefers 1, then 0, then 2, and its first choice
     # comes before the others' replacements.
     x = torch.tensor([[4.0, 3.0, 2.0], [4.0, 3.0, 2.0], [3.0, 4.0, 2.0]]).log()
@@ -143,7 +143,7 @@ def test_next_best_moves_a_choice_to_the_next_expert_with_a_place():
     assert routing.demand_E.tolist() == [2, 1, 0]
 
 
-def test_next_best_renormalises_over_what_a_sample_got():
+def test_next_best_renormalises_over_the_assigned_experts():
     # Capacity ceil(2 * 2 * 0.5 / 4) = 1; both samples want 0 and 1. Sample 0 gets them; sample 1 gets 2 and 3.
     x = torch.tensor([[4.0, 3.0, 2.0, 1.0]]).log().expand(2, 4)
     routing = identity_router("mixtral", 4, 2, capacity_factor=0.5, overflow="next_best")(x)
@@ -190,7 +190,7 @@ def test_residual_replaces_a_dropped_expert_by_a_linear_head_in_training_only():
     assert moe.eval()(x)[1].drops is None
 
 
-def test_drops_are_counted_where_the_trainer_reads_them():
+def test_drops_are_counted_for_the_trainer():
     router = identity_router("vmoe", 3, 2, capacity_factor=0.5)
     routing = router(torch.randn(12, 3))
     assert routing.dropped.dtype == torch.int64 and routing.dropped.ndim == 0

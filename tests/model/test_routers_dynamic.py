@@ -36,14 +36,14 @@ def test_top_p_takes_experts_until_their_probability_reaches_p(training):
     assert chosen(everything) == [[(0, 0.4), (2, 0.35), (3, 0.2), (1, 0.05)]]
 
 
-def test_top_p_gives_a_sample_more_experts_the_less_sure_its_gate_is():
+def test_top_p_gives_more_experts_to_samples_with_an_uncertain_gate():
     direction_E = torch.tensor([3.0, 2.0, 1.0, 0.0, -1.0, -2.0])
     logits_BE = direction_E * torch.tensor([[0.0], [0.3], [1.0], [4.0]])
     counts = [len(row) for row in chosen(router_of("top_p", 6, p=0.9).eval()(logits_BE))]
     assert counts == [6, 5, 3, 1]
 
 
-def test_top_p_remembers_how_many_experts_its_samples_choose():
+def test_top_p_tracks_the_mean_number_of_experts():
     router = router_of("top_p", 4, p=0.5, top_k=2).train()
     assert router.experts_per_sample == 2.0
     router(torch.tensor([[9.0, 0.0, 0.0, 0.0]] * 3 + [[0.0] * 4]))  # 1, 1, 1 and 2 experts
@@ -66,7 +66,7 @@ def test_sinkhorn_scales_the_columns_to_their_target():
     torch.testing.assert_close(plan_BE.sum(dim=0), target_E, atol=1e-5, rtol=1e-4)
 
 
-def test_sinkhorn_evens_the_loads_in_training_and_takes_the_largest_logits_in_evaluation():
+def test_sinkhorn_balances_the_loads_in_training_and_uses_plain_top_k_in_evaluation():
     torch.manual_seed(0)
     logits_BE = torch.randn(600, 6) + torch.tensor([4.0, 2.0, 0.0, 0.0, 0.0, -2.0])
     for top_k in (1, 2):
@@ -78,7 +78,7 @@ def test_sinkhorn_evens_the_loads_in_training_and_takes_the_largest_logits_in_ev
         assert torch.equal(evaluated.expert_A.view(600, top_k), best_BK)
 
 
-def test_sinkhorn_aims_at_the_target_load():
+def test_sinkhorn_reaches_the_target_load():
     torch.manual_seed(0)
     options = {"top_k": 1, "target_load": [1.0, 2.0, 3.0], "sinkhorn_iterations": 64}
     router = router_of("sinkhorn", 3, **options).train()
@@ -87,7 +87,7 @@ def test_sinkhorn_aims_at_the_target_load():
     assert share_E.tolist() == pytest.approx([1 / 6, 1 / 3, 1 / 2], abs=0.04)
 
 
-def test_the_weights_of_sinkhorn_are_the_gates_own():
+def test_the_weights_of_sinkhorn_are_those_of_the_gate():
     logits_BE = torch.tensor([[2.0, 0.0, -1.0], [1.0, 0.5, 0.0]])
     one = router_of("sinkhorn", 3, top_k=1).eval()(logits_BE)
     assert one.weight_A.tolist() == pytest.approx([1 / (1 + math.exp(-2)), 1 / (1 + math.exp(-1))])

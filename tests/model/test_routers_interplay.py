@@ -1,14 +1,15 @@
-"""Where options of the routing rules meet: the bias and the load estimate, temperature, capacities and the losses."""
+"""Combinations of options of the routing rules: bias and load estimate, temperature, capacities and losses."""
 
 import math
 
 import pytest
 import torch
+from routing_helpers import EVERY_LOSS
 from test_routers_capacity import identity_router, pairs
 
 from common.errors import UserError
 from config.command_line import parse_command_line
-from model.balance import BalanceConfig, balance_losses, weighted_sum
+from model.balance import balance_losses, weighted_sum
 from model.losses.entropy_local import local_entropy
 from model.losses.importance import importance_loss
 from model.routers import RouterConfig, build_router
@@ -19,7 +20,7 @@ from model.routers.capacity import place
     ("kind", "options"),
     [("noisy_topk", {}), ("vmoe", {}), ("hierarchical", {"groups": 2}), ("hierarchical", {"groups": 4})],
 )
-def test_the_load_estimate_is_of_what_the_bias_makes_the_router_choose(kind, options):
+def test_the_load_estimate_includes_the_bias(kind, options):
     torch.manual_seed(0)
     config = RouterConfig(kind=kind, top_k=2, norm="none", bias_rate=0.001, **options)
     router = build_router(config, 4, 8).train()
@@ -44,7 +45,7 @@ def test_the_load_estimate_is_of_what_the_bias_makes_the_router_choose(kind, opt
         ("hierarchical", {"groups": 3, "top_groups": 2}),
     ],
 )
-def test_the_load_estimate_sums_to_k_and_is_each_experts_chance_to_be_chosen(kind, options, bias):
+def test_the_load_estimate_sums_to_k_and_is_the_probability_of_being_chosen(kind, options, bias):
     torch.manual_seed(1)
     config = RouterConfig(kind=kind, top_k=2, norm="none", bias_rate=0.001, **options)
     router = build_router(config, 4, 12).train()
@@ -73,8 +74,7 @@ def test_extreme_temperatures_give_finite_weights_and_gradients(kind, temperatur
     router = build_router(RouterConfig(kind=kind, top_k=2, temperature=temperature), 4, 4).train()
     torch.nn.init.normal_(router.gate.weight)
     routing = router(torch.randn(16, 4))
-    config = BalanceConfig(**dict.fromkeys(vars(BalanceConfig()), 1.0))
-    (weighted_sum(balance_losses(routing, config), config) + routing.weight_A.sum()).backward()
+    (weighted_sum(balance_losses(routing, EVERY_LOSS), EVERY_LOSS) + routing.weight_A.sum()).backward()
     assert routing.weight_A.isfinite().all() and router.gate.weight.grad.isfinite().all()
 
 
@@ -85,7 +85,7 @@ def test_deepseek_weighs_by_ratio_where_all_scores_underflow():
     assert sorted(routing.weight_A.tolist()) == pytest.approx([1 / (1 + math.e), math.e / (1 + math.e)])
 
 
-def test_a_replacement_may_be_a_choice_that_was_not_drawn():
+def test_a_replacement_can_be_a_choice_that_was_not_drawn():
     # Both samples want expert 0, which has one place, and neither has drawn its second choice, expert 1.
     expert_BR = torch.tensor([[0, 1, 0, 1, 2]] * 2)
     wanted_BK = torch.tensor([[True, False]] * 2)
@@ -105,7 +105,7 @@ def test_gshard_sends_a_sample_without_its_first_expert_to_its_second(monkeypatc
 
 
 @pytest.mark.parametrize("overflow", ["drop", "residual", "next_best"])
-def test_importance_is_of_what_the_gate_asked_for_and_not_of_what_found_a_place(overflow):
+def test_importance_counts_requested_and_not_assigned_experts(overflow):
     x = torch.tensor([[0.5, 0.3, 0.2]] * 6).log()
     free = identity_router("mixtral", 3, 2)(x)
     tight = identity_router("mixtral", 3, 2, capacity_factor=0.5, overflow=overflow)(x)
@@ -145,7 +145,7 @@ def test_priority_goes_by_the_gate_at_its_temperature():
     assert kept == [[(0, 0)], [(1, 0)]]
 
 
-def test_the_load_loss_is_refused_where_there_is_no_noise_and_nowhere_else():
+def test_the_load_loss_is_rejected_exactly_for_rules_without_noise():
     words = ["--config", "configs/digits.yaml", "--balance.load", "0.1", "--router.noise_std", "0"]
     assert parse_command_line([*words, "--router.kind", "noisy_topk"]).config.balance.load == 0.1
     with pytest.raises(UserError, match=r"set it to 0, or router\.noise_std above 0"):
@@ -154,7 +154,7 @@ def test_the_load_loss_is_refused_where_there_is_no_noise_and_nowhere_else():
         parse_command_line([*words, "--router.kind", "mixtral"])
 
 
-def test_an_order_without_capacities_is_told():
+def test_an_order_without_capacities_is_reported():
     assert RouterConfig(capacity_order="priority").idle == [
         "router.capacity_order priority has no effect without router.capacity_factor"
     ]

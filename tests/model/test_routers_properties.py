@@ -1,9 +1,10 @@
-"""What holds of every routing rule, over random numbers of experts, choices and samples."""
+"""Properties of every routing rule, for random numbers of experts, choices and samples."""
 
 import pytest
 import torch
+from routing_helpers import EVERY_LOSS
 
-from model.balance import BalanceConfig, balance_losses, weighted_sum
+from model.balance import balance_losses, weighted_sum
 from model.experts import ExpertsConfig
 from model.moe import MixtureOfExperts
 from model.routers import ROUTERS, RouterConfig, build_router
@@ -11,7 +12,6 @@ from model.routers import ROUTERS, RouterConfig, build_router
 KINDS = sorted(ROUTERS)
 CHOOSING = [kind for kind in KINDS if ROUTERS[kind].token_choice]
 WEIGHTS_SUM_TO_ONE = {"article", "noisy_topk", "gshard", "mixtral", "deepseek", "hash"}  # for k >= 2
-EVERY_LOSS = BalanceConfig(**dict.fromkeys(vars(BalanceConfig()), 1.0))
 WIDTH = 6
 
 
@@ -27,7 +27,7 @@ def shapes(count, seed=0):
 
 
 def config_of(kind, experts, top_k, **options):
-    """The rule's configuration nearest to that many choices; None where it has none."""
+    """The rule's configuration closest to this number of choices; None if there is none."""
     fixed = {"switch": 1, "gshard": 2}
     if kind == "hierarchical":
         options["groups"] = 2 if experts % 2 == 0 and top_k <= experts // 2 else 1
@@ -53,7 +53,7 @@ def inputs_of(kind, batch):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("capacity", [None, 0.5])
-def test_a_routing_that_claims_k_assignments_a_sample_has_them_in_order(kind, capacity):
+def test_a_routing_with_k_assignments_per_sample_has_them_in_order(kind, capacity):
     torch.manual_seed(0)
     for experts, top_k, batch in shapes(12):
         options = {} if capacity is None else {"capacity_factor": capacity}
@@ -97,7 +97,7 @@ def test_a_routing_is_a_list_of_distinct_experts_with_sensible_weights(kind):
 
 @pytest.mark.parametrize("kind", CHOOSING)
 @pytest.mark.parametrize("overflow", ["drop", "next_best", "residual"])
-def test_capacity_holds_and_what_is_lost_is_counted(kind, overflow):
+def test_capacity_holds_and_drops_are_counted(kind, overflow):
     torch.manual_seed(2)
     for experts, top_k, batch in shapes(15, seed=2):
         options = {"capacity_factor": float(torch.rand(())) + 0.2, "overflow": overflow}
@@ -113,7 +113,7 @@ def test_capacity_holds_and_what_is_lost_is_counted(kind, overflow):
         assert len(pairs) == len(routing.sample_A)
         if (
             overflow == "next_best" and ROUTERS[kind].fixed_k
-        ):  # nobody goes without while a place is free that it does not hold
+        ):  # no sample lacks an expert while there is a free slot for it
             asked = 1 if kind == "gshard" else config.top_k  # its second choice is drawn
             missing_B = asked - torch.bincount(routing.sample_A, minlength=batch)
             free = {e for e, n in enumerate(routing.counts_E.tolist()) if n < places}
@@ -131,7 +131,7 @@ def test_evaluation_does_not_depend_on_the_batch(kind):
     config = RouterConfig(kind=kind, top_k=top_k, **drops)
     moe = MixtureOfExperts(WIDTH, 3, config, ExpertsConfig(sizes=[[4], [5], [6, 3], [7]], shared=[[3]])).train()
     sharpened(moe.router)
-    for _ in range(5):  # running statistics and thresholds away from where they start
+    for _ in range(5):  # move running statistics and thresholds from their initial values
         moe(inputs_of(kind, 64))
     moe.eval()
     x = inputs_of(kind, 256)
@@ -221,11 +221,11 @@ def test_the_load_estimate_has_the_gradient_of_finite_differences(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_barred_expert_gets_no_weight_and_the_others_step_in(kind):
+def test_an_excluded_expert_gets_no_weight_and_others_replace_it(kind):
     torch.manual_seed(8)
     router = sharpened(build_router(config_of(kind, 4, 2 if kind != "switch" else 1), WIDTH, 4))
     if "bias_E" in dict(router.named_buffers()):
-        router.bias_E.copy_(torch.tensor([9.0, 0.0, 0.0, 0.0]))  # lifts no barred expert over the others
+        router.bias_E.copy_(torch.tensor([9.0, 0.0, 0.0, 0.0]))  # does not raise an excluded expert above the others
     x = inputs_of(kind, 40)
     for allowed in ([False, True, True, True], [False, True, False, True], [False, False, False, True]):
         allowed_E = torch.tensor(allowed)
@@ -261,7 +261,7 @@ def test_the_gate_is_float32_under_autocast(kind):
         ("sinkhorn_iterations", 1),
     ],
 )
-def test_an_option_that_is_said_to_do_nothing_does_nothing(kind, option, value):
+def test_an_option_reported_without_effect_has_none(kind, option, value):
     def route(**options):
         torch.manual_seed(0)
         config = RouterConfig(kind=kind, top_k={"switch": 1}.get(kind, 2), norm="none", **options)

@@ -124,7 +124,7 @@ def test_loss_free_bias_towards_a_given_load():
 
 
 @pytest.mark.parametrize(("target", "expected"), [("even", [0.5, 0.5]), ([3.0, 1.0], [0.75, 0.25])])
-def test_the_bias_alone_brings_a_lopsided_gate_to_its_target(target, expected):
+def test_the_bias_alone_brings_an_unbalanced_gate_to_its_target(target, expected):
     torch.manual_seed(0)
     router = identity_router("deepseek", 2, 1, bias_rate=0.01, target_load=target).train()
     x = torch.randn(512, 2) + torch.tensor([3.0, 0.0])
@@ -144,7 +144,7 @@ def test_a_moving_average_of_the_weights_averages_the_bias_with_the_gate():
     assert ema.module.bias_E.tolist() == pytest.approx([0.25, 0.25])
 
 
-def test_the_gate_reads_its_own_features():
+def test_the_gate_reads_its_configured_features():
     router = build_router(RouterConfig(inputs=[2, 0], norm="none", kind="mixtral"), 6, 4, num_groups=3)
     x = torch.randn(5, 6)
     expected = router.gate(torch.cat([x[:, 4:6], x[:, 0:2]], dim=1))
@@ -162,7 +162,7 @@ def test_every_kind_is_explained(kind):
 
 
 @pytest.mark.parametrize("kind", ["noisy_topk", "hierarchical"])
-def test_the_learned_noise_is_even_at_first_has_its_own_layer_and_learns_nothing_in_warm_up(kind):
+def test_the_learned_noise_starts_equal_has_a_separate_layer_and_does_not_learn_in_warm_up(kind):
     torch.manual_seed(0)
     router = build_router(RouterConfig(kind=kind, top_k=2, norm="none"), 6, 4).train()
     assert not any(parameter.any() for parameter in (*router.gate.parameters(), *router.noise.parameters()))

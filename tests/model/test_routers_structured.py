@@ -51,7 +51,7 @@ def test_hierarchical_choice_is_not_the_top_k_of_the_joint_probability():
     assert routing.expert_A.item() in (2, 3)
 
 
-def test_hierarchical_load_is_the_chance_to_be_chosen_and_sums_to_k():
+def test_hierarchical_load_is_the_probability_of_being_chosen_and_sums_to_k():
     torch.manual_seed(0)
     for top_k, top_groups in ((1, 1), (2, 2), (2, 1)):
         router = hierarchical(top_k, top_groups=top_groups).train()
@@ -86,7 +86,7 @@ def test_expert_choice_by_hand():
     assert (half.sample_A.tolist(), half.dropped.item()) == ([0, 3], 2)
 
 
-def test_expert_choice_evaluates_each_sample_by_itself():
+def test_expert_choice_evaluates_each_sample_independently():
     router = identity_router("expert_choice", 2, 1)
     router.threshold_E.copy_(torch.tensor([0.75, 0.35]))
     # Gates .9 .1 pass the first; .6 .4 the second, though the first is larger; .7 .3 neither: the larger one then.
@@ -95,7 +95,7 @@ def test_expert_choice_evaluates_each_sample_by_itself():
     assert routing.weight_A.tolist() == pytest.approx([0.9, 0.4, 0.7], abs=1e-6)
 
 
-def test_expert_choice_evaluates_about_as_many_experts_a_sample_as_it_trained_with():
+def test_expert_choice_uses_about_as_many_experts_per_sample_in_evaluation_as_in_training():
     torch.manual_seed(0)
     router = identity_router("expert_choice", 4, 2).train()
     for _ in range(100):
@@ -111,7 +111,7 @@ def test_expert_choice_trains_to_a_given_load():
     assert router(torch.randn(8, 2)).counts_E.tolist() == [6, 2]
 
 
-def test_hash_is_fixed_even_and_without_parameters():
+def test_hash_is_fixed_balanced_and_without_parameters():
     torch.manual_seed(0)
     router = build_router(RouterConfig(kind="hash", top_k=1), 16, 4).train()
     assert not list(router.parameters())
@@ -123,7 +123,7 @@ def test_hash_is_fixed_even_and_without_parameters():
     fixed.load_state_dict(router.state_dict())
     assert torch.equal(fixed.eval()(x).expert_A, router.eval()(x).expert_A)
     assert (router(x).counts_E / 2000).tolist() == pytest.approx([0.25] * 4, abs=0.06)
-    # Training and evaluation agree about a sample, whatever its batch and whether it is in warm-up.
+    # Training and evaluation agree about a sample, regardless of its batch and of warm-up.
     alike = x[router.eval()(x).expert_A == 0]
     trained = router.train()(alike).expert_A
     assert torch.equal(trained, router.eval()(alike).expert_A)
@@ -131,7 +131,7 @@ def test_hash_is_fixed_even_and_without_parameters():
     assert alone.learned and alone.expert_A.tolist() == router.eval()(x[:1]).expert_A.tolist()
 
 
-def test_hash_weights_are_even():
+def test_hash_weights_are_equal():
     router = build_router(RouterConfig(kind="hash", top_k=3), 5, 4)
     assert router(torch.randn(7, 5)).weight_A.tolist() == pytest.approx([1 / 3] * 21)
 
@@ -166,7 +166,7 @@ def test_soft_moe_weights_sum_to_one_over_tokens_and_over_slots(num_experts, slo
     torch.testing.assert_close(routing.probs_BE.sum(dim=1), torch.ones(3))
 
 
-def test_soft_moe_is_the_mean_over_tokens_of_what_the_paper_computes():
+def test_soft_moe_is_the_mean_over_tokens_of_the_papers_output():
     torch.manual_seed(0)
     experts = ExpertsConfig(sizes=[[4], [7], [5]], shared=[[3]])
     moe = MixtureOfExperts(6, 10, RouterConfig(kind="soft_moe", slots=2), experts).eval()
@@ -181,7 +181,7 @@ def test_soft_moe_is_the_mean_over_tokens_of_what_the_paper_computes():
     assert routing.counts_E.tolist() == [6, 6, 6]
 
 
-def test_a_barred_expert_has_no_weight_under_soft_routing():
+def test_an_excluded_expert_has_no_weight_under_soft_routing():
     routing = soft(3, 2, width=6)(torch.randn(4, 5, 6), allowed_E=torch.tensor([True, False, True]))
     assert torch.all(routing.weight_A[routing.expert_A == 1] == 0)
     torch.testing.assert_close(routing.weight_A.view(4, -1).sum(dim=1), torch.ones(4))

@@ -1,4 +1,4 @@
-"""The routing rules in the training loop: what a step moves, and what an epoch reports."""
+"""The routing rules in the training loop: updates of a step, and reports of an epoch."""
 
 from functools import partial
 
@@ -22,7 +22,7 @@ def train(path, digits, monkeypatch, **router):
     return trainer, trainer.run.history()
 
 
-def test_the_bias_moves_once_a_step_after_warm_up_and_is_kept_with_the_average(tmp_path, digits, monkeypatch):
+def test_the_bias_moves_once_per_step_after_warm_up_and_is_stored_with_the_average(tmp_path, digits, monkeypatch):
     trainer, _ = train(tmp_path, digits, monkeypatch, kind="deepseek", bias_rate=0.01)
     moved_E = trainer.model.moe.router.bias_E
     learned_steps = trainer.step - 6  # of warm-up
@@ -43,7 +43,7 @@ def test_an_epoch_reports_floors_and_drops(tmp_path, digits, monkeypatch):
     assert sum(last[f"expert_load/expert_{e}"] for e in range(3)) == pytest.approx(1.0)
 
 
-def test_expert_choice_reports_the_samples_that_nobody_took(tmp_path, digits, monkeypatch):
+def test_expert_choice_reports_the_samples_that_no_expert_took(tmp_path, digits, monkeypatch):
     trainer, history = train(tmp_path, digits, monkeypatch, kind="expert_choice", top_k=1, capacity_factor=0.5)
     assert history[-1]["balance/drop_rate"] > 0.4
     assert [history[-1][f"expert_load/expert_{e}"] for e in range(3)] == pytest.approx([1 / 3] * 3, abs=0.02)

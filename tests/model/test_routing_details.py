@@ -1,4 +1,4 @@
-"""Where a temperature, a bias, noise and a residual count and where they do not, by hand."""
+"""Where temperature, bias, noise and residual apply and where they do not, by hand."""
 
 import math
 
@@ -87,7 +87,7 @@ def test_the_bias_enters_no_weight_under_capacities(kind, bias, weights, overflo
 
 
 @pytest.mark.parametrize("overflow", ["drop", "residual", "next_best"])
-def test_the_bias_follows_what_was_asked_for_and_not_what_found_a_place(overflow):
+def test_the_bias_follows_requested_and_not_assigned_experts(overflow):
     router = identity_router("switch", 2, 1, bias_rate=0.01, jitter=0.0, capacity_factor=0.5, overflow=overflow).train()
     routing = router(torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]))
     # One place each. Three samples ask for expert 0 and one for expert 1: down, up. What found a place is even.
@@ -96,7 +96,7 @@ def test_the_bias_follows_what_was_asked_for_and_not_what_found_a_place(overflow
     assert router.bias_E.tolist() == pytest.approx([-0.01, 0.01])
 
 
-def test_article_noise_has_a_least_standard_deviation():
+def test_article_noise_has_a_minimum_standard_deviation():
     router = identity_router("article", 2, 1, noise_std=0.5).train()
     torch.manual_seed(0)
     # The spread of (s, 0) is s / sqrt 2 = 0.00035 for s = 0.0005, below 0.001: each noise is 0.0005, their difference
@@ -107,7 +107,7 @@ def test_article_noise_has_a_least_standard_deviation():
     assert router(torch.zeros(100_000, 2)).expert_A.float().mean().item() == pytest.approx(0.5, abs=0.005)
 
 
-def test_the_residual_stands_in_for_what_was_dropped_and_not_for_what_gshard_did_not_draw():
+def test_the_residual_replaces_drops_and_not_choices_that_gshard_did_not_draw():
     # Renormalised gates 0.8 and 0.2; places ceil(1000 * 2 * 0.75 / 3) = 500 each, so that expert 0 drops half of its
     # samples. About 400 draw their second expert, and all of them find a place.
     torch.manual_seed(0)

@@ -1,6 +1,6 @@
-"""Every rule, with its options together, against a reference that goes sample by sample in float64.
+"""Every rule, with combined options, against a reference that computes sample by sample in float64.
 
-Rule x temperature x bias x capacity x overflow x combination x allowed experts: drawn at random, many a test.
+Rule x temperature x bias x capacity x overflow x combination x allowed experts: drawn at random, many per test.
 """
 
 import math
@@ -36,7 +36,7 @@ def draw_case(kind, draw):
             options |= {"p": draw.choice([0.05, 0.4, 0.77, 0.95])}
         if kind == "sinkhorn":  # its reference multiplies, and leaves the range of numbers at extreme temperatures
             options |= {"sinkhorn_iterations": draw.choice([1, 4, 16]), "temperature": draw.choice([0.3, 1.0, 4.0])}
-        if kind == "deepseek":  # in float32 its scores tie at extreme temperatures
+        if kind == "deepseek":  # in float32 its scores are tied at extreme temperatures
             options |= {"scores": draw.choice(["sigmoid", "softmax"]), "temperature": draw.choice([0.3, 1.0, 4.0])}
         if options.get("capacity_order") == "priority":  # so do the gates
             options |= {"temperature": draw.choice([1.0, 4.0])}

@@ -1,4 +1,4 @@
-"""The bundled ViT: whole, frozen, and worth far more than its random initialisation."""
+"""The bundled ViT: intact, frozen, and far better than its random initialisation."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def test_the_file_is_small_and_loads():
     assert torch.isfinite(tokens).all()
 
 
-def test_it_is_frozen_and_normalises_as_it_was_trained():
+def test_it_is_frozen_and_normalises_as_in_training():
     backbone = load_backbone(BackboneConfig("bundled/vit_micro"), CPU).train()
     assert not backbone.vit.training
     assert not any(parameter.requires_grad for parameter in backbone.parameters())
@@ -33,7 +33,7 @@ def test_it_is_frozen_and_normalises_as_it_was_trained():
 
 
 @pytest.mark.parametrize("damage", ["truncated", "altered", "missing"])
-def test_a_damaged_file_is_refused_by_name_and_hash(tmp_path, damage):
+def test_a_corrupt_file_is_rejected_by_name_and_hash(tmp_path, damage):
     path = tmp_path / "vit_micro.safetensors"
     content = bytearray(WEIGHTS.read_bytes())
     if damage == "altered":
@@ -47,7 +47,7 @@ def test_a_damaged_file_is_refused_by_name_and_hash(tmp_path, damage):
     assert damage == "missing" or WEIGHTS_SHA256 in message
 
 
-def test_it_takes_neither_other_weights_nor_another_size(tmp_path):
+def test_it_accepts_neither_other_weights_nor_another_size(tmp_path):
     for options in ({"weights": tmp_path / "x.pth"}, {"image_size": 64}):
         with pytest.raises(InputError, match="a fixed size and its own weights"):
             load_backbone(BackboneConfig("bundled/vit_micro", **options), CPU)

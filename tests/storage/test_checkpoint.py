@@ -1,4 +1,4 @@
-"""The parts of a checkpoint, each for itself: random states, the optimizer's, and what a resumed run may differ in."""
+"""The parts of a checkpoint separately: random states, the optimizer, and allowed changes of a resumed run."""
 
 import random
 
@@ -43,7 +43,7 @@ def test_a_seed_and_a_stored_state_decide_every_generator():
         assert a == b and c == d and a != c and a != e
 
 
-def test_moments_and_learning_rate_are_the_checkpoints_and_other_settings_the_configurations():
+def test_moments_and_learning_rate_come_from_the_checkpoint_and_other_settings_from_the_configuration():
     layer = torch.nn.Linear(2, 2)
     layer(torch.ones(1, 2)).sum().backward()
     before = torch.optim.AdamW(layer.parameters(), lr=0.3, weight_decay=0.1)
@@ -56,13 +56,13 @@ def test_moments_and_learning_rate_are_the_checkpoints_and_other_settings_the_co
         assert torch.equal(after.state[parameter]["exp_avg"], before.state[parameter]["exp_avg"])
 
 
-def test_features_of_another_shape_are_refused():
+def test_features_of_another_shape_are_rejected():
     with pytest.raises(UserError, match=r"reads features of shape \[192\], but the backbone gives \[8\]"):
         check_inputs(IDENTITY, {**IDENTITY, "feature_shape": [8]}, "best.pt")
 
 
 def stored_run(tmp_path, **changes):
-    """A run whose last checkpoint is that of its default configuration, and the checkpoint."""
+    """A run whose last checkpoint has the default configuration, and the checkpoint."""
     run = RunFolder.create(tmp_path / "run", "test")
     state = {
         **IDENTITY,
@@ -95,7 +95,7 @@ def stored_run(tmp_path, **changes):
         ("features", "views", 3),
     ],
 )
-def test_a_resumed_run_keeps_what_makes_it_the_same_experiment(tmp_path, part, option, value):
+def test_a_resumed_run_keeps_the_options_that_define_the_experiment(tmp_path, part, option, value):
     run, _ = stored_run(tmp_path)
     config = Config()
     assert load_resumable(run, config)["epoch"] == 4
@@ -104,7 +104,7 @@ def test_a_resumed_run_keeps_what_makes_it_the_same_experiment(tmp_path, part, o
         load_resumable(run, config)
 
 
-def test_a_resumed_run_may_change_what_changes_no_number_but_the_plan(tmp_path):
+def test_a_resumed_run_can_change_options_that_do_not_affect_results(tmp_path):
     run, _ = stored_run(tmp_path)
     config = Config()
     config.train.epochs, config.train.patience, config.train.graph = 99, 5, "off"
@@ -112,7 +112,7 @@ def test_a_resumed_run_may_change_what_changes_no_number_but_the_plan(tmp_path):
     assert load_resumable(run, config)["epoch"] == 4
 
 
-def test_an_option_that_is_newer_than_the_run_had_its_default(tmp_path):
+def test_an_option_newer_than_the_run_has_its_default(tmp_path):
     before = Config().to_dict()
     del before["router"]["temperature"]
     run, _ = stored_run(tmp_path, config=before)
@@ -123,7 +123,7 @@ def test_an_option_that_is_newer_than_the_run_had_its_default(tmp_path):
         load_resumable(run, config)
 
 
-def test_another_number_of_threads_is_told(tmp_path, capsys):
+def test_another_number_of_threads_is_reported(tmp_path, capsys):
     run, _ = stored_run(tmp_path, threads=torch.get_num_threads())
     load_resumable(run, Config())
     assert "threads" not in capsys.readouterr().err
@@ -152,13 +152,13 @@ def test_when_a_run_is_finished(tmp_path, epochs, patience, progress, expected):
     assert finished(run, config, state) == expected
 
 
-def test_numbers_belong_to_the_end_of_the_last_whole_epoch(tmp_path):
+def test_numbers_belong_to_the_end_of_the_last_complete_epoch(tmp_path):
     assert metrics_step(None) == 0
     assert metrics_step(stored_run(tmp_path)[1]) == 40
     assert metrics_step(stored_run(tmp_path / "other", progress={"batches": 3})[1]) == 37
 
 
-def test_a_folder_with_a_model_and_no_checkpoint_holds_a_run(tmp_path):
+def test_a_folder_with_a_model_and_no_checkpoint_contains_a_run(tmp_path):
     run = RunFolder.create(tmp_path / "run", "test")
     run.require_no_run()
     run.model.write_text("{}", encoding="utf-8")
@@ -166,7 +166,7 @@ def test_a_folder_with_a_model_and_no_checkpoint_holds_a_run(tmp_path):
         run.require_no_run()
 
 
-def test_what_a_killed_process_left_unfinished_is_cleared(tmp_path):
+def test_unfinished_files_of_a_killed_process_are_removed(tmp_path):
     run = RunFolder.create(tmp_path / "run", "test")
     left = run.last.with_name(".last.pt.123.partial")
     left.write_bytes(b"half")

@@ -32,7 +32,7 @@ def make(tmp_path, splits):
 
 
 def scripted(trainer, scores):
-    """Validation macro-F1 as listed, one an epoch, whatever the model does."""
+    """Validation macro-F1 as listed, one per epoch, regardless of the model."""
     left = iter(scores)
     zeros = {"loss/validation": 1.0, "accuracy/validation": 0.5}
     trainer._validate = lambda: {**zeros, "macro_f1/validation": next(left)}
@@ -76,7 +76,7 @@ def test_the_best_weights_are_written_with_the_checkpoint(make):
 
 
 @pytest.mark.parametrize("error", [Interrupted(signal.SIGTERM), UserError("the task loss is not finite")], ids=str)
-def test_what_ends_training_early_does_not_lose_the_best_weights(make, error):
+def test_ending_training_early_does_not_lose_the_best_weights(make, error):
     trainer = scripted(make(epochs=9, save_every=9), [0.1, 0.4, 0.6, 0.5])
     train_epoch = trainer._train_epoch
 

@@ -1,6 +1,6 @@
-"""A run that an earlier version made, in data/digits_run, still predicts, is evaluated, and goes on as it would have.
+"""A run of an earlier version, in data/digits_run, can still be used, evaluated and continued with the same results.
 
-Eight epochs on 200 digits; what the version that made it came to later is written here.
+Eight epochs on 200 digits; the later results of the version that made it are written here.
 """
 
 import json
@@ -32,7 +32,7 @@ def run(tmp_path, monkeypatch, undrawn) -> RunFolder:
 
 @pytest.fixture
 def call(monkeypatch, capsys):
-    """Run a program in this process: its exit code, and what it printed and said."""
+    """Run a program in this process: its exit code, standard output and standard error."""
 
     def call(program, *words):
         monkeypatch.setattr("sys.argv", ["program", *map(str, words)])
@@ -62,7 +62,7 @@ def test_it_is_evaluated(run, call):
         assert after[name] == pytest.approx(before[name], abs=1e-3)
 
 
-def test_fewer_epochs_than_are_done_are_refused(run, call):
+def test_fewer_epochs_than_already_trained_are_rejected(run, call):
     before = run.config.read_text()
     code, _, line = call(train, "--resume", run.path, "--train.epochs", "5")
     assert code == 2 and line.count("\n") == 1
@@ -72,7 +72,7 @@ def test_fewer_epochs_than_are_done_are_refused(run, call):
     assert code == 0 and "is finished: raise --train.epochs above 8" in output
 
 
-def test_it_goes_on_and_keeps_its_results_until_there_are_new_ones(run, call, monkeypatch):
+def test_it_continues_and_keeps_its_results_until_there_are_new_ones(run, call, monkeypatch):
     results = json.loads(run.results.read_text())
     run.report.write_text("<html><body>\n<h1>run</h1></body></html>")
     end_epoch = Trainer._end_epoch

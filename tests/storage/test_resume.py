@@ -1,4 +1,4 @@
-"""Resume is exact: kills, signals and corrupt files, and what a run gives that nobody disturbed."""
+"""Resume is exact: kills, signals and corrupt files, compared with an uninterrupted run."""
 
 import json
 import os
@@ -47,7 +47,7 @@ def timeless(run):
 
 
 def stop_after(trainer, step):
-    """Train until SIGTERM comes in the middle of a step, which is finished."""
+    """Train until SIGTERM arrives in the middle of a step, which is then finished."""
     train_batch = trainer._train_batch
 
     def signalled(*arguments):
@@ -63,7 +63,7 @@ def stop_after(trainer, step):
 
 
 def assert_resumes(path, splits, whole, **plan):
-    """Go on with the trainer in `path`, and come to the bits of `whole`, which nobody disturbed."""
+    """Continue with the trainer in `path`, and reach the same bits as `whole`, the uninterrupted run."""
     resumed = make_trainer(path, splits, resume=True, **plan)
     resumed.best = best_kept(resumed.run, resumed_config(resumed), load_checkpoint(resumed.run.last))
     resumed.fit()
@@ -100,12 +100,12 @@ def test_every_routing_rule_resumes_in_the_middle_of_warm_up_and_after_it(tmp_pa
 
 
 def resumed_config(trainer):
-    """As much of a Config as best_kept reads."""
+    """The part of a Config that best_kept reads."""
     trainer.identity["config"] = {"train": {"epochs": trainer.config.epochs}}
     return type("Config", (), {"train": trainer.config})()
 
 
-def test_a_signal_waits_for_what_must_not_be_torn_and_a_second_does_not():
+def test_a_signal_waits_for_a_critical_section_and_a_second_one_does_not():
     done = []
     with pytest.raises(Interrupted) as caught, stoppable():
         with defer_signals, defer_signals:
@@ -125,7 +125,7 @@ def test_a_signal_waits_for_what_must_not_be_torn_and_a_second_does_not():
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 143
 
 
-def test_what_the_caller_ignores_stays_ignored():
+def test_signals_that_the_caller_ignores_stay_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with stoppable():
@@ -156,7 +156,7 @@ def test_a_signal_ends_an_extraction_at_once(splits, monkeypatch):
 
 
 @pytest.mark.parametrize("harm", ["cut", "flip", "empty", "gone"])
-def test_a_torn_checkpoint_gives_way_to_the_one_before(tmp_path, splits, capsys, harm):
+def test_a_truncated_checkpoint_is_replaced_by_the_previous_one(tmp_path, splits, capsys, harm):
     whole = make_trainer(tmp_path / "run", splits)
     whole.fit()
     whole.tracker.close()
@@ -178,7 +178,7 @@ def test_a_torn_checkpoint_gives_way_to_the_one_before(tmp_path, splits, capsys,
     assert timeless(whole.run) == timeless(resumed.run)
 
 
-def test_without_a_checkpoint_that_is_whole_there_is_one_line(tmp_path):
+def test_without_an_intact_checkpoint_there_is_one_line(tmp_path):
     path = tmp_path / "last.pt"
     for file in (path, previous(path)):
         file.write_bytes(b"PK")
@@ -186,7 +186,7 @@ def test_without_a_checkpoint_that_is_whole_there_is_one_line(tmp_path):
         load_checkpoint(path)
 
 
-def test_the_best_epoch_is_the_one_whose_weights_are_there(tmp_path):
+def test_the_best_epoch_is_the_one_with_stored_weights(tmp_path):
     run = RunFolder.create(tmp_path / "run", "test")
     identity = {
         "config": {"train": {"epochs": 9}},

@@ -1,4 +1,4 @@
-"""Exact resume on a GPU, where it takes deterministic algorithms."""
+"""Exact resume on a GPU, where it needs deterministic algorithms."""
 
 import json
 import signal
@@ -25,7 +25,7 @@ def interrupt(number: int, epoch: int, *arguments: str) -> int:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: its deterministic algorithms cannot be tried")
-def test_killed_and_resumed_on_a_gpu_equals_undisturbed(tmp_path):
+def test_killed_and_resumed_on_a_gpu_equals_uninterrupted(tmp_path):
     whole, part = tmp_path / "whole", tmp_path / "part"
     assert run_program("train.py", *OPTIONS, "--run_dir", whole).returncode == 0
     assert interrupt(signal.SIGTERM, 10, *OPTIONS, "--run_dir", str(part)) == 143

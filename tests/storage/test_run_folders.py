@@ -1,4 +1,4 @@
-"""Run folders: each serves one process, several may begin at once, and what is gone or in the way is said."""
+"""Run folders: one process each, several starts at once, and messages about missing or occupied folders."""
 
 import json
 import multiprocessing
@@ -26,7 +26,7 @@ from storage.folder import RunFolder
 
 
 @pytest.mark.parametrize("replaced", [False, True])
-def test_a_run_folder_that_is_removed_is_missed_at_the_end_of_the_epoch(tmp_path, splits, replaced):
+def test_a_removed_run_folder_is_noticed_at_the_end_of_the_epoch(tmp_path, splits, replaced):
     trainer = make_trainer(tmp_path / "run", splits)
     end_epoch = trainer._end_epoch
 
@@ -47,14 +47,14 @@ def test_a_run_folder_that_is_removed_is_missed_at_the_end_of_the_epoch(tmp_path
             RunFolder.create(tmp_path / "run", "test")
 
 
-def test_what_others_may_read_they_may_read(tmp_path, splits):
+def test_file_permissions_for_other_users_are_kept(tmp_path, splits):
     trainer = make_trainer(tmp_path, splits, epochs=2)
     export_model(trainer.run, trainer.fit())
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (trainer.run.weights, trainer.run.model)}
     assert modes["model.safetensors"] == modes["model.json"]
 
 
-def test_runs_that_start_at_once_get_a_folder_each(tmp_path, monkeypatch):
+def test_runs_that_start_at_once_get_separate_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pids = []
     for _ in range(8):
@@ -92,7 +92,7 @@ def test_a_run_folder_serves_one_process_at_a_time(tmp_path):
 
 
 def _train(log, *arguments):
-    """A program of its own, which waits for its threads as Python does at the end of one."""
+    """A separate program, which waits for its threads like Python at exit."""
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
     sys.stdout = sys.stderr = os.fdopen(2, "w", closefd=False)
     sys.argv = ["train.py", *map(str, arguments)]
@@ -140,7 +140,7 @@ def test_two_runs_that_fill_one_feature_cache_end_with_the_same_bits(tmp_path, m
         assert FeatureCache(features).load(key) is not None
 
 
-def test_a_folder_that_cannot_be_used_is_told_before_any_work(tmp_path, monkeypatch):
+def test_an_unusable_folder_is_reported_before_any_work(tmp_path, monkeypatch):
     run = RunFolder.create(tmp_path / "run", "test")
     monkeypatch.setattr(train, "load_inputs", lambda config: pytest.fail("has begun to load"))
 
@@ -156,7 +156,7 @@ def test_a_folder_that_cannot_be_used_is_told_before_any_work(tmp_path, monkeypa
         write_json(run.model, {})
     code, line = told("--run_dir", run.path)
     assert code == 2 and "already holds a run" in line
-    run.require_not_busy()  # the first look has claimed nothing
+    run.require_not_busy()  # the first check has claimed nothing
     with run.claimed(), pytest.raises(UserError, match="in use"):
         run.require_not_busy()
 
@@ -166,7 +166,7 @@ def busy(run):
 
 
 @pytest.mark.parametrize("mine", [False, True])
-def test_a_run_that_keeps_nothing_leaves_nothing(tmp_path, mine):
+def test_a_run_without_results_leaves_no_folder(tmp_path, mine):
     path = tmp_path / "run"
     if mine:
         path.mkdir()

@@ -1,4 +1,4 @@
-"""A task that an agent executes: its values decide, each checked as those of the command line are."""
+"""A task executed by an agent: its values override the others, and are checked like those of the command line."""
 
 from types import SimpleNamespace
 
@@ -16,7 +16,7 @@ TASK = "0" * 32
 
 @pytest.fixture
 def clone(monkeypatch):
-    """Make the environment that of an agent, whose task has these texts for the options of configs/digits.yaml."""
+    """Set up the environment of an agent whose task has these texts for the options of configs/digits.yaml."""
     monkeypatch.setenv("CLEARML_TASK_ID", TASK)
 
     def clone(**texts):
@@ -39,7 +39,7 @@ def clone(monkeypatch):
 @pytest.mark.parametrize(
     "words", [[], ["--config", "configs/article.yaml", "--train.epochs", "5", "--run_dir", "mine"]]
 )
-def test_the_values_of_the_task_decide_whatever_the_script_was_started_with(clone, words, tmp_path):
+def test_the_values_of_the_task_override_the_command_line(clone, words, tmp_path):
     clone(**{"train.epochs": "2.0", "experts.dropout": "[0.1, 0.1, 0.1, 0.2]", "run_dir": str(tmp_path / "run2")})
     invocation = apply_agent_values(parse_command_line(words))
     config = invocation.config
@@ -62,7 +62,7 @@ def test_the_values_of_the_task_decide_whatever_the_script_was_started_with(clon
         ("router.top_k", "9", "router.top_k is 9 but experts.sizes names 4"),
     ],
 )
-def test_a_value_that_does_not_fit_is_told_with_the_task(clone, name, text, words):
+def test_an_invalid_value_is_reported_with_the_task(clone, name, text, words):
     clone(**{name: text})
     with pytest.raises(UserError) as caught:
         apply_agent_values(parse_command_line([]))
@@ -79,7 +79,7 @@ def test_a_resumed_run_stays_in_its_folder(clone, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["none", "offline"])
-def test_without_an_agent_or_a_server_nobody_is_asked(clone, monkeypatch, mode):
+def test_without_an_agent_no_server_is_contacted(clone, monkeypatch, mode):
     clone(**{"train.epochs": "many"})
     invocation = parse_command_line(["--tracking", mode])
     assert apply_agent_values(invocation) is invocation
@@ -99,7 +99,7 @@ def test_a_task_that_cannot_be_read_ends_the_run(clone, monkeypatch):
     assert caught.value.exit_code == 1
 
 
-def test_what_a_comparison_reads_has_the_types_of_the_options():
+def test_values_in_a_comparison_have_the_types_of_the_options():
     edited = {
         "train": {"epochs": "2.0", "deterministic": "true", "lr": "1e-05"},
         "router": {"noise_std": "", "top_k": "many"},

@@ -1,4 +1,4 @@
-"""train.py and evaluate.py as a user runs them with a ClearML server, from the command line to what the server has."""
+"""train.py and evaluate.py from the user's view with a ClearML server, from the command line to the server's data."""
 
 import copy
 import json
@@ -81,6 +81,11 @@ def test_the_task_has_every_number_and_the_evaluation_as_data(tracked):
     for task in (training["id"], evaluation["id"]):
         for name in ("accuracy", "macro_f1", "loss", "entropy"):
             assert server.scalars(task)["Summary", f"test/{name}", -(2**31)] == pytest.approx(results[name])
+        for name in ("total_parameters", "active_parameters", "flops", "training_seconds", "kept_epoch"):
+            found = server.scalars(task)["Summary", f"cost/{name}", -(2**31)]
+            assert found == pytest.approx(results["cost"][name])
+        for expert, load in enumerate(results["expert_load"]):
+            assert server.scalars(task)["Summary", f"load/expert_{expert}", -(2**31)] == pytest.approx(load)
         plots = {event["metric"]: event for event in server.events if event["type"] == "plot" and event["task"] == task}
         assert {"expert load", "experts by class", "F1 by class", "scores by class", "experts"} <= plots.keys()
         shown = {event["variant"] for event in server.events if event["type"] == "training_debug_image"}
@@ -115,8 +120,8 @@ def test_a_task_compares_with_a_folder_as_equal_to_itself(tracked):
 
 
 @pytest.mark.slow
-def test_an_agent_runs_a_clone_by_the_values_of_its_task(tracked, workplace):
-    """Without --config, as the script of a task knows none; the clone has one epoch more and another folder."""
+def test_an_agent_runs_a_clone_with_the_values_of_its_task(tracked, workplace):
+    """Without --config, which the script of a task does not have; the clone has one more epoch and another folder."""
     server, run, _ = tracked
     training = next(iter(server.tasks.values()))
     clone = copy.deepcopy(training) | {"id": uuid.uuid4().hex, "name": "clone", "status": "in_progress"}

@@ -1,4 +1,4 @@
-"""A dataset of ClearML as data.root, with the SDK's own part replaced."""
+"""A ClearML dataset as data.root, with the SDK replaced."""
 
 import clearml
 import pytest
@@ -21,7 +21,7 @@ class Found:
 
 @pytest.fixture
 def asked(monkeypatch, tmp_path):
-    """What Dataset.get was asked for, on a server that has pets/cats and broken."""
+    """The requests to Dataset.get, on a server that has pets/cats and broken."""
     asked = []
 
     def get(**wanted):
@@ -37,7 +37,7 @@ def asked(monkeypatch, tmp_path):
     return asked
 
 
-def test_the_copy_is_where_the_images_are_read(asked, tmp_path):
+def test_images_are_read_from_the_local_copy(asked, tmp_path):
     config = parse_command_line(["--config", "configs/folder.yaml", "--data.clearml_dataset", "pets/cats"]).config
     fetch_data(config)
     assert config.data.root == tmp_path
@@ -56,7 +56,7 @@ def test_the_copy_is_where_the_images_are_read(asked, tmp_path):
         ("pets/broken", EnvironmentFault, r"dataset pets/broken cannot be downloaded \(OSError: disk full\)"),
     ],
 )
-def test_what_is_not_there_is_one_line(asked, name, kind, words):
+def test_a_missing_dataset_is_reported_in_one_line(asked, name, kind, words):
     with pytest.raises(kind, match=words) as caught:
         datasets.fetch_dataset(name)
     assert "\n" not in str(caught.value)

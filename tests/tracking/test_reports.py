@@ -1,4 +1,4 @@
-"""What ClearML is asked to draw, call by call, on a stand-in for its task."""
+"""The calls to ClearML for plots, on a stand-in for its task."""
 
 import io
 import json
@@ -8,11 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from tracking.tracker import Tracker, _remember, open_evaluation, tasks_of
+from tracking.tasks import record_task, tasks_of
+from tracking.tracker import Tracker, open_evaluation
 
 
 class Logger:
-    """Keeps the calls that it gets, as (report, positional arguments, named ones)."""
+    """Records its calls as (report, positional arguments, named arguments)."""
 
     def __init__(self):
         self.calls = []
@@ -23,7 +24,7 @@ class Logger:
 
 @pytest.fixture
 def tracker():
-    """A tracker whose task collects what it is asked for: `tracker.asked()`."""
+    """A tracker whose task records its calls: `tracker.asked()`."""
     lines, jobs, logger = io.StringIO(), queue.SimpleQueue(), Logger()
     lines.name = "metrics.jsonl"
     clearml = SimpleNamespace(mode="offline", task=SimpleNamespace(id="1", get_logger=lambda: logger), jobs=jobs)
@@ -39,7 +40,7 @@ def tracker():
     return made
 
 
-def test_numbers_go_under_their_title_and_what_is_not_finite_nowhere(tracker):
+def test_numbers_are_logged_under_their_title_without_non_finite_values(tracker):
     values = {"loss/train": 0.5, "expert_load/blocks/3": 0.25, "seconds": 2, "loss/validation": math.nan, "a/b": None}
     tracker.scalars(values, step=7, epoch=2)
     assert tracker.asked() == [
@@ -51,7 +52,7 @@ def test_numbers_go_under_their_title_and_what_is_not_finite_nowhere(tracker):
     assert record == {**values, "step": 7, "epoch": 2, "loss/validation": None}
 
 
-def test_what_is_sent_again_are_the_numbers_with_a_title(tracker):
+def test_only_numbers_with_a_title_are_sent_again(tracker):
     tracker._resend([{"step": 3, "epoch": 1, "loss/train": 0.5, "loss/validation": None}, {"x/y": 1.0}])
     assert [call[1] for call in tracker.asked()] == [("loss", "train", 0.5, 3), ("x", "y", 1.0, 0)]
 
@@ -65,7 +66,7 @@ def test_a_matrix_has_its_first_row_on_top_and_its_columns_along_x(tracker):
     assert named == {"xaxis": "said", "yaxis": "true", **labels, "yaxis_reversed": True}
 
 
-def test_curves_and_bars_leave_out_what_is_not_finite(tracker):
+def test_curves_and_bars_leave_out_non_finite_values(tracker):
     tracker.lines("curve", {"a": [(0, 1), (1, math.nan), (2, 3)], "none": [(0, math.inf)]}, ("x", "y"))
     tracker.bars("load", "test", ["e0", "e1"], {"share": [0.5, None], "due": [math.nan, 0.5]})
     tracker.table("t", "s", ["name", "value"], [["a", math.nan], ["b", 1.5], ["c", None]])
@@ -79,10 +80,10 @@ def test_curves_and_bars_leave_out_what_is_not_finite(tracker):
     assert single == ("report_single_value", ("accuracy", 0.5), {})
 
 
-def test_the_tasks_of_a_run_are_listed_oldest_first_and_each_once(tmp_path):
+def test_the_tasks_of_a_run_are_listed_oldest_first_without_duplicates(tmp_path):
     def remember(task_id, whole):
         task = SimpleNamespace(mode="clearml", task=SimpleNamespace(id=task_id), place=lambda: {"page": "p"})
-        _remember(tmp_path, task, whole)
+        record_task(tmp_path, task, whole)
 
     for task_id in ("1", "2", "3"):
         remember(task_id, whole=False)

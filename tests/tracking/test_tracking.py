@@ -1,6 +1,6 @@
-"""Tracking: what is written where, and that neither a dead server nor a failing SDK stops a training.
+"""Tracking: what is written where; neither a dead server nor a failing SDK stops training.
 
-The SDK keeps its state in classes and threads, so each test that loads it runs it in a process of its own.
+The SDK keeps its state in classes and threads, so each test that loads it runs it in a separate process.
 """
 
 import json
@@ -14,7 +14,7 @@ from common.errors import UserError
 from tracking.tracker import open_tracker
 
 
-def test_none_writes_lines_and_leaves_clearml_alone(workplace, tmp_path):
+def test_mode_none_writes_lines_and_does_not_use_clearml(workplace, tmp_path):
     code = """
 tracker = open_tracker("none", run, CONFIG, name="n")
 values = {"loss/train": 1, "loss/validation": float("nan"), "a/b": float("-inf"), "a/c": None}
@@ -36,7 +36,7 @@ assert "clearml" not in sys.modules
     assert "metrics.jsonl" in done.stdout
 
 
-def test_resume_drops_later_and_torn_lines(tmp_path):
+def test_resume_drops_later_and_truncated_lines(tmp_path):
     lines = [json.dumps({"step": step, "epoch": None, "loss/train": 0.5}) + "\n" for step in (10, 20, 30)]
     (tmp_path / "metrics.jsonl").write_text("".join(lines) + '{"step": 20, "lo')
     tracker = open_tracker("none", tmp_path, {}, name="n", resume_step=20)
@@ -46,7 +46,7 @@ def test_resume_drops_later_and_torn_lines(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_without_resume_step_only_a_torn_line_goes(tmp_path):
+def test_without_resume_step_only_a_truncated_line_is_dropped(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 10}\n{"step": 20}')
     open_tracker("none", tmp_path, {}, name="n").close()
     assert records(tmp_path) == [{"step": 10}]
@@ -105,7 +105,7 @@ def events(files: dict[str, bytes]) -> list[dict]:
 
 
 @pytest.mark.slow
-def test_offline_session_holds_scalars(session):
+def test_offline_session_contains_scalars(session):
     _, files, _ = session
     scalars = {
         (event["metric"], event["variant"], event["iter"]): event["value"]
@@ -121,7 +121,7 @@ def test_offline_session_holds_scalars(session):
 
 
 @pytest.mark.slow
-def test_offline_session_holds_hyperparameters_and_tags(session):
+def test_offline_session_contains_hyperparameters_and_tags(session):
     _, files, _ = session
     task = json.loads(files["task.json"])
     assert (task["project_name"], task["name"]) == ("Vision MoE", "cifar100")
@@ -135,7 +135,7 @@ def test_offline_session_holds_hyperparameters_and_tags(session):
 
 
 @pytest.mark.slow
-def test_offline_session_holds_files_and_table(session):
+def test_offline_session_contains_files_and_table(session):
     _, files, _ = session
     by_name = {name.rsplit("/", 1)[-1]: content for name, content in files.items()}
     assert by_name["best.json"] == b'{"epoch": 2}'
@@ -152,7 +152,7 @@ def test_offline_session_holds_files_and_table(session):
 
 
 @pytest.mark.slow
-def test_offline_run_says_what_to_do_and_leaves_no_trace(session):
+def test_offline_run_prints_what_to_do_and_leaves_no_trace(session):
     done, _, facts = session
     assert facts["mode"] == "offline"
     assert facts["environment"] == []
@@ -162,7 +162,7 @@ def test_offline_run_says_what_to_do_and_leaves_no_trace(session):
 
 
 @pytest.mark.slow
-def test_an_error_of_the_sdk_is_said_once(session):
+def test_an_error_of_the_sdk_is_reported_once(session):
     done, _, _ = session
     assert done.stderr.count("tracking: ClearML failed") == 1
     assert "missing" in done.stderr
@@ -171,7 +171,7 @@ def test_an_error_of_the_sdk_is_said_once(session):
 @pytest.mark.slow
 @pytest.mark.parametrize("environment", [{"CLEARML_OFFLINE_MODE": "1"}, {}])
 def test_default_configuration_reports_from_no_subprocess(workplace, tmp_path, environment):
-    """Without a clearml.conf the SDK would, which is slow to feed and slow to close."""
+    """Without a clearml.conf the SDK would use a subprocess, which is slow to feed and slow to close."""
     code = """
 import psutil
 tracker = open_tracker("auto", run, CONFIG, name="n")

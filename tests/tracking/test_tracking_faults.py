@@ -1,4 +1,4 @@
-"""Tracking without a server that works: what is said, and that training goes on. A wait without end fails a test."""
+"""Tracking without a working server: the messages, and training continues. Endless waiting fails a test."""
 
 import socket
 from contextlib import closing
@@ -9,7 +9,7 @@ from clearml_process import dead_server, records, run_python
 pytestmark = pytest.mark.slow  # each test is a process that imports the SDK
 
 
-def test_failing_and_hanging_sdk_leave_training_alone(workplace, tmp_path):
+def test_failing_and_hanging_sdk_do_not_affect_training(workplace, tmp_path):
     code = """
 import threading, clearml
 clearml_task.CLOSE_SECONDS = clearml_task.UPLOAD_SECONDS = 0.5
@@ -55,7 +55,7 @@ def test_dead_server(workplace, tmp_path):
     with closing(socket.socket()) as taken:
         taken.bind(("127.0.0.1", 0))  # bound but not listening: connections are refused
         done = run_python(workplace, tmp_path, REFUSED + AUTO, **dead_server(taken.getsockname()[1]))
-    assert done.stdout.count("does not answer") == 2  # a line a run
+    assert done.stdout.count("does not answer") == 2  # one line per run
 
 
 def test_server_that_accepts_and_never_answers(workplace, tmp_path):

@@ -1,4 +1,4 @@
-"""The memory that a step through the ViT takes: counted, compared with what is free, and told."""
+"""The memory of a step through the ViT: counted, compared with the free memory, and reported."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def test_bytes_are_counted_for_the_blocks_that_have_gradients():
 
 
 def test_counting_leaves_no_graph_behind():
-    """One that lives on ties the gradients to the stream it was made on, and no CUDA graph can be captured."""
+    """A remaining graph binds the gradients to its stream, and then no CUDA graph can be captured."""
     model = moe_vit(norm="none", kind="mixtral").train()
     bytes_per_image(model, images(1))
     ends = [torch.autograd.graph.get_gradient_edge(parameter).node for parameter in model.parameters()]
@@ -38,11 +38,11 @@ def test_counting_leaves_no_graph_behind():
     "choice, batch, expected",
     [("auto", 85, False), ("auto", 86, True), ("auto", 255, True), ("off", 85, False), ("on", 10, True)],
 )
-def test_recomputing_is_chosen_where_the_activations_do_not_fit(choice, batch, expected):
+def test_recomputing_is_chosen_if_the_activations_do_not_fit(choice, batch, expected):
     assert must_recompute(choice, per_image=10, batch_size=batch, free=1000) is expected
 
 
 @pytest.mark.parametrize("choice, batch, fits", [("auto", 256, 255), ("off", 86, "85 or --train.recompute on")])
-def test_a_batch_that_does_not_fit_is_refused_with_one_that_does(choice, batch, fits):
+def test_a_batch_that_does_not_fit_is_rejected_with_a_suggestion(choice, batch, fits):
     with pytest.raises(UserError, match=f"set --train.batch_size {fits}$"):
         must_recompute(choice, per_image=10, batch_size=batch, free=1000)

@@ -55,7 +55,7 @@ def lines_of(path) -> list[dict]:
     return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_training_learns_and_leaves_the_vit_as_it_was(tmp_path, splits):
+def test_training_learns_and_does_not_change_the_vit(tmp_path, splits):
     trainer = block_trainer(tmp_path / "run", splits, epochs=5)
     before = copy.deepcopy(trainer.model.backbone.vit.state_dict())
     trainer.fit()
@@ -67,7 +67,7 @@ def test_training_learns_and_leaves_the_vit_as_it_was(tmp_path, splits):
     assert {name.split(".")[0] for name in stored} == {"mixtures", "neck", "head"}
 
 
-def test_an_expert_that_one_block_has_lost_is_said_once_with_its_block(tmp_path, splits, capsys):
+def test_an_unused_expert_of_a_block_is_reported_once_with_its_block(tmp_path, splits, capsys):
     router = {"kind": "switch", "top_k": 1, "norm": "none"}
     trainer = block_trainer(tmp_path / "run", splits, epochs=3, router=router)
     for model in (trainer.model, trainer.ema.module):
@@ -78,7 +78,7 @@ def test_an_expert_that_one_block_has_lost_is_said_once_with_its_block(tmp_path,
     assert " in block 2; " in line
 
 
-def test_each_block_is_logged_beside_the_mean(tmp_path, splits):
+def test_each_block_is_logged_in_addition_to_the_mean(tmp_path, splits):
     block_trainer(tmp_path / "run", splits).fit()
     line = lines_of(tmp_path / "run")[-1]
     each = [[line[f"expert_load_block_{block}/expert_{e}"] for e in range(3)] for block in (1, 2)]
@@ -89,7 +89,7 @@ def test_each_block_is_logged_beside_the_mean(tmp_path, splits):
     assert losses[0] != losses[1]
 
 
-def test_a_resumed_run_is_the_run_that_was_not_interrupted(tmp_path, splits):
+def test_a_resumed_run_equals_an_uninterrupted_run(tmp_path, splits):
     options = {"epochs": 3, "router": {"kind": "deepseek", "capacity_factor": 1.0}, "patch_dropout": 0.3}
     whole = block_trainer(tmp_path / "whole", splits, **options)
     whole.fit()
@@ -104,7 +104,7 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(tmp_path, splits):
     assert any(mixture.router.bias_E.any() for mixture in whole.model.mixtures)
 
 
-def test_the_last_steps_see_all_patches(tmp_path, splits, monkeypatch):
+def test_the_last_steps_use_all_patches(tmp_path, splits, monkeypatch):
     trainer = block_trainer(tmp_path / "run", splits, epochs=2, patch_dropout=0.5, all_patches=0.25)
     seen, step = [], trainer.train_step
     monkeypatch.setattr(
@@ -125,7 +125,7 @@ def test_the_auxiliary_loss_is_the_mean_over_blocks():
 
 
 @pytest.mark.parametrize("level", ["token", "image"])
-def test_predictions_add_up_what_each_token_chose(splits, level, monkeypatch):
+def test_predictions_sum_the_choices_of_tokens(splits, level, monkeypatch):
     monkeypatch.setattr("evaluation.block_routing.KEPT_TOKENS", 40 * 3 * (17 if level == "token" else 1))
     model, bank = spread(digits_vit(level=level)), ImageBank(splits, AugmentConfig(), CPU, evaluation_batch=30)
     predictions = predict(model, bank, "test", removals=True)

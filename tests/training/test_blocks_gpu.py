@@ -49,7 +49,7 @@ def trained(model: MoEViT, graphed: bool, steps: int = 8) -> tuple[list[float], 
 
 @pytest.mark.parametrize("how", ["plain", "compiled", "captured"])
 @pytest.mark.parametrize("experts", [ADAPTERS, COPIES | {"dispatch": "dense"}])
-def test_recomputed_activations_train_alike_in_less_memory(experts, how):
+def test_recomputed_activations_give_the_same_training_with_less_memory(experts, how):
     found = []
     for recompute in (False, True):
         model = on_gpu(experts, kind="mixtral")
@@ -65,7 +65,7 @@ def test_recomputed_activations_train_alike_in_less_memory(experts, how):
         assert less < 0.9 * memory
 
 
-def test_grouped_copies_of_an_ffn_answer_as_one_after_the_other_do():
+def test_grouped_copies_of_an_ffn_equal_sequential_ones():
     ffn, found = plain_ffn(16, 64), []
     torch.manual_seed(0)
     x_BTD, chosen_NK, weights_NK = torch.randn(4, 17, 16), torch.randn(68, 4).topk(2).indices, torch.rand(68, 2)

@@ -1,4 +1,4 @@
-"""Faults caused for real: full and read-only disks, numbers that are not finite, gates that collapse."""
+"""Real faults: full and read-only disks, numbers that are not finite, gates that collapse."""
 
 import json
 import math
@@ -26,7 +26,7 @@ from training.health import RoutingWatch
 
 
 # Disks
-def test_a_disk_that_fills_up_ends_training_with_what_was_kept(tmp_path, splits):
+def test_a_full_disk_ends_training_and_reports_what_was_kept(tmp_path, splits):
     trainer = make_trainer(tmp_path / "run", splits)
     trainer._out_of_patience = lambda: trainer.epoch == 2
     trainer.fit()
@@ -45,14 +45,14 @@ def test_a_disk_that_fills_up_ends_training_with_what_was_kept(tmp_path, splits)
     assert not list(tmp_path.rglob("*.partial"))
 
 
-def test_no_space_left_is_said_with_the_path_and_what_is_kept(tmp_path):
+def test_no_space_left_is_reported_with_the_path_and_what_is_kept(tmp_path):
     path = tmp_path / "last.pt"
     save_checkpoint(path, {"epoch": 1, "weights": torch.zeros(3)})
     before = path.read_bytes()
     full = path.with_name(f".last.pt.{os.getpid()}.partial")
     full.symlink_to("/dev/full")  # every write to it gives ENOSPC
     with pytest.raises(
-        EnvironmentFault, match=r"last\.pt could not be written: No space left.*kept: \S*last\.pt as it"
+        EnvironmentFault, match=r"last\.pt could not be written: No space left.*kept: \S*last\.pt, unchanged"
     ):
         save_checkpoint(path, {"epoch": 2, "weights": torch.zeros(100_000)})
     assert path.read_bytes() == before
@@ -126,10 +126,10 @@ def test_a_number_that_is_not_finite_ends_training_within_its_step(tmp_path, spl
     assert load_checkpoint(trainer.run.last)["epoch"] == 1
 
 
-def test_where_no_step_may_wait_the_weights_stay_as_they_were_and_the_step_is_named(tmp_path, splits):
+def test_without_waiting_the_weights_stay_unchanged_and_the_step_is_named(tmp_path, splits):
     trainer = make_trainer(tmp_path, splits, ema_decay=0.0)
     step = trainer.train_step
-    step.looks = False  # as on a GPU, whose fused optimizer the CPU has as well
+    step.checks_each_step = False  # as on a GPU, whose fused optimizer the CPU has as well
     for group in trainer.optimizer.param_groups:
         group["fused"], group["foreach"] = True, False
     seen = []
@@ -152,7 +152,7 @@ def test_where_no_step_may_wait_the_weights_stay_as_they_were_and_the_step_is_na
     assert len(trainer.run.history()) == 1
 
 
-def test_collapse_and_unused_experts_are_said_once_with_the_remedy(capsys):
+def test_collapse_and_unused_experts_are_reported_once_with_the_remedy(capsys):
     watch = RoutingWatch(build_router(RouterConfig(), 8, 4), BalanceConfig(switch=0.01), 500)
     usages = ([5, 5, 5, 5], [90, 1, 90, 90], [90, 0, 90, 90], [300, 2, 2, 300], [0, 9, 0, 9], [9, 0, 0, 9])
     for epoch, usage in enumerate(usages, start=1):
@@ -174,7 +174,7 @@ def test_collapse_and_unused_experts_are_said_once_with_the_remedy(capsys):
         ({"kind": "hash"}, "this rule is fixed, so use fewer --experts.sizes"),
     ],
 )
-def test_the_remedy_for_hardly_used_experts_is_one_that_the_rule_has(capsys, options, remedy):
+def test_the_remedy_for_hardly_used_experts_is_available_in_the_rule(capsys, options, remedy):
     config = RouterConfig(**options)
     watch = RoutingWatch(build_router(config, 8, 4), BalanceConfig(), config.random_steps)
     watch.check(np.array([0.6, 0.395, 0.004, 0.001]), 3, "validation")
@@ -183,13 +183,13 @@ def test_the_remedy_for_hardly_used_experts_is_one_that_the_rule_has(capsys, opt
     assert re.search(remedy, line), line
 
 
-def test_a_target_load_below_one_percent_is_not_warned_of(capsys):
+def test_a_target_load_below_one_percent_gives_no_warning(capsys):
     router = build_router(RouterConfig(top_k=1, target_load=[0.9, 0.095, 0.005]), 8, 3)
     RoutingWatch(router, BalanceConfig(), 0).check(np.array([0.9, 0.095, 0.005]), 1, "training")
     assert capsys.readouterr().err == ""
 
 
-def test_a_gate_that_has_collapsed_without_its_noise_is_noticed_on_the_validation_images(tmp_path, splits, capsys):
+def test_a_gate_collapsed_without_its_noise_is_noticed_on_the_validation_images(tmp_path, splits, capsys):
     trainer = make_trainer(tmp_path, splits, epochs=4, optim=OptimConfig(lr=1e-9, warmup_steps=0))
     router = trainer.model.moe.router
     with torch.no_grad():
@@ -203,7 +203,7 @@ def test_a_gate_that_has_collapsed_without_its_noise_is_noticed_on_the_validatio
     assert "routing has collapsed: all validation images of epoch 3 went to experts 0 and 1" in lines[0]
 
 
-def test_a_collapsed_gate_is_noticed_while_training_and_not_again_after_a_resumption(tmp_path, splits, capsys):
+def test_a_collapsed_gate_is_noticed_in_training_and_not_again_after_resuming(tmp_path, splits, capsys):
     optim = OptimConfig(lr=1e-9, warmup_steps=0)
     trainer = make_trainer(tmp_path, splits, optim=optim, batch_size=48, epochs=3)
     with torch.no_grad():
@@ -216,7 +216,7 @@ def test_a_collapsed_gate_is_noticed_while_training_and_not_again_after_a_resump
 
 
 # The same seed
-def test_epochs_are_the_same_whoever_extracts_the_features(tmp_path, splits, monkeypatch):
+def test_epochs_do_not_depend_on_the_extraction_of_features(tmp_path, splits, monkeypatch):
     states = []
     for name, threads in (("alone", 1), ("together", 3)):
         with monkeypatch.context() as patch:
@@ -228,7 +228,7 @@ def test_epochs_are_the_same_whoever_extracts_the_features(tmp_path, splits, mon
     assert equal_states(*states)
 
 
-def test_metrics_hold_no_number_that_is_not_one(tmp_path, splits):
+def test_metrics_contain_no_nan(tmp_path, splits):
     trainer = make_trainer(tmp_path, splits, epochs=2)
     trainer.tracker.scalars({"loss/train": math.nan, "loss/validation": math.inf}, step=1, epoch=1)
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss/train"] is None

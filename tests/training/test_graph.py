@@ -1,4 +1,4 @@
-"""Captured training steps: when they are worth it, and that they do what the steps do that they stand for."""
+"""Captured training steps: when they are used, and that they equal eager steps."""
 
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
@@ -53,7 +53,7 @@ def test_nothing_is_captured_on_a_cpu():
         (600_000_000, 128, "auto", True, False),
     ],
 )
-def test_a_small_head_with_shapes_that_stay_is_captured_on_a_gpu(parameters, batch, how, static, expected, monkeypatch):
+def test_a_small_head_with_static_shapes_is_captured_on_a_gpu(parameters, batch, how, static, expected, monkeypatch):
     weight = SimpleNamespace(numel=lambda: parameters, is_cuda=True)
     head = model()
     head.parameters = lambda: [weight]
@@ -64,7 +64,7 @@ def test_a_small_head_with_shapes_that_stay_is_captured_on_a_gpu(parameters, bat
 
 
 class Pretended:
-    """What stands for streams and graphs on a CPU: a graph does again what was done while it was captured."""
+    """Replace streams and graphs on a CPU: a graph repeats the operations that were captured."""
 
     def __init__(self, monkeypatch):
         self.log = []
@@ -84,7 +84,7 @@ class Pretended:
         graph.replay = lambda: self.log.append("replay")
 
 
-def test_a_call_is_captured_after_a_few_and_replayed_once_for_each_kind(monkeypatch):
+def test_a_call_is_captured_after_a_few_eager_ones_for_each_kind(monkeypatch):
     pretended = Pretended(monkeypatch)
     captured = Captured(torch.device("cpu"))
 
@@ -102,7 +102,7 @@ def test_a_call_is_captured_after_a_few_and_replayed_once_for_each_kind(monkeypa
 
 
 class Recorded:
-    """What a step was called with, and where that lay."""
+    """The arguments of each step and their addresses."""
 
     def __init__(self):
         self.model, self.device, self.read, self.options = model(), torch.device("cpu"), [], []
@@ -113,7 +113,7 @@ class Recorded:
         self.read.append((features.data_ptr(), features.clone(), labels_B.clone()))
 
 
-def test_a_graphed_step_reads_every_whole_batch_from_the_same_place(monkeypatch):
+def test_a_captured_step_reads_every_full_batch_from_the_same_address(monkeypatch):
     Pretended(monkeypatch)
     step = Recorded()
     run = GraphedStep(step, 4)
@@ -127,7 +127,7 @@ def test_a_graphed_step_reads_every_whole_batch_from_the_same_place(monkeypatch)
     assert step.model.moe.dispatch_mode == "auto"  # passed along, not changed
 
 
-def test_each_combination_of_options_has_a_graph_of_its_own(monkeypatch):
+def test_each_combination_of_options_has_a_separate_graph(monkeypatch):
     pretended = Pretended(monkeypatch)
     step = Recorded()
     run = GraphedStep(step, 4)
@@ -141,7 +141,7 @@ def test_each_combination_of_options_has_a_graph_of_its_own(monkeypatch):
 
 
 @pytest.mark.parametrize(("configured", "used"), [("auto", "static"), ("dense", "dense")])
-def test_static_dispatch_is_what_a_choice_left_open_becomes(configured, used, monkeypatch):
+def test_automatic_dispatch_becomes_static_in_a_graph(configured, used, monkeypatch):
     head = model()
     head.moe.dispatch_mode = configured
     seen = []
@@ -157,8 +157,8 @@ def test_static_dispatch_is_what_a_choice_left_open_becomes(configured, used, mo
 @ON_GPU
 @pytest.mark.parametrize("held", [False, True])
 @pytest.mark.parametrize("kind", ["mixtral", "deepseek", "hierarchical", "hash", "noisy_topk"])
-def test_captured_steps_train_as_steps_do(kind, held):
-    """held: experts are frozen, and the gate is held near what it was."""
+def test_captured_steps_train_like_eager_steps(kind, held):
+    """held: experts are frozen, and the gate is kept close to its old weights."""
     device, batch = torch.device("cuda"), 64
     x_NF = torch.randn(12 * batch + 10, 24, device=device)
     labels_N = torch.randint(5, (len(x_NF),), device=device)
@@ -190,8 +190,8 @@ def test_captured_steps_train_as_steps_do(kind, held):
 @ON_GPU
 @pytest.mark.parametrize("experts", [{}, {"norm": "own", "activation": "silu"}, {"head": [[8], [8], [8]]}])
 @pytest.mark.parametrize("kind, level", [("mixtral", "token"), ("deepseek", "image")])
-def test_captured_steps_through_a_vit_train_as_steps_do(experts, kind, level):
-    """Counting the activations first, as a run does, must not keep the steps from being captured."""
+def test_captured_steps_through_a_vit_train_like_eager_steps(experts, kind, level):
+    """Counting the activations first, as a run does, must not prevent the capture of the steps."""
     images_NCHW = torch.randint(256, (12 * 8, 3, 8, 8), dtype=torch.uint8, device="cuda")
     labels_N = torch.randint(5, (len(images_NCHW),), device="cuda")
     found = []
@@ -212,7 +212,7 @@ def test_captured_steps_through_a_vit_train_as_steps_do(experts, kind, level):
 
 
 @ON_GPU
-def test_captured_steps_group_many_experts_and_train_as_steps_do(monkeypatch):
+def test_captured_steps_group_many_experts_and_train_like_eager_steps(monkeypatch):
     used = []
     monkeypatch.setattr(dispatch, "DENSE_WORK_IN_A_GRAPH", (0, 0))
     monkeypatch.setitem(
@@ -233,7 +233,7 @@ def test_captured_steps_group_many_experts_and_train_as_steps_do(monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "index"), [("cuda:1", 1), ("cuda", 0), ("auto", 0)])
-def test_the_gpu_that_is_chosen_becomes_the_current_one(monkeypatch, name, index):
+def test_the_chosen_gpu_becomes_the_current_one(monkeypatch, name, index):
     current = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

@@ -1,4 +1,4 @@
-"""How long a training is: its steps, the random ones among them, and days that are said before they pass."""
+"""Length of a training run: its steps, the random warm-up, and the warning about runs that take days."""
 
 import pytest
 import yaml
@@ -20,7 +20,7 @@ def test_steps_by_hand():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_configuration_trains_for_one_epoch(path, capsys):
-    """The random warm-up, where there is one, is at most half of the steps."""
+    """The random warm-up, if there is one, is at most half of the steps."""
     images = 1000 if yaml.safe_load(path.read_text())["train"]["batch_size"] <= 128 else 45_000
     given = parse_command_line(["--config", str(path), "--train.epochs", "1"]).config
     config = shorten_warmup(given, images)
@@ -48,13 +48,13 @@ def hidden(kind):
     return [] if ROUTERS[kind].learns else ["--router.hidden", "[]"]
 
 
-def test_a_warm_up_that_never_ends_is_refused():
+def test_a_warm_up_that_never_ends_is_rejected():
     check_warmup(4, 5)
     with pytest.raises(UserError, match=r"router\.warmup_steps 5 routes all 5 steps at random"):
         check_warmup(5, 5)
 
 
-def test_days_are_said_once(capsys):
+def test_very_long_training_is_reported_once(capsys):
     pace = Pace(epochs=2**63 - 1, views=0)
     pace.check(1, 0.5)
     pace.check(2, 0.5)

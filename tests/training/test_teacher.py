@@ -1,4 +1,4 @@
-"""Knowledge distillation: the loss by hand, its gradient, and a student that learns what only its teacher knows."""
+"""Knowledge distillation: a loss computed by hand, its gradient, and a student that learns from its teacher alone."""
 
 import math
 
@@ -13,7 +13,7 @@ from training.teacher import Teacher
 
 
 class Fixed(nn.Module):
-    """Answers the same whatever it reads."""
+    """Returns the same logits for every input."""
 
     def __init__(self, logits_C):
         super().__init__()
@@ -43,15 +43,15 @@ def test_an_ensemble_is_the_mean_of_its_probabilities():
     assert all(not p.requires_grad for model in teacher.models for p in model.parameters())
 
 
-def test_the_labels_alone_are_the_loss_without_a_teacher():
+def test_without_a_teacher_the_loss_uses_only_the_labels():
     teacher, labels_B = Teacher([Fixed([5.0, 1.0, 0.0])], 3.0, weight=0.0), torch.tensor([0, 2])
     logits_BC = torch.randn(2, 3)
     loss = teacher.loss(teacher.targets(logits_BC), logits_BC, labels_B, 0.1)
     torch.testing.assert_close(loss, F.cross_entropy(logits_BC, labels_B, label_smoothing=0.1))
 
 
-def test_a_student_learns_what_its_teacher_says_and_no_label(tmp_path, splits):
-    """A teacher that calls everything a three: after some epochs its student does so too, against all labels."""
+def test_a_student_learns_from_its_teacher_without_labels(tmp_path, splits):
+    """The teacher predicts class three for every image: after some epochs so does its student, against the labels."""
     trainer = make_trainer(tmp_path / "run", splits, epochs=3)
     logits = [0.0] * 10
     logits[3] = 8.0

@@ -1,4 +1,4 @@
-"""The training loop in small: what is kept, resumed exactly, stopped early, scheduled."""
+"""The training loop on small models: checkpoints, exact resuming, early stopping and schedules."""
 
 import json
 import math
@@ -21,7 +21,7 @@ from training.health import OUTPUT, not_finite
 from training.optim import lr_factor
 
 
-def test_training_learns_and_keeps_what_it_says(tmp_path, splits):
+def test_training_learns_and_keeps_the_reported_weights(tmp_path, splits):
     trainer = make_trainer(tmp_path, splits, epochs=20)
     best = trainer.fit()
     history = trainer.run.history()
@@ -38,7 +38,7 @@ def test_training_learns_and_keeps_what_it_says(tmp_path, splits):
     assert equal_states(trainer.model.state_dict(), kept["model"])
 
 
-def test_every_epoch_logs_loads_that_sum_to_one_and_warm_up_apart(tmp_path, splits):
+def test_every_epoch_logs_loads_that_sum_to_one_with_warm_up_separate(tmp_path, splits):
     trainer = make_trainer(tmp_path, splits)  # 5 steps an epoch, 6 of them warm-up
     trainer.fit()
     first, *others = trainer.run.history()
@@ -122,13 +122,13 @@ def test_a_loss_that_is_not_finite_stops_with_the_step(tmp_path, splits):
         (OUTPUT, 1, "use float32"),
     ],
 )
-def test_the_advice_where_a_number_is_not_finite_fits_the_step(term, step, words):
+def test_the_advice_for_a_non_finite_number_fits_the_step(term, step, words):
     message = str(not_finite(term, step, 1, "none"))
     assert words in message
     assert ("optim.lr" in message) == (step > 1 and term != OUTPUT)  # it has done nothing before the first step
 
 
-def test_a_batch_larger_than_the_split_is_refused(tmp_path, splits):
+def test_a_batch_larger_than_the_split_is_rejected(tmp_path, splits):
     with pytest.raises(UserError, match=r"train\.batch_size 5000 is larger than the"):
         make_trainer(tmp_path, splits, batch_size=5000)
 
@@ -153,7 +153,7 @@ def test_learning_rate_schedule_by_hand():
     assert lr_factor(500, 12, OptimConfig(warmup_steps=0, schedule="constant")) == 1.0
 
 
-def test_predictions_leave_the_model_as_it_was(tmp_path, splits):
+def test_predictions_do_not_change_the_model(tmp_path, splits):
     trainer = make_trainer(tmp_path, splits)
     trainer.model.train()
     before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
@@ -175,7 +175,7 @@ def test_an_unreadable_checkpoint_is_named(tmp_path, content):
         load_checkpoint(path)
 
 
-def test_a_failed_write_keeps_what_was_there(tmp_path):
+def test_a_failed_write_keeps_the_old_file(tmp_path):
     path = tmp_path / "value.json"
     write_json(path, {"a": 1})
     with pytest.raises(TypeError):
@@ -185,7 +185,7 @@ def test_a_failed_write_keeps_what_was_there(tmp_path):
         save_checkpoint(tmp_path / "value.json" / "last.pt", {})
 
 
-def test_a_run_folder_is_not_written_over(tmp_path):
+def test_a_run_folder_is_not_overwritten(tmp_path):
     run = RunFolder.create(tmp_path / "run", "test")
     run.config.write_text("{}")
     run = RunFolder.create(tmp_path / "run", "test")  # a run that ended before its first checkpoint is no run
@@ -194,7 +194,7 @@ def test_a_run_folder_is_not_written_over(tmp_path):
         RunFolder.create(tmp_path / "run", "test")
 
 
-def test_the_moving_average_is_what_is_validated_and_kept(tmp_path, splits):
+def test_the_moving_average_is_validated_and_kept(tmp_path, splits):
     trainer = make_trainer(tmp_path, splits, epochs=2, ema_decay=0.9)
     trainer.fit()
     kept = load_checkpoint(trainer.run.best)["model"]
@@ -212,12 +212,12 @@ def test_bfloat16_training_learns_and_keeps_float32_weights(tmp_path, splits):
     assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
 
 
-def test_warm_up_that_never_ends_is_refused(tmp_path, splits):
+def test_warm_up_that_never_ends_is_rejected(tmp_path, splits):
     with pytest.raises(UserError, match=r"router\.warmup_steps 6 routes all 5 steps at random"):
         make_trainer(tmp_path, splits, epochs=1)
 
 
-def test_a_torn_line_of_metrics_is_passed_over(tmp_path):
+def test_a_truncated_line_of_metrics_is_skipped(tmp_path):
     run = RunFolder.create(tmp_path, "test")
     run.metrics.write_text('{"step": 5, "epoch": 1}\n[1]\n{"step": 1')
     assert run.history() == [{"step": 5, "epoch": 1}]
@@ -231,7 +231,7 @@ def test_an_altered_description_is_named(tmp_path, text):
         read_description(run)
 
 
-def test_other_data_and_another_backbone_are_refused():
+def test_other_data_and_another_backbone_are_rejected():
     stored = {"backbone": {"name": "a", "fingerprint": "1"}, "data": {"train": "x", "test": "y"}}
     check_inputs(stored, stored, Path("best.pt"))
     with pytest.raises(UserError, match=r"its test images differ"):

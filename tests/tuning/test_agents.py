@@ -1,4 +1,4 @@
-"""tune.py --queue: trials are clones of one task, in a queue whose agents are played here."""
+"""tune.py --queue: trials are clones of one task, in a queue whose agents are simulated here."""
 
 import json
 import threading
@@ -30,7 +30,7 @@ assert exit_code_of(tune.main) == 0
 
 
 def serve(server: StandIn, ended: threading.Event) -> None:
-    """Play the agents: the score of a task comes from its learning rate, and those of one rule fail."""
+    """Simulate the agents: the score of a task depends on its learning rate, and tasks of one routing rule fail."""
     while not ended.wait(0.05):
         for task in [task for task in server.tasks.values() if task["status"] == "queued"]:
             values = {f"{s}/{name}": v["value"] for s, held in task["hyperparams"].items() for name, v in held.items()}
@@ -44,7 +44,7 @@ def serve(server: StandIn, ended: threading.Event) -> None:
 
 
 @pytest.mark.slow
-def test_agents_train_clones_whose_best_score_decides(tmp_path):
+def test_agents_train_clones_and_the_best_score_wins(tmp_path):
     (tmp_path / "space.yaml").write_text(SPACE, encoding="utf-8")
     words = [
         "--config",
@@ -110,7 +110,7 @@ def test_a_queue_needs_a_server(words, said, monkeypatch, tmp_path, capsys):
     assert said in error and error.count("\n") == 1
 
 
-def test_what_agents_cannot_do_is_refused_before_a_server_is_asked():
+def test_requests_that_agents_cannot_run_are_rejected_before_contacting_a_server():
     config = parse_command_line(["--config", str(ROOT / "configs" / "digits.yaml")]).config
     config.plugins = ["my_rules.py"]
     with pytest.raises(UserError, match="--plugins works only on this machine"):

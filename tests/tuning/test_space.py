@@ -1,4 +1,4 @@
-"""What a space may be, and what is said of one that may not."""
+"""Valid search spaces, and the messages for invalid ones."""
 
 import pytest
 
@@ -66,12 +66,12 @@ def test_a_space_has_the_types_of_its_options(tmp_path):
         ("train.seed: [1, 2]", "cannot be searched: all trials use the same data"),
     ],
 )
-def test_a_space_that_cannot_be_is_one_line(tmp_path, text, said):
+def test_an_invalid_space_is_reported_in_one_line(tmp_path, text, said):
     with pytest.raises(UserError, match=said) as caught:
         read_space(write(tmp_path, text))
     assert "\n" not in str(caught.value)
 
 
-def test_a_space_that_is_not_there(tmp_path):
+def test_a_missing_space(tmp_path):
     with pytest.raises(UserError, match=r"--space .*none\.yaml: no such file"):
         read_space(tmp_path / "none.yaml")

@@ -1,4 +1,4 @@
-"""tune.py: trials in processes of their own, gone on with, pruned, failed, and selected on validation alone."""
+"""tune.py: trials in separate processes, resumed, pruned, failed, and selected on validation alone."""
 
 import importlib.util
 import json
@@ -17,7 +17,7 @@ from conftest import ROOT
 import tune
 from common.errors import UserError, exit_code_of
 from tuning.space import read_space
-from tuning.study import StudyFolder, counted, give_back, next_trial, open_study, ranked
+from tuning.study import StudyFolder, counted, next_trial, open_study, ranked, release
 from tuning.worker import Plan
 
 optuna = pytest.importorskip("optuna")
@@ -36,7 +36,7 @@ def plan(tmp_path):
 
 @pytest.fixture
 def call(tmp_path, monkeypatch, capfd):
-    """Run tune.py on tmp_path/space.yaml, in this process but for its trials: exit code, output and errors of all."""
+    """Run tune.py on tmp_path/space.yaml, in this process (its trials elsewhere): exit code, output, errors."""
     monkeypatch.chdir(ROOT)
 
     def run(space, *words):
@@ -49,7 +49,7 @@ def call(tmp_path, monkeypatch, capfd):
 
 
 @pytest.mark.slow
-def test_trials_fail_go_on_and_leave_the_best_options(tmp_path, call):
+def test_trials_fail_the_study_continues_and_the_best_options_are_written(tmp_path, call):
     code, out, err = call(SPACE, "--trials", "3", "--jobs", "2")
     assert (code, err) == (0, ""), out
     code, out, _ = call(SPACE, "--trials", "6")
@@ -66,7 +66,7 @@ def test_trials_fail_go_on_and_leave_the_best_options(tmp_path, call):
 
 
 def kill_the_trial():
-    """Kill the process that trains, not this one, which waits for it."""
+    """Kill the training process, not this one, which waits for it."""
     children = subprocess.run(["pgrep", "-P", str(os.getpid())], capture_output=True, text=True, check=False)
     (worker,) = [pid for pid in children.stdout.split() if "spawn_main" in _cmdline(pid)]
     os.kill(int(worker), signal.SIGKILL)
@@ -74,7 +74,7 @@ def kill_the_trial():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_an_interrupted_trial_is_tried_again(tmp_path, call, number):
+def test_an_interrupted_trial_is_repeated(tmp_path, call, number):
     log, main = tmp_path / "out" / "trials" / "0000" / "metrics.jsonl", threading.main_thread().ident
 
     def strike():
@@ -110,18 +110,18 @@ def _cmdline(pid):
         return ""
 
 
-def test_a_study_counts_to_the_number_that_was_asked_for(plan):
+def test_a_study_stops_at_the_requested_number_of_trials(plan):
     study = plan.study(0)
     for value in (0.5, 0.7, None):
         trial = next_trial(study, plan.folder, 3)
         study.tell(trial, value, state=None if value else optuna.trial.TrialState.FAIL)
     assert next_trial(study, plan.folder, 3) is None
-    give_back(study, 2, {})
+    release(study, 2, {})
     assert len(counted(study)) == 2 and [trial.number for trial in ranked(study)] == [1, 0]
     assert next_trial(study, plan.folder, 3).number == 3
 
 
-def test_a_trial_whose_process_is_alive_is_left_alone(plan):
+def test_a_trial_of_a_running_process_is_not_changed(plan):
     study = plan.study(0)
     with plan.folder.locked():
         trial = next_trial(study, plan.folder, 3)
@@ -150,7 +150,7 @@ def test_the_median_prunes_after_a_quarter_of_the_epochs(plan):
     assert pruned == [False, False, True, True] or pruned == [False, True, True, True]
 
 
-def test_what_is_not_a_study_and_what_is_of_other_options(plan, tmp_path):
+def test_an_invalid_study_and_a_study_with_other_options(plan, tmp_path):
     plan.study(0)
     with pytest.raises(
         UserError, match=r"a study with other options: train\.epochs was 2 and is now 3; choose another"
@@ -175,14 +175,14 @@ def test_what_is_not_a_study_and_what_is_of_other_options(plan, tmp_path):
         ([], "required: --trials"),
     ],
 )
-def test_a_wrong_command_is_one_line(words, said, capsys, monkeypatch):
+def test_a_wrong_command_is_reported_in_one_line(words, said, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["tune.py", "--space", "s.yaml", *words])
     assert exit_code_of(tune.main) == 2
     err = capsys.readouterr().err
     assert said in err and err.count("\n") == 1
 
 
-def test_without_optuna_one_line_says_how_to_get_it(monkeypatch, capsys):
+def test_without_optuna_one_line_says_how_to_install_it(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "optuna", None)
     monkeypatch.setattr("sys.argv", ["tune.py", "--space", "s.yaml", "--trials", "1"])
     assert exit_code_of(tune.main) == 1
@@ -196,7 +196,7 @@ def test_without_optuna_one_line_says_how_to_get_it(monkeypatch, capsys):
         (["--out", "{}/out", "--storage", "postgresql://nowhere/x"], "needs a driver that is not installed"),
     ],
 )
-def test_a_place_or_a_database_that_is_not_there_is_one_line(words, line, tmp_path, monkeypatch, capsys):
+def test_a_missing_folder_or_database_is_reported_in_one_line(words, line, tmp_path, monkeypatch, capsys):
     if "postgresql" in words[-1] and importlib.util.find_spec("psycopg2"):
         pytest.skip("the driver is installed")
     (tmp_path / "space.yaml").write_text(SPACE, encoding="utf-8")
