@@ -104,7 +104,12 @@ def main(argv: list[str] | None = None) -> None:
         bank = build_bank(config, splits, backbone, device)
         data = Data.of(bank, options.views, len(config.backbone.features))
         started: dict[tuple, Narrow | Failure] = {}
-        for row in todo:
+        for count, row in enumerate(todo):
+            if limit.over:
+                say(
+                    f"{len(todo) - count} of {len(todo)} have no result: the {options.seconds:g} s of --seconds are over"
+                )
+                break
             norm, seed = row["norm"], row["seed"]
             own = replace(config, router=replace(config.router, norm=norm))
             if (norm, seed) not in started:
