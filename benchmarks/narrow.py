@@ -106,9 +106,8 @@ def main(argv: list[str] | None = None) -> None:
         started: dict[tuple, Narrow | Failure] = {}
         for count, row in enumerate(todo):
             if limit.over:
-                say(
-                    f"{len(todo) - count} of {len(todo)} have no result: the {options.seconds:g} s of --seconds are over"
-                )
+                left = f"{len(todo) - count} of {len(todo)} have no result"
+                say(f"{left}: the {options.seconds:g} s of --seconds are over")
                 break
             norm, seed = row["norm"], row["seed"]
             own = replace(config, router=replace(config.router, norm=norm))
