@@ -145,7 +145,9 @@ class _Others:
             if rank == self.rank or self._has(f"done/{rank}") or not self._has(f"process/{rank}"):
                 continue
             host, pid = self._get(f"process/{rank}").split()
-            if host == self._host and not _lives(int(pid)):
+            if host != self._host or _lives(int(pid)):
+                continue
+            if not self._has(f"done/{rank}"):  # it may have finished since the first look
                 return rank
         return None
 

@@ -9,11 +9,13 @@ from evaluation.figures import FIGURES, Evaluated, register
 
 
 @pytest.fixture
-def registry(monkeypatch):
-    """A registry without figures."""
-    for name in list(FIGURES):
-        monkeypatch.delitem(FIGURES, name)
-    return FIGURES
+def registry():
+    """A registry without figures; those of a test leave it again."""
+    before = dict(FIGURES)
+    FIGURES.clear()
+    yield FIGURES
+    FIGURES.clear()
+    FIGURES.update(before)
 
 
 def evaluated(run=None):

@@ -66,7 +66,7 @@ def test_fewer_epochs_than_already_trained_are_rejected(run, call):
     before = run.config.read_text()
     code, _, line = call(train, "--resume", run.path, "--train.epochs", "5")
     assert code == 2 and line.count("\n") == 1
-    assert "cannot stop at epoch 5, it has reached epoch 8: set --train.epochs to 8 or more" in line
+    assert "cannot stop at epoch 5, because it has reached epoch 8: set --train.epochs to 8 or more" in line
     assert run.config.read_text() == before
     code, output, _ = call(train, "--resume", run.path)
     assert code == 0 and "is finished: raise --train.epochs above 8" in output
