@@ -39,6 +39,18 @@ TINY = (
 CLIP = "vit_base_patch16_clip_quickgelu_224.openai"
 
 
+def pytest_collection_modifyitems(items):
+    """One worker runs all tests that share a fixture of their module, which would otherwise be made by each worker."""
+    for item in items:
+        info = item._fixtureinfo.name2fixturedefs
+        scopes = {name: definitions[-1].scope for name, definitions in info.items()}
+        shared = [
+            name for name, scope in scopes.items() if scope == "module" and info[name][-1].baseid == item.parent.nodeid
+        ]
+        if shared:
+            item.add_marker(pytest.mark.xdist_group(item.parent.nodeid))
+
+
 def pytest_collection_finish():
     gc.freeze()
     gc.enable()
