@@ -39,6 +39,12 @@ TINY = (
 CLIP = "vit_base_patch16_clip_quickgelu_224.openai"
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """One worker more than there are cores, because some tests wait for a server or a time limit."""
+    return min(4, len(os.sched_getaffinity(0)) + 1)
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
     """One worker runs all tests that share a fixture of their module, which would otherwise be made by each worker."""
     for item in items:
