@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import exit_code_of
+from common.meter import Meter
 
 ROOT = Path(__file__).resolve().parent.parent
 # Small tensors are slower on two threads than on one, by far where another process wants the cores as well. PyTorch
@@ -44,19 +45,6 @@ def pytest_xdist_auto_num_workers() -> int:
     return min(4, len(os.sched_getaffinity(0)) + 1)
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items):
-    """One worker runs all tests that share a fixture of their module, which would otherwise be made by each worker."""
-    for item in items:
-        info = item._fixtureinfo.name2fixturedefs
-        scopes = {name: definitions[-1].scope for name, definitions in info.items()}
-        shared = [
-            name for name, scope in scopes.items() if scope == "module" and info[name][-1].baseid == item.parent.nodeid
-        ]
-        if shared:
-            item.add_marker(pytest.mark.xdist_group(item.parent.nodeid))
-
-
 def pytest_collection_finish():
     gc.freeze()
     gc.enable()
@@ -67,6 +55,12 @@ def without_drawing(patch):
     from matplotlib.figure import Figure
 
     patch.setattr(Figure, "savefig", lambda figure, path, **options: Path(path).write_bytes(PNG))
+
+
+@pytest.fixture(autouse=True)
+def no_lines_of_progress(monkeypatch):
+    """Which test would see the line of every half minute depends on the clock. The tests of the meter set a clock."""
+    monkeypatch.setattr(Meter, "next_line", float("inf"))
 
 
 @pytest.fixture
