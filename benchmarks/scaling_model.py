@@ -89,13 +89,12 @@ def _recipe(rows: dict[int, dict], options: Any) -> Part | None:
     sizes = {name: whole[name] for name in ("trained", "gates")}
     recipe = Recipe.fitted(whole["seconds"], half["seconds"], whole["batch"], **sizes)
     network = Network(link["within"], options.between, link["latency"], options.node)
-    measured = [
-        _compared(f"default recipe, {section['batch']} images", number, section["seconds"], step)
-        for number, row in sorted(rows.items())
-        for section in (row.get("training"), row.get("each"))
-        if failure(section) is None
-        for step in [recipe.step(network, number, section["batch"] // number)]
-    ]
+    measured = _measured(
+        rows,
+        ("training", "each"),
+        lambda section: f"default recipe, {section['batch']} images",
+        lambda number, section: recipe.step(network, number, section["batch"] // number),
+    )
     images = options.batch or whole["batch"]
     title = f"the default recipe, {images} images per device"
     return measured, lambda devices: _growth(title, devices, lambda n: [("", recipe.step(network, n, images))])
@@ -109,13 +108,12 @@ def _extraction(rows: dict[int, dict], options: Any) -> Part | None:
     images = round(alone["seconds"] * alone["images_per_second"])
     view = View(alone["seconds"] / -(-images // alone["batch"]), alone["batch"], alone["bytes"])
     network = Network(link["within"], options.between, link["latency"], options.node)
-    measured = [
-        _compared(
-            f"extraction, {images:,} images", number, row["extraction"]["seconds"], view.step(network, number, images)
-        )
-        for number, row in sorted(rows.items())
-        if failure(row.get("extraction")) is None
-    ]
+    measured = _measured(
+        rows,
+        ("extraction",),
+        lambda section: f"extraction, {images:,} images",
+        lambda number, section: view.step(network, number, images),
+    )
     title = f"extraction, {images:,} images per device"
     return measured, lambda devices: _growth(title, devices, lambda n: [("", view.step(network, n, images * n))])
 
@@ -129,13 +127,12 @@ def _head(rows: dict[int, dict], options: Any) -> list[Part]:
     sizes = {name: link[name] for name in ("experts", "top_k", "features", "outputs", "common", "each")}
     head = Head.fitted(*(step["seconds"] for step in steps), rows=steps[0]["rows"], **sizes)
     network = Network(link["within"], options.between, link["latency"], options.node)
-    measured = [
-        _compared(f"{head.experts} experts, {section['rows']:,} rows", number, section["seconds"], step)
-        for number, row in sorted(rows.items())
-        for section in (row.get("step"), row.get("each"))
-        if failure(section) is None
-        for step in [head.step(network, number, number, section["rows"] // number)]
-    ]
+    measured = _measured(
+        rows,
+        ("step", "each"),
+        lambda section: f"{head.experts} experts, {section['rows']:,} rows",
+        lambda number, section: head.step(network, number, number, section["rows"] // number),
+    )
     each = options.rows or steps[0]["rows"] // 2
 
     def on(number: int) -> list[tuple[str, Step]]:
@@ -148,6 +145,18 @@ def _head(rows: dict[int, dict], options: Any) -> list[Part]:
 
 
 PARTS: dict[str, Callable[[dict[int, dict], Any], list[Part]]] = {"devices": _of_devices, "expert_parallel": _head}
+
+
+def _measured(
+    rows: dict[int, dict], sections: tuple[str, ...], name: Callable[[dict], str], predict: Callable[[int, dict], Step]
+) -> list[list[str]]:
+    """The rows of the table for sections that were measured, beside what the model predicts for them."""
+    return [
+        _compared(name(section), number, section["seconds"], predict(number, section))
+        for number, row in sorted(rows.items())
+        for section in map(row.get, sections)
+        if failure(section) is None
+    ]
 
 
 def _compared(what: str, number: int, seconds: float, step: Step) -> list[str]:

@@ -55,7 +55,7 @@ def check_format(number_format: str, device: torch.device) -> None:
     """Raise UserError if a device cannot convert a number format."""
     try:
         unpack(pack(torch.ones(1, 1, device=device), number_format), number_format)
-    except (RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
+    except (RuntimeError, TypeError, AttributeError) as error:
         reason = one_line(error, 80)
         raise UserError(f"--quantise {number_format} does not work on {device} ({reason}): use int8") from error
 
