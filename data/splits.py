@@ -13,7 +13,6 @@ from common.paths import absolute, cache_folder
 from common.text import counted
 from data.image_set import ImageSet, Splits
 from data.registry import DATASETS, Dataset, explain_datasets
-from data.stratified import stratified
 
 
 @dataclass
@@ -191,10 +190,14 @@ def stratified_split(images: ImageSet, fraction: float, seed: int, option: str) 
     option: the configuration field of the fraction, for the message.
     Raises UserError if a part would not have an image of each class.
     """
+    from sklearn.model_selection import train_test_split  # here, because importing scikit-learn takes seconds
+
     _require_enough(images, 2)
     least = math.ceil(100 * images.num_classes / len(images)) / 100
     try:
-        rest, held_out = stratified(images.labels_N.numpy(), fraction, seed)
+        rest, held_out = train_test_split(
+            np.arange(len(images)), test_size=fraction, random_state=seed, stratify=images.labels_N.numpy()
+        )
     except ValueError as error:
         what = f"{option} {fraction} of {len(images)} images"
         if fraction < least:
@@ -204,4 +207,4 @@ def stratified_split(images: ImageSet, fraction: float, seed: int, option: str) 
                 f"leaves too few for all {images.num_classes} classes: use a smaller fraction, at most {1 - least:g}"
             )
         raise UserError(f"{what} {remedy}, or more images") from error
-    return images.subset(torch.from_numpy(rest)), images.subset(torch.from_numpy(held_out))
+    return images.subset(torch.from_numpy(np.sort(rest))), images.subset(torch.from_numpy(np.sort(held_out)))

@@ -5,14 +5,12 @@ import re
 import numpy as np
 import pytest
 import torch
-from sklearn.model_selection import train_test_split
 
 from common.errors import UserError
 from config.features import FeaturesConfig
 from data.augment import AugmentConfig, View, apply_view, draw_view
 from data.datasets import DataConfig, load_splits, stratified_split
 from data.image_set import ImageSet
-from data.stratified import stratified
 from features.bank import FeatureBank
 from model.preparation import prepare
 
@@ -23,26 +21,6 @@ def image_set(labels, size=4):
     labels_N = torch.tensor(labels)
     images = torch.arange(len(labels), dtype=torch.uint8)[:, None, None, None].expand(-1, 3, size, size)
     return ImageSet(images, labels_N, tuple(f"class {c}" for c in range(int(labels_N.max()) + 1)))
-
-
-def test_a_stratified_split_is_the_one_of_scikit_learn():
-    """Runs of earlier versions used this split, and continue with the same images."""
-    random, compared = np.random.RandomState(0), 0
-    for _ in range(200):
-        classes = random.randint(2, 9)
-        labels_N = random.permutation(np.r_[np.repeat(np.arange(classes), 2), random.randint(0, classes, 60)]) * 2
-        fraction, seed = random.uniform(0.02, 0.98), int(random.randint(2**31))
-        options = {"test_size": fraction, "random_state": seed, "stratify": labels_N}
-        try:
-            expected = train_test_split(np.arange(len(labels_N)), **options)
-        except ValueError:
-            with pytest.raises(ValueError, match="one each in both parts"):
-                stratified(labels_N, fraction, seed)
-            continue
-        compared += 1
-        for part, other in zip(stratified(labels_N, fraction, seed), expected, strict=True):
-            assert np.array_equal(part, np.sort(other))
-    assert 100 < compared < 200
 
 
 def test_digits_come_in_three_stratified_disjoint_splits():
