@@ -40,6 +40,7 @@ TINY = (
 CLIP = "vit_base_patch16_clip_quickgelu_224.openai"
 
 
+@pytest.hookimpl(optionalhook=True)  # pytest-xdist may be missing
 def pytest_xdist_auto_num_workers() -> int:
     """One worker more than there are cores, because some tests wait for a server or a time limit."""
     return min(4, len(os.sched_getaffinity(0)) + 1)
