@@ -49,7 +49,7 @@ def captured(world, name: str) -> dict:
     device = torch.device("cuda", world.local_rank)
     torch.cuda.set_device(device)
     model = head(**{key: value for key, value in HEADS[name].items() if key != "balance"}).to(device).train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)  # as captured steps need
     step = TrainingStep(model, optimizer, BalanceConfig(switch=0.1), 0.1, 0.5, "float32")
     torch.manual_seed(7)
     shares = Shares(world, 7, device)
