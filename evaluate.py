@@ -10,6 +10,7 @@ from common.errors import exit_on_signal
 if __name__ == "__main__":
     exit_on_signal()  # before the imports, which take seconds
 
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -19,12 +20,13 @@ from common.errors import exit_code_of, exit_process
 from common.plugins import load_plugins
 from common.text import printable
 from evaluation.options import read_options
+from tracking.agent import evaluation_words
 
 parse = partial(read_options, __doc__)
 
 
 def main() -> None:
-    options = parse()
+    options = parse(evaluation_words(sys.argv[1:]))
     require_alone("evaluate.py")
     load_plugins(options.plugins)
     if options.compare:
