@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
 from common.errors import UserError
 from model.moe_vit import MoEViT
@@ -19,6 +20,8 @@ def bytes_per_image(model: MoEViT, image_1CHW: Tensor) -> int:
         kept: dict[int, torch.UntypedStorage] = {}  # held until all has been counted, or an address would come twice
 
         def keep(value: Tensor, kept=kept) -> None:
+            if isinstance(value, AsyncCollectiveTensor):  # rows of other processes: only the tensor inside has memory
+                value = value.elem
             # Not the tensor itself: an output that its own node holds is never freed, nor is its graph.
             kept[value.untyped_storage().data_ptr()] = value.untyped_storage()
 
@@ -29,20 +32,20 @@ def bytes_per_image(model: MoEViT, image_1CHW: Tensor) -> int:
     return sizes[1] - sizes[0]
 
 
-def must_recompute(choice: str, per_image: int, batch_size: int, free: int) -> bool:
+def must_recompute(choice: str, per_image: int, batch_size: int, free: int, processes: int = 1) -> bool:
     """Whether a step recomputes the frozen parts of the blocks, from train.recompute (auto, on, off).
 
-    per_image: bytes from `bytes_per_image`, without recomputing. free: free bytes of the device. Raises UserError,
-    which names a batch size that fits, if the batch does not.
+    per_image: bytes from `bytes_per_image`, without recomputing. batch_size: images of a step of all processes. free:
+    free bytes of a device. Raises UserError, which names a batch size that fits, if the batch does not.
     """
     room = SHARE * free
-    fits_kept, fits_recomputed = int(room // per_image), int(room // (KEPT * per_image))
+    fits_kept, fits_recomputed = (processes * int(room // (part * per_image)) for part in (1, KEPT))
     if choice == "on" or (choice == "auto" and batch_size > fits_kept):
         fits, recompute = fits_recomputed, True
     else:
         fits, recompute = fits_kept, False
     if batch_size > fits:
-        need = batch_size * per_image * (KEPT if recompute else 1)
+        need = -(-batch_size // processes) * per_image * (KEPT if recompute else 1)
         less = " or --train.recompute on" if choice == "off" else ""
         raise UserError(
             f"a step of train.batch_size {batch_size} needs about {need / 1e9:.0f} GB for activations, and the GPU has "

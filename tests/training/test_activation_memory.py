@@ -46,3 +46,10 @@ def test_recomputing_is_chosen_if_the_activations_do_not_fit(choice, batch, expe
 def test_a_batch_that_does_not_fit_is_rejected_with_a_suggestion(choice, batch, fits):
     with pytest.raises(UserError, match=f"set --train.batch_size {fits}$"):
         must_recompute(choice, per_image=10, batch_size=batch, free=1000)
+
+
+def test_several_processes_share_a_batch():
+    assert must_recompute("auto", per_image=10, batch_size=170, free=1000, processes=2) is False
+    assert must_recompute("auto", per_image=10, batch_size=171, free=1000, processes=2) is True
+    with pytest.raises(UserError, match=r"of train.batch_size 511 .* set --train.batch_size 510$"):
+        must_recompute("auto", per_image=10, batch_size=511, free=1000, processes=2)
