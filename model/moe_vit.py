@@ -36,7 +36,7 @@ class MoEViT(nn.Module):
     buffers or the state. Gradients flow back to the first block with experts. Raises ValueError if the parts do not
     fit each other.
 
-    recompute: whether the backward pass recomputes attention and FFNs, to store only about a third of the activations.
+    recompute: whether the backward pass recomputes attention and FFNs, to store fewer activations.
     """
 
     def __init__(
