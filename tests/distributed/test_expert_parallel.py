@@ -6,7 +6,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from block_helpers import moe_vit, spread
+from block_helpers import images, moe_vit, spread
 from distributed_helpers import in_processes
 from test_equivalence import ALL, BATCHES, CPU, close, data, head
 
@@ -14,6 +14,7 @@ from common.distributed import ALONE, World
 from config.optim import OptimConfig
 from model.balance import BalanceConfig
 from training.expert_parallel import ExpertParallel
+from training.memory import bytes_per_image
 from training.optim import build_optimizer
 from training.parallel import Shares
 from training.step import TrainingStep
@@ -160,3 +161,25 @@ def test_new_shares_are_computed_from_the_load_of_an_epoch():
     # 80 and 20 of 100, where 50 is the mean; with a share of 10 of the first expert on the second process 50 and 50.
     assert numbers == {"placement/measured": pytest.approx(1.6), "placement/predicted": pytest.approx(1.0)}
     assert np.array(shares)[0].sum(axis=1) == pytest.approx(np.ones(4))
+
+
+def count_activations(world: World) -> tuple[int, int]:
+    """Bytes of activations per image with half of the experts in each process, and the tokens that came for them."""
+    model, came = moe_vit(kind="mixtral", norm="none", experts={"sizes": [[4]] * 4}), []
+    ExpertParallel(model, 2, "even", OPTIM, CPU)
+    for mixture in model.mixtures:
+        dispatch = mixture.experts.dispatcher.dispatch
+
+        def counted(*inputs, dispatch=dispatch):
+            received = dispatch(*inputs)
+            came.append(len(received.x_RD))
+            return received
+
+        mixture.experts.dispatcher.dispatch = counted
+    return bytes_per_image(model, images(1)), sum(came[: len(model.mixtures)])
+
+
+def test_activations_are_counted_with_tokens_of_other_processes():
+    (first, many), (second, few) = in_processes(2, count_activations)
+    # Of a token: its 16 numbers, 8 hidden units before and after the activation and whether they are used, an index.
+    assert many > few and first - second == (many - few) * (4 * (16 + 3 * 8) + 8)
