@@ -41,7 +41,9 @@ def test_each_expert_has_its_error_under_each_calibration():
     experts[1] |= {"done": ["removed"], "error": None, "points_lost": None}
     experts += [{"expert": name, "becomes": None} | figures for name in ("shared 8", "linear head")]
     tried = {"equal": [0.01, 0.02, 0.03, 0.04], "none": [0.05, None, 0.07, 0.08]}
-    found = {name: {"macro_f1_validation": 0.9, "fewest_rows": None, "errors": errors} for name, errors in tried.items()}
+    found = {
+        name: {"macro_f1_validation": 0.9, "fewest_rows": None, "errors": errors} for name, errors in tried.items()
+    }
     row = {"experts": experts, "steps": [{"step": "prune"}, {"step": "quantise", "calibrations": found}]}
     assert [line[-2:] for line in compression.expert_lines(row)] == [
         ["1.000 %", "5.000 %"],
