@@ -20,6 +20,7 @@ from training.parallel import Shares
 from training.step import TrainingStep
 
 OPTIM = OptimConfig(lr=0.01, weight_decay=0.01)
+ALIKE = [[4]] * 3
 COPIES = [[0.5, 0.5], [0, 1], [1, 0]]
 
 # Of each: options of the model, and of the processes. moved: shares from the fourth step on.
@@ -38,10 +39,17 @@ HEADS = {
     "hash": ({"kind": "hash", "balance": {"z_loss": 0.0}}, {"processes": 3}),
     "an expert that nobody chooses": ({"kind": "mixtral", "shut": True}, {"processes": 3}),
     "probabilities": ({"kind": "mixtral", "experts": {"combine": "probabilities"}}, {"processes": 2}),
-    "grouped": ({"kind": "mixtral", "experts": {"sizes": [[4]] * 3, "dispatch": "grouped"}}, {"processes": 2}),
-    "moved": ({"kind": "mixtral"}, {"processes": 2, "moved": [[0, 1], [1, 0], [0, 1]]}),
+    "grouped": ({"kind": "mixtral", "experts": {"sizes": ALIKE, "dispatch": "grouped"}}, {"processes": 2}),
+    "moved": ({"kind": "mixtral", "experts": {"sizes": ALIKE}}, {"processes": 2, "moved": [[0, 1], [1, 0], [0, 1]]}),
+    "moved, grouped": (
+        {"kind": "mixtral", "experts": {"sizes": ALIKE, "dispatch": "grouped"}},
+        {"processes": 2, "moved": [[0, 1], [1, 0], [0, 1]]},
+    ),
     "copied": ({"kind": "mixtral"}, {"processes": 2, "moved": COPIES}),
-    "copied in two groups": ({"kind": "mixtral"}, {"processes": 4, "members": 2, "moved": COPIES}),
+    "copied in two groups": (
+        {"kind": "mixtral", "experts": {"sizes": ALIKE}},
+        {"processes": 4, "members": 2, "moved": COPIES},
+    ),
 }
 BLOCKS = {
     "tokens": ({"kind": "mixtral", "norm": "none"}, {"processes": 2, "moved": [[0, 1], [1, 0], [0, 1]]}),
@@ -83,11 +91,15 @@ def train(world: World, options: dict, blocks: bool, members: int = 1, moved=Non
         hook.remove()
         gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
         if experts:
+            gradients |= {name: value.clone() for name, value in experts.gradients().items()}
             gradients = experts.spread.whole(gradients, experts.trained)
         split = share is not None and share.split
         found.append({"result": vars(result), "logits": logits[0], "gradients": gradients, "split": split})
     state = experts.spread.whole(model.state_dict()) if experts else model.state_dict()
     moments = experts.optimizer_state(optimizer, model) if experts else optimizer.state_dict()
+    if experts:  # what is stored comes back to where it was
+        here = experts.local_optimizer_state(world.broadcast(moments), optimizer, model)
+        close(here["state"], optimizer.state_dict()["state"])
     return {"steps": found, "state": {name: value.clone() for name, value in state.items()}, "moments": moments}
 
 
