@@ -192,9 +192,10 @@ def plan_memory(config: Config, model: AnyMoE, bank: FeatureBank | ImageBank, de
         return
     model.recompute = config.train.recompute == "on"
     if device.type == "cuda":
-        per_image = bytes_per_image(model, next(iter(bank.batches("train", 1, torch.tensor([0]))))[0])
-        free = DeviceMemory(device).free()
-        model.recompute = must_recompute(config.train.recompute, per_image, samples_of_this(config), free)
+        image_1CHW = next(iter(bank.batches("train", 1, torch.tensor([0]))))[0]
+        needed = [max(world().gather(bytes_per_image(model, image_1CHW, again))) for again in (False, True)]
+        free, batch = min(world().gather(DeviceMemory(device).free())), config.train.batch_size
+        model.recompute = must_recompute(config.train.recompute, *needed, batch, free, world().size)
 
 
 def samples_of_this(config: Config) -> int:

@@ -3,7 +3,7 @@
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
@@ -85,11 +85,12 @@ def measure(options: argparse.Namespace, device: torch.device, experts: int, row
     steps = max(1, options.steps // BLOCKS)
     seconds = [_seconds(once, device, steps) for _ in range(BLOCKS)]
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    of_experts = [*model.moe.experts.parameters(), *step.of_experts]
     load_M = model.moe.usage_E.view(world().size, -1).sum(1).double()  # by process; each has consecutive experts
     found = {
         "rows": rows,
         "seconds": median(max(alike) for alike in zip(*world().gather(seconds), strict=True)),
-        "expert_bytes": max(world().gather(held_by_experts(model, optimizer))),
+        "expert_bytes": max(world().gather(held_by_experts(of_experts, optimizer))),
         "peak": max(world().gather(peak)),
         "largest_over_mean": float(load_M.max() / load_M.mean()),
     }
@@ -107,11 +108,11 @@ def _seconds(run: Callable[[], None], device: torch.device, steps: int) -> float
     return (time.perf_counter() - began) / steps
 
 
-def held_by_experts(model: VisionMoE, optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of the storages of weights, gradients and moments of this process's experts, each counted once."""
+def held_by_experts(parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the storages of these weights, their gradients and their moments, each counted once."""
     tensors = []
-    for value in model.moe.experts.parameters():
-        state = [entry for entry in optimizer.state[value].values() if isinstance(entry, torch.Tensor)]
+    for value in parameters:
+        state = [entry for entry in optimizer.state.get(value, {}).values() if isinstance(entry, torch.Tensor)]
         tensors += [value, *state] if value.grad is None else [value, value.grad, *state]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
