@@ -1,7 +1,7 @@
 """Parameters of one shape that are trained as one tensor.
 
 Each parameter costs the host some time in a step: to cast it, to receive its gradient, to clip and to update it. With
-many experts this takes longer than the work of a GPU. A stack takes this time once for all experts of one shape.
+many experts this can take longer than the work of a GPU. A stack takes this time once for all experts of one shape.
 """
 
 from collections.abc import Sequence
