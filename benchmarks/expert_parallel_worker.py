@@ -18,6 +18,7 @@ from common.errors import exit_code_of
 from config.optim import OptimConfig
 from model.balance import BalanceConfig
 from model.classifier import NeckConfig, VisionMoE
+from model.distributed import Share
 from model.experts import ExpertsConfig
 from model.routers import RouterConfig
 from training.expert_parallel import ExpertParallel
@@ -39,8 +40,9 @@ def main() -> None:
         parser,
         {
             "step": lambda options, device: measure(options, device, options.experts, options.rows),
-            "half_rows": lambda options, device: measure(options, device, options.experts, options.rows // 2),
-            "half": lambda options, device: measure(options, device, options.experts // 2, options.rows // 2),
+            "half": lambda options, device: to_itself(options, device, options.experts // 2, options.rows // 2),
+            "half_experts": lambda options, device: to_itself(options, device, options.experts // 2, options.rows),
+            "quarter": lambda options, device: to_itself(options, device, options.experts // 4, options.rows // 2),
             "each": lambda options, device: measure(options, device, options.experts, options.rows * world().size),
             "link": link,
         },
@@ -57,19 +59,33 @@ def build(options: argparse.Namespace, experts: int, device: Any) -> VisionMoE:
         return model
 
 
-def measure(options: argparse.Namespace, device: torch.device, experts: int, rows: int) -> dict[str, Any]:
+def to_itself(options: argparse.Namespace, device: torch.device, experts: int, rows: int) -> dict[str, Any]:
+    """`measure` in a single process that distributes its experts as several do, and sends all rows to itself."""
+    kind = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(kind, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        return measure(options, device, experts, rows, Share(0, (rows,)))
+    finally:
+        dist.destroy_process_group()
+
+
+def measure(
+    options: argparse.Namespace, device: torch.device, experts: int, rows: int, alone: Share | None = None
+) -> dict[str, Any]:
     """Seconds of a step on a batch that the processes share, its parts, and memory.
 
     `expert_bytes`: weights, gradients and moments of the experts of a process after a step, as allocated; the largest
     of all processes. `peak`: peak GPU memory allocated by PyTorch in a process, in bytes.
+    alone: the share of a process that exchanges with itself.
     """
     model = build(options, experts, device)
     optim = OptimConfig(lr=1e-6)  # loads stay even, as random rows have them
-    spread = ExpertParallel(model, world().size, "even", optim, device) if world().several else None
+    several = world().several or alone is not None
+    spread = ExpertParallel(model, world().size, "even", optim, device) if several else None
     model.train()
     optimizer = build_optimizer(model, optim)
     step = TrainingStep(model, optimizer, BalanceConfig(), 0.1, 1.0, "auto", experts=spread)
-    share = Shares(world(), 0, device).of(rows)
+    share = alone or Shares(world(), 0, device).of(rows)
     here = rows if share is None else share.sizes[share.rank]
     generator = torch.Generator(device).manual_seed(1 + world().rank)
     features_BF = torch.randn(here, options.features, device=device, generator=generator)
