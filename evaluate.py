@@ -5,10 +5,10 @@ python evaluate.py RUN --data.root DIR --backbone.weights FILE      if files hav
 python evaluate.py --compare RUN RUN ...    a table and a figure of run folders and ClearML task ids
 """
 
-from common.errors import exit_on_signal
+from common.errors import begin_program
 
 if __name__ == "__main__":
-    exit_on_signal()  # before the imports, which take seconds
+    begin_program()
 
 import sys
 from functools import partial

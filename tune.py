@@ -9,10 +9,10 @@ The second command continues where the first one stopped or was interrupted. In 
 trials. All other options are those of train.py.
 """
 
-from common.errors import exit_on_signal
+from common.errors import begin_program
 
 if __name__ == "__main__":
-    exit_on_signal()  # before the imports, which take seconds
+    begin_program()
 
 import sys
 from functools import partial

@@ -9,8 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from assembly.agreement import require_places, require_same, require_same_inputs, require_samples
-from assembly.ready import compiles, get_ready
-from assembly.replay import load_images
+from assembly.ready import compiles, get_ready, read_images
 from assembly.transfer import Origin, begin, freeze, read_origin
 from common.ahead import Ahead
 from common.distributed import expected_world, world
@@ -63,8 +62,10 @@ def load_inputs(config: Config, resumed: bool = False) -> Inputs:
     for line in config.idle:
         warn(line)
     device = pick_device(config.device)
-    images = Ahead(lambda: load_images(config))
-    get_ready(config, device, training=True)
+    if world().first:
+        print(f"loading      {config.data.name} and {config.backbone.name}, for {device}", flush=True)
+    images = Ahead(lambda: read_images(config))
+    get_ready(config, device)
     splits = images.result()
     steps_per_epoch(config.train, len(splits.train))
     require_samples(config.train.batch_size)
@@ -191,9 +192,10 @@ def plan_memory(config: Config, model: AnyMoE, bank: FeatureBank | ImageBank, de
         return
     model.recompute = config.train.recompute == "on"
     if device.type == "cuda":
-        per_image = bytes_per_image(model, next(iter(bank.batches("train", 1, torch.tensor([0]))))[0])
-        free = DeviceMemory(device).free()
-        model.recompute = must_recompute(config.train.recompute, per_image, samples_of_this(config), free)
+        image_1CHW = next(iter(bank.batches("train", 1, torch.tensor([0]))))[0]
+        needed = [max(world().gather(bytes_per_image(model, image_1CHW, again))) for again in (False, True)]
+        free, batch = min(world().gather(DeviceMemory(device).free())), config.train.batch_size
+        model.recompute = must_recompute(config.train.recompute, *needed, batch, free, world().size)
 
 
 def samples_of_this(config: Config) -> int:

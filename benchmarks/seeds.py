@@ -117,7 +117,11 @@ def _captured(step: Callable[[], None], device: torch.device) -> Callable[[], No
     torch.cuda.current_stream(device).wait_stream(stream)
     with torch.cuda.graph(graph):
         step()
-    return graph.replay
+
+    def replay(step=step) -> None:  # which keeps alive the tensors that the graph reads and writes
+        graph.replay()
+
+    return replay
 
 
 if __name__ == "__main__":

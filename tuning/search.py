@@ -8,11 +8,9 @@ from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from analysis import plots
 from common.errors import EnvironmentFault, UserError
 from common.files import write_json
 from common.text import printable
-from evaluation.figures import save_figure
 from tracking.tasks import tasks_of
 from tracking.tracker import Tracker, open_tracker
 from tuning.clone import described
@@ -112,6 +110,9 @@ def _report(study: "Study", tracker: Tracker, reported: set[int]) -> None:
 
 
 def _result(plan: Plan, study: "Study", tracker: Tracker) -> str:
+    from analysis import plots  # here, because importing matplotlib takes a second
+    from evaluation.figures import save_figure
+
     folder, best, trials = plan.folder, ranked(study), counted(study)
     states = [trial.state.name for trial in trials]
     if not best:
