@@ -211,9 +211,12 @@ def plan_memory(config: Config, model: AnyMoE, bank: FeatureBank | ImageBank, de
     model.recompute = config.train.recompute == "on"
     if device.type == "cuda":
         image_1CHW = next(iter(bank.batches("train", 1, torch.tensor([0]))))[0]
-        needed = [max(world().gather(bytes_per_image(model, image_1CHW, again))) for again in (False, True)]
         free, batch = min(world().gather(DeviceMemory(device).free())), config.train.batch_size
-        model.recompute = must_recompute(config.train.recompute, *needed, batch, free, world().size)
+
+        def needed(recompute: bool) -> int:
+            return max(world().gather(bytes_per_image(model, image_1CHW, recompute)))
+
+        model.recompute = must_recompute(config.train.recompute, needed, batch, free, world().size)
 
 
 def samples_of_this(config: Config) -> int:

@@ -1,5 +1,7 @@
 """Whether the activations of a training step through the ViT fit into the GPU's memory."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
@@ -45,23 +47,20 @@ def _stored(model: MoEViT, image_1CHW: Tensor, recompute: bool) -> int:
     return sizes[1] - sizes[0]
 
 
-def must_recompute(
-    choice: str, per_image: int, recomputed: int, batch_size: int, free: int, processes: int = 1
-) -> bool:
+def must_recompute(choice: str, needed: Callable[[bool], int], batch_size: int, free: int, processes: int = 1) -> bool:
     """Whether a step recomputes the frozen parts of the blocks, from train.recompute (auto, on, off).
 
-    per_image, recomputed: bytes from `bytes_per_image`, without and with recomputing. batch_size: images of a step of
-    all processes. free: free bytes of a device. Raises UserError, which names a batch size that fits, if the batch does
+    needed: bytes per image with recomputing or without, see `bytes_per_image`. batch_size: images of a step of all
+    processes. free: free bytes of a device. Raises UserError, which names a batch size that fits, if the batch does
     not.
     """
-    room = SHARE * free
-    fits_kept, fits_recomputed = (processes * int(room // each) for each in (per_image, recomputed))
-    if choice == "on" or (choice == "auto" and batch_size > fits_kept):
-        fits, recompute = fits_recomputed, True
-    else:
-        fits, recompute = fits_kept, False
+    recompute, each = choice == "on", needed(choice == "on")
+    fits = processes * int(SHARE * free // each)
+    if choice == "auto" and batch_size > fits:
+        recompute, each = True, needed(True)
+        fits = processes * int(SHARE * free // each)
     if batch_size > fits:
-        need = -(-batch_size // processes) * (recomputed if recompute else per_image)
+        need = -(-batch_size // processes) * each
         less = " or --train.recompute on" if choice == "off" else ""
         raise UserError(
             f"a step of train.batch_size {batch_size} needs about {need / 1e9:.0f} GB for activations, and the GPU has "

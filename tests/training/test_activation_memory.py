@@ -11,7 +11,10 @@ from torch.utils._pytree import tree_leaves
 from common.errors import UserError
 from training.memory import bytes_per_image, must_recompute
 
-BYTES = {"per_image": 30, "recomputed": 10}  # of 1,000 free bytes, 850 are for activations
+
+def needed(recompute: bool) -> int:
+    """Bytes per image; of 1,000 free bytes, 850 are for activations."""
+    return 10 if recompute else 30
 
 
 class Alive(TorchDispatchMode):
@@ -40,9 +43,9 @@ class Alive(TorchDispatchMode):
 @pytest.mark.parametrize("kind, sizes", [("adapter", [[2], [4], [6]]), ("ffn", [[64]] * 4)])
 def test_counted_bytes_are_those_that_exist_after_a_forward_pass(kind, sizes):
     model = moe_vit(experts={"kind": kind, "sizes": sizes}, norm="none").train()
-    needed, kept = {}, {}
+    counted, kept = {}, {}
     for recompute in (False, True):
-        needed[recompute] = bytes_per_image(model, images(1), recompute)
+        counted[recompute] = bytes_per_image(model, images(1), recompute)
         assert model.recompute is False
         model.recompute = recompute
         after = []
@@ -53,8 +56,8 @@ def test_counted_bytes_are_those_that_exist_after_a_forward_pass(kind, sizes):
             after.append(alive.bytes() - logits_BC.untyped_storage().nbytes())
         kept[recompute] = (after[1] - after[0]) / 8
         model.recompute = False
-    assert needed[False] == pytest.approx(kept[False], rel=0.1)
-    assert kept[True] < needed[True] < needed[False]
+    assert counted[False] == pytest.approx(kept[False], rel=0.1)
+    assert kept[True] < counted[True] < counted[False]
 
 
 def test_bytes_are_counted_for_the_blocks_that_have_gradients():
@@ -88,17 +91,17 @@ def test_counting_leaves_no_graph_behind():
     [("auto", 28, False), ("auto", 29, True), ("auto", 85, True), ("off", 28, False), ("on", 10, True)],
 )
 def test_recomputing_is_chosen_if_the_activations_do_not_fit(choice, batch, expected):
-    assert must_recompute(choice, **BYTES, batch_size=batch, free=1000) is expected
+    assert must_recompute(choice, needed, batch_size=batch, free=1000) is expected
 
 
 @pytest.mark.parametrize("choice, batch, fits", [("auto", 86, 85), ("off", 29, "28 or --train.recompute on")])
 def test_a_batch_that_does_not_fit_is_rejected_with_a_suggestion(choice, batch, fits):
     with pytest.raises(UserError, match=f"set --train.batch_size {fits}$"):
-        must_recompute(choice, **BYTES, batch_size=batch, free=1000)
+        must_recompute(choice, needed, batch_size=batch, free=1000)
 
 
 def test_several_processes_share_a_batch():
-    assert must_recompute("auto", **BYTES, batch_size=56, free=1000, processes=2) is False
-    assert must_recompute("auto", **BYTES, batch_size=57, free=1000, processes=2) is True
+    assert must_recompute("auto", needed, batch_size=56, free=1000, processes=2) is False
+    assert must_recompute("auto", needed, batch_size=57, free=1000, processes=2) is True
     with pytest.raises(UserError, match=r"of train.batch_size 171 .* set --train.batch_size 170$"):
-        must_recompute("auto", **BYTES, batch_size=171, free=1000, processes=2)
+        must_recompute("auto", needed, batch_size=171, free=1000, processes=2)
