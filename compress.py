@@ -7,10 +7,10 @@ python compress.py RUN RUN ... --out RUN2 --distil dense     distil one or more 
 python compress.py RUN --out RUN2 --quantise int8            store the experts in 8 bits
 """
 
-from common.errors import exit_on_signal
+from common.errors import begin_program
 
 if __name__ == "__main__":
-    exit_on_signal()  # before the imports, which take seconds
+    begin_program()
 
 from functools import partial
 

@@ -5,11 +5,12 @@ python evaluate.py RUN --data.root DIR --backbone.weights FILE      if files hav
 python evaluate.py --compare RUN RUN ...    a table and a figure of run folders and ClearML task ids
 """
 
-from common.errors import exit_on_signal
+from common.errors import begin_program
 
 if __name__ == "__main__":
-    exit_on_signal()  # before the imports, which take seconds
+    begin_program()
 
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -19,12 +20,13 @@ from common.errors import exit_code_of, exit_process
 from common.plugins import load_plugins
 from common.text import printable
 from evaluation.options import read_options
+from tracking.agent import evaluation_words
 
 parse = partial(read_options, __doc__)
 
 
 def main() -> None:
-    options = parse()
+    options = parse(evaluation_words(sys.argv[1:]))
     require_alone("evaluate.py")
     load_plugins(options.plugins)
     if options.compare:

@@ -4,10 +4,10 @@ python export.py runs/cifar100-20260101-120000 model.onnx      for ONNX Runtime 
 python export.py RUN model.pt2                                 for torch.export.load
 """
 
-from common.errors import exit_on_signal
+from common.errors import begin_program
 
 if __name__ == "__main__":
-    exit_on_signal()  # before the imports, which take seconds
+    begin_program()
 
 import argparse
 

@@ -7,10 +7,10 @@ python predict.py RUN cat.jpg dog.png --explain out.png     a figure of images, 
 python predict.py RUN --serve                               a local web page to drop images on
 """
 
-from common.errors import exit_on_signal
+from common.errors import begin_program
 
 if __name__ == "__main__":
-    exit_on_signal()  # before the imports, which take seconds
+    begin_program()
 
 import argparse
 import sys

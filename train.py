@@ -9,10 +9,10 @@ torchrun --nproc-per-node 2 train.py                   the same run on two GPUs 
 python train.py --init RUN --data.name folder --data.root ROOT --freeze router    start from a trained run
 """
 
-from common.errors import exit_on_signal
+from common.errors import begin_program
 
 if __name__ == "__main__":
-    exit_on_signal()  # before the imports, which take seconds
+    begin_program()
 
 from assembly.pipeline import Inputs, build_trainer, load_inputs, pick_device
 from assembly.seeds import train_seeds

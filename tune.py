@@ -9,11 +9,12 @@ The second command continues where the first one stopped or was interrupted. In 
 trials. All other options are those of train.py.
 """
 
-from common.errors import exit_on_signal
+from common.errors import begin_program
 
 if __name__ == "__main__":
-    exit_on_signal()  # before the imports, which take seconds
+    begin_program()
 
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from common.errors import exit_code_of, exit_process
 from common.signals import stoppable
 from common.text import command, printable
 from config.command_line import parse_command_line
+from tuning.clone import study_words
 from tuning.options import read_options, require_agents
 from tuning.search import search
 from tuning.space import read_space
@@ -32,7 +34,7 @@ parse = partial(read_options, __doc__)
 
 
 def main() -> None:
-    options, words = parse()
+    options, words = parse(study_words(sys.argv[1:]))
     require_alone("tune.py")
     require_optuna()
     with stoppable():

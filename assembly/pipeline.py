@@ -1,6 +1,8 @@
 """Builds the parts of a run from its configuration: device, images, backbone, features, model, trainer."""
 
 import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -9,8 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from assembly.agreement import require_places, require_same, require_same_inputs, require_samples
-from assembly.ready import compiles, get_ready
-from assembly.replay import load_images
+from assembly.ready import compiles, get_ready, read_images
 from assembly.transfer import Origin, begin, freeze, read_origin
 from common.ahead import Ahead
 from common.distributed import expected_world, world
@@ -63,19 +64,37 @@ def load_inputs(config: Config, resumed: bool = False) -> Inputs:
     for line in config.idle:
         warn(line)
     device = pick_device(config.device)
-    images = Ahead(lambda: load_images(config))
-    get_ready(config, device, training=True)
-    splits = images.result()
+    if world().first:
+        print(f"loading      {config.data.name} and {config.backbone.name}, for {device}", flush=True)
+    splits, backbone = load_both(config, device)
     steps_per_epoch(config.train, len(splits.train))
     require_samples(config.train.batch_size)
     require_places(config)
-    backbone = load_backbone(config.backbone, device, reachable)
-    begin_fingerprint(backbone)
     check_backbone(config, backbone)
     require_same_inputs(config, splits, backbone)
     new = config.init is not None and not resumed
     origin = read_origin(config, backbone_identity(config, backbone)) if new else None
     return Inputs(device, splits, backbone, origin)
+
+
+def load_both(
+    config: Config, device: torch.device, faults: Callable[[], AbstractContextManager] = nullcontext
+) -> tuple[Splits, Backbone]:
+    """Images and backbone, loaded at the same time; if both fail, the error of the images is raised.
+
+    faults: converts the errors of the backbone. Raises as the loaders do.
+    """
+    images = Ahead(lambda: read_images(config))
+    get_ready(config, device)
+    images.check()  # before a download of weights
+    try:
+        with faults():
+            backbone = load_backbone(config.backbone, device, reachable)
+    except Exception:
+        images.result()
+        raise
+    begin_fingerprint(backbone)
+    return images.result(), backbone
 
 
 def pick_device(name: str) -> torch.device:
@@ -191,9 +210,13 @@ def plan_memory(config: Config, model: AnyMoE, bank: FeatureBank | ImageBank, de
         return
     model.recompute = config.train.recompute == "on"
     if device.type == "cuda":
-        per_image = bytes_per_image(model, next(iter(bank.batches("train", 1, torch.tensor([0]))))[0])
-        free = DeviceMemory(device).free()
-        model.recompute = must_recompute(config.train.recompute, per_image, samples_of_this(config), free)
+        image_1CHW = next(iter(bank.batches("train", 1, torch.tensor([0]))))[0]
+        free, batch = min(world().gather(DeviceMemory(device).free())), config.train.batch_size
+
+        def needed(recompute: bool) -> int:
+            return max(world().gather(bytes_per_image(model, image_1CHW, recompute)))
+
+        model.recompute = must_recompute(config.train.recompute, needed, batch, free, world().size)
 
 
 def samples_of_this(config: Config) -> int:

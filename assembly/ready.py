@@ -1,25 +1,32 @@
-"""Slow start-up work that needs no images: imports, the GPU, the compiler's processes."""
+"""Slow work at the start of a run: images, imports, the GPU, the compiler's processes."""
 
 from importlib import import_module
 
 import torch
 
+from assembly.replay import load_images
 from common.ahead import Ahead
+from common.imports import later_imports
 from config.config import Config
+from data.image_set import Splits
 
 
-def get_ready(config: Config, device: torch.device, training: bool) -> None:
-    """Do this work now, while a separate thread reads the images.
+def read_images(config: Config) -> Splits:
+    """The images of a run, with their fingerprints computed, for a separate thread. Raises as `load_images`."""
+    splits = load_images(config)
+    for name in ("train", "validation", "test"):
+        splits[name].fingerprint()
+    return splits
 
-    training: whether an optimizer follows, for which PyTorch imports its compiler.
-    """
+
+def get_ready(config: Config, device: torch.device) -> None:
+    """Do this work now, while a separate thread reads the images."""
     if device.type == "cuda":
         Ahead(lambda: _start(device))
-    if config.experts.place == "blocks" and compiles(config, device):
-        import_module("torch._inductor.async_compile")  # starts its processes, which need seconds to be ready
-    elif training:
-        import_module("torch._dynamo")
-    import_module("timm")
+    with later_imports():
+        if config.experts.place == "blocks" and compiles(config, device):
+            import_module("torch._inductor.async_compile")  # starts its processes, which need seconds to be ready
+        import_module("timm")
 
 
 def compiles(config: Config, device: torch.device) -> bool:

@@ -74,10 +74,10 @@ class Store:
             return None
         return max(scored, key=lambda rate: scored[rate])
 
-    def next_run(self, method: Method) -> tuple[float, int] | None:
-        """Rate and seed of the next run: first all rates with seed 0, then the other seeds."""
+    def next_runs(self, method: Method) -> list[tuple[float, int]]:
+        """Rate and seed of the runs that can start now: first all rates with seed 0, then the other seeds."""
         runs = self.runs.get(method.label, {})
         left = [(rate, 0) for rate in self.rates if (rate, 0) not in runs]
         if not left and (best := self.best_rate(method)) is not None:
             left = [(best, seed) for seed in range(self.seeds) if (best, seed) not in runs]
-        return left[0] if left else None
+        return left

@@ -1,38 +1,35 @@
-"""Training of adapters and mixtures in the last blocks of a frozen ViT, on stored tokens of the blocks below."""
+"""Training of adapters and mixtures in the last blocks of a frozen ViT, several runs side by side."""
 
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.blocks_methods import DENSE, Method
+from benchmarks.blocks_vit import EVALUATION_BATCH, EndOfViT
 from benchmarks.common import synchronise
 from benchmarks.study_heads import Features
 from benchmarks.study_training import Average, order
-from common.errors import UserError, one_line
+from common.errors import one_line
 from config.config import Config
 from config.optim import OptimConfig
 from evaluation.cost import flops, inside_cost, parameters
 from evaluation.metrics import scores
-from features.images import ImageBank
-from model.backbone import Backbone
 from model.balance import BalanceConfig
 from model.classifier import NeckConfig
 from model.experts import ExpertsConfig
-from model.moe_vit import MoEViT, run_block
-from model.preparation import prepare
 from model.routers import RouterConfig
-from model.vit_parts import embed
 from storage.checkpoint import seed_everything
 from training.graph import EAGER_STEPS, Captured
 from training.optim import build_optimizer, set_learning_rate
 from training.step import TrainingStep
 
-EVALUATION_BATCH = 500
+SIDE_BY_SIDE = 4  # the default number of runs that are trained at once
 
 
 @dataclass(frozen=True)
@@ -55,89 +52,39 @@ class CaptureFailed(Exception):
     """A step cannot be captured as a CUDA graph; this process should not continue afterwards."""
 
 
-class LastBlocks(nn.Module):
-    """The last blocks of a frozen ViT, as a ViT whose input is the token input of the first of these blocks."""
+class Slot:
+    """One of the runs side by side: a model with its optimizer and average, which every run initialises again."""
 
-    def __init__(self, vit: Any, first: int, patches: int):
-        super().__init__()
-        self.blocks, self.norm = nn.Sequential(*list(vit.blocks)[first:]), vit.norm
-        self.embed_dim, self.num_prefix_tokens = vit.embed_dim, vit.num_prefix_tokens
-        self.patch_embed = self.patch_drop = self.norm_pre = nn.Identity()
-        self.patch_embed.num_patches = patches
+    def __init__(self, model: EndOfViT, optim: OptimConfig, balance: BalanceConfig, setting: Setting, batch: int):
+        self.model, self.optimizer = model, build_optimizer(model, optim)
+        self.average = Average(model, setting.ema)
+        self.step = TrainingStep(model, self.optimizer, balance, setting.smoothing, 0.0, "auto")
+        self.index_B = torch.zeros(batch, dtype=torch.int64, device=self.step.device)
+        self.stream = torch.cuda.Stream(self.step.device) if self.step.device.type == "cuda" else None
 
-    def _pos_embed(self, x_BTD: Tensor) -> Tensor:
-        return x_BTD  # tokens already include their position embeddings
+    def start(self, state: dict[str, Tensor]) -> None:
+        """Load initial weights; set moments, average and counters to zero."""
+        self.model.load_state_dict(state)
+        self.average.model.load_state_dict(state)
+        for moments in self.optimizer.state.values():
+            for value in moments.values():
+                value.zero_()
+        self.step.numbers.reset()
+        self.model.train()
 
-
-class FrozenEnd:
-    """`LastBlocks` as the backbone of a MoEViT; it shares the blocks' weights with the whole backbone."""
-
-    def __init__(self, backbone: Backbone, first: int, patches: int, device: torch.device):
-        self.vit: Any = LastBlocks(backbone.runner(device), first, patches)
-        self.dtype, self.has_class_token = backbone.dtype, backbone.has_class_token
-        self.features = [(pool, block - first) for pool, block in backbone.features if block >= first]
-        self.blocks = sorted({block for _, block in self.features})
-
-    def runner(self, device: torch.device) -> Any:
-        """The ViT used for the computation."""
-        return self.vit
-
-
-@torch.no_grad()
-def tokens_below(backbone: Backbone, images_BCHW: Tensor, first: int) -> Tensor:
-    """The input of block `first` for uint8 images: (B, T, D) in the ViT's precision."""
-    vit = backbone.runner(images_BCHW.device)
-    x_BCHW = prepare(images_BCHW, backbone.image_size, backbone.mean, backbone.std)
-    x_BTD, ropes = embed(vit, x_BCHW.to(backbone.dtype))
-    if ropes[0] is not None:
-        raise UserError("the study does not support a ViT with rotary embeddings: choose another --backbone.name")
-    for block in list(vit.blocks)[:first]:
-        x_BTD, _ = run_block(block, x_BTD, None, None, False, None)
-    return x_BTD
-
-
-def averaged(x_BTD: Tensor, prefix: int, grid: tuple[int, int]) -> Tensor:
-    """The tokens with patches averaged over 2 x 2 blocks. prefix: number of tokens before the patches."""
-    rows, columns = grid
-    if rows % 2 or columns % 2:
-        raise UserError(f"the study averages 2 x 2 patches, but this ViT has {rows} x {columns}: choose another")
-    patches_BR2C2D = x_BTD[:, prefix:].unflatten(1, (rows // 2, 2, columns // 2, 2))
-    return torch.cat([x_BTD[:, :prefix], patches_BR2C2D.mean(dim=(2, 4)).flatten(1, 2)], dim=1)
-
-
-def stored_tokens(
-    backbone: Backbone, bank: ImageBank, first: int, views: int, most: int | None = None
-) -> dict[str, Features]:
-    """Averaged tokens of `views` augmented views of the training images, and of the validation and test images.
-
-    most: maximum number of images of each split.
-    """
-
-    def whole(split: str, view: int | None) -> Tensor:
-        order_N = torch.arange(len(bank.splits[split]))[:most]
-        batches = bank.batches(split, EVALUATION_BATCH, order_N, view)
-        grid, prefix = backbone.vit.patch_embed.grid_size, backbone.vit.num_prefix_tokens
-        return torch.cat([averaged(tokens_below(backbone, images, first), prefix, grid) for images, _ in batches])
-
-    train_VNTD: Tensor | None = None
-    for view in range(views):
-        tokens_NTD = whole("train", view)
-        if train_VNTD is None:
-            train_VNTD = tokens_NTD.new_empty(views, *tokens_NTD.shape)
-        train_VNTD[view] = tokens_NTD
-    assert train_VNTD is not None
-    labels = {name: bank.splits[name].labels_N[:most].to(bank.device) for name in ("train", "validation", "test")}
-    classes = bank.splits.train.num_classes
-    return {
-        name: Features(train_VNTD, labels["train"], whole(name, None), labels[name], groups=1, classes=classes)
-        for name in ("validation", "test")
-    }
+    def train(self, rows: Tensor, labels_N: Tensor, warmup: bool) -> None:
+        """One step on the rows of index_B."""
+        labels_B = labels_N.index_select(0, self.index_B % len(labels_N))
+        self.step(rows.index_select(0, self.index_B), labels_B, warmup)
+        self.average.update()
 
 
 class MethodRuns:
-    """The runs of one method in sequence, on the same model with re-initialised weights and the same CUDA graph.
+    """The runs of one method, on the same models with re-initialised weights and the same CUDA graphs.
 
-    eager: no graph for any method. A step is that of train.py: forward, losses, backward, AdamW, average.
+    Several runs are trained at once, as one graph with a stream for each, because many kernels of a step are too small
+    for a GPU. eager: no graph, and the runs take turns. A step is that of train.py: forward, losses, backward,
+    AdamW, average.
     """
 
     def __init__(
@@ -149,84 +96,109 @@ class MethodRuns:
         self.rows = train.train_VNF.flatten(0, 1)
         self.batch = min(setting.batch, len(train.labels_N))
         self.steps = setting.epochs * (len(train.labels_N) // self.batch)
-        router, balance = RouterConfig(**method.parts["router"]), BalanceConfig(**method.parts["balance"])
+        router, self.balance = RouterConfig(**method.parts["router"]), BalanceConfig(**method.parts["balance"])
         experts = ExpertsConfig(place="blocks", kind="adapter", sizes=[[units] for units in method.sizes])
         neck = NeckConfig(kind="pooled", norm=config.neck.norm)
-        self.fresh: Callable[[], MoEViT] = lambda: MoEViT(backbone, train.classes, neck, router, experts)
+        self.fresh: Callable[[], EndOfViT] = lambda: EndOfViT(backbone, train.classes, neck, router, experts)
         self.random_steps = int(setting.warmup * self.steps) if router.random_steps and len(method.sizes) > 1 else 0
-        self.model = self.fresh().to(self.device).train()
-        self.optimizer = build_optimizer(self.model, self._optim(1e-3))
-        self.average = Average(self.model, setting.ema)
-        self.step = TrainingStep(self.model, self.optimizer, balance, setting.smoothing, 0.0, "auto")
-        self.index_B = torch.zeros(self.batch, dtype=torch.int64, device=self.device)
+        self.slots = [self._slot()]
         static = self.device.type == "cuda" and self.model.mixtures[0].router.static_shapes
         self.captured = Captured(self.device) if static and not eager else None
-        self.seen = dict.fromkeys((False, True), 0)
+        self.seen: Counter[tuple[bool, int]] = Counter()
+
+    @property
+    def model(self) -> EndOfViT:
+        """The model of the first run."""
+        return self.slots[0].model
+
+    def _slot(self) -> Slot:
+        model = self.fresh().to(self.device).train()
+        return Slot(model, self._optim(1e-3), self.balance, self.setting, self.batch)
 
     def _optim(self, lr: float) -> OptimConfig:
         warmup, decay = int(self.setting.lr_warmup * self.steps), self.setting.decay
         return OptimConfig(kind="adamw", lr=lr, weight_decay=decay, schedule="cosine", warmup_steps=warmup)
 
-    def start(self, seed: int) -> None:
-        """Re-initialise the weights in place with a seed; set moments, average and counters to zero."""
-        seed_everything(seed)
-        state = self.fresh().state_dict()
-        self.model.load_state_dict(state)
-        self.average.model.load_state_dict(state)
-        for moments in self.optimizer.state.values():
-            for value in moments.values():
-                value.zero_()
-        self.step.numbers.reset()
-        self.model.train()
+    def start(self, seeds: Sequence[int]) -> list[Slot]:
+        """Slots with initial weights of these seeds."""
+        self.slots += [self._slot() for _ in range(len(self.slots), len(seeds))]
+        for slot, seed in zip(self.slots, seeds, strict=False):
+            seed_everything(seed)
+            slot.start(self.fresh().state_dict())
+        seed_everything(seeds[0])  # of the gates' noise, which all runs draw in turn
+        return self.slots[: len(seeds)]
 
-    def train(self, lr: float, seed: int) -> dict[str, Any] | str:
-        """Scores on validation and test images, and their cost; or the term that was not finite."""
+    def train(self, runs: Sequence[tuple[float, int]]) -> list[dict[str, Any] | str]:
+        """Train runs (rate, seed) side by side: scores on validation and test images, and cost, of each.
+
+        A run with a number that is not finite has the name of that term instead. Seconds are those of all, divided by
+        their number.
+        """
         began = time.perf_counter()
-        self.start(seed)
-        optim = self._optim(lr)
-        for done, index_B in enumerate(order(seed, self.setting.epochs, self.read["test"], self.batch)):
-            set_learning_rate(self.optimizer, done, self.steps, optim)
-            self.average.before(done + 1)
-            self.one_step(index_B, warmup=done < self.random_steps)
-        if found := self.step.numbers.check():
+        slots = self.start([seed for _, seed in runs])
+        optims = [self._optim(lr) for lr, _ in runs]
+        orders = [order(seed, self.setting.epochs, self.read["test"], self.batch) for _, seed in runs]
+        for done, indices in enumerate(zip(*orders, strict=True)):
+            for slot, optim, index_B in zip(slots, optims, indices, strict=True):
+                set_learning_rate(slot.optimizer, done, self.steps, optim)
+                slot.average.before(done + 1)
+                slot.index_B.copy_(index_B)
+            self.one_step(len(slots), warmup=done < self.random_steps)
+        synchronise(self.device)
+        trained = (time.perf_counter() - began) / len(slots)
+        return [self._outcome(slot, trained) for slot in slots]
+
+    def _outcome(self, slot: Slot, trained: float) -> dict[str, Any] | str:
+        if found := slot.step.numbers.check():
             return f"the {found[1]} is not finite after {found[0]} steps"
-        trained = time.perf_counter() - began
-        held = {name: score(self.average.model, features) for name, features in self.read.items()}
+        began = time.perf_counter()
+        held = {name: score(slot.average.model, features) for name, features in self.read.items()}
         visits_E = held["test"].pop("visits")
         held["validation"].pop("visits")
-        whole = time.perf_counter() - began
+        whole = trained + time.perf_counter() - began
         return held | {"training_seconds": trained, "seconds": whole, **self.cost(np.array(visits_E))}
 
-    def one_step(self, index_B: Tensor, warmup: bool) -> None:
-        """Train on rows (B,) of the views; as a CUDA graph from the fourth step of its kind on.
+    def one_step(self, count: int, warmup: bool) -> None:
+        """Train the first `count` slots; as a CUDA graph from the fourth step of its kind on.
 
         Raises CaptureFailed if capturing fails.
         """
-        self.index_B.copy_(index_B)
+        kind = warmup, count
         if self.captured is None:
-            self._step(warmup)
+            self._in_turn(kind)
             return
-        capturing = self.seen[warmup] == EAGER_STEPS
-        self.seen[warmup] += 1
+        capturing = self.seen[kind] == EAGER_STEPS
+        self.seen[kind] += 1
         try:
-            self.captured(self._step, warmup)
+            self.captured(self._side_by_side, kind)
         except RuntimeError as error:
             if not capturing:
                 raise
             raise CaptureFailed(f"{self.method.kind}: no CUDA graph ({one_line(error, 200)})") from error
 
-    def _step(self, warmup: bool) -> None:
-        labels_N = self.read["test"].labels_N
-        labels_B = labels_N.index_select(0, self.index_B % len(labels_N))
-        self.step(self.rows.index_select(0, self.index_B), labels_B, warmup)
-        self.average.update()
+    def _in_turn(self, kind: tuple[bool, int]) -> None:
+        warmup, count = kind
+        for slot in self.slots[:count]:
+            slot.train(self.rows, self.read["test"].labels_N, warmup)
+
+    def _side_by_side(self, kind: tuple[bool, int]) -> None:
+        warmup, count = kind
+        stream = torch.cuda.current_stream(self.device)
+        for slot in self.slots[:count]:
+            assert slot.stream is not None
+            slot.stream.wait_stream(stream)
+            with torch.cuda.stream(slot.stream):
+                slot.train(self.rows, self.read["test"].labels_N, warmup)
+        for slot in self.slots[:count]:
+            assert slot.stream is not None
+            stream.wait_stream(slot.stream)
 
     def cost(self, visits_E: np.ndarray) -> dict[str, Any]:
         """The cost of the trained part. visits_E: visits of each expert per token or image, mean over the blocks.
 
         A dense adapter is counted without its gate, which it does not need. active_width: hidden units used per token.
         """
-        model = self.average.model
+        model = self.model
         router = model.mixtures[0].router
         found = inside_cost(model, visits_E / router.experts_per_sample)
         blocks = len(model.mixtures)
@@ -242,27 +214,27 @@ class MethodRuns:
             "load": (visits_E / visits_E.sum()).tolist(),
         }
 
-    def timed(self, steps: int) -> dict[str, float]:
-        """Seconds of a step, of the setup before it, and of evaluating an image."""
+    def timed(self, steps: int, count: int) -> dict[str, float]:
+        """Seconds of a step of one of `count` runs, of the setup before it, and of evaluating an image."""
         began = time.perf_counter()
-        self.start(0)
-        set_learning_rate(self.optimizer, 0, self.steps, self._optim(1e-3))
-        index_B = torch.arange(self.batch, device=self.device)
+        for slot in self.start([0] * count):
+            set_learning_rate(slot.optimizer, 0, self.steps, self._optim(1e-3))
+            slot.index_B.copy_(torch.arange(self.batch))
+            slot.average.before(1)
         for _ in range(EAGER_STEPS + 2):
-            self.one_step(index_B, warmup=self.random_steps > 0)
-            self.one_step(index_B, warmup=False)
+            self.one_step(count, warmup=self.random_steps > 0)
+            self.one_step(count, warmup=False)
         synchronise(self.device)
         ready = time.perf_counter()
         for _ in range(steps):
-            self.average.before(1)
-            self.one_step(index_B, warmup=False)
+            self.one_step(count, warmup=False)
         synchronise(self.device)
         done = time.perf_counter()
         for features in self.read.values():
-            score(self.average.model, features)
+            score(self.slots[0].average.model, features)
         images = sum(len(features.held_labels_M) for features in self.read.values())
         evaluation = (time.perf_counter() - done) / images
-        return {"setup": ready - began, "step": (done - ready) / steps, "evaluation": evaluation}
+        return {"setup": ready - began, "step": (done - ready) / steps / count, "evaluation": evaluation}
 
 
 @torch.no_grad()

@@ -14,7 +14,8 @@ import torch
 from assembly.pipeline import load_inputs
 from benchmarks.blocks_methods import DENSE, Method
 from benchmarks.blocks_store import Store
-from benchmarks.blocks_training import CaptureFailed, FrozenEnd, MethodRuns, stored_tokens
+from benchmarks.blocks_training import CaptureFailed, MethodRuns
+from benchmarks.blocks_vit import FrozenEnd, stored_inputs
 from benchmarks.common import environment, synchronise, table
 from common.errors import one_line
 from common.locks import try_lock
@@ -36,13 +37,14 @@ class Worker:
 
     def __init__(self, config: Config, store: Store, options: argparse.Namespace):
         self.config, self.store, self.until, self.spent = config, store, options.until, 0.0
+        self.side_by_side = options.side_by_side
         began = time.time()
         inputs = load_inputs(config)
         self.device, self.splits, backbone = inputs.device, inputs.splits, inputs.backbone
         bank = ImageBank(inputs.splits, config.augment, self.device)
         loaded = time.time()
         first, views = store.setting.first, 1 if options.check else store.setting.epochs
-        self.read = stored_tokens(backbone, bank, first, views, CHECKED if options.check else None)
+        self.read = stored_inputs(backbone, bank, first, views, CHECKED if options.check else None)
         synchronise(self.device)
         images = views * len(self.read["test"].labels_N) + sum(len(part.held_labels_M) for part in self.read.values())
         self.load_seconds, self.image_seconds = loaded - began, (time.time() - loaded) / images
@@ -57,7 +59,7 @@ class Worker:
                 break
             with self._claim(method) as ours:
                 self.store.read()
-                if ours and self.store.next_run(method):
+                if ours and self.store.next_runs(method):
                     self._train(method)
                     self.release()
 
@@ -70,16 +72,18 @@ class Worker:
 
     def _train(self, method: Method) -> None:
         runs = self.runs_of(method)
-        while (left := self.store.next_run(method)) and time.time() + self.spent < self.until:
-            began = time.time()
+        while (left := self.store.next_runs(method)) and time.time() + self.spent < self.until:
+            began, left = time.time(), left[: self.side_by_side]
             try:
-                result = runs.train(*left)
+                results = runs.train(left)
             except CaptureFailed as error:
                 self.give_up(method, error)
             self.spent = time.time() - began
-            self.store.keep(method, *left, result)
-            shown = result if isinstance(result, str) else f"{100 * result['test']['macro_f1']:.2f}"
-            print(f"{method.label}: rate {left[0]:g}, seed {left[1]}: {shown}, {self.spent:.1f} s", flush=True)
+            for (rate, seed), result in zip(left, results, strict=True):
+                self.store.keep(method, rate, seed, result)
+                shown = result if isinstance(result, str) else f"{100 * result['test']['macro_f1']:.2f}"
+                seconds = self.spent / len(left)
+                print(f"{method.label}: rate {rate:g}, seed {seed}: {shown}, {seconds:.1f} s", flush=True)
 
     def runs_of(self, method: Method) -> MethodRuns:
         """A method that is ready for training."""
@@ -111,7 +115,7 @@ def check(worker: Worker) -> None:
             continue
         runs = worker.runs_of(method)
         try:
-            chosen[key] = runs.timed(CHECK_STEPS) | {"graph": runs.captured is not None}
+            chosen[key] = runs.timed(CHECK_STEPS, worker.side_by_side) | {"graph": runs.captured is not None}
         except CaptureFailed as error:
             worker.give_up(method, error)
         del runs

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from assembly.compressing import compress
-from assembly.compression_steps import AUTO, Plan
+from assembly.compression_steps import AUTO, CALIBRATIONS, Plan
 from assembly.loading import OpenRun, open_run
 from benchmarks.common import Failure, Parser, attempt, environment, header, save, start, table, write
 from common.arguments import add_shared_options, path_option
@@ -113,7 +113,7 @@ def _print(run: Path, rows: list[dict[str, Any]]) -> None:
     for row in rows:
         if "quantise" in METHODS[row["method"]] and "experts" in row:
             print(f"\n{row['method']}: {_calibrations(row)}\n")
-            print(table(EXPERT_HEADER, expert_rows(row)))
+            print(table([*EXPERT_HEADER, *(f"error, {name}" for name in CALIBRATIONS)], expert_lines(row)))
 
 
 def _measure(opened: OpenRun, method: str, options: argparse.Namespace, out: Path) -> dict[str, Any]:
@@ -150,13 +150,30 @@ def _lines(rows: list[dict[str, Any]]) -> list[list[str]]:
 
 def _calibrations(row: dict[str, Any]) -> str:
     """Macro-F1 and mean error for each calibration of the scales."""
-    tried = next(step["calibrations"] for step in row["steps"] if step["step"] == "quantise")
     said = []
-    for calibration, found in tried.items():
+    for calibration, found in _tried(row).items():
         errors = [error for error in found["errors"] if error is not None]
         mean = 100 * sum(errors) / len(errors)
-        said.append(f"{calibration} {100 * found['macro_f1_validation']:.2f} %, mean error {mean:.3f} %")
+        fewest = "" if found["fewest_rows"] is None else f", at least {found['fewest_rows']} rows for an expert"
+        said.append(f"{calibration} {100 * found['macro_f1_validation']:.2f} %, mean error {mean:.3f} %{fewest}")
     return "; ".join(said)
+
+
+def expert_lines(row: dict[str, Any]) -> list[list[str]]:
+    """The rows of EXPERT_HEADER, and in each the error of the expert under each calibration."""
+    cells, rows, calibrations = expert_rows(row), row["experts"], _tried(row).values()
+    last = [number for number, one in enumerate(rows) if one["becomes"] is None and one.get("points_lost") is not None]
+    for number, (line, one) in enumerate(zip(cells, rows, strict=True)):
+        # Shared experts and the linear head are the last ones, in both lists.
+        place = last.index(number) - len(last) if number in last else one["becomes"]
+        errors = [None if place is None else found["errors"][place] for found in calibrations]
+        line += ["–" if error is None else f"{100 * error:.3f} %" for error in errors]
+    return cells
+
+
+def _tried(row: dict[str, Any]) -> dict[str, Any]:
+    """The results of each calibration."""
+    return next(step["calibrations"] for step in row["steps"] if step["step"] == "quantise")
 
 
 if __name__ == "__main__":

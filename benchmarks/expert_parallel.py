@@ -7,8 +7,11 @@ python -m benchmarks.expert_parallel --tiny     a quick trial with gloo on a CPU
 equal to their number. `each`: every process has as many rows as a single process. The gate has random weights, so that
 loads are even. Parts of a step: all-to-all, other sums, the waiting time for the slowest process (mean over the
 processes), and the rest, `compute`. Expert memory: weights, gradients and moments of a process's experts, as
-allocated. `half_rows` and `half` (of rows and experts) on one device, and `link`, a plain all-to-all, are inputs of
-benchmarks.scaling_model.
+allocated.
+
+Inputs of benchmarks.scaling_model: `link`, a plain all-to-all, and three steps of one process that distributes its
+experts over a group of itself: `half` has half of the experts and rows, as each of two processes has; `half_experts`
+has all rows; `quarter` has a quarter of the experts and half of the rows.
 
 Rows of earlier calls with other numbers of processes or other sections are kept.
 """
@@ -20,8 +23,8 @@ from benchmarks.expert_parallel_worker import NAMES, TOP_K
 from benchmarks.processes import add_options, failure, measured, merged
 from common.errors import exit_code_of
 
-TINY = {"rows": 256, "experts": 4, "units": 16, "features": 32, "steps": 5}
-ALONE, SEVERAL = ("step", "half_rows", "half"), ("step", "link", "each")
+TINY = {"rows": 256, "experts": 8, "units": 16, "features": 32, "steps": 5}
+ALONE, SEVERAL = ("step", "half", "half_experts", "quarter"), ("step", "link", "each")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -3,7 +3,7 @@
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
@@ -18,6 +18,7 @@ from common.errors import exit_code_of
 from config.optim import OptimConfig
 from model.balance import BalanceConfig
 from model.classifier import NeckConfig, VisionMoE
+from model.distributed import Share
 from model.experts import ExpertsConfig
 from model.routers import RouterConfig
 from training.expert_parallel import ExpertParallel
@@ -39,8 +40,9 @@ def main() -> None:
         parser,
         {
             "step": lambda options, device: measure(options, device, options.experts, options.rows),
-            "half_rows": lambda options, device: measure(options, device, options.experts, options.rows // 2),
-            "half": lambda options, device: measure(options, device, options.experts // 2, options.rows // 2),
+            "half": lambda options, device: to_itself(options, device, options.experts // 2, options.rows // 2),
+            "half_experts": lambda options, device: to_itself(options, device, options.experts // 2, options.rows),
+            "quarter": lambda options, device: to_itself(options, device, options.experts // 4, options.rows // 2),
             "each": lambda options, device: measure(options, device, options.experts, options.rows * world().size),
             "link": link,
         },
@@ -57,19 +59,33 @@ def build(options: argparse.Namespace, experts: int, device: Any) -> VisionMoE:
         return model
 
 
-def measure(options: argparse.Namespace, device: torch.device, experts: int, rows: int) -> dict[str, Any]:
+def to_itself(options: argparse.Namespace, device: torch.device, experts: int, rows: int) -> dict[str, Any]:
+    """`measure` in a single process that distributes its experts as several do, and sends all rows to itself."""
+    kind = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(kind, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        return measure(options, device, experts, rows, Share(0, (rows,)))
+    finally:
+        dist.destroy_process_group()
+
+
+def measure(
+    options: argparse.Namespace, device: torch.device, experts: int, rows: int, alone: Share | None = None
+) -> dict[str, Any]:
     """Seconds of a step on a batch that the processes share, its parts, and memory.
 
     `expert_bytes`: weights, gradients and moments of the experts of a process after a step, as allocated; the largest
     of all processes. `peak`: peak GPU memory allocated by PyTorch in a process, in bytes.
+    alone: the share of a process that exchanges with itself.
     """
     model = build(options, experts, device)
     optim = OptimConfig(lr=1e-6)  # loads stay even, as random rows have them
-    spread = ExpertParallel(model, world().size, "even", optim, device) if world().several else None
+    several = world().several or alone is not None
+    spread = ExpertParallel(model, world().size, "even", optim, device) if several else None
     model.train()
     optimizer = build_optimizer(model, optim)
     step = TrainingStep(model, optimizer, BalanceConfig(), 0.1, 1.0, "auto", experts=spread)
-    share = Shares(world(), 0, device).of(rows)
+    share = alone or Shares(world(), 0, device).of(rows)
     here = rows if share is None else share.sizes[share.rank]
     generator = torch.Generator(device).manual_seed(1 + world().rank)
     features_BF = torch.randn(here, options.features, device=device, generator=generator)
@@ -85,11 +101,12 @@ def measure(options: argparse.Namespace, device: torch.device, experts: int, row
     steps = max(1, options.steps // BLOCKS)
     seconds = [_seconds(once, device, steps) for _ in range(BLOCKS)]
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    of_experts = [*model.moe.experts.parameters(), *step.of_experts]
     load_M = model.moe.usage_E.view(world().size, -1).sum(1).double()  # by process; each has consecutive experts
     found = {
         "rows": rows,
         "seconds": median(max(alike) for alike in zip(*world().gather(seconds), strict=True)),
-        "expert_bytes": max(world().gather(held_by_experts(model, optimizer))),
+        "expert_bytes": max(world().gather(held_by_experts(of_experts, optimizer))),
         "peak": max(world().gather(peak)),
         "largest_over_mean": float(load_M.max() / load_M.mean()),
     }
@@ -107,11 +124,11 @@ def _seconds(run: Callable[[], None], device: torch.device, steps: int) -> float
     return (time.perf_counter() - began) / steps
 
 
-def held_by_experts(model: VisionMoE, optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of the storages of weights, gradients and moments of this process's experts, each counted once."""
+def held_by_experts(parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the storages of these weights, their gradients and their moments, each counted once."""
     tensors = []
-    for value in model.moe.experts.parameters():
-        state = [entry for entry in optimizer.state[value].values() if isinstance(entry, torch.Tensor)]
+    for value in parameters:
+        state = [entry for entry in optimizer.state.get(value, {}).values() if isinstance(entry, torch.Tensor)]
         tensors += [value, *state] if value.grad is None else [value, value.grad, *state]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 

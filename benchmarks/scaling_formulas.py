@@ -2,11 +2,14 @@
 
 A head with E experts on groups of M devices, R rows with k assignments per device, D features, C outputs:
 
-    compute     base + expert * E / M + row * R           all three from steps on one device, without exchange
+    compute     base + expert * E / M + row * R           all three from steps of one process on one device
     all-to-all  2 * R * k * (D + C) * 2 bytes             there and back, forward and backward, in 16 bits;
                 * (1 - 1 / M) / bandwidth + 5 * latency   one of M parts stays on the device
     gates       R * (N - 1) * E * 4 bytes / bandwidth     every process needs the gate of the whole batch
     gradients   2 * 4 bytes * common * (N - 1) / N / bandwidth + 4 * latency, and of the experts over N / M groups
+
+Compute includes what a process does to distribute its experts, such as sorting rows again: the process that is measured
+sends its rows to itself.
 
 The default recipe, data parallel, has compute (without the experts' part), gates and gradients, three exchanges in
 total. Extraction processes whole batches, and each device receives the features of all devices.
@@ -75,13 +78,15 @@ class Head:
     each: int
 
     @classmethod
-    def fitted(cls, whole: float, half_rows: float, half: float, rows: int, experts: int, **others) -> "Head":
-        """From the seconds of three steps on one device: full size, half of the rows, half of the rows and experts.
+    def fitted(cls, half: float, half_experts: float, quarter: float, rows: int, experts: int, **others) -> "Head":
+        """From the seconds of three steps of one process: half of the experts with half of the rows and with all rows,
+        and a quarter of the experts with half of the rows.
 
-        Solves base + expert * E + row * R = whole, and so on. Values that are negative because of noise become 0.
+        Solves base + expert * E / 2 + row * R / 2 = half, and so on. Values that are negative because of noise become
+        0.
         """
-        row = max(0.0, (whole - half_rows) / (rows / 2))
-        expert = max(0.0, (half_rows - half) / (experts / 2))
+        row = max(0.0, (half_experts - half) / (rows / 2))
+        expert = max(0.0, (half - quarter) / (experts / 4))
         base = max(0.0, half - expert * experts / 2 - row * rows / 2)
         return cls(base, expert, row, experts=experts, **others)
 

@@ -120,12 +120,12 @@ def _extraction(rows: dict[int, dict], options: Any) -> Part | None:
 
 def _head(rows: dict[int, dict], options: Any) -> list[Part]:
     """The head with many experts."""
-    found = _needed(rows, (1, "step"), (1, "half_rows"), (1, "half"), (2, "link"))
+    found = _needed(rows, (1, "half"), (1, "half_experts"), (1, "quarter"), (2, "link"))
     if found is None:
         return []
     *steps, link = found
     sizes = {name: link[name] for name in ("experts", "top_k", "features", "outputs", "common", "each")}
-    head = Head.fitted(*(step["seconds"] for step in steps), rows=steps[0]["rows"], **sizes)
+    head = Head.fitted(*(step["seconds"] for step in steps), rows=steps[1]["rows"], **sizes)
     network = Network(link["within"], options.between, link["latency"], options.node)
     measured = _measured(
         rows,
@@ -133,7 +133,7 @@ def _head(rows: dict[int, dict], options: Any) -> list[Part]:
         lambda section: f"{head.experts} experts, {section['rows']:,} rows",
         lambda number, section: head.step(network, number, number, section["rows"] // number),
     )
-    each = options.rows or steps[0]["rows"] // 2
+    each = options.rows or steps[0]["rows"]
 
     def on(number: int) -> list[tuple[str, Step]]:
         """Variants: experts on all devices of a node, and on as many devices as there are experts."""

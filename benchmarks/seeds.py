@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from benchmarks.common import Parser, environment, header, start, table, timed, write
 from common.errors import exit_code_of
+from training.graph import EAGER_STEPS, Captured
 
 
 @dataclass(frozen=True)
@@ -109,15 +110,15 @@ def step_of(head: Head, groups: list[int], device: torch.device) -> Callable[[],
 
 
 def _captured(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    stream, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream(device).wait_stream(stream)
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
+    """The step as a CUDA graph. It keeps the step, because the graph does not own the step's tensors."""
+    captured = Captured(device)
+
+    def replayed() -> None:
+        captured(lambda _: step(), None)
+
+    for _ in range(EAGER_STEPS + 1):
+        replayed()
+    return replayed
 
 
 if __name__ == "__main__":

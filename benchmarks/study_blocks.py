@@ -6,8 +6,9 @@ python -m benchmarks.study_blocks --tables                                      
 python -m benchmarks.study_blocks --tiny                                               a quick trial on a CPU, with
 digits
 
-Experts are only in the last blocks. The input of the first of these blocks is computed once for each augmented view,
-with patches averaged over 2 x 2 blocks, and stored on the GPU, so a step costs a fraction of one on images. Every
+Experts are only in the last blocks. What precedes the first of their mixtures is computed once for each augmented view,
+with patches averaged over 2 x 2 blocks, and stored on the GPU, so a step costs a fraction of one on images. Up to four
+runs of a method are trained side by side. Every
 method of width r has the same cost per token: a token-level mixture has r active hidden units under an even load and a
 gate of four experts, which costs as much as two units; an image-level mixture and the dense adapter have r + 2 units.
 Each method uses the best of the same learning rates on validation images with seed 0; this run and those of the other
@@ -29,7 +30,7 @@ import torch
 from benchmarks.blocks_methods import WIDTHS, methods
 from benchmarks.blocks_store import Store
 from benchmarks.blocks_tables import show
-from benchmarks.blocks_training import Setting
+from benchmarks.blocks_training import SIDE_BY_SIDE, Setting
 from benchmarks.blocks_worker import Worker, check
 from benchmarks.common import Parser, start
 from common.errors import EnvironmentFault, exit_code_of
@@ -89,6 +90,8 @@ def arguments(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     help_text = f"learning rates (default {' '.join(map(str, RATES))})"
     parser.add_argument("--rates", type=float, nargs="+", default=RATES, metavar="LR", help=help_text)
     parser.add_argument("--methods", type=int, help="number of methods, the most important ones first (default: all)")
+    help_text = f"runs of a method that are trained at once (default {SIDE_BY_SIDE})"
+    parser.add_argument("--side_by_side", type=int, default=SIDE_BY_SIDE, help=help_text)
     parser.add_argument("--workers", type=int, default=1, help="processes for each GPU (default 1)")
     parser.add_argument("--check", action="store_true", help="only time a few steps, and estimate the total time")
     parser.add_argument("--tables", action="store_true", help="only print the stored results")
@@ -98,7 +101,7 @@ def arguments(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     for word in rest:
         if word.startswith("-") and not word.startswith(SECTIONS):
             parser.error(f"{word} is not an option of the study: its methods have their own settings")
-    for name in ("seeds", "epochs", "batch", "workers"):
+    for name in ("seeds", "epochs", "batch", "workers", "side_by_side"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} is {getattr(options, name)}: it must be at least 1")
     if min(options.widths) < 4:

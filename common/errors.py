@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn, TextIO
 
+from common.imports import pause_collection, resume_collection
 from common.text import printable
 
 MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
@@ -37,8 +38,12 @@ class Interrupted(KeyboardInterrupt):
         self.exit_code = 128 + number
 
 
-def exit_on_signal() -> None:
-    """Let Ctrl-C and SIGTERM end a program during its imports with one line instead of a traceback."""
+def begin_program() -> None:
+    """Prepare a program for its imports, which take seconds: Ctrl-C and SIGTERM end it with one line, not a traceback.
+
+    The garbage collector pauses until `exit_code_of`.
+    """
+    pause_collection()
 
     def exit_now(number: int, _frame: object) -> None:
         if os.environ.get("RANK", "0") == "0":  # of several processes only one reports it
@@ -147,6 +152,7 @@ def exit_code_of(main: Callable[[], None], keep_going: bool = False) -> int:
     With --debug the traceback is printed first. keep_going: a full or closed standard output does not stop a program
     whose results are files; the exit code is still 1.
     """
+    resume_collection()
     sys.stdout = output = _Output(sys.stdout, keep_going)
     try:
         return _run(main, output)

@@ -30,7 +30,8 @@ def check_merge(config: Config, number: int, count: int | None = None) -> None:
     if not 1 <= number < count:
         if count == 1:
             raise UserError(f"--merge is {number}: there is only one expert, so nothing to merge")
-        raise UserError(f"--merge is {number}: there are {count} experts to merge, so give 1 to {count - 1}")
+        least = min(config.router.top_k, count - 1)
+        raise UserError(f"--merge is {number}: there are {count} experts to merge, so give {least} to {count - 1}")
     if number < config.router.top_k:
         top_k = config.router.top_k
         raise UserError(f"--merge {number} leaves fewer experts than each sample uses, router.top_k {top_k}")

@@ -80,7 +80,10 @@ def export(trained: TrainedRun, out: Path) -> Checked:
     except Exception as error:  # an exporter can raise any exception
         if isinstance(error, MemoryError | torch.OutOfMemoryError):
             raise
-        reason = one_line(f"{type(error).__name__}: {error}", 200)
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # the first exception says what is missing; the exporter adds advice
+            cause = cause.__cause__
+        reason = one_line(f"{type(cause).__name__}: {cause}", 200)
         raise UserError(f"this run cannot be exported as {ending} ({reason}): some of its parts need Python") from error
     checked = compare(answer, trained, len(content))
     if not (checked.probabilities <= TOLERANCE and checked.weights <= TOLERANCE):

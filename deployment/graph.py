@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from evaluation.trained import TrainedRun
 from model.moe_vit import MoEViT
 from model.preparation import preparation, resize_and_normalise
+from model.quantised import Stored, fp8_numbers
 from model.routers import Router, Routing
 
 OUTPUTS = ("probabilities", "experts", "weights")
@@ -76,13 +77,17 @@ def traced(trained: TrainedRun) -> torch.export.ExportedProgram:
     """The graph of `ImagesToAnswers` for any number of images with the image size of the run's dataset.
 
     Tensor sizes in a graph cannot depend on tensor values, so each expert processes all samples, and the gate's
-    weights select among the outputs. Raises the exceptions of torch.export.
+    weights select among the outputs. Numbers in fp8 are looked up, because ONNX cannot read bytes as float8. Raises the
+    exceptions of torch.export.
     """
     graph = ImagesToAnswers(trained)
     graph.model = copy.deepcopy(trained.model)
+    numbers = fp8_numbers()
     for module in graph.modules():
         if hasattr(module, "dispatch_mode"):
             module.dispatch_mode = "plain"
+        if isinstance(module, Stored):
+            module.table = numbers
     side = trained.config.data.side
     images_BCHW = torch.zeros(2, 3, side, side, dtype=torch.uint8)
     dynamic = {"images": {0: torch.export.Dim("batch", min=1)}}

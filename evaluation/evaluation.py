@@ -164,8 +164,9 @@ def score_table(results: dict[str, Any]) -> str:
         f"test images  {results['images']:,}",
         f"accuracy     {100 * results['accuracy']:.2f} %",
         f"macro-F1     {100 * results['macro_f1']:.2f} %",
-        f"balance      entropy {results['entropy']:.3f} (1 is even), CV {results['cv']:.3f} (0 is even)",
     ]
+    if len(results["expert_load"]) > 1:
+        lines.append(f"balance      entropy {results['entropy']:.3f} (1 is even), CV {results['cv']:.3f} (0 is even)")
     return "\n".join(lines)
 
 

@@ -13,7 +13,7 @@ from tracking.tracker import Tracker
 if TYPE_CHECKING:
     from evaluation.figures import Drawing
 
-SINGLE = ("accuracy", "macro_f1", "loss", "entropy", "cv", "expected_calibration_error")
+SINGLE = ("accuracy", "macro_f1", "loss", "expected_calibration_error")
 
 
 def report(run: RunFolder, results: dict[str, Any], drawings: Sequence[Drawing], tracker: Tracker) -> None:
@@ -23,7 +23,9 @@ def report(run: RunFolder, results: dict[str, Any], drawings: Sequence[Drawing],
     runs; the configuration has them.
     """
     single = {f"test/{name}": results[name] for name in SINGLE}
-    single |= {"test/specialisation": results["specialisation"]["normalised"]}
+    if len(results["experts"]) > 1:  # a dense twin has no routing
+        single |= {f"test/{name}": results[name] for name in ("entropy", "cv")}
+        single |= {"test/specialisation": results["specialisation"]["normalised"]}
     single |= {f"cost/{name}": results["cost"][name] for name in NAMES}
     tracker.summary(single | {f"load/expert_{index}": load for index, load in enumerate(results["expert_load"])})
     _report_experts(results, tracker)

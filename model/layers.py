@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .stacked import whole_of
+
 ALIGNMENT = 8  # elements: rows of the grouped kernel's operands start at multiples of 16 bytes
 
 
@@ -108,6 +110,8 @@ class Sorted:
 def stack(layers: Sequence[nn.Module], name: str, like: Tensor) -> Tensor:
     """A parameter of G layers of one shape as one tensor (G, ...) in the dtype of `like`."""
     tensors = [getattr(layer, name) for layer in layers]
+    if (whole := whole_of(tensors)) is not None:
+        return whole.to(like.dtype).unflatten(0, (len(tensors), -1))
     return joined(tensors, like.dtype).unflatten(0, (len(tensors), -1))
 
 

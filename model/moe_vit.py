@@ -36,7 +36,7 @@ class MoEViT(nn.Module):
     buffers or the state. Gradients flow back to the first block with experts. Raises ValueError if the parts do not
     fit each other.
 
-    recompute: whether the backward pass recomputes attention and FFNs, to store only about a third of the activations.
+    recompute: whether the backward pass recomputes attention and FFNs, to store fewer activations.
     """
 
     def __init__(
@@ -211,27 +211,27 @@ def _again(frozen: Callable[..., Tensor], *inputs: Any) -> Tensor:
 class CompiledBlock:
     """`run_block`, compiled for each kind of block and each mode; eager if compilation fails."""
 
-    def __init__(self, say: Callable[[str], None], whole: bool = True):
-        """whole: as one graph, which is not possible with experts on several processes."""
-        self.say = say
+    def __init__(self, say: Callable[[str], None], whole: bool = True, function: Callable = run_block):
+        """whole: as one graph, which is not possible with experts on several processes. function: another part."""
+        self.say, self.function = say, function
         # First, middle or last of the blocks with experts, warm-up or not, training or not, for two sizes. The limit is
         # now called recompile_limit; torch 2.6 has only this name.
         dynamo = torch._dynamo.config
         dynamo.cache_size_limit = max(dynamo.cache_size_limit, 64)
         warnings.filterwarnings("ignore", module=r"torch\._inductor")  # advice for its developers, once per graph
-        self.run: Callable = torch.compile(run_block, dynamic=False, fullgraph=whole)
+        self.run: Callable = torch.compile(function, dynamic=False, fullgraph=whole)
 
-    def __call__(self, *block) -> tuple[Tensor, Routing | None]:
+    def __call__(self, *block) -> Any:
         try:
             return self.run(*block)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # a compiler can raise any exception
-            if self.run is run_block:
+            if self.run is self.function:
                 raise
             self.say(f"the ViT's blocks cannot be compiled ({one_line(error, 160)}): continuing without")
-            self.run = run_block
-            return run_block(*block)
+            self.run = self.function
+            return self.function(*block)
 
     def __deepcopy__(self, memo: dict) -> "CompiledBlock":
         return self

@@ -44,7 +44,12 @@ def linear_matrices(module: nn.Module, expert: int) -> list[Matrix]:
 
 
 class Stored(nn.Module):
-    """A parametrization (torch.nn.utils.parametrize): a matrix from its parts along axis `dim`, each in its format."""
+    """A parametrization (torch.nn.utils.parametrize): a matrix from its parts along axis `dim`, each in its format.
+
+    table: `fp8_numbers`, for an exporter that cannot read bytes as float8.
+    """
+
+    table: Tensor | None = None
 
     def __init__(self, formats: Sequence[str], sizes: Sequence[int], dim: int):
         super().__init__()
@@ -52,7 +57,7 @@ class Stored(nn.Module):
 
     def forward(self, *stored: Tensor) -> Tensor:
         """The matrix, float32."""
-        parts = [unpack(tensors, number_format) for number_format, tensors in self.parts(stored)]
+        parts = [unpack(tensors, number_format, self.table) for number_format, tensors in self.parts(stored)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=self.dim)
 
     def right_inverse(self, weight: Tensor, scales: Sequence[Tensor | None] | None = None) -> list[Tensor]:
@@ -86,12 +91,19 @@ def pack(weight_OI: Tensor, number_format: str, scales_O1: Tensor | None = None)
     return [scaled_OI.to(torch.float8_e4m3fn).contiguous().view(torch.uint8), scales_O1]
 
 
-def unpack(stored: Sequence[Tensor], number_format: str) -> Tensor:
-    """The matrix that `pack` stored, float32."""
+def fp8_numbers() -> Tensor:
+    """The number that each byte stands for in fp8, float32 (256,)."""
+    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+
+
+def unpack(stored: Sequence[Tensor], number_format: str, table: Tensor | None = None) -> Tensor:
+    """The matrix that `pack` stored, float32. table: `fp8_numbers`, to look the bytes up in it."""
     if number_format not in LARGEST:
         return stored[0].float()
-    numbers = stored[0] if number_format == "int8" else stored[0].view(torch.float8_e4m3fn)
-    return numbers.float() * stored[1]
+    if number_format == "int8":
+        return stored[0].float() * stored[1]
+    numbers = stored[0].view(torch.float8_e4m3fn).float() if table is None else table[stored[0].long()]
+    return numbers * stored[1]
 
 
 def store(matrices: Iterable[Matrix], formats: Sequence[str]) -> None:

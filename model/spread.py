@@ -56,6 +56,13 @@ class Spread:
             experts.dispatcher = dispatcher
 
     @staticmethod
+    def alike(model: nn.Module) -> list[list[str]]:
+        """Names of parameters of experts of one shape in this process, which can be trained as one tensor."""
+        return [
+            [f"{prefix}.{name}" for name in names] for prefix, experts in _places(model) for names in experts.alike()
+        ]
+
+    @staticmethod
     def assemble(model: nn.Module, state: dict[str, Tensor]) -> None:
         """Make a model a single-process model again, with the state of all experts."""
         for _, experts in _places(model):

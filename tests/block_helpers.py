@@ -1,16 +1,27 @@
-"""Tiny frozen ViTs with experts in their blocks."""
+"""Tiny frozen ViTs with experts in their blocks, and their training on digits."""
 
 import torch
 from timm.layers import Mlp
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+from trainer_helpers import CPU, IDENTITY
 
+from config.config import Config
+from config.optim import OptimConfig
+from config.train import TrainConfig
+from data.augment import AugmentConfig
+from evaluation.validation import validate
+from features.images import ImageBank
 from model.backbone import Backbone
 from model.classifier import NeckConfig
 from model.experts import ExpertsConfig
 from model.moe_vit import MoEViT
 from model.routers import RouterConfig
+from storage.checkpoint import load_checkpoint, seed_everything
+from storage.folder import RunFolder
+from tracking.tracker import open_tracker
+from training.trainer import Trainer
 
 SIZES = [[2], [4], [6]]
 
@@ -68,3 +79,27 @@ def plain_ffn(width: int = 3, hidden: int = 4) -> Mlp:
     """A timm FFN with separate random weights."""
     torch.manual_seed(4)
     return Mlp(width, hidden)
+
+
+def digits_vit(**options) -> MoEViT:
+    """Ten classes on the tiny ViT, whose 8 x 8 pixels are those of the digits."""
+    return moe_vit(classes=10, **options)
+
+
+def block_trainer(path, splits, resume=False, router=None, experts=None, **train) -> Trainer:
+    """A small trainer on digits with experts in two blocks."""
+    run = RunFolder(path) if resume else RunFolder.create(path, "test")
+    checkpoint = load_checkpoint(run.last) if resume else None
+    tracker = open_tracker("none", path, {}, name="test", resume_step=checkpoint and checkpoint["step"])
+    train = TrainConfig(**{"epochs": 2, "batch_size": 64, "ema_decay": 0.9, "save_every": 1, **train})
+    router = RouterConfig(warmup_steps=3, **(router or {}))
+    experts = {"place": "blocks", "kind": "adapter", "blocks": [1, 2], "sizes": SIZES, "dropout": 0.1} | (experts or {})
+    optim = OptimConfig(lr=0.02, warmup_steps=2)
+    config = Config(train=train, optim=optim, router=router, experts=ExpertsConfig(**experts))
+    seed_everything(train.seed)
+    model = digits_vit(experts=experts, **vars(router))
+    bank = ImageBank(splits, AugmentConfig(flip=True, crop=1), CPU, evaluation_batch=100)
+    trainer = Trainer(config, model, bank, run, tracker, dict(IDENTITY), lambda evaluated: validate(evaluated, bank))
+    if checkpoint:
+        trainer.load_state_dict(checkpoint)
+    return trainer

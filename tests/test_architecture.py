@@ -116,6 +116,6 @@ def test_to_import_anything_does_nothing():
 def test_programs_start_without_what_takes_seconds():
     """It is imported where it is needed, most of it while images are read or after the scores."""
     slow = {"timm", "torchvision", "sklearn", "scipy", "matplotlib", "clearml", "torch._dynamo", "torch._inductor"}
-    code = f"import sys, train, evaluate, predict; print(*sorted({slow} & set(sys.modules)))"
+    code = f"import sys, train, evaluate, predict, compress, export, tune; print(*sorted({slow} & set(sys.modules)))"
     ran = subprocess.run([sys.executable, "-B", "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (ran.returncode, ran.stdout.split()) == (0, [])

@@ -13,6 +13,7 @@ from common.distributed import world
 from config.optim import OptimConfig
 from model.moe_vit import AnyMoE
 from model.spread import Shares, Spread
+from model.stacked import Stack
 from training.optim import build_optimizer
 
 WORTH = 0.05  # a new placement must reduce the largest work by this much, because moving experts has a cost
@@ -39,24 +40,55 @@ class ExpertParallel:
         self.names = [[names[id(value)] for value in group["params"]] for group in groups]
         self.options = [{key: value for key, value in group.items() if key != "params"} for group in groups]
         self.trained = [name for names in self.names for name in names]
+        self.stacks: list[tuple[list[str], Stack]] = []
+        self.single: dict[str, nn.Parameter] = {}
         self.spread.apply(model)
 
     # Gradients
 
-    def split(self, model: nn.Module) -> tuple[list[nn.Parameter], dict[str, nn.Parameter]]:
-        """The parameters that all processes share, and those of experts by name."""
-        own = {name: value for name, value in model.named_parameters() if name in self.spread.parts}
-        return [value for name, value in model.named_parameters() if name not in self.spread.parts], own
+    def split(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """The trained parameters that all processes share, and those of experts.
+
+        Those of experts of one shape are stacked, and the optimizer, of the model's parameters, trains the stacks.
+        """
+        by_name = dict(model.named_parameters())
+        self.stacks = []
+        for names in self.spread.alike(model):
+            parts = [by_name[name] for name in names]
+            if _stackable(parts, optimizer):
+                stack = Stack(parts)
+                _train_stack(stack, optimizer)
+                self.stacks.append((names, stack))
+        names = {name for names, _ in self.stacks for name in names}
+        self.single = {n: value for n, value in by_name.items() if n in self.spread.parts and n not in names}
+        common = [value for name, value in by_name.items() if name not in self.spread.parts]
+        return common, [*(stack.whole for _, stack in self.stacks), *self.single.values()]
+
+    def collect(self) -> None:
+        """Call after a backward pass, before anything that reads gradients."""
+        for _, stack in self.stacks:
+            stack.collect()
+
+    def gradients(self) -> dict[str, Tensor]:
+        """The gradients of this process's experts by parameter name; in-place changes count."""
+        found = {name: value.grad for name, value in self.single.items() if value.grad is not None}
+        for names, stack in self.stacks:
+            if stack.whole.grad is not None:
+                found |= dict(zip(names, stack.split(stack.whole.grad), strict=True))
+        return found
 
     @torch.no_grad()
-    def add_up(self, gradients: dict[str, Tensor], divisor: float) -> None:
-        """Turn gradients of experts, by parameter name, into those of the whole batch, divided by a divisor.
+    def add_up(self, divisor: float) -> None:
+        """Turn gradients of experts into those of the whole batch, divided by a divisor.
 
         They already include all samples of the group; gradients from other groups and from copies are added.
         """
         spread, rest, copied = self.spread, [], {}
         if not (spread.has_peers or spread.copied) and divisor == 1:
             return
+        gradients = self.gradients()
         for name, place, expert, view in spread.pieces(gradients):
             if len(spread.holders(place, expert)) > 1:
                 copied[name, expert] = view
@@ -80,15 +112,16 @@ class ExpertParallel:
         _sum_over(views, None)
 
     @torch.no_grad()
-    def norm(self, common: list[Tensor], gradients: dict[str, Tensor]) -> Tensor:
-        """The global norm of all gradients, with each expert counted once."""
+    def norm(self, common: list[Tensor]) -> Tensor:
+        """The global norm of all gradients, with each expert counted once. common: those of shared parameters."""
         spread = self.spread
         if spread.copied:
-            pieces = list(spread.pieces(gradients))
+            pieces = list(spread.pieces(self.gradients()))
             shares = [1 / len(spread.holders(place, expert)) for _, place, expert, _ in pieces]
             own = _square([view for *_, view in pieces], shares, spread.device)
         else:
-            own = _square(list(gradients.values()), None, spread.device)
+            values = [*self.single.values(), *(stack.whole for _, stack in self.stacks)]
+            own = _square([value.grad for value in values if value.grad is not None], None, spread.device)
         dist.all_reduce(own, group=spread.group)
         return (own + _square(common, None, spread.device)).sqrt()
 
@@ -96,7 +129,7 @@ class ExpertParallel:
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
         """The optimizer state as in a single process, complete on rank 0; all processes must call this."""
-        by_name, names = _by_name(optimizer, model), self.trained
+        by_name, names = self._by_name(optimizer, model), self.trained
         steps = self._steps(by_name)
         found: dict[str, dict[str, Tensor]] = {name: {} for name in names}
         for kind in self._moments(by_name):
@@ -125,9 +158,26 @@ class ExpertParallel:
         return self._as_optimizer_state(local, optimizer, model)
 
     def _as_optimizer_state(self, by_name, optimizer, model) -> dict[str, Any]:
-        own, template = _names(optimizer, model), optimizer.state_dict()
-        state = {index: by_name[name] for index, name in enumerate(own) if name in by_name}
+        own, template = self._names(optimizer, model), optimizer.state_dict()
+        state = {index: _merged([by_name[n] for n in names]) for index, names in enumerate(own) if names[0] in by_name}
         return {"state": state, "param_groups": template["param_groups"]}
+
+    def _names(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> list[list[str]]:
+        """For each parameter of an optimizer of this model, its name, or those of the parts of a stack."""
+        names = {id(value): [name] for name, value in model.named_parameters()}
+        names |= {id(stack.whole): parts for parts, stack in self.stacks}
+        return [names[id(value)] for group in optimizer.param_groups for value in group["params"]]
+
+    def _by_name(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, dict[str, Tensor]]:
+        """The optimizer state of each parameter of this model."""
+        names, found = self._names(optimizer, model), {}
+        rows = {parts[0]: stack.rows for parts, stack in self.stacks}
+        for index, values in optimizer.state_dict()["state"].items():
+            each = rows.get(names[index][0], [])
+            for number, name in enumerate(names[index]):
+                moments = {kind: values[kind].split(each)[number] for kind in values if kind != "step"} if each else {}
+                found[name] = {**values, **moments}
+        return found
 
     def _steps(self, by_name: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
         """The number of steps of each parameter: smaller for a gate that had no gradient at first."""
@@ -180,7 +230,7 @@ class ExpertParallel:
     ) -> torch.optim.Optimizer:
         """Move experts and their moments to the processes of these shares. Returns the optimizer of the first model."""
         spread, first = self.spread, models[0]
-        by_name = _by_name(optimizer, first)
+        by_name = self._by_name(optimizer, first)
         steps = self._steps(by_name)
         moments: dict[str, dict[str, Tensor]] = {}
         for kind in self._moments(by_name):
@@ -211,14 +261,30 @@ def _square(tensors: list[Tensor], factors: list[float] | None, device: torch.de
     return torch.stack(squares if factors is None else torch._foreach_mul(squares, factors)).sum()
 
 
-def _names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[str]:
-    names = {id(value): name for name, value in model.named_parameters()}
-    return [names[id(value)] for group in optimizer.param_groups for value in group["params"]]
+def _stackable(parts: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> bool:
+    """Whether parameters are alike, and the optimizer treats them alike."""
+    groups = {id(value): index for index, group in enumerate(optimizer.param_groups) for value in group["params"]}
+    kinds = {(value.shape, value.dtype, value.requires_grad, groups.get(id(value))) for value in parts}
+    return len(kinds) == 1 and parts[0].requires_grad and id(parts[0]) in groups
 
 
-def _by_name(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, dict[str, Tensor]]:
-    names = _names(optimizer, model)
-    return {names[index]: values for index, values in optimizer.state_dict()["state"].items()}
+def _train_stack(stack: Stack, optimizer: torch.optim.Optimizer) -> None:
+    """Let an optimizer train a stack instead of its parts, which it has in one group."""
+    numbers = {id(value) for value in stack.parts}
+    for group in optimizer.param_groups:
+        if id(stack.parts[0]) in map(id, group["params"]):
+            group["params"] = [stack.whole, *(value for value in group["params"] if id(value) not in numbers)]
+    states = [optimizer.state.pop(part) for part in stack.parts if part in optimizer.state]
+    if states:
+        optimizer.state[stack.whole] = _merged(states)
+
+
+def _merged(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The optimizer state of a stack from those of its parts; that of a single parameter is unchanged."""
+    if len(states) == 1:
+        return states[0]
+    moments = {kind: torch.cat([state[kind] for state in states]) for kind in states[0] if kind != "step"}
+    return {"step": states[0]["step"], **moments}
 
 
 def _sum_over(views: list[Tensor], group: Any) -> None:

@@ -62,9 +62,9 @@ class EpochSums:
         self.auxiliary = {name: places.clone().copy_(v) for name, v in state["auxiliary"].items()}
         return self
 
-    def running(self) -> str:
-        """Loss, accuracy and balance so far; waits for the device."""
-        load_E = self.importance_LE.sum(0).cpu().numpy()
+    def running(self, usage_LE: Tensor) -> str:
+        """Loss, accuracy and balance so far; waits for the device. usage_LE: as in `values`."""
+        load_E = usage_LE.sum(0).cpu().numpy()
         balance = f"balance {balance_figures(load_E)['balance/entropy']:.2f}" if load_E.sum() else "random routing"
         loss, accuracy = float(self.loss) / self.samples, float(self.correct) / self.samples
         return f"loss {loss:.3f}, accuracy {accuracy:.3f}, {balance}"

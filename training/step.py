@@ -70,9 +70,9 @@ class TrainingStep:
 
     def use(self, optimizer: torch.optim.Optimizer) -> None:
         """Train the model's current parameters with this optimizer."""
-        self.optimizer, self.parameters, self.of_experts = optimizer, list(self.model.parameters()), {}
+        self.optimizer, self.parameters, self.of_experts = optimizer, list(self.model.parameters()), []
         if self.experts:  # not all of them are on this process
-            self.parameters, self.of_experts = self.experts.split(self.model)
+            self.parameters, self.of_experts = self.experts.split(self.model, optimizer)
         self.exchange = Exchange(self.parameters, world())
 
     def __call__(
@@ -92,13 +92,15 @@ class TrainingStep:
         task_loss = task_loss if share is None else task_loss * share.part  # so that the sum over processes is the mean
         self.optimizer.zero_grad(set_to_none=True)
         (task_loss + weighted_sum(auxiliary, self.balance)).backward()
+        if self.experts:
+            self.experts.collect()
         correct = (logits_BC.argmax(dim=-1) == labels_B).sum()
         # A sum over the features, in float32, is not finite if one of them is not.
         output, bad_P = features.sum(dtype=torch.float32), None
         if share is not None:
             output, task_loss, correct, bad_P = self.exchange(share, output, task_loss, correct)
             if self.experts:
-                self.experts.add_up(_gradients(self.of_experts), 1 if share.split else world().size)
+                self.experts.add_up(1 if share.split else world().size)
         if self.frozen:
             self.frozen.before_step()
         values = {OUTPUT: output, "task loss": task_loss, "gradient": self._clip()}
@@ -146,12 +148,7 @@ class TrainingStep:
     def _clip(self) -> Tensor:
         """The norm of the gradient, which is clipped to `clip_norm` unless that is 0."""
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        own = _gradients(self.of_experts)
-        norm = self.experts.norm(gradients, own) if self.experts else get_total_norm(gradients)
+        norm = self.experts.norm(gradients) if self.experts else get_total_norm(gradients)
         if self.clip_norm:
-            clip_grads_with_norm_([*self.parameters, *self.of_experts.values()], self.clip_norm, norm)
+            clip_grads_with_norm_([*self.parameters, *self.of_experts], self.clip_norm, norm)
         return norm
-
-
-def _gradients(parameters: dict[str, torch.nn.Parameter]) -> dict[str, Tensor]:
-    return {name: value.grad for name, value in parameters.items() if value.grad is not None}

@@ -227,7 +227,7 @@ class Trainer(TrainerState):
                     self._train_batch(features, labels_B, share, progress)
                 if self.checks.due():
                     self._require_finite()
-                    running = progress.sums.running()
+                    running = progress.sums.running(self._usage() - progress.usage_before_LE)
                     done.note = lambda running=running: running
                 done(len(labels_B) if share is None else share.total)
         world().wait()  # or a device that waits for a process that hangs would block this one without a time limit

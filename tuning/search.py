@@ -8,13 +8,12 @@ from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from analysis import plots
 from common.errors import EnvironmentFault, UserError
 from common.files import write_json
 from common.text import printable
-from evaluation.figures import save_figure
 from tracking.tasks import tasks_of
 from tracking.tracker import Tracker, open_tracker
+from tuning.clone import described
 from tuning.space import decoded
 from tuning.study import counted, ranked, release_dead
 from tuning.worker import Plan, work, write_best
@@ -38,7 +37,7 @@ def search(plan: Plan, jobs: int, queue: str | None = None) -> str:
     study = plan.study(config.train.seed)
     online = [task["task_id"] for task in tasks_of(plan.folder.path) if task["mode"] == "clearml"]
     known = len(study.get_trials(deepcopy=False))
-    values = config.to_dict() | {"space": {name: str(part.plain()) for name, part in plan.space.items()}}
+    values = config.to_dict() | described(plan, jobs, queue)
     named = {"name": plan.folder.path.name, "tags": ["tuning", config.data.name], "kind": "optimizer"}
     again = {"task_id": online[-1] if online else None, "resume_step": known}
     with open_tracker(plan.tracking, plan.folder.path, values, **named, **again) as tracker:
@@ -123,6 +122,9 @@ def _report(study: "Study", tracker: Tracker, reported: set[int]) -> None:
 
 
 def _result(plan: Plan, study: "Study", tracker: Tracker) -> str:
+    from analysis import plots  # here, because importing matplotlib takes a second
+    from evaluation.figures import save_figure
+
     folder, best, trials = plan.folder, ranked(study), counted(study)
     states = [trial.state.name for trial in trials]
     if not best:

@@ -111,6 +111,11 @@ def as_plain(space: Space) -> dict[str, Any]:
     return {name: part.plain() for name, part in sorted(space.items())}
 
 
+def written(part: Range | Choice) -> str:
+    """The values of an option as SPACE.yaml has them, on one line."""
+    return json.dumps(part.plain() if isinstance(part, Range) else list(part.values))
+
+
 def _flat(table: dict[str, Any]) -> list[tuple[str, Any]]:
     """Options by their full names: sections may be written as tables."""
     flat = []

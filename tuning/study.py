@@ -97,7 +97,8 @@ def open_study(folder: StudyFolder, space: Space, config: Config, seed: int, pru
     except (SQLAlchemyError, ValueError) as error:
         where = printable(folder.storage or folder.path / "study.db")
         reason = one_line(str(getattr(error, "orig", error)), 160)
-        raise EnvironmentFault(f"{where} cannot be used as a study: {reason}; choose another --out") from error
+        other = "--storage" if folder.storage else "--out"
+        raise EnvironmentFault(f"{where} cannot be used as a study: {reason}; choose another {other}") from error
     return study
 
 

@@ -21,6 +21,7 @@ from config.config import Config, as_yaml, write_config
 from features.bank import FeatureBank
 from features.images import ImageBank
 from storage.folder import RunFolder
+from tracking.agent import TASK_ID
 from tracking.tracker import open_tracker
 from training.length import shorten_warmup
 from tuning.space import Space, decoded, suggest
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
     from optuna import Study, Trial
 
 PROGRAM = Path(__file__).resolve().parent.parent / "train.py"
-MASTER = ("CLEARML_PROC_MASTER_ID", "TRAINS_PROC_MASTER_ID")
-"""Variables that make ClearML's SDK attach a process to the task of its parent process."""
+OF_PARENT = ("CLEARML_PROC_MASTER_ID", "TRAINS_PROC_MASTER_ID", *TASK_ID)
+"""Variables that make ClearML's SDK attach a process to the task of its parent process, or of an agent."""
 FEATURES = ("data", "augment", "backbone", "features")
 """Sections of the configuration that inputs and features depend on, in addition to experts.place and train.epochs."""
 
@@ -69,7 +70,7 @@ def work(plan: Plan, seed: int) -> None:
     """
     require_optuna()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal: the parent process decides when to end
-    for name in MASTER:
+    for name in OF_PARENT:
         os.environ.pop(name, None)
     sys.argv[:] = [str(PROGRAM)]  # what ClearML takes for the program, so that agents train clones of a trial's task
     parent = os.getppid()

@@ -114,12 +114,12 @@ def _verified(path: Path, md5: str) -> bytes:
 
 
 def _image_set(content: bytes, meta: dict) -> ImageSet:
-    entries = pickle.loads(content, encoding="latin1")
-    pixels_NCHW = np.asarray(entries["data"], dtype=np.uint8).reshape(-1, 3, 32, 32)
+    entries = pickle.loads(content, encoding="bytes")  # of Python 2; otherwise all pixels are decoded as text first
+    pixels_NCHW = np.asarray(entries[b"data"], dtype=np.uint8).reshape(-1, 3, 32, 32)
     return ImageSet(
         images_NCHW=torch.from_numpy(pixels_NCHW),
-        labels_N=torch.tensor(entries["fine_labels"], dtype=torch.int64),
+        labels_N=torch.tensor(entries[b"fine_labels"], dtype=torch.int64),
         class_names=tuple(meta["fine_label_names"]),
-        coarse_N=torch.tensor(entries["coarse_labels"], dtype=torch.int64),
+        coarse_N=torch.tensor(entries[b"coarse_labels"], dtype=torch.int64),
         coarse_names=tuple(meta["coarse_label_names"]),
     )

@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from common.imports import later_imports
 from data.image_set import ImageSet
 from data.registry import Parts, register
 
@@ -15,7 +16,8 @@ def load(config) -> Parts:
 
 def load_digits() -> ImageSet:
     """scikit-learn's 1,797 handwritten digits: 8 x 8 grey values 0..16, as uint8 RGB."""
-    from sklearn.datasets import load_digits as sklearn_digits
+    with later_imports():
+        from sklearn.datasets import load_digits as sklearn_digits
 
     digits = sklearn_digits()
     grey_NHW = torch.from_numpy(np.round(digits.images * (255 / 16)).astype(np.uint8))

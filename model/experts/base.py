@@ -143,6 +143,10 @@ class ExpertSet(ABC):
     def parts(self) -> dict[str, Part]:
         """The owners of each tensor of the state, by its name in this module when all experts are here."""
 
+    def alike(self) -> list[list[str]]:
+        """Names of parameters of this process's experts that have the same shape, to be trained as one tensor."""
+        return []
+
     @abstractmethod
     def keep(self, numbers: Sequence[int]) -> None:
         """Keep only these experts in this process, in ascending order; their names in the state do not change.
@@ -181,6 +185,16 @@ class Experts(ExpertSet, nn.ModuleList):
     def parts(self) -> dict[str, Part]:
         known = sorted(self._known().items())
         return {f"{number}.{name}": Part(number) for number, expert in known for name in expert.state_dict()}
+
+    def alike(self) -> list[list[str]]:
+        """See ExpertSet: each parameter of the experts that `groups` lists together, if they read all features."""
+        numbers, found = [int(number) for number, _ in self.named_children()], []
+        for group in self.groups:
+            members = [self[index] for index in group]
+            if len(group) > 1 and all(isinstance(expert, LayerStack) and expert.columns is None for expert in members):
+                names = [name for name, _ in members[0].named_parameters()]
+                found += [[f"{numbers[index]}.{name}" for index in group] for name in names]
+        return found
 
     def keep(self, numbers: Sequence[int]) -> None:
         known, device = self._known(), self.expert_E.device

@@ -207,9 +207,9 @@ def of_expert_parallel(world) -> dict:
 def test_expert_parallel():
     found = in_processes(2, of_expert_parallel)[0]
     each = 32 * 16 + 16 + 2 * 16 + 16 * 100 + 100
-    # Two of four experts: weights, gradients and two moments, and of each of the six parameters its steps.
-    assert found["step"]["expert_bytes"] == 2 * (4 * 4 * each + 6 * 4) and found["sizes"]["each"] == each
-    assert found["sizes"]["common"] == 2 * 32 + 32 * 4 + 4
+    # Four of eight experts: weights, gradients and two moments, and the steps of the six parameters, which all share.
+    assert found["step"]["expert_bytes"] == 4 * 4 * 4 * each + 6 * 4 and found["sizes"]["each"] == each
+    assert found["sizes"]["common"] == 2 * 32 + 32 * 8 + 8
     assert min(found["step"][name] for name in ("all_to_all", "sums", "waiting")) > 0
     (line,) = expert_parallel._lines({"processes": 2, "step": found["step"]}, {"processes": 2})
     assert line[:2] == ["2", "256"] and line[3] == ""

@@ -31,3 +31,23 @@ def test_a_method_without_enough_time_is_not_started(tiny_run, tmp_path, capsys)
     compression.main([*words, "--runs", str(tiny_run)])
     shown, said = capsys.readouterr()
     assert "no time left" in shown and "prune: no time left" in said
+
+
+def test_each_expert_has_its_error_under_each_calibration():
+    """Expert 1 is removed, 2 becomes the second one; a shared expert and the linear head follow."""
+    figures = {"load": 0.5, "done": ["int8"], "error": 0.01, "points_lost": 0.0}
+    experts = [{"expert": str(number), "becomes": becomes} | figures for number, becomes in enumerate((0, None, 1))]
+    experts[1] |= {"done": ["removed"], "error": None, "points_lost": None}
+    experts += [{"expert": name, "becomes": None} | figures for name in ("shared 8", "linear head")]
+    tried = {"equal": [0.01, 0.02, 0.03, 0.04], "none": [0.05, None, 0.07, 0.08]}
+    found = {
+        name: {"macro_f1_validation": 0.9, "fewest_rows": None, "errors": errors} for name, errors in tried.items()
+    }
+    row = {"experts": experts, "steps": [{"step": "prune"}, {"step": "quantise", "calibrations": found}]}
+    assert [line[-2:] for line in compression.expert_lines(row)] == [
+        ["1.000 %", "5.000 %"],
+        ["–", "–"],
+        ["2.000 %", "–"],
+        ["3.000 %", "7.000 %"],
+        ["4.000 %", "8.000 %"],
+    ]

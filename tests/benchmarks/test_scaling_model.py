@@ -52,7 +52,7 @@ def test_a_recipe_and_a_view_on_two_devices():
 
 
 def test_inputs_are_fitted_to_steps_on_one_device():
-    seconds = (HEAD.step(NETWORK, 1, 1, 1000).whole, HEAD.step(NETWORK, 1, 1, 500).whole, 0.001 + 4 * 0.0005 + 500e-6)
+    seconds = [0.001 + experts * 0.0005 + rows * 1e-6 for experts, rows in ((4, 500), (4, 1000), (2, 500))]
     found = Head.fitted(*seconds, rows=1000, **SIZES)
     assert (found.base, found.expert, found.row) == pytest.approx((0.001, 0.0005, 1e-6))
     found = Recipe.fitted(0.002 + 25 * 0.0001, 0.002 + 12 * 0.0001, 25, trained=1, gates=1)
@@ -72,7 +72,13 @@ def measured(folder) -> None:
     two["extraction"] = {"failed": "out of memory"}
     (folder / "devices.json").write_text(json.dumps({"rows": [alone, two]}))
     steps = {
-        name: {"rows": 1000, "seconds": s} for name, s in (("step", 0.006), ("half_rows", 0.0055), ("half", 0.0035))
+        name: {"rows": rows, "seconds": seconds}
+        for name, rows, seconds in (
+            ("step", 1000, 0.006),
+            ("half", 500, 0.0035),
+            ("half_experts", 1000, 0.004),
+            ("quarter", 500, 0.0025),
+        )
     }
     both = {"processes": 2, "step": {"rows": 1000, "seconds": 1.25 * HEAD.step(NETWORK, 2, 2, 500).whole}}
     rows = [{"processes": 1, **steps}, both | {"link": link | SIZES}]

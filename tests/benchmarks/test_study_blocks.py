@@ -1,6 +1,7 @@
 """The study inside the ViT: widths and costs by hand, tokens instead of images, and a study that continues."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from benchmarks import study_blocks
 from benchmarks.blocks_methods import DENSE, RULES, WIDTHS, dense, equal, methods, routed, unequal
 from benchmarks.blocks_store import Store
 from benchmarks.blocks_tables import cells, preferred, rows
-from benchmarks.blocks_training import FrozenEnd, MethodRuns, Setting, averaged, tokens_below
+from benchmarks.blocks_training import MethodRuns, Setting
+from benchmarks.blocks_vit import EndOfViT, FrozenEnd, averaged, stored_input, tokens_below
 from benchmarks.blocks_worker import Worker
 from benchmarks.study_heads import Features
 from common.errors import UserError
@@ -36,7 +38,8 @@ def read():
     labels_N = torch.arange(64) % 4
     centres_CD = 2 * torch.randn(4, 192, generator=generator)
     tokens_NTD = centres_CD[labels_N][:, None] + torch.randn(64, 17, 192, generator=generator)
-    found = Features(tokens_NTD[None], labels_N, tokens_NTD[:20], labels_N[:20], groups=1, classes=4)
+    tokens_NTF = torch.cat([tokens_NTD, torch.zeros_like(tokens_NTD)], dim=-1)  # the frozen FFN's output is zero
+    found = Features(tokens_NTF[None], labels_N, tokens_NTF[:20], labels_N[:20], groups=1, classes=4)
     return {"validation": found, "test": found}
 
 
@@ -90,12 +93,13 @@ def test_the_last_blocks_on_stored_tokens_are_those_of_the_whole_vit(backbone):
     parts = (4, NeckConfig(), RouterConfig(top_k=1, norm="none"))
     sizes = [[2], [4]]
     whole = MoEViT(backbone, *parts, ExpertsConfig(place="blocks", kind="adapter", blocks=[6, 7], sizes=sizes)).eval()
-    end = MoEViT(FrozenEnd(backbone, 6, 64, CPU), *parts, ExpertsConfig(place="blocks", kind="adapter", sizes=sizes))
+    end = EndOfViT(FrozenEnd(backbone, 6, 64, CPU), *parts, ExpertsConfig(place="blocks", kind="adapter", sizes=sizes))
     for mixture in whole.mixtures:
         torch.nn.init.normal_(mixture.experts.up)
     end.load_state_dict(whole.state_dict())
     with torch.no_grad():
-        expected, found = whole(images_BCHW)[0], end.eval()(tokens_below(backbone, images_BCHW, 6))[0]
+        x_BTF = stored_input(backbone.vit.blocks[6], tokens_below(backbone, images_BCHW, 6))
+        expected, found = whole(images_BCHW)[0], end.eval()(x_BTF)[0]
     torch.testing.assert_close(found, expected)
 
 
@@ -113,7 +117,8 @@ def test_runs_learn_restart_and_are_reproducible(backbone, read):
     setting = Setting(first=7, epochs=6, data="", backbone="", batch=16, ema=0.9)
     for method in (dense(4), routed(4, "equal", 1, "top_p", "image")):
         runs = runs_of(method, backbone, read, setting)
-        first, other, again = runs.train(1e-2, 0), runs.train(1e-2, 1), runs.train(1e-2, 0)
+        found: list[Any] = [*runs.train([(1e-2, 0), (1e-2, 1)]), *runs.train([(1e-2, 0)])]  # two side by side
+        first, other, again = found
         assert first["test"]["macro_f1"] > 0.9, method
         assert first["test"] == again["test"] and first["load"] == again["load"]
         assert len(first["load"]) == len(method.sizes) and other["active_width"] >= 4
@@ -132,14 +137,14 @@ def stored(tmp_path, scores):
 
 def test_rates_come_first_then_the_seeds_of_the_best_one(tmp_path):
     pair, store = stored(tmp_path, {(0, 1e-3, 0): 0.5})
-    assert store.next_run(pair[0]) == (1e-2, 0) and store.best_rate(pair[0]) is None
+    assert store.next_runs(pair[0]) == [(1e-2, 0)] and store.best_rate(pair[0]) is None
     store.keep(pair[0], 1e-2, 0, "the task loss is not finite after 3 steps")
-    assert store.best_rate(pair[0]) == 1e-3 and store.next_run(pair[0]) == (1e-3, 1)
+    assert store.best_rate(pair[0]) == 1e-3 and store.next_runs(pair[0]) == [(1e-3, 1)]
     with open(store.path, "a", encoding="utf-8") as file:
         file.write('\n{"setting": {"fir')  # killed while it wrote
     store.keep(pair[0], 1e-3, 1, {"validation": {"macro_f1": 0.6}, "test": {"macro_f1": 0.6}})
     store.read()
-    assert store.next_run(pair[0]) is None and store.next_run(pair[1]) == (1e-3, 0)
+    assert store.next_runs(pair[0]) == [] and store.next_runs(pair[1]) == [(1e-3, 0), (1e-2, 0)]
     other = Store(tmp_path, Setting(first=6, epochs=3, data="", backbone=""), pair, [1e-3], 2)
     assert not other.runs  # of another setting
 
@@ -158,7 +163,12 @@ def test_rows_are_paired_by_seed_with_the_dense_adapter(tmp_path):
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [(["--optim.lr", "1"], "optim"), (["--widths", "2"], "at least 4"), (["--rates", "0"], "above 0")],
+    [
+        (["--optim.lr", "1"], "optim"),
+        (["--widths", "2"], "at least 4"),
+        (["--rates", "0"], "above 0"),
+        (["--side_by_side", "0"], "at least 1"),
+    ],
 )
 def test_wrong_options_are_reported(words, message):
     with pytest.raises(UserError, match=message):
@@ -190,3 +200,24 @@ def test_the_study_runs_and_continues_where_it_stopped(tmp_path, capsys):
     study_blocks.main([*words, "--tables"])
     said = capsys.readouterr().out
     assert "| 4 | unequal, k 2, token, noisy_topk" in said and "2 runs" not in said and "4 runs" in said
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_runs_side_by_side_are_those_of_each_alone():
+    device = torch.device("cuda")
+    backbone = load_backbone(BackboneConfig(name="bundled/vit_micro", features=["cls:6", "mean:7"]), device)
+    generator = torch.Generator().manual_seed(0)
+    labels_N = (torch.arange(64) % 4).to(device)
+    tokens_NTF = torch.randn(64, 17, 2 * 192, generator=generator).to(device, backbone.dtype)
+    features = Features(tokens_NTF[None], labels_N, tokens_NTF[:20], labels_N[:20], groups=1, classes=4)
+    config, said = parse_command_line(["--config", "configs/digits_blocks.yaml"]).config, []
+    end = FrozenEnd(backbone, 6, 16, device, said.append)
+    pair, weights = [(1e-2, 0), (3e-2, 1)], []
+    for groups in ([pair], [pair[:1], pair[1:]]):
+        runs = MethodRuns(dense(4), end, config, {"validation": features, "test": features}, SETTING, eager=False)
+        for group in groups:
+            runs.train(group)
+            weights += [slot.model.mixtures[0].experts.up.detach().clone() for slot in runs.slots[: len(group)]]
+    assert not said
+    for together, alone in zip(weights[:2], weights[2:], strict=True):
+        torch.testing.assert_close(together, alone, atol=1e-2, rtol=0.1)

@@ -199,7 +199,7 @@ def test_the_configuration_is_that_of_the_widest_members():
 @pytest.mark.parametrize(
     "router, number, message",
     [
-        ({}, 4, "--merge is 4: there are 4 experts to merge, so give 1 to 3"),
+        ({}, 4, "--merge is 4: there are 4 experts to merge, so give 2 to 3"),
         ({}, 7, "--merge is 7"),
         ({}, 0, "--merge is 0"),
         ({}, 1, "fewer experts than each sample uses"),

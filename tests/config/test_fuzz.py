@@ -10,6 +10,7 @@ import shutil
 import pytest
 import torch
 import yaml
+from block_helpers import block_trainer
 from conftest import ROOT
 from fuzz_helpers import (
     BYTES,
@@ -22,24 +23,40 @@ from fuzz_helpers import (
 )
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from trainer_helpers import make_trainer
+from trainer_helpers import CPU, make_trainer
 
 from assembly.pipeline import build_model
 from common.errors import UserError
 from config.command_line import parse_command_line
 from config.config import Config, config_from_dict
+from model.backbone import BackboneConfig, load_backbone
 from model.weights_file import read_weights
 from storage.checkpoint import load_checkpoint, previous, save_checkpoint, seed_everything
 from storage.export import export_model, load_exported, read_description
 from storage.folder import RunFolder
 from storage.resume import best_kept, finished, load_resumable, metrics_step
 
+CONFIGS = st.sampled_from(["digits", "digits_blocks"])  # experts behind the ViT and inside it
+
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, splits):
     """A small run that stopped in the middle of its second epoch: its trainer and its folder."""
-    folder = tmp_path_factory.mktemp("whole")
-    trainer = make_trainer(folder, splits, epochs=2)
+    return stopped(make_trainer(tmp_path_factory.mktemp("whole"), splits, epochs=2))
+
+
+@pytest.fixture(scope="module")
+def inside(tmp_path_factory, splits):
+    """The same with experts inside the ViT."""
+    return stopped(block_trainer(tmp_path_factory.mktemp("inside"), splits, epochs=2))
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return load_backbone(BackboneConfig(name="bundled/vit_micro", features=["cls:3", "mean:3"]), CPU)
+
+
+def stopped(trainer):
     export_model(trainer.run, trainer.fit())
     trainer.tracker.close()
     trainer._begin_epoch()
@@ -47,26 +64,26 @@ def whole(tmp_path_factory, splits):
     trainer.identity["config"] = Config().to_dict()
     save_checkpoint(trainer.run.last, trainer.state_dict())
     previous(trainer.run.last).unlink()  # otherwise it would be read instead
-    shutil.copy(trainer.run.last, folder / "good.pt")
+    shutil.copy(trainer.run.last, trainer.run.path / "good.pt")
     return trainer
 
 
 @pytest.mark.slow
-@fuzz(25, changes=BYTES)
-def test_configuration_files(tmp_path_factory, changes):
+@fuzz(25, name=CONFIGS, changes=BYTES)
+def test_configuration_files(tmp_path_factory, name, changes):
     path = tmp_path_factory.getbasetemp() / "fuzz.yaml"
-    path.write_bytes(altered((ROOT / "configs/digits.yaml").read_bytes(), changes))
+    path.write_bytes(altered((ROOT / f"configs/{name}.yaml").read_bytes(), changes))
     survives(lambda: parse_command_line(["--config", str(path)]))
 
 
 @pytest.mark.slow
-@fuzz(20, changes=PLAIN)
-def test_configurations(tmp_path_factory, changes):
+@fuzz(20, name=CONFIGS, changes=PLAIN)
+def test_configurations(tmp_path_factory, backbone, name, changes):
     path = tmp_path_factory.getbasetemp() / "fuzz.yaml"
-    values = replaced_at(yaml.safe_load((ROOT / "configs/digits.yaml").read_text()), changes)
+    values = replaced_at(yaml.safe_load((ROOT / f"configs/{name}.yaml").read_text()), changes)
     path.write_text(yaml.safe_dump(values))
     survives(lambda: parse_command_line(["--config", str(path)]))
-    survives(lambda: build_model(config_from_dict(values), (65, 192), 10))
+    survives(lambda: build_model(config_from_dict(values), (65, 192), 10, backbone))
 
 
 @pytest.mark.slow
@@ -98,13 +115,14 @@ def test_checkpoint_files(whole, changes):
 
 
 @pytest.mark.slow
-@fuzz(40, changes=ENTRIES)
-def test_checkpoints(whole, changes):
-    run = whole.run
+@fuzz(40, place=st.sampled_from(["head", "blocks"]), changes=ENTRIES)
+def test_checkpoints(whole, inside, place, changes):
+    trainer = {"head": whole, "blocks": inside}[place]
+    run = trainer.run
     state = torch.load(run.path / "good.pt", weights_only=True)
     torch.save(replaced_at(state, changes), run.last)
     seed_everything(0)
-    survives(lambda: resume(whole))
+    survives(lambda: resume(trainer))
 
 
 @pytest.mark.parametrize("what", ["code", "bytes", "compressed"])

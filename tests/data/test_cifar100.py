@@ -60,9 +60,10 @@ def test_an_archive_at_hand_is_unpacked_once_its_checksum_matched(tmp_path, monk
     from torchvision.datasets import CIFAR100
 
     def batch(count):
-        return {"data": np.zeros((count, 3072), np.uint8), "fine_labels": [0, 1] * count, "coarse_labels": [0] * count}
+        pixels = np.zeros((count, 3072), np.uint8)
+        return {b"data": pixels, b"fine_labels": [0, 1] * count, b"coarse_labels": [0] * count}
 
-    contents = {name: pickle.dumps(batch(2) | {"fine_labels": [0, 1]}) for name in ("train", "test")}
+    contents = {name: pickle.dumps(batch(2) | {b"fine_labels": [0, 1]}) for name in ("train", "test")}
     contents["meta"] = pickle.dumps({"fine_label_names": ["a", "b"], "coarse_label_names": ["c"]})
     archive = tmp_path / CIFAR100.filename
     with tarfile.open(archive, "w:gz") as members:

@@ -117,10 +117,10 @@ def test_copies_of_the_ffn_are_exported():
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: of_rule("top_p", combine="probabilities"),
+        lambda: of_rule("top_p", combine="probabilities", weights=["fp8", "int8", "float16", "float32"]),
         lambda: inside("eva", router={"level": "image"}, experts={"head": [[4], [4], [8]]}),
     ],
-    ids=["a sort, and a mixture of probabilities", "one choice an image, and a mixture on top"],
+    ids=["a sort, a mixture of probabilities, and weights in 8 bits", "one choice an image, and a mixture on top"],
 )
 def test_onnx_runtime_gives_the_same_outputs(make):
     checked = rounded(make(), ".onnx")

@@ -6,7 +6,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from block_helpers import moe_vit, spread
+from block_helpers import images, moe_vit, spread
 from distributed_helpers import in_processes
 from test_equivalence import ALL, BATCHES, CPU, close, data, head
 
@@ -14,11 +14,13 @@ from common.distributed import ALONE, World
 from config.optim import OptimConfig
 from model.balance import BalanceConfig
 from training.expert_parallel import ExpertParallel
+from training.memory import bytes_per_image
 from training.optim import build_optimizer
 from training.parallel import Shares
 from training.step import TrainingStep
 
 OPTIM = OptimConfig(lr=0.01, weight_decay=0.01)
+ALIKE = [[4]] * 3
 COPIES = [[0.5, 0.5], [0, 1], [1, 0]]
 
 # Of each: options of the model, and of the processes. moved: shares from the fourth step on.
@@ -37,10 +39,17 @@ HEADS = {
     "hash": ({"kind": "hash", "balance": {"z_loss": 0.0}}, {"processes": 3}),
     "an expert that nobody chooses": ({"kind": "mixtral", "shut": True}, {"processes": 3}),
     "probabilities": ({"kind": "mixtral", "experts": {"combine": "probabilities"}}, {"processes": 2}),
-    "grouped": ({"kind": "mixtral", "experts": {"sizes": [[4]] * 3, "dispatch": "grouped"}}, {"processes": 2}),
-    "moved": ({"kind": "mixtral"}, {"processes": 2, "moved": [[0, 1], [1, 0], [0, 1]]}),
+    "grouped": ({"kind": "mixtral", "experts": {"sizes": ALIKE, "dispatch": "grouped"}}, {"processes": 2}),
+    "moved": ({"kind": "mixtral", "experts": {"sizes": ALIKE}}, {"processes": 2, "moved": [[0, 1], [1, 0], [0, 1]]}),
+    "moved, grouped": (
+        {"kind": "mixtral", "experts": {"sizes": ALIKE, "dispatch": "grouped"}},
+        {"processes": 2, "moved": [[0, 1], [1, 0], [0, 1]]},
+    ),
     "copied": ({"kind": "mixtral"}, {"processes": 2, "moved": COPIES}),
-    "copied in two groups": ({"kind": "mixtral"}, {"processes": 4, "members": 2, "moved": COPIES}),
+    "copied in two groups": (
+        {"kind": "mixtral", "experts": {"sizes": ALIKE}},
+        {"processes": 4, "members": 2, "moved": COPIES},
+    ),
 }
 BLOCKS = {
     "tokens": ({"kind": "mixtral", "norm": "none"}, {"processes": 2, "moved": [[0, 1], [1, 0], [0, 1]]}),
@@ -82,11 +91,15 @@ def train(world: World, options: dict, blocks: bool, members: int = 1, moved=Non
         hook.remove()
         gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
         if experts:
+            gradients |= {name: value.clone() for name, value in experts.gradients().items()}
             gradients = experts.spread.whole(gradients, experts.trained)
         split = share is not None and share.split
         found.append({"result": vars(result), "logits": logits[0], "gradients": gradients, "split": split})
     state = experts.spread.whole(model.state_dict()) if experts else model.state_dict()
     moments = experts.optimizer_state(optimizer, model) if experts else optimizer.state_dict()
+    if experts:  # what is stored comes back to where it was
+        here = experts.local_optimizer_state(world.broadcast(moments), optimizer, model)
+        close(here["state"], optimizer.state_dict()["state"])
     return {"steps": found, "state": {name: value.clone() for name, value in state.items()}, "moments": moments}
 
 
@@ -160,3 +173,25 @@ def test_new_shares_are_computed_from_the_load_of_an_epoch():
     # 80 and 20 of 100, where 50 is the mean; with a share of 10 of the first expert on the second process 50 and 50.
     assert numbers == {"placement/measured": pytest.approx(1.6), "placement/predicted": pytest.approx(1.0)}
     assert np.array(shares)[0].sum(axis=1) == pytest.approx(np.ones(4))
+
+
+def count_activations(world: World) -> tuple[int, int]:
+    """Bytes of activations per image with half of the experts in each process, and the tokens that came for them."""
+    model, came = moe_vit(kind="mixtral", norm="none", experts={"sizes": [[4]] * 4}), []
+    ExpertParallel(model, 2, "even", OPTIM, CPU)
+    for mixture in model.mixtures:
+        dispatch = mixture.experts.dispatcher.dispatch
+
+        def counted(*inputs, dispatch=dispatch):
+            received = dispatch(*inputs)
+            came.append(len(received.x_RD))
+            return received
+
+        mixture.experts.dispatcher.dispatch = counted
+    return bytes_per_image(model, images(1)), sum(came[: len(model.mixtures)])
+
+
+def test_activations_are_counted_with_tokens_of_other_processes():
+    (first, many), (second, few) = in_processes(2, count_activations)
+    # Of a token: its 16 numbers, 8 hidden units before and after the activation and whether they are used, an index.
+    assert many > few and first - second == (many - few) * (4 * (16 + 3 * 8) + 8)

@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT, running_program
 from distributed_helpers import Program, skip_old_torch
 
-from assembly import pipeline
+from assembly import ready
 from common import ending
 from storage.checkpoint import load_checkpoint
 from training.trainer import Trainer
@@ -189,14 +189,14 @@ def other_data(rank: int) -> None:
 
 def other_images(rank: int) -> None:
     """The same options, but one different pixel."""
-    load_images = pipeline.load_images
+    load_images = ready.load_images
 
     def changed(config):
         splits = load_images(config)
         splits.train.images_NCHW[0, 0, 0, 0] ^= rank
         return splits
 
-    pipeline.load_images = changed
+    ready.load_images = changed
 
 
 BAD = {

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from conftest import ROOT
 from PIL import Image
 
 import evaluate
@@ -45,7 +46,7 @@ def call(monkeypatch, capsys, without_figures):
 
 
 @pytest.mark.slow
-def test_a_run_is_trained_evaluated_used_for_prediction_and_continued(tmp_path, call):
+def test_a_run_is_trained_evaluated_compared_used_for_prediction_and_continued(tmp_path, call, monkeypatch):
     run, picture = tmp_path / "run", tmp_path / "picture.png"
     assert "2 per token, in 2 blocks, by noisy_topk" in call(train, *BLOCKS, "--run_dir", run)
     results = json.loads((run / "evaluation" / "metrics.json").read_text())
@@ -57,6 +58,11 @@ def test_a_run_is_trained_evaluated_used_for_prediction_and_continued(tmp_path, 
     call(evaluate, run, "--tracking", "none")
     again = json.loads((run / "evaluation" / "metrics.json").read_text())
     assert again["macro_f1"] == results["macro_f1"] and again["blocks"] == results["blocks"]
+
+    with monkeypatch.context() as elsewhere:  # the comparison is written to the current folder
+        elsewhere.chdir(tmp_path)
+        table = call(evaluate, "--compare", run, ROOT / "tests/storage/data/digits_run")
+    assert f"{100 * results['macro_f1']:.2f} %" in table and "experts.place" in table and "experts.blocks" in table
 
     Image.new("L", (8, 8), 100).save(picture)
     (image,) = json.loads(call(predict, run, picture, "--json", "--explain", tmp_path / "out.png"))["images"]

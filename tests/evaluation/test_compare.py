@@ -99,6 +99,15 @@ def test_cost_load_and_state_are_shown_with_the_scores(call, tmp_path):
     assert "Peak memory: of the GPU" in (tmp_path / "comparison" / "comparison.md").read_text(encoding="utf-8")
 
 
+def test_a_single_expert_has_no_balance_and_no_specialisation(call, tmp_path):
+    a = write_run(tmp_path / "a", METRICS | {"expert_load": [0.5, 0.5]})
+    b = write_run(tmp_path / "b", METRICS | {"expert_load": [1.0]})
+    _, out, _ = call("--compare", a, b)
+    for name, value in (("balance", "0.900"), ("CV of the load", "0.100"), ("specialisation", "0.200")):
+        assert cells(out, name) == [value, "–"]
+    assert cells(out, "accuracy") == ["60.00", "%", "60.00", "%"]
+
+
 def test_unscored_runs_are_compared_with_scored_ones(call, tmp_path):
     runs = [write_run(tmp_path / name) for name in "abc"]
     for run, epochs in zip(runs[1:], (2, 3), strict=True):

@@ -1,5 +1,6 @@
 """A task executed by an agent: its values override the others, and are checked like those of the command line."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -7,8 +8,9 @@ import pytest
 from common.errors import UserError
 from config.command_line import parse_command_line
 from config.config import write_config
+from evaluation.options import read_options
 from tracking import agent
-from tracking.agent import apply_agent_values
+from tracking.agent import apply_agent_values, evaluation_words
 from tracking.clearml_runs import _config
 
 TASK = "0" * 32
@@ -97,6 +99,25 @@ def test_a_task_that_cannot_be_read_ends_the_run(clone, monkeypatch):
     with pytest.raises(UserError, match=f"the values of ClearML task {TASK}.* no ClearML server is conf") as caught:
         apply_agent_values(parse_command_line([]))
     assert caught.value.exit_code == 1
+
+
+def test_a_cloned_evaluation_is_that_of_the_run_in_its_values(clone, tmp_path):
+    run = tmp_path / "my run"
+    run.mkdir()
+    write_config(parse_command_line(["--config", "configs/digits.yaml"]).config, run / "config.yaml")
+    clone(run_dir=str(run), **{"data.root": "/images", "device": "cpu", "features.cache_dir": ""})
+    options = read_options("", evaluation_words([]))
+    assert (options.run, options.tracking, options.device) == (run, "clearml", "cpu")
+    assert (options.root, options.weights, options.cache_dir) == (Path("/images"), None, None)
+    assert evaluation_words(["--compare", "a", "b"]) == ["--compare", "a", "b"]
+    for texts, said in (
+        ({"run_dir": str(run), "router.top_k": "1"}, "is 1, but the run has 2: an evaluation cannot change it"),
+        ({"run_dir": ""}, f"ClearML task {TASK} names no run to evaluate: set its run_dir"),
+        ({"run_dir": str(tmp_path / "none")}, "is not a run folder"),
+    ):
+        clone(**texts)
+        with pytest.raises(UserError, match=said):
+            evaluation_words([])
 
 
 def test_values_in_a_comparison_have_the_types_of_the_options():

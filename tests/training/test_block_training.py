@@ -6,49 +6,16 @@ import json
 import numpy as np
 import pytest
 import torch
-from block_helpers import SIZES, moe_vit, spread
+from block_helpers import block_trainer, digits_vit, spread
 from torch.nn import functional as F
-from trainer_helpers import CPU, IDENTITY, equal_states
+from trainer_helpers import CPU, equal_states
 
-from config.config import Config
-from config.optim import OptimConfig
-from config.train import TrainConfig
 from data.augment import AugmentConfig
 from evaluation.cost import cost, expert_costs, inside_cost
 from evaluation.predict import predict
-from evaluation.validation import validate
 from features.images import ImageBank
 from model.balance import BalanceConfig, balance_losses, losses_by_place, weighted_sum
-from model.experts import ExpertsConfig
-from model.moe_vit import MoEViT
-from model.routers import RouterConfig
-from storage.checkpoint import load_checkpoint, seed_everything
-from storage.folder import RunFolder
-from tracking.tracker import open_tracker
-from training.trainer import Trainer
-
-
-def digits_vit(**options) -> MoEViT:
-    """Ten classes on the tiny ViT, whose 8 x 8 pixels are those of the digits."""
-    return moe_vit(classes=10, **options)
-
-
-def block_trainer(path, splits, resume=False, router=None, experts=None, **train) -> Trainer:
-    run = RunFolder(path) if resume else RunFolder.create(path, "test")
-    checkpoint = load_checkpoint(run.last) if resume else None
-    tracker = open_tracker("none", path, {}, name="test", resume_step=checkpoint and checkpoint["step"])
-    train = TrainConfig(**{"epochs": 2, "batch_size": 64, "ema_decay": 0.9, "save_every": 1, **train})
-    router = RouterConfig(warmup_steps=3, **(router or {}))
-    experts = {"place": "blocks", "kind": "adapter", "blocks": [1, 2], "sizes": SIZES, "dropout": 0.1} | (experts or {})
-    optim = OptimConfig(lr=0.02, warmup_steps=2)
-    config = Config(train=train, optim=optim, router=router, experts=ExpertsConfig(**experts))
-    seed_everything(train.seed)
-    model = digits_vit(experts=experts, **vars(router))
-    bank = ImageBank(splits, AugmentConfig(flip=True, crop=1), CPU, evaluation_batch=100)
-    trainer = Trainer(config, model, bank, run, tracker, dict(IDENTITY), lambda evaluated: validate(evaluated, bank))
-    if checkpoint:
-        trainer.load_state_dict(checkpoint)
-    return trainer
+from storage.checkpoint import load_checkpoint
 
 
 def lines_of(path) -> list[dict]:

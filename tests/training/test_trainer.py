@@ -19,6 +19,7 @@ from storage.export import export_model, load_exported, read_description
 from storage.folder import RunFolder
 from training.health import OUTPUT, not_finite
 from training.optim import lr_factor
+from training.progress import EpochSums
 
 
 def test_training_learns_and_keeps_the_reported_weights(tmp_path, splits):
@@ -54,6 +55,14 @@ def test_every_epoch_logs_loads_that_sum_to_one_with_warm_up_separate(tmp_path, 
     warm, learned = trainer.model.moe.warmup_usage_E.sum().item(), trainer.model.moe.usage_E.sum().item()
     assert warm + learned == 2 * 4 * images
     assert warm == 2 * (images + 64)
+
+
+def test_the_running_balance_is_that_of_the_load():
+    sums = EpochSums.zeros(2, 4, torch.device("cpu"))
+    sums.samples, sums.importance_LE = 10, torch.tensor([[9.0, 1.0, 0.0, 0.0]] * 2)
+    assert sums.running(torch.full((2, 4), 5)).endswith("balance 1.00")
+    assert sums.running(torch.tensor([[10, 10, 0, 0]] * 2)).endswith("balance 0.50")
+    assert sums.running(torch.zeros(2, 4, dtype=torch.int64)).endswith("random routing")
 
 
 def test_resumed_training_equals_uninterrupted_training(tmp_path, splits):
