@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 
-from assembly.pipeline import Inputs, build_bank, build_model, identity, pick_device
-from assembly.ready import get_ready, read_images
-from common.ahead import Ahead
+from assembly.pipeline import Inputs, build_bank, build_model, identity, load_both, pick_device
+from assembly.ready import get_ready
 from common.errors import EnvironmentFault, as_environment_fault, warn
 from common.network import reachable
 from common.paths import absolute
@@ -110,11 +109,7 @@ def open_run(
     if cache_dir is not None:
         config.features.cache_dir = None if str(cache_dir) == "null" else cache_dir.absolute()
     where = pick_device(config.device)
-    images = Ahead(lambda: read_images(config))
-    get_ready(config, where)
-    splits = images.result()
-    with as_environment_fault():
-        backbone = load_backbone(config.backbone, where, reachable)
+    splits, backbone = load_both(config, where, as_environment_fault)
     bank = build_bank(config, splits, backbone, where)
     with as_environment_fault():
         check_inputs(described, identity(config, splits, backbone, bank.feature_shape), run.weights)

@@ -1,6 +1,8 @@
 """Builds the parts of a run from its configuration: device, images, backbone, features, model, trainer."""
 
 import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -64,19 +66,35 @@ def load_inputs(config: Config, resumed: bool = False) -> Inputs:
     device = pick_device(config.device)
     if world().first:
         print(f"loading      {config.data.name} and {config.backbone.name}, for {device}", flush=True)
-    images = Ahead(lambda: read_images(config))
-    get_ready(config, device)
-    splits = images.result()
+    splits, backbone = load_both(config, device)
     steps_per_epoch(config.train, len(splits.train))
     require_samples(config.train.batch_size)
     require_places(config)
-    backbone = load_backbone(config.backbone, device, reachable)
-    begin_fingerprint(backbone)
     check_backbone(config, backbone)
     require_same_inputs(config, splits, backbone)
     new = config.init is not None and not resumed
     origin = read_origin(config, backbone_identity(config, backbone)) if new else None
     return Inputs(device, splits, backbone, origin)
+
+
+def load_both(
+    config: Config, device: torch.device, faults: Callable[[], AbstractContextManager] = nullcontext
+) -> tuple[Splits, Backbone]:
+    """Images and backbone, loaded at the same time; if both fail, the error of the images is raised.
+
+    faults: converts the errors of the backbone. Raises as the loaders do.
+    """
+    images = Ahead(lambda: read_images(config))
+    get_ready(config, device)
+    images.check()  # before a download of weights
+    try:
+        with faults():
+            backbone = load_backbone(config.backbone, device, reachable)
+    except Exception:
+        images.result()
+        raise
+    begin_fingerprint(backbone)
+    return images.result(), backbone
 
 
 def pick_device(name: str) -> torch.device:

@@ -22,9 +22,13 @@ class Ahead(Generic[T]):
         except BaseException as error:  # raised again when the result is requested
             self._error = error
 
+    def check(self) -> None:
+        """Raise what the call has raised so far, without waiting for it."""
+        if self._error is not None:
+            raise self._error
+
     def result(self) -> T:
         """Wait for the call and return its result. Raises what the call raised."""
         self._thread.join()
-        if self._error is not None:
-            raise self._error
+        self.check()
         return self._found[0]
