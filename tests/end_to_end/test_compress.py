@@ -18,7 +18,7 @@ from training.trainer import Trainer
 
 
 @pytest.fixture
-def call(monkeypatch, capsys, undrawn):
+def call(monkeypatch, capsys, without_figures):
     """Exit code, standard output and lines of standard error of a program; no figures, and rough latencies."""
     monkeypatch.setattr("assembly.compressing.latency", lambda *found: latency(*found[:3], seconds=0.01))
     monkeypatch.chdir(ROOT)
