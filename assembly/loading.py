@@ -45,7 +45,7 @@ def load_trained(
     described = describe(run, say)
     config = configure(described["config"], device, weights=weights)
     device = pick_device(config.device)
-    get_ready(config, device)
+    get_ready(config, device, compiling=False)
     with as_environment_fault():
         backbone = load_backbone(config.backbone, device, reachable)
         here = {"name": config.backbone.name, "fingerprint": backbone.fingerprint()}
