@@ -169,7 +169,7 @@ def _prune(work: Work, say: Callable[[str], None]) -> None:
 def _merge(work: Work, say: Callable[[str], None]) -> None:
     number = int(work.plan.merge or 0)
     check_merge(work.config, number)
-    labels = work.config.experts.labels()
+    names = {row["becomes"]: row["expert"] for row in work.experts}  # those of the original run
     groups = choose_groups(work.config, work.model, similarity_of_gates(work.model, work.training()), number)
     config, smaller = merge(work.config, work.model, groups, work.build)
     averaged = work.score(smaller)
@@ -180,7 +180,7 @@ def _merge(work: Work, say: Callable[[str], None]) -> None:
     for row in work.experts:
         if row["becomes"] is not None:
             into = [next(i for i, members in enumerate(each) if row["becomes"] in members) for each in groups]
-            others = [labels[m] for m in groups[0][into[0]] if m != row["becomes"]]
+            others = [names[m] for m in groups[0][into[0]] if m != row["becomes"]]
             same = all(groups[0] == each for each in groups)
             if not same or others:
                 row["done"].append(f"merged with {', '.join(others)}" if same else "merged, in each block with others")

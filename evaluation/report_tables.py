@@ -99,7 +99,7 @@ def _expert_table(results: dict[str, Any]) -> Table:
                 percent(results["expert_importance"][expert]),
                 percent(results["expert_accuracy"][expert]),
                 percent(results["expert_confidence"][expert]),
-                ", ".join(f"{name}: {percent(share, 0)}" for name, share in most_weighted),
+                ", ".join(f"{name}: {percent(share, 0)}" for name, share in most_weighted if share >= 0.005),
                 ", ".join(f"{row['class']}: {percent(row['accuracy'], 0)}" for row in hardest),
             ]
         )

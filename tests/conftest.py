@@ -9,9 +9,11 @@ import subprocess
 import sys
 import tempfile
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+from filelock import FileLock  # a requirement of PyTorch
 
 from common.errors import exit_code_of
 from common.meter import Meter
@@ -20,6 +22,10 @@ ROOT = Path(__file__).resolve().parent.parent
 # Small tensors are slower on two threads than on one, by far where another process wants the cores as well. PyTorch
 # reads it when it is imported, which is not here: the process that only hands tests to workers needs no PyTorch.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# Containers often forbid the files of compiled modules: each of the many processes here would compile all of them anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 # Stored features of this session only: features from an older version of the code could hide a broken change.
 _CACHE = tempfile.mkdtemp(prefix="vision-moe-tests-")
@@ -41,9 +47,10 @@ CLIP = "vit_base_patch16_clip_quickgelu_224.openai"
 
 
 @pytest.hookimpl(optionalhook=True)  # pytest-xdist may be missing
-def pytest_xdist_auto_num_workers() -> int:
-    """One worker more than there are cores, because some tests wait for a server or a time limit."""
-    return min(4, len(os.sched_getaffinity(0)) + 1)
+def pytest_xdist_auto_num_workers(config) -> int:
+    """One worker more than there are cores, because slow tests wait for a server or a time limit."""
+    quick = config.option.markexpr == "not slow"  # then the imports of one more worker cost more than it gains
+    return min(4, len(os.sched_getaffinity(0)) + (not quick))
 
 
 def pytest_collection_finish():
@@ -69,6 +76,12 @@ def undrawn(monkeypatch):
     without_drawing(monkeypatch)
 
 
+@pytest.fixture
+def without_figures(monkeypatch):
+    """An evaluation writes no figures: building them takes most of a second, and is tested elsewhere."""
+    monkeypatch.setattr("evaluation.figures.draw", lambda *_: [])
+
+
 def mostly_slow(values, quick):
     """Parameters of a test; all except the `quick` ones are marked slow."""
     return [value if value in quick else pytest.param(value, marks=pytest.mark.slow) for value in values]
@@ -85,6 +98,14 @@ def run_program(*arguments, **environment):
         stdin=subprocess.DEVNULL,
         check=False,
     )
+
+
+def import_the_rest() -> None:
+    """Import what a run imports where it needs it, once for all forks of this process."""
+    for name in ("train", "evaluate", "evaluation.figures", "evaluation.report", "model.vit_micro", "timm.optim"):
+        import_module(name)
+    for name in ("datasets", "decomposition", "discriminant_analysis", "model_selection"):
+        import_module(f"sklearn.{name}")
 
 
 def in_a_fork(function) -> tuple[int, str]:
@@ -140,17 +161,24 @@ def workplace(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory) -> Path:
-    """The folder of a run that train.py made in this process: 500 digits, an early block of the bundled ViT."""
+    """The folder of a run that train.py made: 500 digits, an early block of the bundled ViT. All workers share it."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "tiny"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            make_tiny_run(folder)
+    return folder
+
+
+def make_tiny_run(folder: Path) -> None:
     import train  # here, because most test files do not need its imports
 
-    folder = tmp_path_factory.mktemp("tiny") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        without_drawing(patch)
+        patch.setattr("evaluation.figures.draw", lambda *_: [])  # a second, and tested elsewhere
         words = ["train.py", *TINY.split(), "--tracking", "none", "--run_dir", str(folder)]
         patch.setattr("sys.argv", words)
         assert exit_code_of(train.main) == 0
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -6,14 +6,12 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import PNG
-from matplotlib.figure import Figure
+from conftest import import_the_rest
 from torch import multiprocessing
 
 from common.distributed import OLDEST, joined, meeting_at
@@ -73,9 +71,9 @@ class Program:
         self.pids = [self._fork(rank, size, [str(word) for word in words], before) for rank in range(size)]
 
     def _fork(self, rank: int, size: int, words: list[str], before: Callable[[int], None] | None) -> int:
-        for name in ("sklearn.datasets", "timm.optim", "timm.utils", "evaluation.figures", "evaluation.report"):
-            import_module(name)  # otherwise each process would import it
+        import_the_rest()
         import train
+        from evaluation import figures
 
         output = self.output(rank)
         output.unlink(missing_ok=True)
@@ -88,7 +86,7 @@ class Program:
             sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
             sys.argv = ["train.py", *words]
             os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
-            Figure.savefig = lambda figure, path, **options: Path(path).write_bytes(PNG)  # slow, and tested elsewhere
+            figures.draw = lambda *arguments: []  # slow, and tested elsewhere
             if not self.evaluates:
                 train.evaluate, train.expert_table = (lambda *arguments, **options: {}), (lambda results: "")
             if before is not None:

@@ -79,7 +79,7 @@ def _train_on_agents(plan: Plan, study: "Study", tracker: Tracker, queue: str, j
 @contextmanager
 def _workers(plan: Plan, jobs: int, seed: int) -> Iterator[list[Any]]:
     """Processes that train trials. If the block ends early, they are stopped and their trials are released."""
-    context = multiprocessing.get_context("spawn")  # a forked process could not use a GPU
+    context = _context()
     count = min(jobs, _lacking(plan, plan.study(seed)))
     workers = [context.Process(target=work, args=(plan, seed + 1000 * index)) for index in range(count)]
     try:
@@ -92,6 +92,18 @@ def _workers(plan: Plan, jobs: int, seed: int) -> Iterator[list[Any]]:
                 worker.terminate()
         for worker in workers:
             worker.join()
+
+
+def _context() -> Any:
+    """How to start a worker: as a fork of a process that does nothing but the imports, which take seconds.
+
+    A fork of this process could not use a GPU. Where a system cannot fork, every worker imports for itself.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tuning.worker", "optuna", "sklearn.model_selection"])
+    return context
 
 
 def _lacking(plan: Plan, study: "Study") -> int:

@@ -4,7 +4,6 @@ import json
 import re
 
 import pytest
-from conftest import PNG
 
 import train
 from assembly import seeds as module
@@ -18,7 +17,7 @@ SMALL += ["--train.batch_size", "64", "--features.cache_dir", "null"]
 
 
 @pytest.mark.slow
-def test_seeds_share_their_inputs_and_an_interrupted_command_continues(tmp_path, monkeypatch, capsys, undrawn):
+def test_seeds_share_their_inputs_and_an_interrupted_command_continues(tmp_path, monkeypatch, capsys, without_figures):
     words = [*SMALL, "--run_dir", str(tmp_path / "few"), "--seeds"]
     loaded = []
     monkeypatch.setattr(module, "load_inputs", lambda config, load=module.load_inputs: loaded.append(1) or load(config))
@@ -72,9 +71,8 @@ def test_seeds_are_new_runs(tmp_path):
 
 
 @pytest.mark.slow
-def test_with_few_images_each_seed_draws_different_ones(tmp_path, monkeypatch):
+def test_with_few_images_each_seed_draws_different_ones(tmp_path, monkeypatch, without_figures):
     words = [*SMALL, "--data.shots", "2", "--train.batch_size", "20", "--router.warmup_steps", "0", "--seeds", "2"]
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **options: path.write_bytes(PNG))
     monkeypatch.setattr("sys.argv", ["train.py", *words, "--run_dir", str(tmp_path / "few")])
     assert exit_code_of(train.main) == 0
     first, second = (describe(RunFolder(tmp_path / f"few-seed{seed}")) for seed in range(2))

@@ -11,6 +11,7 @@ from distributed_helpers import in_processes
 from assembly.pipeline import build_model
 from benchmarks import (
     adaptation,
+    blocks_step,
     devices,
     devices_worker,
     dispatch,
@@ -123,6 +124,23 @@ def test_extraction_runs(tmp_path, capsys):
     assert rows["ours"]["from_float32"] < 0.05
 
 
+@pytest.mark.slow
+def test_the_step_through_the_vit_runs_and_dropped_patches_need_fewer_flops(tmp_path, capsys):
+    blocks_step.main([*TINY, str(tmp_path), "--experts.blocks", "[1]", "--backbone.features", "[mean:1]"])
+    assert "of the matrix rate" in capsys.readouterr().out
+    dropped, whole = (row["flops"] for row in read(tmp_path, "blocks_step")["rows"])
+    # Blocks 0 and 1 forward, 65 tokens of 192 features: 12 D^2 multiply-adds a token in each, two FLOPs each; the rest.
+    assert dropped < whole and 2 * 2 * 65 * 12 * 192**2 < whole < 1.3 * 2 * 2 * 65 * 12 * 192**2
+    with pytest.raises(UserError, match=r"benchmarks\.step"):
+        blocks_step.main(["--config", "configs/digits.yaml", "--device", "cpu"])
+
+
+def test_kernels_are_told_apart_by_name():
+    names = ["nvjet_tst_256x128", "triton_red_fused_3", "pytorch_flash::flash_fwd_kernel", "Memcpy DtoD", "topk"]
+    kinds = ["matrix products", "fused by the compiler", "attention", "copies", "other"]
+    assert [blocks_step.kind_of(name) for name in names] == kinds
+
+
 def test_scaling_runs(tmp_path, capsys):
     scaling.main([*TINY, str(tmp_path)])
     assert "launches" in capsys.readouterr().out
@@ -156,6 +174,7 @@ def test_tiny_does_not_change_given_options(tmp_path):
     "benchmark",
     [
         adaptation,
+        blocks_step,
         devices,
         dispatch,
         expert_parallel,

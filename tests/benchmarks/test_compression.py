@@ -8,8 +8,7 @@ from benchmarks import compression
 
 
 @pytest.mark.slow
-def test_every_method_has_a_line(tiny_run, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("evaluation.figures.draw", lambda *_: [])  # seconds, and drawn elsewhere
+def test_every_method_has_a_line(tiny_run, tmp_path, capsys, without_figures):
     words = ["--tiny", "--device", "cpu", "--out", str(tmp_path), "--runs", str(tiny_run)]
     compression.main([*words, "--methods", "int8", "dense student"])
     rows = json.loads((tmp_path / "compression_tiny.json").read_text())["rows"]

@@ -149,6 +149,17 @@ def test_rates_come_first_then_the_seeds_of_the_best_one(tmp_path):
     assert not other.runs  # of another setting
 
 
+def test_a_failed_capture_is_remembered_until_the_next_start(tmp_path):
+    pair, store = stored(tmp_path, {})
+    store.add(alone=True)
+    store.add(eager=pair[0].kind)
+    store.read()
+    assert store.alone and store.eager == {pair[0].kind}
+    store.begin()
+    store.read()
+    assert not store.alone and not store.eager
+
+
 def test_rows_are_paired_by_seed_with_the_dense_adapter(tmp_path):
     scores = {(0, 1e-3, 0): 0.50, (0, 1e-2, 0): 0.40, (0, 1e-3, 1): 0.52}
     scores |= {(1, 1e-3, 0): 0.30, (1, 1e-2, 0): 0.53, (1, 1e-2, 1): 0.57}

@@ -26,7 +26,7 @@ HEAD = (
     "--train.epochs 4 --train.save_every 1 --tracking none"
 )
 BLOCKS = (
-    "--config configs/digits_blocks.yaml --data.max_per_class 25 --router.warmup_steps 3 --train.batch_size 27 "
+    "--config configs/digits_blocks.yaml --data.max_per_class 13 --router.warmup_steps 3 --train.batch_size 27 "
     "--train.epochs 2 --train.save_every 1 --train.patch_dropout 0.2 --tracking none --experts.blocks [3]"
 )
 

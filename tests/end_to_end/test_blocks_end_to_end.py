@@ -34,7 +34,7 @@ BLOCKS = [
 
 
 @pytest.fixture
-def call(monkeypatch, capsys, undrawn):
+def call(monkeypatch, capsys, without_figures):
     """Run a program's `main` with arguments; returns its output."""
 
     def run(program, *arguments) -> str:

@@ -18,7 +18,7 @@ from training.trainer import Trainer
 
 
 @pytest.fixture
-def call(monkeypatch, capsys, undrawn):
+def call(monkeypatch, capsys, without_figures):
     """Exit code, standard output and lines of standard error of a program; no figures, and rough latencies."""
     monkeypatch.setattr("assembly.compressing.latency", lambda *found: latency(*found[:3], seconds=0.01))
     monkeypatch.chdir(ROOT)
@@ -105,7 +105,7 @@ def test_a_run_with_merged_experts_is_an_ordinary_run(tiny_run, tmp_path, call):
     alone, pair = sorted(groups, key=len)
     names = [row["expert"] for row in found["experts"][1:]]
     assert found["experts"][1 + alone[0]]["done"] == []
-    assert found["experts"][1 + pair[0]]["done"] == [f"merged with {pair[1]} · {names[pair[1]].split(' · ')[1]}"]
+    assert found["experts"][1 + pair[0]]["done"] == [f"merged with {names[pair[1]]}"]
     assert load_trained(out).model.moe.router.num_experts == 2
 
 

@@ -96,7 +96,7 @@ def test_the_configuration_is_resolved_and_the_backbone_named(digits_run):
 
 
 @pytest.mark.slow
-def test_evaluate_rebuilds_the_model_only_from_the_run(digits_run, tmp_path, monkeypatch, capsys, undrawn):
+def test_evaluate_rebuilds_the_model_only_from_the_run(digits_run, tmp_path, monkeypatch, capsys, without_figures):
     folder, _ = digits_run
     moved = tmp_path / "moved"
     shutil.copytree(folder, moved)
@@ -137,9 +137,9 @@ def test_missing_data_is_reported_in_one_line_and_leaves_no_run(tmp_path, monkey
 
 
 @pytest.mark.slow
-def test_ten_real_classes_on_a_real_vit(assets, tmp_path, monkeypatch):
+def test_ten_real_classes_on_a_real_vit(assets, tmp_path, monkeypatch, without_figures):
     splits = load_splits(DataConfig(root=assets, max_classes=10, max_per_class=45, validation=0.1))
-    for name, folder, per_class in (("train", "train", 24), ("validation", "val", 4), ("test", "test", 8)):
+    for name, folder, per_class in (("train", "train", 12), ("validation", "val", 2), ("test", "test", 6)):
         part, seen = splits[name], dict.fromkeys(splits.train.class_names, 0)
         for image, label in zip(part.images_NCHW, part.labels_N, strict=True):
             label_name = part.class_names[label]
@@ -151,30 +151,30 @@ def test_ten_real_classes_on_a_real_vit(assets, tmp_path, monkeypatch):
     arguments = [
         *("--config", ROOT / "configs" / "cifar100_head.yaml", "--data.name", "folder"),
         *("--data.root", tmp_path / "data", "--data.image_size", "32"),
-        *("--backbone.weights", assets / f"{CLIP}.safetensors", "--backbone.image_size", "96"),
+        *("--backbone.weights", assets / f"{CLIP}.safetensors", "--backbone.image_size", "64"),
         *("--backbone.features", "[cls:8,cls:9,cls:10,cls:11,mean:10,mean:11]"),
         *("--augment.flip", "false", "--augment.crop", "0", "--augment.strong", "0", "--experts.shared", "[]"),
-        *("--features.batch_size", "16", "--train.batch_size", "40", "--train.epochs", "15"),
+        *("--features.batch_size", "16", "--train.batch_size", "24", "--train.epochs", "25"),
         *("--experts.sizes", "[[32],[64],[128],[256]]", "--router.warmup_steps", "10"),
-        *("--optim.warmup_steps", "10", "--optim.lr", "0.003", "--train.ema_decay", "0.9"),
+        *("--optim.warmup_steps", "10", "--optim.lr", "0.005", "--train.ema_decay", "0.9"),
         *("--tracking", "none", "--run_dir", tmp_path / "run"),
     ]
-    monkeypatch.setattr("evaluation.figures.draw", lambda *_: [])  # seconds, and drawn above
     monkeypatch.setattr("sys.argv", ["train.py", *map(str, arguments)])
     assert exit_code_of(train.main) == 0
     metrics = json.loads((tmp_path / "run" / "evaluation" / "metrics.json").read_text())
-    assert metrics["images"] == 80
-    assert metrics["macro_f1"] >= 0.6
+    assert metrics["images"] == 60
+    assert metrics["macro_f1"] >= 0.4  # 0.1 by chance
 
 
 @pytest.mark.slow
-def test_an_unfinished_run_is_scored_by_its_best_epoch_so_far(digits_run, tmp_path, monkeypatch, capsys):
+def test_an_unfinished_run_is_scored_by_its_best_epoch_so_far(
+    digits_run, tmp_path, monkeypatch, capsys, without_figures
+):
     folder, _ = digits_run
     moved = tmp_path / "moved"
     shutil.copytree(folder, moved)
     (moved / "model.json").unlink()
     (moved / "model.safetensors").unlink()
-    monkeypatch.setattr("evaluation.figures.draw", lambda *_: [])  # seconds, and drawn above
     words = ["--device", "cpu", "--features.cache_dir", str(tmp_path / "features")]
     monkeypatch.setattr("sys.argv", ["evaluate.py", str(moved), *words])
     assert exit_code_of(evaluate.main) == 0

@@ -29,7 +29,7 @@ def options(run, *words) -> list[str]:
 
 
 @pytest.fixture
-def start(monkeypatch, undrawn):
+def start(monkeypatch, without_figures):
     """Run train.py in this process, without figures."""
     monkeypatch.chdir(ROOT)
 

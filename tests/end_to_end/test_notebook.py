@@ -5,7 +5,8 @@ import os
 
 import nbformat
 import pytest
-from conftest import PNG, ROOT
+from conftest import ROOT
+from jupyter_client import KernelManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
@@ -25,19 +26,35 @@ def images(notebook) -> int:
     return sum("image/png" in output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", []))
 
 
-def client_of(notebook) -> NotebookClient:
-    """A client that runs the notebook; a cell takes seconds, and has minutes on a busy machine."""
-    where = {"metadata": {"path": str(NOTEBOOK.parent)}}
-    return NotebookClient(notebook, timeout=600, startup_timeout=600, resources=where)
+@pytest.fixture(scope="module")
+def kernel():
+    """One kernel for all runs of the notebook, because its imports take seconds."""
+    manager = KernelManager(kernel_name="python3")
+    manager.start_kernel(cwd=str(NOTEBOOK.parent), env=os.environ | {"OMP_NUM_THREADS": "1"})
+    yield manager
+    manager.shutdown_kernel(now=True)
 
 
 @pytest.fixture(scope="module")
-def executed(tiny_run):
+def execute(kernel):
+    """Run a notebook on a run, without variables of an earlier one."""
+
+    def on(notebook, run) -> None:
+        begin = nbformat.v4.new_code_cell(f"%reset -f\nimport os\nos.environ['VISION_MOE_RUN'] = {str(run)!r}")
+        notebook.cells.insert(0, begin)
+        try:  # a cell takes seconds, and has minutes on a busy machine
+            NotebookClient(notebook, kernel, timeout=600, startup_timeout=600).execute()
+        finally:
+            notebook.cells.remove(begin)
+
+    return on
+
+
+@pytest.fixture(scope="module")
+def executed(tiny_run, execute):
     """The notebook, run on the tiny run."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    environment = os.environ | {"VISION_MOE_RUN": str(tiny_run), "OMP_NUM_THREADS": "1"}
-    client = client_of(notebook)
-    client.execute(env=environment)
+    execute(notebook, tiny_run)
     return notebook
 
 
@@ -60,19 +77,20 @@ def test_it_runs_on_a_run_and_agrees_with_its_evaluation(executed, tiny_run):
 
 
 @pytest.mark.slow
-def test_with_experts_inside_the_vit_it_shows_patches_and_the_initial_run(tmp_path, monkeypatch, undrawn):
+def test_with_experts_inside_the_vit_it_shows_patches_and_the_initial_run(
+    tmp_path, monkeypatch, without_figures, execute
+):
     run, more = tmp_path / "run", tmp_path / "more"
     options = ["--data.max_per_class", "13", "--experts.blocks", "[0,1]", "--backbone.features", "[cls:1,mean:1]"]
     options += ["--train.epochs", "1", "--train.batch_size", "16", "--router.warmup_steps", "1", "--tracking", "none"]
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **options: path.write_bytes(PNG))
     begun = ["--config", "configs/digits_blocks.yaml", *options, "--run_dir", str(run)]
     more_of = ["--init", str(run), "--experts.add", "[[4]]", "--tracking", "none", "--run_dir", str(more)]
     for words in (begun, more_of):
         monkeypatch.setattr("sys.argv", ["train.py", *words])
         assert exit_code_of(train.main) == 0
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    client_of(notebook).execute(env=os.environ | {"VISION_MOE_RUN": str(more), "OMP_NUM_THREADS": "1"})
+    execute(notebook, more)
     shown = texts(notebook)
     assert f"This run starts from {run}, epoch 1." in shown and "5 experts, 2 for each image" in shown
     assert "the expert with the largest gate weight for each patch" in shown
@@ -82,12 +100,11 @@ def test_with_experts_inside_the_vit_it_shows_patches_and_the_initial_run(tmp_pa
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_is_reported_in_one_line(tmp_path):
+def test_an_interrupted_run_is_reported_in_one_line(tmp_path, execute):
     (tmp_path / "config.yaml").write_text("{}")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    client = client_of(notebook)
     with pytest.raises(CellExecutionError):
-        client.execute(env=os.environ | {"VISION_MOE_RUN": str(tmp_path), "OMP_NUM_THREADS": "1"})
+        execute(notebook, tmp_path)
     outputs = [output for cell in notebook.cells[:3] for output in cell.get("outputs", [])]
     (said,) = [output for output in outputs if output.output_type == "error"]
     assert said.ename == "SystemExit" and said.evalue.count("\n") == 0

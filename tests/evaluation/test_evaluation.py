@@ -135,7 +135,7 @@ def test_an_expert_that_is_hardly_used_is_marked_in_the_final_table_and_the_repo
 def test_an_experts_main_classes_are_those_with_its_largest_share_of_weight(evaluated):
     results = copy.deepcopy(evaluated[1])
     results["class_names"], results["experts"] = ["a", "b"], ["0", "1"]
-    results["expert_by_class"], results["expert_by_class_weight"] = [[0.5, 0.5]] * 2, [[0.0, 1.0], [0.25, 0.75]]
+    results["expert_by_class"], results["expert_by_class_weight"] = [[0.5, 0.5]] * 2, [[0.001, 0.999], [0.25, 0.75]]
     rows = _expert_table(results).rows
     assert [row[5] for row in rows] == ["b: 25\u00a0%", "a: 100\u00a0%, b: 75\u00a0%"]
     assert _spread(["a", "b"], results, "class")[1] == ["b", "25 / 50\u00a0%", "75 / 50\u00a0%"]

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, undrawn) -> RunFolder:
+def run(tmp_path, monkeypatch, without_figures) -> RunFolder:
     """A copy of the run, in the working folder."""
     monkeypatch.chdir(tmp_path)
     return RunFolder(Path(shutil.copytree(ROOT / "tests/storage/data/digits_run", tmp_path / "run")))

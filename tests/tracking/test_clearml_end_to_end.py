@@ -5,7 +5,7 @@ import json
 import uuid
 
 import pytest
-from clearml_process import run_python
+from clearml_process import run_forked
 from clearml_standin import StandIn
 from conftest import PNG, ROOT, TINY
 
@@ -34,8 +34,8 @@ run_program("train.py", "--init", run / "tiny", "--experts.add", "[[8]]", *more)
 
 AGENT = f"""
 import runpy
-from matplotlib.figure import Figure
-Figure.savefig = lambda figure, path, **options: Path(path).write_bytes({PNG!r})
+import evaluation.figures
+evaluation.figures.draw = lambda *_: []
 os.chdir({str(ROOT)!r})
 sys.argv = ["train.py"]
 try:
@@ -50,8 +50,8 @@ def tracked(workplace, tmp_path_factory):
     """The server, the run folder and the output."""
     folder = tmp_path_factory.mktemp("tracked")
     with StandIn() as server:
-        done = run_python(workplace, folder, CODE, **server.environment())
-        yield server, folder / "tiny", done.stdout
+        output = run_forked(workplace, folder, CODE, **server.environment())
+        yield server, folder / "tiny", output
 
 
 def test_training_and_evaluation_leave_two_linked_tasks(tracked):
@@ -128,7 +128,7 @@ def test_an_agent_runs_a_clone_with_the_values_of_its_task(tracked, workplace):
     clone["hyperparams"]["train"]["epochs"]["value"] = "2.0"
     clone["hyperparams"]["General"]["run_dir"]["value"] = str(run.parent / "clone")
     server.tasks[clone["id"]] = clone
-    run_python(workplace, run, AGENT, CLEARML_TASK_ID=clone["id"], CLEARML_PROC_MASTER_ID="", **server.environment())
+    run_forked(workplace, run, AGENT, CLEARML_TASK_ID=clone["id"], CLEARML_PROC_MASTER_ID="", **server.environment())
     lines = [json.loads(line) for line in (run.parent / "clone" / "metrics.jsonl").read_text().splitlines()]
     first = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
     assert len(lines) == 2 and lines[0]["loss/train"] == pytest.approx(first["loss/train"], rel=0.2)

@@ -1,6 +1,5 @@
 """A ClearML dataset as data.root, with the SDK replaced."""
 
-import clearml
 import pytest
 
 from assembly.replay import fetch_data
@@ -22,6 +21,8 @@ class Found:
 @pytest.fixture
 def asked(monkeypatch, tmp_path):
     """The requests to Dataset.get, on a server that has pets/cats and broken."""
+    import clearml  # here, because it takes a second
+
     asked = []
 
     def get(**wanted):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from block_helpers import block_trainer
 from trainer_helpers import equal_states, make_trainer
 
 from common.errors import EnvironmentFault, UserError
@@ -142,10 +143,11 @@ def test_a_batch_larger_than_the_split_is_rejected(tmp_path, splits):
         make_trainer(tmp_path, splits, batch_size=5000)
 
 
-def test_the_same_seed_gives_the_same_model_and_another_seed_another(tmp_path, splits):
+@pytest.mark.parametrize("make", [make_trainer, pytest.param(block_trainer, marks=pytest.mark.slow)])
+def test_the_same_seed_gives_the_same_model_and_another_seed_another(tmp_path, splits, make):
     states = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        trainer = make_trainer(tmp_path / name, splits, epochs=2, seed=seed)
+        trainer = make(tmp_path / name, splits, epochs=2, seed=seed)
         trainer.fit()
         states.append(trainer.model.state_dict())
     assert equal_states(states[0], states[1])

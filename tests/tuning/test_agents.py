@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import yaml
-from clearml_process import run_python
+from clearml_process import run_forked
 from clearml_standin import StandIn
 from conftest import ROOT
 
@@ -60,7 +60,7 @@ def test_agents_train_clones_and_the_best_score_wins(tmp_path):
         agents = threading.Thread(target=serve, args=(server, ended))
         agents.start()
         try:
-            done = run_python(tmp_path, tmp_path, CODE.replace("WORDS", repr(words)), **server.environment())
+            output = run_forked(tmp_path, tmp_path, CODE.replace("WORDS", repr(words)), **server.environment())
         finally:
             ended.set()
             agents.join()
@@ -87,7 +87,7 @@ def test_agents_train_clones_and_the_best_score_wins(tmp_path):
             assert row["macro_f1"] == pytest.approx(100 * row["optim.lr"] + 0.3)
     best = max(row["macro_f1"] or 0 for row in rows.values())
     assert f"validation macro-F1 {100 * best:.2f} %" in (tmp_path / "out" / "best.yaml").read_text(encoding="utf-8")
-    assert f"{100 * best:.2f} %" in done.stdout and "Progress report" not in done.stdout
+    assert f"{100 * best:.2f} %" in output and "Progress report" not in output
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,9 @@
 
 import importlib.util
 import json
-import os
+import multiprocessing
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -67,9 +66,8 @@ def test_trials_fail_the_study_continues_and_the_best_options_are_written(tmp_pa
 
 def kill_the_trial():
     """Kill the training process, not this one, which waits for it."""
-    children = subprocess.run(["pgrep", "-P", str(os.getpid())], capture_output=True, text=True, check=False)
-    (worker,) = [pid for pid in children.stdout.split() if "spawn_main" in _cmdline(pid)]
-    os.kill(int(worker), signal.SIGKILL)
+    (worker,) = multiprocessing.active_children()
+    worker.kill()
 
 
 @pytest.mark.slow
@@ -100,14 +98,6 @@ def test_an_interrupted_trial_is_repeated(tmp_path, call, number):
         study.ask()
     assert study.user_attrs["interrupted"] == [0]
     assert study.trials[1].system_attrs["fixed_params"] == study.trials[0].params
-
-
-def _cmdline(pid):
-    try:
-        with open(f"/proc/{pid}/cmdline", encoding="utf-8") as file:
-            return file.read()
-    except OSError:
-        return ""
 
 
 def test_a_study_stops_at_the_requested_number_of_trials(plan):
