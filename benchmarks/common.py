@@ -224,8 +224,9 @@ def save(options: argparse.Namespace, name: str, where: dict[str, Any], **values
     """Write the results as JSON to --out. Returns the path."""
     path = options.out / f"{name}{'_tiny' if options.tiny else ''}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**where, **values}, indent=1, default=vars) + "\n", encoding="utf-8")
-    return path
+    part = path.with_suffix(".part")  # a program that is stopped here leaves the earlier results
+    part.write_text(json.dumps({**where, **values}, indent=1, default=vars) + "\n", encoding="utf-8")
+    return part.replace(path)
 
 
 def append_line(path: Path, row: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The measurements of benchmarks.devices, in one of several processes."""
+"""The measurements of benchmarks.devices with a ViT, in one of several processes."""
 
 import argparse
 import sys
@@ -25,6 +25,7 @@ from training.step import StepResult
 from training.trainer import Trainer
 
 CLASSES = 100
+NAMES = ("images", "extracted", "epochs", "views")
 BLOCKS = "--router.warmup_steps 20 --train.all_patches 0 --train.save_every 1000000 --backbone.pretrained false"
 TINY_BLOCKS = "--config configs/digits_blocks.yaml --train.batch_size 24 --router.warmup_steps 1"
 HEAD = f"--config {HEAD_RECIPE} --backbone.pretrained false"
@@ -34,19 +35,10 @@ PROFILED, PROFILED_TINY = 10, 2  # steps with timed exchanges, after half as man
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    for name in ("images", "extracted", "epochs", "views"):
+    for name in NAMES:
         parser.add_argument(f"--{name}", type=int)
     parser.add_argument("--tiny", action="store_true")
-    work(
-        parser,
-        {
-            "training": lambda options, device: training(options, device, lambda batch: batch),
-            "half": lambda options, device: training(options, device, lambda batch: batch // 2),
-            "each": lambda options, device: training(options, device, lambda batch: batch * world().size),
-            "extraction": extraction,
-            "link": link,
-        },
-    )
+    work(parser, SECTIONS)
 
 
 def _config(words: str, epochs: int) -> Config:
@@ -161,6 +153,15 @@ def link(options: argparse.Namespace, device: torch.device) -> dict:
     large, small = link_of(exchange, device, size)
     moved = 2 * 4 * size * (1 - 1 / world().size)
     return {"within": moved / max(large - small, 1e-9), "latency": small}
+
+
+SECTIONS = {
+    "training": lambda options, device: training(options, device, lambda batch: batch),
+    "half": lambda options, device: training(options, device, lambda batch: batch // 2),
+    "each": lambda options, device: training(options, device, lambda batch: batch * world().size),
+    "extraction": extraction,
+    "link": link,
+}
 
 
 if __name__ == "__main__":

@@ -45,18 +45,38 @@ def add_options(parser: Parser, names: Sequence[str], limit: float) -> None:
     parser.add_argument("--limit", type=float, default=limit, help=f"seconds for each section (default {limit:g})")
 
 
-def measured(worker: str, number: int, options: argparse.Namespace, names: Sequence[str], words: list[str]) -> dict:
+def measured(
+    worker: str,
+    number: int,
+    options: argparse.Namespace,
+    names: Sequence[str],
+    words: list[str],
+    keep: Callable[[dict[str, Any]], Any],
+) -> dict[str, Any]:
     """The result of each section of a worker with this number of processes, by name; {"failed": reason} for a failure.
 
-    worker: name of its module. words: its options, in addition to those that `work` reads.
+    worker: name of its module. words: its options, in addition to those that `work` reads. keep: called with the
+    results so far whenever there are new ones.
     """
     found: dict[str, Any] = {"processes": number}
+
+    def add(new: dict[str, Any]) -> None:
+        found.update(new)
+        keep(dict(found))
+
     while left := [name for name in names if name not in found]:
-        found |= _once(worker, number, options, left, words)
+        add(_once(worker, number, options, left, words, add))
     return found
 
 
-def _once(worker: str, number: int, options: argparse.Namespace, names: list[str], words: list[str]) -> dict[str, Any]:
+def _once(
+    worker: str,
+    number: int,
+    options: argparse.Namespace,
+    names: list[str],
+    words: list[str],
+    keep: Callable[[dict[str, Any]], Any],
+) -> dict[str, Any]:
     """The sections up to the first that fails; at least one."""
     with tempfile.TemporaryDirectory() as folder:
         out, said = Path(folder) / "found.json", Path(folder) / "said.txt"
@@ -64,7 +84,7 @@ def _once(worker: str, number: int, options: argparse.Namespace, names: list[str
         with said.open("w", encoding="utf-8") as file:
             each = [_start(run, rank, number, port, file) for port in [_free_port()] for rank in range(number)]
             try:
-                late = _wait(each, out, options.limit)
+                late = _wait(each, out, options.limit, keep)
             finally:
                 for process in each:
                     process.kill()
@@ -91,14 +111,18 @@ def _free_port() -> int:
         return found.getsockname()[1]
 
 
-def _wait(each: list[subprocess.Popen], out: Path, limit: float) -> bool:
-    """Wait until all have ended; True if a section has taken too long."""
+def _wait(
+    each: list[subprocess.Popen], out: Path, limit: float, keep: Callable[[dict[str, Any]], Any] = lambda new: None
+) -> bool:
+    """Wait until all have ended, and keep each section; True if one has taken too long."""
     done, since = 0, time.monotonic() + START
     while any(process.poll() is None for process in each):
         time.sleep(LOOK)
-        now = time.monotonic()
-        if (number := len(_read(out))) > done or (out.exists() and since > now):
-            done, since = number, now
+        now, found = time.monotonic(), _read(out)
+        if len(found) > done:
+            keep(found)
+        if len(found) > done or (out.exists() and since > now):
+            done, since = len(found), now
         if now - since > limit:
             return True
     return False

@@ -1,11 +1,10 @@
 """Predict the scaling to more devices from measurements on one and two devices, with benchmarks.scaling_formulas.
 
-python -m benchmarks.scaling_model                                         from the files in runs/benchmarks
+python -m benchmarks.scaling_model                                         from the file in runs/benchmarks
 python -m benchmarks.scaling_model --from FOLDER --between 50e9 --node 8   other machines; bytes/s between nodes
 
-Reads devices.json of benchmarks.devices and expert_parallel.json of benchmarks.expert_parallel, or one of them. Prints
-measured and predicted times side by side, and then predictions for more devices. Images and rows per device stay the
-same, so an efficiency of 100 % is linear scaling.
+Reads devices.json of benchmarks.devices. Prints measured and predicted times side by side, and then predictions for
+more devices. Images and rows per device stay the same, so an efficiency of 100 % is linear scaling.
 """
 
 import json
@@ -21,7 +20,6 @@ from common import arguments
 from common.errors import UserError, exit_code_of
 
 TINY = {"devices": [1, 2, 8]}
-FILES = {"devices": "benchmarks.devices", "expert_parallel": "benchmarks.expert_parallel"}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -36,10 +34,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_numbers("--devices", [1, 2, 8, 64, 512], "numbers of devices")
     options = parser.parse_args(argv)
     start(options)
-    found = {name: read(options.folder / f"{name}{'_tiny' if options.tiny else ''}.json") for name in FILES}
-    if not any(found.values()):
-        raise UserError(f"{options.folder} has nothing to predict from: run {' and '.join(FILES.values())} first")
-    parts = [part for name, of in PARTS.items() if found[name] for part in of(found[name], options)]
+    rows = read(options.folder / f"devices{'_tiny' if options.tiny else ''}.json")
+    parts = [part for of in (_recipe, _head, _extraction) if (part := of(rows, options)) is not None]
     lines = [line for measured, _ in parts for line in measured]
     print(table(["what", "devices", "ms, measured", "ms, predicted", "error"], lines))
     network = f"{options.node} devices per node, {options.between:.3g} bytes/s between nodes"
@@ -49,15 +45,13 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def read(path: Path) -> dict[int, dict]:
-    """The results of a benchmark by number of processes; {} if there is no file. Raises UserError if it is invalid."""
+    """The results of benchmarks.devices by number of processes. Raises UserError if there are no valid ones."""
     if not path.exists():
-        return {}
+        raise UserError(f"{path.parent} has nothing to predict from: run benchmarks.devices first")
     try:
         return {row["processes"]: row for row in json.loads(path.read_text(encoding="utf-8"))["rows"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} was not written by {FILES[path.stem.removesuffix('_tiny')]}: run that again"
-        ) from error
+        raise UserError(f"{path} was not written by benchmarks.devices: run that again") from error
 
 
 def _needed(rows: dict[int, dict], *wanted: tuple[int, str]) -> list[dict] | None:
@@ -74,11 +68,6 @@ def _needed(rows: dict[int, dict], *wanted: tuple[int, str]) -> list[dict] | Non
 
 Predicted = Callable[[list[int]], str]
 Part = tuple[list[list[str]], Predicted]
-
-
-def _of_devices(rows: dict[int, dict], options: Any) -> list[Part]:
-    """The default recipe, and extraction."""
-    return [part for part in (_recipe(rows, options), _extraction(rows, options)) if part is not None]
 
 
 def _recipe(rows: dict[int, dict], options: Any) -> Part | None:
@@ -118,18 +107,18 @@ def _extraction(rows: dict[int, dict], options: Any) -> Part | None:
     return measured, lambda devices: _growth(title, devices, lambda n: [("", view.step(network, n, images * n))])
 
 
-def _head(rows: dict[int, dict], options: Any) -> list[Part]:
+def _head(rows: dict[int, dict], options: Any) -> Part | None:
     """The head with many experts."""
-    found = _needed(rows, (1, "half"), (1, "half_experts"), (1, "quarter"), (2, "link"))
+    found = _needed(rows, (1, "head_half"), (1, "head_half_experts"), (1, "head_quarter"), (2, "head_link"))
     if found is None:
-        return []
+        return None
     *steps, link = found
     sizes = {name: link[name] for name in ("experts", "top_k", "features", "outputs", "common", "each")}
     head = Head.fitted(*(step["seconds"] for step in steps), rows=steps[1]["rows"], **sizes)
     network = Network(link["within"], options.between, link["latency"], options.node)
     measured = _measured(
         rows,
-        ("step", "each"),
+        ("head", "head_each"),
         lambda section: f"{head.experts} experts, {section['rows']:,} rows",
         lambda number, section: head.step(network, number, number, section["rows"] // number),
     )
@@ -141,10 +130,8 @@ def _head(rows: dict[int, dict], options: Any) -> list[Part]:
         fit = [members for members in groups if number % members == 0]
         return [(f"experts on {members}", head.step(network, number, members, each)) for members in fit]
 
-    return [(measured, lambda devices: _growth(f"{head.experts} experts, {each:,} rows per device", devices, on))]
-
-
-PARTS: dict[str, Callable[[dict[int, dict], Any], list[Part]]] = {"devices": _of_devices, "expert_parallel": _head}
+    title = f"{head.experts} experts, {each:,} rows per device"
+    return measured, lambda devices: _growth(title, devices, on)
 
 
 def _measured(

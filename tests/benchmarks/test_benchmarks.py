@@ -13,10 +13,9 @@ from benchmarks import (
     adaptation,
     blocks_step,
     devices,
+    devices_head,
     devices_worker,
     dispatch,
-    expert_parallel,
-    expert_parallel_worker,
     extraction,
     recipe,
     scaling,
@@ -177,7 +176,6 @@ def test_tiny_does_not_change_given_options(tmp_path):
         blocks_step,
         devices,
         dispatch,
-        expert_parallel,
         extraction,
         recipe,
         scaling,
@@ -211,27 +209,39 @@ def test_devices(capsys):
     # Every token of an image, in three blocks of four experts each.
     assert found["gates"] == 65 * 3 * 4
     alone = {"processes": 1, "training": {**found, "images_per_second": found["images_per_second"] / 2}}
-    lines = devices._lines({**row, "each": {"failed": "no room"}}, alone)
-    assert [line[:2] for line in lines] == [["2", "training"], ["2", "training"], ["2", "extraction"]]
-    assert lines[0][4] == "2.00x" and lines[1][2] == "no room" and lines[2][4] == ""
+    alone["extraction"] = {"failed": "no room"}
+    line = devices._line("training", row, alone)
+    assert line[:2] == ["2", "default recipe"] and line[4] == "2.00x" and len(line) == 13
+    line = devices._line("extraction", row, alone)
+    assert line[:3] == ["2", "extraction", "16"] and line[4] == "" and len(line) == 13
+    assert devices._line("extraction", alone, alone)[:3] == ["1", "extraction", "no room"]
 
 
-def of_expert_parallel(world) -> dict:
-    options = Namespace(**expert_parallel.TINY)
-    step = expert_parallel_worker.measure(options, CPU, options.experts, options.rows)
-    return {"step": step, "sizes": expert_parallel_worker.sizes(options)}
+def of_a_head(world) -> dict:
+    options = Namespace(**devices.TINY)
+    step = devices_head.measure(options, CPU, options.experts, options.rows)
+    return {"step": step, "sizes": devices_head.sizes(options)}
 
 
 @pytest.mark.slow
-def test_expert_parallel():
-    found = in_processes(2, of_expert_parallel)[0]
+def test_devices_with_a_head():
+    found = in_processes(2, of_a_head)[0]
     each = 32 * 16 + 16 + 2 * 16 + 16 * 100 + 100
     # Four of eight experts: weights, gradients and two moments, and the steps of the six parameters, which all share.
     assert found["step"]["expert_bytes"] == 4 * 4 * 4 * each + 6 * 4 and found["sizes"]["each"] == each
     assert found["sizes"]["common"] == 2 * 32 + 32 * 8 + 8
     assert min(found["step"][name] for name in ("all_to_all", "sums", "waiting")) > 0
-    (line,) = expert_parallel._lines({"processes": 2, "step": found["step"]}, {"processes": 2})
-    assert line[:2] == ["2", "256"] and line[3] == ""
+
+
+def test_a_head_is_compared_with_that_of_one_process():
+    alone = {"rows": 100, "seconds": 0.03, "expert_bytes": 4e9, "peak": 5e9, "largest_over_mean": 1.0}
+    both = alone | {"rows": 200, "seconds": 0.04, "expert_bytes": 2e9, "all_to_all": 0.004, "sums": 0.001}
+    row = {"processes": 2, "head_each": both | {"waiting": 0.002}}
+    line = devices._line("head_each", row, {"processes": 1, "head": alone})
+    assert line[:5] == ["2", "head", "200", "5,000", "1.50x"]
+    assert line[5:] == ["40.00", "33.00", "4.00", "1.00", "2.00", "2.00 GB, 50 %", "5.0", "1.000"]
+    line = devices._line("head_each", row, row)
+    assert line[4] == "" and line[10] == "2.00 GB" and len(line) == 13
 
 
 @pytest.mark.slow

@@ -60,7 +60,7 @@ def test_inputs_are_fitted_to_steps_on_one_device():
 
 
 def measured(folder) -> None:
-    """Files of benchmarks in which two devices take 25 % longer than the model says."""
+    """Results of benchmarks.devices in which two devices take 25 % longer than the model says."""
     link = {"within": 1e9, "latency": 0.0001}
 
     def training(batch: int, seconds: float) -> dict:
@@ -70,19 +70,18 @@ def measured(folder) -> None:
     alone["extraction"] = {"images_per_second": 50.0, "seconds": 2.0, "batch": 25, "bytes": 8}
     two = {"processes": 2, "training": training(20, 1.25 * RECIPE.step(NETWORK, 2, 10).whole), "link": link}
     two["extraction"] = {"failed": "out of memory"}
-    (folder / "devices.json").write_text(json.dumps({"rows": [alone, two]}))
-    steps = {
-        name: {"rows": rows, "seconds": seconds}
+    alone |= {
+        f"head{name}": {"rows": rows, "seconds": seconds}
         for name, rows, seconds in (
-            ("step", 1000, 0.006),
-            ("half", 500, 0.0035),
-            ("half_experts", 1000, 0.004),
-            ("quarter", 500, 0.0025),
+            ("", 1000, 0.006),
+            ("_half", 500, 0.0035),
+            ("_half_experts", 1000, 0.004),
+            ("_quarter", 500, 0.0025),
         )
     }
-    both = {"processes": 2, "step": {"rows": 1000, "seconds": 1.25 * HEAD.step(NETWORK, 2, 2, 500).whole}}
-    rows = [{"processes": 1, **steps}, both | {"link": link | SIZES}]
-    (folder / "expert_parallel.json").write_text(json.dumps({"rows": rows}))
+    two["head"] = {"rows": 1000, "seconds": 1.25 * HEAD.step(NETWORK, 2, 2, 500).whole}
+    two["head_link"] = link | SIZES
+    (folder / "devices.json").write_text(json.dumps({"rows": [alone, two]}))
 
 
 def test_measured_and_predicted_times_are_shown_side_by_side(tmp_path, capsys):
@@ -90,7 +89,7 @@ def test_measured_and_predicted_times_are_shown_side_by_side(tmp_path, capsys):
     scaling_model.main(["--from", str(tmp_path), "--node", "4", "--between", "1e8", "--devices", "1", "8"])
     said = capsys.readouterr().out
     lines = [line for line in said.splitlines() if line.startswith(("| default", "| 8 exp", "| extraction, 100"))]
-    assert [line.split("|")[-2].strip() for line in lines] == ["+0 %", "-20 %", "+0 %", "+0 %", "-20 %"]
+    assert [line.split("|")[-2].strip() for line in lines] == ["+0 %", "-20 %", "+0 %", "-20 %", "+0 %"]
     assert "PREDICTIONS, 4 devices per node, 1e+08 bytes/s between nodes" in said and "experts on 4" in said
 
 

@@ -1,4 +1,4 @@
-"""The measurements of benchmarks.expert_parallel, in one of several processes."""
+"""The measurements of benchmarks.devices with a head of many experts, in one of several processes."""
 
 import argparse
 import sys
@@ -36,17 +36,8 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     for name in NAMES:
         parser.add_argument(f"--{name}", type=int)
-    work(
-        parser,
-        {
-            "step": lambda options, device: measure(options, device, options.experts, options.rows),
-            "half": lambda options, device: to_itself(options, device, options.experts // 2, options.rows // 2),
-            "half_experts": lambda options, device: to_itself(options, device, options.experts // 2, options.rows),
-            "quarter": lambda options, device: to_itself(options, device, options.experts // 4, options.rows // 2),
-            "each": lambda options, device: measure(options, device, options.experts, options.rows * world().size),
-            "link": link,
-        },
-    )
+    parser.add_argument("--tiny", action="store_true")
+    work(parser, SECTIONS)
 
 
 def build(options: argparse.Namespace, experts: int, device: Any) -> VisionMoE:
@@ -155,6 +146,16 @@ def sizes(options: argparse.Namespace) -> dict[str, int]:
     total = sum(value.numel() for value in model.parameters())
     found = {"top_k": TOP_K, "features": options.features, "outputs": CLASSES, "experts": options.experts}
     return found | {"common": total - of_experts, "each": of_experts // options.experts}
+
+
+SECTIONS = {
+    "head": lambda options, device: measure(options, device, options.experts, options.rows),
+    "head_each": lambda options, device: measure(options, device, options.experts, options.rows * world().size),
+    "head_half": lambda options, device: to_itself(options, device, options.experts // 2, options.rows // 2),
+    "head_half_experts": lambda options, device: to_itself(options, device, options.experts // 2, options.rows),
+    "head_quarter": lambda options, device: to_itself(options, device, options.experts // 4, options.rows // 2),
+    "head_link": link,
+}
 
 
 if __name__ == "__main__":
