@@ -5,6 +5,7 @@ from functools import cache
 
 import numpy as np
 import pytest
+import timm.optim  # noqa: F401, which a fork would import for a fifth of a second
 import torch
 from block_helpers import images, moe_vit, spread
 from distributed_helpers import in_processes
