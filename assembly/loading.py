@@ -12,7 +12,7 @@ from assembly.ready import get_ready
 from common.errors import EnvironmentFault, as_environment_fault, warn
 from common.network import reachable
 from common.paths import absolute
-from common.text import counted
+from common.text import counted, printable
 from config.config import Config, config_from_dict
 from evaluation.trained import TrainedRun
 from features.bank import FeatureBank
@@ -45,7 +45,7 @@ def load_trained(
     described = describe(run, say)
     config = configure(described["config"], device, weights=weights)
     device = pick_device(config.device)
-    get_ready(config, device)
+    get_ready(config, device, compiling=False)
     with as_environment_fault():
         backbone = load_backbone(config.backbone, device, reachable)
         here = {"name": config.backbone.name, "fingerprint": backbone.fingerprint()}
@@ -109,6 +109,7 @@ def open_run(
     if cache_dir is not None:
         config.features.cache_dir = None if str(cache_dir) == "null" else cache_dir.absolute()
     where = pick_device(config.device)
+    print(f"loading      {printable(run.path)}: {config.data.name} and {config.backbone.name}, for {where}", flush=True)
     splits, backbone = load_both(config, where, as_environment_fault)
     bank = build_bank(config, splits, backbone, where)
     with as_environment_fault():

@@ -19,12 +19,12 @@ def read_images(config: Config) -> Splits:
     return splits
 
 
-def get_ready(config: Config, device: torch.device) -> None:
-    """Do this work now, while a separate thread reads the images."""
+def get_ready(config: Config, device: torch.device, compiling: bool = True) -> None:
+    """Do this work now, while a separate thread reads the images. compiling: whether blocks may be compiled later."""
     if device.type == "cuda":
         Ahead(lambda: _start(device))
     with later_imports():
-        if config.experts.place == "blocks" and compiles(config, device):
+        if compiling and config.experts.place == "blocks" and compiles(config, device):
             import_module("torch._inductor.async_compile")  # starts its processes, which need seconds to be ready
         import_module("timm")
 

@@ -259,6 +259,8 @@ class Trainer(TrainerState):
         progress.batches += 1
         if self.ema:
             self.ema.update(self.model, step=self.step)
+            for averaged, trained in zip(self.ema.module.mixtures, self.model.mixtures, strict=True):
+                averaged.router.open_like(trained.router)
 
     def _forward_options(self) -> dict[str, Any]:
         """Options of this step's forward pass, besides random routing."""

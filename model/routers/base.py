@@ -126,6 +126,12 @@ class Router(nn.Module, ABC):
         self.grown, self.opening_steps = tuple(grown), max(1, config.warmup_steps)
         self.register_buffer("margin_E", torch.zeros(self.num_experts))
 
+    @torch.no_grad()
+    def open_like(self, other: "Router") -> None:
+        """Open the gate to added experts as far as another one: a moving average of that would never end."""
+        if self.grown:
+            self.margin_E.copy_(other.margin_E)
+
     def close_to(self, new_E: Tensor, old_E: Tensor) -> None:
         """Initialise the gate of new experts: never chosen, weight 0. new_E, old_E: new and old expert indices."""
 

@@ -131,6 +131,7 @@ def test_new_experts_are_added_to_those_of_a_run(tiny_run, tmp_path, start, caps
     old, new = (load_weights_of(RunFolder(path)) for path in (tiny_run, tmp_path / "run"))
     assert torch.equal(new["moe.router.gate.weight"][:4], old["moe.router.gate.weight"])
     assert new["moe.router.gate.weight"][4:].any()
+    assert not new["moe.router.margin_E"].any()  # open, in the moving average too: the run can be compressed
     # A run that starts from that one, with more new experts; its configuration, read back, adds none again.
     again = parse_command_line(options(tmp_path / "run", "--experts.add", "[[2]]")).config
     assert again.experts.grown == [4, 6] and len(again.experts.sizes) == 7
