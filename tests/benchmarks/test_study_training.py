@@ -1,5 +1,6 @@
 """The training of heads in the study: in passes, by several processes, each stored when finished."""
 
+import multiprocessing
 import time
 from dataclasses import replace
 
@@ -122,12 +123,14 @@ def test_a_failed_pass_is_repeated_head_by_head_and_only_lasting_failures_are_st
 
 
 @pytest.mark.slow
-def test_runs_in_progress_at_the_deadline_are_kept(tmp_path, features):
-    jobs = [Job("x", dense(8), seed, "test", 2, {"lr": 1e-3, "dropout": 0.0}) for seed in range(40)]
+def test_runs_in_progress_at_the_deadline_are_kept(tmp_path, features, monkeypatch):
+    forked = multiprocessing.get_context("fork")  # a new interpreter imports for seconds
+    monkeypatch.setattr(study_runs.multiprocessing, "get_context", lambda _: forked)
+    jobs = [Job("x", dense(8), seed, "test", 2, {"lr": 1e-3, "dropout": 0.0}) for seed in range(400)]
     results = Results(tmp_path)
     with study_runs.Workers(1, 1, {"test": features}) as workers:
-        workers.run(jobs, results, time.perf_counter() + 0.1)  # it takes longer to begin
-    assert 1 <= len(results.scores) < 40
+        workers.run(jobs, results, time.perf_counter() + 0.1)
+    assert 1 <= len(results.scores) < 400
 
 
 def test_tokens_and_rules_whose_shapes_vary_are_not_captured_together(features):

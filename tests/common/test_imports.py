@@ -11,9 +11,10 @@ from common.imports import later_imports, pause_collection, resume_collection
 
 @pytest.fixture(autouse=True)
 def collecting():
+    gc.unfreeze()
     yield
     gc.enable()
-    gc.unfreeze()
+    gc.freeze()  # as for all tests
 
 
 def test_a_program_collects_garbage_after_its_imports_and_leaves_them_alone():
