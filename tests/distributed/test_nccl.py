@@ -211,7 +211,7 @@ def test_steps_are_those_of_one_process(name, each):
         assert isinstance(found[name], dict), found[name]
         apart = differences(found[name], alone)
         print(f"{name}: largest differences {largest(apart)}")
-        assert max(apart.values()) < 1e-3
+        assert max(apart.values()) < 1e-5
 
 
 @pytest.mark.parametrize("how", SPREAD)
@@ -227,7 +227,7 @@ def test_a_run_on_two_gpus_is_that_of_one(recipe, how, started):
     means = {name: (several[name].double() - value.double()).abs().mean().item() for name, value in alone.items()}
     print(f"{recipe} {how}: largest differences {largest(apart)}, largest means of a tensor {largest(means)}")
     # Sums in another order change single weights whose gradient is almost zero by as much as a step of AdamW.
-    assert max(means.values()) < 1e-3
+    assert max(means.values()) < 1e-5
     results = [json.loads((folder / "evaluation" / "metrics.json").read_text()) for folder in folders]
     assert results[0]["accuracy"] == pytest.approx(results[1]["accuracy"], abs=0.05)
 
