@@ -140,6 +140,7 @@ def test_kernels_are_told_apart_by_name():
     assert [blocks_step.kind_of(name) for name in names] == kinds
 
 
+@pytest.mark.slow
 def test_scaling_runs(tmp_path, capsys):
     scaling.main([*TINY, str(tmp_path)])
     assert "launches" in capsys.readouterr().out

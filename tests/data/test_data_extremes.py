@@ -5,6 +5,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
+from conftest import mostly_slow
 
 from common.errors import UserError
 from config.features import FeaturesConfig
@@ -34,7 +35,7 @@ def splits():
 
 
 @pytest.mark.parametrize(("part", "name", "values"), list(options()))
-@pytest.mark.parametrize("mode", ["cached", "live"])
+@pytest.mark.parametrize("mode", mostly_slow(["cached", "live"], ["cached"]))
 def test_an_option_at_its_extremes_runs_or_is_reported_in_one_line(splits, part, name, values, mode):
     for value in values:
         try:

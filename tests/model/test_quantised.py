@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from compression_helpers import behind, inputs_of, inside
+from conftest import mostly_slow
 from safetensors.torch import load, save
 from torch import nn
 
@@ -71,7 +72,7 @@ MIXTURES = {
 
 
 @pytest.mark.parametrize("name", sorted(MIXTURES))
-@pytest.mark.parametrize("number_format", ["int8", "fp8", "float16"])
+@pytest.mark.parametrize("number_format", mostly_slow(["int8", "fp8", "float16"], ["int8", "float16"]))
 def test_a_model_computes_with_the_stored_weights(name, number_format):
     """The outputs are those of the float model with matrices rounded by hand."""
     _, model, _ = MIXTURES[name]()

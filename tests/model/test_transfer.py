@@ -215,7 +215,7 @@ def test_also_with_probabilities_and_for_a_second_addition(kind):
     assert torch.equal(once.eval()(x)[0], twice.eval()(x)[0])
 
 
-@pytest.mark.parametrize("level", ["token", "image"])
+@pytest.mark.parametrize("level", mostly_slow(["token", "image"], ["token"]))
 @pytest.mark.parametrize("kind", mostly_slow(["mixtral", "vmoe", "deepseek"], ["deepseek"]))
 @pytest.mark.parametrize("ffn", [False, True])
 def test_new_experts_inside_the_vit_change_no_bit(kind, level, ffn):
