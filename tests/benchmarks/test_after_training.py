@@ -23,7 +23,8 @@ def test_experts_in_host_memory_are_copied_unless_they_are_kept(tmp_path, capsys
 
 @pytest.mark.slow
 def test_a_mixture_and_its_dense_twin_are_shown_side_by_side(tmp_path, capsys):
-    cost.main([*TINY, str(tmp_path), "--train.epochs", "1"])
+    words = [*TINY, str(tmp_path), "--data.max_per_class", "13"]
+    cost.main([*words, "--train.epochs", "1"])
     mixture, dense = json.loads((tmp_path / "cost_tiny.json").read_text())["figures"].values()
     assert dense["active_parameters"] == dense["trained_parameters"]
     assert mixture["active_parameters"] < mixture["trained_parameters"]
@@ -32,7 +33,7 @@ def test_a_mixture_and_its_dense_twin_are_shown_side_by_side(tmp_path, capsys):
     )
     assert all(found["latency_cpu_1"] > 0 < found["latency_cpu_256"] for found in (mixture, dense))
     assert "| latency of 256 images, CPU |" in capsys.readouterr().out
-    cost.main([*TINY, str(tmp_path), "--untrained"])
+    cost.main([*words, "--untrained"])
     untrained = json.loads((tmp_path / "cost_tiny.json").read_text())["figures"].values()
     for trained, new in zip((mixture, dense), untrained, strict=True):
         sizes = ("total_parameters", "trained_parameters", "memory_bytes")

@@ -55,7 +55,8 @@ def test_a_live_run_of_fewer_epochs_has_proportional_warm_ups():
 
 @pytest.mark.slow
 def test_adaptation_methods_share_a_file_of_runs(tmp_path, capsys):
-    options = ["--tiny", "--device", "cpu", "--out", str(tmp_path), "--pick_epochs", "1", "--methods"]
+    options = ["--tiny", "--device", "cpu", "--out", str(tmp_path), "--pick_epochs", "1"]
+    options += ["--data.max_per_class", "13", "--methods"]
     adaptation.main([*options, "experts", "full"])
     lines = adaptation.read(tmp_path / "adaptation_tiny.jsonl")
     assert [(line["method"], line["pick"]) for line in lines] == [
