@@ -41,6 +41,13 @@ class Stack:
         return tensor.split(self.rows)
 
 
+def release(part: Any) -> None:
+    """Give a parameter that is no longer trained in a stack its own memory, so that the stack's can be freed."""
+    if hasattr(part, "whole"):
+        part.data = part.detach().clone()
+        del part.whole
+
+
 def whole_of(parts: list[Any]) -> nn.Parameter | None:
     """The parameter that consists of all these (None: there is none). parts: in the order of their experts."""
     if torch.compiler.is_compiling():

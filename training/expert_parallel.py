@@ -13,7 +13,7 @@ from common.distributed import world
 from config.optim import OptimConfig
 from model.moe_vit import AnyMoE
 from model.spread import Shares, Spread
-from model.stacked import Stack
+from model.stacked import Stack, release
 from training.optim import build_optimizer
 
 WORTH = 0.05  # a new placement must reduce the largest work by this much, because moving experts has a cost
@@ -63,6 +63,8 @@ class ExpertParallel:
                 self.stacks.append((names, stack))
         names = {name for names, _ in self.stacks for name in names}
         self.single = {n: value for n, value in by_name.items() if n in self.spread.parts and n not in names}
+        for value in self.single.values():
+            release(value)  # if the others of its stack have moved
         common = [value for name, value in by_name.items() if name not in self.spread.parts]
         return common, [*(stack.whole for _, stack in self.stacks), *self.single.values()]
 

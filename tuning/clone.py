@@ -1,10 +1,10 @@
 """A cloned study: the task of a study describes the command that repeats it."""
 
-from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
 from common.files import require_place, write_text
+from common.paths import absolute
 from config.command_line import parse_command_line
 from config.config import as_yaml
 from tracking.agent import agent_task, option_texts, task_sections
@@ -31,14 +31,14 @@ def study_words(words: list[str]) -> list[str]:
     study = {"out": "", "trials": "", "jobs": "", "queue": "", "pruning": ""} | sections.get("study", {})
     if not study["out"]:
         raise UserError(f"{place} names no folder of a study: set out in its section study")
-    folder = Path(study["out"])
+    folder = absolute(study["out"])
     config = parse_command_line([], option_texts(sections), place).config
-    files = {"study.yaml": as_yaml(config), "space.yaml": _as_yaml(sections.get("space", {}))}
-    require_place(folder / "study.yaml", f"out in {place}:")
+    options, space = (folder / f"{name}-{task_id}.yaml" for name in ("options", "space"))  # overwrites no other file
+    require_place(options, f"out in {place}:")
     folder.mkdir(parents=True, exist_ok=True)
-    for name, text in files.items():
-        write_text(folder / name, text)
-    words = [f"--config={folder / 'study.yaml'}", f"--space={folder / 'space.yaml'}"]
+    write_text(options, as_yaml(config))
+    write_text(space, _as_yaml(sections.get("space", {})))
+    words = [f"--config={options}", f"--space={space}"]
     words += [f"--{name}={study[name]}" for name in ("out", "trials", "jobs", "queue") if study[name]]
     return words + ["--no_pruning"] * (study["pruning"].lower() == "false")
 

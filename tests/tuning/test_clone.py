@@ -49,6 +49,23 @@ def test_the_command_of_a_clone_is_that_of_the_study(task, tmp_path):
     assert (config.data.name, config.train.epochs, config.tracking) == ("digits", 3, "auto")
 
 
+def test_the_folder_of_a_clone_may_start_with_the_home_folder(task, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    task(out="~/again")
+    options, _ = read_options("", study_words([]))
+    assert options.out == tmp_path / "again" and options.space.parent == options.out
+
+
+def test_a_clone_overwrites_no_file_of_the_folder(task, tmp_path):
+    folder = tmp_path / "my study"
+    folder.mkdir()
+    for name in ("space.yaml", "study.yaml"):
+        (folder / name).write_text("mine", encoding="utf-8")
+    task()
+    study_words([])
+    assert [(folder / name).read_text(encoding="utf-8") for name in ("space.yaml", "study.yaml")] == ["mine", "mine"]
+
+
 def test_a_command_line_is_used_as_it_is(task):
     task()
     assert study_words(["--trials", "3"]) == ["--trials", "3"]
