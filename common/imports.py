@@ -1,7 +1,6 @@
 """Imports without garbage collection.
 
-They make millions of objects that stay, and the collector would go through them again and again, for a fifth of the
-time of the imports.
+They make millions of objects that stay, and the collector would go through them again and again.
 """
 
 import gc
