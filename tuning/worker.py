@@ -1,6 +1,7 @@
 """A process that trains the trials of a study one after another."""
 
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -73,11 +74,11 @@ def work(plan: Plan, seed: int) -> None:
     for name in OF_PARENT:
         os.environ.pop(name, None)
     sys.argv[:] = [str(PROGRAM)]  # what ClearML takes for the program, so that agents train clones of a trial's task
-    parent = os.getppid()
+    parent = multiprocessing.parent_process()  # not that of the system, which is the process that forks the workers
     try:
         with stoppable():
             worker = _Worker(plan, seed)
-            while os.getppid() == parent and worker.trial():
+            while (parent is None or parent.is_alive()) and worker.trial():
                 pass
     except Interrupted as error:
         sys.exit(error.exit_code)
