@@ -97,9 +97,14 @@ class MixtureOfExperts(nn.Module):
 
 
 def check_shape(x: Tensor, width: int, shape: str) -> None:
-    """Raise ValueError for a tensor of another shape. shape: the expected one, such as "(B, {})", with `width` last."""
+    """Raise ValueError for a tensor of another shape, or of integers.
+
+    shape: the expected one, such as "(B, {})", with `width` last.
+    """
     if x.ndim != shape.count(",") + 1 or x.shape[-1] != width:
         raise ValueError(f"the mixture of experts reads a tensor of shape {shape.format(width)}, not {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"the mixture of experts reads floating-point numbers, not {x.dtype}: convert them first")
 
 
 def check_mixture(router: RouterConfig, experts: ExpertsConfig) -> None:

@@ -23,10 +23,12 @@ class ExpertKind:
     columns) like LayeredExpert, from (B, D) to (B, C) in the number format of its input. place blocks: all experts of
     one block of the ViT, built from (width, ExpertsConfig, the frozen FFN) and called like Adapters. static_shapes:
     whether that call never waits for the number of tokens of an expert, so that a CUDA graph can capture it.
+    fixed_size: whether the backbone determines the number of hidden units.
     """
 
     place = "head"
     static_shapes: bool = False
+    fixed_size = False
 
     @classmethod
     def check(cls, config: ExpertsConfig) -> None:

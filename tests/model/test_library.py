@@ -136,6 +136,15 @@ def test_a_wrong_shape_is_one_clear_sentence(shape):
             ffn(torch.zeros(shape))
 
 
+def test_integers_are_one_clear_sentence():
+    for module, shape in (
+        (MixtureOfExperts(6, 3, RouterConfig(), SIZES), (2, 6)),
+        (MoEFFN(6, RouterConfig(), SIZES), (2, 3, 6)),
+    ):
+        with pytest.raises(ValueError, match=r"reads floating-point numbers, not torch\.int64: convert them first$"):
+            module(torch.zeros(shape, dtype=torch.int64))
+
+
 def test_all_names_exist_and_errors_are_builtin_types():
     assert sorted(model.__all__) == sorted(set(model.__all__)) and all(hasattr(model, name) for name in model.__all__)
     assert issubclass(InputError, ValueError) and issubclass(model.UnavailableError, OSError)
