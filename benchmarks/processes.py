@@ -55,8 +55,8 @@ def measured(
 ) -> dict[str, Any]:
     """The result of each section of a worker with this number of processes, by name; {"failed": reason} for a failure.
 
-    worker: name of its module. words: its options, in addition to those that `work` reads. keep: called with the
-    results so far whenever there are new ones.
+    worker: name of its module. words: its options, in addition to those that `work` reads. keep: receives
+    all results so far whenever there are new ones.
     """
     found: dict[str, Any] = {"processes": number}
 
@@ -114,7 +114,7 @@ def _free_port() -> int:
 def _wait(
     each: list[subprocess.Popen], out: Path, limit: float, keep: Callable[[dict[str, Any]], Any] = lambda new: None
 ) -> bool:
-    """Wait until all have ended, and keep each section; True if one has taken too long."""
+    """Wait until all have ended, and pass new results to `keep`; True if a section has taken too long."""
     done, since = 0, time.monotonic() + START
     while any(process.poll() is None for process in each):
         time.sleep(LOOK)

@@ -51,11 +51,12 @@ class ExpertParallel:
     ) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """The trained parameters that all processes share, and those of experts.
 
-        Those of experts of one shape are stacked, and the optimizer, of the model's parameters, trains the stacks.
+        Those of experts of one shape are stacked. optimizer: that of the model's parameters; from now on it trains the
+        stacks.
         """
         by_name = dict(model.named_parameters())
         self.stacks = []
-        for names in self.spread.alike(model):
+        for names in self.spread.same_shape(model):
             parts = [by_name[name] for name in names]
             if _stackable(parts, optimizer):
                 stack = Stack(parts)
@@ -64,7 +65,7 @@ class ExpertParallel:
         names = {name for names, _ in self.stacks for name in names}
         self.single = {n: value for n, value in by_name.items() if n in self.spread.parts and n not in names}
         for value in self.single.values():
-            release(value)  # if the others of its stack have moved
+            release(value)  # if the rest of its former stack is in another process now
         common = [value for name, value in by_name.items() if name not in self.spread.parts]
         return common, [*(stack.whole for _, stack in self.stacks), *self.single.values()]
 
@@ -74,7 +75,7 @@ class ExpertParallel:
             stack.collect()
 
     def gradients(self) -> dict[str, Tensor]:
-        """The gradients of this process's experts by parameter name; in-place changes count."""
+        """The gradients of this process's experts by parameter name; changes in place affect training."""
         found = {name: value.grad for name, value in self.single.items() if value.grad is not None}
         for names, stack in self.stacks:
             if stack.whole.grad is not None:
@@ -264,14 +265,14 @@ def _square(tensors: list[Tensor], factors: list[float] | None, device: torch.de
 
 
 def _stackable(parts: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> bool:
-    """Whether parameters are alike, and the optimizer treats them alike."""
+    """Whether parameters have one shape and dtype, all are trained, and one group of the optimizer has all of them."""
     groups = {id(value): index for index, group in enumerate(optimizer.param_groups) for value in group["params"]}
     kinds = {(value.shape, value.dtype, value.requires_grad, groups.get(id(value))) for value in parts}
     return len(kinds) == 1 and parts[0].requires_grad and id(parts[0]) in groups
 
 
 def _train_stack(stack: Stack, optimizer: torch.optim.Optimizer) -> None:
-    """Let an optimizer train a stack instead of its parts, which it has in one group."""
+    """Let an optimizer train a stack instead of its parts, which are in one of its groups."""
     numbers = {id(value) for value in stack.parts}
     for group in optimizer.param_groups:
         if id(stack.parts[0]) in map(id, group["params"]):

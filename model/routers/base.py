@@ -129,7 +129,7 @@ class Router(nn.Module, ABC):
 
     @torch.no_grad()
     def open_like(self, other: "Router") -> None:
-        """Open the gate to added experts as far as another one: a moving average of that would never end."""
+        """Copy the margin of added experts from another router; a moving average of it would never reach zero."""
         if self.grown:
             self.margin_E.copy_(other.margin_E)
 
