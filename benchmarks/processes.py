@@ -155,8 +155,15 @@ def merged(path: Path, rows: list[dict]) -> list[dict]:
     return [kept[number] for number in sorted(kept)]
 
 
-def work(parser: argparse.ArgumentParser, sections: dict[str, Callable[..., Any]]) -> None:
-    """In one of the processes: run the requested sections, each called with the options and the device."""
+def work(names: Sequence[str], sections: dict[str, Callable[..., Any]]) -> None:
+    """In one of the processes: run the requested sections, each called with the options and the device.
+
+    names: the integer options of the sections, besides --tiny.
+    """
+    parser = argparse.ArgumentParser()
+    for name in names:
+        parser.add_argument(f"--{name}", type=int)
+    parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--found", type=Path)
     parser.add_argument("--device")
     parser.add_argument("--do", nargs="+")

@@ -22,7 +22,7 @@ def study_words(words: list[str]) -> list[str]:
     """The command line of tune.py; an agent passes none, so then it is made from the values of the agent's task.
 
     Writes the options and the space of the task to the folder of the study. Raises UserError for an invalid value, and
-    EnvironmentFault if the task cannot be read or the folder cannot be as_text.
+    EnvironmentFault if the task cannot be read or the folder cannot be written.
     """
     task_id = agent_task()
     if words or task_id is None:
@@ -37,11 +37,7 @@ def study_words(words: list[str]) -> list[str]:
     require_place(options, f"study/out in {place}:")
     folder.mkdir(parents=True, exist_ok=True)
     write_text(options, as_yaml(config))
-    write_text(space, _as_yaml(sections.get("space", {})))
+    write_text(space, "".join(f"{name}: {text}\n" for name, text in sections.get("space", {}).items()))
     words = [f"--config={options}", f"--space={space}"]
     words += [f"--{name}={study[name]}" for name in ("out", "trials", "jobs", "queue") if study[name]]
     return words + ["--no_pruning"] * (study["pruning"].lower() == "false")
-
-
-def _as_yaml(space: dict[str, str]) -> str:
-    return "".join(f"{name}: {text}\n" for name, text in space.items())
