@@ -91,6 +91,11 @@ def test_measured_and_predicted_times_are_shown_side_by_side(tmp_path, capsys):
     lines = [line for line in said.splitlines() if line.startswith(("| default", "| 8 exp", "| extraction, 100"))]
     assert [line.split("|")[-2].strip() for line in lines] == ["+0 %", "-20 %", "+0 %", "-20 %", "+0 %"]
     assert "PREDICTIONS, 4 devices per node, 1e+08 bytes/s between nodes" in said and "experts on 4" in said
+    for line in said.partition("PREDICTIONS")[2].splitlines():
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        if cells and cells[0] in ("1", "8"):
+            whole, compute = map(float, cells[2:4])
+            assert cells[-1] == ("" if 2 * compute >= whole else "more than half is communication"), line
 
 
 def test_files_of_other_programs_are_rejected(tmp_path):

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import timm.optim  # noqa: F401, which a fork would import for a fifth of a second
 import torch
-from block_helpers import images, moe_vit, spread
+from block_helpers import images, moe_vit
 from distributed_helpers import in_processes
-from test_equivalence import ALL, BATCHES, CPU, close, data, head
+from test_equivalence import ALL, BATCHES, CPU, built, close, data, head, require_empty
 
 from common.distributed import ALONE, World
 from config.optim import OptimConfig
@@ -61,6 +61,7 @@ BLOCKS = {
     "images": ({"kind": "noisy_topk", "level": "image", "norm": "batch"}, {"processes": 3}),
     "capacity": ({"kind": "vmoe", "capacity_factor": 0.7, "norm": "none"}, {"processes": 2, "moved": COPIES}),
     "dropped paths": ({"kind": "mixtral", "norm": "none", "experts": {"drop_path": 0.3}}, {"processes": 2}),
+    "an expert that nobody chooses": ({"kind": "mixtral", "norm": "none", "shut": True}, {"processes": 3}),
     "copies of the FFN": (
         {"kind": "mixtral", "norm": "none", "experts": {"kind": "ffn", "sizes": [[64]] * 3}},
         {"processes": 2},
@@ -73,10 +74,7 @@ def train(world: World, options: dict, blocks: bool, members: int = 1, moved=Non
     """Steps on each of the batches, with the experts on several processes if members > 1; complete on rank 0."""
     options = copy.deepcopy(options)
     balance = BalanceConfig(**{**ALL, **options.pop("balance", {})})
-    model = spread(moe_vit(**options)) if blocks else head(**options)
-    for layer in model.modules():
-        if isinstance(layer, torch.nn.Dropout):
-            layer.p = 0.0
+    model = built(blocks, **options)
     experts = ExpertParallel(model, members, "even", OPTIM, CPU) if members > 1 else None
     optimizer = momentum(model)
     step = TrainingStep(model.train(), optimizer, balance, 0.1, 0.5, "float32", experts=experts)
@@ -149,6 +147,7 @@ def compare(each: list[dict], options: dict, blocks: bool) -> None:
     found, expected = each[0]["moments"], alone["moments"]
     assert [group["params"] for group in found["param_groups"]] == [g["params"] for g in expected["param_groups"]]
     close(found["state"], expected["state"])
+    require_empty(alone, options)
 
 
 @pytest.mark.slow
