@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 
 from assembly.pipeline import Inputs, build_bank, build_model, load_inputs
@@ -39,7 +40,7 @@ def train_seeds(invocation: Invocation, train: Train) -> None:
     now = world().broadcast(datetime.now())
     base = config.run_dir or Path("runs") / f"{invocation.name}-{now:%Y%m%d-%H%M%S}"
     runs, new = [], []
-    together = invocation.seeds > 1 and worth_joining(config, inputs, bank, invocation.seeds)
+    together = cache(lambda: invocation.seeds > 1 and worth_joining(config, inputs, bank, invocation.seeds))
     for count in range(invocation.seeds):
         seed = config.train.seed + count
         own = _with_seed(config, seed, base.with_name(f"{base.name}-seed{seed}"))
@@ -51,7 +52,7 @@ def train_seeds(invocation: Invocation, train: Train) -> None:
         runs.append(str(start.config.run_dir))
         if start.finished:
             print(start.finished)
-        elif together and start.checkpoint is None:
+        elif start.checkpoint is None and together():
             new.append(start)
         else:
             print(f"seed         {seed}", flush=True)
@@ -71,7 +72,8 @@ def worth_joining(config: Config, inputs: Inputs, bank: FeatureBank | ImageBank,
     Each must be a task of its own in ClearML, which allows one at a time in a process, so only runs without it do.
     """
     alike = isinstance(bank, FeatureBank) and config.features.mode == "cached" and not config.data.shots
-    if inputs.device.type != "cuda" or world().several or config.tracking != "none" or not alike:
+    captured = inputs.device.type == "cuda" and not world().several and not config.train.deterministic
+    if not alike or not captured or config.tracking != "none":
         return False
     model = build_model(config, bank.feature_shape, inputs.splits.train.num_classes, inputs.backbone)
     parameters = runs * sum(value.numel() for value in model.parameters())

@@ -2,6 +2,8 @@
 
 import json
 import re
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -9,6 +11,7 @@ import train
 from assembly import seeds as module
 from common.errors import UserError, exit_code_of
 from config.command_line import parse_command_line
+from features.bank import FeatureBank
 from storage.described import describe
 from storage.folder import RunFolder
 
@@ -68,6 +71,58 @@ def test_seeds_are_new_runs(tmp_path):
     (tmp_path / "config.yaml").write_text("{}")
     with pytest.raises(UserError, match="--seeds starts new runs"):
         parse_command_line(["--resume", str(tmp_path), "--seeds", "2"])
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_new_seeds_train_together_and_an_unfinished_one_alone(tmp_path, monkeypatch, capsys, together):
+    invocation = parse_command_line([*SMALL, "--run_dir", str(tmp_path / "few"), "--seeds", "3"])
+    start_of, calls = module._start, []
+
+    def start(given, config):
+        found = start_of(given, config)
+        return replace(found, checkpoint={"epoch": 1, "improved": 1}) if config.train.seed == 1 else found
+
+    for name, value in {
+        "load_inputs": lambda config: SimpleNamespace(splits=None, backbone=None, device=None),
+        "planned": lambda config, inputs: config,
+        "build_bank": lambda *_: None,
+        "worth_joining": lambda *_: together,
+        "_start": start,
+    }.items():
+        monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr("assembly.seeds.Start.finished", "")
+    monkeypatch.setattr("evaluation.compare.compare", lambda runs, out: f"compared {len(runs)}")
+    module.train_seeds(invocation, lambda starts, inputs, bank: calls.append([s.config.train.seed for s in starts]))
+    assert calls == ([[1], [0, 2]] if together else [[0], [1], [2]])
+    out = capsys.readouterr().out
+    assert ("seeds        0, 2, side by side" in out) == together and "compared 3" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "device", "expected"),
+    [
+        ([], "cuda", True),
+        ([], "cpu", False),
+        (["--tracking", "auto"], "cuda", False),
+        (["--features.mode", "live"], "cuda", False),
+        (["--data.shots", "2"], "cuda", False),
+        (["--train.deterministic", "true"], "cuda", False),  # nothing is captured
+        (["--experts.sizes", "[[9999],[9999]]"], "cuda", False),  # 3 x 250 M parameters
+    ],
+)
+def test_small_heads_on_stored_features_train_together_on_a_gpu(monkeypatch, words, device, expected):
+    config = parse_command_line([*SMALL, *words]).config
+    size = 250_000_000 if "--experts.sizes" in words else 3_000_000
+    model = SimpleNamespace(parameters=lambda: [SimpleNamespace(numel=lambda: size)], to=lambda device: model)
+    monkeypatch.setattr(module, "build_model", lambda *_: model)
+    seen = []
+    monkeypatch.setattr(module, "worth_capturing", lambda choice, model, batch: seen.append(batch) or True)
+    bank = object.__new__(FeatureBank)
+    bank.feature_shape = (4,)
+    splits = SimpleNamespace(train=SimpleNamespace(num_classes=10))
+    inputs = SimpleNamespace(device=SimpleNamespace(type=device), splits=splits, backbone=None)
+    assert module.worth_joining(config, inputs, bank, 3) is expected
+    assert seen == ([3 * 64] if expected else [])
 
 
 @pytest.mark.slow
