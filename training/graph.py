@@ -85,7 +85,7 @@ class Captured:
 def side_by_side(device: torch.device, runs: Sequence[tuple[torch.cuda.Stream, Callable[[], Any]]]) -> list[Any]:
     """Call functions at once, each on its own stream, and return their results. In a capture they become branches.
 
-    Many kernels of a step are too small for a GPU, and so are its launches too many: together they take less time.
+    Many kernels of a step are too small to fill a GPU, so several steps at once take less time than one after another.
     """
     current = torch.cuda.current_stream(device)
     results = []

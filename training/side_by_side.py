@@ -1,7 +1,7 @@
 """Several runs of one recipe at once: in lockstep, with their captured steps as branches of one CUDA graph."""
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from typing import Any
 
 from common.signals import defer_signals
@@ -30,8 +30,10 @@ class Run:
 
     def close(self) -> None:
         """End the training; if it has not ended yet, with a checkpoint of the last complete step."""
-        with self.numbers.all():
-            self._steps.close()
+        step = self.trainer.train_step
+        with self.numbers.all(), closing(self._steps):
+            if isinstance(step, GraphedStep) and step.ready is not None:  # a joint step has changed the weights
+                next(self._steps, None)
 
     def _saves(self) -> bool:
         """Whether the next step is the last of its epoch, or the first of the training."""
@@ -47,10 +49,10 @@ def fit(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """
     if len(runs) == 1:
         return [runs[0].trainer.fit()]
-    steps = [run.trainer.train_step for run in runs]
+    steps = [run.trainer.train_step for run in runs if isinstance(run.trainer.train_step, GraphedStep)]
     with ExitStack() as ended:
         joint = None
-        if all(isinstance(step, GraphedStep) for step in steps):
+        if len(steps) == len(runs):
             joint = JointStep(steps, [run.numbers for run in runs])
             ended.callback(joint.captured.release)
         for run in runs:

@@ -104,7 +104,7 @@ class Trainer(TrainerState):
             pass
         return self.kept()
 
-    def steps(self) -> Iterator[Batch]:
+    def steps(self) -> Generator[Batch, None, None]:
         """Train as `fit`, but stop before each step and yield its batch, so that several runs can take turns.
 
         A run that is closed there writes a checkpoint of the last complete step.

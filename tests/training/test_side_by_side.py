@@ -109,7 +109,10 @@ def test_a_signal_saves_every_run_and_each_continues_alone(tmp_path, splits, ste
         assert equal_states(resumed.ema.module.state_dict(), one.ema.module.state_dict())
 
 
-def test_a_run_that_fails_leaves_the_others_with_their_last_step(tmp_path, splits):
+@pytest.mark.parametrize("joint", [False, True])
+def test_a_run_that_fails_leaves_the_others_with_their_last_step(tmp_path, splits, request, joint):
+    if joint:
+        request.getfixturevalue("eager_graphs")
     runs = runs_of(tmp_path, splits, (0, 1, 2))
     train_batch = runs[1].trainer._train_batch
 
@@ -121,18 +124,24 @@ def test_a_run_that_fails_leaves_the_others_with_their_last_step(tmp_path, split
     runs[1].trainer._train_batch = failed
     with pytest.raises(UserError, match="not finite"):
         fit(runs)
-    assert [load_checkpoint(run.trainer.run.last)["step"] for run in runs] == [5, 3, 4]
+    # The third run had no turn yet after the second one's; joint steps were taken before all turns.
+    assert [load_checkpoint(run.trainer.run.last)["step"] for run in runs] == [5, 3, 5 if joint else 4]
+    runs[2].trainer.tracker.close()
+    resumed = make_trainer(tmp_path / "2", splits, resume=True, seed=2, **PLAN)
+    resumed.fit()
+    assert_same(resumed, alone(tmp_path, splits, 2)[0])
 
 
 @ON_GPU
 def test_captured_steps_side_by_side_train_like_those_of_single_runs(tmp_path, splits):
-    device, plan = torch.device("cuda", 0), {"epochs": 6, "batch_size": 64, "patience": 2}
-    runs = runs_of(tmp_path, splits, (1, 2, 3), device=device, **plan)
+    """The first run ends before the others, whose steps are then captured again."""
+    epochs, plan = {1: 4, 2: 6, 3: 6}, {"device": torch.device("cuda", 0), "batch_size": 64}
+    runs = [run for seed, number in epochs.items() for run in runs_of(tmp_path, splits, [seed], epochs=number, **plan)]
     fit(runs)
-    for run, seed in zip(runs, (1, 2, 3), strict=True):
-        one, _ = alone(tmp_path, splits, seed, device=device, **plan)
+    for run, (seed, number) in zip(runs, epochs.items(), strict=True):
+        one, _ = alone(tmp_path, splits, seed, epochs=number, **plan)
         together, single = (load_checkpoint(each.run.last) for each in (run.trainer, one))
+        assert isinstance(run.trainer.train_step, graph.GraphedStep) and together["step"] == single["step"]
         assert torch.equal(together["random"]["cuda"][0], single["random"]["cuda"][0])
-        assert together["step"] == single["step"]
         for name, value in single["model"].items():
             assert torch.allclose(value.float(), together["model"][name].float(), rtol=1e-2, atol=1e-4), name
