@@ -90,7 +90,7 @@ def load_both(
     try:
         with faults():
             backbone = load_backbone(config.backbone, device, reachable)
-    except Exception:
+    except (UserError, ValueError, OSError):  # the errors of model/ among them
         images.result()
         raise
     begin_fingerprint(backbone)

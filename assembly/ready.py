@@ -6,7 +6,7 @@ import torch
 
 from assembly.replay import load_images
 from common.ahead import Ahead
-from common.imports import later_imports
+from common.imports import lazy_imports
 from config.config import Config
 from data.image_set import Splits
 
@@ -23,7 +23,7 @@ def get_ready(config: Config, device: torch.device, compiling: bool = True) -> N
     """Do this work now, while a separate thread reads the images. compiling: whether blocks may be compiled later."""
     if device.type == "cuda":
         Ahead(lambda: _start(device))
-    with later_imports():
+    with lazy_imports():
         if compiling and config.experts.place == "blocks" and compiles(config, device):
             import_module("torch._inductor.async_compile")  # starts its processes, which need seconds to be ready
         import_module("timm")

@@ -14,9 +14,9 @@ from benchmarks.blocks_training import Setting
 class Store:
     """The runs in FOLDER/runs.jsonl, one per line, of a single setting, and the remaining work.
 
-    runs: method's label -> (rate, seed) -> result. alone: whether steps of several runs cannot be captured as one
-    graph. eager: kinds of methods whose steps cannot be captured at all. where: the environment of the runs. held:
-    total GPU seconds.
+    runs: method's label -> (rate, seed) -> result. separate_graphs: whether each run needs a graph of its own, because
+    several did not fit into one. eager: kinds of methods whose steps cannot be captured at all. where: the environment
+    of the runs. held: total GPU seconds.
     """
 
     def __init__(self, folder: Path, setting: Setting, methods: list[Method], rates: Sequence[float], seeds: int):
@@ -28,7 +28,7 @@ class Store:
         """Read the file again."""
         self.runs: dict[str, dict[tuple[float, int], dict]] = {}
         self.eager: set[str] = set()
-        self.alone = False
+        self.separate_graphs = False
         self.where: dict[str, Any] = {}
         self.held = 0.0
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
@@ -43,10 +43,10 @@ class Store:
     def _take(self, found: dict[str, Any]) -> None:
         if "begin" in found:  # a new start retries steps that could not be captured
             self.eager.clear()
-            self.alone = False
+            self.separate_graphs = False
         if "eager" in found:
             self.eager.add(found["eager"])
-        self.alone = self.alone or "alone" in found
+        self.separate_graphs = self.separate_graphs or "separate_graphs" in found
         if "result" in found:
             self.runs.setdefault(found["label"], {})[found["rate"], found["seed"]] = found["result"]
         self.where = found.get("where", self.where)

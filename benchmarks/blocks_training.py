@@ -54,7 +54,7 @@ class CaptureFailed(Exception):
 
 
 class Slot:
-    """One of the runs side by side: a model with its optimizer and average, which every run initialises again."""
+    """One of the runs side by side: a model with its optimizer and average, which are re-initialised for each run."""
 
     def __init__(self, model: EndOfViT, optim: OptimConfig, balance: BalanceConfig, setting: Setting, batch: int):
         self.model, self.optimizer = model, build_optimizer(model, optim)
@@ -84,8 +84,8 @@ class MethodRuns:
     """The runs of one method, on the same models with re-initialised weights and the same CUDA graphs.
 
     Several runs are trained at once, as one graph with a stream for each, because many kernels of a step are too small
-    for a GPU. eager: no graph, and the runs take turns. A step is that of train.py: forward, losses, backward,
-    AdamW, average.
+    to fill a GPU. They draw gate noise from one generator. eager: no graph, and the runs take turns. A step is that of
+    train.py: forward, losses, backward, AdamW, average.
     """
 
     def __init__(
@@ -126,14 +126,14 @@ class MethodRuns:
         for slot, seed in zip(self.slots, seeds, strict=False):
             seed_everything(seed)
             slot.start(self.fresh().state_dict())
-        seed_everything(seeds[0])  # of the gates' noise, which all runs draw in turn
+        seed_everything(seeds[0])  # for the gate noise, which all runs draw from one generator
         return self.slots[: len(seeds)]
 
     def train(self, runs: Sequence[tuple[float, int]]) -> list[dict[str, Any] | str]:
         """Train runs (rate, seed) side by side: scores on validation and test images, and cost, of each.
 
-        A run with a number that is not finite has the name of that term instead. Seconds are those of all, divided by
-        their number.
+        For a run in which a term is not finite, a sentence that names the term. Seconds are divided by the number of
+        runs.
         """
         began = time.perf_counter()
         slots = self.start([seed for _, seed in runs])

@@ -32,7 +32,8 @@ class LastBlocks(nn.Module):
 class FrozenEnd:
     """`LastBlocks` as the backbone of an EndOfViT; it shares the blocks' weights with the whole backbone.
 
-    between: the function of that name, on a GPU compiled once for all methods. say: receives a line if it fails.
+    between_mixtures: the function of that name; on a GPU it is compiled once for all methods. say: receives a line if
+    compilation fails.
     """
 
     def __init__(
@@ -42,7 +43,9 @@ class FrozenEnd:
         self.dtype, self.has_class_token = backbone.dtype, backbone.has_class_token
         self.features = [(pool, block - first) for pool, block in backbone.features if block >= first]
         self.blocks = sorted({block for _, block in self.features})
-        self.between: Callable = CompiledBlock(say, function=between) if device.type == "cuda" else between
+        self.between_mixtures: Callable = (
+            CompiledBlock(say, function=between_mixtures) if device.type == "cuda" else between_mixtures
+        )
 
     def runner(self, device: torch.device) -> Any:
         """The ViT used for the computation."""
@@ -52,8 +55,8 @@ class FrozenEnd:
 class EndOfViT(MoEViT):
     """A MoEViT of the last blocks; its input is the output of `before_mixture` for the first of them.
 
-    This input has no trained part, so it is the same for all methods and is computed once. What is frozen between two
-    mixtures is one function, which all methods share.
+    Nothing before this input is trained, so it is the same for all methods and is computed once. The frozen part
+    between two mixtures is one function, which all methods share.
     """
 
     def _features(
@@ -66,13 +69,13 @@ class EndOfViT(MoEViT):
         for index, mixture in enumerate(self.mixtures):
             out_BTD, routing = mixture(mixture.normalise(x_BTD, h_BTD), dense_BTD, warmup, allowed_E)
             routings.append(routing)
-            hows = tuple(how for how, block in backbone.features if block == index)
-            following = vit.blocks[index + 1] if index + 1 < len(self.mixtures) else None
-            here = (vit.blocks[index], following, vit.norm, hows, int(vit.num_prefix_tokens))
-            pooled, before = backbone.between(*here, x_BTD, out_BTD)
+            poolings = tuple(pooling for pooling, block in backbone.features if block == index)
+            next_block = vit.blocks[index + 1] if index + 1 < len(self.mixtures) else None
+            frozen = (vit.blocks[index], next_block, vit.norm, poolings, int(vit.num_prefix_tokens))
+            pooled, before = backbone.between_mixtures(*frozen, x_BTD, out_BTD)
             if before is not None:
                 x_BTD, h_BTD, dense_BTD = before
-            found |= {(how, index): features_BD for how, features_BD in zip(hows, pooled, strict=True)}
+            found |= {(pooling, index): features_BD for pooling, features_BD in zip(poolings, pooled, strict=True)}
         return torch.cat([found[feature] for feature in backbone.features], dim=-1), tuple(routings)
 
 
@@ -83,19 +86,19 @@ def before_mixture(block: Any, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return x_BTD, h_BTD, block.mlp(h_BTD)
 
 
-def between(
-    block: Any, following: Any, norm: Any, hows: tuple[str, ...], prefix: int, x_BTD: Tensor, out_BTD: Tensor
+def between_mixtures(
+    block: Any, next_block: Any, norm: Any, poolings: tuple[str, ...], prefix: int, x_BTD: Tensor, out_BTD: Tensor
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, Tensor, Tensor] | None]:
     """The frozen part from one mixture to the next one.
 
-    following: the next block (None: there is none). hows: how the block's output is pooled for the head. x_BTD: tokens
-    after attention. out_BTD: the output of FFN and mixture. Returns the features of the head, (B, D) each, and those
-    of `before_mixture`.
+    next_block: None after the last one. poolings: how the block's output is pooled for the head. x_BTD: tokens after
+    attention. out_BTD: the output of FFN and mixture. Returns the features of each pooling, (B, D), and the results of
+    `before_mixture` in the next block.
     """
     x_BTD = add_ffn(block, x_BTD, out_BTD)
-    normed_BTD = norm(x_BTD) if hows else x_BTD
-    pooled = tuple(pool(how, normed_BTD, prefix) for how in hows)
-    return pooled, None if following is None else before_mixture(following, x_BTD)
+    normed_BTD = norm(x_BTD) if poolings else x_BTD
+    pooled = tuple(pool(pooling, normed_BTD, prefix) for pooling in poolings)
+    return pooled, None if next_block is None else before_mixture(next_block, x_BTD)
 
 
 @torch.no_grad()
@@ -128,17 +131,17 @@ def stored_input(block: Any, x_BTD: Tensor) -> Tensor:
 
 
 def stored_inputs(
-    backbone: Backbone, bank: ImageBank, first: int, views: int, most: int | None = None
+    backbone: Backbone, bank: ImageBank, first: int, views: int, max_images: int | None = None
 ) -> dict[str, Features]:
     """The inputs for `views` augmented views of the training images, and for the validation and test images.
 
-    most: maximum number of images of each split.
+    max_images: maximum number of images of each split.
     """
     block = list(backbone.runner(bank.device).blocks)[first]
     grid, prefix = backbone.vit.patch_embed.grid_size, backbone.vit.num_prefix_tokens
 
     def whole(split: str, view: int | None) -> Tensor:
-        order_N = torch.arange(len(bank.splits[split]))[:most]
+        order_N = torch.arange(len(bank.splits[split]))[:max_images]
         batches = bank.batches(split, EVALUATION_BATCH, order_N, view)
         each = (averaged(tokens_below(backbone, images, first), prefix, grid) for images, _ in batches)
         return torch.cat([stored_input(block, x_BTD) for x_BTD in each])
@@ -150,7 +153,7 @@ def stored_inputs(
             train_VNTF = tokens_NTF.new_empty(views, *tokens_NTF.shape)
         train_VNTF[view] = tokens_NTF
     assert train_VNTF is not None
-    labels = {name: bank.splits[name].labels_N[:most].to(bank.device) for name in ("train", "validation", "test")}
+    labels = {name: bank.splits[name].labels_N[:max_images].to(bank.device) for name in ("train", "validation", "test")}
     classes = bank.splits.train.num_classes
     return {
         name: Features(train_VNTF, labels["train"], whole(name, None), labels[name], groups=1, classes=classes)

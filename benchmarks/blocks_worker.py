@@ -37,7 +37,7 @@ class Worker:
 
     def __init__(self, config: Config, store: Store, options: argparse.Namespace):
         self.config, self.store, self.until, self.spent = config, store, options.until, 0.0
-        self.side_by_side = 1 if store.alone else options.side_by_side
+        self.side_by_side = 1 if store.separate_graphs else options.side_by_side
         began = time.time()
         inputs = load_inputs(config)
         self.device, self.splits, backbone = inputs.device, inputs.splits, inputs.backbone
@@ -98,14 +98,14 @@ class Worker:
             torch.cuda.empty_cache()
 
     def give_up(self, method: Method, error: CaptureFailed) -> None:
-        """Exit, so that the worker restarts with less in a graph, because CUDA may be in any state now.
+        """Exit, because the state of CUDA is unknown now; the worker restarts and captures less.
 
-        First each run gets a graph of its own; if that fails too, such methods get none.
+        First each run gets a graph of its own; if that fails too, methods of this kind get none.
         """
         several = self.side_by_side > 1
-        then = "continuing with a graph for each run" if several else "continuing without one"
+        then = "continuing with one graph for each run" if several else "continuing without one"
         print(f"{one_line(error)}: {then}", file=sys.stderr, flush=True)
-        self.store.add(**({"alone": True} if several else {"eager": method.kind}))
+        self.store.add(**({"separate_graphs": True} if several else {"eager": method.kind}))
         sys.stdout.flush()
         os._exit(AGAIN)
 

@@ -160,7 +160,7 @@ def _calibrations(row: dict[str, Any]) -> str:
 
 
 def expert_lines(row: dict[str, Any]) -> list[list[str]]:
-    """The rows of EXPERT_HEADER, and in each the error of the expert under each calibration."""
+    """The rows for EXPERT_HEADER, each followed by the errors of this expert under each calibration."""
     cells, rows, calibrations = expert_rows(row), row["experts"], _tried(row).values()
     last = [number for number, one in enumerate(rows) if one["becomes"] is None and one.get("points_lost") is not None]
     for number, (line, one) in enumerate(zip(cells, rows, strict=True)):

@@ -1,6 +1,6 @@
-"""One GPU and several GPUs of the same machine: training, a head with many experts, extraction; where the time goes.
+"""Training, a head with many experts and extraction on one GPU and on several GPUs; where the time goes.
 
-python -m benchmarks.devices                          on 1 and 2 GPUs, about 7 min
+python -m benchmarks.devices                          on 1 and 2 GPUs of one machine, about 7 min
 python -m benchmarks.devices --processes 1 2 4        on up to 4 GPUs
 python -m benchmarks.devices --tiny                   a quick trial with gloo on a CPU
 
@@ -18,12 +18,12 @@ Parts of a step: all-to-all, other exchanges between the processes, the waiting 
 the processes), and the rest, `compute`.
 
 Inputs of benchmarks.scaling_model: `link`, a plain all-reduce; `head_link`, a plain all-to-all; and three steps of one
-process that distributes the experts of a head over a group of itself: `head_half` has half of the experts and rows, as
-each of two processes has; `head_half_experts` has all rows; `head_quarter` has a quarter of the experts and half of the
-rows.
+process that distributes the experts of a head over a group of only itself: `head_half` has half of the experts and
+rows, as each of two processes has; `head_half_experts` has half of the experts and all rows; `head_quarter` has a
+quarter of the experts and half of the rows.
 
-Each section is stored when it has been measured. Results of earlier calls with other numbers of processes or other
-sections are kept.
+Each section is stored as soon as it has been measured. Results of earlier runs with other numbers of processes or
+other sections are kept.
 """
 
 import sys
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = merged(path, [])
     title = f"head: {options.experts} experts of {options.units} units, top-{devices_head.TOP_K}"
     print(header(f"Each process with its own device; {title}", where))
-    columns = ["devices", "what", "images or rows per step", "per second", "against one", "ms per step", "compute"]
+    columns = ["devices", "what", "images or rows per step", "per second", "speed-up", "ms per step", "compute"]
     columns += ["all-to-all", "other exchange", "waiting", "expert memory per process", "peak GB"]
     columns += ["largest over mean load"]
     lines = [line for name in LINES for row in rows if name in row for line in [_line(name, row, rows[0])]]
@@ -88,11 +88,11 @@ def main(argv: list[str] | None = None) -> None:
 
 def _line(name: str, row: dict, first: dict) -> list[str]:
     """The result of a section; `first` has those of one process, if they were measured."""
-    found, (title, like) = row[name], LINES[name]
+    found, (title, reference) = row[name], LINES[name]
     cells = [str(row["processes"]), title]
     if why := failure(found):
         return [*cells, why, *[""] * 10]
-    alone = first.get(like) if first["processes"] == 1 else None
+    alone = first.get(reference) if first["processes"] == 1 else None
     alone = None if failure(alone) else alone
     cells += [f"{found[_unit(found)]:,}", f"{_speed(found):,.0f}"]
     cells += [f"{_speed(found) / _speed(alone):.2f}x" if alone else ""]

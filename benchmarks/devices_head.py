@@ -33,11 +33,7 @@ BLOCKS = 5  # the median of so many blocks of steps is reported
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    for name in NAMES:
-        parser.add_argument(f"--{name}", type=int)
-    parser.add_argument("--tiny", action="store_true")
-    work(parser, SECTIONS)
+    work(NAMES, SECTIONS)
 
 
 def build(options: argparse.Namespace, experts: int, device: Any) -> VisionMoE:

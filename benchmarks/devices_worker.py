@@ -34,11 +34,7 @@ PROFILED, PROFILED_TINY = 10, 2  # steps with timed exchanges, after half as man
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    for name in NAMES:
-        parser.add_argument(f"--{name}", type=int)
-    parser.add_argument("--tiny", action="store_true")
-    work(parser, SECTIONS)
+    work(NAMES, SECTIONS)
 
 
 def _config(words: str, epochs: int) -> Config:

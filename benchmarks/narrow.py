@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> None:
         started: dict[tuple, Narrow | Failure] = {}
         for count, row in enumerate(todo):
             if limit.over:
-                left = f"{len(todo) - count} of {len(todo)} have no result"
+                left = f"{len(todo) - count} of {len(todo)} runs have no result"
                 say(f"{left}: the {options.seconds:g} s of --seconds are over")
                 break
             norm, seed = row["norm"], row["seed"]

@@ -55,8 +55,8 @@ def measured(
 ) -> dict[str, Any]:
     """The result of each section of a worker with this number of processes, by name; {"failed": reason} for a failure.
 
-    worker: name of its module. words: its options, in addition to those that `work` reads. keep: called with the
-    results so far whenever there are new ones.
+    worker: name of its module. words: its options, in addition to those that `work` reads. keep: receives
+    all results so far whenever there are new ones.
     """
     found: dict[str, Any] = {"processes": number}
 
@@ -114,7 +114,7 @@ def _free_port() -> int:
 def _wait(
     each: list[subprocess.Popen], out: Path, limit: float, keep: Callable[[dict[str, Any]], Any] = lambda new: None
 ) -> bool:
-    """Wait until all have ended, and keep each section; True if one has taken too long."""
+    """Wait until all have ended, and pass new results to `keep`; True if a section has taken too long."""
     done, since = 0, time.monotonic() + START
     while any(process.poll() is None for process in each):
         time.sleep(LOOK)
@@ -155,8 +155,15 @@ def merged(path: Path, rows: list[dict]) -> list[dict]:
     return [kept[number] for number in sorted(kept)]
 
 
-def work(parser: argparse.ArgumentParser, sections: dict[str, Callable[..., Any]]) -> None:
-    """In one of the processes: run the requested sections, each called with the options and the device."""
+def work(names: Sequence[str], sections: dict[str, Callable[..., Any]]) -> None:
+    """In one of the processes: run the requested sections, each called with the options and the device.
+
+    names: the integer options of the sections, besides --tiny.
+    """
+    parser = argparse.ArgumentParser()
+    for name in names:
+        parser.add_argument(f"--{name}", type=int)
+    parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--found", type=Path)
     parser.add_argument("--device")
     parser.add_argument("--do", nargs="+")

@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
 def read(path: Path) -> dict[int, dict]:
     """The results of benchmarks.devices by number of processes. Raises UserError if there are no valid ones."""
     if not path.exists():
-        raise UserError(f"{path.parent} has nothing to predict from: run benchmarks.devices first")
+        raise UserError(f"{path.parent} has no devices.json to predict from: run benchmarks.devices first")
     try:
         return {row["processes"]: row for row in json.loads(path.read_text(encoding="utf-8"))["rows"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -137,7 +137,7 @@ def _head(rows: dict[int, dict], options: Any) -> Part | None:
 def _measured(
     rows: dict[int, dict], sections: tuple[str, ...], name: Callable[[dict], str], predict: Callable[[int, dict], Step]
 ) -> list[list[str]]:
-    """The rows of the table for sections that were measured, beside what the model predicts for them."""
+    """The rows of the table: the measured time of each section, and the time that the model predicts."""
     return [
         _compared(name(section), number, section["seconds"], predict(number, section))
         for number, row in sorted(rows.items())

@@ -8,9 +8,13 @@ digits
 
 Experts are only in the last blocks. What precedes the first of their mixtures is computed once for each augmented view,
 with patches averaged over 2 x 2 blocks, and stored on the GPU, so a step costs a fraction of one on images. Up to four
-runs of a method are trained side by side. Every
-method of width r has the same cost per token: a token-level mixture has r active hidden units under an even load and a
-gate of four experts, which costs as much as two units; an image-level mixture and the dense adapter have r + 2 units.
+runs of a method are trained side by side. They draw their gate noise from one generator, so the result of a single run
+also depends on how many run at once.
+
+Every method of width r has the same cost per token: a token-level mixture has r active hidden units under an even load
+and a gate of four experts, which costs as much as two units; an image-level mixture and the dense adapter have r + 2
+units.
+
 Each method uses the best of the same learning rates on validation images with seed 0; this run and those of the other
 seeds are scored on the test images. Runs with the same seed see the same batches. Finished runs are stored in
 OUT/study_blocks/runs.jsonl and are not repeated: an interrupted study continues, and several processes with the same

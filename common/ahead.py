@@ -23,7 +23,7 @@ class Ahead(Generic[T]):
             self._error = error
 
     def check(self) -> None:
-        """Raise what the call has raised so far, without waiting for it."""
+        """Raise the error of the call if it has already failed, without waiting for it."""
         if self._error is not None:
             raise self._error
 

@@ -147,7 +147,7 @@ class _Others:
             host, pid = self._get(f"process/{rank}").split()
             if host != self._host or _lives(int(pid)):
                 continue
-            if not self._has(f"done/{rank}"):  # it may have finished since the first look
+            if not self._has(f"done/{rank}"):  # it may have finished since the first check
                 return rank
         return None
 

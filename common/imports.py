@@ -1,7 +1,6 @@
 """Imports without garbage collection.
 
-They make millions of objects that stay, and the collector would go through them again and again, for a fifth of the
-time of the imports.
+They create millions of permanent objects, which the collector would scan repeatedly.
 """
 
 import gc
@@ -16,21 +15,21 @@ def pause_collection() -> None:
 
 
 def resume_collection() -> None:
-    """Collect garbage again if it was paused, but never look through what exists now."""
+    """Collect garbage again if it was paused; objects that exist now are never scanned."""
     if not gc.isenabled():
         gc.freeze()
         gc.enable()
 
 
 @contextmanager
-def later_imports() -> Iterator[None]:
-    """Pause the collector for imports during the work of a program."""
+def lazy_imports() -> Iterator[None]:
+    """Pause the collector for imports inside functions."""
     collecting, before = gc.isenabled(), len(sys.modules)
     gc.disable()
     try:
         yield
     finally:
         if collecting:
-            if len(sys.modules) > before:  # not at every call: freezing also keeps the garbage of that moment
+            if len(sys.modules) > before:  # not every time, because freezing also keeps present garbage
                 gc.freeze()
             gc.enable()

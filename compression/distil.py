@@ -5,7 +5,7 @@ from typing import Any
 
 from common.errors import UserError, one_line
 from config.config import Config
-from model.experts import SIZES
+from model.experts import EXPERTS, SIZES
 
 
 def sparse_student(config: Config, epochs: int | None, sizes: list[Any] | None, warm: bool) -> Config:
@@ -18,9 +18,10 @@ def sparse_student(config: Config, epochs: int | None, sizes: list[Any] | None, 
     experts, router = config.experts, config.router
     if warm:
         return _trained_for(replace(config, router=replace(router, warmup_steps=0)), epochs)
-    if sizes is None and experts.kind == "ffn":
+    if sizes is None and EXPERTS[experts.kind].fixed_size:
         raise UserError(
-            "--distil sparse: copies of the ViT's FFN have a fixed size: add --prune or --merge for a smaller student"
+            f"--distil sparse: experts of kind {experts.kind} have a fixed size: add --prune or --merge for a smaller "
+            "student"
         )
     halves = {name: [_half(size) for size in getattr(experts, name)] for name in ("sizes", "shared", "head")}
     try:

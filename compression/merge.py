@@ -35,7 +35,7 @@ def check_merge(config: Config, number: int, count: int | None = None) -> None:
     if number < config.router.top_k:
         top_k = config.router.top_k
         raise UserError(f"--merge {number} leaves fewer experts than each sample uses, router.top_k {top_k}")
-    if config.router.kind == "hierarchical" or not rule.learns:
+    if rule.has_groups or not rule.learns:
         why = "its groups must stay equal in size" if rule.learns else "it has no gate whose columns could be merged"
         raise UserError(f"--merge does not work with router.kind {config.router.kind}: {why}; use --prune")
     if config.experts.inputs is not None:

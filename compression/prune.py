@@ -8,6 +8,7 @@ from common.errors import UserError, one_line
 from compression.state import Build, kept_state
 from config.config import Config
 from model.moe_vit import AnyMoE
+from model.routers import ROUTERS
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,8 @@ def prune_to_budget(
 ) -> tuple[list[int], list[Removal]]:
     """Remove the least useful experts one by one; returns the remaining experts, and each step.
 
-    score: validation macro-F1. least: its lower limit. Greedy: each step removes the expert (under hierarchical
-    routing the group) without which the score is highest; the last step above `least` counts.
+    score: validation macro-F1. least: its lower limit. Greedy: each step removes the expert (if the rule has
+    groups, the group) without which the score is highest; the last step above `least` counts.
     """
     kept, steps = list(range(len(config.experts.sizes))), []
     while True:
@@ -105,8 +106,8 @@ def prune_to_budget(
 
 
 def _removable(config: Config, kept: Sequence[int]) -> list[tuple[int, ...]]:
-    """What one step can remove: each expert, or under hierarchical routing each whole group."""
-    if config.router.kind != "hierarchical":
+    """What one step can remove: each expert, or each whole group if the rule has groups."""
+    if not ROUTERS[config.router.kind].has_groups:
         return [(expert,) for expert in kept]
     groups = [tuple(e for e in kept if e // _members(config) == group) for group in range(config.router.groups)]
     groups = [group for group in groups if group]
@@ -119,15 +120,15 @@ def _members(config: Config) -> int:
 
 
 def _groups(config: Config, kept: Sequence[int]) -> dict[str, int]:
-    """Under hierarchical routing, the number of remaining groups. Raises UserError if part of a group remains."""
-    if config.router.kind != "hierarchical":
+    """The number of remaining groups, if the rule has groups. Raises UserError if part of a group remains."""
+    if not ROUTERS[config.router.kind].has_groups:
         return {}
     members = _members(config)
     left = sorted({expert // members for expert in kept})
     if [group * members + place for group in left for place in range(members)] != list(kept):
         raise UserError(
-            f"router.kind hierarchical has groups of {members} consecutive experts: remove whole groups, because the "
-            "gate of a group covers all of its experts"
+            f"router.kind {config.router.kind} has groups of {members} consecutive experts: remove whole groups, "
+            "because the gate of a group covers all of its experts"
         )
     return {"groups": len(left)}
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from common.errors import UserError, warn
-from common.imports import later_imports
+from common.imports import lazy_imports
 from common.paths import absolute, cache_folder
 from common.text import counted
 from data.image_set import ImageSet, Splits
@@ -191,7 +191,7 @@ def stratified_split(images: ImageSet, fraction: float, seed: int, option: str) 
     option: the configuration field of the fraction, for the message.
     Raises UserError if a part would not have an image of each class.
     """
-    with later_imports():  # here, because importing scikit-learn takes seconds
+    with lazy_imports():  # here, because importing scikit-learn takes seconds
         from sklearn.model_selection import train_test_split
 
     _require_enough(images, 2)

@@ -77,8 +77,8 @@ def traced(trained: TrainedRun) -> torch.export.ExportedProgram:
     """The graph of `ImagesToAnswers` for any number of images with the image size of the run's dataset.
 
     Tensor sizes in a graph cannot depend on tensor values, so each expert processes all samples, and the gate's
-    weights select among the outputs. Numbers in fp8 are looked up, because ONNX cannot read bytes as float8. Raises the
-    exceptions of torch.export.
+    weights select among the outputs. Numbers in fp8 are looked up in a table, because ONNX cannot reinterpret bytes as
+    float8. Raises the exceptions of torch.export.
     """
     graph = ImagesToAnswers(trained)
     graph.model = copy.deepcopy(trained.model)

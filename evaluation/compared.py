@@ -31,8 +31,8 @@ SCORES = {  # keys of metrics.json -> the name of the figure, and whether it is 
     "gate.boundary_share": ("near the boundary", True),
     "images": ("test images", False),
 }
-OF_ROUTING = ("entropy", "cv", "specialisation.normalised", "specialisation.z_score", "gate.entropy_mean")
-"""Scores that say nothing about a single expert, such as that of a dense twin."""
+ROUTING_SCORES = ("entropy", "cv", "specialisation.normalised", "specialisation.z_score", "gate.entropy_mean")
+"""Scores of the routing, which mean nothing for a single expert, such as that of a dense twin."""
 FIGURES = [*SCORES, *(f"cost.{name}" for name in NAMES)]
 
 
@@ -101,7 +101,7 @@ def _load_folder(run: RunFolder, source: str) -> Compared:
 def _figures(metrics: dict[str, Any]) -> dict[str, float]:
     """The available scores; older versions and tasks lack some, and those of the routing need two experts."""
     flat, alone = flatten(metrics), len(_load(metrics)) == 1
-    keys = [key for key in FIGURES if not (alone and key in OF_ROUTING)]
+    keys = [key for key in FIGURES if not (alone and key in ROUTING_SCORES)]
     numbers = {key: flat[key] for key in keys if isinstance(flat.get(key), int | float)}
     return {key: float(value) for key, value in numbers.items() if math.isfinite(value)}
 

@@ -10,7 +10,7 @@ import torch
 from common.distributed import world
 from common.environment import environment
 from common.files import write_json
-from common.imports import later_imports
+from common.imports import lazy_imports
 from config.config import Config, flatten
 from evaluation.blocks import WORTH_IMAGES, block_results, hardly_used, without_each_in_one_block
 from evaluation.compression import with_test_score
@@ -128,7 +128,7 @@ def _illustrate(
     tracker: Tracker | None,
 ) -> None:
     """Draw the figures, write the report page, and log the results."""
-    with later_imports():  # here, because importing matplotlib takes a second, and the scores need not wait for it
+    with lazy_imports():  # here, because importing matplotlib takes a second, and the scores need not wait for it
         from evaluation.figures import Evaluated, draw, warn_of_letters
         from evaluation.report import write_report
 

@@ -72,8 +72,8 @@ def _headline(results: dict[str, Any]) -> list[tuple[str, str, str]]:
     special, gate = results["specialisation"], results["gate"]
     where = f", in block {results['most_specialised_block']}" if "blocks" in results else ""
     z_score = "" if special["z_score"] is None else f", {special['z_score']:.0f} s.d. above chance"
-    alone = len(results["experts"]) == 1  # a dense twin has no routing
-    of_routing = [
+    single_expert = len(results["experts"]) == 1  # a dense twin has no routing
+    routing_cards = [
         ("balance", f"{results['entropy']:.3f}", f"entropy of the load, 1 is even; CV {results['cv']:.2f}"),
         (
             "specialisation",
@@ -84,7 +84,7 @@ def _headline(results: dict[str, Any]) -> list[tuple[str, str, str]]:
     shown = [
         ("macro-F1", percent(results["macro_f1"]), f"{results['images']:,} test images"),
         ("accuracy", percent(results["accuracy"]), f"cross-entropy {results['loss']:.3f} nats"),
-        *([] if alone else of_routing),
+        *([] if single_expert else routing_cards),
         ("calibration error", percent(results["expected_calibration_error"]), "expected, 15 bins; 0 is best"),
     ]
     if gate["boundary_share"] is not None:
@@ -93,7 +93,7 @@ def _headline(results: dict[str, Any]) -> list[tuple[str, str, str]]:
             near, rest = percent(gate["boundary_accuracy"]), percent(gate["elsewhere_accuracy"])
             reading += f"; accuracy {near} on these, {rest} on the others"
         shown.append(("near the boundary", percent(gate["boundary_share"]), reading))
-    if not alone:
+    if not single_expert:
         reading = f"mean over the {'tokens' if 'blocks' in results else 'images'}; 1: no preference, 0: certain"
         shown.append(("gate entropy", f"{gate['entropy_mean']:.2f}", reading))
     shown.append(_cost_card(results["cost"]))

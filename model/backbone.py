@@ -23,6 +23,7 @@ from .weights_file import load_converted, read_weights
 
 POOLS = ("cls", "mean", "tokens")
 BUNDLED = "bundled/vit_micro"
+CANNOT_BUILD = (RuntimeError, TypeError, ValueError, AssertionError, KeyError)  # what timm raises for a wrong model
 
 
 @dataclass
@@ -247,7 +248,7 @@ def _check_before_download(config: BackboneConfig) -> None:
     try:
         with torch.device("meta"):  # takes no memory or time
             model = timm.create_model(config.name, pretrained=False)
-    except Exception:  # a model that cannot be built without real tensors is checked later
+    except (*CANNOT_BUILD, AttributeError, IndexError, OSError):  # perhaps only without real tensors: checked later
         return
     _check_vit(model, config.name)
 
@@ -257,7 +258,7 @@ def _create(config: BackboneConfig, **options) -> nn.Module:
 
     try:
         vit = timm.create_model(config.name, num_classes=0, **options)
-    except (RuntimeError, TypeError, ValueError, AssertionError, KeyError) as error:
+    except CANNOT_BUILD as error:
         reason = one_line(error)
         raise InputError(f"backbone {config.name} cannot be built: {reason}") from error
     except OSError as error:

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from .experts import ExpertsConfig
-from .moe import MixtureOfExperts, check_shape
+from .moe import MixtureOfExperts, check_shape, check_sizes
 from .routers import ROUTERS, RouterConfig, Routing
 
 
@@ -27,6 +27,7 @@ class MoEFFN(nn.Module):
             )
         if experts.combine != "logits":
             raise ValueError(f"experts.combine {experts.combine} is for class logits: in an FFN set logits")
+        check_sizes(width=width)
         self.mixture = MixtureOfExperts(width, width, router, experts)
 
     def forward(self, x_BTD: Tensor, warmup: bool = False, allowed_E: Tensor | None = None) -> tuple[Tensor, Routing]:

@@ -1,6 +1,7 @@
 """MixtureOfExperts: router, experts, dispatch and usage counters."""
 
 from itertools import chain
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,7 @@ class MixtureOfExperts(nn.Module):
         num_groups: int = 1,
     ):
         super().__init__()
+        check_sizes(in_features=in_features, num_classes=num_classes, num_groups=num_groups)
         check_mixture(router, experts)
         self.in_features = in_features
         num_experts = len(experts.sizes)
@@ -97,9 +99,21 @@ class MixtureOfExperts(nn.Module):
 
 
 def check_shape(x: Tensor, width: int, shape: str) -> None:
-    """Raise ValueError for a tensor of another shape. shape: the expected one, such as "(B, {})", with `width` last."""
+    """Raise ValueError for a tensor of another shape, or of integers.
+
+    shape: the expected one, such as "(B, {})", with `width` last.
+    """
     if x.ndim != shape.count(",") + 1 or x.shape[-1] != width:
         raise ValueError(f"the mixture of experts reads a tensor of shape {shape.format(width)}, not {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"the mixture of experts reads floating-point numbers, not {x.dtype}: convert them first")
+
+
+def check_sizes(**sizes: int) -> None:
+    """Raise ValueError for a size, by its name, that is not a whole number of at least 1."""
+    for name, size in sizes.items():
+        if not isinstance(size, Integral) or size < 1:
+            raise ValueError(f"{name} is {size!r}: give a whole number of at least 1")
 
 
 def check_mixture(router: RouterConfig, experts: ExpertsConfig) -> None:

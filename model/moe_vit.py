@@ -212,7 +212,7 @@ class CompiledBlock:
     """`run_block`, compiled for each kind of block and each mode; eager if compilation fails."""
 
     def __init__(self, say: Callable[[str], None], whole: bool = True, function: Callable = run_block):
-        """whole: as one graph, which is not possible with experts on several processes. function: another part."""
+        """whole: as one graph, which is not possible with experts on several processes. function: what to compile."""
         self.say, self.function = say, function
         # First, middle or last of the blocks with experts, warm-up or not, training or not, for two sizes. The limit is
         # now called recompile_limit; torch 2.6 has only this name.

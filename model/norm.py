@@ -76,7 +76,7 @@ class _WholeBatchNorm(torch.autograd.Function):
         sum_D, along_D, of_weight_D, of_bias_D = torch.batch_norm_backward_reduce(
             grad_BD, x_BD, mean_D, invstd_D, weight_D, *ctx.needs_input_grad[:3]
         )
-        if weight_D is None:  # the kernel returns empty tensors for gradients that nobody needs
+        if weight_D is None:  # the kernel returns empty tensors for gradients that are not needed
             of_weight_D = of_bias_D = None
         of_x_BD = None
         if ctx.needs_input_grad[0]:

@@ -46,7 +46,7 @@ def linear_matrices(module: nn.Module, expert: int) -> list[Matrix]:
 class Stored(nn.Module):
     """A parametrization (torch.nn.utils.parametrize): a matrix from its parts along axis `dim`, each in its format.
 
-    table: `fp8_numbers`, for an exporter that cannot read bytes as float8.
+    table: `fp8_numbers`, for an exporter that cannot reinterpret bytes as float8.
     """
 
     table: Tensor | None = None
@@ -92,7 +92,7 @@ def pack(weight_OI: Tensor, number_format: str, scales_O1: Tensor | None = None)
 
 
 def fp8_numbers() -> Tensor:
-    """The number that each byte stands for in fp8, float32 (256,)."""
+    """The number that each byte represents in fp8, float32 (256,)."""
     return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
 
 

@@ -56,10 +56,12 @@ class Spread:
             experts.dispatcher = dispatcher
 
     @staticmethod
-    def alike(model: nn.Module) -> list[list[str]]:
+    def same_shape(model: nn.Module) -> list[list[str]]:
         """Names of parameters of experts of one shape in this process, which can be trained as one tensor."""
         return [
-            [f"{prefix}.{name}" for name in names] for prefix, experts in _places(model) for names in experts.alike()
+            [f"{prefix}.{name}" for name in names]
+            for prefix, experts in _places(model)
+            for names in experts.same_shape()
         ]
 
     @staticmethod

@@ -1,7 +1,8 @@
 """Parameters of one shape that are trained as one tensor.
 
 Each parameter costs the host some time in a step: to cast it, to receive its gradient, to clip and to update it. With
-many experts this can take longer than the work of a GPU. A stack takes this time once for all experts of one shape.
+many experts this can take longer than the work of a GPU. A stack needs this time only once for all experts of one
+shape.
 """
 
 from collections.abc import Sequence
@@ -25,10 +26,10 @@ class Stack:
         for part, view in zip(self.parts, self.whole.detach().split(self.rows), strict=True):
             part.data = view
             part.grad = None
-            part.whole = self.whole  # only this way, so that both are freed at once; copies of a part do not have it
+            part.whole = self.whole  # no reference back, so that all are freed together; copies lack it
 
     def collect(self) -> None:
-        """Add the gradients of single parts, which they lose, to that of the whole."""
+        """Move the gradients of single parts into that of the whole."""
         if all(part.grad is None for part in self.parts):
             return
         grad = torch.cat([torch.zeros_like(part) if part.grad is None else part.grad for part in self.parts])
@@ -41,8 +42,15 @@ class Stack:
         return tensor.split(self.rows)
 
 
+def release(part: Any) -> None:
+    """Give a parameter that is no longer part of a stack its own memory, so that the stack's can be freed."""
+    if hasattr(part, "whole"):
+        part.data = part.detach().clone()
+        del part.whole
+
+
 def whole_of(parts: list[Any]) -> nn.Parameter | None:
-    """The parameter that consists of all these (None: there is none). parts: in the order of their experts."""
+    """The parameter that consists of exactly these parts, in this order (None: there is none)."""
     if torch.compiler.is_compiling():
         return None
     whole = getattr(parts[0], "whole", None)

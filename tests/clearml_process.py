@@ -9,7 +9,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from conftest import ROOT, import_the_rest, in_a_fork
+from conftest import ROOT, import_lazy_modules, in_a_fork
 
 CONFIG = {
     "seed": 3,
@@ -83,7 +83,7 @@ def run_forked(workplace: Path, run: Path, code: str, **environment: str) -> str
             raise
         atexit._run_exitfuncs()
 
-    import_the_rest()
+    import_lazy_modules()
     status, output = in_a_fork(function)
     assert status == 0, output
     return output

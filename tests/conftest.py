@@ -66,8 +66,8 @@ def without_drawing(patch):
 
 
 @pytest.fixture(autouse=True)
-def no_lines_of_progress(monkeypatch):
-    """Which test would see the line of every half minute depends on the clock. The tests of the meter set a clock."""
+def no_progress_lines(monkeypatch):
+    """A line of progress is due every half minute, in whichever test runs then. The tests of the meter set a clock."""
     monkeypatch.setattr(Meter, "next_line", float("inf"))
 
 
@@ -100,8 +100,8 @@ def run_program(*arguments, **environment):
     )
 
 
-def import_the_rest() -> None:
-    """Import what a run imports where it needs it, once for all forks of this process."""
+def import_lazy_modules() -> None:
+    """Import the modules that a run imports inside functions, once for all forks of this process."""
     for name in ("train", "evaluate", "evaluation.figures", "evaluation.report", "model.vit_micro", "timm.optim"):
         import_module(name)
     for name in ("datasets", "decomposition", "discriminant_analysis", "model_selection"):
@@ -165,12 +165,12 @@ def tiny_run(tmp_path_factory) -> Path:
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "tiny"
     with FileLock(f"{folder}.lock"):
-        if not folder.exists():
-            make_tiny_run(folder)
+        if not folder.exists():  # a run that fails half-way keeps another name
+            make_tiny_run(Path(tempfile.mkdtemp(dir=folder.parent)) / "tiny").rename(folder)
     return folder
 
 
-def make_tiny_run(folder: Path) -> None:
+def make_tiny_run(folder: Path) -> Path:
     import train  # here, because most test files do not need its imports
 
     with pytest.MonkeyPatch.context() as patch:
@@ -179,6 +179,7 @@ def make_tiny_run(folder: Path) -> None:
         words = ["train.py", *TINY.split(), "--tracking", "none", "--run_dir", str(folder)]
         patch.setattr("sys.argv", words)
         assert exit_code_of(train.main) == 0
+    return folder
 
 
 @pytest.fixture(scope="module")

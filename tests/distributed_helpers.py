@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import import_the_rest
+from conftest import import_lazy_modules
 from torch import multiprocessing
 
 from common.distributed import OLDEST, joined, meeting_at
@@ -71,7 +71,7 @@ class Program:
         self.pids = [self._fork(rank, size, [str(word) for word in words], before) for rank in range(size)]
 
     def _fork(self, rank: int, size: int, words: list[str], before: Callable[[int], None] | None) -> int:
-        import_the_rest()
+        import_lazy_modules()
         import train
         from evaluation import figures
 

@@ -1,4 +1,4 @@
-"""Programs executed by a ClearML agent: the values of the task override the others before anything is loaded."""
+"""Programs executed by a ClearML agent: the values of the task override all others before anything is loaded."""
 
 import os
 from dataclasses import fields, replace
@@ -13,8 +13,8 @@ Sections = dict[str, dict[str, str]]
 
 TASK_ID = ("CLEARML_TASK_ID", "TRAINS_TASK_ID")
 """Environment variables in which an agent names its task."""
-MOVED = ("data.root", "backbone.weights", "features.cache_dir")
-"""Options of evaluate.py that a task may change."""
+LOCATIONS = ("data.root", "backbone.weights", "features.cache_dir")
+"""Options of evaluate.py that a task may change: where files are."""
 
 
 def agent_task() -> str | None:
@@ -53,10 +53,10 @@ def apply_agent_values(invocation: Invocation) -> Invocation:
 
 
 def evaluation_words(words: list[str]) -> list[str]:
-    """The command line of evaluate.py; under an agent, whose programs have none, that of the run of its task.
+    """The command line of evaluate.py; an agent passes none, so then it is made from the values of the agent's task.
 
-    Raises UserError if the task names no run of this machine, or has other values than the run, and EnvironmentFault if
-    it cannot be read.
+    Raises UserError if the task names no run on this machine, or if its values differ from those of the run, and
+    EnvironmentFault if the task cannot be read.
     """
     task_id = agent_task()
     if words or task_id is None:
@@ -71,9 +71,9 @@ def evaluation_words(words: list[str]) -> list[str]:
     if changed := next((name for name in own if own[name] != given[name] and name not in INCIDENTAL), None):
         raise UserError(
             f"{changed} in {place} is {given[changed]}, but the run has {own[changed]}: an evaluation cannot change "
-            "it, so clone the task of the training"
+            "it, so clone the training task instead"
         )
-    options = [f"--{name}={given[name]}" for name in MOVED if given[name] is not None]
+    options = [f"--{name}={given[name]}" for name in LOCATIONS if given[name] is not None]
     return [run, "--tracking=clearml", f"--device={given['device']}", *options]
 
 

@@ -13,8 +13,8 @@ from common.distributed import world
 from config.optim import OptimConfig
 from model.moe_vit import AnyMoE
 from model.spread import Shares, Spread
-from model.stacked import Stack
-from training.optim import build_optimizer
+from model.stacked import Stack, release
+from training.optim import build_optimizer, can_stack, merged_state, train_stack
 
 WORTH = 0.05  # a new placement must reduce the largest work by this much, because moving experts has a cost
 
@@ -51,20 +51,28 @@ class ExpertParallel:
     ) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """The trained parameters that all processes share, and those of experts.
 
-        Those of experts of one shape are stacked, and the optimizer, of the model's parameters, trains the stacks.
+        Those of experts of one shape are stacked. optimizer: that of the model's parameters; from now on it trains the
+        stacks.
         """
         by_name = dict(model.named_parameters())
         self.stacks = []
-        for names in self.spread.alike(model):
+        for names in self.spread.same_shape(model):
             parts = [by_name[name] for name in names]
-            if _stackable(parts, optimizer):
+            if can_stack(parts, optimizer):
                 stack = Stack(parts)
-                _train_stack(stack, optimizer)
+                train_stack(stack, optimizer)
                 self.stacks.append((names, stack))
         names = {name for names, _ in self.stacks for name in names}
         self.single = {n: value for n, value in by_name.items() if n in self.spread.parts and n not in names}
+        for value in self.single.values():
+            release(value)  # if the rest of its former stack is in another process now
         common = [value for name, value in by_name.items() if name not in self.spread.parts]
-        return common, [*(stack.whole for _, stack in self.stacks), *self.single.values()]
+        return common, self.trained_here
+
+    @property
+    def trained_here(self) -> list[nn.Parameter]:
+        """The trained parameters of this process's experts: stacks, and single ones."""
+        return [*(stack.whole for _, stack in self.stacks), *self.single.values()]
 
     def collect(self) -> None:
         """Call after a backward pass, before anything that reads gradients."""
@@ -72,7 +80,7 @@ class ExpertParallel:
             stack.collect()
 
     def gradients(self) -> dict[str, Tensor]:
-        """The gradients of this process's experts by parameter name; in-place changes count."""
+        """The gradients of this process's experts by parameter name; changes in place affect training."""
         found = {name: value.grad for name, value in self.single.items() if value.grad is not None}
         for names, stack in self.stacks:
             if stack.whole.grad is not None:
@@ -120,8 +128,7 @@ class ExpertParallel:
             shares = [1 / len(spread.holders(place, expert)) for _, place, expert, _ in pieces]
             own = _square([view for *_, view in pieces], shares, spread.device)
         else:
-            values = [*self.single.values(), *(stack.whole for _, stack in self.stacks)]
-            own = _square([value.grad for value in values if value.grad is not None], None, spread.device)
+            own = _square([v.grad for v in self.trained_here if v.grad is not None], None, spread.device)
         dist.all_reduce(own, group=spread.group)
         return (own + _square(common, None, spread.device)).sqrt()
 
@@ -159,7 +166,9 @@ class ExpertParallel:
 
     def _as_optimizer_state(self, by_name, optimizer, model) -> dict[str, Any]:
         own, template = self._names(optimizer, model), optimizer.state_dict()
-        state = {index: _merged([by_name[n] for n in names]) for index, names in enumerate(own) if names[0] in by_name}
+        state = {
+            index: merged_state([by_name[n] for n in names]) for index, names in enumerate(own) if names[0] in by_name
+        }
         return {"state": state, "param_groups": template["param_groups"]}
 
     def _names(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> list[list[str]]:
@@ -259,32 +268,6 @@ def _square(tensors: list[Tensor], factors: list[float] | None, device: torch.de
         return torch.zeros((), device=device)
     squares = torch._foreach_pow(torch._foreach_norm(tensors, dtype=torch.float32), 2)
     return torch.stack(squares if factors is None else torch._foreach_mul(squares, factors)).sum()
-
-
-def _stackable(parts: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> bool:
-    """Whether parameters are alike, and the optimizer treats them alike."""
-    groups = {id(value): index for index, group in enumerate(optimizer.param_groups) for value in group["params"]}
-    kinds = {(value.shape, value.dtype, value.requires_grad, groups.get(id(value))) for value in parts}
-    return len(kinds) == 1 and parts[0].requires_grad and id(parts[0]) in groups
-
-
-def _train_stack(stack: Stack, optimizer: torch.optim.Optimizer) -> None:
-    """Let an optimizer train a stack instead of its parts, which it has in one group."""
-    numbers = {id(value) for value in stack.parts}
-    for group in optimizer.param_groups:
-        if id(stack.parts[0]) in map(id, group["params"]):
-            group["params"] = [stack.whole, *(value for value in group["params"] if id(value) not in numbers)]
-    states = [optimizer.state.pop(part) for part in stack.parts if part in optimizer.state]
-    if states:
-        optimizer.state[stack.whole] = _merged(states)
-
-
-def _merged(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The optimizer state of a stack from those of its parts; that of a single parameter is unchanged."""
-    if len(states) == 1:
-        return states[0]
-    moments = {kind: torch.cat([state[kind] for state in states]) for kind in states[0] if kind != "step"}
-    return {"step": states[0]["step"], **moments}
 
 
 def _sum_over(views: list[Tensor], group: Any) -> None:

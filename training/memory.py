@@ -50,9 +50,9 @@ def _stored(model: MoEViT, image_1CHW: Tensor, recompute: bool) -> int:
 def must_recompute(choice: str, needed: Callable[[bool], int], batch_size: int, free: int, processes: int = 1) -> bool:
     """Whether a step recomputes the frozen parts of the blocks, from train.recompute (auto, on, off).
 
-    needed: bytes per image with recomputing or without, see `bytes_per_image`. batch_size: images of a step of all
-    processes. free: free bytes of a device. Raises UserError, which names a batch size that fits, if the batch does
-    not.
+    needed: returns the bytes per image, with recomputing (True) or without; see `bytes_per_image`. batch_size: images
+    of a step of all processes. free: free bytes of a device. Raises UserError, which names a batch size that fits, if
+    the batch does not.
     """
     recompute, each = choice == "on", needed(choice == "on")
     fits = processes * int(SHARE * free // each)

@@ -1,13 +1,14 @@
-"""The optimizer and its schedule."""
+"""The optimizer, its schedule, and its state for stacked parameters."""
 
 import math
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from config.optim import OptimConfig
 from model.parts import class_rows, part_of
+from model.stacked import Stack
 
 
 def lr_factor(step: int, total_steps: int, config: OptimConfig) -> float:
@@ -63,3 +64,29 @@ def _by_rate(model: nn.Module, groups: list[dict[str, Any]], multiples: dict[str
         for times in dict.fromkeys([1.0, *multiples.values()])
         if (chosen := [value for value in group["params"] if multiple[value] == times])
     ]
+
+
+def can_stack(parts: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> bool:
+    """Whether parameters have one shape and dtype, all are trained, and one group of the optimizer has all of them."""
+    groups = {id(value): index for index, group in enumerate(optimizer.param_groups) for value in group["params"]}
+    kinds = {(value.shape, value.dtype, value.requires_grad, groups.get(id(value))) for value in parts}
+    return len(kinds) == 1 and parts[0].requires_grad and id(parts[0]) in groups
+
+
+def train_stack(stack: Stack, optimizer: torch.optim.Optimizer) -> None:
+    """Let an optimizer train a stack instead of its parts, which are in one of its groups."""
+    numbers = {id(value) for value in stack.parts}
+    for group in optimizer.param_groups:
+        if id(stack.parts[0]) in map(id, group["params"]):
+            group["params"] = [stack.whole, *(value for value in group["params"] if id(value) not in numbers)]
+    states = [optimizer.state.pop(part) for part in stack.parts if part in optimizer.state]
+    if states:
+        optimizer.state[stack.whole] = merged_state(states)
+
+
+def merged_state(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The optimizer state of a stack from those of its parts; that of a single parameter is unchanged."""
+    if len(states) == 1:
+        return states[0]
+    moments = {kind: torch.cat([state[kind] for state in states]) for kind in states[0] if kind != "step"}
+    return {"step": states[0]["step"], **moments}

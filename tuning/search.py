@@ -13,7 +13,7 @@ from common.files import write_json
 from common.text import printable
 from tracking.tasks import tasks_of
 from tracking.tracker import Tracker, open_tracker
-from tuning.clone import described
+from tuning.clone import study_sections
 from tuning.space import decoded
 from tuning.study import counted, ranked, release_dead
 from tuning.worker import Plan, work, write_best
@@ -37,7 +37,7 @@ def search(plan: Plan, jobs: int, queue: str | None = None) -> str:
     study = plan.study(config.train.seed)
     online = [task["task_id"] for task in tasks_of(plan.folder.path) if task["mode"] == "clearml"]
     known = len(study.get_trials(deepcopy=False))
-    values = config.to_dict() | described(plan, jobs, queue)
+    values = config.to_dict() | study_sections(plan, jobs, queue)
     named = {"name": plan.folder.path.name, "tags": ["tuning", config.data.name], "kind": "optimizer"}
     again = {"task_id": online[-1] if online else None, "resume_step": known}
     with open_tracker(plan.tracking, plan.folder.path, values, **named, **again) as tracker:
@@ -95,9 +95,9 @@ def _workers(plan: Plan, jobs: int, seed: int) -> Iterator[list[Any]]:
 
 
 def _context() -> Any:
-    """How to start a worker: as a fork of a process that does nothing but the imports, which take seconds.
+    """How to start workers: as forks of a process that has only done the imports, which take seconds.
 
-    A fork of this process could not use a GPU. Where a system cannot fork, every worker imports for itself.
+    A fork of this process could not use a GPU. On a system without forks each worker repeats the imports.
     """
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")

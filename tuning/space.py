@@ -111,8 +111,8 @@ def as_plain(space: Space) -> dict[str, Any]:
     return {name: part.plain() for name, part in sorted(space.items())}
 
 
-def written(part: Range | Choice) -> str:
-    """The values of an option as SPACE.yaml has them, on one line."""
+def as_text(part: Range | Choice) -> str:
+    """The values of an option as SPACE.yaml writes them, on one line."""
     return json.dumps(part.plain() if isinstance(part, Range) else list(part.values))
 
 

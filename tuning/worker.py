@@ -1,6 +1,7 @@
 """A process that trains the trials of a study one after another."""
 
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 PROGRAM = Path(__file__).resolve().parent.parent / "train.py"
 OF_PARENT = ("CLEARML_PROC_MASTER_ID", "TRAINS_PROC_MASTER_ID", *TASK_ID)
-"""Variables that make ClearML's SDK attach a process to the task of its parent process, or of an agent."""
+"""Variables that make ClearML's SDK attach a process to the task of its parent process or of an agent."""
 FEATURES = ("data", "augment", "backbone", "features")
 """Sections of the configuration that inputs and features depend on, in addition to experts.place and train.epochs."""
 
@@ -73,11 +74,11 @@ def work(plan: Plan, seed: int) -> None:
     for name in OF_PARENT:
         os.environ.pop(name, None)
     sys.argv[:] = [str(PROGRAM)]  # what ClearML takes for the program, so that agents train clones of a trial's task
-    parent = os.getppid()
+    parent = multiprocessing.parent_process()  # not os.getppid(), the process that forks the workers
     try:
         with stoppable():
             worker = _Worker(plan, seed)
-            while os.getppid() == parent and worker.trial():
+            while (parent is None or parent.is_alive()) and worker.trial():
                 pass
     except Interrupted as error:
         sys.exit(error.exit_code)

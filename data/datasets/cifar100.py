@@ -114,7 +114,8 @@ def _verified(path: Path, md5: str) -> bytes:
 
 
 def _image_set(content: bytes, meta: dict) -> ImageSet:
-    entries = pickle.loads(content, encoding="bytes")  # of Python 2; otherwise all pixels are decoded as text first
+    # A pickle of Python 2; with latin1 all pixels would first be decoded as text.
+    entries = pickle.loads(content, encoding="bytes")
     pixels_NCHW = np.asarray(entries[b"data"], dtype=np.uint8).reshape(-1, 3, 32, 32)
     return ImageSet(
         images_NCHW=torch.from_numpy(pixels_NCHW),

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from common.imports import later_imports
+from common.imports import lazy_imports
 from data.image_set import ImageSet
 from data.registry import Parts, register
 
@@ -16,7 +16,7 @@ def load(config) -> Parts:
 
 def load_digits() -> ImageSet:
     """scikit-learn's 1,797 handwritten digits: 8 x 8 grey values 0..16, as uint8 RGB."""
-    with later_imports():
+    with lazy_imports():
         from sklearn.datasets import load_digits as sklearn_digits
 
     digits = sklearn_digits()

@@ -23,10 +23,12 @@ class ExpertKind:
     columns) like LayeredExpert, from (B, D) to (B, C) in the number format of its input. place blocks: all experts of
     one block of the ViT, built from (width, ExpertsConfig, the frozen FFN) and called like Adapters. static_shapes:
     whether that call never waits for the number of tokens of an expert, so that a CUDA graph can capture it.
+    fixed_size: whether the backbone determines the number of hidden units.
     """
 
     place = "head"
     static_shapes: bool = False
+    fixed_size = False
 
     @classmethod
     def check(cls, config: ExpertsConfig) -> None:
@@ -143,7 +145,7 @@ class ExpertSet(ABC):
     def parts(self) -> dict[str, Part]:
         """The owners of each tensor of the state, by its name in this module when all experts are here."""
 
-    def alike(self) -> list[list[str]]:
+    def same_shape(self) -> list[list[str]]:
         """Names of parameters of this process's experts that have the same shape, to be trained as one tensor."""
         return []
 
@@ -186,8 +188,8 @@ class Experts(ExpertSet, nn.ModuleList):
         known = sorted(self._known().items())
         return {f"{number}.{name}": Part(number) for number, expert in known for name in expert.state_dict()}
 
-    def alike(self) -> list[list[str]]:
-        """See ExpertSet: each parameter of the experts that `groups` lists together, if they read all features."""
+    def same_shape(self) -> list[list[str]]:
+        """See ExpertSet: a list for each parameter of the experts that form one of `groups` and read all features."""
         numbers, found = [int(number) for number, _ in self.named_children()], []
         for group in self.groups:
             members = [self[index] for index in group]

@@ -29,6 +29,7 @@ class UpcycledFFN(ExpertKind, nn.Module):
     """
 
     place = "blocks"
+    fixed_size = True
 
     def __init__(self, width: int, config: ExpertsConfig, ffn: nn.Module):
         super().__init__()

@@ -30,6 +30,7 @@ class Router(nn.Module, ABC):
     warms_up = True  # benefits from random warm-up
     has_load = False  # returns load_BE in training
     reads_tokens = False  # reads (B, T, D) instead of (B, D)
+    has_groups = False  # first chooses among router.groups groups of equally many experts
     only_top_k: int | None = None  # the only number of experts per sample that the rule supports
     paper: ClassVar[dict[str, float]] = {}  # options for which its paper has other defaults, by name
 
@@ -128,7 +129,7 @@ class Router(nn.Module, ABC):
 
     @torch.no_grad()
     def open_like(self, other: "Router") -> None:
-        """Open the gate to added experts as far as another one: a moving average of that would never end."""
+        """Copy the margin of added experts from another router; a moving average of it would never reach zero."""
         if self.grown:
             self.margin_E.copy_(other.margin_E)
 

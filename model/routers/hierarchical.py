@@ -34,6 +34,7 @@ class HierarchicalRouter(LearnedNoiseRouter):
     """
 
     grows = False
+    has_groups = True
 
     @classmethod
     def check(cls, config: RouterConfig, num_experts: int) -> None:

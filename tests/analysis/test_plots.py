@@ -150,7 +150,7 @@ def test_save_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
     figure = MAIN["load"]()
     path = plots.save(figure, tmp_path / "load.png")
     before = path.read_bytes()
-    monkeypatch.setattr(figure, "savefig", lambda target, **_: (target.write_bytes(b"torn"), 1 / 0))
+    monkeypatch.setattr(figure, "savefig", lambda target, **_: (target.write_bytes(b"truncated"), 1 / 0))
     with pytest.raises(ZeroDivisionError):
         plots.save(figure, path)
     assert path.read_bytes() == before

@@ -94,7 +94,7 @@ def test_measured_and_predicted_times_are_shown_side_by_side(tmp_path, capsys):
 
 
 def test_files_of_other_programs_are_rejected(tmp_path):
-    with pytest.raises(UserError, match="has nothing to predict from: run"):
+    with pytest.raises(UserError, match=r"has no devices\.json to predict from: run"):
         scaling_model.main(["--from", str(tmp_path)])
     (tmp_path / "devices.json").write_text("{}")
     with pytest.raises(UserError, match=r"was not written by benchmarks\.devices"):

@@ -151,13 +151,13 @@ def test_rates_come_first_then_the_seeds_of_the_best_one(tmp_path):
 
 def test_a_failed_capture_is_remembered_until_the_next_start(tmp_path):
     pair, store = stored(tmp_path, {})
-    store.add(alone=True)
+    store.add(separate_graphs=True)
     store.add(eager=pair[0].kind)
     store.read()
-    assert store.alone and store.eager == {pair[0].kind}
+    assert store.separate_graphs and store.eager == {pair[0].kind}
     store.begin()
     store.read()
-    assert not store.alone and not store.eager
+    assert not store.separate_graphs and not store.eager
 
 
 def test_rows_are_paired_by_seed_with_the_dense_adapter(tmp_path):
@@ -214,7 +214,7 @@ def test_the_study_runs_and_continues_where_it_stopped(tmp_path, capsys):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_runs_side_by_side_are_those_of_each_alone():
+def test_runs_side_by_side_equal_separate_runs():
     device = torch.device("cuda")
     backbone = load_backbone(BackboneConfig(name="bundled/vit_micro", features=["cls:6", "mean:7"]), device)
     generator = torch.Generator().manual_seed(0)

@@ -1,7 +1,5 @@
 """A benchmark's worker with a section that fails."""
 
-import argparse
-
 from benchmarks.processes import work
 
 
@@ -10,4 +8,4 @@ def fails(options, device):
 
 
 if __name__ == "__main__":
-    work(argparse.ArgumentParser(), {"good": lambda options, device: 1, "bad": fails, "after": lambda *_: 2})
+    work([], {"good": lambda options, device: 1, "bad": fails, "after": lambda *_: 2})

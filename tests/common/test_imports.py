@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from common.imports import later_imports, pause_collection, resume_collection
+from common.imports import lazy_imports, pause_collection, resume_collection
 
 
 @pytest.fixture(autouse=True)
@@ -27,19 +27,19 @@ def test_a_program_collects_garbage_after_its_imports_and_leaves_them_alone():
     assert gc.get_freeze_count() == 0
 
 
-def test_later_imports_pause_the_collector_even_if_one_fails(monkeypatch):
-    with pytest.raises(ModuleNotFoundError), later_imports():
+def test_lazy_imports_pause_the_collector_even_if_one_fails(monkeypatch):
+    with pytest.raises(ModuleNotFoundError), lazy_imports():
         assert not gc.isenabled()
         import no_such_module  # noqa: F401
     assert gc.isenabled() and gc.get_freeze_count() == 0
-    with later_imports():
+    with lazy_imports():
         monkeypatch.setitem(sys.modules, "one_more_module", sys)
     assert gc.isenabled() and gc.get_freeze_count() > 0
 
 
-def test_imports_of_a_caller_that_does_not_collect_leave_it_so():
+def test_lazy_imports_do_not_resume_a_paused_collector():
     gc.disable()
-    with later_imports():
+    with lazy_imports():
         pass
     assert not gc.isenabled()
 

@@ -42,7 +42,7 @@ def assert_prunes_exactly(mixture, kept=KEPT):
     assert smaller_config.experts.sizes == [config.experts.sizes[e] for e in kept]
 
 
-@pytest.mark.parametrize("kind", sorted(set(ROUTERS) - {"hierarchical"}))
+@pytest.mark.parametrize("kind", sorted(name for name, rule in ROUTERS.items() if not rule.has_groups))
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_behind_the_vit_the_outputs_are_those_of_the_masked_model(kind, top_k):
     if ROUTERS[kind].only_top_k not in (None, top_k) or (kind, top_k) == ("mixtral", 1):
@@ -55,7 +55,7 @@ def test_behind_the_vit_the_outputs_are_those_of_the_masked_model(kind, top_k):
 @pytest.mark.parametrize("kind", sorted(name for name, rule in ROUTERS.items() if rule.token_choice))
 @pytest.mark.parametrize("level", ["token", "image"])
 def test_inside_the_vit_too(kind, level):
-    if kind == "hierarchical":
+    if ROUTERS[kind].has_groups:
         pytest.skip("removes whole groups: below")
     top_k = ROUTERS[kind].only_top_k or 2
     mixture = inside({"kind": kind, "top_k": top_k, "level": level})
@@ -70,8 +70,16 @@ def test_hierarchical_routing_loses_only_whole_groups():
     assert_prunes_exactly(mixture, [2, 3])
     assert prune(mixture[0], mixture[1], [2, 3], mixture[2])[0].router.groups == 1
     assert_prunes_exactly(inside({"kind": "hierarchical", "top_k": 2, "groups": 2, "top_groups": 1}), [0, 1])
-    with pytest.raises(UserError, match="remove whole groups"):
+    with pytest.raises(UserError, match=r"kind hierarchical has groups of 2 .* remove whole groups"):
         check_prune(mixture[0], [0])
+
+
+def test_a_rule_of_a_plugin_that_has_groups_loses_only_whole_groups(monkeypatch):
+    config = behind({"kind": "hierarchical", "top_k": 2, "groups": 2, "top_groups": 1})[0]
+    monkeypatch.setitem(ROUTERS, "toy_groups", ROUTERS["hierarchical"])
+    config.router.kind = "toy_groups"
+    with pytest.raises(UserError, match=r"kind toy_groups has groups of 2 .* remove whole groups"):
+        check_prune(config, [0])
 
 
 def test_copies_of_the_ffn_and_a_mixture_on_top_lose_the_same_experts():

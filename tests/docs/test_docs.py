@@ -59,7 +59,7 @@ def commands(path: Path) -> list[str]:
     """Every command of a page: the lines of its shell blocks, and code in backquotes that starts like a command."""
     text = path.read_text(encoding="utf-8")
     blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.DOTALL)
-    lines = [line for block in blocks for line in block.splitlines()]
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
     quoted = [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", prose)]
     lines += [code for code in quoted if re.match(r"(python|pip|sh|bash|pytest) ", code)]
@@ -94,7 +94,8 @@ def parse_train(words: list[str], folder: Path) -> None:
             parse_command_line(words)
         assert not left.value.code
     else:
-        parse_command_line(words)
+        config = parse_command_line(words).config
+        assert config.parallel.experts <= len(config.experts.sizes), words
 
 
 def parse_benchmark(name: str, words: list[str], patch: pytest.MonkeyPatch) -> None:
@@ -154,6 +155,8 @@ def test_every_command_is_parsed_by_the_program_that_it_names(page, run, monkeyp
     monkeypatch.chdir(ROOT)
     for command in commands(page):
         words = shlex.split(command, comments=True)
+        if words[0] == "srun":
+            words = words[1:]
         program, rest = words[0], words[1:]
         if program == "python":
             parse_python(rest, run, monkeypatch)
@@ -165,6 +168,8 @@ def test_every_command_is_parsed_by_the_program_that_it_names(page, run, monkeyp
         elif program == "pip":
             assert rest[0] in ("install", "wheel"), command
             assert all((ROOT / name).is_file() for option, name in pairwise(rest) if option == "-r")
+        elif program == "export" or "=" in program:
+            pass  # a variable of the shell
         elif program == "pytest":
             assert rest in ([], ["-m", "not slow"]), command
         else:

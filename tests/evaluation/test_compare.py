@@ -258,9 +258,9 @@ def only_a_configuration(path):
     write_run(path / "x").joinpath("config.yaml").rename(path / "config.yaml")
 
 
-def torn_checkpoint(path):
+def truncated_checkpoint(path):
     (path / "checkpoints").mkdir()
-    (path / "checkpoints" / "best.pt").write_bytes(b"torn")
+    (path / "checkpoints" / "best.pt").write_bytes(b"truncated")
 
 
 def checkpoint_of_another_version(path):
@@ -272,7 +272,7 @@ def checkpoint_of_another_version(path):
     "prepare, words",
     [
         (only_a_configuration, "has no checkpoint yet"),
-        (torn_checkpoint, "truncated or not a checkpoint"),
+        (truncated_checkpoint, "truncated or not a checkpoint"),
         (checkpoint_of_another_version, "checkpoint format 0, this version reads 1"),
         (lambda path: describe(path, format_version=0), "not of format 1"),
         (lambda path: describe(path, config={"train.colour": "red"}), "train.colour"),

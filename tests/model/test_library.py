@@ -115,6 +115,9 @@ def test_an_ffn_computes_in_the_number_format_of_its_tokens():
         (lambda: ExpertsConfig(kind="adapter"), r"inside the ViT: set experts\.place blocks, or glu or mlp"),
         (lambda: NeckConfig(kind="pool"), r"neck\.kind is 'pool': give one of pooled, .* did you mean pooled\?"),
         (lambda: MixtureOfExperts(6, 3, RouterConfig(top_k=4), SIZES), r"top_k 4 is larger than the number of exp"),
+        (lambda: MixtureOfExperts(6, 0, RouterConfig(), SIZES), r"num_classes is 0: give a whole number of at least"),
+        (lambda: MixtureOfExperts("6", 3, RouterConfig(), SIZES), r"in_features is '6': give a whole number"),
+        (lambda: MoEFFN(-1, RouterConfig(), SIZES), r"^width is -1: give a whole number of at least 1"),
         (lambda: MoEFFN(6, RouterConfig(kind="soft_moe"), SIZES), r"gives one output per sample, an FFN needs one"),
         (lambda: MoEFFN(6, RouterConfig(overflow="residual", capacity_factor=1.0), SIZES), r"set drop"),
         (lambda: MoEFFN(6, RouterConfig(), ExpertsConfig(combine="probabilities")), r"in an FFN set logits"),
@@ -134,6 +137,15 @@ def test_a_wrong_shape_is_one_clear_sentence(shape):
     if len(shape) < 3:
         with pytest.raises(ValueError, match=r"reads a tensor of shape \(B, T, 6\), not \("):
             ffn(torch.zeros(shape))
+
+
+def test_integers_are_one_clear_sentence():
+    for module, shape in (
+        (MixtureOfExperts(6, 3, RouterConfig(), SIZES), (2, 6)),
+        (MoEFFN(6, RouterConfig(), SIZES), (2, 3, 6)),
+    ):
+        with pytest.raises(ValueError, match=r"reads floating-point numbers, not torch\.int64: convert them first$"):
+            module(torch.zeros(shape, dtype=torch.int64))
 
 
 def test_all_names_exist_and_errors_are_builtin_types():

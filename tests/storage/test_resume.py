@@ -11,7 +11,7 @@ import time
 import crash_loop
 import pytest
 import torch
-from conftest import import_the_rest, in_a_fork, mostly_slow, running_program
+from conftest import import_lazy_modules, in_a_fork, mostly_slow, running_program
 from trainer_helpers import equal_states, make_trainer
 
 import train
@@ -35,7 +35,7 @@ TINY = [
 
 @pytest.mark.slow
 def test_ten_kills_change_nothing(tmp_path):
-    import_the_rest()
+    import_lazy_modules()
     found = tmp_path / "seen.json"
     code, said = in_a_fork(lambda: found.write_text(json.dumps(crash_loop.main(tmp_path, 10, 7))))
     assert code == 0, said

@@ -87,8 +87,8 @@ def test_the_last_steps_use_all_patches(tmp_path, splits, monkeypatch):
 def test_the_auxiliary_loss_is_the_mean_over_blocks():
     model, balance = spread(digits_vit(kind="vmoe")), BalanceConfig(switch=0.3, importance=0.2, z_loss=0.1)
     _, routings = model.train()(torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8))
-    each = [float(weighted_sum(balance_losses(routing, balance), balance)) for routing in routings]
-    assert float(weighted_sum(losses_by_place(routings, balance), balance)) == pytest.approx(sum(each) / 3)
+    each = [weighted_sum(balance_losses(routing, balance), balance).item() for routing in routings]
+    assert weighted_sum(losses_by_place(routings, balance), balance).item() == pytest.approx(sum(each) / 3)
 
 
 @pytest.mark.parametrize("level", ["token", "image"])

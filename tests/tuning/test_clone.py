@@ -1,11 +1,11 @@
-"""A cloned study: an agent repeats it with the values of its task."""
+"""Cloned studies: an agent repeats it with the values of its task."""
 
 import pytest
 
 from common.errors import EnvironmentFault, UserError
 from config.command_line import parse_command_line
 from tuning import clone
-from tuning.clone import described, study_words
+from tuning.clone import study_sections, study_words
 from tuning.options import read_options
 from tuning.space import Choice, Range, read_space
 from tuning.study import StudyFolder
@@ -29,7 +29,7 @@ def task(monkeypatch, tmp_path):
     def task(**study):
         plan = Plan(StudyFolder(tmp_path / "my study"), SPACE, [], trials=7, prune=False)
         sections = {name: value for name, value in config.items() if isinstance(value, dict)}
-        sections |= described(plan, 2, None) | {"General": {"run_dir": None, "tracking": "auto"}}
+        sections |= study_sections(plan, 2, None) | {"General": {"run_dir": None, "tracking": "auto"}}
         sections["study"] |= study
         texts = {
             section: {name: "" if value is None else str(value) for name, value in values.items()}
@@ -49,14 +49,31 @@ def test_the_command_of_a_clone_is_that_of_the_study(task, tmp_path):
     assert (config.data.name, config.train.epochs, config.tracking) == ("digits", 3, "auto")
 
 
+def test_the_folder_of_a_clone_may_start_with_the_home_folder(task, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    task(out="~/again")
+    options, _ = read_options("", study_words([]))
+    assert options.out == tmp_path / "again" and options.space.parent == options.out
+
+
+def test_a_clone_overwrites_no_file_of_the_folder(task, tmp_path):
+    folder = tmp_path / "my study"
+    folder.mkdir()
+    for name in ("space.yaml", "study.yaml"):
+        (folder / name).write_text("mine", encoding="utf-8")
+    task()
+    study_words([])
+    assert [(folder / name).read_text(encoding="utf-8") for name in ("space.yaml", "study.yaml")] == ["mine", "mine"]
+
+
 def test_a_command_line_is_used_as_it_is(task):
     task()
     assert study_words(["--trials", "3"]) == ["--trials", "3"]
 
 
-def test_a_task_that_is_no_study_and_a_folder_that_cannot_be_created(task, tmp_path):
+def test_a_task_without_a_study_and_a_folder_that_cannot_be_created(task, tmp_path):
     task(out="")
-    with pytest.raises(UserError, match="names no folder of a study: set out in its section study"):
+    with pytest.raises(UserError, match="names no folder for the study: set study/out"):
         study_words([])
     (tmp_path / "file").touch()
     task(out=tmp_path / "file" / "study")

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -15,6 +16,7 @@ from conftest import ROOT
 
 import tune
 from common.errors import UserError, exit_code_of
+from tuning import worker
 from tuning.space import read_space
 from tuning.study import StudyFolder, counted, next_trial, open_study, ranked, release
 from tuning.worker import Plan
@@ -66,8 +68,8 @@ def test_trials_fail_the_study_continues_and_the_best_options_are_written(tmp_pa
 
 def kill_the_trial():
     """Kill the training process, not this one, which waits for it."""
-    (worker,) = multiprocessing.active_children()
-    worker.kill()
+    (process,) = multiprocessing.active_children()
+    process.kill()
 
 
 @pytest.mark.slow
@@ -98,6 +100,21 @@ def test_an_interrupted_trial_is_repeated(tmp_path, call, number):
         study.ask()
     assert study.user_attrs["interrupted"] == [0]
     assert study.trials[1].system_attrs["fixed_params"] == study.trials[0].params
+
+
+def test_a_worker_ends_after_its_trial_if_the_study_was_killed(plan, monkeypatch):
+    alive, trained, before = iter([True, True, False]), [], signal.getsignal(signal.SIGINT)
+    parent = SimpleNamespace(is_alive=lambda: next(alive))  # that of the system is the process that forks the workers
+    monkeypatch.setattr(multiprocessing, "parent_process", lambda: parent)
+    monkeypatch.setattr("sys.argv", ["tune.py"])
+    monkeypatch.setattr(
+        worker, "_Worker", lambda *_: SimpleNamespace(trial=lambda: trained.append(1) or len(trained) < 5)
+    )
+    try:
+        worker.work(plan, 0)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert len(trained) == 2
 
 
 def test_a_study_stops_at_the_requested_number_of_trials(plan):
