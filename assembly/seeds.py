@@ -16,9 +16,16 @@ from config.command_line import Invocation
 from config.config import Config, config_from_dict
 from features.bank import FeatureBank
 from features.images import ImageBank
+from features.placement import DeviceMemory
 from storage.folder import RunFolder
 from storage.resume import Start, load_resumable, start_of
 from training.graph import PARAMETERS, worth_capturing
+from training.length import steps_per_epoch
+
+# Side by side, five runs of 1,320 or 2,880 steps each took less time, five of 132 did not: start-up, validation and
+# checkpoints took longer than the steps (docs/options.md).
+STEPS = 1_000
+BYTES = 24  # for each parameter: weight, gradient, two moments of AdamW, moving average, best weights, in float32
 
 Train = Callable[[Sequence[Start], Inputs, FeatureBank | ImageBank], None]
 
@@ -67,19 +74,21 @@ def train_seeds(invocation: Invocation, train: Train) -> None:
 
 
 def worth_joining(config: Config, inputs: Inputs, bank: FeatureBank | ImageBank, runs: int) -> bool:
-    """Whether runs train side by side, with one CUDA graph for the steps of all: small heads on stored features do.
+    """Whether runs train side by side, with one CUDA graph for the steps of all, because that takes less time.
 
-    Each must be a task of its own in ClearML, which allows one at a time in a process, so only runs without it do.
+    Small heads on stored features do, for 1,000 steps or more, if all of them fit in a quarter of the free memory.
+    ClearML allows one open task in a process, so runs that it may track do not.
     """
     alike = isinstance(bank, FeatureBank) and config.features.mode == "cached" and not config.data.shots
     captured = inputs.device.type == "cuda" and not world().several and not config.train.deterministic
-    if not alike or not captured or config.tracking != "none":
+    steps = config.train.epochs * steps_per_epoch(config.train, len(inputs.splits.train))
+    if not alike or not captured or config.tracking != "none" or steps < STEPS:
         return False
     model = build_model(config, bank.feature_shape, inputs.splits.train.num_classes, inputs.backbone)
     parameters = runs * sum(value.numel() for value in model.parameters())
-    return parameters <= PARAMETERS and worth_capturing(
-        config.train.graph, model.to(inputs.device), runs * config.train.batch_size
-    )
+    if parameters > PARAMETERS or 4 * BYTES * parameters > DeviceMemory(inputs.device).free():
+        return False
+    return worth_capturing(config.train.graph, model.to(inputs.device), runs * config.train.batch_size)
 
 
 def _with_seed(config: Config, seed: int, folder: Path) -> Config:

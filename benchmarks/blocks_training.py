@@ -26,7 +26,7 @@ from model.classifier import NeckConfig
 from model.experts import ExpertsConfig
 from model.routers import RouterConfig
 from storage.checkpoint import seed_everything
-from training.graph import EAGER_STEPS, Captured, side_by_side
+from training.graph import EAGER_STEPS, Captured, concurrently
 from training.optim import build_optimizer, set_learning_rate
 from training.step import TrainingStep
 
@@ -186,7 +186,7 @@ class MethodRuns:
         warmup, count = kind
         labels_N = self.read["test"].labels_N
         slots = [(slot.stream, partial(slot.train, self.rows, labels_N, warmup)) for slot in self.slots[:count]]
-        side_by_side(self.device, slots)
+        concurrently(self.device, slots)
 
     def cost(self, visits_E: np.ndarray) -> dict[str, Any]:
         """The cost of the trained part. visits_E: visits of each expert per token or image, mean over the blocks.

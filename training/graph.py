@@ -82,7 +82,7 @@ class Captured:
         self.graphs[argument] = graph, result
 
 
-def side_by_side(device: torch.device, runs: Sequence[tuple[torch.cuda.Stream, Callable[[], Any]]]) -> list[Any]:
+def concurrently(device: torch.device, runs: Sequence[tuple[torch.cuda.Stream, Callable[[], Any]]]) -> list[Any]:
     """Call functions at once, each on its own stream, and return their results. In a capture they become branches.
 
     Many kernels of a step are too small to fill a GPU, so several steps at once take less time than one after another.
@@ -162,7 +162,7 @@ class JointStep:
 
     def _branches(self, kinds: tuple) -> list[StepResult | None]:
         branches = [(self.steps[index].captured.stream, partial(self._branch, index, kind)) for index, kind in kinds]
-        return side_by_side(self.captured.device, branches)
+        return concurrently(self.captured.device, branches)
 
     def _branch(self, index: int, kind: tuple) -> StepResult | None:
         with self.numbers[index].of_steps():

@@ -22,9 +22,12 @@ class Run:
         self.batch: Batch | None = None  # that of the next step; None before the first, and after the last
         self._steps = trainer.steps()
 
-    def advance(self) -> bool:
-        """Train on the batch, if there is one, and go on to the next; False if the training has ended."""
-        with self.numbers.all() if self._saves() else self.numbers.of_steps():
+    def advance(self, alone: bool) -> bool:
+        """Train on the batch, if there is one, and go on to the next; False if the training has ended.
+
+        alone: no other run still trains, so that a signal ends this one within the call, with a checkpoint.
+        """
+        with self.numbers.all() if alone or self._saves() else self.numbers.of_steps():
             self.batch = next(self._steps, None)
         return self.batch is not None
 
@@ -63,6 +66,6 @@ def fit(runs: Sequence[Run]) -> list[dict[str, Any]]:
             active[0].trainer.shown = True
             if joint:
                 joint([run.batch for run in runs])
-            active = [run for run in active if run.advance()]
+            active = [run for run in active if run.advance(alone=len(active) == 1)]
             defer_signals.raise_pending()
     return [run.trainer.kept() for run in runs]

@@ -221,8 +221,9 @@ class Trainer(TrainerState):
             for features, labels_B, share in batches:
                 with defer_signals, self.shares.random_numbers(share, self.step):
                     set_learning_rate(self.optimizer, self.step, self.total_steps, self.optim)
-                    yield self._batch(features, labels_B, share)
-                    self._train_batch(features, labels_B, share, progress)
+                    batch = self._batch(features, labels_B, share)
+                    yield batch
+                    self._train_batch(batch, share, progress)
                 if self.checks.due():
                     self._require_finite()
                     running = progress.sums.running(self._usage() - progress.usage_before_LE)
@@ -248,12 +249,11 @@ class Trainer(TrainerState):
         label = f"{self.label and f'{self.label}, '}epoch {self.epoch}/{epochs}"
         return meter(label, images, progress.sums.samples, later=later, shown=self.shown)
 
-    def _train_batch(self, features: Tensor, labels_B: Tensor, share: Share | None, progress: Progress) -> None:
-        *arguments, options = self._batch(features, labels_B, share)
-        result = self.train_step(*arguments, **options)
+    def _train_batch(self, batch: Batch, share: Share | None, progress: Progress) -> None:
+        result = self.train_step(batch.features, batch.labels_B, batch.warmup, **batch.options)
         if result is None:
             self._require_finite()
-        progress.sums.add(result, len(labels_B) if share is None else share.total)
+        progress.sums.add(result, len(batch.labels_B) if share is None else share.total)
         self.step += 1
         progress.batches += 1
         if self.ema:
@@ -262,7 +262,7 @@ class Trainer(TrainerState):
                 averaged.router.open_like(trained.router)
 
     def _batch(self, features: Tensor, labels_B: Tensor, share: Share | None) -> Batch:
-        """The arguments of this step."""
+        """The arguments of the next step."""
         options = self._forward_options() | ({} if share is None else {"share": share})
         return Batch(features, labels_B, self.step < self.routing_warmup_steps, options)
 

@@ -14,6 +14,7 @@ from config.command_line import parse_command_line
 from features.bank import FeatureBank
 from storage.described import describe
 from storage.folder import RunFolder
+from training.length import steps_per_epoch
 
 SMALL = ["--config", "configs/digits.yaml", "--tracking", "none", "--data.max_per_class", "20", "--train.epochs", "1"]
 SMALL += ["--train.batch_size", "64", "--features.cache_dir", "null"]
@@ -99,30 +100,42 @@ def test_new_seeds_train_together_and_an_unfinished_one_alone(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("words", "device", "expected"),
+    ("words", "device", "size", "free", "expected"),
     [
-        ([], "cuda", True),
-        ([], "cpu", False),
-        (["--tracking", "auto"], "cuda", False),
-        (["--features.mode", "live"], "cuda", False),
-        (["--data.shots", "2"], "cuda", False),
-        (["--train.deterministic", "true"], "cuda", False),  # nothing is captured
-        (["--experts.sizes", "[[9999],[9999]]"], "cuda", False),  # 3 x 250 M parameters
+        ([], "cuda", 3_000_000, 1_000_000_000, True),
+        (["--train.epochs", "99"], "cuda", 3_000_000, 1_000_000_000, False),  # 990 steps do not repay the start
+        ([], "cpu", 3_000_000, 1_000_000_000, False),
+        (["--tracking", "auto"], "cuda", 3_000_000, 1_000_000_000, False),
+        (["--features.mode", "live"], "cuda", 3_000_000, 1_000_000_000, False),
+        (["--data.shots", "2"], "cuda", 3_000_000, 1_000_000_000, False),
+        (["--train.deterministic", "true"], "cuda", 3_000_000, 1_000_000_000, False),  # nothing is captured
+        ([], "cuda", 250_000_000, 1_000_000_000_000, False),  # 750 M parameters
+        ([], "cuda", 3_000_000, 800_000_000, False),  # they need 216 MB
     ],
 )
-def test_small_heads_on_stored_features_train_together_on_a_gpu(monkeypatch, words, device, expected):
-    config = parse_command_line([*SMALL, *words]).config
-    size = 250_000_000 if "--experts.sizes" in words else 3_000_000
+def test_long_trainings_of_small_heads_go_side_by_side_on_a_gpu(monkeypatch, words, device, size, free, expected):
+    config = parse_command_line([*SMALL, "--train.epochs", "100", *words]).config
     model = SimpleNamespace(parameters=lambda: [SimpleNamespace(numel=lambda: size)], to=lambda device: model)
     monkeypatch.setattr(module, "build_model", lambda *_: model)
+    monkeypatch.setattr(module, "DeviceMemory", lambda device: SimpleNamespace(free=lambda: free))
     seen = []
     monkeypatch.setattr(module, "worth_capturing", lambda choice, model, batch: seen.append(batch) or True)
     bank = object.__new__(FeatureBank)
     bank.feature_shape = (4,)
-    splits = SimpleNamespace(train=SimpleNamespace(num_classes=10))
+    train = type("Train", (list,), {"num_classes": 10})(range(630))  # ten batches of 64
+    splits = SimpleNamespace(train=train)
     inputs = SimpleNamespace(device=SimpleNamespace(type=device), splits=splits, backbone=None)
     assert module.worth_joining(config, inputs, bank, 3) is expected
     assert seen == ([3 * 64] if expected else [])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "images", "expected"),
+    [("digits", 1_293, False), ("cifar100_cpu", 45_000, True), ("cifar100_head", 49_000, True)],
+)
+def test_the_measured_recipes(recipe, images, expected):
+    config = parse_command_line(["--config", f"configs/{recipe}.yaml"]).config
+    assert (config.train.epochs * steps_per_epoch(config.train, images) >= module.STEPS) == expected
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 import os
 import signal
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -130,6 +132,24 @@ def test_a_run_that_fails_leaves_the_others_with_their_last_step(tmp_path, split
     resumed = make_trainer(tmp_path / "2", splits, resume=True, seed=2, **PLAN)
     resumed.fit()
     assert_same(resumed, alone(tmp_path, splits, 2)[0])
+
+
+def test_turns_that_may_write_a_checkpoint_have_all_random_numbers(tmp_path, splits):
+    (run,), turns = runs_of(tmp_path, splits, (0,)), []
+    run.numbers = SimpleNamespace(
+        all=lambda: turns.append("all") or nullcontext(), of_steps=lambda: turns.append("steps") or nullcontext()
+    )
+    assert run.trainer.steps_per_epoch == 3
+    for alone in (False, False, True, False, False):
+        assert run.advance(alone)
+    assert turns == [
+        "all",
+        "steps",
+        "all",
+        "all",
+        "steps",
+    ]  # the first, within an epoch, alone, its end, within the next
+    run.close()
 
 
 @ON_GPU
