@@ -191,6 +191,7 @@ def test_a_number_format_that_a_device_lacks_is_reported_in_one_line(tiny_run, t
         ("--merge 5", "--merge is 5: there are 4 experts"),
         ("--merge 1", "fewer experts than each sample uses"),
         ("--prune 0 1 --merge 2", "--merge is 2: there are 2 experts"),
+        ("--prune auto --merge 4", "--merge is 4: there are 4 experts to merge, so give 2 to 3"),
         ("--merge two", "--merge is 'two': give a whole number"),
         ("--distil sparse --distil.sizes [[4]]", "--distil sparse: router.top_k is 2 but experts.sizes names 1"),
         ("--distil dense --distil.sizes [[4],[5]]", "names 2 experts: a dense student has one"),
