@@ -196,6 +196,7 @@ def test_a_number_format_that_a_device_lacks_is_reported_in_one_line(tiny_run, t
         ("--distil sparse --distil.sizes [[4]]", "--distil sparse: router.top_k is 2 but experts.sizes names 1"),
         ("--distil dense --distil.sizes [[4],[5]]", "names 2 experts: a dense student has one"),
         ("--distil dense --distil.sizes wide", "--distil.sizes is wide: give"),
+        ("--distil dense --distil.sizes [[-4]]", "--distil dense: experts.sizes has [-4]: hidden layers need 1 to"),
         ("--distil dense --prune 0", "leave out --prune and --merge"),
         ("--prune 0 --distil.epochs 3", "--distil.epochs needs --distil: add it"),
         ("--prune 0 --distil.weight 0.7", "--distil.weight needs --distil: add it"),
