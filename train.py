@@ -14,6 +14,10 @@ from common.errors import begin_program
 if __name__ == "__main__":
     begin_program()
 
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
 from assembly.pipeline import Inputs, build_trainer, load_inputs, pick_device
 from assembly.seeds import train_seeds
 from assembly.start import announce, export_best, start_tracking
@@ -24,11 +28,14 @@ from common.errors import exit_code_of, exit_process
 from common.signals import stoppable
 from common.text import printable
 from config.command_line import parse_command_line
+from config.config import Config
 from evaluation.evaluation import evaluate, expert_table, print_scores
 from features.bank import FeatureBank
 from features.images import ImageBank
 from storage.resume import Start, start_of
 from tracking.agent import apply_agent_values
+from training.side_by_side import Run, fit
+from training.trainer import Trainer
 
 
 def main() -> None:
@@ -42,22 +49,41 @@ def main() -> None:
             elif (start := start_of(invocation)).finished:
                 print(start.finished)
             else:
-                train(start, load_inputs(start.config, start.checkpoint is not None))
+                train([start], load_inputs(start.config, start.checkpoint is not None))
 
 
-def train(start: Start, inputs: Inputs, bank: FeatureBank | ImageBank | None = None) -> None:
-    """Configuration, data, model, fit, evaluate, report. bank: features shared by several runs (None: built here)."""
+def train(starts: Sequence[Start], inputs: Inputs, bank: FeatureBank | ImageBank | None = None) -> None:
+    """Train runs, one or several side by side, and evaluate each. bank: shared features (None: built here)."""
+    with ExitStack() as opened:
+        prepared = [opened.enter_context(_prepared(start, inputs, bank)) for start in starts]
+        runs = [run for _, run in prepared]
+        announce(prepared[0][0], inputs, runs[0].trainer)
+        for run in runs[1:]:
+            print(f"run folder   {printable(run.trainer.run.path)}", flush=True)
+        for (config, run), best in zip(prepared, fit(runs), strict=True):
+            if len(runs) > 1:
+                print(f"seed         {config.train.seed}", flush=True)
+            _evaluate(config, run.trainer, best, inputs)
+
+
+@contextmanager
+def _prepared(start: Start, inputs: Inputs, bank: FeatureBank | ImageBank | None) -> Iterator[tuple[Config, Run]]:
+    """Configuration, run folder, tracker, model: everything for the first step."""
     config = start.config if start.checkpoint else planned(start.config, inputs)
     with start.claimed() as run, start_tracking(config, run, start.checkpoint, inputs) as tracker:
         teacher = teacher_of(start, config, inputs.device)
         trainer = build_trainer(config, inputs, run, tracker, start.checkpoint, bank, teacher)
-        announce(config, inputs, trainer)
-        best = trainer.fit()
-        print(f"{config.train.keep} epoch   {best['epoch']}, validation macro-F1 {100 * best['macro_f1']:.2f} %")
-        export_best(trainer, best)
-        found = evaluate(run, config, trainer.model, trainer.bank, tracker, inputs.backbone, scored=print_scores)
-        print(expert_table(found))
-        print(f"run folder   {printable(run.path)}")
+        yield config, Run(trainer)
+
+
+def _evaluate(config: Config, trainer: Trainer, best: dict[str, Any], inputs: Inputs) -> None:
+    """Export, evaluate and report a trained run."""
+    run = trainer.run
+    print(f"{config.train.keep} epoch   {best['epoch']}, validation macro-F1 {100 * best['macro_f1']:.2f} %")
+    export_best(trainer, best)
+    found = evaluate(run, config, trainer.model, trainer.bank, trainer.tracker, inputs.backbone, scored=print_scores)
+    print(expert_table(found))
+    print(f"run folder   {printable(run.path)}")
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ def read_options(description: str, argv: list[str] | None = None) -> argparse.Na
         "--budget",
         type=float,
         metavar="POINTS",
-        help="points of validation macro-F1 that each automatic step may lose (default 0.3)",
+        help="points of validation macro-F1 that all automatic steps together may lose (default 0.3)",
     )
     add_shared_options(parser, "data.root", "backbone.weights", "features.cache_dir", "device")
     parser.add_argument("--tracking", choices=MODES, metavar="MODE", help="as in train.py (default: that of the run)")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from assembly.compression_steps import AUTO, STEPS, Plan, Work, ungrown
+from assembly.compression_steps import STEPS, Plan, Work, check_protect, ungrown
 from assembly.distilling import check_teachers, student_of, teach
 from assembly.loading import OpenRun, configure, open_run
 from assembly.pipeline import build_trainer
@@ -52,7 +52,7 @@ def check_plan(config: Config, plan: Plan) -> None:
     if config.experts.quantised:
         raise UserError("the run is already quantised: compress the run that it was made from")
     left = len(check_prune(config, plan.prune)) if isinstance(plan.prune, list) else len(config.experts.sizes)
-    if plan.merge is not None and plan.prune != AUTO:
+    if plan.merge is not None:
         check_merge(config, plan.merge, left)
         left = plan.merge
     if plan.distil == "dense" and (plan.prune is not None or plan.merge is not None):
@@ -65,9 +65,7 @@ def check_plan(config: Config, plan: Plan) -> None:
         sparse_student(config, plan.epochs, plan.sizes, warm=False)
     if plan.distil == "dense" or plan.sizes is not None:
         left = len(plan.sizes or [[]])
-    for expert in plan.protect if isinstance(plan.protect, list) else ():
-        if expert >= left:
-            raise UserError(f"--quantise.protect names expert {expert}: only experts 0 to {left - 1} remain")
+    check_protect(plan, left)
 
 
 def compress(

@@ -43,8 +43,8 @@ class Plan:
     epochs: of its training (None: those of the run); sizes: of its experts (None: half the units, or equal FLOPs);
     temperature and weight: of the distillation loss. quantise: a number format; protect: experts that stay in 16 bits,
     or AUTO; calibrate: one of CALIBRATIONS; rows: number of rows for the calibration of an expert. budget: points of
-    validation macro-F1 that each AUTO step may lose. seconds: duration of each latency measurement. worth_images: as
-    in `evaluate`.
+    validation macro-F1 that all AUTO steps together may lose. seconds: duration of each latency measurement.
+    worth_images: as in `evaluate`.
     """
 
     prune: list[int] | str | None = None
@@ -67,7 +67,8 @@ class Plan:
 class Work:
     """The state of a compression: current configuration and model, their score, and the steps so far.
 
-    whole, validated: validation scores of the original model and of the current one.
+    whole, validated: validation scores of the original model and of the current one. spent: points of the budget that
+    automatic steps have lost.
     """
 
     opened: OpenRun
@@ -78,6 +79,7 @@ class Work:
     validated: Validated
     experts: list[dict[str, Any]]
     steps: list[dict[str, Any]] = field(default_factory=list)
+    spent: float = 0.0
 
     @classmethod
     def begin(cls, opened: OpenRun, plan: Plan) -> "Work":
@@ -104,8 +106,8 @@ class Work:
 
     @property
     def least(self) -> float:
-        """The lowest validation macro-F1 that an automatic step may reach."""
-        return self.validated.scores["macro_f1"] - self.plan.budget / 100
+        """The lowest validation macro-F1 that the next automatic step may reach."""
+        return self.validated.scores["macro_f1"] - max(0.0, self.plan.budget - self.spent) / 100
 
     def training(self) -> Iterator[torch.Tensor]:
         """Batches of training images or features, in the view of the first epoch and in a fixed random order."""
@@ -148,8 +150,15 @@ def as_one(opened: OpenRun, config: Config) -> AnyMoE:
     return model.to(next(opened.model.parameters()).device).eval()
 
 
+def check_protect(plan: Plan, left: int) -> None:
+    """Raise UserError if the plan protects an expert that does not remain. left: the number of experts that do."""
+    for expert in plan.protect if isinstance(plan.protect, list) else ():
+        if expert >= left:
+            raise UserError(f"--quantise.protect names expert {expert}: only experts 0 to {left - 1} remain")
+
+
 def _prune(work: Work, say: Callable[[str], None]) -> None:
-    asked = work.plan.prune
+    asked, before = work.plan.prune, work.validated.scores["macro_f1"]
     if isinstance(asked, list):
         kept = check_prune(work.config, asked)
     else:
@@ -160,14 +169,20 @@ def _prune(work: Work, say: Callable[[str], None]) -> None:
         if not removals:
             say(f"prune        removing any expert costs more than {work.plan.budget:g} points, or top-k needs it")
     gone = [expert for expert in range(len(work.experts)) if expert not in kept]
+    check_protect(work.plan, min(len(kept), work.plan.merge or len(kept)))
     work.take(*prune(work.config, work.model, kept, work.build), "prune", removed=gone)
+    if asked == AUTO:
+        work.spent += max(0.0, 100 * (before - work.validated.scores["macro_f1"]))
     for expert, row in enumerate(work.experts):
         row["becomes"] = kept.index(expert) if expert in kept else None
         row["done"] += ["removed"] if expert in gone else []
 
 
 def _merge(work: Work, say: Callable[[str], None]) -> None:
-    number = int(work.plan.merge or 0)
+    number, left = int(work.plan.merge or 0), len(work.config.experts.sizes)
+    if work.plan.prune == AUTO and left <= number:
+        say(f"merge        --prune {AUTO} left {left} experts: nothing to merge")
+        return
     check_merge(work.config, number)
     names = {row["becomes"]: row["expert"] for row in work.experts}  # those of the original run
     groups = choose_groups(work.config, work.model, similarity_of_gates(work.model, work.training()), number)

@@ -7,12 +7,13 @@ python -m benchmarks.blocks_step --tiny                     a quick trial on a C
 A step is that of train.py: preparation of uint8 images, forward, losses, backward, optimizer, moving average, with the
 blocks compiled and captured as a CUDA graph on a GPU. It is measured with the recipe's share of dropped patches, and
 with all patches. FLOPs are those of the matrix products and of attention, forward and backward, as PyTorch counts them.
+On a GPU, the kernels of a step are added up by kind, and the largest of each kind are listed by name.
 Options that are not listed below go to train.py's configuration.
 """
 
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from benchmarks.common import (
     timed,
     write,
 )
-from common.errors import UserError, exit_code_of
+from common.errors import UserError, exit_code_of, one_line
 from config.command_line import parse_command_line
 from config.config import Config
 from model.backbone import load_backbone
@@ -41,6 +42,8 @@ from training.step import TrainingStep
 
 CLASSES = 100
 PROFILED = 5  # steps
+LARGEST = 5  # kernels listed of each kind
+NAME = 110  # characters of a kernel's name that are printed
 KINDS = {
     "attention": ("flash", "fmha", "attention", "sdpa"),
     "matrix products": ("gemm", "nvjet", "cutlass", "xmma", "cublas"),
@@ -69,8 +72,11 @@ def main(argv: list[str] | None = None) -> None:
     print(table(columns, [_line(row, config.train.batch_size, rate) for row in rows]))
     for row in rows:
         if row["kernels"]:
-            print(f"\nKernels of a step with {100 * row['dropped']:g} % of the patches dropped:\n")
+            step_name = f"a step with {100 * row['dropped']:g} % of the patches dropped"
+            print(f"\nKernels of {step_name}:\n")
             print(table(["kernels", "ms"], [[kind, f"{ms:.2f}"] for kind, ms in row["kernels"].items()]))
+            print(f"\nThe largest kernels of each kind in {step_name}:\n")
+            print(table(["kind", "ms", "launches", "kernel"], [_kernel_line(kernel) for kernel in row["largest"]]))
     write(options, "blocks_step", where, rate=rate, rows=rows)
 
 
@@ -100,9 +106,10 @@ def measure(config: Config, device: torch.device, dropped: float, seconds: float
 
     timing = timed(once, device, seconds, warm=6)
     require_finite(step)
-    kernels = kernel_times(once) if device.type == "cuda" else {}
+    kernels = kernels_of(once) if device.type == "cuda" else []
     flops = counter.get_total_flops() / train.batch_size
-    return {"dropped": dropped, "timing": timing, "flops": flops, "kernels": kernels}
+    found = {"dropped": dropped, "timing": timing, "flops": flops}
+    return found | {"kernels": by_kind(kernels), "largest": largest(kernels)}
 
 
 def step_of(config: Config, model: AnyMoE) -> TrainingStep:
@@ -112,25 +119,57 @@ def step_of(config: Config, model: AnyMoE) -> TrainingStep:
     return TrainingStep(model, optimizer, config.balance, smoothing, clip_norm, train.precision)
 
 
-def kernel_times(once: Callable[[], None]) -> dict[str, float]:
-    """Milliseconds of a step's kernels by kind, most first; `all` is their sum."""
+def kernels_of(once: Callable[[], None]) -> list[dict[str, Any]]:
+    """The kernels of a step, see `per_step`, profiled over several steps."""
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
         for _ in range(PROFILED):
             once()
         torch.cuda.synchronize()
+    events = profiler.events() or []
+    return per_step((event for event in events if event.device_type == torch.autograd.DeviceType.CUDA), PROFILED)
+
+
+def per_step(events: Iterable[Any], steps: int) -> list[dict[str, Any]]:
+    """For each name of the profiler's kernels: kind, milliseconds and launches of a step, most milliseconds first."""
+    times: Counter[str] = Counter()
+    launches: Counter[str] = Counter()
+    for event in events:
+        times[event.name] += event.time_range.elapsed_us() / 1000 / steps
+        launches[event.name] += 1
+    return [
+        {"kind": kind_of(name), "kernel": name, "ms": ms, "launches": launches[name] / steps}
+        for name, ms in times.most_common()
+    ]
+
+
+def by_kind(kernels: list[dict[str, Any]]) -> dict[str, float]:
+    """Milliseconds of a step by kind of kernel, most first; `all` is their sum. Empty without kernels."""
     found: Counter[str] = Counter()
-    for event in profiler.events() or []:
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            found[kind_of(event.name)] += event.time_range.elapsed_us() / 1000 / PROFILED
-    return dict(found.most_common()) | {"all": sum(found.values())}
+    for kernel in kernels:
+        found[kernel["kind"]] += kernel["ms"]
+    return dict(found.most_common()) | {"all": sum(found.values())} if found else {}
+
+
+def largest(kernels: list[dict[str, Any]], count: int = LARGEST) -> list[dict[str, Any]]:
+    """The `count` kernels of each kind with the most milliseconds, in the order of `by_kind`."""
+    return [
+        kernel
+        for kind in by_kind(kernels)
+        for kernel in [kernel for kernel in kernels if kernel["kind"] == kind][:count]
+    ]
 
 
 def kind_of(kernel: str) -> str:
     """The kind of a kernel, from its name."""
     name = kernel.lower()
     return next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), "other")
+
+
+def _kernel_line(kernel: dict[str, Any]) -> list[str]:
+    name = kernel["kernel"].removeprefix("void ").replace("at::native::", "")
+    return [kernel["kind"], f"{kernel['ms']:.2f}", f"{kernel['launches']:g}", one_line(name, NAME)]
 
 
 def _line(row: dict[str, Any], batch: int, rate: float) -> list[str]:

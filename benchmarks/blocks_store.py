@@ -16,7 +16,7 @@ class Store:
 
     runs: method's label -> (rate, seed) -> result. separate_graphs: whether each run needs a graph of its own, because
     several did not fit into one. eager: kinds of methods whose steps cannot be captured at all. where: the environment
-    of the runs. held: total GPU seconds.
+    of the runs. held: total GPU seconds of the starts that ended. unfinished: the number of other starts.
     """
 
     def __init__(self, folder: Path, setting: Setting, methods: list[Method], rates: Sequence[float], seeds: int):
@@ -30,7 +30,7 @@ class Store:
         self.eager: set[str] = set()
         self.separate_graphs = False
         self.where: dict[str, Any] = {}
-        self.held = 0.0
+        self.held, self.unfinished = 0.0, 0
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
         for line in lines:
             try:
@@ -44,6 +44,7 @@ class Store:
         if "begin" in found:  # a new start retries steps that could not be captured
             self.eager.clear()
             self.separate_graphs = False
+        self.unfinished += ("begin" in found) - ("held" in found)
         if "eager" in found:
             self.eager.add(found["eager"])
         self.separate_graphs = self.separate_graphs or "separate_graphs" in found

@@ -4,6 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from model.classifier import NeckConfig
 from model.experts import ExpertsConfig
 from model.routers import RouterConfig
 from storage.checkpoint import seed_everything
-from training.graph import EAGER_STEPS, Captured
+from training.graph import EAGER_STEPS, Captured, concurrently
 from training.optim import build_optimizer, set_learning_rate
 from training.step import TrainingStep
 
@@ -183,15 +184,9 @@ class MethodRuns:
 
     def _side_by_side(self, kind: tuple[bool, int]) -> None:
         warmup, count = kind
-        stream = torch.cuda.current_stream(self.device)
-        for slot in self.slots[:count]:
-            assert slot.stream is not None
-            slot.stream.wait_stream(stream)
-            with torch.cuda.stream(slot.stream):
-                slot.train(self.rows, self.read["test"].labels_N, warmup)
-        for slot in self.slots[:count]:
-            assert slot.stream is not None
-            stream.wait_stream(slot.stream)
+        labels_N = self.read["test"].labels_N
+        slots = [(slot.stream, partial(slot.train, self.rows, labels_N, warmup)) for slot in self.slots[:count]]
+        concurrently(self.device, slots)
 
     def cost(self, visits_E: np.ndarray) -> dict[str, Any]:
         """The cost of the trained part. visits_E: visits of each expert per token or image, mean over the blocks.

@@ -174,6 +174,8 @@ def work(names: Sequence[str], sections: dict[str, Callable[..., Any]]) -> None:
             _write(options.found, found)
             for name in options.do:
                 torch.manual_seed(0)
+                if device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats(device)  # or a section would report the peak of earlier ones
                 found[name] = sections[name](options, device)
                 _write(options.found, found)
                 if device.type == "cuda":

@@ -159,7 +159,7 @@ def _growth(title: str, devices: list[int], steps: Callable[[int], list[tuple[st
         for name, step in steps(number):
             parts = (step.whole, step.compute, step.all_to_all, step.gates, step.gradients)
             efficiency = 100 * one / step.whole
-            stops = "" if efficiency >= 50 else "more than half is communication"
+            stops = "" if step.compute >= step.whole / 2 else "more than half is communication"
             lines.append([number, name, *(f"{1e3 * part:.2f}" for part in parts), f"{efficiency:.0f} %", stops])
     columns = ["devices", title, "ms", "compute", "all-to-all", "gates", "sums and features", "efficiency", ""]
     return table(columns, lines)

@@ -1,6 +1,7 @@
 """Training of the heads of a study on features in memory, several heads in one pass."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from model.balance import BalanceConfig
 from model.classifier import VisionMoE
 from model.routers import RouterConfig
 from storage.checkpoint import seed_everything
-from training.graph import Captured, worth_capturing
+from training.graph import Captured, concurrently, worth_capturing
 from training.optim import build_optimizer, set_learning_rate
 from training.step import TrainingStep
 
@@ -168,13 +169,8 @@ class Pass:
         head.train(self.rows.index_select(0, index_B), labels_B, warmup)
 
     def _side_by_side(self, warmup: bool) -> None:
-        stream = torch.cuda.current_stream(self.device)
-        for head, own, index_B in zip(self.heads, self.streams, self.index_SB, strict=True):
-            own.wait_stream(stream)
-            with torch.cuda.stream(own):
-                self._train(head, index_B, warmup)
-        for own in self.streams:
-            stream.wait_stream(own)
+        steps = [partial(self._train, head, row, warmup) for head, row in zip(self.heads, self.index_SB, strict=True)]
+        concurrently(self.device, list(zip(self.streams, steps, strict=True)))
 
 
 def order(seed: int, epochs: int, features: Features, batch: int) -> Iterator[Tensor]:

@@ -185,8 +185,12 @@ def _run(main: Callable[[], None], output: _Output) -> int:
 
 
 def exit_process(code: int) -> NoReturn:
-    """End the process; after a signal at once, without waiting for threads that still extract features."""
-    if code > 128:
+    """End the process; after a signal or an error at once.
+
+    Threads may still extract features or compute a fingerprint. Python would wait for them, or stop them inside
+    PyTorch's code, which then aborts the process with an exit code of its own.
+    """
+    if code:
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):
                 stream.flush()

@@ -27,12 +27,13 @@ class Meter:
     """The progress of a loop, shown as a bar or in lines. Call it with the number of units that were done.
 
     total: units of the loop. later: units of the following loops, which count in the remaining time. note: called for
-    more text to show.
+    more text to show. shown: whether lines are printed.
     """
 
     next_line = 0.0  # when the next line is due, for all meters of this process
 
-    def __init__(self, label: str, total: int, done: int, unit: str, later: int, bar: tqdm | None):
+    def __init__(self, label: str, total: int, done: int, unit: str, later: int, bar: tqdm | None, shown: bool = True):
+        self.shown = shown
         self.label, self.total, self.done, self.unit, self.later, self.bar = label, total, done, unit, later, bar
         self.note: Callable[[], str] | None = None
         self._from: tuple[float, int] | None = None  # when and at which unit counting began, after the start-up
@@ -48,7 +49,7 @@ class Meter:
                 self.bar.set_postfix_str(self.note(), refresh=False)
                 self._checked = time.perf_counter()
             self.bar.update(units)
-        elif now > Meter.next_line and now > self._from[0]:
+        elif self.shown and now > Meter.next_line and now > self._from[0]:
             say(self.line(now))
             Meter.next_line = now + SECONDS
 
@@ -63,11 +64,13 @@ class Meter:
 
 
 @contextmanager
-def meter(label: str, total: int, done: int = 0, unit: str = "image", later: int = 0) -> Iterator[Meter]:
-    """A Meter for the block. done: units that were done before."""
+def meter(
+    label: str, total: int, done: int = 0, unit: str = "image", later: int = 0, shown: bool = True
+) -> Iterator[Meter]:
+    """A Meter for the block. done: units that were done before. shown: false for all but one of several at once."""
     Meter.next_line = Meter.next_line or time.perf_counter() + SECONDS
-    if not (_is_terminal(sys.stdout) and _is_terminal(sys.stderr)):
-        yield Meter(label, total, done, unit, later, None)
+    if not (shown and _is_terminal(sys.stdout) and _is_terminal(sys.stderr)):
+        yield Meter(label, total, done, unit, later, None, shown)
         return
     out, err = sys.stdout, sys.stderr
     terminal = err.terminal if isinstance(err, _Above) else err  # for a bar within another

@@ -40,6 +40,12 @@ class _DeferredSignals:
         """The pending signal; 0 for none."""
         return self._pending
 
+    def raise_pending(self) -> None:
+        """Raise Interrupted for a pending signal, inside of critical sections too."""
+        if self._pending and not self._raised:
+            self._raised = True
+            raise Interrupted(self._pending)
+
     @contextmanager
     def ignoring_repeats(self) -> Iterator[None]:
         """As the object itself, but ignores a second signal, because torchrun sends one besides the terminal's."""

@@ -5,7 +5,7 @@ from typing import Any
 
 from common.errors import UserError, one_line
 from config.config import Config
-from model.experts import EXPERTS, SIZES
+from model.experts import EXPERTS, SIZES, ExpertsConfig
 
 
 def sparse_student(config: Config, epochs: int | None, sizes: list[Any] | None, warm: bool) -> Config:
@@ -34,9 +34,13 @@ def sparse_student(config: Config, epochs: int | None, sizes: list[Any] | None, 
 
 
 def check_dense_sizes(sizes: list[Any] | None) -> None:
-    """Raise UserError where the sizes of a dense student are those of several experts."""
+    """Raise UserError where the sizes of a dense student are impossible, or those of several experts."""
     if sizes is not None and len(sizes) != 1:
         raise UserError(f"--distil.sizes names {len(sizes)} experts: a dense student has one, such as [[256]]")
+    try:
+        ExpertsConfig(sizes=sizes or [[1]])
+    except ValueError as error:
+        raise UserError(f"--distil dense: {one_line(error)}") from error
 
 
 def dense_student(twin: Config, epochs: int | None, sizes: list[Any] | None) -> Config:

@@ -27,13 +27,17 @@ def check_merge(config: Config, number: int, count: int | None = None) -> None:
     """Raise UserError if experts cannot be merged to this number. count: the number of remaining experts."""
     count = len(config.experts.sizes) if count is None else count
     rule = ROUTERS[config.router.kind]
+    top_k = config.router.top_k
+    if count == 1:
+        raise UserError(f"--merge is {number}: there is only one expert, so nothing to merge")
+    if count <= top_k:
+        raise UserError(
+            f"--merge is {number}: there are {count} experts, and each sample uses router.top_k {top_k}, so there is "
+            "nothing to merge"
+        )
     if not 1 <= number < count:
-        if count == 1:
-            raise UserError(f"--merge is {number}: there is only one expert, so nothing to merge")
-        least = min(config.router.top_k, count - 1)
-        raise UserError(f"--merge is {number}: there are {count} experts to merge, so give {least} to {count - 1}")
-    if number < config.router.top_k:
-        top_k = config.router.top_k
+        raise UserError(f"--merge is {number}: there are {count} experts to merge, so give {top_k} to {count - 1}")
+    if number < top_k:
         raise UserError(f"--merge {number} leaves fewer experts than each sample uses, router.top_k {top_k}")
     if rule.has_groups or not rule.learns:
         why = "its groups must stay equal in size" if rule.learns else "it has no gate whose columns could be merged"

@@ -70,6 +70,8 @@ def check_prune(config: Config, removed: Sequence[int]) -> list[int]:
         if not 0 <= expert < count:
             raise UserError(f"--prune names expert {expert}: this run has experts 0 to {count - 1}")
     kept = [expert for expert in range(count) if expert not in removed]
+    if count == 1 and not kept:
+        raise UserError("--prune names the only expert of this run: one must remain")
     if not kept:
         raise UserError(f"--prune names all {count} experts: leave at least router.top_k {top_k}")
     if len(kept) < top_k:

@@ -160,17 +160,20 @@ class Config:
     @property
     def idle(self) -> list[str]:
         """One line for each option that is set but has no effect."""
-        found = list(self.router.idle)
+        found = [*self.router.idle, *self.experts.idle, *self.train.idle]
         for name, loss in LOSSES.items():
             if loss.of_init and getattr(self.balance, name) > 0 and "router" in self.freeze:
                 found.append(f"balance.{name} has no effect with --freeze router, which keeps the gate unchanged")
-        if self.experts.place == "blocks":
-            unused, defaults = ("mode", "views", "storage", "cache_dir", "compile"), FeaturesConfig()
-            for name in unused:
-                value = getattr(self.features, name)
-                if value not in (None, getattr(defaults, name)):
-                    why = "because the ViT runs in every step"
-                    found.append(f"features.{name} {value} has no effect with experts.place blocks, {why}")
+        place, why = self.experts.place, "because the ViT runs in every step"
+        section, part, defaults = "features", self.features, FeaturesConfig()
+        names: tuple[str, ...] = ("mode", "views", "storage", "cache_dir", "compile")
+        if place == "head":
+            section, part, defaults, why = "train", self.train, TrainConfig(), "because no step trains inside the ViT"
+            names = ("compile", "recompute")
+        for name in names:
+            value = getattr(part, name)
+            if value not in (None, getattr(defaults, name)):
+                found.append(f"{section}.{name} {value} has no effect with experts.place {place}, {why}")
         return found
 
     def to_dict(self) -> dict[str, Any]:

@@ -50,6 +50,13 @@ class TrainConfig:
     deterministic: bool = False
     """Use only deterministic algorithms of PyTorch on a GPU, which is slower; a CPU is deterministic without it."""
 
+    @property
+    def idle(self) -> list[str]:
+        """One line for each option that is set but has no effect."""
+        if self.patch_dropout or self.all_patches == TrainConfig.all_patches:
+            return []
+        return [f"train.all_patches {self.all_patches} has no effect without train.patch_dropout"]
+
     def __post_init__(self):
         for name in ("epochs", "batch_size", "save_every"):
             if getattr(self, name) < 1:

@@ -23,10 +23,10 @@ EXAMPLE = """\
 import json, numpy, {package}
 from PIL import Image, ImageOps
 {open}
-image = ImageOps.exif_transpose(Image.open("cat.jpg")).convert({mode})
+image = ImageOps.exif_transpose(Image.open("cat.jpg")).convert("RGB")
 x, y = ((length - min(image.size)) // 2 for length in image.size)
 square = image.crop((x, y, x + min(image.size), y + min(image.size))).resize(({side}, {side}), Image.Resampling.BICUBIC)
-images = numpy.array(square).transpose(2, 0, 1)[None]  # uint8, (batch, 3, {side}, {side})
+images = numpy.array(square{grey}).transpose(2, 0, 1)[None]  # uint8, (batch, 3, {side}, {side})
 probabilities, experts, weights = {answer}
 best = int(probabilities[0].argmax())
 print(labels[best], float(probabilities[0, best]), experts[0].tolist(), weights[0].tolist())
@@ -74,7 +74,7 @@ def example(name: str, ending: str, side: int, grey: bool) -> str:
     return EXAMPLE.format(
         package=PACKAGE[ending],
         open=OPEN[ending].format(name=name),
-        mode='"L").convert("RGB"' if grey else '"RGB"',
         side=side,
+        grey='.convert("L").convert("RGB")' if grey else "",
         answer=ANSWER[ending],
     )

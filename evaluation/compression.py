@@ -11,7 +11,7 @@ from storage.folder import RunFolder
 
 FIGURES = {
     "file_bytes": "model file",
-    "memory_bytes": "weights in memory",
+    "memory_bytes": "trained weights in memory",
     "expert_bytes": "weights of the routed experts",
     "total_parameters": "parameters, with the backbone",
     "trained_parameters": "parameters, trained",

@@ -114,9 +114,9 @@ def _expert_table(results: dict[str, Any]) -> Table:
 
 
 def _block_table(results: dict[str, Any]) -> Table:
-    """If the experts are inside the ViT, a row for each block."""
+    """If several experts are inside the ViT, a row for each block."""
     rows = []
-    for row in results.get("blocks", []):
+    for row in results.get("blocks", []) if len(results["experts"]) > 1 else []:
         special = row["specialisation"]
         z_score = "–" if special["z_score"] is None else f"{special['z_score']:.0f}"
         shares = zip(row["expert_importance"], row["expert_load"], row["expert_underused"], strict=True)

@@ -64,7 +64,7 @@ def _report_experts(results: dict[str, Any], tracker: Tracker) -> None:
 def _report_blocks(results: dict[str, Any], tracker: Tracker) -> None:
     """Blocks by experts, if the experts are inside the ViT; ClearML shows those of several runs side by side."""
     rows = results.get("blocks", [])
-    if not rows:
+    if not rows or len(results["experts"]) < 2:
         return
     blocks, experts = [str(row["block"]) for row in rows], [str(index) for index in range(len(results["experts"]))]
     axes = (("block", blocks), ("expert", experts))
@@ -79,7 +79,7 @@ def _report_blocks(results: dict[str, Any], tracker: Tracker) -> None:
 def _report_classes(results: dict[str, Any], tracker: Tracker) -> None:
     experts = ("expert", [str(index) for index in range(len(results["experts"]))])
     for kind in ("class", "superclass"):
-        if f"{kind}_names" in results:
+        if f"{kind}_names" in results and len(experts[1]) > 1:
             rows = (kind, results[f"{kind}_names"])
             for series, suffix in (("gate weight", "_weight"), ("assignments", "")):
                 shares = [row if any(row) else [None] * len(row) for row in results[f"expert_by_{kind}{suffix}"]]

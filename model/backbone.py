@@ -110,9 +110,7 @@ class Backbone(nn.Module):
         self.has_prefix = getattr(vit, "num_prefix_tokens", 0) > 0 and "return_prefix_tokens" in parameters
         self.has_class_token = self.has_prefix and getattr(vit, "cls_token", None) is not None
         if any(pool == "cls" for pool, _ in self.features) and not self.has_class_token:
-            raise InputError(
-                f"backbone.features {features}: this ViT's blocks have no class token; use mean:BLOCK or tokens:BLOCK"
-            )
+            raise InputError(f"backbone.features {features}: this ViT's blocks have no class token: use mean:BLOCK")
         data = resolve_model_data_config(vit)
         self.mean, self.std = tuple(data["mean"]), tuple(data["std"])
         size = getattr(getattr(vit, "patch_embed", None), "img_size", None) or data["input_size"][-2:]

@@ -263,7 +263,7 @@ def resolve_blocks(experts: ExpertsConfig, backbone: Backbone) -> list[int]:
             raise ValueError(f"experts.blocks names block {block}: this ViT has blocks 0 to {depth - 1}")
     blocks = sorted({block % depth for block in experts.blocks})
     if len(blocks) < len(experts.blocks):
-        raise ValueError(f"experts.blocks {experts.blocks} names a block twice: this ViT has {depth}")
+        raise ValueError(f"experts.blocks {experts.blocks} names a block twice: -1 is block {depth - 1}")
     if blocks[-1] > last:
         raise ValueError(
             f"experts.blocks names block {blocks[-1]}, whose output nothing reads: backbone.features end at {last}"

@@ -1,6 +1,7 @@
 """Registries of parts by name; each part is a file that registers itself."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import fields
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any, Generic, Literal, TypeVar
@@ -53,6 +54,20 @@ class Registry(dict[str, Part], Generic[Part]):
         parts: Any = self
         options = dict.fromkeys(option for part in parts.values() for option in part.options)
         return {option: tuple(name for name, part in parts.items() if option in part.options) for option in options}
+
+    def unread(self, config: Any, section: str) -> list[str]:
+        """One line for each option that `config` sets, but that only other parts than the chosen one read.
+
+        section: the prefix of the names, as in router.kind.
+        """
+        assert self.choice is not None
+        chosen, defaults = getattr(config, self.choice), {option.name: option.default for option in fields(config)}
+        return [
+            f"{section}.{name} {getattr(config, name)} has no effect with {section}.{self.choice} {chosen}: only "
+            f"{' and '.join(readers)} {'reads' if len(readers) == 1 else 'read'} it"
+            for name, readers in self.readers().items()
+            if chosen not in readers and getattr(config, name) != defaults[name]
+        ]
 
 
 def import_all(package: str, path: Iterable[str]) -> None:

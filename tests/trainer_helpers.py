@@ -31,7 +31,7 @@ IDENTITY = {
 }
 
 
-def make_trainer(path, splits, *, resume=False, optim=None, balance=None, router=None, **train):
+def make_trainer(path, splits, *, resume=False, optim=None, balance=None, router=None, device=CPU, **train):
     """A trainer on raw pixels as features: small enough to run whole epochs in milliseconds.
 
     router: options of the rule. One that reads tokens gets the rows of the image.
@@ -50,10 +50,10 @@ def make_trainer(path, splits, *, resume=False, optim=None, balance=None, router
         lambda images: images.float().view(len(images), *shape) / 255,
         AugmentConfig(flip=False, crop=0),
         FeaturesConfig(views=2),
-        CPU,
+        device,
     )
     experts = ExpertsConfig(sizes=[[8], [16], [32]], dropout=0.1)
-    model = VisionMoE(shape, 10, neck, router, experts)
+    model = VisionMoE(shape, 10, neck, router, experts).to(device)
     config = Config(
         backbone=backbone,
         neck=neck,

@@ -136,26 +136,28 @@ class ExpertParallel:
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
         """The optimizer state as in a single process, complete on rank 0; all processes must call this."""
-        by_name, names = self._by_name(optimizer, model), self.trained
+        by_name = self._by_name(optimizer, model)
         steps = self._steps(by_name)
-        found: dict[str, dict[str, Tensor]] = {name: {} for name in names}
+        found: dict[str, dict[str, Tensor]] = {name: {} for name in steps}
         for kind in self._moments(by_name):
             moments = {name: values[kind] for name, values in by_name.items()}
-            for name, value in self.spread.whole(moments, names).items():
+            for name, value in self.spread.whole(moments, steps).items():
                 found[name][kind] = value
         groups, first = [], 0
         for options, group in zip(self.options, self.names, strict=True):
             lr = optimizer.param_groups[0]["lr"]
             groups.append({**options, "lr": lr, "params": list(range(first, first + len(group)))})
             first += len(group)
-        state = {index: {"step": steps[name], **found[name]} for index, name in enumerate(names)}
+        trained = enumerate(self.trained)
+        state = {index: {"step": steps[name], **found[name]} for index, name in trained if name in steps}
         return {"state": state, "param_groups": groups}
 
     def local_optimizer_state(
         self, state: dict[str, Any], optimizer: torch.optim.Optimizer, model: nn.Module
     ) -> dict[str, Any]:
         """The part of a single-process optimizer state that belongs to this process."""
-        by_name = {name: state["state"][index] for index, name in enumerate(self.trained)}
+        entries = state["state"]
+        by_name = {name: entries[index] for index, name in enumerate(self.trained) if index in entries}
         local: dict[str, dict[str, Tensor]] = {}
         for kind in ("step", *self._moments(by_name)):
             values = {name: entry[kind] for name, entry in by_name.items()}
@@ -189,14 +191,17 @@ class ExpertParallel:
         return found
 
     def _steps(self, by_name: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
-        """The number of steps of each parameter: smaller for a gate that had no gradient at first."""
-        of_experts = next(values["step"] for name, values in by_name.items() if name in self.spread.parts)
+        """The number of steps of each parameter that had a gradient, in any process: a gate has none in warm-up."""
+        parts = self.spread.parts
+        of_experts = [values["step"] for name, values in by_name.items() if name in parts][:1]
+        steps = {name: of_experts[0] for name in parts if of_experts}
+        steps |= {name: values["step"] for name, values in by_name.items()}
         # A separate tensor for each parameter, which the optimizer increments.
-        return {name: (by_name[name]["step"] if name in by_name else of_experts).clone() for name in self.trained}
+        return {name: steps[name].clone() for name in self.trained if name in steps}
 
     @staticmethod
     def _moments(by_name: dict[str, dict[str, Tensor]]) -> list[str]:
-        return sorted(set(next(iter(by_name.values()))) - {"step"})
+        return sorted(set(next(iter(by_name.values()), {})) - {"step"})
 
     # Placement
 

@@ -1,7 +1,8 @@
 """Training steps as CUDA graphs: one launch instead of hundreds, each of which costs the host microseconds."""
 
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor
 from common.distributed import world
 from model.moe_vit import AnyMoE, MoEViT
 from model.spread import is_spread
-from training.step import StepResult, TrainingStep
+from training.random_numbers import RandomNumbers
+from training.step import Batch, StepResult, TrainingStep
 
 # Above this number of parameters, or of parameters times samples, the kernels of a step take longer than their launches
 # (estimates from benchmarks/scaling.py).
@@ -34,11 +36,12 @@ class Captured:
     """One CUDA graph for each argument of a function, captured after a few eager calls.
 
     The function must be the same in every call, and is not stored here. Its work must have static shapes, on tensors
-    with fixed addresses. The next call overwrites the tensors of a result.
+    with fixed addresses. The next call overwrites the tensors of a result. generators: sources of its random numbers,
+    besides the default one.
     """
 
-    def __init__(self, device: torch.device, generator: torch.Generator | None = None):
-        self.device, self.generator = device, generator
+    def __init__(self, device: torch.device, generators: Sequence[torch.Generator] = ()):
+        self.device, self.generators = device, generators
         self.stream = torch.cuda.Stream(device)
         self.seen: Counter[Hashable] = Counter()  # calls by argument
         self.graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, Any]] = {}
@@ -70,13 +73,29 @@ class Captured:
     def _capture(self, run: Callable[[Any], Any], argument: Hashable) -> None:
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self.graphs.values()))[0].pool() if self.graphs else None
-        if self.generator is not None:
-            graph.register_generator_state(self.generator)
+        for generator in self.generators:
+            graph.register_generator_state(generator)
         # With several processes, threads of NCCL make their own CUDA calls meanwhile.
         mode = {"capture_error_mode": "thread_local"} if world().several else {}
         with torch.cuda.graph(graph, pool=pool, stream=self.stream, **mode):
             result = run(argument)
         self.graphs[argument] = graph, result
+
+
+def concurrently(device: torch.device, runs: Sequence[tuple[torch.cuda.Stream, Callable[[], Any]]]) -> list[Any]:
+    """Call functions at once, each on its own stream, and return their results. In a capture they become branches.
+
+    Many kernels of a step are too small to fill a GPU, so several steps at once take less time than one after another.
+    """
+    current = torch.cuda.current_stream(device)
+    results = []
+    for stream, run in runs:
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            results.append(run())
+    for stream, _ in runs:
+        current.wait_stream(stream)
+    return results
 
 
 class GraphedStep:
@@ -89,24 +108,62 @@ class GraphedStep:
 
     def __init__(self, step: TrainingStep, batch_size: int, generator: torch.Generator | None = None):
         self.step, self.batch_size = step, batch_size
-        self.captured = Captured(step.device, generator)
+        self.captured = Captured(step.device, () if generator is None else (generator,))
+        self.ready: StepResult | None = None  # the result of the next call, if a JointStep has taken that step
         self.features: Tensor | None = None
         self.labels_B: Tensor | None = None
 
     def __call__(self, features: Tensor, labels_B: Tensor, warmup: bool, **options: Any) -> StepResult | None:
         """Train on one batch; options: as in TrainingStep, with a separate graph for each combination."""
+        if self.ready is not None:
+            result, self.ready = self.ready, None
+            return result
         share = options.get("share")
         if len(labels_B) != self.batch_size or (share is not None and not share.split):
             return self.captured.eagerly(self._step, features, labels_B, warmup, options)
-        if self.features is None:
-            self.features, self.labels_B = torch.empty_like(features), torch.empty_like(labels_B)
-        self.features.copy_(features)
-        self.labels_B.copy_(labels_B)
-        return self.captured(self._on_buffers, (warmup, *sorted(options.items())))
+        return self.captured(self.on_buffers, self.buffered(Batch(features, labels_B, warmup, options)))
 
-    def _on_buffers(self, kind: tuple) -> StepResult | None:
+    def buffered(self, batch: Batch) -> Hashable:
+        """Copy a batch to the fixed addresses that `on_buffers` reads, and return the argument for it."""
+        if self.features is None:
+            self.features, self.labels_B = torch.empty_like(batch.features), torch.empty_like(batch.labels_B)
+        self.features.copy_(batch.features)
+        self.labels_B.copy_(batch.labels_B)
+        return batch.warmup, *sorted(batch.options.items())
+
+    def on_buffers(self, kind: tuple) -> StepResult | None:
+        """Train on the copied batch; kind: what `buffered` returned for it."""
         warmup, *options = kind
         return self._step(self.features, self.labels_B, warmup, dict(options))
 
     def _step(self, features: Tensor, labels_B: Tensor, warmup: bool, options: dict[str, Any]) -> StepResult | None:
         return self.step(features, labels_B, warmup, static=True, **options)
+
+
+class JointStep:
+    """The steps of several runs as one CUDA graph, with a branch for each run; every run keeps its random numbers."""
+
+    def __init__(self, steps: Sequence[GraphedStep], numbers: Sequence[RandomNumbers]):
+        self.steps, self.numbers = steps, numbers
+        generators = [each.generator for each in numbers if each.generator is not None]
+        self.captured = Captured(steps[0].step.device, generators)
+
+    def __call__(self, batches: Sequence[Batch | None]) -> None:
+        """Train each run on its batch (None: not this run). The next call of its GraphedStep returns the result.
+
+        Does nothing if a batch is smaller than others: then the GraphedSteps train on their batches themselves.
+        """
+        present = {index: batch for index, batch in enumerate(batches) if batch is not None}
+        if not present or any(len(each.labels_B) != self.steps[index].batch_size for index, each in present.items()):
+            return
+        kinds = tuple((index, self.steps[index].buffered(batch)) for index, batch in present.items())
+        for index, result in zip(present, self.captured(self._branches, kinds), strict=True):
+            self.steps[index].ready = result
+
+    def _branches(self, kinds: tuple) -> list[StepResult | None]:
+        branches = [(self.steps[index].captured.stream, partial(self._branch, index, kind)) for index, kind in kinds]
+        return concurrently(self.captured.device, branches)
+
+    def _branch(self, index: int, kind: tuple) -> StepResult | None:
+        with self.numbers[index].of_steps():
+            return self.steps[index].on_buffers(kind)

@@ -1,6 +1,6 @@
 """The progress of an epoch: its steps, sums and metrics."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,9 +65,11 @@ class EpochSums:
     def running(self, usage_LE: Tensor) -> str:
         """Loss, accuracy and balance so far; waits for the device. usage_LE: as in `values`."""
         load_E = usage_LE.sum(0).cpu().numpy()
-        balance = f"balance {balance_figures(load_E)['balance/entropy']:.2f}" if load_E.sum() else "random routing"
         loss, accuracy = float(self.loss) / self.samples, float(self.correct) / self.samples
-        return f"loss {loss:.3f}, accuracy {accuracy:.3f}, {balance}"
+        words = [f"loss {loss:.3f}", f"accuracy {accuracy:.3f}"]
+        if len(load_E) > 1:
+            words.append(_balance(balance_figures(load_E) if load_E.sum() else {}))
+        return ", ".join(words)
 
     def values(self, usage_LE: np.ndarray, floors: dict[str, float], places: Sequence[str]) -> dict[str, float]:
         """The epoch's metrics by "title/series"; with several places also those of each place.
@@ -128,11 +130,17 @@ def shares(title: str, counts_E: np.ndarray) -> dict[str, float]:
 
 
 def epoch_line(values: dict[str, float], epoch: int, epochs: int, best: bool) -> str:
-    """The line printed at the end of an epoch; a star marks the best epoch so far."""
-    balance = f"balance {values['balance/entropy']:.2f}" if "balance/entropy" in values else "random routing"
+    """The line printed at the end of an epoch; a star marks the best epoch so far. A single expert has no balance."""
+    single = "expert_load/expert_0" in values and "expert_load/expert_1" not in values
+    balance = "" if single else f"  {_balance(values)}"
     return (
         f"epoch {epoch:3d}/{epochs}  loss {values['loss/train']:.3f}  "
         f"accuracy {values['accuracy/train']:.3f}  validation: loss {values['loss/validation']:.3f} "
-        f"accuracy {values['accuracy/validation']:.3f} macro-F1 {values['macro_f1/validation']:.3f}  "
+        f"accuracy {values['accuracy/validation']:.3f} macro-F1 {values['macro_f1/validation']:.3f}"
         f"{balance}  {values['speed/epoch_seconds']:.1f} s{' *' if best else ''}"
     )
+
+
+def _balance(values: Mapping[str, float]) -> str:
+    """The entropy of the load; without it the experts were chosen at random."""
+    return f"balance {values['balance/entropy']:.2f}" if "balance/entropy" in values else "random routing"

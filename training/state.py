@@ -10,7 +10,7 @@ from config.optim import OptimConfig
 from model.moe_vit import AnyMoE
 from model.old_gate import load_old_gates, old_gates
 from model.transfer import Frozen
-from storage.checkpoint import RESUMABLE, fitting, load_optimizer, require_like, save_checkpoint
+from storage.checkpoint import RESUMABLE, fitting, load_checkpoint, load_optimizer, require_like, save_checkpoint
 from storage.folder import RunFolder
 from tracking.tracker import Tracker
 from training.expert_parallel import ExpertParallel
@@ -106,6 +106,25 @@ class TrainerState:
 
     def _mark_saved(self) -> None:
         self.saved_at, self.last_saved = (self.step, self.progress is None), f"{self.run.last} of {self.position}"
+
+    def kept(self) -> dict[str, Any]:
+        """The content of best.pt, after the last step."""
+        best = self.chosen or load_checkpoint(self.run.best)  # best epoch of an earlier process
+        return best if self.experts is None else self._assembled(best, self.experts)
+
+    def _assembled(self, best: dict[str, Any], experts: ExpertParallel) -> dict[str, Any]:
+        """The content of best.pt; the model gets all experts in every process, for its evaluation."""
+        self.optimizer.state.clear()  # makes room
+        self.ema = None
+        if self.chosen is not None:
+            best = {**best, "model": experts.spread.whole(best["model"], everywhere=True)}
+        experts.spread.assemble(self.model, best["model"])
+        return best
+
+    def start_from(self, weights: dict[str, Tensor]) -> None:
+        """Load other weights before the first step."""
+        for model in (self.model, self.evaluated):
+            model.load_state_dict(self._own(weights))
 
     def state_dict(self) -> dict[str, Any]:
         """The full training state."""

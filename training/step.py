@@ -1,7 +1,7 @@
 """One training step, computed entirely on the device, so that no step waits for a number."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,15 @@ from training.exchange import Exchange
 from training.expert_parallel import ExpertParallel
 from training.health import OUTPUT, NumberWatch
 from training.teacher import Teacher
+
+
+class Batch(NamedTuple):
+    """The arguments of a TrainingStep: features and labels_B on the device, random routing or not, and options."""
+
+    features: Tensor
+    labels_B: Tensor
+    warmup: bool
+    options: dict[str, Any]
 
 
 @dataclass

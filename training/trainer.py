@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -23,9 +23,6 @@ from model.distributed import Share
 from model.moe_vit import AnyMoE
 from model.spread import Shares as ExpertShares
 from model.transfer import Frozen
-from storage.checkpoint import (
-    load_checkpoint,
-)
 from storage.folder import RunFolder
 from tracking.tracker import Tracker
 from training.expert_parallel import ExpertParallel, moved_line
@@ -36,7 +33,7 @@ from training.optim import build_optimizer, set_learning_rate
 from training.parallel import Checks, Shares
 from training.progress import EpochSums, Progress, epoch_line
 from training.state import TrainerState
-from training.step import TrainingStep
+from training.step import Batch, TrainingStep
 from training.teacher import Teacher
 
 
@@ -86,6 +83,7 @@ class Trainer(TrainerState):
         self.train_step = GraphedStep(step, batch_size, self.shares.generator) if captured else step
         self.routing = RoutingWatch(model.mixtures[0].router, self.balance, config.router.random_steps)
         self.where = [f" in {place.replace('_', ' ')}" if len(model.places) > 1 else "" for place in model.places]
+        self.label, self.shown = "", True  # its name among runs that train at once, and whether to show its progress
         self.epoch, self.step = 0, 0  # epochs started, steps done
         self.progress: Progress | None = None  # None: the epoch is over
         self.saved_at, self.last_saved = (0, True), "none yet"  # (step, epoch is over) and name of the last checkpoint
@@ -102,11 +100,20 @@ class Trainer(TrainerState):
         written. Raises UserError if a number is not finite, EnvironmentFault if the run folder was removed or cannot be
         written.
         """
+        for _ in self.steps():
+            pass
+        return self.kept()
+
+    def steps(self) -> Generator[Batch, None, None]:
+        """Train as `fit`, but stop before each step and yield its batch, so that several runs can take turns.
+
+        A run that is closed there writes a checkpoint of the last complete step.
+        """
         try:
             with self.checks.together():
                 while self.progress or (self.epoch < self.config.epochs and not self._out_of_patience()):
-                    self._epoch()
-        except Interrupted:
+                    yield from self._epoch()
+        except (Interrupted, GeneratorExit):
             self._write_checkpoints()
             raise
         except UserError:  # a number that is not finite, in an epoch after the best
@@ -114,27 +121,11 @@ class Trainer(TrainerState):
             raise
         finally:
             self.release_graphs()
-        best = self.chosen or load_checkpoint(self.run.best)  # best epoch of an earlier process
-        return best if self.experts is None else self._assembled(best, self.experts)
 
     def release_graphs(self) -> None:
         """Let go of captured steps: until then processes could not leave each other."""
         if isinstance(self.train_step, GraphedStep):
             self.train_step.captured.release()
-
-    def _assembled(self, best: dict[str, Any], experts: ExpertParallel) -> dict[str, Any]:
-        """The content of best.pt; the model gets all experts in every process, for its evaluation."""
-        self.optimizer.state.clear()  # makes room
-        self.ema = None
-        if self.chosen is not None:
-            best = {**best, "model": experts.spread.whole(best["model"], everywhere=True)}
-        experts.spread.assemble(self.model, best["model"])
-        return best
-
-    def start_from(self, weights: dict[str, Tensor]) -> None:
-        """Load other weights before the first step."""
-        for model in (self.model, self.evaluated):
-            model.load_state_dict(self._own(weights))
 
     def adopt(self, weights: dict[str, Tensor], validated: Any) -> dict[str, Any]:
         """Load other weights as those of the last epoch, and write both checkpoints to resume from.
@@ -152,17 +143,17 @@ class Trainer(TrainerState):
         assert self.chosen is not None
         return self.chosen
 
-    def _epoch(self) -> None:
+    def _epoch(self) -> Iterator[Batch]:
         started = time.perf_counter()
         if self.progress is None:
             self._begin_epoch()
         started -= self.progress.seconds
         try:
             before, begun = self.progress.sums.samples, time.perf_counter()
-            values = self._train_epoch(self.progress)
+            values = yield from self._train_epoch(self.progress)
             values["speed/images_per_second"] = (self.progress.sums.samples - before) / (time.perf_counter() - begun)
             values |= self._validate()
-        except Interrupted:
+        except (Interrupted, GeneratorExit):
             self.progress.seconds = time.perf_counter() - started
             raise
         values["speed/epoch_seconds"] = time.perf_counter() - started
@@ -191,7 +182,12 @@ class Trainer(TrainerState):
         if self.experts:
             shares, numbers = self.experts.solved((self._usage() - self.progress.usage_before_LE).cpu().numpy())
             values |= numbers
-        print(epoch_line(values, self.epoch, self.config.epochs, better), flush=True)
+        print(
+            self.label and f"{self.label}  ",
+            epoch_line(values, self.epoch, self.config.epochs, better),
+            sep="",
+            flush=True,
+        )
         self.pace.check(self.epoch, values["speed/epoch_seconds"])
         # Before the checkpoint: a resumed run drops lines that come after its checkpoint, but cannot add one.
         self.tracker.scalars(values, step=self.step, epoch=self.epoch)
@@ -211,7 +207,7 @@ class Trainer(TrainerState):
     def _out_of_patience(self) -> bool:
         return 0 < self.config.patience <= self.epoch - self.improved
 
-    def _train_epoch(self, progress: Progress) -> dict[str, float]:
+    def _train_epoch(self, progress: Progress) -> Generator[Batch, None, dict[str, float]]:
         self.model.train()
         if self.frozen:
             self.frozen.hold()
@@ -224,7 +220,10 @@ class Trainer(TrainerState):
         with self._meter(progress) as done:
             for features, labels_B, share in batches:
                 with defer_signals, self.shares.random_numbers(share, self.step):
-                    self._train_batch(features, labels_B, share, progress)
+                    set_learning_rate(self.optimizer, self.step, self.total_steps, self.optim)
+                    batch = self._batch(features, labels_B, share)
+                    yield batch
+                    self._train_batch(batch, share, progress)
                 if self.checks.due():
                     self._require_finite()
                     running = progress.sums.running(self._usage() - progress.usage_before_LE)
@@ -240,27 +239,32 @@ class Trainer(TrainerState):
         return values | {"learning_rate/train": float(self.optimizer.param_groups[0]["lr"])}
 
     def _check_routing(self, load_LE: np.ndarray, split: str) -> None:
+        seed = self.label and f" with {self.label}"
         for load_E, where in zip(load_LE, self.where, strict=True):
-            self.routing.check(load_E, self.epoch, split, where)
+            self.routing.check(load_E, self.epoch, split, where + seed)
 
     def _meter(self, progress: Progress) -> AbstractContextManager[Meter]:
         images, epochs = len(self.bank.splits.train), self.config.epochs
         later = (epochs - self.epoch) * images
-        return meter(f"epoch {self.epoch}/{epochs}", images, progress.sums.samples, later=later)
+        label = f"{self.label and f'{self.label}, '}epoch {self.epoch}/{epochs}"
+        return meter(label, images, progress.sums.samples, later=later, shown=self.shown)
 
-    def _train_batch(self, features: Tensor, labels_B: Tensor, share: Share | None, progress: Progress) -> None:
-        set_learning_rate(self.optimizer, self.step, self.total_steps, self.optim)
-        options = self._forward_options() | ({} if share is None else {"share": share})
-        result = self.train_step(features, labels_B, self.step < self.routing_warmup_steps, **options)
+    def _train_batch(self, batch: Batch, share: Share | None, progress: Progress) -> None:
+        result = self.train_step(batch.features, batch.labels_B, batch.warmup, **batch.options)
         if result is None:
             self._require_finite()
-        progress.sums.add(result, len(labels_B) if share is None else share.total)
+        progress.sums.add(result, len(batch.labels_B) if share is None else share.total)
         self.step += 1
         progress.batches += 1
         if self.ema:
             self.ema.update(self.model, step=self.step)
             for averaged, trained in zip(self.ema.module.mixtures, self.model.mixtures, strict=True):
                 averaged.router.open_like(trained.router)
+
+    def _batch(self, features: Tensor, labels_B: Tensor, share: Share | None) -> Batch:
+        """The arguments of the next step."""
+        options = self._forward_options() | ({} if share is None else {"share": share})
+        return Batch(features, labels_B, self.step < self.routing_warmup_steps, options)
 
     def _forward_options(self) -> dict[str, Any]:
         """Options of this step's forward pass, besides random routing."""

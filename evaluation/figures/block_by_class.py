@@ -10,7 +10,7 @@ from evaluation.figures.registry import Evaluated, register
     "block_by_class",
     "Distribution of the gate weight of each class's tokens over the experts, in the most specialised block: the one "
     "whose experts are most informative about the class of an image, compared with shuffled labels.",
-    needs=["blocks"],
+    needs=["blocks", "several_experts"],
     place=21,
 )
 def block_by_class(evaluated: Evaluated) -> Figure:

@@ -10,7 +10,7 @@ from evaluation.figures.registry import Evaluated, register
     "block_load",
     "Share of the tokens that each expert receives in each block; in brackets, if there is room, its share of the "
     "gate's weight.",
-    needs=["blocks"],
+    needs=["blocks", "several_experts"],
     place=31,
 )
 def block_load(evaluated: Evaluated) -> Figure:

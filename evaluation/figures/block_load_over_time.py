@@ -11,7 +11,7 @@ from evaluation.figures.registry import Evaluated, register
     "block_load_over_time",
     "Share of each block's tokens per expert in training, with the gate's noise. Dashed: even share. During the shaded "
     "warm-up, routing is random.",
-    needs=["blocks", "history"],
+    needs=["blocks", "history", "several_experts"],
     place=41,
 )
 def block_load_over_time(evaluated: Evaluated) -> Figure | None:

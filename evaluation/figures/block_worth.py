@@ -13,7 +13,7 @@ from evaluation.figures.registry import Evaluated, register
     "to the gate's next choice. Above 0: the expert is useful. If the next choice was hardly used in training, this "
     "also adds to the loss. Grey numbers are within one standard deviation over bootstrap resamples of the test "
     "images. Single blocks are measured on the first test images.",
-    needs=["blocks"],
+    needs=["blocks", "several_experts"],
     place=51,
 )
 def block_worth(evaluated: Evaluated) -> Figure | None:

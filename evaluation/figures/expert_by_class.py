@@ -10,6 +10,7 @@ from evaluation.figures.registry import Evaluated, register
     "expert_by_class",
     "Distribution of the gate weight of each class over the experts; a column sums to 100 %. In brackets, if there is "
     "room: share of the assignments. An expert may process many images of a class with little weight.",
+    needs=["several_experts"],
     place=20,
 )
 def expert_by_class(evaluated: Evaluated) -> Figure:

@@ -6,7 +6,12 @@ from analysis import plots
 from evaluation.figures.registry import Evaluated, register
 
 
-@register("expert_load", "Load: share of the assignments. Importance: share of the gate weight.", place=30)
+@register(
+    "expert_load",
+    "Load: share of the assignments. Importance: share of the gate weight.",
+    needs=["several_experts"],
+    place=30,
+)
 def expert_load(evaluated: Evaluated) -> Figure:
     results = evaluated.results
     return plots.expert_load(results["expert_load"], results["expert_importance"], evaluated.labels)

@@ -11,7 +11,7 @@ from evaluation.figures.registry import Evaluated, register
     "load_over_time",
     "Load on the validation images after each epoch, without noise. During the shaded warm-up training routes at "
     "random, so the gate is still untrained.",
-    needs=["history"],
+    needs=["history", "several_experts"],
     place=40,
 )
 def load_over_time(evaluated: Evaluated) -> Figure | None:

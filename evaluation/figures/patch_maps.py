@@ -16,7 +16,7 @@ IMAGES, BLOCKS = 6, 5
     "The first test images of different classes, and the expert with the largest gate weight for each patch, in "
     "blocks from the first to the last, including the most specialised one. White lines separate patches of different "
     "experts.",
-    needs=["blocks"],
+    needs=["blocks", "several_experts"],
     place=5,
 )
 def patch_maps(evaluated: Evaluated) -> Figure | None:

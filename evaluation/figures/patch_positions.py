@@ -14,7 +14,7 @@ IMAGES, BLOCKS = 2000, 6
     "patch_positions",
     "How often the patch at each position of a test image goes to each expert, by its largest gate weight. A map of "
     "one colour means that the gate decides by the content of a patch, not by its position. White line: even share.",
-    needs=["blocks"],
+    needs=["blocks", "several_experts"],
     place=6,
 )
 def patch_positions(evaluated: Evaluated) -> Figure | None:

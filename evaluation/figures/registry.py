@@ -47,6 +47,11 @@ class Evaluated:
         return self.results["experts"]
 
     @property
+    def several_experts(self) -> bool:
+        """Whether there is a choice to show: a dense twin has a single expert."""
+        return len(self.labels) > 1
+
+    @property
     def superclasses(self) -> Sequence[str]:
         """Names of the superclasses, empty if the dataset has none."""
         return self.test.coarse_names

@@ -124,6 +124,11 @@ class ExpertsConfig:
                 )
 
     @property
+    def idle(self) -> list[str]:
+        """One line for each option of other kinds of experts, which has no effect."""
+        return EXPERTS.unread(self, "experts")
+
+    @property
     def first_new(self) -> int | None:
         """The first of the experts that this run adds (None: it adds none)."""
         return self.grown[-1] if self.add else None

@@ -1,7 +1,7 @@
 """RouterConfig: the options of every routing rule."""
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -105,17 +105,11 @@ class RouterConfig:
     @property
     def idle(self) -> list[str]:
         """One line for each option without effect: options of other rules, or of capacities that are not set."""
-        defaults = {option.name: option.default for option in fields(self)}
         found = []
         if self.capacity_order == "priority" and (self.capacity_factor is None or not ROUTERS[self.kind].token_choice):
             there = "without router.capacity_factor" if self.capacity_factor is None else f"under {self.kind}"
             found.append(f"router.capacity_order priority has no effect {there}")
-        return found + [
-            f"router.{name} {getattr(self, name)} has no effect with router.kind {self.kind}: only "
-            f"{' and '.join(kinds)} {'reads' if len(kinds) == 1 else 'read'} it"
-            for name, kinds in ROUTERS.readers().items()
-            if self.kind not in kinds and getattr(self, name) != defaults[name]
-        ]
+        return found + ROUTERS.unread(self, "router")
 
     @property
     def random_steps(self) -> int:

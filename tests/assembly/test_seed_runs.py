@@ -2,6 +2,8 @@
 
 import json
 import re
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -9,8 +11,10 @@ import train
 from assembly import seeds as module
 from common.errors import UserError, exit_code_of
 from config.command_line import parse_command_line
+from features.bank import FeatureBank
 from storage.described import describe
 from storage.folder import RunFolder
+from training.length import steps_per_epoch
 
 SMALL = ["--config", "configs/digits.yaml", "--tracking", "none", "--data.max_per_class", "20", "--train.epochs", "1"]
 SMALL += ["--train.batch_size", "64", "--features.cache_dir", "null"]
@@ -68,6 +72,70 @@ def test_seeds_are_new_runs(tmp_path):
     (tmp_path / "config.yaml").write_text("{}")
     with pytest.raises(UserError, match="--seeds starts new runs"):
         parse_command_line(["--resume", str(tmp_path), "--seeds", "2"])
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_new_seeds_train_together_and_an_unfinished_one_alone(tmp_path, monkeypatch, capsys, together):
+    invocation = parse_command_line([*SMALL, "--run_dir", str(tmp_path / "few"), "--seeds", "3"])
+    start_of, calls = module._start, []
+
+    def start(given, config):
+        found = start_of(given, config)
+        return replace(found, checkpoint={"epoch": 1, "improved": 1}) if config.train.seed == 1 else found
+
+    for name, value in {
+        "load_inputs": lambda config: SimpleNamespace(splits=None, backbone=None, device=None),
+        "planned": lambda config, inputs: config,
+        "build_bank": lambda *_: None,
+        "worth_joining": lambda *_: together,
+        "_start": start,
+    }.items():
+        monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr("assembly.seeds.Start.finished", "")
+    monkeypatch.setattr("evaluation.compare.compare", lambda runs, out: f"compared {len(runs)}")
+    module.train_seeds(invocation, lambda starts, inputs, bank: calls.append([s.config.train.seed for s in starts]))
+    assert calls == ([[1], [0, 2]] if together else [[0], [1], [2]])
+    out = capsys.readouterr().out
+    assert ("seeds        0, 2, side by side" in out) == together and "compared 3" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "device", "size", "free", "expected"),
+    [
+        ([], "cuda", 3_000_000, 1_000_000_000, True),
+        (["--train.epochs", "99"], "cuda", 3_000_000, 1_000_000_000, False),  # 990 steps do not repay the start
+        ([], "cpu", 3_000_000, 1_000_000_000, False),
+        (["--tracking", "auto"], "cuda", 3_000_000, 1_000_000_000, False),
+        (["--features.mode", "live"], "cuda", 3_000_000, 1_000_000_000, False),
+        (["--data.shots", "2"], "cuda", 3_000_000, 1_000_000_000, False),
+        (["--train.deterministic", "true"], "cuda", 3_000_000, 1_000_000_000, False),  # nothing is captured
+        ([], "cuda", 250_000_000, 1_000_000_000_000, False),  # 750 M parameters
+        ([], "cuda", 3_000_000, 800_000_000, False),  # they need 216 MB
+    ],
+)
+def test_long_trainings_of_small_heads_go_side_by_side_on_a_gpu(monkeypatch, words, device, size, free, expected):
+    config = parse_command_line([*SMALL, "--train.epochs", "100", *words]).config
+    model = SimpleNamespace(parameters=lambda: [SimpleNamespace(numel=lambda: size)], to=lambda device: model)
+    monkeypatch.setattr(module, "build_model", lambda *_: model)
+    monkeypatch.setattr(module, "DeviceMemory", lambda device: SimpleNamespace(free=lambda: free))
+    seen = []
+    monkeypatch.setattr(module, "worth_capturing", lambda choice, model, batch: seen.append(batch) or True)
+    bank = object.__new__(FeatureBank)
+    bank.feature_shape = (4,)
+    train = type("Train", (list,), {"num_classes": 10})(range(630))  # ten batches of 64
+    splits = SimpleNamespace(train=train)
+    inputs = SimpleNamespace(device=SimpleNamespace(type=device), splits=splits, backbone=None)
+    assert module.worth_joining(config, inputs, bank, 3) is expected
+    assert seen == ([3 * 64] if expected else [])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "images", "expected"),
+    [("digits", 1_293, False), ("cifar100_cpu", 45_000, True), ("cifar100_head", 49_000, True)],
+)
+def test_the_measured_recipes(recipe, images, expected):
+    config = parse_command_line(["--config", f"configs/{recipe}.yaml"]).config
+    assert (config.train.epochs * steps_per_epoch(config.train, images) >= module.STEPS) == expected
 
 
 @pytest.mark.slow

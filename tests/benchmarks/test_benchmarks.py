@@ -2,6 +2,7 @@
 
 import re
 from argparse import Namespace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -137,6 +138,27 @@ def test_kernels_are_told_apart_by_name():
     names = ["nvjet_tst_256x128", "triton_red_fused_3", "pytorch_flash::flash_fwd_kernel", "Memcpy DtoD", "topk"]
     kinds = ["matrix products", "fused by the compiler", "attention", "copies", "other"]
     assert [blocks_step.kind_of(name) for name in names] == kinds
+
+
+def test_the_largest_kernels_of_each_kind_by_hand():
+    names = {"topk": [100, 300], "void at::native::sort": [500], "triton_a": [900], "triton_b": [50], "gemm": [4000]}
+    events = [
+        SimpleNamespace(name=name, time_range=SimpleNamespace(elapsed_us=lambda us=us: us))
+        for name, times in names.items()
+        for us in times
+    ]
+    kernels = blocks_step.per_step(events, steps=2)
+    assert blocks_step.by_kind(kernels) == pytest.approx(
+        {"matrix products": 2, "fused by the compiler": 0.475, "other": 0.45, "all": 2.925}
+    )
+    shown = [blocks_step._kernel_line(kernel) for kernel in blocks_step.largest(kernels, count=1)]
+    assert shown == [
+        ["matrix products", "2.00", "0.5", "gemm"],
+        ["fused by the compiler", "0.45", "0.5", "triton_a"],
+        ["other", "0.25", "0.5", "sort"],
+    ]
+    assert [kernel["kernel"] for kernel in blocks_step.largest(kernels)[-2:]] == ["void at::native::sort", "topk"]
+    assert blocks_step.by_kind([]) == {} and blocks_step.largest([]) == []
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks import scaling_model
-from benchmarks.scaling_formulas import Head, Network, Recipe, View
+from benchmarks.scaling_formulas import Head, Network, Recipe, Step, View
 from common.errors import UserError
 
 NETWORK = Network(within=1e9, between=1e8, latency=0.0001, node=4)
@@ -91,6 +91,13 @@ def test_measured_and_predicted_times_are_shown_side_by_side(tmp_path, capsys):
     lines = [line for line in said.splitlines() if line.startswith(("| default", "| 8 exp", "| extraction, 100"))]
     assert [line.split("|")[-2].strip() for line in lines] == ["+0 %", "-20 %", "+0 %", "-20 %", "+0 %"]
     assert "PREDICTIONS, 4 devices per node, 1e+08 bytes/s between nodes" in said and "experts on 4" in said
+
+
+def test_communication_is_marked_by_its_part_of_a_step_even_if_efficiency_is_high():
+    steps = {1: Step(compute=10.0), 2: Step(compute=5.0, all_to_all=6.0), 4: Step(compute=5.0, all_to_all=4.0)}
+    *_, one, two, four = scaling_model._growth("", [1, 2, 4], lambda number: [("", steps[number])]).splitlines()
+    assert "| 91 % " in two and "more than half is communication" in two
+    assert "communication" not in one + four
 
 
 def test_files_of_other_programs_are_rejected(tmp_path):

@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from scipy.stats import ttest_rel
 
 from benchmarks import study_blocks
 from benchmarks.blocks_methods import DENSE, RULES, WIDTHS, dense, equal, methods, routed, unequal
 from benchmarks.blocks_store import Store
-from benchmarks.blocks_tables import cells, preferred, rows
+from benchmarks.blocks_tables import cells, contrasts, preferred, rows, show
 from benchmarks.blocks_training import MethodRuns, Setting
 from benchmarks.blocks_vit import EndOfViT, FrozenEnd, averaged, stored_input, tokens_below
 from benchmarks.blocks_worker import Worker
@@ -133,6 +134,37 @@ def stored(tmp_path, scores):
         found = f1 if isinstance(f1, str) else {"validation": {"macro_f1": f1}, "test": {"macro_f1": f1}, **costs}
         store.keep(pair[index], rate, seed, found)
     return pair, store
+
+
+def test_differences_are_averaged_over_the_widths_that_both_methods_have(tmp_path, capsys):
+    scores = {dense(4): [0.50, 0.52], dense(16): [0.60, 0.62], routed(4, "unequal", 1): [0.50, 0.50]}
+    scores |= {routed(4, "unequal", 2): [0.51, 0.55], routed(16, "unequal", 2): [0.61, 0.63]}
+    store = Store(tmp_path, SETTING, list(scores), [1e-3], seeds=2)
+    costs = dict.fromkeys(("flops", "active_parameters", "trained_parameters", "active_width"), 1.0)
+    store.begin()  # and killed
+    for method, by_seed in scores.items():
+        for seed, f1 in enumerate(by_seed):
+            result = {"validation": {"macro_f1": f1}, "test": {"macro_f1": f1}, "seconds": 8.0 - seed, **costs}
+            store.keep(method, 1e-3, seed, result)
+    two, one = "unequal, k 2, token, noisy_topk", "unequal, k 1, token, noisy_topk"
+    found = contrasts(store)
+    assert [(row["method"], row["other"], row["widths"]) for row in found] == [
+        (two, DENSE, [4, 16]),
+        (one, DENSE, [4]),
+        (two, one, [4]),
+    ]
+    # Over widths 4 and 16: 0.56 and 0.59 for two experts, 0.55 and 0.57 for the dense adapter.
+    for row, values, others in zip(
+        found, ([0.56, 0.59], [0.5, 0.5], [0.51, 0.55]), ([0.55, 0.57], [0.5, 0.52], [0.5, 0.5]), strict=True
+    ):
+        interval = ttest_rel(values, others).confidence_interval(0.95)
+        mean = (sum(values) - sum(others)) / 2
+        assert row["paired"] == pytest.approx((mean, interval.low, interval.high), abs=1e-9)
+    assert all(row["seconds"] == 7 and row["edge"] for row in rows(store))  # the fastest run, the only learning rate
+    store.read()
+    show(store, tmp_path)
+    said = capsys.readouterr().out
+    assert "+1.50 (" in said and "0.0 GPU minutes, without 1 of its starts" in said
 
 
 def test_rates_come_first_then_the_seeds_of_the_best_one(tmp_path):

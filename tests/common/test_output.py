@@ -1,10 +1,12 @@
 """Errors and output: one line for a failure, and output that cannot be written."""
 
 import os
+import subprocess
 import sys
 
 import pytest
 import torch
+from conftest import ROOT
 
 import evaluate
 import train
@@ -86,3 +88,12 @@ def test_lost_buffered_lines_are_an_error(monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", None)  # closed before the program started
         assert exit_code_of(lambda: print("nothing")) == exit_code_of(lambda: evaluate.parse(["--help"])) == 0
+
+
+def test_a_program_ends_with_its_exit_code_while_a_thread_still_works():
+    code = "import threading, time; from common.errors import exit_process; "
+    code += "threading.Thread(target=time.sleep, args=(60,)).start(); print('said', end=''); exit_process(2)"
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=50, check=False
+    )
+    assert (ended.returncode, ended.stdout) == (2, "said"), ended.stderr

@@ -217,3 +217,5 @@ def test_a_single_expert_cannot_be_merged():
     config = Config()
     with pytest.raises(UserError, match="--merge is 1: there is only one expert, so nothing to merge"):
         check_merge(config, 1, 1)
+    with pytest.raises(UserError, match=r"--merge is 1: there are 2 experts, and each sample uses router\.top_k 2"):
+        check_merge(behind()[0], 1, 2)

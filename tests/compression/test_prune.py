@@ -147,6 +147,11 @@ def test_impossible_removals_are_reported_in_one_line(removed, message):
     assert "\n" not in str(raised.value)
 
 
+def test_the_only_expert_cannot_be_removed():
+    with pytest.raises(UserError, match="--prune names the only expert of this run: one must remain"):
+        check_prune(behind({"top_k": 1}, {"sizes": [[3]]})[0], [0])
+
+
 def test_an_invalid_pruned_model_is_reported_in_one_line():
     config, *_ = behind({"kind": "expert_choice", "capacity_factor": 3.0})
     with pytest.raises(UserError, match=r"capacity_factor 3\.0 with kind expert_choice"):

@@ -160,3 +160,16 @@ def test_options_without_effect_inside_the_vit_are_named():
     chosen = parse_command_line([*base, "--features.views", "3", "--features.mode", "live"]).config
     assert [line.split(" has no")[0] for line in chosen.idle] == ["features.mode live", "features.views 3"]
     assert parse_command_line([*HEAD, "--features.views", "3"]).config.idle == []
+
+
+def test_options_without_effect_behind_the_vit_are_named():
+    chosen = {"train.recompute": "on", "train.compile": "always", "train.all_patches": "0.5"}
+    chosen |= {"experts.drop_path": "0.1", "experts.norm": "own", "experts.activation": "silu"}
+    words = [word for name, value in chosen.items() for word in (f"--{name}", value)]
+    idle = parse_command_line([*HEAD, *words]).config.idle
+    assert sorted(line.split(" ")[0] for line in idle) == sorted(chosen)
+    assert "experts.norm own has no effect with experts.kind mlp: only adapter reads it" in idle
+    assert "train.recompute on has no effect with experts.place head, because no step trains inside the ViT" in idle
+    blocks = ["--config", "configs/digits_blocks.yaml", *words]
+    assert parse_command_line(blocks).config.idle == ["train.all_patches 0.5 has no effect without train.patch_dropout"]
+    assert parse_command_line([*blocks, "--train.patch_dropout", "0.3"]).config.idle == []

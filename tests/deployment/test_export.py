@@ -13,7 +13,7 @@ from PIL import Image
 import export as program
 from assembly.loading import load_trained
 from common.errors import EnvironmentFault, UserError, exit_code_of
-from data.datasets import load_splits
+from data.image_file import read_picture
 from deployment import formats
 from deployment.about import about
 from deployment.export import BATCHES, TOLERANCE, check_target, compare, export, fits_torch, pictures
@@ -137,8 +137,9 @@ def test_the_example_in_a_file_gives_the_outputs_of_the_run_without_this_project
     code, printed, err = run(monkeypatch, capsys, tiny_run, out)
     assert (code, err) == (0, []) and printed.count("\n") == 2 and os.listdir(tmp_path) == [out.name]
     trained = load_trained(tiny_run, "cpu")
-    image = load_splits(trained.config.data).test.images_NCHW[:1]
-    Image.fromarray(image[0].permute(1, 2, 0).numpy()).save(tmp_path / "cat.jpg", "PNG")
+    Image.fromarray(pictures(1, 50)[0, :, :41].permute(1, 2, 0).numpy()).save(tmp_path / "cat.jpg", "PNG")
+    data = trained.config.data
+    image = read_picture(tmp_path / "cat.jpg", data.side, data.grey).pixels_CHW[None]
     described = metadata(out)
     assert described["labels"] == list(trained.class_names) and described["data"] == "digits"
     assert described["preprocessing"]["mean"] == list(trained.backbone.mean)

@@ -12,6 +12,7 @@ from common.distributed import ALONE, World
 from model.balance import BalanceConfig
 from model.classifier import NeckConfig, VisionMoE
 from model.experts import ExpertsConfig
+from model.moe_vit import AnyMoE
 from model.routers import RouterConfig
 from training.parallel import Shares
 from training.step import TrainingStep
@@ -49,16 +50,25 @@ HEADS = {
 }
 
 
-def head(kind="mixtral", neck=None, experts=None, shut=False, **router) -> VisionMoE:
-    """A head of three unequal experts on vectors; shut: the last expert is never chosen."""
+def head(kind="mixtral", neck=None, experts=None, **router) -> VisionMoE:
+    """A head of three unequal experts on vectors."""
     torch.manual_seed(1)
     router = RouterConfig(**{"kind": kind, "top_k": 2, "norm": "batch", "warmup_steps": 0, **router})
     experts = ExpertsConfig(**{"sizes": [[4], [6], [8, 4]], "shared": [[4]], "dropout": 0.0, **(experts or {})})
     model = VisionMoE((FEATURES,), CLASSES, NeckConfig(**(neck or {})), router, experts)
     for parameter in model.moe.router.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)
-    if shut:
-        model.moe.router.gate.bias.data[-1] = -50.0
+    return model
+
+
+def built(blocks: bool, shut: bool = False, **options) -> AnyMoE:
+    """A model without dropout, which each process draws itself; shut: the last expert is never chosen."""
+    model = spread(moe_vit(**options)) if blocks else head(**options)
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Dropout):
+            layer.p = 0.0
+    for mixture in model.mixtures if shut else []:
+        mixture.router.gate.bias.data[-1] = -1000.0
     return model
 
 
@@ -75,10 +85,7 @@ def train(world: World, options: dict, blocks: bool = False) -> dict:
     options = copy.deepcopy(options)
     balance = BalanceConfig(**{**ALL, **options.pop("balance", {})})
     warmup, forward = options.pop("warmup", False), options.pop("forward", {})
-    model = spread(moe_vit(**options)) if blocks else head(**options)
-    for layer in model.modules():
-        if isinstance(layer, torch.nn.Dropout):  # each process draws its own
-            layer.p = 0.0
+    model = built(blocks, **options)
     # Not Adam, which turns a gradient that is zero up to rounding into a step of full size.
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
     step = TrainingStep(model.train(), optimizer, balance, 0.1, 0.5, "float32")
@@ -133,6 +140,14 @@ def compare(each: list[dict], options: dict, blocks: bool = False) -> None:
     for found in each:
         assert all(torch.equal(value, each[0]["state"][name]) for name, value in found["state"].items())
         close(found["state"], alone["state"])
+    require_empty(alone, options)
+
+
+def require_empty(found: dict, options: dict) -> None:
+    """The expert that nobody chooses has no samples, and all others have some."""
+    if options.get("shut"):
+        for name, used_E in found["state"].items():
+            assert not name.endswith("usage_E") or "warmup" in name or (used_E[-1] == 0 and used_E[:-1].all())
 
 
 def close(found: dict, expected: dict) -> None:
@@ -159,6 +174,7 @@ BLOCKS = {
         "experts": {"drop_path": 0.3},
         "forward": {"patch_dropout": 0.4},
     },
+    "an expert that nobody chooses": {"kind": "mixtral", "norm": "none", "shut": True},
     "copies of the FFN": {"kind": "mixtral", "norm": "none", "experts": {"kind": "ffn", "sizes": [[64], [64], [64]]}},
     "mixture on top": {"kind": "mixtral", "norm": "none", "experts": {"head": [[4], [6], [8]]}},
 }

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import timm.optim  # noqa: F401, which a fork would import for a fifth of a second
 import torch
-from block_helpers import images, moe_vit, spread
+from block_helpers import images, moe_vit
 from distributed_helpers import in_processes
-from test_equivalence import ALL, BATCHES, CPU, close, data, head
+from test_equivalence import ALL, BATCHES, CPU, built, close, data, head, require_empty
 
 from common.distributed import ALONE, World
 from config.optim import OptimConfig
@@ -37,6 +37,7 @@ HEADS = {
     "every expert": ({"kind": "mixtral", "top_k": 3}, {"processes": 2}),
     "top_p": ({"kind": "top_p"}, {"processes": 2}),
     "hierarchical": ({"kind": "hierarchical", "experts": {"sizes": [[4], [6], [8], [8]]}}, {"processes": 2}),
+    "warm-up": ({"kind": "noisy_topk", "warmup": True}, {"processes": 2}),
     "hash": ({"kind": "hash", "balance": {"z_loss": 0.0}}, {"processes": 3}),
     "loss-free bias": ({"kind": "deepseek", "bias_rate": 0.1}, {"processes": 2}),
     "gshard": ({"kind": "gshard", "capacity_factor": 1.0}, {"processes": 2}),
@@ -59,8 +60,10 @@ HEADS = {
 BLOCKS = {
     "tokens": ({"kind": "mixtral", "norm": "none"}, {"processes": 2, "moved": [[0, 1], [1, 0], [0, 1]]}),
     "images": ({"kind": "noisy_topk", "level": "image", "norm": "batch"}, {"processes": 3}),
+    "warm-up": ({"kind": "noisy_topk", "norm": "none", "warmup": True}, {"processes": 2}),
     "capacity": ({"kind": "vmoe", "capacity_factor": 0.7, "norm": "none"}, {"processes": 2, "moved": COPIES}),
     "dropped paths": ({"kind": "mixtral", "norm": "none", "experts": {"drop_path": 0.3}}, {"processes": 2}),
+    "an expert that nobody chooses": ({"kind": "mixtral", "norm": "none", "shut": True}, {"processes": 3}),
     "copies of the FFN": (
         {"kind": "mixtral", "norm": "none", "experts": {"kind": "ffn", "sizes": [[64]] * 3}},
         {"processes": 2},
@@ -73,10 +76,8 @@ def train(world: World, options: dict, blocks: bool, members: int = 1, moved=Non
     """Steps on each of the batches, with the experts on several processes if members > 1; complete on rank 0."""
     options = copy.deepcopy(options)
     balance = BalanceConfig(**{**ALL, **options.pop("balance", {})})
-    model = spread(moe_vit(**options)) if blocks else head(**options)
-    for layer in model.modules():
-        if isinstance(layer, torch.nn.Dropout):
-            layer.p = 0.0
+    warmup = options.pop("warmup", False)  # without gradients of gates
+    model = built(blocks, **options)
     experts = ExpertParallel(model, members, "even", OPTIM, CPU) if members > 1 else None
     optimizer = momentum(model)
     step = TrainingStep(model.train(), optimizer, balance, 0.1, 0.5, "float32", experts=experts)
@@ -92,12 +93,13 @@ def train(world: World, options: dict, blocks: bool, members: int = 1, moved=Non
         logits = []
         hook = model.register_forward_hook(lambda *call, logits=logits: logits.append(call[2][0].detach()))
         with shares.random_numbers(share, number):
-            result = step(features_N[own_B], labels_N[own_B], False, share=share)
+            result = step(features_N[own_B], labels_N[own_B], warmup, share=share)
         hook.remove()
         gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
         if experts:
             gradients |= {name: value.clone() for name, value in experts.gradients().items()}
-            gradients = experts.spread.whole(gradients, experts.trained)
+            names = [name for name in experts.trained if name in gradients or name in experts.spread.parts]
+            gradients = experts.spread.whole(gradients, names)
         split = share is not None and share.split
         found.append({"result": vars(result), "logits": logits[0], "gradients": gradients, "split": split})
     state = experts.spread.whole(model.state_dict()) if experts else model.state_dict()
@@ -149,6 +151,7 @@ def compare(each: list[dict], options: dict, blocks: bool) -> None:
     found, expected = each[0]["moments"], alone["moments"]
     assert [group["params"] for group in found["param_groups"]] == [g["params"] for g in expected["param_groups"]]
     close(found["state"], expected["state"])
+    require_empty(alone, options)
 
 
 @pytest.mark.slow

@@ -48,10 +48,10 @@ def at_step(rank: int, action) -> None:
     """Make this process do something within a step, before its gradients are summed with the others."""
     train_batch = Trainer._train_batch
 
-    def then(self, features, *arguments):
+    def then(self, batch, *arguments):
         if self.step == STEP:
-            features = action(rank, features)
-        train_batch(self, features, *arguments)
+            batch = batch._replace(features=action(rank, batch.features))
+        train_batch(self, batch, *arguments)
 
     Trainer._train_batch = then
 

@@ -49,13 +49,14 @@ def test_clearml_leaves_out_missing_values_of_experts_and_classes():
     assert sum(shown["experts by class", "gate weight"][0][4]) == pytest.approx(1)
 
 
-def test_one_expert_cannot_be_removed(tmp_path, monkeypatch):
+def test_one_expert_cannot_be_removed_and_has_no_figures_of_shares(tmp_path):
     config, model, bank, _ = build(sizes=((4,),), top_k=1)
-    monkeypatch.setattr("evaluation.figures.draw", lambda *_: [])  # drawn above
     results = evaluate(RunFolder(tmp_path), config, model, bank)
     assert results["expert_worth"][0].keys() == {"parameters", "bytes", "flops"}
     assert results["gate"]["boundary_share"] is None
     assert figures.FIGURES["expert_worth"].draw(figures.Evaluated(None, config, model, bank, None, results)) is None
+    drawn = {path.stem for path in (tmp_path / "evaluation" / "figures").iterdir()}
+    assert "reliability" in drawn and not drawn & {"expert_by_class", "expert_load", "expert_worth"}
     assert "without expert" not in (tmp_path / "evaluation" / "report.html").read_text()
     assert "0 · 4" in table(results)
 

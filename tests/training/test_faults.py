@@ -93,11 +93,11 @@ def poison(trainer, what):
     train_batch = trainer._train_batch
 
     @torch.no_grad()
-    def poisoned(features, labels_B, share, progress):
+    def poisoned(batch, share, progress):
         if trainer.step == 6:
             if what == "output of the backbone":
-                features = features.clone()
-                features[3, 5] = math.inf
+                batch = batch._replace(features=batch.features.clone())
+                batch.features[3, 5] = math.inf
             elif what == "task loss":
                 trainer.model.moe.experts[0][0].weight[0, 0] = math.nan
             elif what == "auxiliary loss z_loss":
@@ -106,7 +106,7 @@ def poison(trainer, what):
                 trainer.model.neck.norm.weight.register_hook(lambda gradient: gradient * math.nan)
             before.update({key: value.clone() for key, value in trainer.model.named_parameters()})
         with torch.enable_grad():
-            train_batch(features, labels_B, share, progress)
+            train_batch(batch, share, progress)
 
     trainer._train_batch = poisoned
     return before

@@ -20,7 +20,7 @@ from storage.export import export_model, load_exported, read_description
 from storage.folder import RunFolder
 from training.health import OUTPUT, not_finite
 from training.optim import lr_factor
-from training.progress import EpochSums
+from training.progress import EpochSums, epoch_line
 
 
 def test_training_learns_and_keeps_the_reported_weights(tmp_path, splits):
@@ -64,6 +64,16 @@ def test_the_running_balance_is_that_of_the_load():
     assert sums.running(torch.full((2, 4), 5)).endswith("balance 1.00")
     assert sums.running(torch.tensor([[10, 10, 0, 0]] * 2)).endswith("balance 0.50")
     assert sums.running(torch.zeros(2, 4, dtype=torch.int64)).endswith("random routing")
+    assert sums.running(torch.full((2, 1), 5)).endswith("accuracy 0.000")  # a single expert has no balance
+
+
+@pytest.mark.parametrize("shares, shown", [([0.5, 0.5], "  balance 1.00"), ([1.0], ""), ([], "  random routing")])
+def test_an_epoch_line_shows_the_balance_of_several_experts(shares, shown):
+    names = ("loss/train", "accuracy/train", "loss/validation", "accuracy/validation", "macro_f1/validation")
+    values = dict.fromkeys((*names, "speed/epoch_seconds"), 0.5)
+    values |= {f"expert_load/expert_{expert}": share for expert, share in enumerate(shares)}
+    values |= {"balance/entropy": 1.0} if shares else {}
+    assert epoch_line(values, 1, 2, False).endswith(f"macro-F1 0.500{shown}  0.5 s")
 
 
 def test_resumed_training_equals_uninterrupted_training(tmp_path, splits):
