@@ -249,7 +249,7 @@ def _quantise(work: Work, say: Callable[[str], None]) -> None:
         format=number_format,
         calibrations={name: t.to_dict() for name, t in tried.items()},
     )
-    _note_formats(work, formats, chosen.errors, lost)
+    note_formats(work, formats, chosen.errors, lost)
 
 
 def _try_calibration(work: Work, owners: list[Owner], number_format: str, calibration: str) -> _Tried:
@@ -279,14 +279,14 @@ def _formats(
     return formats
 
 
-def _note_formats(work: Work, formats: Formats, errors: dict[int, float | None], lost: dict[int, float]) -> None:
+def note_formats(work: Work, formats: Formats, errors: dict[int, float | None], lost: dict[int, float]) -> None:
     """Record what was done to each expert, to the shared experts and to the linear head."""
-    rows = {row["becomes"]: row for row in work.experts if row["becomes"] is not None}
-    rows |= dict(enumerate(work.shared, start=len(work.config.experts.sizes)))
+    rows = [(row["becomes"], row) for row in work.experts if row["becomes"] is not None]  # members of a group share one
+    rows += enumerate(work.shared, start=len(work.config.experts.sizes))
     if HEAD in formats:
-        rows[HEAD] = {"expert": "linear head", "load": None, "done": [], "becomes": None}
-        work.shared.append(rows[HEAD])
-    for number, row in rows.items():
+        work.shared.append({"expert": "linear head", "load": None, "done": [], "becomes": None})
+        rows.append((HEAD, work.shared[-1]))
+    for number, row in rows:
         row["done"].append(formats[number])
         row.update(error=errors[number], points_lost=lost[number])
 

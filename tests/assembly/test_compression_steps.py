@@ -11,6 +11,7 @@ from assembly import compression_steps
 from assembly.compression_steps import AUTO, STEPS, Plan, Work, shared_rows
 from assembly.distilling import Student, note
 from common.errors import UserError
+from compression.observe import HEAD
 
 WORTH = {3: 0.010, 5: 0.100, 4: 0.002, 6: 0.020}
 """What an expert adds to the score, by its hidden units."""
@@ -92,3 +93,14 @@ def test_shared_experts_are_replaced_or_taught_like_the_others():
     assert [row["expert"] for row in work.experts[4:]] == ["shared 7", *(f"student {e} · {u}" for e, u in UNITS)]
     assert [row["done"] for row in work.experts] == [["replaced by the student"]] * 5 + [["taught"]] * 4
     assert [(row["expert"], row["done"]) for row in work.shared] == [("student shared 7", ["taught"])]
+
+
+def test_members_of_a_group_show_the_format_of_their_common_expert():
+    work = OfWorth.of(Plan(), inside({}, {"sizes": [[4], [4]]}))
+    for row, becomes in zip(work.experts, (0, 1, 0, None), strict=True):
+        row["becomes"] = becomes
+    formats, figures = {0: "int8", 1: "float16", HEAD: "int8"}, {0: 0.1, 1: 0.2, HEAD: 0.3}
+    compression_steps.note_formats(work, formats, figures, figures)
+    shown = [(row["expert"], row["done"], row.get("error")) for row in work.experts + work.shared]
+    of_experts = [("0", ["int8"], 0.1), ("1", ["float16"], 0.2), ("2", ["int8"], 0.1), ("3", [], None)]
+    assert shown == [*of_experts, ("linear head", ["int8"], 0.3)]
