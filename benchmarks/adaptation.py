@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.allow_abbrev = False
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="methods to run (default: all)")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method (default 3)")
-    parser.add_argument("--first_seed", type=int, default=0, help="the first of the seeds (default 0)")
+    parser.add_argument("--first_seed", type=int, default=0, least=0, help="the first of the seeds (default 0)")
     parser.add_argument(
         "--pick_epochs", type=int, default=3, help="epochs of a run that selects a learning rate (default 3)"
     )

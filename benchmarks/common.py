@@ -28,10 +28,12 @@ PACKAGES = ("torch", "timm", "transformers", "mixture-of-experts", "st-moe-pytor
 class Parser(arguments.Parser):
     """The options of every benchmark.
 
-    tiny: options with a different default under --tiny, and that default.
+    tiny: options with a different default under --tiny, and that default. Whole numbers have a least value: 1, or the
+    `least` of their add_argument.
     """
 
     def __init__(self, name: str, description: str, seconds: float, tiny: dict[str, Any] | None = None):
+        self.least: dict[str, tuple[str, int]] = {}  # by destination: the option and its least value
         super().__init__(
             prog=f"-m benchmarks.{name}",
             usage="python %(prog)s [options]",
@@ -49,16 +51,28 @@ class Parser(arguments.Parser):
         self.add_argument("--tiny", action="store_true", help="quick trial with small defaults")
         self.tiny = tiny or {}
 
-    def add_numbers(self, name: str, default: list[int], what: str) -> None:
+    def add_argument(self, *names: str, least: int = 1, **how: Any) -> argparse.Action:
+        """As in argparse; least: the least value of a whole number."""
+        added = super().add_argument(*names, **how)
+        if how.get("type") is int:
+            self.least[added.dest] = names[0], least
+        return added
+
+    def add_numbers(self, name: str, default: list[int], what: str, least: int = 1) -> None:
         """An option with several whole numbers; its help ends with the default."""
         shown = f"{what} (default {' '.join(map(str, default))})"
-        self.add_argument(name, type=int, nargs="+", default=default, metavar="N", help=shown)
+        self.add_argument(name, type=int, nargs="+", default=default, metavar="N", help=shown, least=least)
 
     def parse_known_args(self, args=None, namespace=None):
         options, rest = super().parse_known_args(args, namespace)
         if options.tiny:
             self.set_defaults(**self.tiny)
             options, rest = super().parse_known_args(args, namespace)
+        for dest, (name, least) in self.least.items():
+            value = getattr(options, dest)
+            for number in value if isinstance(value, list | tuple) else [value]:
+                if number is not None and number < least:
+                    self.error(f"{name} is {number}: it must be at least {least}")
         return options, rest
 
 

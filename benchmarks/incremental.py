@@ -75,8 +75,10 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser("incremental", __doc__, seconds=900, tiny=tiny)
     parser.allow_abbrev = False
     parser.add_argument("--steps", type=int, default=10, help="number of steps (default 10)")
-    parser.add_argument("--memory", type=int, default=0, metavar="N", help="old images kept per class (default 0)")
-    parser.add_numbers("--seeds", [0], "seeds of weights and batches")
+    parser.add_argument(
+        "--memory", type=int, default=0, least=0, metavar="N", help="old images kept per class (default 0)"
+    )
+    parser.add_numbers("--seeds", [0], "seeds of weights and batches", least=0)
     parser.add_argument(
         "--methods", nargs="+", choices=METHODS, default=list(METHODS), help="methods to run (default: all)"
     )

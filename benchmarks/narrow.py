@@ -74,9 +74,9 @@ def main(argv: list[str] | None = None) -> None:
     tiny = {"seeds": [0, 1], "views": 1, "epochs": 3, "narrow_epochs": 3}
     parser = Parser("narrow", __doc__, seconds=900, tiny=tiny)
     parser.allow_abbrev = False
-    parser.add_numbers("--seeds", [0, 1, 2, 3, 4], "seeds of weights and batches")
+    parser.add_numbers("--seeds", [0, 1, 2, 3, 4], "seeds of weights and batches", least=0)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="ways to run (default: all)")
-    parser.add_numbers("--replay", [0, 20], "images of each other class to add to the training")
+    parser.add_numbers("--replay", [0, 20], "images of each other class to add to the training", least=0)
     parser.add_argument("--norms", nargs="+", choices=NORMS, default=["batch"], help="router.norm (default batch)")
     parser.add_argument("--views", type=int, default=4, metavar="N", help="augmented views of each image (default 4)")
     parser.add_argument("--epochs", type=int, default=20, help="epochs on all classes (default 20)")

@@ -84,12 +84,12 @@ def arguments(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The study's options, and those for the configuration. Raises UserError for others."""
     parser = Parser("study_blocks", __doc__, seconds=1500, tiny=TINY)
     parser.allow_abbrev = False
-    parser.add_numbers("--widths", list(WIDTHS), "active hidden units r")
+    parser.add_numbers("--widths", list(WIDTHS), "active hidden units r", least=4)  # one for each of four experts
     parser.add_argument("--seeds", type=int, default=5, help="runs of each method (default 5)")
     parser.add_argument(
         "--epochs", type=int, default=3, help="epochs of each run, each with a different view (default 3)"
     )
-    parser.add_argument("--first", type=int, default=8, help="first block with experts (default 8)")
+    parser.add_argument("--first", type=int, default=8, least=0, help="first block with experts (default 8)")
     parser.add_argument("--batch", type=int, default=256, help="images per step (default 256)")
     help_text = f"learning rates (default {' '.join(map(str, RATES))})"
     parser.add_argument("--rates", type=float, nargs="+", default=RATES, metavar="LR", help=help_text)
@@ -105,11 +105,6 @@ def arguments(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     for word in rest:
         if word.startswith("-") and not word.startswith(SECTIONS):
             parser.error(f"{word} is not an option of the study: its methods have their own settings")
-    for name in ("seeds", "epochs", "batch", "workers", "side_by_side"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} is {getattr(options, name)}: it must be at least 1")
-    if min(options.widths) < 4:
-        parser.error(f"--widths has {min(options.widths)}: four experts need at least 4 units")
     if not all(0 < rate < 1 for rate in options.rates):
         parser.error(f"--rates is {' '.join(map(str, options.rates))}: each must be above 0 and below 1")
     return options, rest

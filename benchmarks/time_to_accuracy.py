@@ -113,10 +113,15 @@ def arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         "--live-epochs",
         type=int,
         default=5,
+        least=0,
         help="epochs of our first recipe with a live backbone (default 5); 0: leave it out",
     )
     parser.add_argument(
-        "--article-epochs", type=int, default=2, help="epochs of the article's recipe (default 2); 0: leave it out"
+        "--article-epochs",
+        type=int,
+        default=2,
+        least=0,
+        help="epochs of the article's recipe (default 2); 0: leave it out",
     )
     return parser.parse_known_args(argv)
 

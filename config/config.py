@@ -124,6 +124,8 @@ class Config:
             raise ValueError(f"replay {self.replay} needs the dataset of a run: name the run with --init")
         if self.experts.grown and self.parallel.experts > 1:
             raise ValueError("parallel.experts does not work with experts that were added to a run: set it to 1")
+        if self.experts.grown:
+            ROUTERS[self.router.kind].check_growth(self.router)
         if self.init is not None and self.train.dense_twin and self.train.twin_of is None:
             raise ValueError("train.dense_twin has other weights than the run that init names: leave out one of them")
         if self.init is None and self.experts.add:

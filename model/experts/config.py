@@ -74,7 +74,7 @@ class ExpertsConfig:
             """An option that a kind has added."""
 
     def __post_init__(self):
-        for name in ("sizes", "shared", "head", "add"):
+        for name in ("add", "sizes", "shared", "head"):  # add first: its sizes are among the others
             for size in getattr(self, name) if isinstance(getattr(self, name), list) else ():
                 _check_size(f"experts.{name}", size)
         check_options(self, "experts")
@@ -84,7 +84,9 @@ class ExpertsConfig:
         if any(before >= after for before, after in pairwise(bounds)):
             raise ValueError(f"experts.grown is {self.grown}: it must increase, from 1 to below the number of experts")
         if self.add and (not self.grown or self.sizes[self.grown[-1] :] != self.add):
-            raise ValueError("experts.add adds experts to those of a run: name the run with --init")
+            raise ValueError(
+                "experts.add adds experts to those of a run: name the run with --init, and leave experts.sizes out"
+            )
         if self.place == "head" and EXPERTS[self.kind].place != "head":
             heads = " or ".join(name for name, kind in EXPERTS.items() if kind.place == "head")
             raise ValueError(

@@ -107,6 +107,14 @@ class Router(nn.Module, ABC):
         """What to set so that routing has load_BE in training (None: it already has)."""
         return None if cls.has_load else "router.kind noisy_topk"
 
+    @classmethod
+    def check_growth(cls, config: RouterConfig) -> None:
+        """Raise ValueError for a rule in which new experts would change the function."""
+        if not cls.grows:
+            raise ValueError(
+                f"router.kind {config.kind} cannot get new experts without changing the others: leave out experts.add"
+            )
+
     def _build_gate(self, width: int, config: RouterConfig) -> None:
         self.gate = nn.Linear(width, self.num_experts)
 
@@ -118,12 +126,9 @@ class Router(nn.Module, ABC):
     def grow(self, grown: Sequence[int], config: RouterConfig) -> None:
         """Mark the last experts as added to a trained gate. grown: the number of experts before each addition.
 
-        Raises ValueError for a rule in which new experts would change the function.
+        Raises ValueError as `check_growth`.
         """
-        if not self.grows:
-            raise ValueError(
-                f"router.kind {config.kind} cannot get new experts without changing the others: leave out experts.add"
-            )
+        self.check_growth(config)
         self.grown, self.opening_steps = tuple(grown), max(1, config.warmup_steps)
         self.register_buffer("margin_E", torch.zeros(self.num_experts))
 

@@ -15,6 +15,8 @@ from benchmarks import (
     devices,
     dispatch,
     extraction,
+    incremental,
+    narrow,
     recipe,
     scaling,
     seeds,
@@ -264,6 +266,14 @@ def test_only_products_of_running_experts_are_counted(monkeypatch, way, counted)
 def test_a_wrong_option_is_reported_in_one_line(capsys):
     with pytest.raises(UserError, match="--help"):
         scaling.main(["--samples", "many"])
+    for program, words, least in (
+        (scaling, ["--samples", "100", "0"], 1),
+        (incremental, ["--steps", "0"], 1),
+        (incremental, ["--memory", "-1"], 0),
+        (narrow, ["--replay", "20", "-1"], 0),
+    ):
+        with pytest.raises(UserError, match=f"{words[0]} is {words[-1]}: it must be at least {least}"):
+            program.main(words)
     with pytest.raises(UserError, match="--batch 1024 is larger than the 100 of --samples"):
         scaling.main(["--samples", "5000", "100"])
     assert exit_code_of(lambda: dispatch.main(["--device", "gpu"])) == 2

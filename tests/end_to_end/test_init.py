@@ -155,9 +155,17 @@ def test_the_task_of_the_run_is_the_parent(tiny_run, tmp_path, monkeypatch):
     assert asked[0][-1] == "a" * 32
 
 
-def test_new_experts_need_a_run():
+def test_new_experts_need_a_run_and_come_after_its_own(tiny_run, tmp_path):
     with pytest.raises(UserError, match="adds experts to those of a run"):
         parse_command_line([*TINY.split(), "--experts.add", "[[8]]"])
+    with pytest.raises(UserError, match=r"leave experts.sizes out"):
+        parse_command_line(options(tiny_run, "--experts.add", "[[8]]", "--experts.sizes", "[[8]]"))
+    with pytest.raises(UserError, match=r"experts.add has \[0\]"):
+        parse_command_line(options(tiny_run, "--experts.add", "[[0]]"))
+    changed = tmp_path / "config.yaml"
+    changed.write_text((tiny_run / "config.yaml").read_text().replace("noisy_topk", "hierarchical"))
+    with pytest.raises(UserError, match=r"router.kind hierarchical cannot get new experts"):
+        parse_command_line(options(tmp_path, "--experts.add", "[[8]]"))
 
 
 @pytest.mark.slow
