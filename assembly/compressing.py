@@ -111,7 +111,7 @@ def compress(
         export_best(trainer, best)
         after = figures(work, run) | {"macro_f1_test": None}
         found = {"from": [str(each.run.path.absolute()) for each in (opened, *others)], "steps": work.steps}
-        found |= {"experts": work.experts, "budget": plan.budget, "before": before, "after": after}
+        found |= {"experts": [*work.experts, *work.shared], "budget": plan.budget, "before": before, "after": after}
         write_json(run.compression, found)
         return evaluate(run, config, trainer.model, opened.bank, tracker, opened.inputs.backbone, plan.worth_images)
 

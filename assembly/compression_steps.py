@@ -67,8 +67,9 @@ class Plan:
 class Work:
     """The state of a compression: current configuration and model, their score, and the steps so far.
 
-    whole, validated: validation scores of the original model and of the current one. spent: points of the budget that
-    automatic steps have lost.
+    whole, validated: validation scores of the original model and of the current one. experts, shared: what was done to
+    each routed expert, and to the shared experts of the current model. spent: points of the budget that automatic steps
+    have lost.
     """
 
     opened: OpenRun
@@ -78,6 +79,7 @@ class Work:
     whole: Validated
     validated: Validated
     experts: list[dict[str, Any]]
+    shared: list[dict[str, Any]]
     steps: list[dict[str, Any]] = field(default_factory=list)
     spent: float = 0.0
 
@@ -88,13 +90,9 @@ class Work:
         if config is not opened.config:
             model = as_one(opened, config)
         whole = validate(model, opened.bank)
-        load_E = whole.load_LE.mean(axis=0).tolist()
-        labels = opened.config.experts.labels()
-        experts = [
-            {"expert": label, "load": load, "done": [], "becomes": index}
-            for index, (label, load) in enumerate(zip(labels, load_E, strict=True))
-        ]
-        return cls(opened, plan, config, model, whole, whole, experts)
+        work = cls(opened, plan, config, model, whole, whole, [], shared_rows(config, "shared"))
+        work.experts = work.new_rows()
+        return work
 
     def build(self, config: Config) -> AnyMoE:
         """The model of a configuration, with new weights, on the CPU."""
@@ -120,10 +118,24 @@ class Work:
         order_N = torch.arange(min(ERROR_IMAGES, len(self.opened.inputs.splits.validation)))
         return (inputs for inputs, _ in self.opened.bank.batches("validation", BATCH, order_N))
 
+    def new_rows(self, name: str = "") -> list[dict[str, Any]]:
+        """A row for each expert of the current model, with its load, to which nothing has been done."""
+        load_E = self.validated.load_LE.mean(axis=0).tolist()
+        return [
+            {"expert": f"{name} {label}".lstrip(), "load": load, "done": [], "becomes": index}
+            for index, (label, load) in enumerate(zip(self.config.experts.labels(), load_E, strict=True))
+        ]
+
     def take(self, config: Config, model: AnyMoE, step: str, **values: Any) -> None:
         """Adopt the result of a step, and record the step with its score."""
         self.config, self.model, self.validated = config, model, validate(model, self.opened.bank)
         self.steps.append({"step": step, **values, "macro_f1_validation": self.validated.scores["macro_f1"]})
+
+
+def shared_rows(config: Config, name: str) -> list[dict[str, Any]]:
+    """A row for each shared expert, to which nothing has been done."""
+    labels = config.experts.shared_labels()
+    return [{"expert": f"{name} {units}", "load": None, "done": [], "becomes": None} for units in labels]
 
 
 def _build(opened: OpenRun, config: Config) -> AnyMoE:
@@ -192,14 +204,14 @@ def _merge(work: Work, say: Callable[[str], None]) -> None:
     work.take(config, smaller, "merge", groups=groups, macro_f1_before_fit=averaged)
     fitted = work.validated.scores["macro_f1"]
     say(f"merge        averaged: macro-F1 {100 * averaged:.2f} %; fitted: {100 * fitted:.2f} %")
-    for row in work.experts:
-        if row["becomes"] is not None:
-            into = [next(i for i, members in enumerate(each) if row["becomes"] in members) for each in groups]
-            others = [names[m] for m in groups[0][into[0]] if m != row["becomes"]]
-            same = all(groups[0] == each for each in groups)
-            if not same or others:
-                row["done"].append(f"merged with {', '.join(others)}" if same else "merged, in each block with others")
-            row["becomes"] = into[0] if same else None
+    same = all(groups[0] == each for each in groups)
+    for row in (row for row in work.experts if row["becomes"] is not None):
+        into = next(index for index, members in enumerate(groups[0]) if row["becomes"] in members)
+        others = [names[member] for member in groups[0][into] if member != row["becomes"]]
+        if not same or others:
+            row["done"].append(f"merged with {', '.join(others)}" if same else "merged, in each block with others")
+        row["becomes"] = into if same else None
+    work.experts += [] if same else work.new_rows("merged")
 
 
 @dataclass(frozen=True)
@@ -269,16 +281,14 @@ def _formats(
 
 def _note_formats(work: Work, formats: Formats, errors: dict[int, float | None], lost: dict[int, float]) -> None:
     """Record what was done to each expert, to the shared experts and to the linear head."""
-    experts = work.config.experts
-    for row in work.experts:
-        if (number := row["becomes"]) is not None:
-            row["done"].append(formats[number])
-            row.update(error=errors[number], points_lost=lost[number])
-    names = dict(enumerate((f"shared {units}" for units in experts.shared_labels()), start=len(experts.sizes)))
-    names |= {HEAD: "linear head"} if HEAD in formats else {}
-    for number, name in names.items():
-        row = {"expert": name, "load": None, "done": [formats[number]], "becomes": None}
-        work.experts.append(row | {"error": errors[number], "points_lost": lost[number]})
+    rows = {row["becomes"]: row for row in work.experts if row["becomes"] is not None}
+    rows |= dict(enumerate(work.shared, start=len(work.config.experts.sizes)))
+    if HEAD in formats:
+        rows[HEAD] = {"expert": "linear head", "load": None, "done": [], "becomes": None}
+        work.shared.append(rows[HEAD])
+    for number, row in rows.items():
+        row["done"].append(formats[number])
+        row.update(error=errors[number], points_lost=lost[number])
 
 
 STEPS: dict[str, Callable[[Work, Callable[[str], None]], None]] = {

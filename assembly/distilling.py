@@ -5,10 +5,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from assembly.compression_steps import Work
+from assembly.compression_steps import Work, shared_rows
 from assembly.loading import OpenRun
 from assembly.pipeline import build_trainer
 from assembly.start import announce
@@ -108,20 +107,21 @@ def teach(
     device = next(opened.model.parameters()).device
     figures = {"teachers": 1 + len(others), "epochs": best["epoch"], "temperature": plan.temperature}
     work.take(config, model.to(device).eval(), "distil", kind=plan.distil, weight=plan.weight, **figures)
-    _note(work, student)
+    note(work, student)
     return trainer, best
 
 
-def _note(work: Work, student: Student) -> None:
+def note(work: Work, student: Student) -> None:
     """Record what happened to the experts: trained further, or replaced by those of the student."""
     if student.weights is not None:
-        for row in work.experts:
-            row["done"] += ["taught"] if row["becomes"] is not None else []
+        for row in [row for row in work.experts if row["becomes"] is not None] + work.shared:
+            row["done"].append("taught")
         return
+    work.experts += work.shared
     for row in work.experts:
         row["done"].append("replaced by the student")
         row["becomes"] = None
-    load_E = torch.as_tensor(work.validated.load_LE).mean(dim=0).tolist()
-    for index, label in enumerate(student.config.experts.labels()):
-        row = {"expert": f"student {label}", "load": load_E[index], "done": ["taught"], "becomes": index}
-        work.experts.append(row)
+    new, work.shared = work.new_rows("student"), shared_rows(student.config, "student shared")
+    work.experts += new
+    for row in new + work.shared:
+        row["done"].append("taught")

@@ -15,7 +15,7 @@ P = Option(
     float,
     0.4,
     "top_p: a sample gets the fewest experts whose gate probabilities sum to at least this.",
-    lambda value: None if 0 < value <= 1 else "it must be a probability above 0",
+    lambda value: None if 0 < value <= 1 else "it must be above 0 and at most 1",
 )
 
 
