@@ -57,7 +57,8 @@ def check_format(number_format: str, device: torch.device) -> None:
         unpack(pack(torch.ones(1, 1, device=device), number_format), number_format)
     except (RuntimeError, TypeError, AttributeError) as error:
         reason = one_line(error, 80)
-        raise UserError(f"--quantise {number_format} does not work on {device} ({reason}): use int8") from error
+        other = "--device cpu" if number_format == "int8" else "int8"
+        raise UserError(f"--quantise {number_format} does not work on {device} ({reason}): use {other}") from error
 
 
 def owners_of(model: AnyMoE) -> list[Owner]:

@@ -10,6 +10,7 @@ from compression.observe import HEAD, observe
 from compression.quantise import (
     best_scales,
     calibrate,
+    check_format,
     choose_scales,
     output_errors,
     owners_of,
@@ -149,3 +150,10 @@ def test_a_kind_whose_inputs_or_layers_cannot_be_observed_is_reported_in_one_lin
         calibrate(model, owners_of(model), [inputs_of(model)], rows=8, equal=True)
     with pytest.raises(UserError, match="Odd does not consist of layers"):
         merge(config, model, [[[0, 1], [2, 3]]], build)
+
+
+@pytest.mark.parametrize("number_format, other", [("int8", "--device cpu"), ("fp8", "int8")])
+def test_a_format_that_a_device_lacks_names_another_way(monkeypatch, number_format, other):
+    monkeypatch.setattr("compression.quantise.pack", lambda *_: torch.ones(1).view(2))  # raises RuntimeError
+    with pytest.raises(UserError, match=rf"--quantise {number_format} does not work on cpu \(.*\): use {other}$"):
+        check_format(number_format, torch.device("cpu"))
