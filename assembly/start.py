@@ -52,7 +52,7 @@ def start_tracking(
 
 def tags_of(config: Config) -> list[str]:
     """The ClearML tags of the tasks of a run."""
-    return [config.data.name, config.backbone.name, "dense twin" if config.train.twin_of else config.router.kind]
+    return [config.data.name, config.backbone.name, "dense twin" if config.twin_of else config.router.kind]
 
 
 def announce(config: Config, inputs: Inputs, trainer: Trainer) -> None:
@@ -68,8 +68,8 @@ def announce(config: Config, inputs: Inputs, trainer: Trainer) -> None:
         unit = f"{config.router.level}, in {len(model.blocks)} blocks{top},"
     seen = f"{model.mixtures[0].router.experts_per_sample:g} per {unit} by {config.router.kind}"
     print(f"experts      {', '.join(config.experts.labels())}; {seen}")
-    if config.train.twin_of:
-        of = json.loads(config.train.twin_of)
+    if config.twin_of:
+        of = json.loads(config.twin_of)
         print(
             f"dense twin   in place of experts {of.get('experts.sizes')} by {of.get('router.kind', config.router.kind)}"
         )

@@ -26,14 +26,14 @@ def planned(config: Config, inputs: Inputs) -> Config:
 
 
 def dense_twin(config: Config, inputs: Inputs) -> Config:
-    """The configuration of the dense twin, if train.dense_twin asks for one; else the configuration unchanged.
+    """The configuration of the dense twin, if dense_twin asks for one; else the configuration unchanged.
 
     The twin is a single expert that processes every sample. Its FLOPs are those of the whole mixture under an even
     load: gate, shared experts and the chosen experts of a sample. It has the layers of the expert with the closest
-    FLOPs, made wider or narrower, in the same place and with the same training. train.twin_of records the options that
+    FLOPs, made wider or narrower, in the same place and with the same training. twin_of records the options that
     it replaces. Raises UserError if the mixture cannot be built.
     """
-    if not config.train.dense_twin or config.train.twin_of is not None:
+    if not config.dense_twin or config.twin_of is not None:
         return config
     shape = build_bank(config, inputs.splits, inputs.backbone, inputs.device).feature_shape
     return twin_of(config, shape, inputs.splits.train.num_classes, inputs.backbone)
@@ -126,7 +126,7 @@ def _nearest(cost: Callable[[int], int], goal: int) -> int:
 
 
 def _dense(config: Config, hidden: list[int], dropout: float | None, head: list | None = None) -> Config:
-    """The configuration with one expert for all samples, and the options that it replaces in train.twin_of."""
+    """The configuration with one expert for all samples, and the options that it replaces in twin_of."""
     values, bare = config.to_dict(), Config().to_dict()
     before = flatten(values)
     values["experts"] |= {"sizes": [hidden], "head": head or [], "dropout": dropout, "add": [], "grown": []}
@@ -139,5 +139,5 @@ def _dense(config: Config, hidden: list[int], dropout: float | None, head: list 
     values["router"] = bare["router"] | router
     replaced = {key: before[key] for key, value in flatten(values).items() if before[key] != value}
     replaced.pop("parallel.experts", None)
-    values["train"] |= {"dense_twin": True, "twin_of": json.dumps(replaced)}
+    values |= {"dense_twin": True, "twin_of": json.dumps(replaced)}
     return config_from_dict(values)

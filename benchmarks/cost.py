@@ -5,7 +5,7 @@ python -m benchmarks.cost --config configs/cifar100_head.yaml           another 
 python -m benchmarks.cost --untrained                                   only sizes, FLOPs and latency: one minute
 python -m benchmarks.cost --tiny                                        a quick trial on a CPU, with digits
 
-Options that are not listed below go to train.py's configuration. The dense part is that of train.dense_twin: trained in
+Options that are not listed below go to train.py's configuration. The dense part is that of dense_twin: trained in
 the same way, on the same data, features and seed. Latency is from images to predictions; on a GPU it is also measured
 on the CPU, in float32. --seconds: duration of each latency measurement.
 """

@@ -56,8 +56,7 @@ def dense_student(twin: Config, epochs: int | None, sizes: list[Any] | None) -> 
         except ValueError as error:
             raise UserError(f"--distil dense: {one_line(error)}") from error
     # It is not a twin of the run, which would be trained like the run: it has a teacher.
-    train = replace(twin.train, dense_twin=False, twin_of=None)
-    return _trained_for(replace(twin, experts=experts, train=train), epochs)
+    return _trained_for(replace(twin, experts=experts, dense_twin=False, twin_of=None), epochs)
 
 
 def _trained_for(config: Config, epochs: int | None) -> Config:

@@ -34,6 +34,8 @@ from model.routers import ROUTERS, RouterConfig
 
 DEVICES = r"auto|cpu|cuda(:\d+)?"
 PART = Literal[PARTS]
+RENAMED = {"train.dense_twin": "dense_twin", "train.twin_of": "twin_of"}
+"""Options that runs of earlier versions store under other names."""
 
 
 @dataclass
@@ -56,6 +58,12 @@ class Config:
     replay: int = 0
     """With init: also train on this many training images per class of that run's dataset; its validation and test
     images are scored too. 0: train only on the new images."""
+    dense_twin: bool = False
+    """Train the run's dense twin: one dense part, in the same place and with the same training, replaces the mixture.
+    It has as many FLOPs per sample as gate and experts. The comparison shows whether the mixture pays off."""
+    twin_of: str | None = None
+    """Set by dense_twin, not by you: the replaced options as JSON, by which a comparison finds the runs that belong
+    together."""
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
@@ -70,6 +78,8 @@ class Config:
 
     def __post_init__(self):
         self.run_dir = None if self.run_dir is None else absolute(self.run_dir)
+        if self.twin_of is not None and not self.dense_twin:
+            raise ValueError("twin_of is set by dense_twin: leave it out, or set dense_twin true")
         self._check_init()
         self.data.root = self.data.place  # stored paths stay valid if the cache folder differs
         if not re.fullmatch(DEVICES, self.device):
@@ -126,8 +136,8 @@ class Config:
             raise ValueError("parallel.experts does not work with experts that were added to a run: set it to 1")
         if self.experts.grown:
             ROUTERS[self.router.kind].check_growth(self.router)
-        if self.init is not None and self.train.dense_twin and self.train.twin_of is None:
-            raise ValueError("train.dense_twin has other weights than the run that init names: leave out one of them")
+        if self.init is not None and self.dense_twin and self.twin_of is None:
+            raise ValueError("dense_twin has other weights than the run that init names: leave out one of them")
         if self.init is None and self.experts.add:
             raise ValueError("experts.add adds experts to those of a run: name the run with --init")
         if self.init is None and self.freeze:
@@ -194,6 +204,7 @@ class Values:
 
         Raises UserError for an unknown name or a value of the wrong type.
         """
+        name = RENAMED.get(name, name)
         kind = self.types.get(name)
         if kind is None:
             raise unknown_option(place(name), name)
@@ -282,9 +293,10 @@ def _plain(value: Any) -> Any:
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"train": {"epochs": 3}} as {"train.epochs": 3}."""
+    """{"train": {"epochs": 3}} as {"train.epochs": 3}, with the names of this version."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         nested = isinstance(value, dict)
-        flat |= flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+        name = f"{prefix}{key}"
+        flat |= flatten(value, f"{name}.") if nested else {RENAMED.get(name, name): value}
     return flat

@@ -41,12 +41,6 @@ class TrainConfig:
     (PatchDropout, Liu 2022), for less work and less overfitting. Evaluation uses all patches."""
     all_patches: float = 0.1
     """Fraction of the steps, at the end of training, that use all patches despite patch_dropout."""
-    dense_twin: bool = False
-    """Train the run's dense twin: one dense part, in the same place and with the same training, replaces the mixture.
-    It has as many FLOPs per sample as gate and experts. The comparison shows whether the mixture pays off."""
-    twin_of: str | None = None
-    """Set by dense_twin, not by you: the replaced options as JSON, by which a comparison finds the runs that belong
-    together."""
     deterministic: bool = False
     """Use only deterministic algorithms of PyTorch on a GPU, which is slower; a CPU is deterministic without it."""
 
@@ -80,7 +74,5 @@ class TrainConfig:
                 f"train.patience {self.patience} stops after the best epoch, but train.keep last uses a later one: "
                 "set patience to 0, or keep to best"
             )
-        if self.twin_of is not None and not self.dense_twin:
-            raise ValueError("train.twin_of is set by train.dense_twin: leave it out, or set train.dense_twin true")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"train.seed is {self.seed}: it must be at least 0 and below 2^32")

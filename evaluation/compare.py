@@ -29,7 +29,7 @@ MAIN = (  # printed where runs are rows
     *("macro-F1", "accuracy", "calibration error", "balance", "specialisation"),
     *(NAMES[name] for name in ("trained_parameters", "flops", "training_seconds")),
 )
-HIDDEN = INCIDENTAL | {"train.twin_of"}  # the options that it replaces have their own rows
+HIDDEN = INCIDENTAL | {"twin_of"}  # the options that it replaces have their own rows
 LEGEND = (
     "Balance: entropy of the load, 1 is even. Specialisation: mutual information of class and expert over log E; "
     "z: standard deviations above shuffled labels. Near the boundary: images that almost went to another expert. "

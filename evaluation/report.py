@@ -51,7 +51,7 @@ def _origin(results: dict[str, Any]) -> str:
 
 
 def _rule(config: Config) -> str:
-    return "dense twin" if config.train.twin_of else f"{config.router.kind} top-{config.router.top_k}"
+    return "dense twin" if config.twin_of else f"{config.router.kind} top-{config.router.top_k}"
 
 
 def _embed(drawing: Drawing) -> dict[str, Any]:

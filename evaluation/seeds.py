@@ -12,7 +12,7 @@ from config.config import Config, flatten
 from evaluation.compared import Compared
 from storage.folder import INCIDENTAL
 
-APART = {"train.seed", "data.split_seed", "train.dense_twin", "train.twin_of"}
+APART = {"train.seed", "data.split_seed", "dense_twin", "twin_of"}
 """Options in which a run, those of other seeds, and its dense twins differ."""
 FIGURES = {"macro_f1": "macro-F1", "accuracy": "accuracy"}
 
@@ -71,7 +71,7 @@ def groups(runs: Sequence[Compared]) -> tuple[list[Group], list[str]]:
             said.append(f"{run.name} is left out of the means ({run.state})")
             continue
         seed, key = run.config.get("train.seed", 0), recipe_key(run.config)
-        by_seed = found.setdefault((key, run.config.get("train.twin_of") is not None), {})
+        by_seed = found.setdefault((key, run.config.get("twin_of") is not None), {})
         if seed in by_seed:
             said.append(f"{run.name} repeats {by_seed[seed].name} with seed {seed}: left out of the means")
         else:
@@ -84,7 +84,7 @@ def groups(runs: Sequence[Compared]) -> tuple[list[Group], list[str]]:
 def recipe_key(config: dict[str, Any]) -> str:
     """A flat configuration without its seed; for a dense twin, that of the mixture that it replaces."""
     flat = _defaults() | config
-    flat |= _replaced(flat.get("train.twin_of"))
+    flat |= _replaced(flat.get("twin_of"))
     return json.dumps({key: flat[key] for key in sorted(flat) if key not in APART | INCIDENTAL}, default=repr)
 
 
@@ -183,7 +183,7 @@ def _defaults() -> dict[str, Any]:
 
 
 def _replaced(text: Any) -> dict[str, Any]:
-    """The options of the mixture that a dense twin replaces, from train.twin_of."""
+    """The options of the mixture that a dense twin replaces, from twin_of."""
     try:
         values = json.loads(text) if isinstance(text, str) else {}
     except ValueError:

@@ -23,7 +23,7 @@ def verdict(run: RunFolder, config: Config, macro_f1: float) -> dict[str, Any] |
     flat = flatten(config.to_dict())
     key, path = recipe_key(flat), run.path.resolve()
     twins = list(_neighbours(path, "twin_of: '{"))
-    if run.compression.is_file() or (not twins and config.train.twin_of is None):
+    if run.compression.is_file() or (not twins and config.twin_of is None):
         return None
     mixtures = _neighbours(path, "twin_of: null")
     own = Compared(printable(path.name), str(path), flat, {"macro_f1": macro_f1})
@@ -48,7 +48,7 @@ def _neighbours(path: Path, words: str) -> Iterator[Compared]:
 
 def _beside(difference: Difference, own: Compared) -> dict[str, Any]:
     """The run on the other side of the difference, with the same seed if possible: its name and its cost."""
-    other = difference.second if own.config.get("train.twin_of") is None else difference.first
+    other = difference.second if own.config.get("twin_of") is None else difference.first
     run = other.by_seed.get(own.config.get("train.seed", 0), other.by_seed[difference.seeds[0]])
     costs = {key.removeprefix("cost."): value for key, value in run.figures.items() if key.startswith("cost.")}
     return {"name": run.name, "cost": costs}

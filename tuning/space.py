@@ -27,8 +27,8 @@ FIXED = (
     "plugins",
     "data.",
     "train.seed",
-    "train.dense_twin",
-    "train.twin_of",
+    "dense_twin",
+    "twin_of",
     "parallel.",
 )
 """Prefixes of options that are not part of a recipe, or that would change the validation images."""

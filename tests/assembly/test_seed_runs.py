@@ -45,7 +45,7 @@ def test_seeds_share_their_inputs_and_an_interrupted_command_continues(tmp_path,
 
     # Its twin, whose report begins with what the two say together.
     words[words.index("--run_dir") + 1] = str(tmp_path / "twin")
-    code, out, err = call("1", "--train.dense_twin", "true")
+    code, out, err = call("1", "--dense_twin", "true")
     assert (
         code == 0
         and "One seed cannot show whether the mixture is better than its dense twin: its macro-F1 minus that of" in out

@@ -17,7 +17,7 @@ SHAPE, CLASSES = (17, 24), 10
 
 
 def configure(file, *words):
-    return parse_command_line(["--config", file, "--train.dense_twin", "true", *words]).config
+    return parse_command_line(["--config", file, "--dense_twin", "true", *words]).config
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_behind_the_vit_the_twin_has_the_cost_of_the_mixture(words):
     assert mine == pytest.approx(theirs, rel=0.03)  # the nearest whole number of units
     assert len(twin.experts.sizes) == 1 and not twin.experts.shared and twin.router.top_k == 1
     assert (twin.optim, twin.neck, twin.train.epochs) == (config.optim, config.neck, config.train.epochs)
-    replaced = json.loads(twin.train.twin_of)
+    replaced = json.loads(twin.twin_of)
     assert replaced["experts.sizes"] == config.experts.sizes
     assert "parallel.experts" not in replaced and not any(key.startswith("train.") for key in replaced)
 
@@ -79,5 +79,5 @@ def test_the_nearest_size():
 
 
 def test_the_replaced_options_of_a_twin_cannot_be_set_alone():
-    with pytest.raises(UserError, match=r"train\.twin_of is set by train\.dense_twin: leave it out"):
-        parse_command_line(["--train.twin_of", "{}"])
+    with pytest.raises(UserError, match=r"twin_of is set by dense_twin: leave it out"):
+        parse_command_line(["--twin_of", "{}"])

@@ -35,7 +35,7 @@ def test_a_dense_student_is_one_part_and_not_a_twin():
     config, *_ = behind(experts={"shared": [[7]]})
     student = dense_student(twin_of(config, (8,), 5), 4, None)
     assert len(student.experts.sizes) == 1 and student.experts.shared == [] and student.router.top_k == 1
-    assert (student.train.dense_twin, student.train.twin_of, student.train.epochs) == (False, None, 4)
+    assert (student.dense_twin, student.twin_of, student.train.epochs) == (False, None, 4)
     assert dense_student(twin_of(config, (8,), 5), None, [[3]]).experts.sizes == [[3]]
     with pytest.raises(UserError, match="names 2 experts: a dense student has one"):
         dense_student(twin_of(config, (8,), 5), None, [[3], [4]])

@@ -68,6 +68,13 @@ def test_a_configuration_survives_writing_and_reading(tmp_path):
     assert config_from_dict(config.to_dict()) == config
 
 
+def test_options_stored_under_their_earlier_names_are_read():
+    values = Config(dense_twin=True, twin_of="{}").to_dict()
+    values["train"] |= {name: values.pop(name) for name in ("dense_twin", "twin_of")}
+    assert config_from_dict(values) == Config(dense_twin=True, twin_of="{}")
+    assert flatten(values) == flatten(Config(dense_twin=True, twin_of="{}").to_dict())
+
+
 @pytest.mark.parametrize(
     ("option", "text", "value"),
     [

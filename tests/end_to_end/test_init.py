@@ -93,7 +93,7 @@ def test_a_run_starts_from_another_one(tiny_run, tmp_path, start, capsys):
         (["--freeze", "neck,router,experts,shared,head"], "leaves nothing to train"),
         (["--optim.lr_of", "[gate:2]"], "optim.lr_of has 'gate:2'"),
         (["--resume", "RUN"], "leave out --init"),
-        (["--train.dense_twin", "true"], "other weights than the run that init names"),
+        (["--dense_twin", "true"], "other weights than the run that init names"),
     ],
 )
 def test_unsuitable_options_are_reported_in_one_line(tiny_run, words, message, start, tmp_path):

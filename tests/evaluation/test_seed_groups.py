@@ -12,7 +12,7 @@ from evaluation.verdict import verdict
 from storage.folder import RunFolder
 
 MIXTURE = {"experts.sizes": [[8], [16]], "router.top_k": 2}
-TWIN = {"experts.sizes": [[24]], "router.top_k": 1, "train.dense_twin": True, "train.twin_of": json.dumps(MIXTURE)}
+TWIN = {"experts.sizes": [[24]], "router.top_k": 1, "dense_twin": True, "twin_of": json.dumps(MIXTURE)}
 
 
 def a_run(name, seed, macro_f1, config, state=""):
@@ -74,7 +74,7 @@ def test_the_recipe_is_that_of_the_mixture_and_paths_do_not_count():
     bare = flatten(Config().to_dict())
     elsewhere = MIXTURE | {"run_dir": "/elsewhere", "device": "cuda", "train.seed": 9}
     assert recipe_key(MIXTURE) == recipe_key(TWIN) == recipe_key(bare | elsewhere) != recipe_key(bare)
-    assert recipe_key(TWIN | {"train.twin_of": "no JSON"}) != recipe_key(TWIN)
+    assert recipe_key(TWIN | {"twin_of": "no JSON"}) != recipe_key(TWIN)
 
 
 def test_comparison_prints_and_writes_means(call, tmp_path):  # noqa: F811
@@ -106,13 +106,11 @@ def test_the_verdict_of_runs_in_one_folder(tmp_path, scores, words):
     config = Config()
     values = config.to_dict()
     replaced = {"experts": values["experts"] | {"sizes": [[9]]}, "router": values["router"] | {"top_k": 1}}
-    replaced["train"] = values["train"] | {"dense_twin": True}
     old = {"experts.sizes": values["experts"]["sizes"], "router.top_k": values["router"]["top_k"]}
     for seed, score in enumerate(scores):
         own = values | {"train": values["train"] | {"seed": seed}}
         write_run(tmp_path / f"moe-{seed}", METRICS | {"macro_f1": score}, **own)
-        train = replaced["train"] | {"seed": seed, "twin_of": json.dumps(old)}
-        twin = values | replaced | {"train": train}
+        twin = own | replaced | {"dense_twin": True, "twin_of": json.dumps(old)}
         cost = {"cost": {"flops": 100 + seed, "memory_bytes": None}}
         write_run(tmp_path / f"twin-{seed}", METRICS | {"macro_f1": 0.5 + 0.001 * seed} | cost, **twin)
     write_run(tmp_path / "other", METRICS)
