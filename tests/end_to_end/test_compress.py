@@ -121,7 +121,7 @@ def test_an_ensemble_is_distilled_into_a_dense_student_in_eight_bits(tiny_run, t
     assert found["after"]["active_parameters"] == found["after"]["trained_parameters"]
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 3
     config = yaml.safe_load((out / "config.yaml").read_text())
-    assert config["experts"]["weights"] == "int8" and config["train"]["twin_of"] is None
+    assert config["experts"]["weights"] == "int8" and config["twin_of"] is None
     assert call(evaluate, out, "--tracking", "none")[0] == 0
 
 

@@ -92,7 +92,7 @@ def test_with_experts_inside_the_vit_it_shows_patches_and_the_initial_run(
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     execute(notebook, more)
     shown = texts(notebook)
-    assert f"This run starts from {run}, epoch 1." in shown and "5 experts, 2 for each image" in shown
+    assert f"This run starts from {run}, epoch 1." in shown and "5 experts, 2 for each token" in shown
     assert "the expert with the largest gate weight for each patch" in shown
     assert "block  0: specialisation " in shown and "block  1: specialisation " in shown
     (cell,) = [cell for cell in notebook.cells if cell.source.startswith('show("patch_maps"')]
