@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from assembly.compression_steps import STEPS, Plan, Work, check_protect, ungrown
-from assembly.distilling import check_teachers, student_of, teach
+from assembly.distilling import check_teachers, student_of, teach, trainer_of
 from assembly.loading import OpenRun, configure, open_run
 from assembly.pipeline import build_trainer
 from assembly.start import export_best, start_tracking
@@ -94,17 +94,24 @@ def compress(
     student = None if plan.distil is None else student_of(work, out)
     config = student.config if student else replace(work.config.alone(), run_dir=out.absolute())
     config = replace(config, parallel=ParallelConfig())  # in one process, however the run was trained
+    if student:
+        student = replace(student, config=config)
+        trainer = trainer_of(work, student, others)
+    else:
+        trainer = build_trainer(config, opened.inputs, bank=opened.bank)
     with ExitStack() as stack:
         run = RunFolder.create(out, out.name)
         stack.enter_context(run.claimed())
         tracker = stack.enter_context(start_tracking(config, run, None, opened.inputs))
-        trainer, best = teach(work, student, others, run, tracker, say) if student else (None, {})
+        trainer.record_in(run, tracker)
+        best = teach(work, student, others, trainer, say) if student else {}
         if student and plan.quantise is not None:
             STEPS["quantise"](work, say)
-            config, trainer = work.config, None
+            config = work.config
             write_config(config, run.config)
-        if trainer is None:
-            trainer = build_trainer(config, opened.inputs, run, tracker, bank=opened.bank)
+            trainer = build_trainer(config, opened.inputs, bank=opened.bank)
+            trainer.record_in(run, tracker)
+        if not student or plan.quantise is not None:
             best = trainer.adopt(work.model.state_dict(), work.validated)
             if isinstance(trainer.model, MoEViT):  # compiling does not pay off for scoring once
                 trainer.model.compile(set())
