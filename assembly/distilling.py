@@ -49,14 +49,19 @@ def student_of(work: Work, out: Path) -> Student:
     return Student(config, work.model.state_dict() if warm else None)
 
 
+def check_places(places: dict[Path, str]) -> None:
+    """Raise UserError for a teacher with experts in another place than the first run. places: that of each run."""
+    first = next(iter(places))
+    for run, place in places.items():
+        if place != places[first]:
+            raise UserError(f"{printable(run)} has experts.place {place}, unlike {printable(first)}")
+
+
 def check_teachers(first: OpenRun, others: Sequence[OpenRun]) -> None:
     """Raise UserError for a teacher whose inputs or classes differ from those of the first run."""
+    check_places({each.run.path: each.config.experts.place for each in (first, *others)})
     for other in others:
         name, one, splits = printable(other.run.path), printable(first.run.path), first.inputs.splits
-        if other.config.experts.place != first.config.experts.place:
-            raise UserError(
-                f"{name} has experts.place {other.config.experts.place}, unlike {printable(first.run.path)}"
-            )
         if any(other.inputs.splits[s].fingerprint() != splits[s].fingerprint() for s in ("train", "test")):
             raise UserError(
                 f"{name} was trained on other images than {printable(first.run.path)}: an ensemble needs the same ones"
