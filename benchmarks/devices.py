@@ -53,8 +53,9 @@ def main(argv: list[str] | None = None) -> None:
     add_options(parser, dict.fromkeys(ALONE + SEVERAL), limit=180)
     parser.add_argument("--images", type=int, default=20_000, help="training images (default 20000)")
     parser.add_argument("--extracted", type=int, default=50_000, help="images to extract (default 50000)")
-    parser.add_argument("--epochs", type=int, default=4, help="epochs, of which the first is not counted (default 4)")
-    parser.add_argument("--views", type=int, default=3, help="views, of which the first is not counted (default 3)")
+    what = "of which the first is not counted (default %(default)s)"
+    parser.add_argument("--epochs", type=int, default=4, least=2, help=f"epochs, {what}")
+    parser.add_argument("--views", type=int, default=3, least=2, help=f"views, {what}")
     parser.add_argument("--rows", type=int, default=65_536, help="rows of a batch of the head (default 65536)")
     parser.add_argument("--experts", type=int, default=64, help="experts of the head (default 64)")
     parser.add_argument("--units", type=int, default=1024, help="hidden units of each expert (default 1024)")

@@ -18,7 +18,7 @@ from config.features import FeaturesConfig
 from config.optim import OptimConfig
 from config.parallel import ParallelConfig
 from config.train import TrainConfig
-from config.values import convert, expected, option_types
+from config.values import convert, expected, option_types, plain
 from config.yaml_file import spelled
 from data.augment import AugmentConfig
 from data.datasets import DataConfig
@@ -36,6 +36,11 @@ DEVICES = r"auto|cpu|cuda(:\d+)?"
 PART = Literal[PARTS]
 RENAMED = {"train.dense_twin": "dense_twin", "train.twin_of": "twin_of"}
 """Options that runs of earlier versions store under other names."""
+IDLE = {
+    "blocks": ("features", ("mode", "views", "storage", "cache_dir", "compile"), "because the ViT runs in every step"),
+    "head": ("train", ("compile", "recompute"), "because no step trains inside the ViT"),
+}
+"""By experts.place: a section, its options without effect, and why they have none."""
 
 
 @dataclass
@@ -174,21 +179,19 @@ class Config:
         for name, loss in LOSSES.items():
             if loss.of_init and getattr(self.balance, name) > 0 and "router" in self.freeze:
                 found.append(f"balance.{name} has no effect with --freeze router, which keeps the gate unchanged")
-        place, why = self.experts.place, "because the ViT runs in every step"
-        section, part, defaults = "features", self.features, FeaturesConfig()
-        names: tuple[str, ...] = ("mode", "views", "storage", "cache_dir", "compile")
-        if place == "head":
-            section, part, defaults, why = "train", self.train, TrainConfig(), "because no step trains inside the ViT"
-            names = ("compile", "recompute")
-        for name in names:
-            value = getattr(part, name)
-            if value not in (None, getattr(defaults, name)):
-                found.append(f"{section}.{name} {value} has no effect with experts.place {place}, {why}")
+        section, names, why = IDLE[self.experts.place]
+        part = getattr(self, section)
+        defaults = type(part)()
+        found += [
+            f"{section}.{name} {value} has no effect with experts.place {self.experts.place}, {why}"
+            for name in names
+            if (value := getattr(part, name)) not in (None, getattr(defaults, name))
+        ]
         return found
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values, as stored in config.yaml, checkpoints and ClearML."""
-        return _plain(asdict(self))
+        return plain(asdict(self))
 
 
 class Values:
@@ -282,14 +285,6 @@ def as_yaml(config: Config, unicode: bool = True) -> str:
 def write_config(config: Config, path: Path) -> None:
     """Write the configuration as YAML."""
     write_text(path, as_yaml(config))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

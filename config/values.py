@@ -1,4 +1,4 @@
-"""Conversion of option values from text, YAML, JSON or a server's hyperparameters to the types of their fields.
+"""Conversion of option values between text, YAML, JSON or a server's hyperparameters and the types of their fields.
 
 All sources follow one rule. If a field accepts text, a text is used unchanged; otherwise it is parsed as YAML. A whole
 number may be written as 2.0 or 1e3.
@@ -78,3 +78,12 @@ def _as(kind: Any, value: Any) -> Any:
 def expected(kind: Any) -> str:
     """What users call a value of this type."""
     return f"a table of options such as {fields(kind)[0].name}" if is_dataclass(kind) else described(kind)
+
+
+def plain(value: Any) -> Any:
+    """The value with paths as text and tuples as lists, at any depth, as YAML, JSON and servers store it."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

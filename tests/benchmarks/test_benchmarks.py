@@ -271,6 +271,7 @@ def test_a_wrong_option_is_reported_in_one_line(capsys):
         (incremental, ["--steps", "0"], 1),
         (incremental, ["--memory", "-1"], 0),
         (narrow, ["--replay", "20", "-1"], 0),
+        (devices, ["--views", "1"], 2),  # the first is not counted
     ):
         with pytest.raises(UserError, match=f"{words[0]} is {words[-1]}: it must be at least {least}"):
             program.main(words)

@@ -49,7 +49,19 @@ def test_clearml_leaves_out_missing_values_of_experts_and_classes():
     assert sum(shown["experts by class", "gate weight"][0][4]) == pytest.approx(1)
 
 
-def test_one_expert_cannot_be_removed_and_has_no_figures_of_shares(tmp_path):
+@pytest.fixture
+def blank_figures(monkeypatch):
+    """Figures are drawn, but saved blank: laying out and compressing takes most of the time, and is tested above."""
+
+    def save(_, path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (9, 9)).save(path)
+        return path
+
+    monkeypatch.setattr("analysis.plots.save", save)
+
+
+def test_one_expert_cannot_be_removed_and_has_no_figures_of_shares(tmp_path, blank_figures):
     config, model, bank, _ = build(sizes=((4,),), top_k=1)
     results = evaluate(RunFolder(tmp_path), config, model, bank)
     assert results["expert_worth"][0].keys() == {"parameters", "bytes", "flops"}
@@ -61,13 +73,7 @@ def test_one_expert_cannot_be_removed_and_has_no_figures_of_shares(tmp_path):
     assert "0 · 4" in table(results)
 
 
-def test_a_test_set_of_one_image_has_a_page_too(tmp_path, monkeypatch):
-    def save(_, path):  # laying out and compressing takes most of the time, and is tested above
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("L", (9, 9)).save(path)
-        return path
-
-    monkeypatch.setattr("analysis.plots.save", save)
+def test_a_test_set_of_one_image_has_a_page_too(tmp_path, blank_figures):
     config, model, bank, _ = build(test_images=1)
     results = evaluate(RunFolder(tmp_path), config, model, bank)
     assert results["images"] == 1

@@ -3,6 +3,7 @@
 import os
 import signal
 from contextlib import nullcontext
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
@@ -23,9 +24,19 @@ def runs_of(folder, splits, seeds, **plan):
     return [Run(make_trainer(folder / str(seed), splits, seed=seed, **PLAN | plan)) for seed in seeds]
 
 
-def alone(folder, splits, seed, **plan):
-    one = make_trainer(folder / f"alone{seed}", splits, seed=seed, **PLAN | plan)
-    return one, one.fit()
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, splits):
+    """A function from a seed, and changes of the plan, to a trainer that trained alone, and its result.
+
+    graphed: whether the test replaces its steps by graphed ones, which may draw other random numbers.
+    """
+
+    @cache
+    def trained(seed, graphed=False, **plan):
+        one = make_trainer(tmp_path_factory.mktemp("alone"), splits, seed=seed, **PLAN | plan)
+        return one, one.fit()
+
+    return trained
 
 
 def timeless(run):
@@ -52,17 +63,17 @@ def assert_same(one, other):
     assert timeless(one.run) == timeless(other.run) and timeless(one.run)
 
 
-@pytest.mark.parametrize("patience", [0, 1])
-def test_each_run_is_what_it_would_be_alone(tmp_path, splits, patience, capsys):
-    seeds, plan = (3, 0, 5), {"patience": patience, "epochs": 9 if patience else 3}
+def test_each_run_is_what_it_would_be_alone(tmp_path, splits, alone, capsys):
+    """With early stopping, after different numbers of epochs."""
+    seeds, plan = (3, 0, 5), {"patience": 1, "epochs": 9}
     runs = runs_of(tmp_path, splits, seeds, **plan)
     found = fit(runs)
     assert "seed 5  epoch   2/" in capsys.readouterr().out
     for run, best, seed in zip(runs, found, seeds, strict=True):
-        one, expected = alone(tmp_path, splits, seed, **plan)
+        one, expected = alone(seed, **plan)
         assert_same(run.trainer, one)
         assert best["epoch"] == expected["epoch"] and equal_states(best["model"], expected["model"])
-    assert (len({run.trainer.epoch for run in runs}) > 1) == bool(patience)
+    assert len({run.trainer.epoch for run in runs}) > 1
 
 
 @pytest.fixture
@@ -73,7 +84,7 @@ def eager_graphs(monkeypatch):
     monkeypatch.setattr(trainer, "worth_capturing", lambda *_: True)
 
 
-def test_joint_steps_train_each_run_as_alone(tmp_path, splits, eager_graphs, monkeypatch):
+def test_joint_steps_train_each_run_as_alone(tmp_path, splits, alone, eager_graphs, monkeypatch):
     taken = []
     branches = graph.JointStep._branches
     monkeypatch.setattr(
@@ -84,11 +95,11 @@ def test_joint_steps_train_each_run_as_alone(tmp_path, splits, eager_graphs, mon
     per_epoch = len(splits.train) // 64
     assert taken == [2] * 3 * per_epoch and runs[0].trainer.steps_per_epoch == per_epoch + 1
     for run, seed in zip(runs, (1, 2), strict=True):
-        assert_same(run.trainer, alone(tmp_path, splits, seed, batch_size=64)[0])
+        assert_same(run.trainer, alone(seed, graphed=True, batch_size=64)[0])
 
 
 @pytest.mark.parametrize("step", [1, 3, 5])
-def test_a_signal_saves_every_run_and_each_continues_alone(tmp_path, splits, step):
+def test_a_signal_saves_every_run_and_each_continues_alone(tmp_path, splits, alone, step):
     runs = runs_of(tmp_path, splits, (0, 1))
     train_batch = runs[0].trainer._train_batch
 
@@ -106,13 +117,13 @@ def test_a_signal_saves_every_run_and_each_continues_alone(tmp_path, splits, ste
         runs[seed].trainer.tracker.close()
         resumed = make_trainer(tmp_path / str(seed), splits, resume=True, seed=seed, **PLAN)
         resumed.fit()
-        one, _ = alone(tmp_path, splits, seed)
+        one, _ = alone(seed)
         assert equal_states(resumed.model.state_dict(), one.model.state_dict())
         assert equal_states(resumed.ema.module.state_dict(), one.ema.module.state_dict())
 
 
 @pytest.mark.parametrize("joint", [False, True])
-def test_a_run_that_fails_leaves_the_others_with_their_last_step(tmp_path, splits, request, joint):
+def test_a_run_that_fails_leaves_the_others_with_their_last_step(tmp_path, splits, alone, request, joint):
     if joint:
         request.getfixturevalue("eager_graphs")
     runs = runs_of(tmp_path, splits, (0, 1, 2))
@@ -131,7 +142,7 @@ def test_a_run_that_fails_leaves_the_others_with_their_last_step(tmp_path, split
     runs[2].trainer.tracker.close()
     resumed = make_trainer(tmp_path / "2", splits, resume=True, seed=2, **PLAN)
     resumed.fit()
-    assert_same(resumed, alone(tmp_path, splits, 2)[0])
+    assert_same(resumed, alone(2, graphed=joint)[0])
 
 
 def test_turns_that_may_write_a_checkpoint_have_all_random_numbers(tmp_path, splits):
@@ -140,26 +151,21 @@ def test_turns_that_may_write_a_checkpoint_have_all_random_numbers(tmp_path, spl
         all=lambda: turns.append("all") or nullcontext(), of_steps=lambda: turns.append("steps") or nullcontext()
     )
     assert run.trainer.steps_per_epoch == 3
-    for alone in (False, False, True, False, False):
-        assert run.advance(alone)
-    assert turns == [
-        "all",
-        "steps",
-        "all",
-        "all",
-        "steps",
-    ]  # the first, within an epoch, alone, its end, within the next
+    for last in (False, False, True, False, False):
+        assert run.advance(alone=last)
+    # The first, within an epoch, alone, its end, within the next.
+    assert turns == ["all", "steps", "all", "all", "steps"]
     run.close()
 
 
 @ON_GPU
-def test_captured_steps_side_by_side_train_like_those_of_single_runs(tmp_path, splits):
+def test_captured_steps_side_by_side_train_like_those_of_single_runs(tmp_path, splits, alone):
     """The first run ends before the others, whose steps are then captured again."""
     epochs, plan = {1: 4, 2: 6, 3: 6}, {"device": torch.device("cuda", 0), "batch_size": 64}
     runs = [run for seed, number in epochs.items() for run in runs_of(tmp_path, splits, [seed], epochs=number, **plan)]
     fit(runs)
     for run, (seed, number) in zip(runs, epochs.items(), strict=True):
-        one, _ = alone(tmp_path, splits, seed, epochs=number, **plan)
+        one, _ = alone(seed, epochs=number, **plan)
         together, single = (load_checkpoint(each.run.last) for each in (run.trainer, one))
         assert isinstance(run.trainer.train_step, graph.GraphedStep) and together["step"] == single["step"]
         assert torch.equal(together["random"]["cuda"][0], single["random"]["cuda"][0])
