@@ -104,6 +104,12 @@ def test_a_frozen_head_without_a_shared_class_touches_nothing(call, untouched, t
     assert code == 2 and "freeze head needs a class that the run of init has too" in lines[-1]
 
 
+def test_another_backbone_than_that_of_the_run_is_found_before_loading(call, unread, tiny_run):
+    words = ["--backbone.name", "vit_small_patch16_224", "--backbone.pretrained", "false", "--tracking", "none"]
+    code, lines = call(train, "--init", tiny_run, *words)
+    assert code == 2 and "reads features of shape [384], but those here have [768]" in lines[-1] and unread == []
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
