@@ -64,7 +64,7 @@ def check_plan(config: Config, plan: Plan) -> None:
     if plan.distil is not None and plan.sizes is not None and (plan.prune is not None or plan.merge is not None):
         raise UserError("--distil.sizes are for a new student: leave them out, or leave out --prune and --merge")
     if plan.distil == "dense":
-        check_dense_sizes(plan.sizes)
+        check_dense_sizes(config.experts, plan.sizes)
     elif plan.distil == "sparse" and plan.prune is None and plan.merge is None:
         sparse_student(config, plan.epochs, plan.sizes, warm=False)
     if plan.distil == "dense" or plan.sizes is not None:
