@@ -75,6 +75,8 @@ def _prepared(start: Start, inputs: Inputs, bank: FeatureBank | ImageBank | None
     """
     config = start.config if start.checkpoint else planned(start.config, inputs)
     trainer = build_trainer(config, inputs, start, bank, teacher_of(start, config, inputs.device))
+    if start.checkpoint is None:
+        trainer.bank.require_room()
     with start.claimed() as run, start_tracking(config, run, start.checkpoint, inputs) as tracker:
         record(trainer, run, tracker)
         yield config, Run(trainer)
