@@ -20,7 +20,7 @@ from typing import Any
 
 from assembly.pipeline import Inputs, build_trainer, load_inputs, pick_device
 from assembly.seeds import train_seeds
-from assembly.start import announce, export_best, start_tracking
+from assembly.start import announce, export_best, record, start_tracking
 from assembly.teachers import teacher_of
 from assembly.twin import planned
 from common.distributed import joined, started
@@ -68,11 +68,14 @@ def train(starts: Sequence[Start], inputs: Inputs, bank: FeatureBank | ImageBank
 
 @contextmanager
 def _prepared(start: Start, inputs: Inputs, bank: FeatureBank | ImageBank | None) -> Iterator[tuple[Config, Run]]:
-    """Configuration, run folder, tracker, model: everything for the first step."""
+    """Configuration, model, run folder, tracker: everything for the first step.
+
+    What can be wrong with the options is found before there is a folder or a task.
+    """
     config = start.config if start.checkpoint else planned(start.config, inputs)
+    trainer = build_trainer(config, inputs, start, bank, teacher_of(start, config, inputs.device))
     with start.claimed() as run, start_tracking(config, run, start.checkpoint, inputs) as tracker:
-        teacher = teacher_of(start, config, inputs.device)
-        trainer = build_trainer(config, inputs, run, tracker, start.checkpoint, bank, teacher)
+        record(trainer, run, tracker)
         yield config, Run(trainer)
 
 

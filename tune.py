@@ -20,12 +20,13 @@ from pathlib import Path
 
 from common.distributed import require_alone
 from common.errors import exit_code_of, exit_process
+from common.files import require_place
 from common.signals import stoppable
 from common.text import command, printable
 from config.command_line import parse_command_line
 from tuning.clone import study_words
 from tuning.options import read_options, require_agents
-from tuning.search import search
+from tuning.search import check_study, search
 from tuning.space import read_space
 from tuning.study import StudyFolder, require_optuna
 from tuning.worker import Plan
@@ -43,6 +44,9 @@ def main() -> None:
             require_agents(config, options.queue)
         space = read_space(options.space)
         folder = StudyFolder(options.out or Path("runs") / f"tune-{options.space.stem}", options.storage)
+        require_place(folder.path, "--out")
+        if options.queue is None:  # agents have files of their own
+            check_study(config, space)
         plan = Plan(folder, space, words, options.trials, not options.no_pruning, tracking=config.tracking)
         print(search(plan, options.jobs, options.queue))
         print(f"best options {printable(folder.best)}; {command('train.py', '--config', folder.best, '--seeds', 5)}")

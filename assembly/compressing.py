@@ -12,16 +12,16 @@ import torch
 from torch import nn
 
 from assembly.compression_steps import STEPS, Plan, Work, check_protect, ungrown
-from assembly.distilling import check_teachers, student_of, teach
+from assembly.distilling import check_places, check_teachers, student_of, teach, trainer_of
 from assembly.loading import OpenRun, configure, open_run
-from assembly.pipeline import build_trainer
+from assembly.pipeline import build_trainer, pick_device
 from assembly.start import export_best, start_tracking
 from common.errors import UserError
 from common.files import write_json
 from compression.distil import check_dense_sizes, sparse_student
 from compression.merge import check_merge
 from compression.prune import check_prune
-from compression.quantise import check_format
+from compression.quantise import check_format, owners_of
 from config.config import Config, write_config
 from config.parallel import ParallelConfig
 from evaluation.cost import cost, expert_costs, parameters, trained_cost
@@ -30,6 +30,7 @@ from evaluation.latency import latency
 from model.moe_vit import MoEViT
 from storage.described import describe
 from storage.folder import RunFolder
+from tracking.tracker import require_server
 
 
 def open_runs(options: argparse.Namespace, plan: Plan) -> list[OpenRun]:
@@ -37,12 +38,15 @@ def open_runs(options: argparse.Namespace, plan: Plan) -> list[OpenRun]:
 
     Raises UserError and EnvironmentFault as `check_plan` and `open_run`.
     """
-    described = describe(RunFolder(options.runs[0]))
-    check_plan(configure(described["config"], options.device, options.root, options.weights), plan)
+    described = [describe(RunFolder(path))["config"] for path in options.runs]
+    configs = [configure(values, options.device, options.root, options.weights) for values in described]
+    check_plan(configs[0], plan)
+    check_places({run: config.experts.place for run, config in zip(options.runs, configs, strict=True)})
+    tracking = options.tracking or configs[0].tracking
+    require_server(tracking)
     places = (options.device, options.root, options.weights, options.cache_dir)
     opened = [open_run(path, *places) for path in options.runs]
-    if options.tracking is not None:
-        opened[0].config.tracking = options.tracking
+    opened[0].config.tracking = tracking
     return opened
 
 
@@ -66,6 +70,8 @@ def check_plan(config: Config, plan: Plan) -> None:
     if plan.distil == "dense" or plan.sizes is not None:
         left = len(plan.sizes or [[]])
     check_protect(plan, left)
+    if plan.quantise is not None:
+        check_format(plan.quantise, pick_device(config.device))
 
 
 def compress(
@@ -82,11 +88,11 @@ def compress(
     """
     check_plan(opened.config, plan)
     check_teachers(opened, others)
+    if plan.quantise is not None:
+        owners_of(opened.model)  # a kind of experts without matrices
     work = Work.begin(opened, plan)
     say(f"validation   macro-F1 {100 * work.whole.scores['macro_f1']:.2f} % of {opened.run.path}")
     before = figures(work, opened.run) | {"macro_f1_test": scored(opened.run)}
-    if plan.quantise is not None:
-        check_format(plan.quantise, opened.inputs.device)
     before_taught = [name for name in STEPS if plan.distil is None or name != "quantise"]
     for name in before_taught:
         if getattr(plan, name) is not None:
@@ -94,17 +100,24 @@ def compress(
     student = None if plan.distil is None else student_of(work, out)
     config = student.config if student else replace(work.config.alone(), run_dir=out.absolute())
     config = replace(config, parallel=ParallelConfig())  # in one process, however the run was trained
+    if student:
+        student = replace(student, config=config)
+        trainer = trainer_of(work, student, others)
+    else:
+        trainer = build_trainer(config, opened.inputs, bank=opened.bank)
     with ExitStack() as stack:
         run = RunFolder.create(out, out.name)
         stack.enter_context(run.claimed())
         tracker = stack.enter_context(start_tracking(config, run, None, opened.inputs))
-        trainer, best = teach(work, student, others, run, tracker, say) if student else (None, {})
+        trainer.record_in(run, tracker)
+        best = teach(work, student, others, trainer, say) if student else {}
         if student and plan.quantise is not None:
             STEPS["quantise"](work, say)
-            config, trainer = work.config, None
+            config = work.config
             write_config(config, run.config)
-        if trainer is None:
-            trainer = build_trainer(config, opened.inputs, run, tracker, bank=opened.bank)
+            trainer = build_trainer(config, opened.inputs, bank=opened.bank)
+            trainer.record_in(run, tracker)
+        if not student or plan.quantise is not None:
             best = trainer.adopt(work.model.state_dict(), work.validated)
             if isinstance(trainer.model, MoEViT):  # compiling does not pay off for scoring once
                 trainer.model.compile(set())

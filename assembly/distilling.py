@@ -18,8 +18,6 @@ from common.errors import say as tell
 from common.text import command, printable
 from compression.distil import dense_student, sparse_student
 from config.config import Config
-from storage.folder import RunFolder
-from tracking.tracker import Tracker
 from training.length import shorten_warmup
 from training.trainer import Trainer
 
@@ -51,14 +49,19 @@ def student_of(work: Work, out: Path) -> Student:
     return Student(config, work.model.state_dict() if warm else None)
 
 
+def check_places(places: dict[Path, str]) -> None:
+    """Raise UserError for a teacher with experts in another place than the first run. places: that of each run."""
+    first = next(iter(places))
+    for run, place in places.items():
+        if place != places[first]:
+            raise UserError(f"{printable(run)} has experts.place {place}, unlike {printable(first)}")
+
+
 def check_teachers(first: OpenRun, others: Sequence[OpenRun]) -> None:
     """Raise UserError for a teacher whose inputs or classes differ from those of the first run."""
+    check_places({each.run.path: each.config.experts.place for each in (first, *others)})
     for other in others:
         name, one, splits = printable(other.run.path), printable(first.run.path), first.inputs.splits
-        if other.config.experts.place != first.config.experts.place:
-            raise UserError(
-                f"{name} has experts.place {other.config.experts.place}, unlike {printable(first.run.path)}"
-            )
         if any(other.inputs.splits[s].fingerprint() != splits[s].fingerprint() for s in ("train", "test")):
             raise UserError(
                 f"{name} was trained on other images than {printable(first.run.path)}: an ensemble needs the same ones"
@@ -75,26 +78,30 @@ def _read(opened: OpenRun) -> tuple[Any, ...]:
     return backbone.fingerprint(), backbone.features, backbone.image_size, str(backbone.dtype)
 
 
-def teach(
-    work: Work,
-    student: Student,
-    others: Sequence[OpenRun],
-    run: RunFolder,
-    tracker: Tracker,
-    say: Callable[[str], None],
-) -> tuple[Trainer, dict[str, Any]]:
-    """Train the student in `run`. Returns the trainer, and what `Trainer.fit` returns."""
-    plan, opened, config = work.plan, work.opened, student.config
-    teaching = (opened, *others)
-    paths = [str(each.run.path.absolute()) for each in teaching]
-    teachers = Teachers(paths, plan.temperature, plan.weight, plan.quantise)
-    teachers.keep(run)
-    teacher = teachers.teach([each.model for each in teaching], config, opened.inputs.device)
-    trainer = build_trainer(config, opened.inputs, run, tracker, bank=opened.bank, teacher=teacher)
+def trainer_of(work: Work, student: Student, others: Sequence[OpenRun]) -> Trainer:
+    """The trainer of the student, with its teachers; nothing is written. Raises as `build_trainer`."""
+    opened, config = work.opened, student.config
+    models = [each.model for each in (opened, *others)]
+    teacher = _teachers(work, others).teach(models, config, opened.inputs.device)
+    trainer = build_trainer(config, opened.inputs, bank=opened.bank, teacher=teacher)
     if student.weights is not None:
         trainer.start_from(student.weights)
+    return trainer
+
+
+def _teachers(work: Work, others: Sequence[OpenRun]) -> Teachers:
+    plan, paths = work.plan, [str(each.run.path.absolute()) for each in (work.opened, *others)]
+    return Teachers(paths, plan.temperature, plan.weight, plan.quantise)
+
+
+def teach(
+    work: Work, student: Student, others: Sequence[OpenRun], trainer: Trainer, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Train the student in the folder of its trainer. Returns what `Trainer.fit` returns."""
+    plan, opened, config, run = work.plan, work.opened, student.config, trainer.run
+    _teachers(work, others).keep(run)
     announce(config, opened.inputs, trainer)
-    say(f"teachers     {', '.join(printable(each.run.path) for each in teaching)}")
+    say(f"teachers     {', '.join(printable(each.run.path) for each in (opened, *others))}")
     try:
         best = trainer.fit()
     except Interrupted:
@@ -108,7 +115,7 @@ def teach(
     figures = {"teachers": 1 + len(others), "epochs": best["epoch"], "temperature": plan.temperature}
     work.take(config, model.to(device).eval(), "distil", kind=plan.distil, weight=plan.weight, **figures)
     note(work, student)
-    return trainer, best
+    return best
 
 
 def note(work: Work, student: Student) -> None:

@@ -10,19 +10,18 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from assembly.agreement import require_places, require_same, require_same_inputs, require_samples
-from assembly.ready import compiles, get_ready, read_images
+from assembly.agreement import require_same, require_same_inputs
+from assembly.early import check_backbone, check_early, model_parts
+from assembly.ready import compiles, get_ready, read_images, warm_up
 from assembly.transfer import Origin, begin, freeze, read_origin
 from common.ahead import Ahead
 from common.distributed import expected_world, world
-from common.errors import EnvironmentFault, UserError, one_line, warn
-from common.memory import installed_memory
+from common.errors import UserError, one_line, warn
 from common.network import reachable
-from common.text import counted, printable
+from common.text import counted
 from config.config import DEVICES, Config
 from data.image_set import Splits
 from evaluation.cost import cost
-from evaluation.stale import mark_stale
 from evaluation.validation import validate
 from features.bank import FeatureBank
 from features.cache import FeatureCache
@@ -30,15 +29,12 @@ from features.extraction import Extractor, worth_compiling
 from features.images import ImageBank
 from features.placement import DeviceMemory
 from model.backbone import Backbone, load_backbone
-from model.classifier import VisionMoE
 from model.losses import LOSSES
-from model.moe_vit import AnyMoE, MoEViT, resolve_blocks
+from model.moe_vit import AnyMoE, MoEViT
 from model.old_gate import hold_old_gates
 from model.spread import check_spread
 from storage.checkpoint import check_inputs, seed_everything
-from storage.folder import RunFolder
-from storage.resume import best_kept
-from tracking.tracker import Tracker
+from storage.resume import Start, best_kept
 from training.expert_parallel import ExpertParallel
 from training.length import steps_per_epoch
 from training.memory import bytes_per_image, must_recompute
@@ -66,14 +62,15 @@ def load_inputs(config: Config, resumed: bool = False) -> Inputs:
     device = pick_device(config.device)
     if world().first:
         print(f"loading      {config.data.name} and {config.backbone.name}, for {device}", flush=True)
+    warm_up(device)
+    check_early(config)
+    origin = None if resumed else read_origin(config)
     splits, backbone = load_both(config, device)
     steps_per_epoch(config.train, len(splits.train))
-    require_samples(config.train.batch_size)
-    require_places(config)
     check_backbone(config, backbone)
     require_same_inputs(config, splits, backbone)
-    new = config.init is not None and not resumed
-    origin = read_origin(config, backbone_identity(config, backbone)) if new else None
+    if origin is not None:
+        origin.require_backbone(config, backbone_identity(config, backbone))
     return Inputs(device, splits, backbone, origin)
 
 
@@ -145,41 +142,14 @@ def build_bank(config: Config, splits: Splits, backbone: Backbone, device: torch
     return FeatureBank(splits, extractor, config.augment, features, device, cache, source, views)
 
 
-def check_backbone(config: Config, backbone: Backbone) -> None:
-    """Raise UserError if the backbone cannot have experts inside."""
-    if config.experts.place == "blocks":
-        try:
-            resolve_blocks(config.experts, backbone)
-            if config.train.patch_dropout and getattr(backbone.vit, "rope", None) is not None:
-                raise ValueError("train.patch_dropout does not work with rotary position embeddings: set it to 0")
-        except ValueError as error:
-            raise UserError(one_line(error)) from error
-
-
 def build_model(
     config: Config, feature_shape: tuple[int, ...], num_classes: int, backbone: Backbone | None = None
 ) -> AnyMoE:
     """The trained part, on the CPU. backbone: the ViT that gets experts inside (None: the experts are behind it).
 
-    Raises UserError if the configured parts do not fit each other, EnvironmentFault if the weights alone need more
-    memory than the machine has.
+    Raises as `model_parts`.
     """
-    configured, groups = (config.neck, config.router, config.experts), len(config.backbone.features)
-    if config.experts.place == "blocks":
-        kind, parts = MoEViT, (backbone, num_classes, *configured)
-    else:
-        kind, parts = VisionMoE, (feature_shape, num_classes, *configured, groups)
-    try:
-        with torch.device("meta"):  # takes no memory
-            parameters = sum(value.numel() for value in kind(*parts).parameters())
-    except (ValueError, RuntimeError, TypeError, OverflowError) as error:
-        raise UserError(f"this model cannot be built: {one_line(error)}") from error
-    present = installed_memory()
-    if present is not None and 4 * parameters > present:
-        raise EnvironmentFault(
-            f"the weights of this model need {4 * parameters / 1e9:,.0f} GB, the machine has {present / 1e9:,.0f} GB: "
-            "use fewer or smaller experts.sizes, or a pooled neck"
-        )
+    kind, parts = model_parts(config, feature_shape, num_classes, backbone)
     return kind(*parts)
 
 
@@ -258,18 +228,18 @@ def identity(config: Config, splits: Splits, backbone: Backbone, feature_shape: 
 def build_trainer(
     config: Config,
     inputs: Inputs,
-    run: RunFolder,
-    tracker: Tracker,
-    checkpoint: dict[str, Any] | None = None,
+    start: Start | None = None,
     bank: FeatureBank | ImageBank | None = None,
     teacher: Teacher | None = None,
 ) -> Trainer:
-    """Set the seeds and build features, model and trainer, new or from a checkpoint.
+    """Set the seeds and build features, model and trainer, new or from the checkpoint of `start`.
 
-    bank: features shared by several runs (None: built here). teacher: trained models to distil from. Call this function
-    after the tracker was opened (see seed_everything). Raises what `build_model` and `Trainer` raise, and UserError if
-    the checkpoint belongs to other data, another backbone or another model.
+    Nothing is written: what does not fit is reported before a run has a folder or a task. Call `Trainer.record_in`
+    then. bank: features shared by several runs (None: built here). teacher: trained models to distil from. Raises what
+    `build_model` and `Trainer` raise, and UserError if the checkpoint belongs to other data, another backbone or
+    another model, or if the run of init does not fit.
     """
+    checkpoint = start.checkpoint if start else None
     require_same({"the step to resume from": checkpoint["step"] if checkpoint else 0})
     seed_everything(config.train.seed, config.train.deterministic)
     splits, backbone = inputs.splits, inputs.backbone
@@ -286,13 +256,9 @@ def build_trainer(
     stored = identity(config, splits, backbone, bank.feature_shape) | ({"init": taken} if taken else {})
     frozen = freeze(config, model, taken, names)
     validated = partial(validate, bank=bank)
-    trainer = Trainer(config, model, bank, run, tracker, stored, validated, frozen, teacher, experts)
-    if checkpoint is not None:
-        check_inputs(checkpoint, stored, run.last)
-        trainer.load_state_dict(checkpoint)
-        trainer.best = best_kept(run, config, checkpoint)
-        position = f"after {trainer.position} of {config.train.epochs}"
-        if world().first:
-            mark_stale(run, f"Results from before the run was resumed {position}")
-        print(f"resuming     {printable(run.path)} {position}")
+    trainer = Trainer(config, model, bank, stored, validated, frozen, teacher, experts)
+    if start and checkpoint is not None:
+        check_inputs(checkpoint, stored, start.resumed.last)
+        trainer.load_state_dict(checkpoint, start.resumed.last)
+        trainer.best = best_kept(start.resumed, config, checkpoint)
     return trainer

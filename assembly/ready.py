@@ -21,12 +21,17 @@ def read_images(config: Config) -> Splits:
 
 def get_ready(config: Config, device: torch.device, compiling: bool = True) -> None:
     """Do this work now, while a separate thread reads the images. compiling: whether blocks may be compiled later."""
-    if device.type == "cuda":
-        Ahead(lambda: _start(device))
+    warm_up(device)
     with lazy_imports():
         if compiling and config.experts.place == "blocks" and compiles(config, device):
             import_module("torch._inductor.async_compile")  # starts its processes, which need seconds to be ready
         import_module("timm")
+
+
+def warm_up(device: torch.device) -> None:
+    """Start a GPU in a separate thread, which takes a second the first time."""
+    if device.type == "cuda":
+        Ahead(lambda: _start(device))
 
 
 def compiles(config: Config, device: torch.device) -> bool:

@@ -7,11 +7,12 @@ from assembly.pipeline import compile_blocks
 from assembly.start import tags_of
 from common.text import printable
 from evaluation.evaluation import evaluate, expert_table, print_scores
-from tracking.tracker import open_evaluation
+from tracking.tracker import open_evaluation, require_server
 
 
 def score(options: argparse.Namespace) -> None:
     """Load the model of a run, evaluate it on the test set and write the results."""
+    require_server(options.tracking)
     opened = open_run(
         options.run, options.device, options.root, options.weights, options.cache_dir, options.offload_memory
     )

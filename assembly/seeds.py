@@ -11,6 +11,7 @@ from assembly.replay import load_images
 from assembly.twin import planned
 from common.distributed import world
 from common.errors import UserError
+from common.files import require_place
 from common.text import printable, quoted
 from config.command_line import Invocation
 from config.config import Config, config_from_dict
@@ -41,24 +42,24 @@ def train_seeds(invocation: Invocation, train: Train) -> None:
     """
     from evaluation.compare import compare  # here, because importing matplotlib takes a second
 
+    now = world().broadcast(datetime.now())
+    base = invocation.config.run_dir or Path("runs") / f"{invocation.name}-{now:%Y%m%d-%H%M%S}"
+    if world().first:
+        require_place(base, "the run folder")
     inputs = load_inputs(invocation.config)
     config = planned(invocation.config, inputs)
     bank = build_bank(config, inputs.splits, inputs.backbone, inputs.device)
-    now = world().broadcast(datetime.now())
-    base = config.run_dir or Path("runs") / f"{invocation.name}-{now:%Y%m%d-%H%M%S}"
-    runs, new = [], []
+    # All of them before the first one is trained, because one may not be possible.
+    starts = [_start(invocation, _of_seed(config, count, base)) for count in range(invocation.seeds)]
+    runs, new = [str(start.config.run_dir) for start, _ in starts], []
     together = cache(lambda: invocation.seeds > 1 and worth_joining(config, inputs, bank, invocation.seeds))
-    for count in range(invocation.seeds):
-        seed = config.train.seed + count
-        own = _with_seed(config, seed, base.with_name(f"{base.name}-seed{seed}"))
+    for count, (start, finished) in enumerate(starts):
+        seed = start.config.train.seed
         if config.data.shots and count:
-            own.data.split_seed += count
-            inputs = replace(inputs, splits=load_images(own))
-            bank = build_bank(own, inputs.splits, inputs.backbone, inputs.device)
-        start = _start(invocation, own)
-        runs.append(str(start.config.run_dir))
-        if start.finished:
-            print(start.finished)
+            inputs = replace(inputs, splits=load_images(start.config))
+            bank = build_bank(start.config, inputs.splits, inputs.backbone, inputs.device)
+        if finished:
+            print(finished)
         elif start.checkpoint is None and together():
             new.append(start)
         else:
@@ -91,20 +92,27 @@ def worth_joining(config: Config, inputs: Inputs, bank: FeatureBank | ImageBank,
     return worth_capturing(config.train.graph, model.to(inputs.device), runs * config.train.batch_size)
 
 
-def _with_seed(config: Config, seed: int, folder: Path) -> Config:
+def _of_seed(config: Config, count: int, base: Path) -> Config:
+    """The configuration of a seed. count: the number of seeds before it."""
     found = config_from_dict(config.to_dict())
-    found.train.seed, found.run_dir = seed, folder.absolute()
+    found.train.seed += count
+    found.data.split_seed += count if config.data.shots else 0
+    found.run_dir = base.with_name(f"{base.name}-seed{found.train.seed}").absolute()
     return found
 
 
-def _start(invocation: Invocation, config: Config) -> Start:
-    """A new run in config.run_dir, or the existing one, which must have this configuration."""
+def _start(invocation: Invocation, config: Config) -> tuple[Start, str]:
+    """A new run in config.run_dir, or the existing one, which must have this configuration; and `Start.finished`.
+
+    Of a finished run the checkpoint is let go: those of many seeds may not fit into memory.
+    """
     run = RunFolder(config.run_dir)
     if not run.last.exists():
-        return start_of(replace(invocation, config=config))
+        return start_of(replace(invocation, config=config)), ""
     run.require_not_busy()
     try:
-        return Start(config, run.path.name, run, load_resumable(run, config))
+        start = Start(config, run.path.name, run, load_resumable(run, config))
+        return (replace(start, checkpoint=None), start.finished) if start.finished else (start, "")
     except UserError as error:
         folder = quoted(run.path)
         raise UserError(f"--seeds cannot continue {folder}, choose another --run_dir: {error}") from error

@@ -11,11 +11,13 @@ from common.distributed import world
 from common.text import printable
 from config.config import Config, write_config
 from evaluation.cost import cost
+from evaluation.stale import mark_stale
 from features.extraction import warn_of_hours
 from storage.export import export_model
 from storage.folder import RunFolder
 from storage.resume import metrics_step
 from tracking.tracker import Tracker, open_tracker, silent_tracker
+from training.random_numbers import RandomNumbers
 from training.trainer import Trainer
 
 
@@ -26,28 +28,41 @@ def start_tracking(
     """Open the tracker; a resumed run continues its own task and drops the lines that it will write again.
 
     If the run starts from another run, the task of that run becomes the parent task, and its model the input model.
-    Of several processes only rank 0 tracks.
+    Of several processes only rank 0 tracks. Random numbers continue as if no tracker were opened: call this function
+    when the run has been built, so that no mistake leaves a failed task.
     """
     if not world().first:
         with silent_tracker() as tracker:
             yield tracker
         return
     parent = inputs.origin and inputs.origin.task_id
-    tracker = open_tracker(
-        config.tracking,
-        run.path,
-        config.to_dict(),
-        name=run.path.name,
-        tags=tags_of(config),
-        task_id=checkpoint and checkpoint["task_id"],
-        resume_step=metrics_step(checkpoint),
-        parent=parent,
-    )
+    with RandomNumbers(inputs.device).all():  # ClearML sets its own seeds
+        tracker = open_tracker(
+            config.tracking,
+            run.path,
+            config.to_dict(),
+            name=run.path.name,
+            tags=tags_of(config),
+            task_id=checkpoint and checkpoint["task_id"],
+            resume_step=metrics_step(checkpoint),
+            parent=parent,
+        )
     if parent is not None and checkpoint is None:
         tracker.starts_from(parent)
     with tracker:
         write_config(config, run.config)
         yield tracker
+
+
+def record(trainer: Trainer, run: RunFolder, tracker: Tracker) -> None:
+    """Let a trainer write to its run folder and tracker; results from before a resumed run become stale."""
+    trainer.record_in(run, tracker)
+    if trainer.step == 0:
+        return
+    position = f"after {trainer.position} of {trainer.config.epochs}"
+    if world().first:
+        mark_stale(run, f"Results from before the run was resumed {position}")
+    print(f"resuming     {printable(run.path)} {position}")
 
 
 def tags_of(config: Config) -> list[str]:

@@ -39,25 +39,30 @@ class Origin:
         """The classes that it shares with a run on these classes."""
         return Shared.by_name(class_names, self.described["class_names"])
 
+    def require_backbone(self, config: Config, backbone: dict[str, str]) -> None:
+        """Raise UserError unless it was trained on this backbone. backbone: name and fingerprint, as in identity()."""
+        before = self.described["backbone"]
+        if before["fingerprint"] != backbone["fingerprint"]:
+            features = flatten(self.described["config"]).get("backbone.features")
+            raise UserError(
+                f"--init {quoted(self.run.path)} was trained on backbone {before['name']} with features {features} and "
+                f"fingerprint {before['fingerprint'][:12]}, but {backbone['name']} with features "
+                f"{config.backbone.features} here has {backbone['fingerprint'][:12]}: use those of the run, or start "
+                "without --init"
+            )
 
-def read_origin(config: Config, backbone: dict[str, str]) -> Origin | None:
-    """The run that config.init names (None: no run); it must fit the configuration and the backbone.
 
-    backbone: name and fingerprint, as in identity(). Raises UserError for a folder that is not a run, a corrupt run, a
-    different backbone, and options that would give the model different weights.
+def read_origin(config: Config) -> Origin | None:
+    """The run that config.init names (None: no run); it must fit the configuration.
+
+    Raises UserError for a folder that is not a run, a corrupt run, and options that would give the model different
+    weights.
     """
     if config.init is None:
         return None
     run = RunFolder(config.init)
     described = describe(run)
-    named, before = f"--init {quoted(run.path)}", described["backbone"]
-    if before["fingerprint"] != backbone["fingerprint"]:
-        features = flatten(described["config"]).get("backbone.features")
-        raise UserError(
-            f"{named} was trained on backbone {before['name']} with features {features} and fingerprint "
-            f"{before['fingerprint'][:12]}, but {backbone['name']} with features {config.backbone.features} here has "
-            f"{backbone['fingerprint'][:12]}: use those of the run, or start without --init"
-        )
+    named = f"--init {quoted(run.path)}"
     theirs, ours = flatten(Config().to_dict()) | flatten(described["config"]), flatten(config.to_dict())
     if {theirs["experts.head_weights"], str(theirs["experts.weights"])} != {"float32"}:
         raise UserError(f"{named} stores its experts in fewer bits: start from the run that it was made from")

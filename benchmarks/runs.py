@@ -34,7 +34,8 @@ def trained_run(config: Config, inputs: Inputs, bank: FeatureBank | None = None)
         run = RunFolder.create(Path(folder) / "run", "benchmark")
         began = time.perf_counter()
         with open_tracker("none", run.path, config.to_dict(), name="benchmark", tags=[]) as tracker:
-            trainer = build_trainer(config, inputs, run, tracker, bank=bank)
+            trainer = build_trainer(config, inputs, bank=bank)
+            trainer.record_in(run, tracker)
             best = trainer.fit()
             trainer.model.load_state_dict(best["model"])
             yield trainer, time.perf_counter() - began

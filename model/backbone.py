@@ -196,14 +196,11 @@ def load_backbone(
 
 
 def _load_vit(config: BackboneConfig, reachable: Callable[[str], bool] | None) -> nn.Module:
-    import timm
+    from .outline import outline
 
     if config.name == BUNDLED:
         return _load_bundled(config)
-    if not timm.is_model(config.name.split(".")[0]):
-        close = difflib.get_close_matches(config.name, timm.list_models() + timm.list_models(pretrained=True), n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else "timm.list_models('vit*') lists them"
-        raise InputError(f"backbone.name '{config.name}' is not a timm model: {hint}")
+    check_name(config)
     options = {} if config.image_size is None else {"img_size": config.image_size}
     if config.weights is not None:
         state = read_weights(config.weights)
@@ -215,18 +212,45 @@ def _load_vit(config: BackboneConfig, reachable: Callable[[str], bool] | None) -
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return _create(config, pretrained=False, **options)
-    _check_before_download(config)
+    outline(config)  # before the download
     _require_download(config.name, reachable)
     return _create(config, pretrained=True, **options)
+
+
+def check_name(config: BackboneConfig) -> None:
+    """Raise InputError for a name that timm does not have, or for weights that neither timm nor this machine has."""
+    import timm
+
+    name = config.name
+    if not timm.is_model(name.split(".")[0]):
+        close = difflib.get_close_matches(name, timm.list_models() + timm.list_models(pretrained=True), n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else "timm.list_models('vit*') lists them"
+        raise InputError(f"backbone.name '{name}' is not a timm model: {hint}")
+    if config.weights is not None:
+        if not config.weights.is_file():
+            raise InputError(f"backbone.weights {config.weights} is not a file")
+    elif config.pretrained:
+        try:
+            found = timm.get_pretrained_cfg(name)
+        except RuntimeError as error:
+            known = ", ".join(timm.list_pretrained(f"{name.split('.')[0]}.*")) or "none"
+            raise InputError(f"backbone.name {name} names weights that timm does not have; it has {known}") from error
+        if found is None or not found.has_weights:
+            raise InputError(f"backbone.name {name} has no pretrained weights in timm: pass --backbone.weights FILE")
+
+
+def check_bundled(config: BackboneConfig) -> None:
+    """Raise InputError for options that the bundled ViT does not have."""
+    if config.image_size is not None or config.weights is not None:
+        raise InputError(
+            f"backbone.name {BUNDLED} has a fixed size and its own weights: leave out backbone.weights and image_size"
+        )
 
 
 def _load_bundled(config: BackboneConfig) -> nn.Module:
     from .vit_micro import load_vit_micro, vit_micro
 
-    if config.image_size is not None or config.weights is not None:
-        raise InputError(
-            f"backbone.name {BUNDLED} has a fixed size and its own weights: leave out backbone.weights and image_size"
-        )
+    check_bundled(config)
     if config.pretrained:
         return load_vit_micro()
     with torch.random.fork_rng(devices=[]):
@@ -234,21 +258,10 @@ def _load_bundled(config: BackboneConfig) -> nn.Module:
         return vit_micro()
 
 
-def _check_vit(model: nn.Module, name: str) -> None:
+def check_vit(model: nn.Module, name: str) -> None:
+    """Raise InputError for a model that is not a ViT."""
     if not all(hasattr(model, part) for part in ("forward_intermediates", "num_prefix_tokens", "blocks")):
         raise InputError(f"backbone.name {name} is not a ViT with tokens: choose one, such as vit_small_patch16_224")
-
-
-def _check_before_download(config: BackboneConfig) -> None:
-    """Raise InputError for a model that is not a ViT before its weights are downloaded."""
-    import timm
-
-    try:
-        with torch.device("meta"):  # takes no memory or time
-            model = timm.create_model(config.name, pretrained=False)
-    except (*CANNOT_BUILD, AttributeError, IndexError, OSError):  # perhaps only without real tensors: checked later
-        return
-    _check_vit(model, config.name)
 
 
 def _create(config: BackboneConfig, **options) -> nn.Module:
@@ -262,7 +275,7 @@ def _create(config: BackboneConfig, **options) -> nn.Module:
     except OSError as error:
         reason = one_line(error, 200)
         raise UnavailableError(f"backbone {config.name}: its weights could not be loaded: {reason}") from error
-    _check_vit(vit, config.name)
+    check_vit(vit, config.name)
     return vit
 
 
@@ -271,14 +284,7 @@ def _require_download(name: str, reachable: Callable[[str], bool] | None) -> Non
     import timm
     from huggingface_hub import constants, try_to_load_from_cache
 
-    architecture = name.split(".")[0]
-    try:
-        config = timm.get_pretrained_cfg(name)
-    except RuntimeError as error:
-        known = ", ".join(timm.list_pretrained(f"{architecture}.*")) or "none"
-        raise InputError(f"backbone.name {name} names weights that timm does not have; it has {known}") from error
-    if config is None or not config.has_weights:
-        raise InputError(f"backbone.name {name} has no pretrained weights in timm: pass --backbone.weights FILE")
+    config: Any = timm.get_pretrained_cfg(name)
     files = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", config.hf_hub_filename)
     hub = config.hf_hub_id
     if hub and any(isinstance(try_to_load_from_cache(hub, file), str) for file in files if file):

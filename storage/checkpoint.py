@@ -185,7 +185,7 @@ def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
 
 
 def seed_everything(seed: int, deterministic: bool = False) -> None:
-    """Seed Python, NumPy and PyTorch (all devices). Call it after the tracker is opened: ClearML sets its own seeds.
+    """Seed Python, NumPy and PyTorch (all devices).
 
     deterministic: use only deterministic algorithms on a GPU, for the rest of the process.
     """

@@ -3,12 +3,14 @@
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from common.distributed import world
 from common.errors import Interrupted, UserError, one_line, say, warn
+from common.files import require_place
 from common.text import command, printable, quoted
 from config.command_line import Invocation
 from config.config import Config, flatten
@@ -75,7 +77,7 @@ def start_of(invocation: Invocation) -> Start:
     """The start of the requested run; nothing is written.
 
     Raises UserError as `load_resumable` does, if the folder is in use or already holds a run, and for a new run of
-    quantised experts.
+    quantised experts; EnvironmentFault if the folder cannot be created.
     """
     config = invocation.config
     if invocation.resume is None:
@@ -88,6 +90,8 @@ def start_of(invocation: Invocation) -> Start:
                 "experts.weights and experts.head_weights are set by compress.py --quantise: train in float32, "
                 "then compress the run"
             )
+        if world().first:
+            require_place((config.run_dir or Path("runs") / invocation.name) / "checkpoints", "the run folder")
         if config.run_dir is not None:
             RunFolder(config.run_dir).require_not_busy()
             RunFolder(config.run_dir).require_no_run()

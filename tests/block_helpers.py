@@ -99,7 +99,8 @@ def block_trainer(path, splits, resume=False, router=None, experts=None, **train
     seed_everything(train.seed)
     model = digits_vit(experts=experts, **vars(router))
     bank = ImageBank(splits, AugmentConfig(flip=True, crop=1), CPU, evaluation_batch=100)
-    trainer = Trainer(config, model, bank, run, tracker, dict(IDENTITY), lambda evaluated: validate(evaluated, bank))
+    trainer = Trainer(config, model, bank, dict(IDENTITY), lambda evaluated: validate(evaluated, bank))
+    trainer.record_in(run, tracker)
     if checkpoint:
-        trainer.load_state_dict(checkpoint)
+        trainer.load_state_dict(checkpoint, run.last)
     return trainer

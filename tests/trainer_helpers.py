@@ -63,9 +63,10 @@ def make_trainer(path, splits, *, resume=False, optim=None, balance=None, router
         optim=optim or OptimConfig(lr=0.01, warmup_steps=4),
         train=train,
     )
-    trainer = Trainer(config, model, bank, run, tracker, dict(IDENTITY), lambda model: validate(model, bank))
+    trainer = Trainer(config, model, bank, dict(IDENTITY), lambda model: validate(model, bank))
+    trainer.record_in(run, tracker)
     if checkpoint:
-        trainer.load_state_dict(checkpoint)
+        trainer.load_state_dict(checkpoint, run.last)
     return trainer
 
 

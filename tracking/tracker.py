@@ -19,7 +19,7 @@ from typing import Any, TextIO
 from common.errors import UserError, say
 from common.text import command, printable
 from storage.folder import RunFolder
-from tracking.clearml_task import ClearMLTask, show, upload, use_model
+from tracking.clearml_task import ClearMLTask, server_problem, show, upload, use_model
 from tracking.lines import open_lines
 from tracking.tasks import record_task, tasks_of
 
@@ -204,6 +204,12 @@ def open_tracker(
     if resume_step is not None:
         tracker._resend(before)
     return tracker
+
+
+def require_server(mode: str) -> None:
+    """Raise UserError or EnvironmentFault if this mode needs a server that is not configured or does not answer."""
+    if mode == "clearml" and (problem := server_problem()):
+        raise problem
 
 
 def silent_tracker() -> Tracker:

@@ -1,5 +1,6 @@
 """The state of a training: what its checkpoints hold, and how it continues from one."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -76,7 +77,7 @@ class TrainerState:
         state = self.state_dict()
         if world().first:
             save_checkpoint(self.run.last, state, self.last_saved)
-        self._mark_saved()
+        self._mark_saved(self.run.last)
 
     def _write_best(self) -> None:
         if self.chosen_is_written:
@@ -104,8 +105,8 @@ class TrainerState:
         """The progress of the training, in words."""
         return f"step {self.step}, in epoch {self.epoch}" if self.progress else f"epoch {self.epoch}"
 
-    def _mark_saved(self) -> None:
-        self.saved_at, self.last_saved = (self.step, self.progress is None), f"{self.run.last} of {self.position}"
+    def _mark_saved(self, path: Path) -> None:
+        self.saved_at, self.last_saved = (self.step, self.progress is None), f"{path} of {self.position}"
 
     def kept(self) -> dict[str, Any]:
         """The content of best.pt, after the last step."""
@@ -148,10 +149,13 @@ class TrainerState:
             **self.identity,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state of `state_dict`. Raises UserError if it does not fit this model."""
-        require_like(state, RESUMABLE, self.run.last)
-        with fitting(self.run.last):
+    def load_state_dict(self, state: dict[str, Any], source: Path) -> None:
+        """Continue from a state of `state_dict`. source: its file, for messages.
+
+        Raises UserError if it does not fit this model.
+        """
+        require_like(state, RESUMABLE, source)
+        with fitting(source):
             optimizer = state["optimizer"]
             if self.experts:
                 if self.experts.start_from(state.get("placement"), self._models):
@@ -173,4 +177,4 @@ class TrainerState:
             if not 0 <= left <= self.steps_per_epoch or self.step != self.epoch * self.steps_per_epoch - left:
                 raise ValueError(f"step {self.step} is not in epoch {self.epoch}")
             self.shares.load_state(state["random"], self.step)
-        self._mark_saved()
+        self._mark_saved(source)

@@ -42,8 +42,9 @@ class Trainer(TrainerState):
 
     validate: scores weights after each epoch, as evaluation.validation.validate does. identity: dict from
     assembly.pipeline.identity, stored in every checkpoint. frozen: the parts of the model that do not change.
-    teacher: trained models to distil from. experts: for a model whose experts are on several processes. Raises
-    UserError for a batch larger than the training set, or a routing warm-up as long as the training.
+    teacher: trained models to distil from. experts: for a model whose experts are on several processes. It has no
+    folder yet: call `record_in` before training. Raises UserError for a batch larger than the training set, or a
+    routing warm-up as long as the training.
     """
 
     def __init__(
@@ -51,8 +52,6 @@ class Trainer(TrainerState):
         config: Config,
         model: AnyMoE,
         bank: FeatureBank | ImageBank,
-        run: RunFolder,
-        tracker: Tracker,
         identity: dict[str, Any],
         validate: Callable[[AnyMoE], Any],
         frozen: Frozen | None = None,
@@ -61,7 +60,7 @@ class Trainer(TrainerState):
     ):
         from timm.utils import ModelEmaV3  # here, because importing timm takes seconds
 
-        self.model, self.bank, self.run, self.tracker = model, bank, run, tracker
+        self.model, self.bank = model, bank
         self.config, self.optim, self.balance = config.train, config.optim, config.balance
         self.routing_warmup_steps, self.identity, self.validate = config.random_steps, identity, validate
         self.device = bank.device
@@ -91,6 +90,10 @@ class Trainer(TrainerState):
         self.improved = 0  # the last epoch that was strictly better than all earlier ones
         self.chosen: dict[str, Any] | None = None  # content of best.pt, now or at the next checkpoint
         self.chosen_is_written = True
+
+    def record_in(self, run: RunFolder, tracker: Tracker) -> None:
+        """Write checkpoints to a run folder and numbers to a tracker."""
+        self.run, self.tracker = run, tracker
 
     def fit(self) -> dict[str, Any]:
         """Train to the last epoch, or until early stopping.

@@ -8,13 +8,16 @@ from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from assembly.replay import load_images
 from common.errors import EnvironmentFault, UserError
 from common.files import write_json
 from common.text import printable
+from config.config import Config
+from model.outline import outline
 from tracking.tasks import tasks_of
-from tracking.tracker import Tracker, open_tracker
+from tracking.tracker import Tracker, open_tracker, require_server
 from tuning.clone import study_sections
-from tuning.space import decoded
+from tuning.space import Space, decoded
 from tuning.study import counted, ranked, release_dead
 from tuning.worker import Plan, work, write_best
 
@@ -23,6 +26,17 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 SHOWN = 10  # trials in the table
+
+
+def check_study(config: Config, space: Space) -> None:
+    """Raise UserError or EnvironmentFault for what would fail every trial, before there is a study or a task.
+
+    That is the data, which no space can change, and the backbone, unless options of it are searched.
+    """
+    require_server(config.tracking)
+    if not any(name.startswith("backbone.") for name in space):
+        outline(config.backbone)
+    load_images(config)
 
 
 def search(plan: Plan, jobs: int, queue: str | None = None) -> str:

@@ -25,6 +25,7 @@ from storage.folder import RunFolder
 from tracking.agent import TASK_ID
 from tracking.tracker import open_tracker
 from training.length import shorten_warmup
+from training.random_numbers import RandomNumbers
 from tuning.space import Space, decoded, suggest
 from tuning.study import StudyFolder, next_trial, open_study, ranked, release, require_optuna
 
@@ -133,11 +134,14 @@ class _Worker:
         config = shorten_warmup(config, len(inputs.splits.train))
         named = {"name": f"{self.plan.folder.path.name}-{trial.number:04d}", "tags": [*tags_of(config), "trial"]}
         values = config.to_dict()
-        with open_tracker(self.plan.tracking, run.path, values, **named, parent=self.plan.parent) as tracker:
+        trainer = build_trainer(config, inputs, bank=bank)  # before a task, so that no mistake leaves a failed one
+        with RandomNumbers(inputs.device).all():  # ClearML sets its own seeds
+            tracker = open_tracker(self.plan.tracking, run.path, values, **named, parent=self.plan.parent)
+        with tracker:
             if tracker.mode == "clearml":
                 trial.set_user_attr("task", tracker.task_id)
             write_config(config, run.config)
-            trainer = build_trainer(config, inputs, run, tracker, bank=bank)
+            trainer.record_in(run, tracker)
             announce(config, inputs, trainer)
             validate = trainer.validate
 

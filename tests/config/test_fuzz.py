@@ -101,7 +101,7 @@ def resume(trainer):
     config = Config()
     checkpoint = load_resumable(trainer.run, config)
     finished(trainer.run, config, checkpoint)
-    trainer.load_state_dict(checkpoint)
+    trainer.load_state_dict(checkpoint, trainer.run.last)
     best_kept(trainer.run, config, checkpoint)
     assert metrics_step(checkpoint) >= 0
 

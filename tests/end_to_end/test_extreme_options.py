@@ -74,7 +74,9 @@ def attempt(tmp_path, monkeypatch):
             config = shorten_warmup(config, len(inputs.splits.train))
             run = RunFolder.create(tmp_path / str(next(folders)), "test")
             with open_tracker("none", run.path, {}, name="test") as tracker:
-                build_trainer(config, inputs, run, tracker).fit()
+                trainer = build_trainer(config, inputs)
+                trainer.record_in(run, tracker)
+                trainer.fit()
         except Trained:
             return None
         except Exception as error:

@@ -143,13 +143,12 @@ def test_new_experts_are_added_to_those_of_a_run(tiny_run, tmp_path, start, caps
 
 def test_the_task_of_the_run_is_the_parent(tiny_run, tmp_path, monkeypatch):
     config = parse_command_line(options(tiny_run)).config
-    backbone = {"name": config.backbone.name, "fingerprint": describe(RunFolder(tiny_run))["backbone"]["fingerprint"]}
-    assert read_origin(config, backbone).task_id is None
+    assert read_origin(config).task_id is None
     listed = [{"mode": "clearml", "task_id": "a" * 32}, {"mode": "offline", "task_id": "offline-1"}]
     monkeypatch.setattr("assembly.transfer.tasks_of", lambda path: listed)
-    origin, asked = read_origin(config, backbone), []
+    origin, asked = read_origin(config), []
     monkeypatch.setattr("tracking.tracker._first_task", lambda *given: asked.append(given) or (None, []))
-    inputs = SimpleNamespace(origin=origin)
+    inputs = SimpleNamespace(origin=origin, device=torch.device("cpu"))
     with start_tracking(config, RunFolder(tmp_path), None, inputs):
         pass
     assert asked[0][-1] == "a" * 32

@@ -111,7 +111,7 @@ def test_a_checkpoint_round_trip_keeps_everything(tmp_path, splits):
     other = make_trainer(tmp_path, splits, resume=True)
     assert equal_states(other.model.state_dict(), trainer.model.state_dict())
     assert other.optimizer.state_dict()["state"][0]["step"] == trainer.optimizer.state_dict()["state"][0]["step"]
-    assert torch.equal(torch.rand(3), (trainer.load_state_dict(state), torch.rand(3))[1])
+    assert torch.equal(torch.rand(3), (trainer.load_state_dict(state, tmp_path), torch.rand(3))[1])
 
 
 def test_patience_stops_training(tmp_path, splits):

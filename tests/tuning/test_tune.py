@@ -66,6 +66,18 @@ def test_trials_fail_the_study_continues_and_the_best_options_are_written(tmp_pa
     assert (tmp_path / "out" / "trials.png").stat().st_size > 10_000
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--data.name", "folder", "--data.root", "nowhere"], "nowhere"),
+        (["--backbone.name", "vit_smal_patch16_224"], "did you mean vit_small_patch16_224"),
+    ],
+)
+def test_what_would_fail_every_trial_is_reported_before_the_study(tmp_path, call, words, message):
+    code, _, err = call(SPACE, "--trials", "1", *words)
+    assert code == 2 and message in err.splitlines()[-1] and not (tmp_path / "out").exists()
+
+
 def kill_the_trial():
     """Kill the training process, not this one, which waits for it."""
     (process,) = multiprocessing.active_children()
