@@ -51,15 +51,15 @@ def train_seeds(invocation: Invocation, train: Train) -> None:
     bank = build_bank(config, inputs.splits, inputs.backbone, inputs.device)
     # All of them before the first one is trained, because one may not be possible.
     starts = [_start(invocation, _of_seed(config, count, base)) for count in range(invocation.seeds)]
-    runs, new = [str(start.config.run_dir) for start in starts], []
+    runs, new = [str(start.config.run_dir) for start, _ in starts], []
     together = cache(lambda: invocation.seeds > 1 and worth_joining(config, inputs, bank, invocation.seeds))
-    for count, start in enumerate(starts):
+    for count, (start, finished) in enumerate(starts):
         seed = start.config.train.seed
         if config.data.shots and count:
             inputs = replace(inputs, splits=load_images(start.config))
             bank = build_bank(start.config, inputs.splits, inputs.backbone, inputs.device)
-        if start.finished:
-            print(start.finished)
+        if finished:
+            print(finished)
         elif start.checkpoint is None and together():
             new.append(start)
         else:
@@ -101,14 +101,18 @@ def _of_seed(config: Config, count: int, base: Path) -> Config:
     return found
 
 
-def _start(invocation: Invocation, config: Config) -> Start:
-    """A new run in config.run_dir, or the existing one, which must have this configuration."""
+def _start(invocation: Invocation, config: Config) -> tuple[Start, str]:
+    """A new run in config.run_dir, or the existing one, which must have this configuration; and `Start.finished`.
+
+    Of a finished run the checkpoint is let go: those of many seeds may not fit into memory.
+    """
     run = RunFolder(config.run_dir)
     if not run.last.exists():
-        return start_of(replace(invocation, config=config))
+        return start_of(replace(invocation, config=config)), ""
     run.require_not_busy()
     try:
-        return Start(config, run.path.name, run, load_resumable(run, config))
+        start = Start(config, run.path.name, run, load_resumable(run, config))
+        return (replace(start, checkpoint=None), start.finished) if start.finished else (start, "")
     except UserError as error:
         folder = quoted(run.path)
         raise UserError(f"--seeds cannot continue {folder}, choose another --run_dir: {error}") from error

@@ -24,6 +24,7 @@ from benchmarks.common import Failure, Parser, attempt, environment, header, sav
 from benchmarks.runs import trained_run
 from common.errors import exit_code_of, warn
 from common.network import reachable
+from common.text import counted
 from config.command_line import parse_command_line
 from config.config import Config
 from data.datasets import load_splits
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
             found[name] = figures
         save(options, "cost", where, figures=found, config=config.to_dict(), twin=twin.to_dict())
     print(header("A mixture and a dense part of equal FLOPs in its place", where))
-    print(f"on the CPU with {torch.get_num_threads()} threads")
+    print(f"on the CPU with {counted(torch.get_num_threads(), 'thread')}")
     print(table(["", *found], [[what, *cells] for what, *cells in rows(found)]))
     print(f"\n{LEGEND}")
     write(options, "cost", where, figures=found, config=config.to_dict(), twin=twin.to_dict())

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from benchmarks.common import Parser, environment, header, start, table, timed, write
 from common.errors import exit_code_of
+from common.text import counted
 from training.graph import EAGER_STEPS, Captured, concurrently
 
 
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     device = start(options)
     where = environment(device)
-    threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
+    threads = "" if device.type == "cuda" else f", {counted(torch.get_num_threads(), 'thread')}"
     print(header(f"A step of {options.seeds} seeds, ms (range){threads}", where), flush=True)
     heads, rows = TINY if options.tiny else HEADS, []
     if device.type == "cpu":  # the largest head is not trained on a CPU

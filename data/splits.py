@@ -188,25 +188,26 @@ def few_of_each(images: ImageSet, shots: int, seed: int) -> ImageSet:
 def stratified_split(images: ImageSet, fraction: float, seed: int, option: str) -> tuple[ImageSet, ImageSet]:
     """Stratified split into (the rest, `fraction` of the images), reproducible by seed.
 
-    option: the configuration field of the fraction, for the message.
-    Raises UserError if a part would not have an image of each class.
+    At least as many images as classes are held out, with a warning if that is more than the fraction.
+    option: the configuration field of the fraction, for messages.
+    Raises UserError if too few images would remain, or if a class has fewer than two.
     """
     with lazy_imports():  # here, because importing scikit-learn takes seconds
         from sklearn.model_selection import train_test_split
 
     _require_enough(images, 2)
-    least = math.ceil(100 * images.num_classes / len(images)) / 100
+    count, what = math.ceil(fraction * len(images)), f"{option} {fraction} of {len(images)} images"
+    if count < images.num_classes:
+        count = images.num_classes
+        warn(f"{what} is less than one for each of the {count} classes: {count} images are held out")
     try:
         rest, held_out = train_test_split(
-            np.arange(len(images)), test_size=fraction, random_state=seed, stratify=images.labels_N.numpy()
+            np.arange(len(images)), test_size=count, random_state=seed, stratify=images.labels_N.numpy()
         )
     except ValueError as error:
-        what = f"{option} {fraction} of {len(images)} images"
-        if fraction < least:
-            remedy = f"cannot contain all {images.num_classes} classes: use a larger fraction, at least {least:g}"
-        else:
-            remedy = (
-                f"leaves too few for all {images.num_classes} classes: use a smaller fraction, at most {1 - least:g}"
-            )
-        raise UserError(f"{what} {remedy}, or more images") from error
+        most = 1 - math.ceil(100 * images.num_classes / len(images)) / 100
+        raise UserError(
+            f"{what} leaves too few for all {images.num_classes} classes: use a smaller fraction, at most {most:g}, "
+            "or more images"
+        ) from error
     return images.subset(torch.from_numpy(np.sort(rest))), images.subset(torch.from_numpy(np.sort(held_out)))

@@ -81,7 +81,7 @@ def traced(trained: TrainedRun) -> torch.export.ExportedProgram:
     float8. Raises the exceptions of torch.export.
     """
     graph = ImagesToAnswers(trained)
-    graph.model = copy.deepcopy(trained.model)
+    graph.model = copy.deepcopy(trained.model).requires_grad_(False)  # so the outputs of a loaded file need no detach()
     numbers = fp8_numbers()
     for module in graph.modules():
         if hasattr(module, "dispatch_mode"):

@@ -58,7 +58,7 @@ def compare(sources: Sequence[str], out: Path) -> str:
         warn(line)
     write_text(out / "comparison.md", _markdown(runs, rows, together))
     save_figure(_figure(runs), out / "comparison.png")
-    return _text(runs, rows) + (f"\n\n{_aligned(together)}" if together else "")
+    return _text(runs, rows) + (f"\n\n{_aligned(together)}\n{NOTE}" if together else "")
 
 
 def differences(runs: Sequence[Compared]) -> list[str]:

@@ -37,7 +37,8 @@ class Cost:
         return [
             f"parameters   {self.total_parameters:,} in total, {self.trainable_parameters:,} trainable, "
             f"{self.active_parameters:,} of these active per sample",
-            f"per sample   {_si(self.backbone_flops)} in the frozen backbone, {_si(self.head_flops)} in the head",
+            f"per sample   {_si(self.backbone_flops)} in the frozen backbone, "
+            f"{_si(self.head_flops)} in the trained part",
         ]
 
 

@@ -180,7 +180,9 @@ def expert_table(results: dict[str, Any], hardest: int = 5) -> str:
     marks = [" !" if words else "" for words in said]
     for mark, label, load, weight, accuracy, row in zip(marks, *(results[c] for c in columns), strict=True):
         shown = "-" if accuracy is None else f"{100 * accuracy:.1f} %"
-        change = f"{round(100 * row['macro_f1_change'], 2) + 0.0:+.2f}" if "macro_f1_change" in row else "-"
+        change = "-"
+        if "macro_f1_change" in row:
+            change = f"{round(100 * row['macro_f1_change'], 2) + 0.0:+.2f} ± {100 * row['macro_f1_deviation']:.2f}"
         lines.append(f"{label + mark:<26}{100 * load:>6.1f} %{100 * weight:>6.1f} %{shown:>10}{change:>28}")
     lines += [f"! expert {expert} is {words}: hardly used" for expert, words in enumerate(said) if words]
     scored = {name: values["f1"] for name, values in results["per_class"].items() if values["support"]}

@@ -147,6 +147,7 @@ class JointStep:
         self.steps, self.numbers = steps, numbers
         generators = [each.generator for each in numbers if each.generator is not None]
         self.captured = Captured(steps[0].step.device, generators)
+        self.complete = True  # False after a call that failed: some runs may have taken its step, others not
 
     def __call__(self, batches: Sequence[Batch | None]) -> None:
         """Train each run on its batch (None: not this run). The next call of its GraphedStep returns the result.
@@ -157,8 +158,10 @@ class JointStep:
         if not present or any(len(each.labels_B) != self.steps[index].batch_size for index, each in present.items()):
             return
         kinds = tuple((index, self.steps[index].buffered(batch)) for index, batch in present.items())
+        self.complete = False
         for index, result in zip(present, self.captured(self._branches, kinds), strict=True):
             self.steps[index].ready = result
+        self.complete = True
 
     def _branches(self, kinds: tuple) -> list[StepResult | None]:
         branches = [(self.steps[index].captured.stream, partial(self._branch, index, kind)) for index, kind in kinds]

@@ -1,7 +1,7 @@
 """Several runs of one recipe at once: in lockstep, with their captured steps as branches of one CUDA graph."""
 
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from typing import Any
 
 from common.signals import defer_signals
@@ -9,6 +9,10 @@ from training.graph import GraphedStep, JointStep
 from training.random_numbers import RandomNumbers
 from training.step import Batch
 from training.trainer import Trainer
+
+
+class _IncompleteStep(Exception):
+    """Ends a training without a checkpoint."""
 
 
 class Run:
@@ -31,8 +35,16 @@ class Run:
             self.batch = next(self._steps, None)
         return self.batch is not None
 
-    def close(self) -> None:
-        """End the training; if it has not ended yet, with a checkpoint of the last complete step."""
+    def close(self, complete: bool = True) -> None:
+        """End the training; if it has not ended yet, with a checkpoint of the last complete step.
+
+        complete: False after a joint step that failed. The weights may then be those of the next step, so nothing is
+        written, and the last checkpoint stays.
+        """
+        if not complete:
+            with suppress(_IncompleteStep):
+                self._steps.throw(_IncompleteStep)
+            return
         step = self.trainer.train_step
         with self.numbers.all(), closing(self._steps):
             if isinstance(step, GraphedStep) and step.ready is not None:  # a joint step has changed the weights
@@ -48,7 +60,7 @@ def fit(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Train all runs to their ends, one step of each at a time: what `Trainer.fit` returns, for each.
 
     If a run fails, or a signal ends the program, the others write a checkpoint of their last complete step. Raises as
-    `Trainer.fit`.
+    `Trainer.fit`. After an error of a joint step, such as too little memory, each keeps its last checkpoint.
     """
     if len(runs) == 1:
         return [runs[0].trainer.fit()]
@@ -60,7 +72,7 @@ def fit(runs: Sequence[Run]) -> list[dict[str, Any]]:
             ended.callback(joint.captured.release)
         for run in runs:
             run.trainer.label, run.trainer.shown = f"seed {run.trainer.config.seed}", False
-            ended.callback(run.close)
+            ended.callback(lambda run=run: run.close(complete=joint is None or joint.complete))
         active = list(runs)
         while active:
             active[0].trainer.shown = True

@@ -278,7 +278,8 @@ class Trainer(TrainerState):
         validated = self.validate(self.evaluated)
         if not math.isfinite(validated.loss):
             raise not_finite("validation loss", self.step, self.epoch, self.last_saved)
-        if self.step - self.steps_per_epoch >= self.routing_warmup_steps:
+        few = len(self.bank.splits.validation) < 5 * self.model.mixtures[0].router.num_experts  # no reliable shares
+        if not few and self.step - self.steps_per_epoch >= self.routing_warmup_steps:
             # After an epoch of learned routing; its noise may hide what the gate does without noise.
             self._check_routing(validated.load_LE, "validation")
         return validated.values()

@@ -26,7 +26,8 @@ def block_load(load_LE: ArrayLike, importance_LE: ArrayLike, block_names: Names,
     image = heat_map(ax, load_LE, Normalize(0, max(load_LE.max(), 2 / num_experts)), printed, importance_LE)
     name_ticks(ax.yaxis, block_names, height)
     bar = figure.colorbar(image, ax=ax, aspect=30, pad=0.01, format=PercentFormatter(1.0, decimals=0))
-    bar.set_label("share of the assignments", fontsize=8)
+    second = " (in brackets: of the gate weight)" if printed else ""
+    bar.set_label(f"share of the assignments{second}", fontsize=8)
     bar.ax.axhline(1 / num_experts, color="white", lw=1.5)
     bar.ax.text(-0.3, 1 / num_experts, "even", fontsize=7, ha="right", va="center")
     return figure

@@ -110,7 +110,8 @@ def expert_by_class(
     axes[-1].set_xlabel(f"class, {order}" if named else f"rank of the class, {order}")
     figure.supylabel(EXPERT_AXIS, fontsize=9)
     bar = figure.colorbar(image, ax=axes, aspect=40, pad=0.01, format=PercentFormatter(1.0, decimals=0))
-    bar.set_label("share of the gate weight", fontsize=8)
+    second = "\n(in brackets: of the assignments)" if printed and load_CE is not None else ""
+    bar.set_label(f"share of the gate weight{second}", fontsize=8)
     return figure
 
 

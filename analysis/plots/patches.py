@@ -79,6 +79,7 @@ def patch_positions(share_LEHW: ArrayLike, block_names: Names, expert_labels: Na
     bar = figure.colorbar(image, ax=grid, aspect=35, format=PercentFormatter(1.0, decimals=0))
     bar.set_label("share of the images", fontsize=8)
     bar.ax.axhline(1 / num_experts, color="white", lw=1.5)
+    bar.ax.text(-0.3, 1 / num_experts, "even", fontsize=7, ha="right", va="center")
     return figure
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter
 
 from analysis.plots.style import BLUE, ORANGE, Names, new_figure, short
 
@@ -40,9 +41,7 @@ def search(
     for ax, (name, values) in zip(axes[1:], options.items(), strict=False):
         _against(ax, name, values, scores, best)
         if name in logarithmic:
-            ax.set_xscale("log")
-            ax.xaxis.set_minor_formatter(NullFormatter())
-            ax.set_xlabel(f"{name} (log scale)", fontsize=8)
+            _logarithmic(ax, name, [value for value, score in zip(values, scores, strict=True) if score is not None])
     for ax in axes[: 1 + len(options)]:
         ax.tick_params(labelsize=6 if any(len(label.get_text()) > 12 for label in ax.get_xticklabels()) else 7)
         ax.grid(alpha=0.3)
@@ -66,8 +65,22 @@ def _against(ax: Axes, name: str, values: Sequence[Any], scores: Sequence[float 
         ax.set_xticks(range(len(texts)), [_staggered(*item) for item in enumerate(texts)])
         ax.set_xlim(-0.5, len(texts) - 0.5)
     elif all(isinstance(value, int) for value in values):
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        few = sorted({int(value) for value in x})
+        ax.xaxis.set_major_locator(FixedLocator(few) if len(few) <= 6 else MaxNLocator(integer=True))
     ax.set_xlabel(name, fontsize=8)
+
+
+def _logarithmic(ax: Axes, name: str, values: Sequence[float]) -> None:
+    """A logarithmic axis with at least two ticks, also for values within one decade."""
+    ax.set_xscale("log")
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.set_xlabel(f"{name} (log scale)", fontsize=8)
+    if values and max(values) < 100 * min(values):
+        low, high = min(values), max(values)
+        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        ticks = [tick for power in powers for digit in (1, 2, 5) if low <= (tick := digit * 10.0**power) <= high]
+        ticks = ticks if len(ticks) > 1 else sorted({low, high})
+        ax.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
 
 
 def _staggered(place: int, text: str) -> str:

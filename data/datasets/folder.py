@@ -21,8 +21,8 @@ def load(config) -> Parts:
     parts = load_image_folder(root, config.image_size)
     if parts[1] is None and parts[2] is None:
         say(
-            f"{root} has no splits: {config.test:.0%} of each class are used for testing and {config.validation:.0%} "
-            f"of the rest for validation, drawn with data.split_seed {config.split_seed}"
+            f"{root} has neither val/ nor test/: {config.test:.0%} of each class are used for testing and "
+            f"{config.validation:.0%} of the rest for validation, drawn with data.split_seed {config.split_seed}"
         )
     return parts
 

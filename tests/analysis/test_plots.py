@@ -186,3 +186,19 @@ def test_a_search_shows_each_trial_and_stars_the_best():
     assert star.get_offsets().tolist() == [[1e-1, 70]]
     assert [label.get_text().strip() for label in kind.get_xticklabels()] == ["switch", "vmoe"]
     assert not any(ax.axison for ax in empty) and top_k.get_xlabel() == "router.top_k"
+    assert top_k.get_xticks().tolist() == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("rates", "ticks"),
+    [
+        ([1.2e-3, 8.5e-3], ["0.002", "0.005"]),
+        ([1.2e-3, 1.9e-3], ["0.0012", "0.0019"]),
+        ([3e-3, 3e-3], ["0.003"]),
+        ([1e-4, 1e-2], None),
+    ],
+)
+def test_a_logarithmic_option_of_a_search_has_ticks_within_a_decade_too(rates, ticks):
+    ax = plots.search([0.5, 0.6], [[0.5], [0.6]], {"optim.lr": rates}, logarithmic=["optim.lr"]).axes[1]
+    labels = [label.get_text() for label in ax.get_xticklabels()]
+    assert labels == ticks if ticks else len(labels) > 1

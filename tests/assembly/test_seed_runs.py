@@ -80,8 +80,8 @@ def test_new_seeds_train_together_and_an_unfinished_one_alone(tmp_path, monkeypa
     start_of, calls = module._start, []
 
     def start(given, config):
-        found = start_of(given, config)
-        return replace(found, checkpoint={"epoch": 1, "improved": 1}) if config.train.seed == 1 else found
+        found, finished = start_of(given, config)
+        return replace(found, checkpoint={"epoch": 1, "improved": 1}) if config.train.seed == 1 else found, finished
 
     for name, value in {
         "load_inputs": lambda config: SimpleNamespace(splits=None, backbone=None, device=None),
@@ -91,12 +91,21 @@ def test_new_seeds_train_together_and_an_unfinished_one_alone(tmp_path, monkeypa
         "_start": start,
     }.items():
         monkeypatch.setattr(module, name, value)
-    monkeypatch.setattr("assembly.seeds.Start.finished", "")
     monkeypatch.setattr("evaluation.compare.compare", lambda runs, out: f"compared {len(runs)}")
     module.train_seeds(invocation, lambda starts, inputs, bank: calls.append([s.config.train.seed for s in starts]))
     assert calls == ([[1], [0, 2]] if together else [[0], [1], [2]])
     out = capsys.readouterr().out
     assert ("seeds        0, 2, side by side" in out) == together and "compared 3" in out
+
+
+@pytest.mark.parametrize("message", ["it is finished", ""])
+def test_only_the_checkpoints_of_unfinished_seeds_stay_in_memory(tmp_path, monkeypatch, message):
+    invocation = parse_command_line([*SMALL, "--run_dir", str(tmp_path / "one"), "--seeds", "1"])
+    RunFolder.create(tmp_path / "one", "one").last.write_bytes(b"")
+    monkeypatch.setattr(module, "load_resumable", lambda *_: {"epoch": 1, "improved": 1})
+    monkeypatch.setattr("assembly.seeds.Start.finished", message)
+    start, finished = module._start(invocation, invocation.config)
+    assert finished == message and (start.checkpoint is None) == bool(message)
 
 
 @pytest.mark.parametrize(

@@ -51,11 +51,18 @@ def test_a_split_partitions_the_images():
 
 @pytest.mark.parametrize(
     ("labels", "fraction", "words"),
-    [([0, 0, 1], 0.5, "class 'class 1' has 1 image"), ([0, 0, 1, 1, 2, 2], 0.1, "cannot contain all 3 classes")],
+    [([0, 0, 1], 0.5, "class 'class 1' has 1 image"), ([0, 0, 1, 1, 2, 2], 0.9, "leaves too few for all 3 classes")],
 )
 def test_impossible_splits_are_reported(labels, fraction, words):
     with pytest.raises(UserError, match=words):
         stratified_split(image_set(labels), fraction, 0, "data.validation")
+
+
+def test_a_small_fraction_holds_out_one_image_of_each_class(capsys):
+    rest, held_out = stratified_split(image_set([0, 1, 2, 3] * 4), 0.1, 0, "data.validation")
+    assert torch.bincount(held_out.labels_N).tolist() == [1, 1, 1, 1] and len(rest) == 12
+    line = "data.validation 0.1 of 16 images is less than one for each of the 4 classes: 4 images are held out"
+    assert line in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("classes", "count"), [(2, 2), (2, 3), (10, 2), (300, 2), (300, 3), (7, 20)])
@@ -65,7 +72,7 @@ def test_the_suggested_fraction_for_few_images_works(classes, count, fraction):
     try:
         stratified_split(images, fraction, 0, "data.test")
     except UserError as error:
-        advised = float(re.search(r"use a (?:larger|smaller) fraction, at (?:least|most) ([\d.]+)", str(error))[1])
+        advised = float(re.search(r"use a smaller fraction, at most ([\d.]+)", str(error))[1])
         assert all(len(part) >= classes for part in stratified_split(images, advised, 0, "data.test"))
 
 

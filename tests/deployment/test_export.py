@@ -149,6 +149,7 @@ def test_the_example_in_a_file_gives_the_outputs_of_the_run_without_this_project
     paths = "import sys; sys.path[:0] = " + repr([path for path in sys.path if "packages" in path or "pk-" in path])
     words[-1] = f"{paths}\n{words[-1]}"
     ran = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "requires_grad" not in ran.stderr
     label, probability, rest = ran.stdout.split(" ", 2)
     experts, weights = json.loads(f"[{rest.strip().replace('] [', '], [')}]")
     (answer,) = classify(trained, image, top=1)

@@ -105,14 +105,14 @@ def test_reassigned_samples_and_saved_cost(evaluated):
 def test_the_final_table_shows_the_sign_of_a_change_and_separates_scores_from_names(evaluated):
     run, results = evaluated[0], copy.deepcopy(evaluated[1])
     for expert, row in enumerate(results["expert_worth"]):
-        row["macro_f1_change"] = -0.01 * expert
+        row |= {"macro_f1_change": -0.01 * expert, "macro_f1_deviation": 0.005}
     scores = {"8": (0.97, 9), "3": (0.99, 9), "1": (1.0, 9), "none": (0.0, 0)}  # of the last there is no test image
     results["per_class"] = {
         name: {"f1": f1, "precision": f1, "recall": f1, "support": count} for name, (f1, count) in scores.items()
     }
     lines = table(results).splitlines()
     assert max(map(len, lines)) <= 80
-    assert lines[5].endswith("  macro-F1 change without it") and lines[8].endswith(" -2.00")
+    assert lines[5].endswith("  macro-F1 change without it") and lines[8].endswith(" -2.00 ± 0.50")
     assert lines[-1] == "lowest F1    8: 97 %, 3: 99 %"
     assert "<th>macro-F1 change</th>" in run.report.read_text()
 

@@ -145,6 +145,26 @@ def test_a_run_that_fails_leaves_the_others_with_their_last_step(tmp_path, split
     assert_same(resumed, alone(2, graphed=joint)[0])
 
 
+def test_a_joint_step_that_fails_saves_no_weights_between_two_steps(tmp_path, splits, alone, eager_graphs, monkeypatch):
+    runs = runs_of(tmp_path, splits, (0, 1))
+    branch = graph.JointStep._branch
+
+    def failed(self, index, kind):
+        if index == 1 and runs[1].trainer.step == 4:
+            raise torch.OutOfMemoryError("out of memory")
+        return branch(self, index, kind)
+
+    monkeypatch.setattr(graph.JointStep, "_branch", failed)
+    with pytest.raises(torch.OutOfMemoryError):
+        fit(runs)
+    # The first run has trained on its fifth batch, but has not counted it: the end of the first epoch is kept.
+    assert [load_checkpoint(run.trainer.run.last)["step"] for run in runs] == [3, 3]
+    runs[0].trainer.tracker.close()
+    resumed = make_trainer(tmp_path / "0", splits, resume=True, seed=0, **PLAN)
+    resumed.fit()
+    assert_same(resumed, alone(0, graphed=True)[0])
+
+
 def test_turns_that_may_write_a_checkpoint_have_all_random_numbers(tmp_path, splits):
     (run,), turns = runs_of(tmp_path, splits, (0,)), []
     run.numbers = SimpleNamespace(
