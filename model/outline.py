@@ -3,9 +3,18 @@
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from .backbone import BUNDLED, CANNOT_BUILD, Backbone, BackboneConfig, check_bundled, check_name, check_vit
 from .errors import InputError, one_line
+
+
+class _RealNumbers(TorchFunctionMode):
+    """Keeps drop rates on the CPU: older versions of timm compute them as a tensor, and read it."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        on_cpu = {"device": "cpu"} if function is torch.linspace else {}
+        return function(*args, **(kwargs or {}) | on_cpu)
 
 
 def feature_shape(backbone: Backbone) -> tuple[int, ...]:
@@ -32,7 +41,7 @@ def outline(config: BackboneConfig) -> Backbone | None:
         check_name(config)
         options: dict[str, Any] = {} if config.image_size is None else {"img_size": config.image_size}
         try:
-            with torch.device("meta"):  # takes no memory or time
+            with torch.device("meta"), _RealNumbers():  # takes no memory or time
                 vit = timm.create_model(config.name, pretrained=False, num_classes=0, **options)
         except (*CANNOT_BUILD, AttributeError, IndexError, OSError):
             return None
