@@ -21,7 +21,7 @@ from typing import Any
 from assembly.pipeline import Inputs, build_trainer, load_inputs, pick_device
 from assembly.seeds import train_seeds
 from assembly.start import announce, export_best, record, start_tracking
-from assembly.teachers import teacher_of
+from assembly.teachers import named_teachers, teacher_of
 from assembly.twin import planned
 from common.distributed import joined, started
 from common.errors import exit_code_of, exit_process
@@ -49,6 +49,7 @@ def main() -> None:
             elif (start := start_of(invocation)).finished:
                 print(start.finished)
             else:
+                named_teachers(start)  # reports a missing one before anything is loaded
                 train([start], load_inputs(start.config, start.checkpoint is not None))
 
 
@@ -74,6 +75,8 @@ def _prepared(start: Start, inputs: Inputs, bank: FeatureBank | ImageBank | None
     """
     config = start.config if start.checkpoint else planned(start.config, inputs)
     trainer = build_trainer(config, inputs, start, bank, teacher_of(start, config, inputs.device))
+    if start.checkpoint is None:
+        trainer.bank.require_room()
     with start.claimed() as run, start_tracking(config, run, start.checkpoint, inputs) as tracker:
         record(trainer, run, tracker)
         yield config, Run(trainer)

@@ -64,7 +64,7 @@ def check_plan(config: Config, plan: Plan) -> None:
     if plan.distil is not None and plan.sizes is not None and (plan.prune is not None or plan.merge is not None):
         raise UserError("--distil.sizes are for a new student: leave them out, or leave out --prune and --merge")
     if plan.distil == "dense":
-        check_dense_sizes(plan.sizes)
+        check_dense_sizes(config.experts, plan.sizes)
     elif plan.distil == "sparse" and plan.prune is None and plan.merge is None:
         sparse_student(config, plan.epochs, plan.sizes, warm=False)
     if plan.distil == "dense" or plan.sizes is not None:
@@ -90,6 +90,8 @@ def compress(
     check_teachers(opened, others)
     if plan.quantise is not None:
         owners_of(opened.model)  # a kind of experts without matrices
+    warm = plan.distil == "sparse" and (plan.prune is not None or plan.merge is not None)
+    student = None if plan.distil is None or warm else student_of(opened, ungrown(opened.config), plan, out)
     work = Work.begin(opened, plan)
     say(f"validation   macro-F1 {100 * work.whole.scores['macro_f1']:.2f} % of {opened.run.path}")
     before = figures(work, opened.run) | {"macro_f1_test": scored(opened.run)}
@@ -97,7 +99,8 @@ def compress(
     for name in before_taught:
         if getattr(plan, name) is not None:
             STEPS[name](work, say)
-    student = None if plan.distil is None else student_of(work, out)
+    if warm:
+        student = student_of(opened, work.config, plan, out, work.model.state_dict())
     config = student.config if student else replace(work.config.alone(), run_dir=out.absolute())
     config = replace(config, parallel=ParallelConfig())  # in one process, however the run was trained
     if student:

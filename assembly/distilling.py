@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from assembly.compression_steps import Work, shared_rows
+from assembly.compression_steps import Plan, Work, shared_rows
 from assembly.loading import OpenRun
-from assembly.pipeline import build_trainer
+from assembly.pipeline import build_model, build_trainer
 from assembly.start import announce
 from assembly.teachers import Teachers
 from assembly.twin import twin_of
@@ -30,23 +30,23 @@ class Student:
     weights: dict[str, Tensor] | None
 
 
-def student_of(work: Work, out: Path) -> Student:
-    """The student of the plan, with the model of the previous steps, if any, as its start.
+def student_of(
+    opened: OpenRun, config: Config, plan: Plan, out: Path, weights: dict[str, Tensor] | None = None
+) -> Student:
+    """The student of a plan for a run of this configuration. weights: of the previous steps, as its start.
 
     Raises UserError if its configuration does not fit.
     """
-    plan, splits, inputs = work.plan, work.opened.inputs.splits, work.opened.inputs
-    warm = plan.distil == "sparse" and bool(work.steps)
+    splits, inputs = opened.inputs.splits, opened.inputs
+    shape, classes = opened.bank.feature_shape, splits.train.num_classes
     if plan.distil == "dense":
-        inside = work.config.experts.place == "blocks"
-        shape, classes = work.opened.bank.feature_shape, splits.train.num_classes
-        twin = twin_of(work.config, shape, classes, inputs.backbone if inside else None)
+        twin = twin_of(config, shape, classes, inputs.backbone if config.experts.place == "blocks" else None)
         config = dense_student(twin, plan.epochs, plan.sizes)
     else:
-        config = sparse_student(work.config, plan.epochs, plan.sizes, warm)
+        config = sparse_student(config, plan.epochs, plan.sizes, warm=weights is not None)
     config = shorten_warmup(replace(config.alone(), run_dir=out.absolute()), len(splits.train))
-    work.build(config)  # reports what cannot be built before anything is written
-    return Student(config, work.model.state_dict() if warm else None)
+    build_model(config, shape, classes, inputs.backbone)  # reports what cannot be built
+    return Student(config, weights)
 
 
 def check_places(places: dict[Path, str]) -> None:

@@ -19,11 +19,12 @@ from tracking.tracker import require_server
 CLASSES = 2  # the least; their real number is known only with the images
 
 
-def check_early(config: Config) -> None:
-    """Raise UserError or EnvironmentFault for what the options alone make impossible.
+def check_early(config: Config) -> tuple[int, ...] | None:
+    """Raise UserError or EnvironmentFault for what the options alone make impossible; returns the features' shape.
 
     That is a backbone that does not exist or has no such features, a mixture that does not fit it, a number of
-    processes that does not fit either, and tracking on a server that is not configured or does not answer.
+    processes that does not fit either, and tracking on a server that is not configured or does not answer. The shape
+    is None if only the loaded backbone or the images show it.
     """
     require_samples(config.train.batch_size)
     require_places(config)
@@ -31,9 +32,12 @@ def check_early(config: Config) -> None:
         require_server(config.tracking)
     with lazy_imports():
         backbone = outline(config.backbone)
-    if backbone is not None:
-        check_backbone(config, backbone)
-        model_parts(config, feature_shape(backbone), CLASSES, backbone)
+    if backbone is None:
+        return None
+    shape = feature_shape(backbone)
+    check_backbone(config, backbone)
+    model_parts(config, shape, CLASSES, backbone)
+    return shape if config.experts.place == "head" else None
 
 
 def check_backbone(config: Config, backbone: Backbone) -> None:

@@ -63,8 +63,10 @@ def load_inputs(config: Config, resumed: bool = False) -> Inputs:
     if world().first:
         print(f"loading      {config.data.name} and {config.backbone.name}, for {device}", flush=True)
     warm_up(device)
-    check_early(config)
+    shape = check_early(config)
     origin = None if resumed else read_origin(config)
+    if origin is not None and shape is not None:
+        origin.require_shape(shape)
     splits, backbone = load_both(config, device)
     steps_per_epoch(config.train, len(splits.train))
     check_backbone(config, backbone)

@@ -2,7 +2,8 @@
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -49,6 +50,28 @@ class Teachers:
 def teacher_of(start: Start, config: Config, device: torch.device) -> Teacher | None:
     """The teacher of a resumed run whose compression has not finished; None for any other run.
 
+    Raises as `named_teachers`.
+    """
+    run, found = start.resumed, named_teachers(start)
+    if run is None or found is None:
+        return None
+    models = []
+    for path in map(Path, found.runs):
+        with _naming(run, path):
+            backbone = describe(RunFolder(path))["config"]["backbone"]["name"]
+            moved = config.backbone.weights if backbone == config.backbone.name else None
+            models.append(load_trained(path, str(device), moved, say).model)
+    if world().first:
+        print(f"teachers     {', '.join(map(printable, found.runs))}")
+    if found.quantise is not None:
+        then = command("compress.py", run.path, "--out", f"{run.path}-{found.quantise}", "--quantise", found.quantise)
+        say(f"--quantise {found.quantise} is not done here: when this run has ended, {then}")
+    return found.teach(models, config, device)
+
+
+def named_teachers(start: Start) -> Teachers | None:
+    """The runs that teach a resumed run whose compression has not finished; None for any other run. Loads no model.
+
     Raises UserError if there is no checkpoint, because the initial weights of the run are not stored, if a teacher is
     missing, and for an invalid file.
     """
@@ -66,20 +89,19 @@ def teacher_of(start: Start, config: Config, device: torch.device) -> Teacher | 
             f"{printable(run.path)} was interrupted before its first checkpoint: delete it, and give compress.py "
             "--distil again"
         )
-    models = []
     for path in map(Path, found.runs):
-        try:
-            backbone = describe(RunFolder(path))["config"]["backbone"]["name"]
-            moved = config.backbone.weights if backbone == config.backbone.name else None
-            models.append(load_trained(path, str(device), moved, say).model)
-        except UserError as error:
-            raise UserError(
-                f"{printable(run.path)} is distilled from {printable(path)}, which cannot be opened "
-                f"({one_line(error, 100)}): restore it, or delete {printable(run.teachers)} to continue without"
-            ) from error
-    if world().first:
-        print(f"teachers     {', '.join(map(printable, found.runs))}")
-    if found.quantise is not None:
-        then = command("compress.py", run.path, "--out", f"{run.path}-{found.quantise}", "--quantise", found.quantise)
-        say(f"--quantise {found.quantise} is not done here: when this run has ended, {then}")
-    return found.teach(models, config, device)
+        with _naming(run, path):
+            describe(RunFolder(path))
+    return found
+
+
+@contextmanager
+def _naming(run: RunFolder, teacher: Path) -> Iterator[None]:
+    """Say in a UserError which run needs the teacher that cannot be opened."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(
+            f"{printable(run.path)} is distilled from {printable(teacher)}, which cannot be opened "
+            f"({one_line(error, 100)}): restore it, or delete {printable(run.teachers)} to continue without"
+        ) from error

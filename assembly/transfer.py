@@ -39,6 +39,15 @@ class Origin:
         """The classes that it shares with a run on these classes."""
         return Shared.by_name(class_names, self.described["class_names"])
 
+    def require_shape(self, feature_shape: Sequence[int]) -> None:
+        """Raise UserError unless it reads features of this shape."""
+        before = self.described["feature_shape"]
+        if before != list(feature_shape):
+            raise UserError(
+                f"--init {quoted(self.run.path)} reads features of shape {before}, but those here have "
+                f"{list(feature_shape)}: use the backbone, backbone.features and data.image_size of the run"
+            )
+
     def require_backbone(self, config: Config, backbone: dict[str, str]) -> None:
         """Raise UserError unless it was trained on this backbone. backbone: name and fingerprint, as in identity()."""
         before = self.described["backbone"]
@@ -81,11 +90,7 @@ def begin(model: AnyMoE, origin: Origin, class_names: Sequence[str], feature_sha
 
     Raises UserError if they do not fit.
     """
-    if origin.described["feature_shape"] != list(feature_shape):
-        raise UserError(
-            f"--init {quoted(origin.run.path)} reads features of shape {origin.described['feature_shape']}, but those "
-            f"here have {list(feature_shape)}: use the data.image_size and backbone.features of the run"
-        )
+    origin.require_shape(feature_shape)
     shared = origin.shared(class_names)
     try:
         take(model, origin.weights, shared)

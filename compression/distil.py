@@ -33,12 +33,16 @@ def sparse_student(config: Config, epochs: int | None, sizes: list[Any] | None, 
         raise UserError(f"--distil sparse: {one_line(error)}") from error
 
 
-def check_dense_sizes(sizes: list[Any] | None) -> None:
-    """Raise UserError where the sizes of a dense student are impossible, or those of several experts."""
+def check_dense_sizes(experts: ExpertsConfig, sizes: list[Any] | None) -> None:
+    """Raise UserError where the sizes of a dense student are impossible, or those of several experts.
+
+    experts: those of the run, whose place and kind the student has.
+    """
     if sizes is not None and len(sizes) != 1:
         raise UserError(f"--distil.sizes names {len(sizes)} experts: a dense student has one, such as [[256]]")
     try:
-        ExpertsConfig(sizes=sizes or [[1]])
+        one = ExpertsConfig(place=experts.place, kind=experts.kind, sizes=sizes or [[1]])
+        EXPERTS[one.kind].check(one)
     except ValueError as error:
         raise UserError(f"--distil dense: {one_line(error)}") from error
 
@@ -46,15 +50,10 @@ def check_dense_sizes(sizes: list[Any] | None) -> None:
 def dense_student(twin: Config, epochs: int | None, sizes: list[Any] | None) -> Config:
     """The training configuration of a dense student. twin: that of the dense part with the cost of the mixture.
 
-    Raises UserError for sizes of several experts.
+    Raises UserError as `check_dense_sizes`.
     """
-    experts = twin.experts
-    check_dense_sizes(sizes)
-    if sizes is not None:
-        try:
-            experts = replace(experts, sizes=sizes)
-        except ValueError as error:
-            raise UserError(f"--distil dense: {one_line(error)}") from error
+    check_dense_sizes(twin.experts, sizes)
+    experts = twin.experts if sizes is None else replace(twin.experts, sizes=sizes)
     # It is not a twin of the run, which would be trained like the run: it has a teacher.
     return _trained_for(replace(twin, experts=experts, dense_twin=False, twin_of=None), epochs)
 

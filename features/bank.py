@@ -111,6 +111,14 @@ class FeatureBank:
         """Shape of one sample's features, from the first training image."""
         return tuple(self._extract(self.splits.train.images_NCHW, torch.tensor([0]), None).shape[1:])
 
+    def require_room(self) -> None:
+        """Print the size and place of the training features before their first use.
+
+        Raises EnvironmentFault if the disk, or host memory, is too small for them.
+        """
+        if self.config.mode == "cached":
+            self._announce("train", self._resolve(0))
+
     def images_left(self) -> int:
         """Forward passes of the backbone, in images, until all features of the run are stored; each view counts."""
         drawn = range(self.views_used) if self.augment.active else [None]

@@ -39,6 +39,9 @@ class ImageBank:
         """Shape of one image, (3, H, W)."""
         return tuple(self.splits.train.images_NCHW.shape[1:])
 
+    def require_room(self) -> None:
+        """As that of a FeatureBank; images are stored already."""
+
     def batches(
         self, split: str, batch_size: int, order_N: Tensor | None = None, view: int | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:

@@ -135,6 +135,7 @@ class _Worker:
         named = {"name": f"{self.plan.folder.path.name}-{trial.number:04d}", "tags": [*tags_of(config), "trial"]}
         values = config.to_dict()
         trainer = build_trainer(config, inputs, bank=bank)  # before a task, so that no mistake leaves a failed one
+        bank.require_room()
         with RandomNumbers(inputs.device).all():  # ClearML sets its own seeds
             tracker = open_tracker(self.plan.tracking, run.path, values, **named, parent=self.plan.parent)
         with tracker:

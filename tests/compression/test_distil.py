@@ -41,6 +41,12 @@ def test_a_dense_student_is_one_part_and_not_a_twin():
         dense_student(twin_of(config, (8,), 5), None, [[3], [4]])
 
 
+def test_a_dense_student_inside_the_vit_has_one_hidden_layer():
+    config, *_ = inside()
+    with pytest.raises(UserError, match=r"--distil dense: experts.sizes has \[4, 5\]: an adapter has one hidden layer"):
+        dense_student(config, None, [[4, 5]])
+
+
 def test_copies_of_the_ffn_cannot_be_halved():
     config, *_ = inside(experts={"kind": "ffn", "sizes": [[64]] * 4})
     with pytest.raises(UserError, match="add --prune or --merge for a smaller student"):

@@ -92,6 +92,12 @@ def test_frozen_parts_that_leave_nothing_to_train_touch_nothing(call, untouched,
     assert code == 2 and lines[-1].startswith("error: freeze neck,router,experts,shared,head leaves nothing to train")
 
 
+def test_a_disk_that_is_too_small_for_the_features_touches_nothing(call, untouched, tmp_path, monkeypatch):
+    monkeypatch.setattr("features.cache.FeatureCache.free", lambda cache: 1000)
+    code, lines = call(train, *TINY.split(), "--features.cache_dir", tmp_path / "features")
+    assert code == 1 and "but only 1 kB are free" in lines[-1]
+
+
 def test_a_frozen_head_without_a_shared_class_touches_nothing(call, untouched, tiny_run, tmp_path):
     numbers = np.random.default_rng(0)
     for name in ("cat", "dog"):
@@ -102,6 +108,12 @@ def test_a_frozen_head_without_a_shared_class_touches_nothing(call, untouched, t
     words = ["--init", tiny_run, "--data.name", "folder", "--data.root", tmp_path, "--train.batch_size", "4"]
     code, lines = call(train, *words, "--freeze", "head")
     assert code == 2 and "freeze head needs a class that the run of init has too" in lines[-1]
+
+
+def test_another_backbone_than_that_of_the_run_is_found_before_loading(call, unread, tiny_run):
+    words = ["--backbone.name", "vit_small_patch16_224", "--backbone.pretrained", "false", "--tracking", "none"]
+    code, lines = call(train, "--init", tiny_run, *words)
+    assert code == 2 and "reads features of shape [384], but those here have [768]" in lines[-1] and unread == []
 
 
 @pytest.mark.parametrize(
