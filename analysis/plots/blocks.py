@@ -22,12 +22,12 @@ def block_load(load_LE: ArrayLike, importance_LE: ArrayLike, block_names: Names,
     load_LE, importance_LE = np.asarray(load_LE, dtype=float), np.asarray(importance_LE, dtype=float)
     num_experts = load_LE.shape[1]
     printed = num_experts <= PRINTED
-    figure, ax, height = _table_page("Expert load in each block", block_names, expert_labels, printed)
+    title = "Expert load in each block" + printed * "\n(in brackets: share of the gate weight)"
+    figure, ax, height = _table_page(title, block_names, expert_labels, printed)
     image = heat_map(ax, load_LE, Normalize(0, max(load_LE.max(), 2 / num_experts)), printed, importance_LE)
     name_ticks(ax.yaxis, block_names, height)
     bar = figure.colorbar(image, ax=ax, aspect=30, pad=0.01, format=PercentFormatter(1.0, decimals=0))
-    second = " (in brackets: of the gate weight)" if printed else ""
-    bar.set_label(f"share of the assignments{second}", fontsize=8)
+    bar.set_label("share of the assignments", fontsize=8)
     bar.ax.axhline(1 / num_experts, color="white", lw=1.5)
     bar.ax.text(-0.3, 1 / num_experts, "even", fontsize=7, ha="right", va="center")
     return figure

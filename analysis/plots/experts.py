@@ -91,6 +91,8 @@ def expert_by_class(
     printed = widest <= 12 and num_experts <= 16
     map_height = 0.36 * num_experts if printed else float(np.clip(0.24 * num_experts, 1.3, 3.2))
     label_height = (longest if named else 0.2) + (0.2 if group_names is None else 0.65)
+    if printed and load_CE is not None:
+        title += "\n(in brackets: share of the assignments)"
     figure = new_figure(len(panels) * (map_height + label_height) + 0.8, title, 9.0)
     axes = figure.subplots(len(panels), squeeze=False)[:, 0]
     norm = Normalize(0, max(weight_CE.max(), 1e-9))
@@ -110,8 +112,7 @@ def expert_by_class(
     axes[-1].set_xlabel(f"class, {order}" if named else f"rank of the class, {order}")
     figure.supylabel(EXPERT_AXIS, fontsize=9)
     bar = figure.colorbar(image, ax=axes, aspect=40, pad=0.01, format=PercentFormatter(1.0, decimals=0))
-    second = "\n(in brackets: of the assignments)" if printed and load_CE is not None else ""
-    bar.set_label(f"share of the gate weight{second}", fontsize=8)
+    bar.set_label("share of the gate weight", fontsize=8)
     return figure
 
 
