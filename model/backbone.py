@@ -270,8 +270,8 @@ def _create(config: BackboneConfig, **options) -> nn.Module:
     try:
         vit = timm.create_model(config.name, num_classes=0, **options)
     except CANNOT_BUILD as error:
-        reason = one_line(error)
-        raise InputError(f"backbone {config.name} cannot be built: {reason}") from error
+        size = "" if config.image_size is None else f" with backbone.image_size {config.image_size}"
+        raise InputError(f"backbone {config.name} cannot be built{size}: {one_line(error, 120)}") from error
     except OSError as error:
         reason = one_line(error, 200)
         raise UnavailableError(f"backbone {config.name}: its weights could not be loaded: {reason}") from error

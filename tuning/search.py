@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from assembly.replay import load_images
 from common.errors import EnvironmentFault, UserError
 from common.files import write_json
+from common.signals import defer_signals
 from common.text import printable
 from config.config import Config
 from model.outline import outline
@@ -70,7 +71,8 @@ def _train_here(plan: Plan, study: "Study", tracker: Tracker, jobs: int, seed: i
         reported = {trial.number for trial in counted(study)}
         while any(worker.is_alive() for worker in workers):
             time.sleep(0.2)
-            _report(study, tracker, reported)
+            with defer_signals:  # an interrupted transaction would lock the database for the workers
+                _report(study, tracker, reported)
     _report(study, tracker, reported)
     codes = [worker.exitcode for worker in workers if worker.exitcode]
     if codes and _lacking(plan, study):

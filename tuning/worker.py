@@ -16,7 +16,7 @@ from assembly.start import announce, tags_of
 from common.errors import Interrupted, UserError, one_line
 from common.files import write_text
 from common.meter import duration
-from common.signals import stoppable
+from common.signals import defer_signals, stoppable
 from config.command_line import parse_command_line
 from config.config import Config, as_yaml, write_config
 from features.bank import FeatureBank
@@ -108,7 +108,7 @@ class _Worker:
                 with folder.locked():
                     release(self.study, trial.number, trial.params)
                 raise
-            with folder.locked():
+            with defer_signals, folder.locked():
                 self._record(trial, outcome)
             print(trial_line(trial.number, options, outcome, time.monotonic() - began), flush=True)
             return True
@@ -148,8 +148,10 @@ class _Worker:
 
             def watched(model: Any) -> Any:
                 validated = validate(model)
-                trial.report(validated.scores["macro_f1"], trainer.epoch)
-                if trainer.epoch < config.train.epochs and trial.should_prune():
+                with defer_signals:  # an interrupted transaction would lock the database
+                    trial.report(validated.scores["macro_f1"], trainer.epoch)
+                    hopeless = trainer.epoch < config.train.epochs and trial.should_prune()
+                if hopeless:
                     raise optuna.TrialPruned
                 return validated
 
