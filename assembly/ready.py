@@ -1,5 +1,6 @@
 """Slow work at the start of a run: images, imports, the GPU, the compiler's processes."""
 
+from functools import cache
 from importlib import import_module
 
 import torch
@@ -28,8 +29,9 @@ def get_ready(config: Config, device: torch.device, compiling: bool = True) -> N
         import_module("timm")
 
 
+@cache
 def warm_up(device: torch.device) -> None:
-    """Start a GPU in a separate thread, which takes a second the first time."""
+    """Start a GPU, which takes a second, in a separate thread; later calls do nothing."""
     if device.type == "cuda":
         Ahead(lambda: _start(device))
 

@@ -78,7 +78,7 @@ def run_forked(workplace: Path, run: Path, code: str, **environment: str) -> str
         sys.argv = ["-c", str(run)]
         try:
             exec(PREAMBLE + code, {"__name__": "__main__"})
-        except BaseException:
+        except BaseException:  # a fork shows no traceback by itself
             traceback.print_exc()
             raise
         atexit._run_exitfuncs()

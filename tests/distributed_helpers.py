@@ -120,6 +120,6 @@ def _work(rank: int, size: int, folder: str, device: str, function: Callable[...
     try:
         with meeting_at(Path(folder) / "store"), joined(here, SECONDS) as world:
             torch.save(function(world, *arguments), Path(folder) / f"{rank}.pt")
-    except BaseException:
+    except BaseException:  # also SystemExit: the parent shows it
         (Path(folder) / f"{rank}.failed").write_text(f"rank {rank}:\n{traceback.format_exc()}")
         sys.exit(1)
